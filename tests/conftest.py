@@ -1,0 +1,91 @@
+"""What all tests share: one small cohort, and the rule that nothing is left behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import psutil
+import pytest
+
+import zpatch as zp
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+
+from make_cohort import make_cohort
+
+hypothesis.settings.register_profile("quick", deadline=None, max_examples=40, derandomize=True)
+hypothesis.settings.register_profile("full", deadline=None, max_examples=400)
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="run slow tests in their full counts")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    hypothesis.settings.load_profile("full" if config.getoption("--full") else "quick")
+
+
+@pytest.fixture
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether slow tests run in their full counts."""
+    return bool(request.config.getoption("--full"))
+
+
+@pytest.fixture(scope="session")
+def cohort_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of NIfTI files: four small brains with tissue labels, one oblique, one float with slope."""
+    folder = tmp_path_factory.mktemp("cohort")
+    make_cohort(folder, subjects=4, seed=0, zoom=0.25)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cohort_store(cohort_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small cohort as a store; tests that damage it copy it first."""
+    path = tmp_path_factory.mktemp("store") / "cohort.zarr"
+    zp.convert(cohort_source, path, chunk=16)
+    return path
+
+
+@pytest.fixture
+def cohort(cohort_store: Path) -> zp.Cohort:
+    """The small cohort, open."""
+    return zp.Cohort(cohort_store)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A generator for test data."""
+    return np.random.default_rng(2024)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(tmp_path: Path) -> Iterator[None]:
+    """Fail whatever leaves a process, a shared-memory block or a file below its folder open."""
+    before = set(os.listdir(SHARED_MEMORY)) if SHARED_MEMORY.exists() else set()
+    yield
+    gc.collect()
+    me = psutil.Process()
+    children = [child for child in me.children(recursive=True) if not _is_resource_tracker(child)]
+    _, alive = psutil.wait_procs(children, timeout=3)
+    assert not alive, f"processes left running: {alive}"
+    after = set(os.listdir(SHARED_MEMORY)) if SHARED_MEMORY.exists() else set()
+    left = {name for name in after - before if not name.startswith("sem.")}
+    assert not left, f"shared memory left behind: {left}"
+    open_files = [file.path for file in me.open_files() if Path(file.path).is_relative_to(tmp_path)]
+    assert not open_files, f"files left open: {open_files}"
+
+
+def _is_resource_tracker(process: psutil.Process) -> bool:
+    try:
+        return any("resource_tracker" in part for part in process.cmdline())
+    except psutil.NoSuchProcess:
+        return True

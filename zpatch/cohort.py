@@ -1,0 +1,164 @@
+"""Subjects and cohorts: which images belong together, opened from the manifest alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Self, overload
+
+from zpatch.errors import OptionError, UnknownNameError
+from zpatch.geometry import Triple
+from zpatch.image import Image, stored_image
+from zpatch.schema import Json, check_name
+from zpatch.store import Store, open_store
+
+
+class Subject:
+    """The images of one subject, by name: ``subject.t1`` or ``subject["t1"]``.
+
+    Build one by hand from any images: ``Subject(t1=ScalarImage(array), seg=LabelMap(path))``.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str = "subject",
+        split: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        **images: Image,
+    ) -> None:
+        for key, image in images.items():
+            check_name(key, "image")
+            if not isinstance(image, Image):
+                raise OptionError(
+                    f"{key}= must be a ScalarImage, LabelMap or SamplingMap, not {type(image).__name__}"
+                )
+        if not images:
+            raise OptionError(f"subject {name!r} has no images; give it some, as in t1=ScalarImage(...)")
+        self.name = name
+        self.split = split
+        self.metadata: Json = dict(metadata or {})
+        self._images = dict(images)
+
+    @property
+    def images(self) -> Mapping[str, Image]:
+        """All images by name."""
+        return MappingProxyType(self._images)
+
+    @property
+    def spatial_shape(self) -> Triple:
+        """Extent along I, J, K in voxels, which all images must share."""
+        shapes = {image.spatial_shape for image in self._images.values()}
+        if len(shapes) > 1:
+            listed = ", ".join(f"{k} {image.spatial_shape}" for k, image in self._images.items())
+            raise OptionError(
+                f"the images of subject {self.name!r} differ in shape ({listed}); "
+                f"resample them to one grid, or make subjects of those that agree"
+            )
+        return shapes.pop()
+
+    def __getitem__(self, name: str) -> Image:
+        try:
+            return self._images[name]
+        except KeyError:
+            raise UnknownNameError.among("image", name, self._images, f"subject {self.name!r}") from None
+
+    def __getattr__(self, name: str) -> Image:
+        if name.startswith("_") or "_images" not in self.__dict__:
+            raise AttributeError(name)
+        try:
+            return self[name]
+        except UnknownNameError as error:
+            raise AttributeError(str(error)) from None
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *self._images]
+
+    def __repr__(self) -> str:
+        return f"Subject({self.name!r}: {', '.join(self._images)})"
+
+
+class Cohort(Sequence[Subject]):
+    """All subjects of a store, in the order of the manifest; nothing but the manifest is read.
+
+    ``cohort[0]``, ``cohort["sub-01"]``, ``cohort[2:5]`` and ``cohort.split("train")``; the last two are
+    cohorts again.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | Store) -> None:
+        self.store = path if isinstance(path, Store) else open_store(path)
+        self._images: dict[str, list[str]] = {}
+        for subject, image in self.store.records:
+            self._images.setdefault(subject, []).append(image)
+        self._names = list(self._images)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the subjects."""
+        return list(self._names)
+
+    @property
+    def splits(self) -> dict[str, list[str]]:
+        """Names of the subjects of each split."""
+        splits: dict[str, list[str]] = {}
+        for name in self._names:
+            split = self._split_of(name)
+            if split is not None:
+                splits.setdefault(split, []).append(name)
+        return splits
+
+    @property
+    def metadata(self) -> dict[str, Json]:
+        """Metadata of each subject, by name."""
+        return {name: self[name].metadata for name in self._names}
+
+    def split(self, name: str) -> Self:
+        """The subjects of a split."""
+        splits = self.splits
+        if name not in splits:
+            raise UnknownNameError.among("split", name, splits, f"store {self.store.path}")
+        return self._only(splits[name])
+
+    def select(self, names: Sequence[str]) -> Self:
+        """The subjects of those names, in that order."""
+        for name in names:
+            if name not in self._images:
+                raise UnknownNameError.among("subject", name, self._names, f"store {self.store.path}")
+        return self._only(list(names))
+
+    def _only(self, names: list[str]) -> Self:
+        part = type(self)(self.store)
+        part._names = names
+        return part
+
+    def _split_of(self, name: str) -> str | None:
+        return self.store.records[name, self._images[name][0]].split
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @overload
+    def __getitem__(self, key: int | str) -> Subject: ...
+    @overload
+    def __getitem__(self, key: slice) -> Self: ...
+    def __getitem__(self, key: int | str | slice) -> Subject | Self:
+        if isinstance(key, slice):
+            return self._only(self._names[key])
+        if isinstance(key, str):
+            return self.select([key])[0]
+        return self._subject(self._names[key])
+
+    def _subject(self, name: str) -> Subject:
+        records = [self.store.records[name, image] for image in self._images[name]]
+        images = {r.image: stored_image(self.store.image_path(r), r) for r in records}
+        return Subject(name=name, split=records[0].split, metadata=records[0].meta, **images)
+
+    def __iter__(self) -> Iterator[Subject]:
+        return map(self._subject, self._names)
+
+    def __contains__(self, item: object) -> bool:
+        return item in self._names if isinstance(item, str) else False
+
+    def __repr__(self) -> str:
+        return f"Cohort({str(self.store.path)!r}: {len(self)} subjects)"

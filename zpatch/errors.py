@@ -1,0 +1,116 @@
+"""Every error that zpatch raises on purpose, as one tree.
+
+Each is also the built-in that a caller would expect, so that ``except ValueError`` keeps working::
+
+    ZpatchError
+    ├── SourceError (ValueError)                an input file or folder cannot be used
+    │   └── NiftiError                          a file is not the NIfTI image that it should be
+    ├── StoreError (OSError)                    a store cannot be used
+    │   ├── NotAStoreError (FileNotFoundError)  there is no store at that place
+    │   ├── StoreExistsError (FileExistsError)  there is something at that place already
+    │   ├── StoreLockedError (BlockingIOError)  somebody else is writing to it
+    │   └── DamageError                         bytes are missing or not those that were written
+    ├── UnknownNameError (KeyError)             no subject, split or image has that name
+    ├── PatchSizeError (ValueError)             a patch size is malformed or does not fit
+    ├── PatchOverlapError (ValueError)          an overlap is odd, negative or too large
+    ├── PatchLocationError (IndexError)         a location lies outside its image
+    ├── SamplingError (ValueError)              a map has nothing that could be drawn
+    ├── QueueError (RuntimeError)               a queue or one of its workers failed
+    ├── ModelError (RuntimeError)               a network failed or gave what cannot be placed
+    ├── IncompleteCoverageError (ValueError)    patches are missing, repeated or leave voxels uncovered
+    ├── MemoryLimitError (MemoryError)          the plan needs more memory than is allowed
+    └── OptionError (ValueError)                an option has a value that means nothing
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ZpatchError(Exception):
+    """Base of all errors of zpatch."""
+
+
+class SourceError(ZpatchError, ValueError):
+    """An input file or folder cannot be used."""
+
+
+class NiftiError(SourceError):
+    """A file is not the NIfTI image that it should be."""
+
+
+class StoreError(ZpatchError, OSError):
+    """A store cannot be used."""
+
+
+class NotAStoreError(StoreError, FileNotFoundError):
+    """There is no store at that place."""
+
+
+class StoreExistsError(StoreError, FileExistsError):
+    """There is something at that place already."""
+
+
+class StoreLockedError(StoreError, BlockingIOError):
+    """Somebody else is writing to the store."""
+
+
+class DamageError(StoreError):
+    """Bytes are missing or not those that were written."""
+
+
+class UnknownNameError(ZpatchError, KeyError):
+    """No subject, split or image has that name."""
+
+    def __str__(self) -> str:  # KeyError would show the text quoted and escaped
+        return str(self.args[0]) if self.args else ""
+
+    @classmethod
+    def among(cls, kind: str, name: object, known: Iterable[str], where: str) -> UnknownNameError:
+        """The error for ``name``, with the nearest of the ``known`` names.
+
+        >>> print(UnknownNameError.among("image", "t2", ["t1", "seg"], "subject 'sub-01'"))
+        no image 't2' in subject 'sub-01'; did you mean 't1'? (it has: t1, seg)
+        """
+        names = list(known)
+        near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ";"
+        shown = ", ".join(names[:8]) + (f", ... {len(names)} in all" if len(names) > 8 else "")
+        return cls(f"no {kind} {str(name)!r} in {where}{hint} (it has: {shown or 'none'})")
+
+
+class PatchSizeError(ZpatchError, ValueError):
+    """A patch size is malformed or does not fit the volume."""
+
+
+class PatchOverlapError(ZpatchError, ValueError):
+    """An overlap is odd, negative or not smaller than the patch."""
+
+
+class PatchLocationError(ZpatchError, IndexError):
+    """A location lies outside its image."""
+
+
+class SamplingError(ZpatchError, ValueError):
+    """A label or probability map has nothing that could be drawn."""
+
+
+class QueueError(ZpatchError, RuntimeError):
+    """A queue or one of its workers failed."""
+
+
+class ModelError(ZpatchError, RuntimeError):
+    """A network failed, or gave an output that cannot be placed."""
+
+
+class IncompleteCoverageError(ZpatchError, ValueError):
+    """Patches are missing, repeated, or leave voxels uncovered."""
+
+
+class MemoryLimitError(ZpatchError, MemoryError):
+    """The plan needs more memory than is allowed."""
+
+
+class OptionError(ZpatchError, ValueError):
+    """An option has a value that means nothing."""

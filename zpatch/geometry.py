@@ -1,0 +1,179 @@
+"""Boxes in voxels, and what moving one does to an affine.
+
+Axis order, said once. A user's array is ``(C, I, J, K)``: I is x, the axis that is fastest in a NIfTI
+file, K is z. A stored array is ``(c, z, y, x)``: the same bytes, axes reversed, so that neither view
+costs a copy. Everything in this module speaks (I, J, K); boxes are half-open, in voxels.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zpatch.errors import OptionError, PatchOverlapError, PatchSizeError
+
+Triple = tuple[int, int, int]
+Affine = NDArray[np.float64]
+
+AXIS_NAMES = "IJK"
+
+
+def triple(value: int | Sequence[int], name: str) -> Triple:
+    """One integer or three, as three.
+
+    >>> triple(64, "patch_size")
+    (64, 64, 64)
+    """
+    values: Sequence[Any] = (value,) * 3 if np.ndim(value) == 0 else tuple(value)  # type: ignore[arg-type]
+    try:
+        i, j, k = (operator.index(v) for v in values)
+    except (TypeError, ValueError):
+        raise OptionError(f"{name} must be one integer or three, not {value!r}") from None
+    return i, j, k
+
+
+def patch_size_triple(value: int | Sequence[int]) -> Triple:
+    """A patch size in voxels: one integer or three, each at least 1."""
+    size = triple(value, "patch_size")
+    if min(size) < 1:
+        raise PatchSizeError(f"patch_size must be at least 1 on every axis, not {value!r}")
+    return size
+
+
+def patch_overlap_triple(value: int | Sequence[int], patch_size: Triple) -> Triple:
+    """An overlap in voxels: even, at least 0 and smaller than the patch on every axis."""
+    overlap = triple(value, "patch_overlap")
+    for axis, o, p in zip(AXIS_NAMES, overlap, patch_size, strict=True):
+        if o < 0 or o % 2:
+            raise PatchOverlapError(
+                f"patch_overlap must be even and at least 0, not {o} on axis {axis}; "
+                f"half of it is cut from each side of a patch"
+            )
+        if o >= p:
+            raise PatchOverlapError(
+                f"patch_overlap of {o} voxels on axis {axis} is not smaller than the patch ({p}); "
+                f"use at most {(p - 1) // 2 * 2}"
+            )
+    return overlap
+
+
+@dataclass(frozen=True, slots=True)
+class PatchLocation:
+    """Where a patch lies in its volume.
+
+    ``index`` is the first voxel (I, J, K), ``size`` the extent in voxels, ``subject_index`` the
+    place of the subject in its dataset where there is one. The index may be negative or the box
+    reach over the border where a grid is padded.
+
+    >>> location = PatchLocation((0, 8, 16), (4, 4, 4))
+    >>> location.index_fin
+    (4, 12, 20)
+    """
+
+    index: Triple
+    size: Triple
+    subject_index: int | None = None
+
+    @property
+    def index_ini(self) -> Triple:
+        """First voxel of the box."""
+        return self.index
+
+    @property
+    def index_fin(self) -> Triple:
+        """One past the last voxel of the box."""
+        (i, j, k), (p, q, r) = self.index, self.size
+        return i + p, j + q, k + r
+
+    def to_slices(self) -> tuple[slice, slice, slice]:
+        """Slices for an (I, J, K) array; the box must not start below 0."""
+        if min(self.index) < 0:
+            raise PatchSizeError(f"the box at {self.index} starts below 0: slices would wrap around")
+        i, j, k = (slice(a, b) for a, b in zip(self.index, self.index_fin, strict=True))
+        return i, j, k
+
+    def scaled(self, factor: float | Sequence[float]) -> PatchLocation:
+        """The same box on a grid ``factor`` times as fine.
+
+        Both ends are rounded alike, so boxes that abut still abut: neither gap nor overlap arises.
+
+        >>> PatchLocation((5, 5, 5), (5, 5, 5)).scaled(0.5).index_fin
+        (5, 5, 5)
+        """
+        factors = np.broadcast_to(np.asarray(factor, float), (3,))
+        ini = np.floor(np.array(self.index) * factors + 0.5).astype(int)
+        fin = np.floor(np.array(self.index_fin) * factors + 0.5).astype(int)
+        return PatchLocation(
+            _triple_of(ini), _triple_of(np.asarray(fin - ini)), subject_index=self.subject_index
+        )
+
+    def lies_within(self, spatial_shape: Triple) -> bool:
+        """Whether the whole box lies in a volume of that shape."""
+        return min(self.index) >= 0 and all(
+            b <= n for b, n in zip(self.index_fin, spatial_shape, strict=True)
+        )
+
+    def clipped(self, spatial_shape: Triple) -> PatchLocation:
+        """The part of the box inside a volume of that shape (perhaps of size 0)."""
+        ini = np.clip(self.index, 0, spatial_shape)
+        fin = np.clip(self.index_fin, 0, spatial_shape)
+        return PatchLocation(_triple_of(ini), _triple_of(fin - ini), self.subject_index)
+
+
+def _triple_of(array: NDArray[Any]) -> Triple:
+    i, j, k = array.tolist()
+    return i, j, k
+
+
+def centre_of(start: int, size: int) -> int:
+    """The voxel called the centre of a patch on one axis."""
+    return start + size // 2
+
+
+def allowed_centres(spatial_shape: Triple, patch_size: Triple) -> PatchLocation:
+    """The box of voxels that can be the centre of a patch which lies wholly inside.
+
+    The first ``p // 2`` and the last ``(p - 1) // 2`` voxels of each axis cannot.
+
+    >>> allowed_centres((10, 10, 10), (4, 5, 10)).index, allowed_centres((10, 10, 10), (4, 5, 10)).size
+    ((2, 2, 5), (7, 6, 1))
+    """
+    i, j, k = (centre_of(0, p) for p in patch_size)
+    a, b, c = (n - p + 1 for n, p in zip(spatial_shape, patch_size, strict=True))
+    return PatchLocation((i, j, k), (a, b, c))
+
+
+def check_patch_fits(patch_size: Triple, spatial_shape: Triple, subject: str) -> None:
+    """Refuse a patch that is larger than the volume."""
+    for axis, p, n in zip(AXIS_NAMES, patch_size, spatial_shape, strict=True):
+        if p > n:
+            raise PatchSizeError(
+                f"patch of {p} voxels does not fit axis {axis} of {subject!r} ({n} voxels); "
+                f"use a smaller patch_size, or a GridSampler with padding_mode='constant'"
+            )
+
+
+def crop_affine(affine: Affine, index: Sequence[int]) -> Affine:
+    """The affine of a patch whose first voxel is ``index``: the origin moves, the axes do not."""
+    moved = np.array(affine, dtype=np.float64)
+    moved[:3, 3] += moved[:3, :3] @ np.asarray(index, dtype=np.float64)
+    return moved
+
+
+def spacing_mm(affine: Affine) -> tuple[float, float, float]:
+    """Voxel size along I, J, K: the lengths of the affine's columns."""
+    i, j, k = np.sqrt((np.asarray(affine)[:3, :3] ** 2).sum(axis=0)).tolist()
+    return i, j, k
+
+
+def max_corner_distance(first: Affine, second: Affine, spatial_shape: Triple) -> float:
+    """How far apart two affines put the same corner of a volume, at most, in voxels of the first."""
+    corners = np.array(np.meshgrid(*([0, n - 1] for n in spatial_shape))).reshape(3, -1)
+    points = np.vstack([corners, np.ones(corners.shape[1])])
+    apart = np.linalg.norm(((first - second) @ points)[:3], axis=0).max()
+    return float(apart / max(min(spacing_mm(first)), 1e-12))

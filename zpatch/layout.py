@@ -1,0 +1,128 @@
+"""How a stored array is cut into chunks, and how these are packed into shards.
+
+A chunk is what is decoded at once; a shard is a file, and what is written at once. Shards are full-plane
+slabs of the slowest spatial axis, because that is the order in which a NIfTI file arrives, so that a
+conversion holds two of them and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from zpatch.grid import chunk_counts
+
+CHUNK_VOXELS = 32
+SHARD_BYTES = 32 * 2**20
+MAX_SHARD_BYTES = 128 * 2**20
+ANISOTROPIC_RATIO = 3.0
+MAX_CHUNKS_IN_SHARD = 2**18
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Chunk and shard shape of an array, both in stored axis order, a shard whole chunks."""
+
+    chunks: tuple[int, ...]
+    shards: tuple[int, ...]
+
+    def shard_counts(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """How many shards cover an array of that shape along each axis."""
+        return chunk_counts(shape, self.shards)
+
+
+def plan_layout(
+    shape: tuple[int, ...],
+    itemsize: int,
+    *,
+    spacing: Sequence[float] = (1, 1, 1),
+    chunk: int = CHUNK_VOXELS,
+    shard_bytes: int = SHARD_BYTES,
+    interleaved: bool = False,
+) -> Layout:
+    """Chunks and shards of a stored array ``(z, y, x)`` or ``(c, z, y, x)``.
+
+    ``spacing`` is (z, y, x). Where one axis is over three times as coarse as the finest, chunks are a
+    quarter as deep on it and twice as wide on the others: as many voxels, nearer to a cube in mm.
+    ``interleaved`` says that the channels of a voxel arrive together (RGB).
+
+    >>> plan_layout((189, 233, 197), 1)
+    Layout(chunks=(32, 32, 32), shards=(192, 256, 224))
+    """
+    *channels, nz, ny, nx = shape
+    cz, cy, cx = _chunk_shape((nz, ny, nx), spacing, chunk)
+    arriving = (channels[0] if channels else 1) if interleaved else 1
+    plane_bytes = arriving * _round_up(ny, cy) * _round_up(nx, cx) * itemsize
+    while cz > 1 and cz * plane_bytes > MAX_SHARD_BYTES:
+        cz = -(-cz // 2)
+    depth = _shard_depth(nz, cz, plane_bytes, shard_bytes)
+    width_y, width_x = _tile_plane((ny, nx), (cy, cx), cz * arriving * itemsize)
+    if not channels:
+        return Layout((cz, cy, cx), (depth, width_y, width_x))
+    together = arriving
+    if not interleaved and depth >= nz:
+        together = max(1, min(channels[0], shard_bytes // (depth * plane_bytes)))
+    return Layout((1, cz, cy, cx), (together, depth, width_y, width_x))
+
+
+def _chunk_shape(shape: tuple[int, int, int], spacing: Sequence[float], chunk: int) -> tuple[int, int, int]:
+    finest = min(spacing)
+    coarse = [finest > 0 and s > ANISOTROPIC_RATIO * finest for s in spacing]
+    if sum(coarse) == 1:
+        sizes = [max(1, chunk // 4) if c else chunk * 2 for c in coarse]
+    else:
+        sizes = [chunk] * 3
+    z, y, x = (min(size, n) for size, n in zip(sizes, shape, strict=True))
+    return z, y, x
+
+
+def _shard_depth(planes: int, chunk_depth: int, plane_bytes: int, shard_bytes: int) -> int:
+    """Planes of a shard: near ``shard_bytes``, all shards about as deep as each other."""
+    layers = -(-planes // chunk_depth)
+    per_shard = max(1, shard_bytes // (plane_bytes * chunk_depth))
+    shards = -(-layers // per_shard)
+    return -(-layers // shards) * chunk_depth
+
+
+def _tile_plane(plane: tuple[int, int], chunk: tuple[int, int], bytes_per_column: int) -> tuple[int, int]:
+    """Extent of a shard in the plane: all of it, or tiles where even one layer of chunks is too large."""
+    (ny, nx), (cy, cx) = plane, chunk
+    wide_y, wide_x = _round_up(ny, cy), _round_up(nx, cx)
+
+    def too_large() -> bool:
+        many_chunks = (wide_y // cy) * (wide_x // cx) > MAX_CHUNKS_IN_SHARD
+        return wide_y * wide_x * bytes_per_column > MAX_SHARD_BYTES or many_chunks
+
+    while too_large() and max(wide_y // cy, wide_x // cx) > 1:
+        if wide_y // cy >= wide_x // cx:
+            wide_y = _round_up(-(-wide_y // 2), cy)
+        else:
+            wide_x = _round_up(-(-wide_x // 2), cx)
+    return wide_y, wide_x
+
+
+def plan_output_layout(
+    shape: tuple[int, ...], itemsize: int, *, swept_axis: int, chunk: int = CHUNK_VOXELS
+) -> Layout:
+    """Chunks and shards of an image that is written while a front sweeps along one spatial axis.
+
+    ``shape`` is ``(c, z, y, x)``, ``swept_axis`` 0, 1 or 2 for z, y or x. A shard is one chunk thick along
+    it, so that it is complete soon after the front has passed.
+    """
+    channels, *spatial = shape
+    size = [min(chunk, n) for n in spatial]
+    shard = [
+        c if axis == swept_axis else _round_up(n, c)
+        for axis, (n, c) in enumerate(zip(spatial, size, strict=True))
+    ]
+    while channels * math.prod(shard) * itemsize > SHARD_BYTES:
+        widest = max(range(3), key=lambda axis: shard[axis] // size[axis])
+        if shard[widest] == size[widest]:
+            break
+        shard[widest] = _round_up(-(-shard[widest] // 2), size[widest])
+    return Layout((1, *size), (channels, *shard))
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,129 @@
+"""A store -> NIfTI files: the same voxels, header, affine, slope and extensions that came in."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zpatch import nifti, schema
+from zpatch.discovery import matches
+from zpatch.errors import OptionError, StoreExistsError, UnknownNameError
+from zpatch.layout import SHARD_BYTES
+from zpatch.reader import read_regions
+from zpatch.schema import ImageRecord
+from zpatch.store import Store, open_store, read_small_array, sharded_array
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedImage:
+    """One image and the file that it goes to."""
+
+    record: ImageRecord
+    path: Path
+
+
+def export(
+    store: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    images: Sequence[str] = (),
+    suffix: str = ".nii.gz",
+    overwrite: bool = False,
+    progress: Progress = lambda voxel_bytes: None,
+) -> list[Path]:
+    """Write images of a store as NIfTI, as ``zpatch export`` does, and return the files.
+
+    They go to ``destination/<subject>/<image>.nii.gz``, or to ``destination`` itself where it ends in
+    ``.nii`` or ``.nii.gz``. ``include`` and ``exclude`` are patterns for subjects, ``images`` for images.
+    """
+    opened = open_store(store)
+    planned = plan_export(
+        opened, Path(destination), include=include, exclude=exclude, images=images, suffix=suffix
+    )
+    for image in planned:
+        if image.path.exists() and not overwrite:
+            raise StoreExistsError(f"{image.path}: it exists already; say --overwrite to replace it")
+    for image in planned:
+        export_image(opened, image.record, image.path, progress=progress)
+    return [image.path for image in planned]
+
+
+def plan_export(
+    store: Store,
+    destination: Path,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    images: Sequence[str] = (),
+    suffix: str = ".nii.gz",
+) -> list[ExportedImage]:
+    """Which images go to which files; nothing is written."""
+    if suffix not in nifti.SUFFIXES:
+        raise OptionError(f"suffix must be one of {', '.join(nifti.SUFFIXES)}, not {suffix!r}")
+    known = {subject for subject, _ in store.records}, {image for _, image in store.records}
+    for kind, patterns, names in zip(("subject", "image"), (include, images), known, strict=True):
+        for pattern in patterns:
+            if not any(matches(name, [pattern]) for name in names):
+                raise UnknownNameError.among(kind, pattern, sorted(names), f"store {store.path}")
+    wanted = [
+        record
+        for (subject, image), record in store.records.items()
+        if matches(subject, include or ["*"])
+        and not matches(subject, exclude)
+        and matches(image, images or ["*"])
+    ]
+    if not wanted:
+        raise UnknownNameError(f"no image of {store.path} fits --include, --exclude and --image")
+    if not destination.name.endswith(nifti.SUFFIXES):
+        return [
+            ExportedImage(record, destination / record.subject / f"{record.image}{suffix}")
+            for record in wanted
+        ]
+    if len(wanted) > 1:
+        raise OptionError(
+            f"{destination} is one file, and {len(wanted)} images are to go there; "
+            f"choose one with --include and --image, or name a folder"
+        )
+    return [ExportedImage(wanted[0], destination)]
+
+
+def export_image(
+    store: Store,
+    record: ImageRecord,
+    path: Path,
+    *,
+    progress: Progress = lambda voxel_bytes: None,
+) -> None:
+    """Write one image, streaming; the file appears whole or not at all."""
+    folder = store.image_path(record)
+    raw_header = read_small_array(folder, schema.RAW_HEADER).tobytes()
+    dtype = np.dtype(np.uint8) if record.rgb else nifti.header_of(raw_header).get_data_dtype()
+    nifti.write_nifti(path, raw_header, _in_file_order(store, record, progress), dtype=dtype)
+
+
+def _in_file_order(store: Store, record: ImageRecord, progress: Progress) -> Iterator[NDArray[Any]]:
+    """The stored voxels as a NIfTI file has them: x fastest, channels slowest unless they are colours."""
+    array = sharded_array(store.image_path(record), record)
+    channels, nz, ny, nx = array.shape
+    together = channels if record.rgb else 1
+    depth = _slab_depth(array.chunks[1], together * ny * nx * array.dtype.itemsize)
+    for c, z in itertools.product(range(0, channels, together), range(0, nz, depth)):
+        stop = (c + together, min(z + depth, nz), ny, nx)
+        voxels = read_regions(array, [(c, z, 0, 0)], [stop])[0]
+        yield np.moveaxis(voxels, 0, -1) if record.rgb else voxels
+        progress(voxels.nbytes)
+
+
+def _slab_depth(chunk_depth: int, plane_bytes: int) -> int:
+    return max(1, SHARD_BYTES // (plane_bytes * chunk_depth)) * chunk_depth

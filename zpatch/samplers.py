@@ -1,0 +1,391 @@
+"""Where patches are taken: on a grid, uniformly, by weight, or by class.
+
+A sampler decides locations; reading voxels is the images' business.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from zpatch.cohort import Subject
+from zpatch.errors import OptionError, SamplingError, UnknownNameError
+from zpatch.geometry import (
+    PatchLocation,
+    Triple,
+    allowed_centres,
+    check_patch_fits,
+    crop_affine,
+    patch_overlap_triple,
+    patch_size_triple,
+)
+from zpatch.grid import PatchGrid
+from zpatch.image import Image, LabelMap
+from zpatch.patch import Patch, PatchImage, to_tensor
+from zpatch.randomness import as_generator
+from zpatch.reader import check_padding_mode
+from zpatch.voxel_index import (
+    ChunkGrid,
+    LabelTable,
+    MassTable,
+    check_weights,
+    draw_centres,
+    read_label_table,
+    read_weight_sums,
+    sum_masses,
+    sum_table,
+)
+
+ENDLESS_GROUP = 16
+
+PatchSize = int | Sequence[int]
+RandomSource = np.random.Generator | int | None
+
+
+def read_patches(
+    subject: Subject,
+    locations: Sequence[PatchLocation],
+    *,
+    padding_mode: str | None = None,
+    fill: float = 0,
+) -> list[Patch]:
+    """The patches of a subject at some locations, each image read as one group."""
+    if not locations:
+        return []
+    voxels = {
+        name: image.read_group(locations, padding_mode=padding_mode, fill=fill)
+        for name, image in subject.images.items()
+    }
+    patches = []
+    for n, location in enumerate(locations):
+        images = {
+            name: PatchImage(
+                to_tensor(voxels[name][n]), crop_affine(image.affine, location.index), image.kind
+            )
+            for name, image in subject.images.items()
+        }
+        patches.append(Patch(images, location, subject.name))
+    return patches
+
+
+class RandomSampler(ABC):
+    """A sampler that draws; ``sampler(subject, num_patches)`` yields patches.
+
+    ``patch_size`` is in voxels, one integer or three (I, J, K), and must fit in the volume.
+    """
+
+    def __init__(self, patch_size: PatchSize) -> None:
+        self.patch_size = patch_size_triple(patch_size)
+
+    def __call__(
+        self, subject: Subject, num_patches: int | None = None, *, rng: RandomSource = None
+    ) -> Iterator[Patch]:
+        """Patches of a subject, endless without a number.
+
+        ``rng`` is a numpy Generator or an integer seed; None draws a fresh one from the system.
+        """
+        generator = as_generator(rng)
+        left = num_patches
+        while left is None or left > 0:
+            group = ENDLESS_GROUP if left is None else min(left, ENDLESS_GROUP)
+            yield from read_patches(subject, self.locations(subject, group, generator))
+            left = None if left is None else left - group
+
+    def locations(self, subject: Subject, num_patches: int, rng: RandomSource = None) -> list[PatchLocation]:
+        """Where the patches of a draw lie: the part without reading any image but the map."""
+        if num_patches < 0:
+            raise OptionError(f"num_patches must be at least 0, not {num_patches}")
+        check_patch_fits(self.patch_size, subject.spatial_shape, subject.name)
+        starts = self._starts(subject, num_patches, as_generator(rng))
+        return [PatchLocation((i, j, k), self.patch_size) for i, j, k in starts.tolist()]
+
+    @abstractmethod
+    def _starts(self, subject: Subject, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        """First voxels (count, 3) of the patches."""
+
+    def _start_of(self, centres: NDArray[np.int64]) -> NDArray[np.int64]:
+        return centres - np.array(self.patch_size) // 2
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(patch_size={self.patch_size})"
+
+
+class UniformSampler(RandomSampler):
+    """Each start from 0 to n - p of each axis is equally likely.
+
+    >>> from zpatch.image import ScalarImage
+    >>> subject = Subject(t1=ScalarImage(np.zeros((8, 8, 8))))
+    >>> [tuple(patch.t1.data.shape) for patch in UniformSampler(4)(subject, 2, rng=0)]
+    [(1, 4, 4, 4), (1, 4, 4, 4)]
+    """
+
+    def _starts(self, subject: Subject, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        allowed = allowed_centres(subject.spatial_shape, self.patch_size)
+        return rng.integers(0, allowed.size, size=(count, 3))
+
+
+class WeightedSampler(RandomSampler):
+    """P(centre = v) is proportional to the value at v of the image ``probability_map``.
+
+    Centres are those voxels around which the whole patch fits: all but the first ``p // 2`` and the last
+    ``(p - 1) // 2`` of each axis. Negative, NaN or all-zero maps are a SamplingError.
+    """
+
+    def __init__(self, patch_size: PatchSize, probability_map: str) -> None:
+        super().__init__(patch_size)
+        self.probability_map = probability_map
+
+    def _starts(self, subject: Subject, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        image = subject[self.probability_map]
+        where = f"the map {self.probability_map!r} of subject {subject.name!r}"
+        if image.num_channels != 1:
+            raise SamplingError(f"{where} has {image.num_channels} channels; a map has one")
+        grid = _chunk_grid(image)
+
+        def read_masses(box: PatchLocation) -> NDArray[Any]:
+            weights = image.read(box)[0]
+            check_weights(weights, where)
+            return weights
+
+        sums = read_weight_sums(image.folder) if image.kind == "sampling" and image.folder else None
+        table = sum_masses(grid, read_masses) if sums is None else sum_table(sums)
+        allowed = allowed_centres(subject.spatial_shape, self.patch_size)
+        if not table.mass.sum() > 0:
+            raise SamplingError(f"{where} is zero everywhere; nothing can be drawn from it")
+        centres = draw_centres(table, count, grid=grid, allowed=allowed, read_masses=read_masses, rng=rng)
+        if centres is None:
+            raise SamplingError(
+                f"{where} is zero wherever a patch of {self.patch_size} fits; all of its weight lies "
+                f"in the border; use a smaller patch_size"
+            )
+        return self._start_of(centres)
+
+    def __repr__(self) -> str:
+        return f"WeightedSampler(patch_size={self.patch_size}, probability_map={self.probability_map!r})"
+
+
+class LabelSampler(RandomSampler):
+    """The class of a patch's centre is drawn first, then the centre among that class's voxels.
+
+    A class has probability ``label_probabilities[c] / sum`` over the classes present among the allowed
+    centres (those of WeightedSampler). None means every non-zero value as one class. In a label map of
+    several channels the keys are channel numbers, and a channel is present where it is not zero.
+    ``label_name=None`` takes the subject's first label map.
+    """
+
+    def __init__(
+        self,
+        patch_size: PatchSize,
+        label_name: str | None = None,
+        label_probabilities: Mapping[int, float] | None = None,
+    ) -> None:
+        super().__init__(patch_size)
+        self.label_name = label_name
+        if label_probabilities is not None:
+            _check_probabilities(label_probabilities)
+        self.label_probabilities = label_probabilities and dict(label_probabilities)
+
+    def _starts(self, subject: Subject, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        name, image = self._label_map(subject)
+        classes = _Classes(image)
+        allowed = allowed_centres(subject.spatial_shape, self.patch_size)
+        wanted = self.label_probabilities or {None: 1.0}
+        left = {c: float(p) for c, p in wanted.items() if p > 0 and classes.has(c)}
+        centres = np.empty((count, 3), dtype=np.int64)
+        pending = np.arange(count)
+        while pending.size and left:
+            shares = np.array(list(left.values())) / sum(left.values())
+            drawn = rng.choice(len(left), size=pending.size, p=shares)
+            missed = []
+            for number, label in enumerate(list(left)):
+                mine = pending[drawn == number]
+                found = classes.draw(label, len(mine), allowed, rng)
+                if found is None:
+                    del left[label]
+                    missed.append(mine)
+                else:
+                    centres[mine] = found
+            pending = np.concatenate(missed) if missed else pending[:0]
+        if pending.size:
+            raise SamplingError(
+                f"no voxel of the wanted classes ({self._wanted()}) of {name!r} of subject "
+                f"{subject.name!r} can be the centre of a patch of {self.patch_size}; "
+                f"use a smaller patch_size or other label_probabilities"
+            )
+        return self._start_of(centres)
+
+    def _wanted(self) -> str:
+        if self.label_probabilities is None:
+            return "all but 0"
+        return ", ".join(str(c) for c, p in self.label_probabilities.items() if p > 0)
+
+    def _label_map(self, subject: Subject) -> tuple[str, Image]:
+        if self.label_name is not None:
+            return self.label_name, subject[self.label_name]
+        for name, image in subject.images.items():
+            if isinstance(image, LabelMap):
+                return name, image
+        raise UnknownNameError(
+            f"subject {subject.name!r} has no label map (it has: {', '.join(subject.images)}); "
+            f"say label_name="
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"LabelSampler(patch_size={self.patch_size}, label_name={self.label_name!r}, "
+            f"label_probabilities={self.label_probabilities})"
+        )
+
+
+def _check_probabilities(probabilities: Mapping[int, float]) -> None:
+    values = np.array(list(probabilities.values()), dtype=np.float64)
+    if not np.isfinite(values).all() or (values < 0).any() or not values.sum() > 0:
+        raise OptionError(
+            f"label_probabilities must be at least 0, finite, and not all 0: {dict(probabilities)}"
+        )
+
+
+class _Classes:
+    """The classes of a label map: their tables of voxels per chunk, and the draw from one."""
+
+    def __init__(self, image: Image) -> None:
+        self._image = image
+        self._grid = _chunk_grid(image)
+        stored = image.kind == "label" and image.folder
+        self._table: LabelTable | None = read_label_table(image.folder) if stored else None  # type: ignore[arg-type]
+        self._masses: dict[int | None, MassTable] = {}
+
+    def has(self, label: int | None) -> bool:
+        return bool(self._mass(label).mass.sum() > 0)
+
+    def draw(
+        self, label: int | None, count: int, allowed: PatchLocation, rng: np.random.Generator
+    ) -> NDArray[np.int64] | None:
+        return draw_centres(
+            self._mass(label),
+            count,
+            grid=self._grid,
+            allowed=allowed,
+            read_masses=lambda box: self._members(label, box),
+            rng=rng,
+        )
+
+    def _mass(self, label: int | None) -> MassTable:
+        if label not in self._masses:
+            self._masses[label] = self._make_mass(label)
+        return self._masses[label]
+
+    def _make_mass(self, label: int | None) -> MassTable:
+        one_channel = self._image.num_channels == 1
+        if self._table is None or (label is None and not one_channel):
+            return sum_masses(self._grid, lambda box: self._members(label, box))
+        values = [v for v in self._table.values.tolist() if v != 0] if label is None else [label]
+        return self._table.table(values, len(self._grid))
+
+    def _members(self, label: int | None, box: PatchLocation) -> NDArray[np.bool_]:
+        """Which voxels (I, J, K) of a box belong to a class."""
+        voxels = self._image.read(box)
+        if label is None:
+            return np.asarray((voxels != 0).any(axis=0))
+        if self._image.num_channels > 1:
+            if not 0 <= label < self._image.num_channels:
+                return np.zeros(box.size, dtype=bool)
+            return np.asarray(voxels[label] != 0)
+        return np.asarray(voxels[0] == label)
+
+
+def _chunk_grid(image: Image) -> ChunkGrid:
+    i, j, k = (min(n, c) for n, c in zip(image.spatial_shape, image.source.chunk_shape, strict=True))
+    return ChunkGrid(image.spatial_shape, (i, j, k))
+
+
+class GridSampler(torch.utils.data.Dataset[Patch]):
+    """All patches of a regular grid, as a map-style dataset; lexicographic order, I slowest.
+
+    Starts on each axis are ``range(0, n - p + 1, p - o)``, and a last patch flush with the border where
+    needed. ``padding_mode`` (constant with ``fill``, edge, reflect, symmetric, wrap: as numpy.pad) pads
+    ``patch_overlap // 2`` voxels on each side and small volumes up to the patch, without copying
+    anything; locations stay in the volume's own frame, so padding starts below 0. Without a subject it
+    is a template, for a queue.
+
+    >>> from zpatch.image import ScalarImage
+    >>> grid = GridSampler(Subject(t1=ScalarImage(np.zeros((10, 10, 10)))), patch_size=4, patch_overlap=2)
+    >>> len(grid), grid[0].location.index, grid[63].location.index
+    (64, (0, 0, 0), (6, 6, 6))
+    """
+
+    def __init__(
+        self,
+        subject: Subject | None = None,
+        patch_size: PatchSize | None = None,
+        patch_overlap: PatchSize = 0,
+        padding_mode: str | None = None,
+        fill: float = 0,
+    ) -> None:
+        if patch_size is None:
+            raise OptionError("patch_size is missing; say GridSampler(subject, patch_size=64)")
+        self.patch_size = patch_size_triple(patch_size)
+        self.patch_overlap = patch_overlap_triple(patch_overlap, self.patch_size)
+        check_padding_mode(padding_mode)
+        self.padding_mode = padding_mode
+        self.fill = fill
+        self.subject = subject
+        self._grid = None if subject is None else self.grid_of(subject)
+
+    def grid_of(self, subject: Subject) -> PatchGrid:
+        """The grid over a subject."""
+        if self.padding_mode is None:
+            check_patch_fits(self.patch_size, subject.spatial_shape, subject.name)
+        return PatchGrid.over(
+            subject.spatial_shape,
+            self.patch_size,
+            self.patch_overlap,
+            border=self.padding_mode is not None,
+        )
+
+    @property
+    def grid(self) -> PatchGrid:
+        """The grid over the sampler's own subject."""
+        if self._grid is None:
+            raise OptionError("this GridSampler is a template without a subject; give it one")
+        return self._grid
+
+    def read(self, subject: Subject, locations: Sequence[PatchLocation]) -> list[Patch]:
+        """The patches at some of the grid's locations, padded where they reach over the border."""
+        return read_patches(subject, locations, padding_mode=self.padding_mode, fill=self.fill)
+
+    def __call__(self, subject: Subject) -> Iterator[Patch]:
+        """All patches of a subject, in order."""
+        return iter(GridSampler(subject, self.patch_size, self.patch_overlap, self.padding_mode, self.fill))
+
+    @property
+    def locations(self) -> list[PatchLocation]:
+        """Where the patches lie."""
+        return list(self.grid.locations())
+
+    def __len__(self) -> int:
+        return len(self.grid)
+
+    def __getitem__(self, index: int) -> Patch:
+        grid = self.grid
+        if not -len(grid) <= index < len(grid):
+            raise IndexError(f"patch {index} of a grid of {len(grid)} patches")
+        assert self.subject is not None
+        return self.read(self.subject, [grid.location(index % len(grid))])[0]
+
+    def __iter__(self) -> Iterator[Patch]:
+        return (self[n] for n in range(len(self)))
+
+    def __repr__(self) -> str:
+        return (
+            f"GridSampler(patch_size={self.patch_size}, patch_overlap={self.patch_overlap}, "
+            f"padding_mode={self.padding_mode!r})"
+        )
+
+
+PatchSampler = RandomSampler | GridSampler

@@ -1,0 +1,360 @@
+"""Which chunks of a map hold what: an index from which voxels are drawn exactly, without reading the map.
+
+A voxel with probability proportional to its mass: draw a chunk by the index's sums, read that one
+chunk, draw a voxel in it by its masses. A centre must also lie where the whole patch fits. Centres outside
+that box are rejected and drawn again, which leaves exactly the conditional distribution; after many
+rejections the part of the sums inside the box is counted instead, and drawn from directly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zpatch.errors import SamplingError
+from zpatch.geometry import PatchLocation, Triple
+from zpatch.grid import chunk_counts
+from zpatch.schema import INDEX, ImageRecord, Json, padded_to_4d
+from zpatch.store import read_small_array
+
+MAX_REJECTIONS = 32
+MIN_INTERIOR_SHARE = 0.05
+
+Masses = NDArray[Any]
+ReadMasses = Callable[[PatchLocation], Masses]
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkGrid:
+    """The spatial chunks of a map, numbered in C order of (z, y, x); shapes are (I, J, K)."""
+
+    spatial_shape: Triple
+    chunk_shape: Triple
+
+    @property
+    def counts(self) -> Triple:
+        """Number of chunks along I, J, K."""
+        i, j, k = chunk_counts(self.spatial_shape, self.chunk_shape)
+        return i, j, k
+
+    def __len__(self) -> int:
+        i, j, k = self.counts
+        return i * j * k
+
+    def origins(self, chunks: NDArray[np.int64]) -> NDArray[np.int64]:
+        """First voxels (n, 3) of some chunks."""
+        k, j, i = np.unravel_index(chunks, self.counts[::-1])
+        return np.stack([i, j, k], axis=1) * np.array(self.chunk_shape)
+
+    def box(self, chunk: int) -> PatchLocation:
+        """The voxels of a chunk, clipped to the map."""
+        i, j, k = self.origins(np.array([chunk]))[0].tolist()
+        return PatchLocation((i, j, k), self.chunk_shape).clipped(self.spatial_shape)
+
+    def boxes(self) -> Iterator[PatchLocation]:
+        """All chunks in order."""
+        return (self.box(chunk) for chunk in range(len(self)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MassTable:
+    """The mass of one class (voxels) or one map (weights) in each chunk that has any."""
+
+    chunk_id: NDArray[np.int64]
+    mass: NDArray[np.float64]
+
+    def select(self, keep: NDArray[np.bool_]) -> MassTable:
+        """Some of the chunks."""
+        return MassTable(self.chunk_id[keep], self.mass[keep])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LabelTable:
+    """A label index: for each value (or channel), which chunks hold it and how many voxels each.
+
+    A compressed sparse row table: row ``r`` is value ``values[r]``, in the entries ``row_start[r]`` to
+    ``row_start[r + 1]`` of ``chunk_id`` and ``count``. Chunks are those of the stored array in C order,
+    the channel axis included.
+    """
+
+    values: NDArray[np.int64]
+    row_start: NDArray[np.int64]
+    chunk_id: NDArray[np.int64]
+    count: NDArray[np.int64]
+
+    def voxel_counts(self) -> dict[int, int]:
+        """How many voxels each value has in the whole map."""
+        totals = np.add.reduceat(self.count, self.row_start[:-1]) if self.count.size else []
+        return dict(zip(self.values.tolist(), map(int, totals), strict=True))
+
+    def table(self, values: list[int], spatial_chunks: int) -> MassTable:
+        """The voxels of some values together."""
+        rows = [slice(*self.row_start[r : r + 2]) for r in np.flatnonzero(np.isin(self.values, values))]
+        chunks = [self.chunk_id[row] % spatial_chunks for row in rows]
+        counts = [self.count[row] for row in rows]
+        if not rows:
+            return MassTable(np.zeros(0, np.int64), np.zeros(0))
+        chunk_id, inverse = np.unique(np.concatenate(chunks), return_inverse=True)
+        return MassTable(chunk_id, np.bincount(inverse, np.concatenate(counts)))
+
+
+class IndexBuilder:
+    """Builds the index of an image from its voxels as they stream past; of a plain image, nothing."""
+
+    def __init__(self, record: ImageRecord, where: str) -> None:
+        self._record = record
+        self._where = where
+        self._chunks = padded_to_4d(record.chunks)
+        self._grid = chunk_counts(record.shape_czyx, self._chunks)
+
+    def update(self, voxels: NDArray[Any], first: tuple[int, int, int, int]) -> None:
+        """Take in a box (c, z, y, x) of whole chunks whose first voxel lies at ``first``."""
+        corner = np.floor_divide(first, self._chunks)
+        for position in np.ndindex(chunk_counts(voxels.shape, self._chunks)):
+            box = tuple(slice(p * c, (p + 1) * c) for p, c in zip(position, self._chunks, strict=True))
+            chunk = np.ravel_multi_index(tuple(corner + position), self._grid)
+            self._add_chunk(int(chunk), voxels[box])
+
+    def _add_chunk(self, chunk: int, voxels: NDArray[Any]) -> None:
+        """Take in one chunk."""
+
+    def tables(self) -> dict[str, NDArray[Any]]:
+        """The index as tables to store."""
+        return {}
+
+    def statistics(self) -> Json:
+        """What the index adds to the image's statistics."""
+        return {}
+
+
+class _NoIndex(IndexBuilder):
+    """The builder of an image that needs no index."""
+
+    def update(self, voxels: NDArray[Any], first: tuple[int, int, int, int]) -> None:
+        """Nothing is to be learnt."""
+
+
+class LabelIndexBuilder(IndexBuilder):
+    """Counts each value in each chunk; of a map of several channels, what is not zero in each."""
+
+    def __init__(self, record: ImageRecord, where: str) -> None:
+        super().__init__(record, where)
+        self._rows: dict[int, tuple[list[int], list[int]]] = {}
+
+    def _add_chunk(self, chunk: int, voxels: NDArray[Any]) -> None:
+        if self._grid[0] > 1:
+            spatial_chunks = self._grid[1] * self._grid[2] * self._grid[3]
+            if present := int(np.count_nonzero(voxels)):
+                self._add(chunk // spatial_chunks, chunk, present)
+            return
+        for value, count in zip(*_value_counts(voxels), strict=True):
+            self._add(round(value * self._record.slope + self._record.inter), chunk, count)
+
+    def _add(self, value: int, chunk: int, count: int) -> None:
+        chunks, counts = self._rows.setdefault(value, ([], []))
+        chunks.append(chunk)
+        counts.append(count)
+
+    def table(self) -> LabelTable:
+        """The index of all slabs."""
+        values = sorted(self._rows)
+        columns = [self._rows[value] for value in values]
+        starts = np.cumsum([0, *(len(chunks) for chunks, _ in columns)])
+        ids = np.array([c for chunks, _ in columns for c in chunks], dtype=np.int64)
+        counts = np.array([c for _, counts in columns for c in counts], dtype=np.int64)
+        return LabelTable(np.array(values, dtype=np.int64), starts.astype(np.int64), ids, counts)
+
+    def tables(self) -> dict[str, NDArray[Any]]:
+        table = self.table()
+        return {
+            "values": table.values,
+            "row_start": table.row_start,
+            "chunk_id": table.chunk_id,
+            "count": table.count,
+        }
+
+    def statistics(self) -> Json:
+        counts = self.table().voxel_counts()
+        return {"labels": {str(value): count for value, count in counts.items()}}
+
+
+def _value_counts(voxels: NDArray[Any]) -> tuple[list[int], list[int]]:
+    if voxels.dtype.itemsize <= 2 and voxels.dtype.kind == "u":
+        counts = np.bincount(voxels.reshape(-1))
+        values = np.flatnonzero(counts)
+        return values.tolist(), counts[values].tolist()
+    values, counts = np.unique(voxels, return_counts=True)
+    return values.tolist(), counts.tolist()
+
+
+class WeightIndexBuilder(IndexBuilder):
+    """Sums the weights of each chunk."""
+
+    def __init__(self, record: ImageRecord, where: str) -> None:
+        super().__init__(record, where)
+        if self._grid[0] > 1:
+            raise SamplingError(f"{where}: a sampling map has one channel, not {self._grid[0]}")
+        self._sums = np.zeros(math.prod(self._grid))
+
+    def _add_chunk(self, chunk: int, voxels: NDArray[Any]) -> None:
+        weights = voxels * np.float64(self._record.slope) + self._record.inter
+        check_weights(weights, self._where)
+        self._sums[chunk] = weights.sum()
+
+    def tables(self) -> dict[str, NDArray[Any]]:
+        return {"sum": self._sums}
+
+
+_BUILDERS: dict[str, type[IndexBuilder]] = {
+    "scalar": _NoIndex,
+    "label": LabelIndexBuilder,
+    "sampling": WeightIndexBuilder,
+}
+
+
+def index_builder(record: ImageRecord, where: str) -> IndexBuilder:
+    """The builder that an image of that kind needs; ``where`` names its file in errors."""
+    return _BUILDERS[record.kind](record, where)
+
+
+def sum_table(sums: NDArray[np.float64]) -> MassTable:
+    """The table of a weight index: one sum for each chunk in order."""
+    chunk_id = np.flatnonzero(sums)
+    return MassTable(chunk_id, sums[chunk_id])
+
+
+def sum_masses(grid: ChunkGrid, read_masses: ReadMasses) -> MassTable:
+    """Build a table by reading a map chunk by chunk."""
+    return sum_table(np.array([read_masses(box).sum(dtype=np.float64) for box in grid.boxes()]))
+
+
+def check_weights(weights: NDArray[Any], where: str) -> None:
+    """Refuse weights that are no weights."""
+    if not np.isfinite(weights).all():
+        raise SamplingError(f"{where} holds NaN or infinite weights; a sampling map must be finite")
+    if (weights < 0).any():
+        raise SamplingError(f"{where} holds negative weights; a sampling map must be at least 0")
+
+
+def draw_centres(
+    table: MassTable,
+    count: int,
+    *,
+    grid: ChunkGrid,
+    allowed: PatchLocation,
+    read_masses: ReadMasses,
+    rng: np.random.Generator,
+) -> NDArray[np.int64] | None:
+    """Draw ``count`` voxels inside ``allowed`` with probability proportional to their mass.
+
+    ``read_masses`` gives the masses (I, J, K) of a chunk's box: counts, or booleans for voxels that are
+    alike. Returns (count, 3), or None where no allowed voxel has any mass.
+    """
+    table, interior = _within_reach(table, grid, allowed)
+    centres = np.empty((count, 3), dtype=np.int64)
+    pending = np.arange(count)
+    if interior.sum() >= MIN_INTERIOR_SHARE * table.mass.sum():
+        for _ in range(MAX_REJECTIONS):
+            if not pending.size:
+                return centres
+            drawn = _draw_by_chunk(table, pending.size, grid, grid_box(grid), read_masses, rng)
+            inside = (drawn >= allowed.index_ini).all(1) & (drawn < allowed.index_fin).all(1)
+            centres[pending[inside]] = drawn[inside]
+            pending = pending[~inside]
+    if pending.size:
+        exact = _counted_inside(table, interior > 0, grid, allowed, read_masses)
+        if not exact.mass.sum() > 0:
+            return None
+        centres[pending] = _draw_by_chunk(exact, pending.size, grid, allowed, read_masses, rng)
+    return centres
+
+
+def grid_box(grid: ChunkGrid) -> PatchLocation:
+    """The whole map."""
+    return PatchLocation((0, 0, 0), grid.spatial_shape)
+
+
+def _within_reach(
+    table: MassTable, grid: ChunkGrid, allowed: PatchLocation
+) -> tuple[MassTable, NDArray[np.float64]]:
+    """The chunks that have any allowed voxel, and the mass of those that are allowed as a whole."""
+    first = grid.origins(table.chunk_id)
+    stop = np.minimum(first + grid.chunk_shape, grid.spatial_shape)
+    reached = ((first < allowed.index_fin) & (stop > allowed.index_ini)).all(1)
+    whole = ((first >= allowed.index_ini) & (stop <= allowed.index_fin)).all(1)
+    return table.select(reached), (table.mass * whole)[reached]
+
+
+def _counted_inside(
+    table: MassTable,
+    whole: NDArray[np.bool_],
+    grid: ChunkGrid,
+    allowed: PatchLocation,
+    read_masses: ReadMasses,
+) -> MassTable:
+    mass = table.mass.copy()
+    for entry in np.flatnonzero(~whole).tolist():
+        box = grid.box(int(table.chunk_id[entry]))
+        mass[entry] = _inside(read_masses(box), box, allowed).sum(dtype=np.float64)
+    return MassTable(table.chunk_id, mass).select(mass > 0)
+
+
+def _inside(masses: Masses, box: PatchLocation, allowed: PatchLocation) -> Masses:
+    """The part of a chunk's masses that lies in the allowed box."""
+    bounds = zip(box.index, box.size, allowed.index_ini, allowed.index_fin, strict=True)
+    return masses[tuple(slice(max(a - f, 0), max(min(b - f, n), 0)) for f, n, a, b in bounds)]
+
+
+def _draw_by_chunk(
+    table: MassTable,
+    count: int,
+    grid: ChunkGrid,
+    allowed: PatchLocation,
+    read_masses: ReadMasses,
+    rng: np.random.Generator,
+) -> NDArray[np.int64]:
+    """Voxels by mass; each chunk that is needed is read once."""
+    cumulative = np.cumsum(table.mass)
+    picks = np.searchsorted(cumulative, rng.random(count) * cumulative[-1], side="right")
+    picks = np.minimum(picks, len(cumulative) - 1)
+    drawn = np.empty((count, 3), dtype=np.int64)
+    for entry in np.unique(picks).tolist():
+        mine = np.flatnonzero(picks == entry)
+        box = grid.box(int(table.chunk_id[entry]))
+        masses = _inside(read_masses(box), box, allowed)
+        corner = np.maximum(box.index, allowed.index_ini)
+        drawn[mine] = corner + _draw_voxels(masses, len(mine), rng)
+    return drawn
+
+
+def _draw_voxels(masses: Masses, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    flat = masses.T.reshape(-1)
+    if flat.dtype == np.bool_:
+        hits = np.flatnonzero(flat)
+        chosen = hits[rng.integers(0, len(hits), count)]
+    else:
+        cumulative = np.cumsum(flat, dtype=np.float64)
+        chosen = np.searchsorted(cumulative, rng.random(count) * cumulative[-1], side="right")
+        chosen = np.minimum(chosen, np.flatnonzero(flat)[-1])
+    k, j, i = np.unravel_index(chosen, masses.T.shape)
+    return np.stack([i, j, k], axis=1)
+
+
+def read_label_table(folder: Path) -> LabelTable:
+    """The label index of a stored image."""
+    index = folder / INDEX
+    values, row_start, chunk_id, count = (
+        read_small_array(index, name) for name in ("values", "row_start", "chunk_id", "count")
+    )
+    return LabelTable(values, row_start, chunk_id, count)
+
+
+def read_weight_sums(folder: Path) -> NDArray[np.float64]:
+    """The weight index of a stored sampling map: the sum of weights of each chunk, in order."""
+    return read_small_array(folder / INDEX, "sum")
