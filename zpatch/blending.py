@@ -46,40 +46,39 @@ def window(mode: str, patch_length: int) -> NDArray[np.float64]:
     return np.ones(patch_length)
 
 
-def kept_by_crop(
-    start: int, patch_length: int, overlap: int, axis_start: int, axis_stop: int
-) -> tuple[int, int]:
-    """What ``crop`` keeps of a patch, relative to its start: half the overlap is cut from each side,
-    except at the edges of the volume, which ends at ``axis_start`` and ``axis_stop``."""
+def kept_by_crop(start: int, stop: int, overlap: int, axis_start: int, axis_stop: int) -> tuple[int, int]:
+    """What ``crop`` keeps of a patch on one axis, as first voxel and stop: half the overlap is cut from
+    each side, except at the edges of the volume, which ends at ``axis_start`` and ``axis_stop``."""
     half = overlap // 2
-    first = 0 if start <= axis_start else half
-    last = patch_length if start + patch_length >= axis_stop else patch_length - half
+    first = start if start <= axis_start else start + half
+    last = stop if stop >= axis_stop else stop - half
     return first, last
 
 
 def partition_of_unity(
-    mode: str, starts: NDArray[np.int64], patch_length: int, overlap: int
-) -> NDArray[np.float64]:
-    """Weights ``(number of patches, patch_length)`` of all patches on one axis.
+    mode: str, starts: NDArray[np.int64], stops: NDArray[np.int64], overlap: int
+) -> list[NDArray[np.float64]]:
+    """The weights of all patches on one axis; patch ``i`` covers ``[starts[i], stops[i])``.
 
-    ``starts`` ascend, and the patches leave no gap. Each voxel's weights sum to one; where only one
-    patch covers a voxel its weight is exactly 1.
+    Starts ascend, and the patches leave no gap. Each voxel's weights sum to one; where only one patch
+    covers a voxel its weight is exactly 1.
 
-    >>> partition_of_unity("average", np.array([0, 2]), 4, 2)
-    array([[1. , 1. , 0.5, 0.5],
-           [0.5, 0.5, 1. , 1. ]])
+    >>> partition_of_unity("average", np.array([0, 2]), np.array([4, 6]), 2)
+    [array([1. , 1. , 0.5, 0.5]), array([0.5, 0.5, 1. , 1. ])]
     """
-    voxels = (starts - starts[0])[:, None] + np.arange(patch_length)
+    origin, length = int(starts[0]), int(stops.max() - starts[0])
+    spans = [slice(a - origin, b - origin) for a, b in zip(starts, stops, strict=True)]
     if mode == "crop":
-        return _last_keeper(voxels, patch_length, overlap)
-    weights = np.broadcast_to(window(mode, patch_length), voxels.shape)
-    totals = np.bincount(voxels.ravel(), weights.ravel())
-    return np.asarray(weights / totals[voxels])
+        return _last_keeper(spans, length, overlap)
+    totals = np.zeros(length)
+    windows = [window(mode, span.stop - span.start) for span in spans]
+    for span, weights in zip(spans, windows, strict=True):
+        totals[span] += weights
+    return [weights / totals[span] for span, weights in zip(spans, windows, strict=True)]
 
 
-def _last_keeper(voxels: NDArray[np.int64], patch_length: int, overlap: int) -> NDArray[np.float64]:
-    owner = np.full(voxels.max() + 1, -1)
-    for i, first_voxel in enumerate(voxels[:, 0].tolist()):
-        a, b = kept_by_crop(first_voxel, patch_length, overlap, 0, len(owner))
-        owner[first_voxel + a : first_voxel + b] = i
-    return (owner[voxels] == np.arange(len(voxels))[:, None]).astype(np.float64)
+def _last_keeper(spans: list[slice], length: int, overlap: int) -> list[NDArray[np.float64]]:
+    owner = np.full(length, -1)
+    for patch, span in enumerate(spans):
+        owner[slice(*kept_by_crop(span.start, span.stop, overlap, 0, length))] = patch
+    return [(owner[span] == patch).astype(np.float64) for patch, span in enumerate(spans)]

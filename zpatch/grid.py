@@ -126,14 +126,16 @@ class PatchGrid:
 class AxisTiles:
     """One axis of a grid cut into tiles, each of which is final when its patches have arrived.
 
-    Tile ``t`` is ``[edges[t], edges[t + 1])`` and awaits ``awaited[t]`` patches. Patch ``i`` has
-    non-zero weights ``weights[i]`` on ``[first[i], stop[i])`` only, and hits the tiles from
-    ``first_tile[i]`` up to ``stop_tile[i]``. Where a tile lies between neighbouring patch borders the
-    same patches cover all of it; borders closer than 16 voxels are merged.
+    Tile ``t`` is ``[edges[t], edges[t + 1])`` and awaits ``awaited[t]`` patches. Patch ``i`` covers
+    ``[starts[i], stops[i])``, has non-zero weights ``weights[i]`` on ``[first[i], stop[i])`` only, and hits
+    the tiles from ``first_tile[i]`` up to ``stop_tile[i]``. Where a tile lies between neighbouring patch
+    borders the same patches cover all of it; borders closer than 16 voxels are merged.
     """
 
     edges: NDArray[np.int64]
     awaited: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    stops: NDArray[np.int64]
     first: NDArray[np.int64]
     stop: NDArray[np.int64]
     first_tile: NDArray[np.int64]
@@ -148,14 +150,25 @@ class AxisTiles:
         patch_length: int,
         overlap: int,
         axis_length: int,
+        *,
+        output_length: int | None = None,
     ) -> AxisTiles:
-        """Tiles of the volume's own extent ``[0, axis_length)``."""
-        weights = blending.partition_of_unity(mode, starts, patch_length, overlap)
-        outside = starts[:, None] + np.arange(patch_length)
-        weights[(outside < 0) | (outside >= axis_length)] = 0
-        inside = weights > 0
-        first = starts + inside.argmax(axis=1)
-        stop = starts + patch_length - inside[:, ::-1].argmax(axis=1)
+        """Tiles of the volume's own extent ``[0, axis_length)``.
+
+        With an ``output_length`` everything is told on an axis of that many voxels instead: the ends of
+        patches are scaled and rounded alike, so that no gap and no overlap arises.
+        """
+        length = axis_length if output_length is None else output_length
+        ends = np.stack([starts, starts + patch_length])
+        if length != axis_length:
+            ends = np.floor(ends * (length / axis_length) + 0.5).astype(np.int64)
+        weights = blending.partition_of_unity(mode, ends[0], ends[1], overlap * length // axis_length)
+        inside = [
+            np.flatnonzero((w > 0) & (v >= 0) & (v < length))
+            for w, v in zip(weights, map(np.arange, *ends), strict=True)
+        ]
+        first = ends[0] + [kept[0] for kept in inside]
+        stop = ends[0] + [kept[-1] + 1 for kept in inside]
         edges = _merge_close(np.unique(np.concatenate([first, stop])), MIN_TILE_VOXELS)
         first_tile = np.searchsorted(edges, first, side="right") - 1
         stop_tile = np.searchsorted(edges, stop, side="left")
@@ -163,15 +176,16 @@ class AxisTiles:
         np.add.at(awaited, first_tile, 1)
         np.add.at(awaited, stop_tile, -1)
         return cls(
-            edges,
-            np.cumsum(awaited)[:-1],
-            first,
-            stop,
-            first_tile,
-            stop_tile,
-            tuple(
-                np.ascontiguousarray(w[a:b], dtype=np.float32)
-                for w, a, b in zip(weights, first - starts, stop - starts, strict=True)
+            edges=edges,
+            awaited=np.cumsum(awaited)[:-1],
+            starts=ends[0],
+            stops=ends[1],
+            first=first,
+            stop=stop,
+            first_tile=first_tile,
+            stop_tile=stop_tile,
+            weights=tuple(
+                w[kept[0] : kept[-1] + 1].astype(np.float32) for w, kept in zip(weights, inside, strict=True)
             ),
         )
 

@@ -47,6 +47,10 @@ MAX_HEADER_BYTES = 64 * 2**20
 _GZIP_MAGIC = b"\x1f\x8b"
 _NIFTI1_BYTES, _NIFTI2_BYTES = 348, 540
 _EXTENSION_FLAG_BYTES = 4
+_GEOMETRY_FIELDS = (
+    *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+    *("sform_code", "srow_x", "srow_y", "srow_z", "xyzt_units"),
+)
 _TIME_UNITS = ("sec", "msec", "usec")
 
 
@@ -316,19 +320,35 @@ def _is_nifti2(raw_header: bytes) -> bool:
     return _NIFTI2_BYTES in sizes
 
 
-def make_header(spatial_shape: Triple, channels: int, dtype: np.dtype[Any], affine: Affine) -> bytes:
-    """A raw header for an image that never was a NIfTI file; NIfTI-2 where a side is over 32,767."""
+def make_header(
+    spatial_shape: Triple,
+    channels: int,
+    dtype: np.dtype[Any],
+    affine: Affine,
+    *,
+    like: bytes | None = None,
+) -> bytes:
+    """A raw header for an image that was no NIfTI file; NIfTI-2 where a side is over 32,767 voxels.
+
+    ``like`` is the raw header of an image on the same grid, whose sform, qform and units are taken over.
+    """
     dims = (*spatial_shape, channels) if channels > 1 else spatial_shape
     kind = nib.Nifti2Header if max(dims) > np.iinfo(np.int16).max else nib.Nifti1Header
     header = kind()
     header.set_data_dtype(dtype)
     header.set_data_shape(dims)
-    header.set_sform(affine, code="scanner")
-    with contextlib.suppress(HeaderDataError):  # a sheared affine has no qform
-        header.set_qform(affine, code="scanner")
-    header.set_xyzt_units("mm")
-    header["vox_offset"] = _NIFTI2_BYTES + 4 if kind is nib.Nifti2Header else _NIFTI1_BYTES + 4
-    header["magic"] = b"n+2" if kind is nib.Nifti2Header else b"n+1"
+    if like is None:
+        header.set_sform(affine, code="scanner")
+        with contextlib.suppress(HeaderDataError):  # a sheared affine has no qform
+            header.set_qform(affine, code="scanner", strip_shears=False)
+        header.set_xyzt_units("mm")
+    else:
+        source = header_of(like)
+        for name in _GEOMETRY_FIELDS:
+            header[name] = source[name]
+        header["pixdim"][:4] = source["pixdim"][:4]
+    header["vox_offset"] = header.single_vox_offset
+    header["magic"] = header.single_magic
     header["scl_slope"], header["scl_inter"] = 1, 0
     return bytes(header.binaryblock) + bytes(_EXTENSION_FLAG_BYTES)
 

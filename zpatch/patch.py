@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -41,9 +41,14 @@ class PatchImage:
 
 
 class _ByName:
-    """Access to images by attribute and by item."""
+    """Images by attribute and by item."""
 
     images: Mapping[str, PatchImage]
+
+    def map_data(self, fn: Callable[[Any], Any]) -> Self:
+        """The same with ``fn`` applied to the data of each image."""
+        images = {name: replace(image, data=fn(image.data)) for name, image in self.images.items()}
+        return replace(self, images=images)  # type: ignore[type-var]
 
     def __getitem__(self, name: str) -> PatchImage:
         try:
@@ -91,11 +96,6 @@ class PatchBatch(_ByName):
 
     def __len__(self) -> int:
         return len(self.patch_location)
-
-    def map_tensors(self, fn: Any) -> PatchBatch:
-        """The batch with ``fn`` applied to the data of each image."""
-        images = {name: replace(image, data=fn(image.data)) for name, image in self.images.items()}
-        return replace(self, images=images)
 
 
 def collate(patches: Sequence[Patch]) -> PatchBatch:

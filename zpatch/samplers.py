@@ -5,6 +5,7 @@ A sampler decides locations; reading voxels is the images' business.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -41,7 +42,7 @@ from zpatch.voxel_index import (
     sum_table,
 )
 
-ENDLESS_GROUP = 16
+READ_TOGETHER = 16
 
 PatchSize = int | Sequence[int]
 RandomSource = np.random.Generator | int | None
@@ -92,7 +93,7 @@ class RandomSampler(ABC):
         generator = as_generator(rng)
         left = num_patches
         while left is None or left > 0:
-            group = ENDLESS_GROUP if left is None else min(left, ENDLESS_GROUP)
+            group = READ_TOGETHER if left is None else min(left, READ_TOGETHER)
             yield from read_patches(subject, self.locations(subject, group, generator))
             left = None if left is None else left - group
 
@@ -379,7 +380,10 @@ class GridSampler(torch.utils.data.Dataset[Patch]):
         return self.read(self.subject, [grid.location(index % len(grid))])[0]
 
     def __iter__(self) -> Iterator[Patch]:
-        return (self[n] for n in range(len(self)))
+        assert self.subject is not None or self.grid
+        locations = self.grid.locations()
+        while group := list(itertools.islice(locations, READ_TOGETHER)):
+            yield from self.read(self.subject, group)
 
     def __repr__(self) -> str:
         return (
