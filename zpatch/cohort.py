@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Self, overload
 
+from zpatch.discovery import matches
 from zpatch.errors import OptionError, UnknownNameError
 from zpatch.geometry import Triple
 from zpatch.image import Image, stored_image
@@ -126,6 +127,15 @@ class Cohort(Sequence[Subject]):
             if name not in self._images:
                 raise UnknownNameError.among("subject", name, self._names, f"store {self.store.path}")
         return self._only(list(names))
+
+    def matching(self, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Self:
+        """The subjects whose names fit a pattern of ``include`` and none of ``exclude``."""
+        for pattern in include:
+            if not any(matches(name, [pattern]) for name in self._names):
+                raise UnknownNameError.among("subject", pattern, self._names, f"store {self.store.path}")
+        return self._only(
+            [n for n in self._names if matches(n, include or ["*"]) and not matches(n, exclude)]
+        )
 
     def _only(self, names: list[str]) -> Self:
         part = type(self)(self.store)

@@ -51,6 +51,7 @@ class ConvertOptions:
 class PlannedImage:
     """One file to convert: where it is, what its header says, and how it will be stored."""
 
+    subject: str
     source: SourceImage
     file: NiftiFile
     layout: Layout
@@ -114,6 +115,28 @@ class ConversionPlan:
         """Predicted peak memory above that of the interpreter and its libraries: two slabs and what works
         on them."""
         return LIVE_SLABS * max((image.slab_bytes for image in self.images), default=0) + BASE_BYTES
+
+    def to_json(self) -> Json:
+        """The plan as plain JSON."""
+        return {
+            "source": str(self.source),
+            "bytes_in": self.bytes_in,
+            "voxel_bytes": self.voxel_bytes,
+            "peak_bytes": self.peak_bytes,
+            "images": [
+                {
+                    "subject": image.subject,
+                    "image": image.source.name,
+                    "kind": image.source.kind,
+                    "file": str(image.source.path),
+                    "shape": image.file.dims,
+                    "shards": image.shard_files,
+                    "warnings": image.warnings,
+                }
+                for image in self.images
+            ],
+            "failures": [dataclasses.asdict(failure) for failure in self.failures],
+        }
 
     def __str__(self) -> str:
         shards = sum(image.shard_files for image in self.images)
@@ -212,12 +235,12 @@ def plan_conversion(source: Path, options: ConvertOptions) -> ConversionPlan:
 
 
 def _plan_case(case: Case, options: ConvertOptions) -> PlannedCase:
-    images = [_plan_image(image, options) for image in case.images]
+    images = [_plan_image(case.subject, image, options) for image in case.images]
     _check_labels_fit(case, images)
     return PlannedCase(case, tuple(images))
 
 
-def _plan_image(image: SourceImage, options: ConvertOptions) -> PlannedImage:
+def _plan_image(subject: str, image: SourceImage, options: ConvertOptions) -> PlannedImage:
     file = nifti.read_header(image.path)
     layout = plan_layout(
         file.shape,
@@ -226,7 +249,7 @@ def _plan_image(image: SourceImage, options: ConvertOptions) -> PlannedImage:
         chunk=options.chunk,
         interleaved=file.rgb,
     )
-    return PlannedImage(image, file, layout, file.warnings)
+    return PlannedImage(subject, image, file, layout, file.warnings)
 
 
 def _check_labels_fit(case: Case, images: list[PlannedImage]) -> None:

@@ -51,9 +51,7 @@ def export(
     planned = plan_export(
         opened, Path(destination), include=include, exclude=exclude, images=images, suffix=suffix
     )
-    for image in planned:
-        if image.path.exists() and not overwrite:
-            raise StoreExistsError(f"{image.path}: it exists already; say --overwrite to replace it")
+    check_free(planned, overwrite=overwrite)
     for image in planned:
         export_image(opened, image.record, image.path, progress=progress)
     return [image.path for image in planned]
@@ -96,6 +94,13 @@ def plan_export(
             f"choose one with --include and --image, or name a folder"
         )
     return [ExportedImage(wanted[0], destination)]
+
+
+def check_free(planned: Sequence[ExportedImage], *, overwrite: bool) -> None:
+    """Refuse to replace files unless it is wanted."""
+    for image in planned:
+        if image.path.exists() and not overwrite:
+            raise StoreExistsError(f"{image.path}: it exists already; say --overwrite to replace it")
 
 
 def export_image(

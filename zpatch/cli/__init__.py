@@ -1,0 +1,105 @@
+"""The command line: one file a command. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import importlib
+import tomllib
+import traceback
+from pathlib import Path
+from typing import Any
+
+import click
+
+from zpatch import __version__
+from zpatch.errors import ZpatchError
+
+COMMANDS = ("convert", "info", "verify", "export", "predict")
+
+EXIT_ERROR = 1
+EXIT_SOME_FAILED = 3
+EXIT_DAMAGED = 4
+EXIT_INTERRUPTED = 130
+
+
+class LazyGroup(click.Group):
+    """Imports a command's file when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of the data flow."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of that name."""
+        if cmd_name not in COMMANDS:
+            return None
+        command = getattr(importlib.import_module(f"zpatch.cli.{cmd_name}"), f"{cmd_name}_command")
+        return command if isinstance(command, click.Command) else None
+
+
+def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None) -> None:
+    if path is None:
+        return
+    try:
+        ctx.default_map = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise click.BadParameter(f"{path} is not TOML: {error}") from None
+
+
+@click.group(
+    cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.version_option(__version__, prog_name="zpatch")
+@click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    callback=_read_config,
+    expose_value=False,
+    is_eager=True,
+    help="A TOML file with defaults, in a table for each command: [convert] codec = 'zstd'.",
+)
+def zpatch() -> None:
+    """Patch-based deep learning on volumes that do not fit in memory.
+
+    \b
+    NIfTI files -> convert -> store -> (training with zpatch.Queue) -> predict -> store -> export -> NIfTI
+
+    \b
+    A first walk:
+      zpatch convert scans/ cohort.zarr          NIfTI files into a chunked Zarr store
+      zpatch info cohort.zarr                    what is inside
+      zpatch predict cohort.zarr out.zarr --model mymodel.pt --image t1 --patch-size 96 --overlap 32
+      zpatch export out.zarr results/            predictions as NIfTI
+
+    Each option can also be set in the environment, as ZPATCH_<COMMAND>_<OPTION>.
+
+    Exit codes: 0 all well, 1 error, 2 wrong usage, 3 some cases failed and the others are done,
+    4 damage found, 130 interrupted.
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and leave the process with its exit code."""
+    raise SystemExit(run(arguments))
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line: errors become one line each, tracebacks only with -v."""
+    state: dict[str, Any] = {}
+    try:
+        code = zpatch.main(
+            arguments, prog_name="zpatch", standalone_mode=False, auto_envvar_prefix="ZPATCH", obj=state
+        )
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("zpatch: interrupted", err=True)
+        return EXIT_INTERRUPTED
+    except Exception as error:  # the edge of the program: whatever it is, say it in one line
+        if state.get("verbose"):
+            traceback.print_exc()
+        known = isinstance(error, ZpatchError | OSError)
+        what = str(error) if known else f"unexpected {type(error).__name__}: {error} (see it whole with -v)"
+        click.echo(f"zpatch: error: {what}", err=True)
+        return EXIT_ERROR
+    return code if isinstance(code, int) else 0

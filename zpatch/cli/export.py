@@ -1,0 +1,77 @@
+"""``zpatch export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from zpatch.cli.options import (
+    STORE,
+    exclude_option,
+    include_option,
+    json_option,
+    overwrite_option,
+    print_json,
+    say,
+    talk_options,
+)
+from zpatch.cli.progress import Progress
+from zpatch.memory import format_bytes
+
+
+@click.command("export", short_help="Write images of a store as NIfTI.")
+@click.argument("store", type=STORE)
+@click.argument("dest", type=click.Path(path_type=Path))
+@click.option(
+    "--image", "images", multiple=True, metavar="GLOB", help="Only images that fit; may be repeated."
+)
+@include_option
+@exclude_option
+@click.option(
+    "--suffix",
+    type=click.Choice([".nii.gz", ".nii"]),
+    default=".nii.gz",
+    show_default=True,
+    help="What files are called, and whether they are compressed.",
+)
+@overwrite_option
+@json_option
+@talk_options
+def export_command(
+    store: Path,
+    dest: Path,
+    images: tuple[str, ...],
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    suffix: str,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Write images of STORE as NIfTI files DEST/<subject>/<image>.nii.gz.
+
+    Where DEST ends in .nii or .nii.gz it is the one file to write. Converted images come back with the
+    same voxels, header, affine, slope and extensions that they came with.
+
+    \b
+    Examples:
+      zpatch export cohort.zarr nifti/
+      zpatch export out.zarr results/ --image prediction --suffix .nii
+      zpatch export out.zarr seg.nii.gz --include sub-01 --image prediction
+    """
+    from zpatch.nifti_export import check_free, export_image, plan_export
+    from zpatch.store import open_store
+
+    opened = open_store(store)
+    planned = plan_export(opened, dest, include=include, exclude=exclude, images=images, suffix=suffix)
+    check_free(planned, overwrite=overwrite)
+    total = sum(image.record.voxel_bytes for image in planned)
+    with Progress("exporting", total) as progress:
+        for image in planned:
+            export_image(opened, image.record, image.path, progress=progress)
+    if as_json:
+        print_json([str(image.path) for image in planned])
+        return
+    for image in planned:
+        click.echo(image.path)
+    say(f"{len(planned)} images, {format_bytes(total)} of voxels")

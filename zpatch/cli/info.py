@@ -1,0 +1,106 @@
+"""``zpatch info``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from zpatch.cli.options import STORE, include_option, json_option, print_json, table, talk_options
+from zpatch.memory import format_bytes
+
+if TYPE_CHECKING:
+    from zpatch.schema import ImageRecord
+    from zpatch.store import Store
+
+
+@click.command("info", short_help="Show what a store holds.")
+@click.argument("store", type=STORE)
+@include_option
+@click.option("--limit", type=click.IntRange(1), default=40, show_default=True, help="Images to list.")
+@json_option
+@talk_options
+def info_command(store: Path, include: tuple[str, ...], limit: int, as_json: bool) -> None:
+    """Show what a store holds: subjects, images, shapes, sizes, compression, statistics and warnings.
+
+    Only the manifest is read, however large the store is.
+
+    \b
+    Examples:
+      zpatch info cohort.zarr
+      zpatch info cohort.zarr --include 'sub-0*' --json
+    """
+    from zpatch.discovery import matches
+    from zpatch.store import open_store
+
+    opened = open_store(store)
+    records = [r for r in opened.records.values() if matches(r.subject, include or ["*"])]
+    if as_json:
+        print_json({"store": str(store), **opened.attributes, "images": [_as_json(r) for r in records]})
+        return
+    click.echo(_headline(opened))
+    if records:
+        click.echo()
+        click.echo(table([_HEADING, *(_row(record) for record in records[:limit])]))
+    if len(records) > limit:
+        click.echo(f"... and {len(records) - limit} more (--limit)")
+    for record in records:
+        for warning in record.warnings:
+            click.echo(f"warning: {record.subject}/{record.image}: {warning}")
+
+
+_HEADING = (
+    "subject",
+    "image",
+    "kind",
+    "shape",
+    "dtype",
+    "spacing mm",
+    "stored",
+    "ratio",
+    "min",
+    "mean",
+    "max",
+)
+
+
+def _headline(store: Store) -> str:
+    records = list(store.records.values())
+    voxels = sum(record.voxel_bytes for record in records)
+    stored = sum(record.stored_bytes for record in records)
+    subjects = len({record.subject for record in records})
+    codecs = ", ".join(sorted({record.codec for record in records})) or "none"
+    return (
+        f"{store.path}: format {store.attributes['format']}, {subjects} subjects, {len(records)} images, "
+        f"{format_bytes(voxels)} of voxels in {format_bytes(stored)} ({codecs})"
+    )
+
+
+def _row(record: ImageRecord) -> tuple[str, ...]:
+    from zpatch.geometry import spacing_mm
+
+    channels, *_ = record.shape_czyx
+    shape = "x".join(map(str, record.spatial_shape)) + (f" x{channels}" if channels > 1 else "")
+    values = [record.stats.get(name) for name in ("min", "mean", "max")]
+    return (
+        record.subject,
+        record.image,
+        record.kind,
+        shape,
+        record.dtype.lstrip("<|"),
+        "x".join(f"{s:.3g}" for s in spacing_mm(record.affine_array)),
+        format_bytes(record.stored_bytes),
+        f"{record.voxel_bytes / max(record.stored_bytes, 1):.1f}",
+        *("-" if value is None else f"{value:.4g}" for value in values),
+    )
+
+
+def _as_json(record: ImageRecord) -> dict[str, Any]:
+    value = record.to_json()
+    return {
+        **value,
+        "files": len(value["files"]),
+        "voxel_bytes": record.voxel_bytes,
+        "stored_bytes": record.stored_bytes,
+    }

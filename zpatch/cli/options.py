@@ -1,0 +1,98 @@
+"""Options that several commands share, and how they talk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from zpatch.memory import parse_bytes
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+STORE = click.Path(path_type=Path)
+
+
+class Bytes(click.ParamType):
+    """A number of bytes, as ``2 GiB`` or ``500MB``."""
+
+    name = "bytes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Read it."""
+        try:
+            return parse_bytes(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Voxels(click.ParamType):
+    """One integer or three with commas, as ``96`` or ``128,128,32``."""
+
+    name = "voxels"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | tuple[int, ...]:
+        """Read it."""
+        try:
+            numbers = tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            numbers = ()
+        if len(numbers) not in (1, 3):
+            self.fail(f"{value!r} is not one integer, or three with commas (I,J,K)", param, ctx)
+        return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _remember_verbosity(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    ctx.ensure_object(dict)["verbose"] = value
+
+
+def _remember_quiet(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    ctx.ensure_object(dict)["quiet"] = value
+
+
+def talk_options(command: F) -> F:
+    """``-v`` and ``-q``."""
+    verbose = click.option(
+        "-v", "--verbose", is_flag=True, expose_value=False, callback=_remember_verbosity, is_eager=True,
+        help="Show the traceback of an error.",
+    )  # fmt: skip
+    quiet = click.option(
+        "-q", "--quiet", is_flag=True, expose_value=False, callback=_remember_quiet,
+        help="Print errors and results only.",
+    )  # fmt: skip
+    return verbose(quiet(command))
+
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print JSON on stdout, and everything else on stderr."
+)
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is there already.")
+include_option = click.option(
+    "--include", multiple=True, metavar="GLOB", help="Only subjects that fit; may be repeated."
+)
+exclude_option = click.option(
+    "--exclude", multiple=True, metavar="GLOB", help="No subjects that fit; may be repeated."
+)
+
+
+def say(text: str) -> None:
+    """A line for people, on stderr; nothing with -q."""
+    if not click.get_current_context().ensure_object(dict).get("quiet"):
+        click.echo(text, err=True)
+
+
+def print_json(value: Any) -> None:
+    """The machine's output, on stdout."""
+    click.echo(json.dumps(value, indent=2))
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Rows of text in columns; the first row is the heading."""
+    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
+    lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines)

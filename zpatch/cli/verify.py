@@ -1,0 +1,49 @@
+"""``zpatch verify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from zpatch.cli import EXIT_DAMAGED
+from zpatch.cli.options import STORE, json_option, print_json, say, talk_options
+from zpatch.cli.progress import Progress
+from zpatch.memory import format_bytes
+
+
+@click.command("verify", short_help="Check every stored byte against the manifest.")
+@click.argument("store", type=STORE)
+@click.option("--quick", is_flag=True, help="Check presence and length of files, and all zarr.json, only.")
+@json_option
+@talk_options
+def verify_command(store: Path, quick: bool, as_json: bool) -> int:
+    """Check a store: every file that the manifest knows must be there with the bytes that were written.
+
+    Damaged, missing and swapped files are named, one a line, and the exit code is 4; so it is where a
+    prediction was not finished.
+
+    \b
+    Examples:
+      zpatch verify cohort.zarr
+      zpatch verify cohort.zarr --quick
+    """
+    from zpatch.verification import sealed_bytes, verify
+
+    with Progress("verifying", 0 if quick else sealed_bytes(store)) as progress:
+        report = verify(store, quick=quick, progress=progress)
+    if as_json:
+        print_json(report.to_json())
+    for damage in report.damages:
+        click.echo(f"damaged: {store / damage.file}: {damage.what}", err=True)
+    for subject in report.missing_subjects:
+        click.echo(f"incomplete: subject {subject!r} was announced and is not there", err=True)
+    for leftover in report.leftovers:
+        say(f"leftover of interrupted work, harmless: {store / leftover}")
+    if report.ok:
+        how = "presence and length" if quick else "every byte"
+        say(f"{report.images} images, {report.files} files, {format_bytes(report.bytes)}: {how} as written")
+        return 0
+    faults = len(report.damages) + len(report.missing_subjects)
+    say(f"{faults} faults; convert the damaged images again, or restore their files from a copy")
+    return EXIT_DAMAGED
