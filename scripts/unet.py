@@ -5,42 +5,44 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+LEVELS = 3
+
 
 class UNet(nn.Module):
     """Patches (B, C, I, J, K) to logits (B, classes, I, J, K).
 
-    Each side of a patch must be a multiple of `2 ** (levels - 1)`. The first layer is an instance
-    norm, so that intensities of any scanner may come in as they are stored.
+    The first layer is an instance norm, so that intensities of any scanner may come in as they are
+    stored. Each side of a patch must be a multiple of `SIDE_MULTIPLE`.
     """
 
-    def __init__(
-        self, *, channels: int = 1, classes: int = 3, width: int = 8, levels: int = 3
-    ) -> None:
+    SIDE_MULTIPLE = 2 ** (LEVELS - 1)
+
+    def __init__(self, *, channels: int = 1, classes: int = 3, width: int = 8) -> None:
         super().__init__()
-        widths = [width * 2**level for level in range(levels)]
+        widths = [width * 2**level for level in range(LEVELS)]
+        above = [channels, *widths]
         self.normalise = nn.InstanceNorm3d(channels)
-        self.encoders = nn.ModuleList(
-            block(before, after) for before, after in zip([channels, *widths], widths, strict=False)
-        )
-        self.upsamplers = nn.ModuleList(
-            nn.ConvTranspose3d(below, above, kernel_size=2, stride=2)
-            for above, below in reversed(list(zip(widths, widths[1:], strict=False)))
-        )
-        self.decoders = nn.ModuleList(block(2 * above, above) for above in reversed(widths[:-1]))
+        self.encoders = nn.ModuleList(block(*pair) for pair in zip(above, widths, strict=False))
         self.shrink = nn.MaxPool3d(2)
+        self.upsamplers = nn.ModuleList(
+            nn.ConvTranspose3d(2 * wide, wide, kernel_size=2, stride=2) for wide in widths[-2::-1]
+        )
+        self.decoders = nn.ModuleList(block(2 * wide, wide) for wide in widths[-2::-1])
         self.head = nn.Conv3d(width, classes, kernel_size=1)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """Logits of each class at each voxel."""
         features = self.normalise(patches)
         skips: list[torch.Tensor] = []
-        for level, encode in enumerate(self.encoders):
-            features = encode(self.shrink(features) if level else features)
+        for encode in self.encoders:
+            features = encode(self.shrink(features) if skips else features)
             skips.append(features)
-        skips.pop()
-        for upsample, decode in zip(self.upsamplers, self.decoders, strict=True):
-            features = decode(torch.cat([upsample(features), skips.pop()], dim=1))
-        return self.head(features)
+        for upsample, decode, skip in zip(
+            self.upsamplers, self.decoders, skips[-2::-1], strict=True
+        ):
+            features = decode(torch.cat([upsample(features), skip], dim=1))
+        logits: torch.Tensor = self.head(features)
+        return logits
 
 
 def block(before: int, after: int) -> nn.Sequential:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -18,38 +19,63 @@ from zpatch.blending import (
     window,
 )
 from zpatch.errors import OptionError
+from zpatch.geometry import PatchLocation
 from zpatch.grid import axis_starts
 
 MODES = st.sampled_from(OVERLAP_MODES)
-Axis = tuple[int, int, int]
+WINDOWED = st.sampled_from(["average", "hann", "gaussian"])
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Patches on an axis of ``length`` voxels: patch ``i`` covers ``[starts[i], stops[i])``."""
+
+    length: int
+    starts: NDArray[np.int64]
+    stops: NDArray[np.int64]
+    overlap: int
+
+    def weights(self, mode: str) -> NDArray[np.float64]:
+        """Weights (patch, voxel of the axis); 0 where the patch does not reach."""
+        table = np.zeros((len(self.starts), self.length))
+        spans = zip(self.starts, self.stops, strict=True)
+        rows = partition_of_unity(mode, self.starts, self.stops, self.overlap)
+        for row, (start, stop), weights in zip(table, spans, rows, strict=True):
+            row[start:stop] = weights
+        return table
+
+    def covered(self) -> NDArray[np.bool_]:
+        """Whether the patch covers the voxel (patch, voxel of the axis)."""
+        voxels = np.arange(self.length)
+        return (self.starts[:, None] <= voxels) & (voxels < self.stops[:, None])
+
+
+def regular(n: int, p: int, o: int) -> Axis:
+    starts = axis_starts(n, p, o)
+    return Axis(n, starts, starts + p, o)
 
 
 @st.composite
-def axes(draw: st.DrawFn) -> Axis:
-    """Axis length, patch length and an even overlap of up to the patch length less one."""
+def axes(draw: st.DrawFn, *, scaled: bool = True) -> Axis:
+    """Any grid on one axis, and where ``scaled`` also as the output of a network of another resolution."""
     p = draw(st.integers(1, 40))
-    return p + draw(st.integers(0, 150)), p, 2 * draw(st.integers(0, (p - 1) // 2))
+    n, o = p + draw(st.integers(0, 150)), 2 * draw(st.integers(0, (p - 1) // 2))
+    m = draw(st.just(n) | st.integers(1, 3 * n)) if scaled else n
+    boxes = [PatchLocation((s, 0, 0), (p, 1, 1)).scaled(m / n) for s in axis_starts(n, p, o).tolist()]
+    starts, stops = (np.array([end[0] for end in ends]) for ends in zip(*map(ends_of, boxes), strict=True))
+    return Axis(m, starts, stops, o * m // n)
 
 
-def weights_and_voxels(mode: str, axis: Axis) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Weights (patch, voxel of the patch), and which voxel of the axis each belongs to."""
-    n, p, o = axis
-    starts = axis_starts(n, p, o)
-    return partition_of_unity(mode, starts, p, o), starts[:, None] + np.arange(p)
-
-
-def patches_over_each_voxel(voxels: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.bincount(voxels.ravel())
+def ends_of(box: PatchLocation) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    return box.index_ini, box.index_fin
 
 
 def owners_by_pasting(axis: Axis) -> NDArray[np.int64]:
     """Which patch each voxel comes from, as TorchIO does it: crop each patch, then paste in order."""
-    n, p, o = axis
-    volume = np.full(n, -1)
-    for patch, start in enumerate(axis_starts(n, p, o)):
-        stop = start + p
-        cropped_start = start if start == 0 else start + o // 2
-        cropped_stop = stop if stop == n else stop - o // 2
+    volume = np.full(axis.length, -1)
+    for patch, (start, stop) in enumerate(zip(axis.starts, axis.stops, strict=True)):
+        cropped_start = start if start == 0 else start + axis.overlap // 2
+        cropped_stop = stop if stop == axis.length else stop - axis.overlap // 2
         volume[cropped_start:cropped_stop] = patch
     return volume
 
@@ -59,46 +85,40 @@ def owners_by_pasting(axis: Axis) -> NDArray[np.int64]:
 
 @given(MODES, axes())
 def test_the_weights_of_a_voxel_sum_to_one(mode: str, axis: Axis) -> None:
-    weights, voxels = weights_and_voxels(mode, axis)
-    totals = np.bincount(voxels.ravel(), weights.ravel())
-    np.testing.assert_allclose(totals, np.ones(axis[0]), rtol=1e-12)
+    np.testing.assert_allclose(axis.weights(mode).sum(axis=0), np.ones(axis.length), rtol=1e-12)
 
 
 @given(MODES, axes())
 def test_a_voxel_that_only_one_patch_covers_keeps_weight_one(mode: str, axis: Axis) -> None:
-    weights, voxels = weights_and_voxels(mode, axis)
-    alone = patches_over_each_voxel(voxels)[voxels] == 1
-    assert (weights[alone] == 1).all()
+    covered = axis.covered()
+    alone = covered & (covered.sum(axis=0) == 1)
+    assert (axis.weights(mode)[alone] == 1).all()
 
 
 @given(MODES, axes())
 def test_no_weight_is_negative_or_above_one(mode: str, axis: Axis) -> None:
-    weights, _ = weights_and_voxels(mode, axis)
+    weights = axis.weights(mode)
     assert weights.min() >= 0
     assert weights.max() <= 1
 
 
-@given(st.sampled_from(["average", "hann", "gaussian"]), axes())
+@given(WINDOWED, axes())
 def test_every_patch_has_a_say_in_every_voxel_that_it_covers(mode: str, axis: Axis) -> None:
-    weights, _ = weights_and_voxels(mode, axis)
-    assert weights.min() > 0
+    assert np.array_equal(axis.weights(mode) > 0, axis.covered())
 
 
 @given(MODES, axes(), st.integers(-50, 50))
 def test_weights_do_not_depend_on_where_the_axis_starts(mode: str, axis: Axis, shift: int) -> None:
-    n, p, o = axis
-    starts = axis_starts(n, p, o)
-    moved = partition_of_unity(mode, starts + shift, p, o)
-    assert np.array_equal(moved, partition_of_unity(mode, starts, p, o))
+    here = partition_of_unity(mode, axis.starts, axis.stops, axis.overlap)
+    there = partition_of_unity(mode, axis.starts + shift, axis.stops + shift, axis.overlap)
+    assert all(map(np.array_equal, here, there))
 
 
 @pytest.mark.parametrize("mode", OVERLAP_MODES)
 def test_more_than_255_patches_over_a_voxel_are_counted_right(mode: str) -> None:
-    axis = (1200, 600, 598)
-    weights, voxels = weights_and_voxels(mode, axis)
-    assert patches_over_each_voxel(voxels).max() > 255
-    totals = np.bincount(voxels.ravel(), weights.ravel())
-    np.testing.assert_allclose(totals, np.ones(1200), rtol=1e-12)
+    axis = regular(1200, 600, 598)
+    assert axis.covered().sum(axis=0).max() > 255
+    np.testing.assert_allclose(axis.weights(mode).sum(axis=0), np.ones(1200), rtol=1e-12)
 
 
 # Average, hann, gaussian
@@ -106,8 +126,18 @@ def test_more_than_255_patches_over_a_voxel_are_counted_right(mode: str) -> None
 
 @given(axes())
 def test_average_weighs_all_patches_over_a_voxel_alike(axis: Axis) -> None:
-    weights, voxels = weights_and_voxels("average", axis)
-    np.testing.assert_allclose(weights, 1 / patches_over_each_voxel(voxels)[voxels], rtol=1e-12)
+    covered = axis.covered()
+    np.testing.assert_allclose(axis.weights("average"), covered / covered.sum(axis=0), rtol=1e-12)
+
+
+@given(WINDOWED, axes())
+def test_where_patches_overlap_their_weights_stand_in_the_ratio_of_their_windows(
+    mode: str, axis: Axis
+) -> None:
+    shares = np.zeros(axis.covered().shape)
+    for row, start, stop in zip(shares, axis.starts, axis.stops, strict=True):
+        row[start:stop] = window(mode, stop - start)
+    np.testing.assert_allclose(axis.weights(mode), shares / shares.sum(axis=0), rtol=1e-12)
 
 
 @pytest.mark.parametrize("p", [1, 2, 3, 8, 33, 128])
@@ -125,17 +155,6 @@ def test_a_gaussian_window_has_a_sigma_of_an_eighth_of_the_patch_about_its_centr
     assert window("gaussian", p).min() > 0
 
 
-@given(st.sampled_from(["hann", "gaussian"]), axes())
-def test_where_patches_overlap_their_weights_stand_in_the_ratio_of_their_windows(
-    mode: str, axis: Axis
-) -> None:
-    weights, voxels = weights_and_voxels(mode, axis)
-    for voxel in range(axis[0]):
-        patch, place = np.nonzero(voxels == voxel)
-        shares = window(mode, axis[1])[place]
-        np.testing.assert_allclose(weights[patch, place], shares / shares.sum(), rtol=1e-12)
-
-
 @pytest.mark.parametrize("mode", ["average", "hann", "gaussian"])
 @pytest.mark.parametrize("p", [1, 2, 7, 32])
 def test_a_window_is_symmetric(mode: str, p: int) -> None:
@@ -147,28 +166,31 @@ def test_a_window_is_symmetric(mode: str, p: int) -> None:
 
 @given(axes())
 def test_crop_gives_each_voxel_to_the_last_patch_that_keeps_it(axis: Axis) -> None:
-    weights, voxels = weights_and_voxels("crop", axis)
     owners = owners_by_pasting(axis)
-    assert np.array_equal(weights, owners[voxels] == np.arange(len(voxels))[:, None])
+    assert np.array_equal(axis.weights("crop"), owners == np.arange(len(axis.starts))[:, None])
 
 
 @given(axes())
 def test_crop_leaves_each_voxel_with_exactly_one_patch(axis: Axis) -> None:
-    weights, voxels = weights_and_voxels("crop", axis)
-    assert np.array_equal(np.bincount(voxels.ravel(), weights.ravel()), np.ones(axis[0]))
+    assert np.array_equal(axis.weights("crop").sum(axis=0), np.ones(axis.length))
+
+
+@given(axes(scaled=False))
+def test_crop_leaves_every_patch_something_to_say(axis: Axis) -> None:
+    assert axis.weights("crop").any(axis=1).all()
 
 
 @pytest.mark.parametrize(
     ("start", "kept"),
-    [(0, (0, 6)), (10, (2, 6)), (32, (2, 8))],
+    [(0, (0, 6)), (10, (12, 16)), (32, (34, 40))],
     ids=["at the first edge", "inside", "at the last edge"],
 )
 def test_crop_cuts_half_the_overlap_but_at_the_edges_of_the_volume(start: int, kept: tuple[int, int]) -> None:
-    assert kept_by_crop(start, 8, 4, 0, 40) == kept
+    assert kept_by_crop(start, start + 8, 4, 0, 40) == kept
 
 
 def test_crop_of_a_patch_as_long_as_the_volume_cuts_nothing() -> None:
-    assert kept_by_crop(0, 8, 4, 0, 8) == (0, 8)
+    assert kept_by_crop(-3, 5, 4, -3, 5) == (-3, 5)
 
 
 # Errors
@@ -177,7 +199,9 @@ def test_crop_of_a_patch_as_long_as_the_volume_cuts_nothing() -> None:
 @pytest.mark.parametrize("mode", ["mean", "Hann", ""])
 def test_an_unknown_mode_is_refused_with_those_there_are(mode: str) -> None:
     for refuse in (check_overlap_mode, lambda mode: window(mode, 8)):
-        with pytest.raises(OptionError, match="overlap_mode .* crop, average, hann, gaussian, not") as caught:
+        with pytest.raises(
+            OptionError, match=r"overlap_mode .* crop, average, hann, gaussian, not"
+        ) as caught:
             refuse(mode)
         assert repr(mode) in str(caught.value)
 

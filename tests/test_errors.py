@@ -30,7 +30,9 @@ BUILT_INS: dict[str, type[Exception]] = {
     "MemoryLimitError": MemoryError,
     "OptionError": ValueError,
 }
-CLASSES = [value for value in vars(errors).values() if inspect.isclass(value)]
+CLASSES = [
+    value for value in vars(errors).values() if inspect.isclass(value) and value.__module__ == errors.__name__
+]
 BRANCH = re.compile(r"^ {4}((?:│   |    )*)[├└]── (\w+)(?: \((\w+)\))?  +\S")
 
 

@@ -118,7 +118,7 @@ def test_a_location_is_a_value_equal_to_its_copies_and_usable_as_a_key() -> None
     assert {PatchLocation((1, 2, 3), (4, 5, 6), 7): "here"}[PatchLocation((1, 2, 3), (4, 5, 6), 7)] == "here"
     assert PatchLocation((1, 2, 3), (4, 5, 6), 7) != PatchLocation((1, 2, 3), (4, 5, 6), 8)
     with pytest.raises(AttributeError):
-        PatchLocation((1, 2, 3), (4, 5, 6)).index = (0, 0, 0)  # type: ignore[misc]
+        PatchLocation((1, 2, 3), (4, 5, 6)).index = (0, 0, 0)
 
 
 def test_slices_of_a_location_cut_out_its_voxels() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from zpatch import blending
 from zpatch.errors import PatchLocationError
@@ -30,7 +31,7 @@ def grids(draw: st.DrawFn) -> PatchGrid:
     """Small grids of all kinds: with and without a border, also over volumes smaller than the patch."""
     sides = [draw(st.tuples(st.integers(1, 9), st.integers(1, 6), st.integers(0, 2))) for _ in range(3)]
     shape, patch, overlap = zip(*((n, p, min(2 * h, (p - 1) // 2 * 2)) for n, p, h in sides), strict=True)
-    return PatchGrid.over(shape, patch, overlap, border=draw(st.booleans()))  # type: ignore[arg-type]
+    return PatchGrid.over(shape, patch, overlap, border=draw(st.booleans()))
 
 
 def grid_on_one_axis(axis: tuple[int, int, int], *, border: bool) -> PatchGrid:
@@ -155,39 +156,51 @@ def test_a_volume_smaller_than_the_patch_is_padded_up_to_it_evenly_and_has_one_p
 # Tiles
 
 
-@given(st.sampled_from(blending.OVERLAP_MODES), axes(may_be_small=True), st.booleans())
-def test_tiles_await_the_patches_that_weigh_in_them_and_weights_sum_to_one(
-    mode: str, axis: tuple[int, int, int], border: bool
-) -> None:
-    n, p, o = axis
-    starts = grid_on_one_axis(axis, border=border).starts[0]
-    tiles = AxisTiles.cut(mode, starts, p, o, n)
+@st.composite
+def tilings(draw: st.DrawFn) -> tuple[AxisTiles, list[PatchLocation], list[NDArray[np.float64]], int]:
+    """Tiles, the patches in the frame of the output, their weights there, and the length of the output."""
+    mode = draw(st.sampled_from(blending.OVERLAP_MODES))
+    n, p, o = draw(axes(may_be_small=True))
+    starts = grid_on_one_axis((n, p, o), border=draw(st.booleans())).starts[0]
+    m = draw(st.just(n) | st.integers(1, 2 * n))
+    patches = [PatchLocation((s, 0, 0), (p, 1, 1)).scaled(m / n) for s in starts.tolist()]
+    first, stop = (
+        np.array(ends)[:, 0] for ends in zip(*((b.index, b.index_fin) for b in patches), strict=True)
+    )
+    weights = blending.partition_of_unity(mode, first, stop, o * m // n)
+    return AxisTiles.cut(mode, starts, p, o, n, output_length=m), patches, weights, m
 
+
+@given(tilings())
+def test_tiles_await_the_patches_that_weigh_in_them_and_weights_sum_to_one(tiling: Any) -> None:
+    tiles, patches, weights, length = tiling
+    weighs = np.zeros((len(patches), length), dtype=bool)
+    for row, patch, values in zip(weighs, patches, weights, strict=True):
+        for voxel, value in enumerate(values, start=patch.index[0]):
+            if value > 0 and 0 <= voxel < length:
+                row[voxel] = True
     edges = tiles.edges.tolist()
-    lengths = np.diff(tiles.edges)
-    assert (edges[0], edges[-1]) == (0, n)
-    assert (lengths > 0).all()
-    assert len(lengths) == 1 or lengths.min() >= MIN_TILE_VOXELS
-
-    weighs = np.zeros((len(starts), n), dtype=bool)
-    for row, start, patch in zip(
-        weighs, starts.tolist(), blending.partition_of_unity(mode, starts, p, o), strict=True
-    ):
-        for place, weight in enumerate(patch):
-            if weight > 0 and 0 <= start + place < n:
-                row[start + place] = True
     in_tile = np.array([weighs[:, a:b].any(axis=1) for a, b in itertools.pairwise(edges)])
     assert tiles.awaited.tolist() == in_tile.sum(axis=1).tolist()
 
-    totals = np.zeros(n)
-    for patch in range(len(starts)):
-        first, stop = int(tiles.first[patch]), int(tiles.stop[patch])
-        assert np.flatnonzero(weighs[patch]).tolist() == list(range(first, stop))
-        hit = range(int(tiles.first_tile[patch]), int(tiles.stop_tile[patch]))
-        assert np.flatnonzero(in_tile[:, patch]).tolist() == list(hit)
-        assert tiles.weights[patch].dtype == np.float32
-        totals[first:stop] += tiles.weights[patch]
+    totals = np.zeros(length)
+    for n, patch in enumerate(patches):
+        first, stop = int(tiles.first[n]), int(tiles.stop[n])
+        assert (tiles.starts[n], tiles.stops[n]) == (patch.index[0], patch.index_fin[0])
+        assert np.flatnonzero(weighs[n]).tolist() == list(range(first, stop))
+        hit = range(int(tiles.first_tile[n]), int(tiles.stop_tile[n]))
+        assert np.flatnonzero(in_tile[:, n]).tolist() == list(hit)
+        assert tiles.weights[n].dtype == np.float32
+        totals[first:stop] += tiles.weights[n]
     np.testing.assert_allclose(totals, 1, atol=1e-6)
+
+
+@given(tilings())
+def test_tiles_part_the_volume_and_are_no_shorter_than_16_voxels(tiling: Any) -> None:
+    tiles, _, _, length = tiling
+    assert (tiles.edges[0], tiles.edges[-1]) == (0, length)
+    lengths = np.diff(tiles.edges)
+    assert len(lengths) == 1 or lengths.min() >= MIN_TILE_VOXELS == 16
 
 
 def test_patches_far_apart_are_cut_into_tiles_at_their_borders() -> None:
@@ -200,6 +213,13 @@ def test_crop_leaves_each_tile_to_one_patch_where_tiles_need_no_merging() -> Non
     tiles = AxisTiles.cut("crop", np.array([0, 48, 96]), 64, 16, 160)
     assert tiles.edges.tolist() == [0, 56, 104, 160]
     assert tiles.awaited.tolist() == [1, 1, 1]
+
+
+def test_a_flush_patch_whose_neighbour_keeps_nothing_at_half_resolution_is_no_error() -> None:
+    starts = axis_starts(41, 16, 8)
+    assert starts[-2:].tolist() == [24, 25]
+    tiles = AxisTiles.cut("crop", starts, 16, 8, 41, output_length=20)
+    assert tiles.edges[-1] == 20
 
 
 # Chunks

@@ -1,4 +1,4 @@
-"""Reading boxes: the same voxels as zarr-python and numpy give, whatever the chunks, codecs and schedulers."""
+"""Reading boxes: the voxels that zarr-python and numpy give, whatever the chunks, codecs and schedulers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from zpatch.image import Image, ScalarImage, stored_image
 from zpatch.reader import PADDING_MODES, ArraySource, DaskSource
 from zpatch.schema import CODECS, ImageRecord
 from zpatch.shards import close_shards, decode_chunk
-from zpatch.store import StagedImage
+from zpatch.store_writer import StagedImage
 
 EYE = tuple(map(tuple, np.eye(4).tolist()))
 Draw = st.DataObject

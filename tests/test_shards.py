@@ -32,7 +32,7 @@ from zpatch.shards import (
     open_shard,
     write_shard,
 )
-from zpatch.store import StagedImage
+from zpatch.store_writer import StagedImage
 
 DTYPES = ["u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8", "c8", "c16"]
 EYE = tuple(map(tuple, np.eye(4).tolist()))

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from zpatch.cohort import Cohort, Subject
     from zpatch.conversion import convert
     from zpatch.errors import ZpatchError
-    from zpatch.nifti_export import export
     from zpatch.geometry import PatchLocation
     from zpatch.image import Image, LabelMap, SamplingMap, ScalarImage
     from zpatch.inference import predict
     from zpatch.loader import SubjectsLoader
+    from zpatch.nifti_export import export
     from zpatch.patch import Patch, PatchBatch, collate
     from zpatch.patch_queue import Queue
     from zpatch.samplers import GridSampler, LabelSampler, UniformSampler, WeightedSampler

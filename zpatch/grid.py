@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zpatch import blending
-from zpatch.geometry import AXIS_NAMES, PatchLocation, Triple
 from zpatch.errors import PatchLocationError
+from zpatch.geometry import AXIS_NAMES, PatchLocation, Triple
 
 MIN_TILE_VOXELS = 16
 

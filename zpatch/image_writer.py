@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from zpatch.grid import covering_chunks
 from zpatch.schema import ImageRecord, Json, padded_to_4d
-from zpatch.store import StagedImage
+from zpatch.store_writer import StagedImage
 from zpatch.voxel_index import index_builder
 from zpatch.voxel_statistics import VoxelStatistics
 

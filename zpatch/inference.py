@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from zpatch import schema
-from zpatch.aggregator import SweptBlend, add_checked
+from zpatch.accumulation import SweptBlend, add_checked
 from zpatch.blending import check_overlap_mode
 from zpatch.cohort import Cohort, Subject
 from zpatch.errors import ModelError, OptionError, ZpatchError
@@ -26,7 +26,8 @@ from zpatch.image import Image
 from zpatch.reader import check_padding_mode
 from zpatch.reduction import Reduction, check_reduction, kind_of, reduce_channels
 from zpatch.scheduling import read_ahead
-from zpatch.store import StoreWriter, check_can_create, read_small_array
+from zpatch.store import read_small_array
+from zpatch.store_writer import StoreWriter, check_can_create
 from zpatch.volume_sink import ImageSink
 
 READ_TOGETHER = 8
@@ -47,7 +48,7 @@ def load_model(spec: str) -> Model:
         if Path(spec).is_file():
             if spec.endswith(".pt2"):
                 return torch.export.load(spec).module()
-            return torch.jit.load(spec, map_location="cpu")  # type: ignore[no-untyped-call]
+            return torch.jit.load(spec, map_location="cpu")  # type: ignore[no-untyped-call, no-any-return]
         if not colon:
             raise ModelError(f"model {spec!r} is no file; name one, or a factory as package.module:factory")
         sys.path.insert(0, os.getcwd())

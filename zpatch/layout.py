@@ -69,10 +69,9 @@ def plan_layout(
 def _chunk_shape(shape: tuple[int, int, int], spacing: Sequence[float], chunk: int) -> tuple[int, int, int]:
     finest = min(spacing)
     coarse = [finest > 0 and s > ANISOTROPIC_RATIO * finest for s in spacing]
+    sizes = [chunk] * 3
     if sum(coarse) == 1:
         sizes = [max(1, chunk // 4) if c else chunk * 2 for c in coarse]
-    else:
-        sizes = [chunk] * 3
     z, y, x = (min(size, n) for size, n in zip(sizes, shape, strict=True))
     return z, y, x
 

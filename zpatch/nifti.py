@@ -30,7 +30,7 @@ try:
     from isal import igzip, igzip_lib
 
     _gzip: ModuleType = igzip
-    _BROKEN_GZIP: tuple[type[Exception], ...] = (
+    _BROKEN_GZIP: tuple[Any, ...] = (
         gzip.BadGzipFile,
         EOFError,
         zlib.error,
@@ -106,7 +106,7 @@ class NiftiFile:
     @property
     def channel_dtype(self) -> np.dtype[Any]:
         """Little-endian type of one stored value."""
-        return np.dtype(np.uint8) if self.rgb else self.dtype.newbyteorder("<")
+        return np.dtype(np.uint8 if self.rgb else self.dtype.newbyteorder("<"))
 
     @property
     def voxel_bytes(self) -> int:
@@ -139,7 +139,7 @@ class NiftiFile:
 
     def _read_voxels(self, stream: IO[bytes], count: int) -> NDArray[Any]:
         raw = np.empty(count, dtype=self.dtype)
-        view = memoryview(raw.view(np.uint8)).cast("B")
+        view = raw.view(np.uint8).data.cast("B")
         filled = 0
         while filled < len(view):
             got = stream.readinto(view[filled:])  # type: ignore[attr-defined]
@@ -187,7 +187,7 @@ def _parse(path: Path, stream: IO[bytes]) -> tuple[Any, bytes]:
     raw += stream.read(length - len(raw))
     if len(raw) < length:
         raise NiftiError(f"{path}: it ends inside its header; copy the file again")
-    header = kind(raw, endianness="<" if little in kinds else ">", check=False)
+    header: Any = kind(raw, endianness="<" if little in kinds else ">", check=False)  # type: ignore[no-untyped-call]
     magic = bytes(header["magic"].tobytes()).rstrip(b"\0")[:3]
     if magic in (b"ni1", b"ni2"):
         raise NiftiError(f"{path}: it is the header of a .hdr/.img pair; save it as .nii first")
@@ -243,7 +243,7 @@ def _described(path: Path, header: Any, raw: bytes, compressed: bool) -> NiftiFi
 
 def _voxel_type(path: Path, header: Any) -> np.dtype[Any]:
     try:
-        dtype = np.dtype(header.get_data_dtype())
+        dtype: np.dtype[Any] = np.dtype(header.get_data_dtype())
     except HeaderDataError:
         raise NiftiError(f"{path}: unknown voxel type {int(header['datatype'])}") from None
     if dtype.names is None and (dtype.kind not in "iufc" or dtype.itemsize > 8 * (1 + (dtype.kind == "c"))):
@@ -316,7 +316,7 @@ def header_of(raw_header: bytes) -> Any:
 
 
 def _is_nifti2(raw_header: bytes) -> bool:
-    sizes = {int.from_bytes(raw_header[:4], order) for order in ("little", "big")}  # type: ignore[arg-type]
+    sizes = {int.from_bytes(raw_header[:4], order) for order in ("little", "big")}
     return _NIFTI2_BYTES in sizes
 
 
@@ -334,7 +334,7 @@ def make_header(
     """
     dims = (*spatial_shape, channels) if channels > 1 else spatial_shape
     kind = nib.Nifti2Header if max(dims) > np.iinfo(np.int16).max else nib.Nifti1Header
-    header = kind()
+    header: Any = kind()  # type: ignore[no-untyped-call]
     header.set_data_dtype(dtype)
     header.set_data_shape(dims)
     if like is None:
@@ -371,7 +371,7 @@ def write_nifti(
                 )
             stream.write(raw_header)
             for slab in slabs:
-                stream.write(memoryview(np.ascontiguousarray(slab, dtype=dtype)).cast("B"))
+                stream.write(np.ascontiguousarray(slab, dtype=dtype).data.cast("B"))
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ class _ByName:
     def __getattr__(self, name: str) -> PatchImage:
         images = self.__dict__.get("images", {})
         if name in images:
-            return images[name]
+            return cast(PatchImage, images[name])
         raise AttributeError(f"no {name!r} here (images: {', '.join(images)})")
 
     def __iter__(self) -> Iterator[str]:

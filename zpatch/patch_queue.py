@@ -112,7 +112,7 @@ class _SubjectDraws(Dataset[list[Patch] | _Failed]):
         self._dtype = dtype
         self._seed = seed
 
-    def __getitem__(self, draw: Draw) -> list[Patch] | _Failed:  # type: ignore[override]
+    def __getitem__(self, draw: Draw) -> list[Patch] | _Failed:
         subject = self._subjects[draw.subject]
         try:
             return self._patches(subject, draw)
@@ -181,7 +181,7 @@ def _some(grid: PatchGrid, draw: Draw) -> list[PatchLocation]:
 def seeded_globals(seed: int) -> Iterator[None]:
     """Seed torch's, numpy's and Python's global generators, and put them back as they were."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
-    torch.random.default_generator.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
     random.seed(seed)
     try:

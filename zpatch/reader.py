@@ -6,6 +6,7 @@ stays in the processor's cache, and its overlap is copied into every patch that 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -134,16 +135,11 @@ class _CopyPlan:
             return [self]
         borders = np.flatnonzero(np.diff(self.chunk)) + 1
         wanted = np.linspace(0, len(self.chunk), parts + 1)[1:-1]
-        cuts = (
-            np.unique(borders[np.searchsorted(borders, wanted).clip(max=len(borders) - 1)])
-            if len(borders)
-            else []
-        )
-        edges = [0, *map(int, cuts), len(self.chunk)]
+        edges = np.append(borders, len(self.chunk))
+        cuts = np.unique(edges[np.searchsorted(edges, [*wanted, len(self.chunk)])]).tolist()
         return [
             _CopyPlan(self.chunk[a:b], self.box[a:b], self.source[a:b], self.target[a:b])
-            for a, b in zip(edges, edges[1:], strict=False)
-            if b > a
+            for a, b in itertools.pairwise([0, *cuts])
         ]
 
 
@@ -186,7 +182,7 @@ class ArraySource:
     @property
     def dtype(self) -> np.dtype[Any]:
         """Type of the voxels."""
-        return self.array.dtype.newbyteorder("=")
+        return np.dtype(self.array.dtype.newbyteorder("="))
 
     @property
     def chunk_shape(self) -> Triple:
@@ -220,7 +216,8 @@ class DaskSource:
     @property
     def dtype(self) -> np.dtype[Any]:
         """Type of the voxels."""
-        return np.dtype(self.array.dtype)
+        dtype: np.dtype[Any] = self.array.dtype
+        return dtype
 
     @property
     def chunk_shape(self) -> Triple:
@@ -233,7 +230,7 @@ class DaskSource:
         import dask
 
         slices = [self.array[(slice(None), *box.to_slices())] for box in boxes]
-        computed = dask.compute(*slices, scheduler=scheduler)  # type: ignore[attr-defined]
+        computed = dask.compute(*slices, scheduler=scheduler)  # type: ignore[attr-defined, no-untyped-call]
         return [_in_stored_order(np.asarray(voxels)) for voxels in computed]
 
     def dask(self) -> Any:
@@ -244,7 +241,8 @@ class DaskSource:
 def _in_stored_order(voxels: Voxels) -> Voxels:
     """A copy (C, I, J, K) whose memory is (c, z, y, x), in native byte order."""
     native = voxels.dtype.newbyteorder("=")
-    return voxels.transpose(0, 3, 2, 1).astype(native, order="C", copy=True).transpose(0, 3, 2, 1)
+    stored = voxels.transpose(0, 3, 2, 1).astype(native, order="C", copy=True)
+    return np.asarray(stored.transpose(0, 3, 2, 1))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -277,7 +275,7 @@ class _BoxView:
         lows[0] = 0
         picked = voxels[np.ix_(*(np.array(r) - low for r, low in zip(ranges, lows, strict=True)))]
         dropped = tuple(axis for axis, k in enumerate(key) if not isinstance(k, slice))
-        return picked.squeeze(dropped) if dropped else picked
+        return np.asarray(picked.squeeze(dropped))
 
 
 def scaled_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:

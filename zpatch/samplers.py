@@ -18,7 +18,6 @@ from zpatch.cohort import Subject
 from zpatch.errors import OptionError, SamplingError, UnknownNameError
 from zpatch.geometry import (
     PatchLocation,
-    Triple,
     allowed_centres,
     check_patch_fits,
     crop_affine,
@@ -110,7 +109,7 @@ class RandomSampler(ABC):
         """First voxels (count, 3) of the patches."""
 
     def _start_of(self, centres: NDArray[np.int64]) -> NDArray[np.int64]:
-        return centres - np.array(self.patch_size) // 2
+        return np.asarray(centres - np.array(self.patch_size) // 2)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(patch_size={self.patch_size})"
@@ -149,7 +148,7 @@ class WeightedSampler(RandomSampler):
         grid = _chunk_grid(image)
 
         def read_masses(box: PatchLocation) -> NDArray[Any]:
-            weights = image.read(box)[0]
+            weights: NDArray[Any] = image.read(box)[0]
             check_weights(weights, where)
             return weights
 
@@ -189,14 +188,16 @@ class LabelSampler(RandomSampler):
         self.label_name = label_name
         if label_probabilities is not None:
             _check_probabilities(label_probabilities)
-        self.label_probabilities = label_probabilities and dict(label_probabilities)
+        self.label_probabilities = label_probabilities
+        self._wanted: dict[int | None, float] = {None: 1.0}  # None: all but 0 together
+        if label_probabilities is not None:
+            self._wanted = {label: float(p) for label, p in label_probabilities.items()}
 
     def _starts(self, subject: Subject, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
         name, image = self._label_map(subject)
         classes = _Classes(image)
         allowed = allowed_centres(subject.spatial_shape, self.patch_size)
-        wanted = self.label_probabilities or {None: 1.0}
-        left = {c: float(p) for c, p in wanted.items() if p > 0 and classes.has(c)}
+        left = {c: p for c, p in self._wanted.items() if p > 0 and classes.has(c)}
         centres = np.empty((count, 3), dtype=np.int64)
         pending = np.arange(count)
         while pending.size and left:
@@ -214,16 +215,14 @@ class LabelSampler(RandomSampler):
             pending = np.concatenate(missed) if missed else pending[:0]
         if pending.size:
             raise SamplingError(
-                f"no voxel of the wanted classes ({self._wanted()}) of {name!r} of subject "
+                f"no voxel of the wanted classes ({self._wanted_names()}) of {name!r} of subject "
                 f"{subject.name!r} can be the centre of a patch of {self.patch_size}; "
                 f"use a smaller patch_size or other label_probabilities"
             )
         return self._start_of(centres)
 
-    def _wanted(self) -> str:
-        if self.label_probabilities is None:
-            return "all but 0"
-        return ", ".join(str(c) for c, p in self.label_probabilities.items() if p > 0)
+    def _wanted_names(self) -> str:
+        return ", ".join("all but 0" if c is None else str(c) for c, p in self._wanted.items() if p > 0)
 
     def _label_map(self, subject: Subject) -> tuple[str, Image]:
         if self.label_name is not None:
@@ -352,9 +351,14 @@ class GridSampler(torch.utils.data.Dataset[Patch]):
     @property
     def grid(self) -> PatchGrid:
         """The grid over the sampler's own subject."""
-        if self._grid is None:
-            raise OptionError("this GridSampler is a template without a subject; give it one")
+        self._own_subject()
+        assert self._grid is not None
         return self._grid
+
+    def _own_subject(self) -> Subject:
+        if self.subject is None:
+            raise OptionError("this GridSampler is a template without a subject; give it one")
+        return self.subject
 
     def read(self, subject: Subject, locations: Sequence[PatchLocation]) -> list[Patch]:
         """The patches at some of the grid's locations, padded where they reach over the border."""
@@ -376,14 +380,12 @@ class GridSampler(torch.utils.data.Dataset[Patch]):
         grid = self.grid
         if not -len(grid) <= index < len(grid):
             raise IndexError(f"patch {index} of a grid of {len(grid)} patches")
-        assert self.subject is not None
-        return self.read(self.subject, [grid.location(index % len(grid))])[0]
+        return self.read(self._own_subject(), [grid.location(index % len(grid))])[0]
 
     def __iter__(self) -> Iterator[Patch]:
-        assert self.subject is not None or self.grid
-        locations = self.grid.locations()
+        subject, locations = self._own_subject(), self.grid.locations()
         while group := list(itertools.islice(locations, READ_TOGETHER)):
-            yield from self.read(self.subject, group)
+            yield from self.read(subject, group)
 
     def __repr__(self) -> str:
         return (

@@ -83,7 +83,7 @@ def encode_chunk(voxels: Voxels, codec: str) -> bytes:
     else:
         shuffle = blosc.SHUFFLE if preset.shuffle else blosc.NOSHUFFLE
         data = blosc.compress(voxels, preset.compressor.encode(), preset.level, shuffle)
-    return data + google_crc32c.value(data).to_bytes(CRC_BYTES, "little")
+    return bytes(data + google_crc32c.value(data).to_bytes(CRC_BYTES, "little"))
 
 
 def write_shard(array: ShardedArray, shard: tuple[int, ...], voxels: Voxels) -> FileSeal:

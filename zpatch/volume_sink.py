@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from zpatch import nifti
-from zpatch.errors import IncompleteCoverageError, OptionError
+from zpatch.errors import IncompleteCoverageError
 from zpatch.geometry import Affine, Triple
 from zpatch.image_writer import ImageWriter, WriteUnits
 from zpatch.layout import plan_output_layout
 from zpatch.schema import ImageRecord, Kind
-from zpatch.store import StagedImage
+from zpatch.store_writer import StagedImage
 
 
 class VolumeSink(Protocol):

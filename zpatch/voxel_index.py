@@ -50,7 +50,7 @@ class ChunkGrid:
     def origins(self, chunks: NDArray[np.int64]) -> NDArray[np.int64]:
         """First voxels (n, 3) of some chunks."""
         k, j, i = np.unravel_index(chunks, self.counts[::-1])
-        return np.stack([i, j, k], axis=1) * np.array(self.chunk_shape)
+        return np.asarray(np.stack([i, j, k], axis=1) * np.array(self.chunk_shape))
 
     def box(self, chunk: int) -> PatchLocation:
         """The voxels of a chunk, clipped to the map."""
@@ -90,8 +90,10 @@ class LabelTable:
 
     def voxel_counts(self) -> dict[int, int]:
         """How many voxels each value has in the whole map."""
-        totals = np.add.reduceat(self.count, self.row_start[:-1]) if self.count.size else []
-        return dict(zip(self.values.tolist(), map(int, totals), strict=True))
+        if not self.count.size:
+            return {}
+        totals = np.add.reduceat(self.count, self.row_start[:-1])
+        return dict(zip(self.values.tolist(), totals.tolist(), strict=True))
 
     def table(self, values: list[int], spatial_chunks: int) -> MassTable:
         """The voxels of some values together."""
@@ -101,7 +103,8 @@ class LabelTable:
         if not rows:
             return MassTable(np.zeros(0, np.int64), np.zeros(0))
         chunk_id, inverse = np.unique(np.concatenate(chunks), return_inverse=True)
-        return MassTable(chunk_id, np.bincount(inverse, np.concatenate(counts)))
+        masses = np.bincount(inverse, np.concatenate(counts).astype(np.float64))
+        return MassTable(chunk_id, masses.astype(np.float64))
 
 
 class IndexBuilder:
@@ -171,6 +174,7 @@ class LabelIndexBuilder(IndexBuilder):
         return LabelTable(np.array(values, dtype=np.int64), starts.astype(np.int64), ids, counts)
 
     def tables(self) -> dict[str, NDArray[Any]]:
+        """The columns of the table."""
         table = self.table()
         return {
             "values": table.values,
@@ -180,6 +184,7 @@ class LabelIndexBuilder(IndexBuilder):
         }
 
     def statistics(self) -> Json:
+        """How many voxels each value has."""
         counts = self.table().voxel_counts()
         return {"labels": {str(value): count for value, count in counts.items()}}
 
@@ -208,6 +213,7 @@ class WeightIndexBuilder(IndexBuilder):
         self._sums[chunk] = weights.sum()
 
     def tables(self) -> dict[str, NDArray[Any]]:
+        """The sums."""
         return {"sum": self._sums}
 
 

@@ -30,7 +30,7 @@ class VoxelStatistics:
     def __init__(self, dtype: np.dtype[Any]) -> None:
         self._counted = _CountedValues() if dtype.kind in "iu" else None
         self._binned = _BinnedValues() if dtype.kind not in "iu" or dtype.itemsize > 2 else None
-        self._box: list[tuple[int, int]] | None = None
+        self._box: list[tuple[int, int]] = []
 
     def update(self, voxels: NDArray[Any], first: tuple[int, int, int]) -> None:
         """Take in a box of voxels (c, z, y, x) whose first one lies at ``first`` (z, y, x)."""
@@ -61,7 +61,7 @@ class VoxelStatistics:
         """
         values = self._counted or self._binned
         assert values is not None
-        box = self._box and [[a for a, _ in self._box[::-1]], [b for _, b in self._box[::-1]]]
+        box = [list(ends) for ends in zip(*self._box[::-1], strict=True)] or None
         return {
             **values.summary(slope, inter, foreground=False),
             "nan": self._binned.nan if self._binned else 0,

@@ -24,7 +24,8 @@ from zpatch.cli.progress import Progress
 from zpatch.memory import format_bytes
 
 if TYPE_CHECKING:
-    from zpatch.conversion import ConversionPlan, ConversionReport
+    from zpatch.conversion import ConversionReport
+    from zpatch.conversion_plan import ConversionPlan
 
 
 @click.command("convert", short_help="Convert NIfTI files into a chunked Zarr store.")
@@ -94,8 +95,9 @@ def convert_command(
       zpatch convert scans/ cohort.zarr --label-pattern '*lesion*' --codec lz4hc
       zpatch convert scans/ cohort.zarr --dry-run
     """
-    from zpatch.conversion import ConvertOptions, plan_conversion, run_conversion
-    from zpatch.store import check_can_create
+    from zpatch.conversion import run_conversion
+    from zpatch.conversion_plan import ConvertOptions, plan_conversion
+    from zpatch.store_writer import check_can_create
 
     check_can_create(store, overwrite=overwrite)
     options = ConvertOptions(
@@ -127,7 +129,7 @@ def _print_plan(plan: ConversionPlan, as_json: bool) -> None:
     if as_json:
         print_json(plan.to_json())
         return
-    rows = [("subject", "image", "kind", "shape", "dtype", "shards", "file")]
+    rows: list[tuple[str, ...]] = [("subject", "image", "kind", "shape", "dtype", "shards", "file")]
     for image in plan.images:
         shape = "x".join(map(str, image.file.dims))
         where = str(image.source.path)

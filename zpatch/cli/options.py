@@ -16,7 +16,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 STORE = click.Path(path_type=Path)
 
 
-class Bytes(click.ParamType):
+class Bytes(click.ParamType):  # type: ignore[type-arg]
     """A number of bytes, as ``2 GiB`` or ``500MB``."""
 
     name = "bytes"
@@ -29,7 +29,7 @@ class Bytes(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
-class Voxels(click.ParamType):
+class Voxels(click.ParamType):  # type: ignore[type-arg]
     """One integer or three with commas, as ``96`` or ``128,128,32``."""
 
     name = "voxels"

@@ -102,7 +102,7 @@ def predict_command(
     """
     from zpatch.cohort import Cohort
     from zpatch.inference import load_model, plan_prediction, predict
-    from zpatch.store import check_can_create
+    from zpatch.store_writer import check_can_create
 
     check_can_create(output, overwrite=overwrite)
     cohort = Cohort(store)
