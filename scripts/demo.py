@@ -1,21 +1,23 @@
 #!/usr/bin/env python
-"""The whole of zpatch on real data: convert, train, predict, verify, export, and look.
+"""The whole of zpatch on real data: NIfTI to Zarr, training, prediction, and back to NIfTI.
 
     python scripts/demo.py --out demo
 
-Makes a cohort from the MNI152 template, trains a small U-Net on all subjects but the last two,
-predicts those two, and compares the exported NIfTI files with the true labels. Each stage is a
-process of its own, whose memory is watched from outside.
+Makes a cohort from the MNI152 template, trains a small U-Net on all subjects but the last two, predicts
+those two, and compares the exported NIfTI files with their true labels. Each stage is a process of its own,
+whose memory is watched from outside.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,88 +30,89 @@ import numpy.typing as npt
 try:
     import psutil
     from make_cohort import LABELS, plan_cohort, run_plans
-except ImportError as error:
-    sys.exit(f"{error.name} is missing; run: pip install -e '.[demo]'")
+except ModuleNotFoundError as missing:
+    sys.exit(f"{missing.name} is not installed; run: pip install -e '.[demo]'")
 
 NUM_TEST_SUBJECTS = 2
 PATCH_SIZE = 64
 PATCH_OVERLAP = 32
 BATCH_SIZE = 2
-TISSUES = {value: name for value, name in LABELS.items() if value}
-POLL_S = 0.05
+MEMORY_POLL_S = 0.05
 AFFINE_TOLERANCE_MM = 1e-3
-COLORS = {1: (0.90, 0.35, 0.25), 2: (0.20, 0.60, 0.90)}
+TISSUES = {value: name for value, name in LABELS.items() if value}
+TISSUE_COLORS = {1: (0.90, 0.35, 0.25), 2: (0.20, 0.60, 0.90)}
 OPACITY = 0.5
+MIB = 2**20
+
+Volume = npt.NDArray[np.generic]
+
+
+class Paths:
+    """Where everything of one run lies."""
+
+    def __init__(self, out: Path) -> None:
+        self.cohort = out / "cohort"
+        self.store = out / "cohort.zarr"
+        self.model = out / "unet.pt2"
+        self.predictions = out / "predictions.zarr"
+        self.exported = out / "predictions"
+        self.picture = out / "planes.png"
+
+    def image(self, subject: str) -> Path:
+        """The T1 image of a subject, as it was given."""
+        return self.cohort / subject / "t1.nii.gz"
+
+    def truth(self, subject: str) -> Path:
+        """The true labels of a subject."""
+        return self.cohort / subject / "seg.nii.gz"
+
+    def predicted(self, subject: str) -> Path:
+        """The labels that the network gave to a subject."""
+        return self.exported / subject / "prediction.nii.gz"
 
 
 @dataclass(frozen=True, slots=True)
-class Folders:
-    """Where everything of one run lies."""
+class Stage:
+    """A command to run and watch; `voxel_bytes` is the size of the volumes that it goes through."""
 
-    out: Path
-
-    @property
-    def cohort(self) -> Path:
-        """The NIfTI files that the demo starts from."""
-        return self.out / "cohort"
-
-    @property
-    def store(self) -> Path:
-        """The same as Zarr."""
-        return self.out / "cohort.zarr"
-
-    @property
-    def model(self) -> Path:
-        """The trained network, a torch.export file."""
-        return self.out / "unet.pt2"
-
-    @property
-    def predictions(self) -> Path:
-        """What the network says of the test subjects, as Zarr."""
-        return self.out / "predictions.zarr"
-
-    @property
-    def exported(self) -> Path:
-        """The same as NIfTI."""
-        return self.out / "predictions"
-
-    @property
-    def picture(self) -> Path:
-        """Three planes of a test subject."""
-        return self.out / "planes.png"
+    name: str
+    title: str
+    command: Sequence[str | Path | int]
+    voxel_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What one stage took.
+    """What a stage took; `peak_bytes` is of its whole process tree, shared pages counted once."""
 
-    peak_bytes: most memory of its process tree at any moment, shared pages counted once.
-    volume_bytes: all voxels that it read, as if uncompressed.
-    """
-
-    stage: str
+    stage: Stage
     seconds: float
     peak_bytes: int
-    volume_bytes: int
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("demo"))
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("demo"), show_default=True
+)
 @click.option("--train-seconds", type=click.IntRange(min=1), default=60, show_default=True)
-@click.option("--subjects", type=click.IntRange(min=3), default=8, show_default=True)
+@click.option("--subjects", type=click.IntRange(min=NUM_TEST_SUBJECTS + 1), default=8, show_default=True)
 def main(out: Path, train_seconds: int, subjects: int) -> None:
-    """Run zpatch from NIfTI to NIfTI on a cohort made from real data."""
-    folders = Folders(out)
+    """Run zpatch from NIfTI to NIfTI on a cohort made from real data, and print what came out."""
+    paths = Paths(out)
     try:
-        make_inputs(folders.cohort, subjects)
+        make_inputs(paths.cohort, subjects)
     except OSError as error:
         raise click.ClickException(str(error)) from error
-    names = sorted(path.name for path in folders.cohort.iterdir())
+    names = sorted(folder.name for folder in paths.cohort.iterdir())
     tested = names[-NUM_TEST_SUBJECTS:]
-    usages = run_stages(folders, names, tested, train_seconds)
-    scores = {name: score(folders, name) for name in tested}
-    draw_planes(folders, tested[0])
-    print_results(folders, usages, scores)
+    usages = [run(stage) for stage in plan_stages(paths, names, tested, train_seconds)]
+
+    header("Compare with the truth")
+    scores = {name: dice(paths.predicted(name), paths.truth(name)) for name in tested}
+    draw_planes(paths, tested[0])
+    print_scores(scores)
+    print_usages(usages)
+    print_outputs(paths)
 
 
 def make_inputs(cohort: Path, subjects: int) -> None:
@@ -118,7 +121,7 @@ def make_inputs(cohort: Path, subjects: int) -> None:
     if cohort.exists():
         if (found := len(list(cohort.iterdir()))) != subjects:
             raise FileExistsError(
-                f"{cohort} holds {found} subjects, not {subjects}; remove it or choose another --out"
+                f"{cohort} holds {found} subjects, not {subjects}; remove it or change --out"
             )
         click.echo(f"{cohort} is there already")
         return
@@ -134,46 +137,189 @@ def make_inputs(cohort: Path, subjects: int) -> None:
     unfinished.rename(cohort)
 
 
-def run_stages(
-    folders: Folders, names: list[str], tested: list[str], train_seconds: int
-) -> list[Usage]:
-    """Run each stage as a process of its own, and say what each took."""
+def plan_stages(paths: Paths, names: list[str], tested: list[str], train_seconds: int) -> list[Stage]:
+    """The commands of the demo, in order."""
     zpatch = find_zpatch()
-    python = [sys.executable, str(Path(__file__).with_name("train.py"))]
+    train = Path(__file__).with_name("train.py")
     trained = [name for name in names if name not in tested]
     excluded = [word for name in tested for word in ("--exclude", name)]
     included = [word for name in tested for word in ("--include", name)]
-    shutil.rmtree(folders.exported, ignore_errors=True)
-
-    def size(subjects: list[str], *images: str) -> int:
-        return sum(nifti_bytes(folders.cohort / s / f"{i}.nii.gz") for s in subjects for i in images)
-
+    patches = ["--patch-size", PATCH_SIZE, "--overlap", PATCH_OVERLAP, "--blend", "hann"]
     return [
-        run("idle", [sys.executable, "-c", "import torch"], 0),
-        run(
+        Stage(
+            "import torch",
+            "For comparison: import torch and do nothing",
+            [sys.executable, "-c", "import torch"],
+            0,
+        ),
+        Stage(
             "convert",
-            [zpatch, "convert", folders.cohort, folders.store, "--overwrite"],
-            size(names, "t1", "seg"),
+            "Convert the cohort to Zarr",
+            [zpatch, "convert", paths.cohort, paths.store, "--overwrite"],
+            total_bytes(map(paths.image, names)) + total_bytes(map(paths.truth, names)),
         ),
-        run(
+        Stage(
             "train",
-            [*python, folders.store, folders.model, "--seconds", train_seconds, *excluded],
-            size(trained, "t1", "seg"),
+            f"Train a U-Net for {train_seconds} s on {', '.join(trained)}",
+            [sys.executable, train, paths.store, paths.model, "--seconds", train_seconds, *excluded],
+            total_bytes(map(paths.image, trained)) + total_bytes(map(paths.truth, trained)),
         ),
-        run(
+        Stage(
             "predict",
-            [
-                *(zpatch, "predict", folders.store, folders.predictions, "--overwrite"),
-                *("--model", folders.model, "--image", "t1", "--reduce", "argmax"),
-                *("--patch-size", PATCH_SIZE, "--overlap", PATCH_OVERLAP, "--blend", "hann"),
-                *("--batch-size", BATCH_SIZE, *included),
-            ],
-            size(tested, "t1"),
+            f"Predict {', '.join(tested)}, which the network has not seen",
+            [zpatch, "predict", paths.store, paths.predictions, "--model", paths.model, "--image", "t1"]
+            + [*patches, "--reduce", "argmax", "--batch-size", BATCH_SIZE, "--overwrite", *included],
+            total_bytes(map(paths.image, tested)),
         ),
-        run("verify", [zpatch, "verify", folders.predictions], size(tested, "seg")),
-        run(
+        Stage(
+            "verify",
+            "Verify what was written",
+            [zpatch, "verify", paths.predictions],
+            total_bytes(map(paths.truth, tested)),
+        ),
+        Stage(
             "export",
-            [zpatch, "export", folders.predictions, folders.exported],
-            size(tested, "seg"),
+            "Export the predictions as NIfTI",
+            [zpatch, "export", paths.predictions, paths.exported, "--overwrite"],
+            total_bytes(map(paths.truth, tested)),
         ),
     ]
+
+
+def find_zpatch() -> str:
+    """The `zpatch` command of this Python."""
+    command = shutil.which("zpatch", path=Path(sys.executable).parent) or shutil.which("zpatch")
+    if command is None:
+        raise click.ClickException("zpatch is not installed; run: pip install -e '.[demo]'")
+    return command
+
+
+def total_bytes(files: Iterable[Path]) -> int:
+    """The voxels of NIfTI files, uncompressed."""
+    headers = [nib.Nifti1Image.from_filename(file).header for file in files]
+    return sum(math.prod(h.get_data_shape()) * h.get_data_dtype().itemsize for h in headers)
+
+
+def run(stage: Stage) -> Usage:
+    """Run a stage to its end, watching its memory."""
+    header(stage.title)
+    peak_bytes = 0
+    start = time.monotonic()
+    with subprocess.Popen([str(word) for word in stage.command]) as process:
+        tree = psutil.Process(process.pid)
+        while process.poll() is None:
+            peak_bytes = max(peak_bytes, tree_bytes(tree))
+            time.sleep(MEMORY_POLL_S)
+    if process.returncode:
+        raise click.ClickException(f"{stage.name} ended with exit code {process.returncode}")
+    return Usage(stage, time.monotonic() - start, peak_bytes)
+
+
+def tree_bytes(root: psutil.Process) -> int:
+    """Memory of a process and its descendants together."""
+    try:
+        return sum(process_bytes(process) for process in [root, *root.children(recursive=True)])
+    except psutil.NoSuchProcess:
+        return 0
+
+
+def process_bytes(process: psutil.Process) -> int:
+    """Memory of a process, with its part of what it shares (PSS); where there is no PSS, its own (USS)."""
+    try:
+        memory = process.memory_full_info()
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return 0  # it has ended meanwhile
+    return int(getattr(memory, "pss", memory.uss))
+
+
+def voxels(path: Path) -> Volume:
+    """The values of a NIfTI file (I, J, K)."""
+    return np.asarray(nib.Nifti1Image.from_filename(path).dataobj)
+
+
+def dice(predicted: Path, truth: Path) -> dict[int, float]:
+    """The Dice coefficient of each tissue, of two NIfTI label maps that lie in the same place."""
+    affines = [nib.Nifti1Image.from_filename(path).affine for path in (predicted, truth)]
+    if not np.allclose(*affines, atol=AFFINE_TOLERANCE_MM):
+        raise click.ClickException(f"{predicted} does not lie where {truth} does")
+    found, expected = voxels(predicted), voxels(truth)
+    scores = {}
+    for tissue in TISSUES:
+        ours, theirs = found == tissue, expected == tissue
+        scores[tissue] = 2 * np.sum(ours & theirs) / (np.sum(ours) + np.sum(theirs))
+    return scores
+
+
+def draw_planes(paths: Paths, subject: str) -> None:
+    """Draw the middle planes of a subject: a row for each axis; image, truth and prediction."""
+    from matplotlib.figure import Figure  # heavy, and needed last
+
+    image, truth = voxels(paths.image(subject)), voxels(paths.truth(subject))
+    columns = {subject: np.zeros_like(truth), "truth": truth, "prediction": voxels(paths.predicted(subject))}
+    figure = Figure(figsize=(9, 9), facecolor="black", layout="constrained")
+    grid = figure.subplots(3, len(columns))
+    for row, axis in zip(grid, (2, 1, 0), strict=True):  # axial, coronal, sagittal
+        for cell, labels in zip(row, columns.values(), strict=True):
+            cell.imshow(overlay(middle(image, axis), middle(labels, axis)))
+            cell.set_axis_off()
+    for cell, title in zip(grid[0], columns, strict=True):
+        cell.set_title(title, color="white")
+    figure.savefig(paths.picture, dpi=120)
+
+
+def middle(volume: Volume, axis: int) -> Volume:
+    """The middle plane at right angles to an axis, with the last axis upwards."""
+    return np.rot90(volume.take(volume.shape[axis] // 2, axis))
+
+
+def overlay(plane: Volume, labels: Volume) -> npt.NDArray[np.float64]:
+    """A plane in grey with its tissues in colour: (rows, columns, RGB), from 0 to 1."""
+    grey = np.clip(plane / np.percentile(plane, 99.5), 0, 1)
+    picture = np.repeat(grey[..., np.newaxis], 3, axis=-1)
+    for tissue, color in TISSUE_COLORS.items():
+        inside = labels == tissue
+        picture[inside] = (1 - OPACITY) * picture[inside] + OPACITY * np.array(color)
+    return picture
+
+
+def print_scores(scores: dict[str, dict[int, float]]) -> None:
+    """Dice per subject and tissue."""
+    click.echo(f"{'Dice':<14}" + "".join(f"{name:>16}" for name in TISSUES.values()))
+    for subject, of_tissue in scores.items():
+        click.echo(f"{subject:<14}" + "".join(f"{of_tissue[tissue]:>16.3f}" for tissue in TISSUES))
+
+
+def print_usages(usages: list[Usage]) -> None:
+    """Time and memory of each stage."""
+    click.echo(f"\n{'Stage':<14}{'seconds':>16}{'peak memory MiB':>18}{'volumes MiB':>16}")
+    for usage in usages:
+        volumes = f"{usage.stage.voxel_bytes / MIB:.0f}" if usage.stage.voxel_bytes else "-"
+        click.echo(
+            f"{usage.stage.name:<14}{usage.seconds:>16.1f}{usage.peak_bytes / MIB:>18.0f}{volumes:>16}"
+        )
+
+
+def print_outputs(paths: Paths) -> None:
+    """How fast the training was, and where everything lies."""
+    training = json.loads(paths.model.with_suffix(".json").read_text())
+    rate, size = training["patches"] / training["seconds"], training["patch_size"]
+    click.echo(f"\nTraining took {rate:.1f} patches of {size} x {size} x {size} voxels per second.\n")
+    for what, path in {
+        "cohort": paths.cohort,
+        "store": paths.store,
+        "network": paths.model,
+        "predictions": paths.predictions,
+        "as NIfTI": paths.exported,
+        "picture": paths.picture,
+    }.items():
+        click.echo(f"{what:<14}{path}")
+
+
+def header(title: str) -> None:
+    """Begin a new step."""
+    click.secho(f"\n== {title}", bold=True)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -101,9 +101,7 @@ def make_cohort(
     return sorted(run_plans(plans, jobs=jobs))
 
 
-def plan_cohort(
-    destination: Path, *, subjects: int, seed: int, zoom: float = 1.0
-) -> list[SubjectPlan]:
+def plan_cohort(destination: Path, *, subjects: int, seed: int, zoom: float = 1.0) -> list[SubjectPlan]:
     """Decide what each subject will be, without writing anything."""
     if subjects < 1:
         raise ValueError(f"a cohort has at least 1 subject, not {subjects}")
@@ -154,9 +152,7 @@ def make_subject(plan: SubjectPlan) -> Path:
     return plan.folder
 
 
-def draw_view(
-    template: Template, plan: SubjectPlan, rng: np.random.Generator
-) -> tuple[Floats, Affine]:
+def draw_view(template: Template, plan: SubjectPlan, rng: np.random.Generator) -> tuple[Floats, Affine]:
     """Draw a field of view and a warp.
 
     Returns the template coordinates (3, I, J, K) of each voxel, and the affine of the view.

@@ -72,9 +72,7 @@ def fit(network: UNet, batches: Iterator[zp.PatchBatch], seconds: float) -> int:
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
     steps = 0
     start = shown = time.monotonic()
-    with click.progressbar(
-        length=round(seconds), label="Training", item_show_func=lambda text: text
-    ) as bar:
+    with click.progressbar(length=round(seconds), label="Training", item_show_func=lambda text: text) as bar:
         while (elapsed := time.monotonic() - start) < seconds:
             optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - elapsed / seconds) ** 0.9
             batch = next(batches)
@@ -92,8 +90,7 @@ def fit(network: UNet, batches: Iterator[zp.PatchBatch], seconds: float) -> int:
 def save(network: UNet, path: Path) -> None:
     """Export the network for batches of any length and patches of any size that it takes."""
     sides = {
-        axis: UNet.SIDE_MULTIPLE * torch.export.Dim(f"side_{axis}", min=1, max=256)
-        for axis in (2, 3, 4)
+        axis: UNet.SIDE_MULTIPLE * torch.export.Dim(f"side_{axis}", min=1, max=256) for axis in (2, 3, 4)
     }
     dynamic = ({0: torch.export.Dim.DYNAMIC, **sides},)
     example = torch.zeros(2, 1, 32, 32, 32)

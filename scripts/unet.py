@@ -37,9 +37,7 @@ class UNet(nn.Module):
         for encode in self.encoders:
             features = encode(self.shrink(features) if skips else features)
             skips.append(features)
-        for upsample, decode, skip in zip(
-            self.upsamplers, self.decoders, skips[-2::-1], strict=True
-        ):
+        for upsample, decode, skip in zip(self.upsamplers, self.decoders, skips[-2::-1], strict=True):
             features = decode(torch.cat([upsample(features), skip], dim=1))
         logits: torch.Tensor = self.head(features)
         return logits

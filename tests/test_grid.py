@@ -157,12 +157,14 @@ def test_a_volume_smaller_than_the_patch_is_padded_up_to_it_evenly_and_has_one_p
 
 
 @st.composite
-def tilings(draw: st.DrawFn) -> tuple[AxisTiles, list[PatchLocation], list[NDArray[np.float64]], int]:
+def tilings(
+    draw: st.DrawFn, *, scaled: bool
+) -> tuple[AxisTiles, list[PatchLocation], list[NDArray[np.float64]], int]:
     """Tiles, the patches in the frame of the output, their weights there, and the length of the output."""
     mode = draw(st.sampled_from(blending.OVERLAP_MODES))
     n, p, o = draw(axes(may_be_small=True))
     starts = grid_on_one_axis((n, p, o), border=draw(st.booleans())).starts[0]
-    m = draw(st.just(n) | st.integers(1, 2 * n))
+    m = draw(st.integers(1, 2 * n)) if scaled else n
     patches = [PatchLocation((s, 0, 0), (p, 1, 1)).scaled(m / n) for s in starts.tolist()]
     first, stop = (
         np.array(ends)[:, 0] for ends in zip(*((b.index, b.index_fin) for b in patches), strict=True)
@@ -171,15 +173,17 @@ def tilings(draw: st.DrawFn) -> tuple[AxisTiles, list[PatchLocation], list[NDArr
     return AxisTiles.cut(mode, starts, p, o, n, output_length=m), patches, weights, m
 
 
-@given(tilings())
-def test_tiles_await_the_patches_that_weigh_in_them_and_weights_sum_to_one(tiling: Any) -> None:
+def check_tiles(tiling: Any) -> None:
+    """Tiles part the volume, await the patches that weigh in them, and weights sum to one."""
     tiles, patches, weights, length = tiling
     weighs = np.zeros((len(patches), length), dtype=bool)
     for row, patch, values in zip(weighs, patches, weights, strict=True):
         for voxel, value in enumerate(values, start=patch.index[0]):
             if value > 0 and 0 <= voxel < length:
                 row[voxel] = True
-    edges = tiles.edges.tolist()
+    edges, lengths = tiles.edges.tolist(), np.diff(tiles.edges)
+    assert (edges[0], edges[-1]) == (0, length)
+    assert len(lengths) == 1 or lengths.min() >= MIN_TILE_VOXELS == 16
     in_tile = np.array([weighs[:, a:b].any(axis=1) for a, b in itertools.pairwise(edges)])
     assert tiles.awaited.tolist() == in_tile.sum(axis=1).tolist()
 
@@ -195,12 +199,14 @@ def test_tiles_await_the_patches_that_weigh_in_them_and_weights_sum_to_one(tilin
     np.testing.assert_allclose(totals, 1, atol=1e-6)
 
 
-@given(tilings())
-def test_tiles_part_the_volume_and_are_no_shorter_than_16_voxels(tiling: Any) -> None:
-    tiles, _, _, length = tiling
-    assert (tiles.edges[0], tiles.edges[-1]) == (0, length)
-    lengths = np.diff(tiles.edges)
-    assert len(lengths) == 1 or lengths.min() >= MIN_TILE_VOXELS == 16
+@given(tilings(scaled=False))
+def test_tiles_await_the_patches_that_weigh_in_them_and_weights_sum_to_one(tiling: Any) -> None:
+    check_tiles(tiling)
+
+
+@given(tilings(scaled=True))
+def test_tiles_of_an_output_of_another_resolution_keep_the_same_promises(tiling: Any) -> None:
+    check_tiles(tiling)
 
 
 def test_patches_far_apart_are_cut_into_tiles_at_their_borders() -> None:
