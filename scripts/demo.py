@@ -21,6 +21,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import nibabel as nib
@@ -44,7 +45,8 @@ TISSUE_COLORS = {1: (0.90, 0.35, 0.25), 2: (0.20, 0.60, 0.90)}
 OPACITY = 0.5
 MIB = 2**20
 
-Volume = npt.NDArray[np.generic]
+Volume = npt.NDArray[Any]
+Words = Sequence[str | Path | int]
 
 
 class Paths:
@@ -77,7 +79,7 @@ class Stage:
 
     name: str
     title: str
-    command: Sequence[str | Path | int]
+    command: Words
     voxel_bytes: int
 
 
@@ -144,7 +146,8 @@ def plan_stages(paths: Paths, names: list[str], tested: list[str], train_seconds
     trained = [name for name in names if name not in tested]
     excluded = [word for name in tested for word in ("--exclude", name)]
     included = [word for name in tested for word in ("--include", name)]
-    patches = ["--patch-size", PATCH_SIZE, "--overlap", PATCH_OVERLAP, "--blend", "hann"]
+    network: Words = ["--model", paths.model, "--image", "t1", "--batch-size", BATCH_SIZE]
+    patches: Words = ["--patch-size", PATCH_SIZE, "--overlap", PATCH_OVERLAP, "--reduce", "argmax"]
     return [
         Stage(
             "import torch",
@@ -167,8 +170,7 @@ def plan_stages(paths: Paths, names: list[str], tested: list[str], train_seconds
         Stage(
             "predict",
             f"Predict {', '.join(tested)}, which the network has not seen",
-            [zpatch, "predict", paths.store, paths.predictions, "--model", paths.model, "--image", "t1"]
-            + [*patches, "--reduce", "argmax", "--batch-size", BATCH_SIZE, "--overwrite", *included],
+            [zpatch, "predict", paths.store, paths.predictions, "--overwrite", *network, *patches, *included],
             total_bytes(map(paths.image, tested)),
         ),
         Stage(
@@ -239,14 +241,14 @@ def voxels(path: Path) -> Volume:
 
 def dice(predicted: Path, truth: Path) -> dict[int, float]:
     """The Dice coefficient of each tissue, of two NIfTI label maps that lie in the same place."""
-    affines = [nib.Nifti1Image.from_filename(path).affine for path in (predicted, truth)]
-    if not np.allclose(*affines, atol=AFFINE_TOLERANCE_MM):
+    ours, theirs = (nib.Nifti1Image.from_filename(path).affine for path in (predicted, truth))
+    if not np.allclose(ours, theirs, atol=AFFINE_TOLERANCE_MM):
         raise click.ClickException(f"{predicted} does not lie where {truth} does")
     found, expected = voxels(predicted), voxels(truth)
     scores = {}
     for tissue in TISSUES:
-        ours, theirs = found == tissue, expected == tissue
-        scores[tissue] = 2 * np.sum(ours & theirs) / (np.sum(ours) + np.sum(theirs))
+        overlap = np.sum((found == tissue) & (expected == tissue))
+        scores[tissue] = float(2 * overlap / (np.sum(found == tissue) + np.sum(expected == tissue)))
     return scores
 
 

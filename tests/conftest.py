@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 import zpatch as zp
+from zpatch.shards import close_shards
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
@@ -73,6 +74,7 @@ def nothing_is_left_behind(tmp_path: Path) -> Iterator[None]:
     before = set(os.listdir(SHARED_MEMORY)) if SHARED_MEMORY.exists() else set()
     yield
     gc.collect()
+    close_shards(tmp_path)  # the bounded cache of open maps is kept on purpose
     me = psutil.Process()
     children = [child for child in me.children(recursive=True) if not _is_resource_tracker(child)]
     _, alive = psutil.wait_procs(children, timeout=3)

@@ -231,6 +231,7 @@ def stored_image(folder: Path, record: ImageRecord) -> Image:
 
 
 def _of_record(folder: Path, record: ImageRecord) -> _Opened:
+    folder = folder.absolute()
     source = ShardSource(store.sharded_array(folder, record))
     return _Opened(source, record.affine_array, record.slope, record.inter, record, folder)
 

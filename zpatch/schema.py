@@ -177,6 +177,11 @@ class ImageRecord:
         return sum(seal.bytes for seal in self.files.values())
 
     @property
+    def contents(self) -> str:
+        """A digest of all files of the image."""
+        return digest("".join(seal.checksum for _, seal in sorted(self.files.items())).encode())
+
+    @property
     def affine_array(self) -> Affine:
         """The affine as a 4 x 4 array."""
         return np.array(self.affine, dtype=np.float64)

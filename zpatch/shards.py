@@ -42,7 +42,11 @@ blosc.use_threads = False
 
 @dataclass(frozen=True, slots=True)
 class ShardedArray:
-    """Where the voxels of one array lie and how they are packed; shapes are (c, z, y, x)."""
+    """Where the voxels of one array lie and how they are packed; shapes are (c, z, y, x).
+
+    ``contents`` tells arrays apart that stood at the same place one after the other, so that an open map
+    of the one is never taken for the other.
+    """
 
     path: Path
     shape: Index
@@ -51,6 +55,7 @@ class ShardedArray:
     shards: Index
     codec: str
     ndim: int
+    contents: str = ""
 
     @property
     def chunk_grid(self) -> tuple[int, ...]:
@@ -209,14 +214,14 @@ class _OpenMaps:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._lock = threading.Lock()
-        self._maps: OrderedDict[tuple[Path, tuple[int, ...]], MappedShard] = OrderedDict()
+        self._maps: OrderedDict[tuple[Path, str, tuple[int, ...]], MappedShard] = OrderedDict()
         os.register_at_fork(after_in_child=self._renew_lock)
 
     def _renew_lock(self) -> None:
         self._lock = threading.Lock()
 
     def get(self, array: ShardedArray, shard: tuple[int, ...]) -> MappedShard:
-        key = (array.path, shard)
+        key = (array.path, array.contents, shard)
         with self._lock:
             mapped = self._maps.get(key)
             if mapped is not None:
@@ -245,7 +250,7 @@ def open_shard(array: ShardedArray, shard: tuple[int, ...]) -> MappedShard:
 
 def close_shards(folder: Path) -> None:
     """Let go of all maps below a folder, before it is replaced."""
-    _open_maps.forget(folder)
+    _open_maps.forget(folder.absolute())
 
 
 def locate_chunk(array: ShardedArray, chunk: int) -> tuple[tuple[int, ...], int, tuple[int, ...]]:

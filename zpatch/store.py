@@ -30,6 +30,7 @@ Key = tuple[str, str]
 class Store:
     """A store as its manifest describes it; immutable, and no file is held open.
 
+    ``path`` is absolute, so that a change of the working directory cannot make it another store.
     ``records`` are the committed images by (subject, image) in the order of the manifest; ``documents``
     are the sealed files outside the images, by path below the store; ``attributes`` are the root's.
     """
@@ -56,7 +57,7 @@ def open_store(path: str | os.PathLike[str]) -> Store:
         else:
             record = ImageRecord.from_json(value, where)
             records[record.subject, record.image] = record
-    return Store(root, attributes, records, documents)
+    return Store(root.absolute(), attributes, records, documents)
 
 
 def is_store(path: Path) -> bool:
@@ -119,6 +120,7 @@ def sharded_array(folder: Path, record: ImageRecord) -> ShardedArray:
         shards=schema.padded_to_4d(record.shards),
         codec=record.codec,
         ndim=len(record.shape),
+        contents=record.contents,
     )
 
 

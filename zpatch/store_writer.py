@@ -44,9 +44,9 @@ class StoreWriter:
     """The one writer of a store: a context manager that holds its lock and clears staging at its end."""
 
     def __init__(self, path: Path, lock: IO[str]) -> None:
-        self.path = path
+        self.path = path.absolute()
         self._lock = lock
-        self._staging = path / schema.STAGING
+        self._staging = self.path / schema.STAGING
         self._documents: set[str] = set()
 
     @classmethod

@@ -1,0 +1,244 @@
+"""The house: which room stands on which floor, and which third-party library comes in by which door."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import zpatch
+
+ROOT = Path(zpatch.__file__).parent
+
+# A module imports from lower floors, or from earlier lines of its own floor.
+FLOORS = {
+    "values": [
+        "errors",
+        "geometry",
+        "randomness",
+        "blending",
+    ],
+    "plans and records": [
+        "grid",
+        "layout",
+        "schema",
+        "memory",
+        "voxel_statistics",
+    ],
+    "doors": [
+        "nifti",
+        "shards",
+        "store",
+        "store_writer",
+        "scheduling",
+        "discovery",
+    ],
+    "subjects": [
+        "voxel_index",
+        "image_writer",
+        "reader",
+        "image",
+        "cohort",
+        "patch",
+    ],
+    "stages": [
+        "conversion_plan",
+        "conversion",
+        "nifti_export",
+        "verification",
+        "samplers",
+        "patch_queue",
+        "loader",
+        "reduction",
+        "volume_sink",
+        "accumulation",
+        "aggregator",
+        "inference",
+    ],
+    "edge": [
+        "__init__",
+        "cli/options",
+        "cli/progress",
+        "cli/__init__",
+        "cli/convert",
+        "cli/export",
+        "cli/info",
+        "cli/predict",
+        "cli/verify",
+    ],
+}
+ROOMS = list(itertools.chain(*FLOORS.values()))
+EDGE = FLOORS["edge"]
+COMMAND_LINE = [room for room in EDGE if room.startswith("cli/")]
+
+# Where each third-party library may be imported; whatever is not listed may be imported nowhere.
+DOORS = {
+    "numpy": ROOMS,
+    "torch": [*FLOORS["subjects"], *FLOORS["stages"], *EDGE],
+    "nibabel": ["nifti"],
+    "isal": ["nifti"],
+    "zarr": ["store", "store_writer"],
+    "numcodecs": ["shards"],
+    "google_crc32c": ["shards"],
+    "dask": ["scheduling", "reader", "image"],
+    "click": COMMAND_LINE,
+}
+STANDARD_LIBRARY_DOORS = {
+    "gzip": ["nifti"],
+    "mmap": ["shards"],
+    "importlib": ["__init__", "inference", *COMMAND_LINE],  # an import that no table can hold
+}
+HEAVY = ["zarr", "dask", "torch", "nibabel", "isal", "numcodecs"]  # may be imported inside functions
+WORLD = (
+    "os io shutil pathlib tempfile time datetime random secrets socket subprocess threading multiprocessing"
+)
+MAX_LINES = 400
+
+
+@dataclass(frozen=True)
+class Import:
+    """One name of an import statement: ``module`` is what is loaded, ``deferred`` whether in a function."""
+
+    module: str
+    line: int
+    deferred: bool
+
+    @property
+    def library(self) -> str:
+        return self.module.partition(".")[0]
+
+
+def path_of(room: str) -> Path:
+    return ROOT / f"{room}.py"
+
+
+def room_of(module: str) -> str:
+    """The room of a module of zpatch: ``zpatch.cli.info`` -> ``cli/info``; a package -> its __init__."""
+    room = "/".join(module.split(".")[1:])
+    return room if path_of(room).is_file() else f"{room}/__init__".lstrip("/")
+
+
+@cache
+def imports_of(room: str) -> list[Import]:
+    return list(_imports(ast.parse(path_of(room).read_text()), deferred=False))
+
+
+def _imports(node: ast.AST, *, deferred: bool) -> Iterator[Import]:
+    if isinstance(node, ast.Import):
+        yield from (Import(alias.name, node.lineno, deferred) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, f"line {node.lineno}: imports are absolute"
+        assert node.module is not None
+        for alias in node.names:
+            inner = f"{node.module}.{alias.name}"
+            is_module = inner.startswith("zpatch.") and path_of("/".join(inner.split(".")[1:])).is_file()
+            yield Import(inner if is_module else node.module, node.lineno, deferred)
+    else:
+        inside = deferred or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in ast.iter_child_nodes(node):
+            yield from _imports(child, deferred=inside)
+
+
+def own_imports_of(room: str) -> list[Import]:
+    return [found for found in imports_of(room) if found.library == "zpatch"]
+
+
+def told(room: str, found: list[Import]) -> list[str]:
+    return [f"{room}.py:{at.line} imports {at.module}" for at in found]
+
+
+def existing_rooms() -> list[str]:
+    return sorted(path.relative_to(ROOT).with_suffix("").as_posix() for path in ROOT.rglob("*.py"))
+
+
+def standing(rooms: list[str]) -> list[str]:
+    """Those of the rooms that exist: one that does not is reported once, by the test of the table."""
+    return [room for room in rooms if path_of(room).is_file()]
+
+
+EXISTING = existing_rooms()
+
+
+def test_the_table_lists_every_module_once_and_no_other() -> None:
+    assert sorted(ROOMS) == EXISTING
+
+
+@pytest.mark.parametrize("room", standing(ROOMS))
+def test_a_module_imports_only_from_below(room: str) -> None:
+    below = ROOMS[: ROOMS.index(room)]
+    upward = [found for found in own_imports_of(room) if room_of(found.module) not in below]
+    assert told(room, upward) == []
+
+
+@pytest.mark.parametrize("room", EXISTING)
+def test_a_third_party_library_comes_in_by_its_door_only(room: str) -> None:
+    known = {*sys.stdlib_module_names, "zpatch"}
+    astray = [
+        found
+        for found in imports_of(room)
+        if found.library not in known and room not in DOORS.get(found.library, [])
+    ]
+    assert told(room, astray) == []
+
+
+@pytest.mark.parametrize("room", EXISTING)
+def test_a_few_modules_of_the_standard_library_have_their_door_too(room: str) -> None:
+    astray = [
+        found
+        for found in imports_of(room)
+        if found.module in STANDARD_LIBRARY_DOORS and room not in STANDARD_LIBRARY_DOORS[found.module]
+    ]
+    assert told(room, astray) == []
+
+
+@pytest.mark.parametrize("room", standing([room for room in ROOMS if room not in EDGE]))
+def test_only_heavy_libraries_are_imported_inside_functions(room: str) -> None:
+    deferred = [found for found in imports_of(room) if found.deferred and found.library not in HEAVY]
+    assert told(room, deferred) == []
+
+
+@pytest.mark.parametrize("room", standing(FLOORS["values"] + FLOORS["plans and records"]))
+def test_values_plans_and_records_know_no_files_no_clocks_and_no_processes(room: str) -> None:
+    worldly = [found for found in imports_of(room) if found.library in WORLD.split()]
+    assert told(room, worldly) == []
+
+
+@pytest.mark.parametrize("room", EXISTING)
+def test_no_module_is_longer_than_400_lines(room: str) -> None:
+    assert len(path_of(room).read_text().splitlines()) <= MAX_LINES
+
+
+@pytest.mark.parametrize("room", EXISTING)
+def test_a_module_is_named_by_a_noun_of_the_data_flow(room: str) -> None:
+    name = Path(room).name
+    assert not {"util", "utils", "common", "helper", "helpers", "misc"} & set(name.split("_"))
+    assert name not in sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("module", ["zpatch", "zpatch.cli"])
+def test_importing_the_package_or_its_command_line_loads_nothing_heavy(module: str) -> None:
+    heavy = [*HEAVY, "numpy"]
+    program = f"import sys, {module}; print(*(name for name in {heavy} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("name", zpatch.__all__)
+def test_every_public_name_is_there_and_comes_from_the_package(name: str) -> None:
+    value = getattr(zpatch, name)
+    assert value.__name__ == name
+    assert value.__module__.startswith("zpatch.")
+    assert value.__doc__
+
+
+def test_public_names_are_listed_by_dir_and_unknown_ones_are_attribute_errors() -> None:
+    assert set(zpatch.__all__) <= set(dir(zpatch))
+    with pytest.raises(AttributeError, match="module 'zpatch' has no attribute 'Sampler'"):
+        zpatch.Sampler  # noqa: B018 - the access is what is tested
