@@ -12,8 +12,6 @@ A subject is a function of the seed and its number: neither `subjects` nor `jobs
 it (but which subjects are the awkward ones shifts in cohorts of fewer than three).
 """
 
-from __future__ import annotations
-
 import gzip
 import importlib.util
 import os

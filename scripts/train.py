@@ -29,19 +29,33 @@ LABEL_PROBABILITIES = {0: 1, 1: 2, 2: 2}  # background is easy
 PATCHES_PER_VOLUME = 16
 MAX_LENGTH = 48
 NUM_WORKERS = 2
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 5e-3
+LEARNING_RATE_DECAY = 0.9
+SLOW_STEPS_PER_S = 4  # a machine with fewer gets more time,
+PATIENCE = 3  # up to so many times what was asked for
+PERCENT = 100
 
 
 @click.command()
 @click.argument("store", type=click.Path(path_type=Path, exists=True))
 @click.argument("model", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--seconds", type=click.FloatRange(min=1), default=60, show_default=True)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=1),
+    default=60,
+    show_default=True,
+    help=f"How long to train; a slow machine takes up to {PATIENCE} times as long.",
+)
 @click.option("--exclude", multiple=True, metavar="SUBJECT", help="Not to be trained on.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 def main(store: Path, model: Path, seconds: float, exclude: tuple[str, ...], seed: int) -> None:
     """Train on STORE and save the network as MODEL, a torch.export file (.pt2)."""
     torch.manual_seed(seed)
     cohort = zp.Cohort(store)
+    if unknown := set(exclude) - set(cohort.names):
+        raise click.BadParameter(
+            f"no subject {', '.join(sorted(unknown))} in {store}", param_hint="--exclude"
+        )
     subjects = [cohort[name] for name in cohort.names if name not in exclude]
     sampler = zp.LabelSampler(PATCH_SIZE, "seg", LABEL_PROBABILITIES)
     network = UNet(classes=len(LABEL_PROBABILITIES)).to(memory_format=torch.channels_last_3d)
@@ -53,9 +67,11 @@ def main(store: Path, model: Path, seconds: float, exclude: tuple[str, ...], see
         num_workers=NUM_WORKERS,
         seed=seed,
     ) as queue:
+        start = time.monotonic()
         num_patches = fit(network, endless_batches(queue), seconds)
+        seconds_taken = time.monotonic() - start
     save(network.eval(), model)
-    report = {"patches": num_patches, "patch_size": PATCH_SIZE, "seconds": seconds}
+    report = {"patches": num_patches, "patch_size": PATCH_SIZE, "seconds": seconds_taken}
     model.with_suffix(".json").write_text(json.dumps(report))
 
 
@@ -68,23 +84,29 @@ def endless_batches(queue: zp.Queue) -> Iterator[zp.PatchBatch]:
 
 
 def fit(network: UNet, batches: Iterator[zp.PatchBatch], seconds: float) -> int:
-    """Train until the time is over, and return the number of patches seen."""
+    """Train until `share_done` says that it is over, and return the number of patches seen."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
-    steps = 0
-    start = shown = time.monotonic()
-    with click.progressbar(length=round(seconds), label="Training", item_show_func=lambda text: text) as bar:
-        while (elapsed := time.monotonic() - start) < seconds:
-            optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - elapsed / seconds) ** 0.9
+    start = time.monotonic()
+    steps, done = 0, 0.0
+    with click.progressbar(length=PERCENT, label="Training", item_show_func=lambda text: text) as bar:
+        while done < 1:
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - done) ** LEARNING_RATE_DECAY
             batch = next(batches)
             loss = functional.cross_entropy(network(batch.t1.data), batch.seg.data[:, 0].long())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             steps += 1
-            if (passed := int(time.monotonic() - shown)) > 0:
-                shown += passed
+            before, done = done, share_done(time.monotonic() - start, seconds, steps)
+            if passed := int(done * PERCENT) - int(before * PERCENT):
                 bar.update(passed, f"loss {loss.item():.2f}")
     return steps * BATCH_SIZE
+
+
+def share_done(elapsed: float, seconds: float, steps: int) -> float:
+    """How much of the training is over, up to 1: that of the time, or of the steps where they lag behind."""
+    wanted_steps = SLOW_STEPS_PER_S * seconds
+    return min(1.0, max(min(elapsed / seconds, steps / wanted_steps), elapsed / (PATIENCE * seconds)))
 
 
 def save(network: UNet, path: Path) -> None:

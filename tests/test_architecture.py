@@ -54,6 +54,7 @@ FLOORS = {
         "nifti_export",
         "verification",
         "samplers",
+        "patch_worker",
         "patch_queue",
         "loader",
         "reduction",

@@ -20,7 +20,10 @@ from zpatch.layout import (
 
 SIDES = st.integers(1, 400) | st.integers(1, 40_000)
 SPATIAL = st.tuples(SIDES, SIDES, SIDES)
-SHAPES = st.one_of(SPATIAL, st.tuples(st.integers(1, 70), SIDES, SIDES, SIDES))
+HUGE = st.integers(8_000, 80_000)
+SHAPES = st.one_of(
+    SPATIAL, st.tuples(st.integers(1, 99), HUGE, HUGE), st.tuples(st.integers(1, 70), SIDES, SIDES, SIDES)
+)
 ITEMSIZES = st.sampled_from([1, 2, 4, 8, 16])
 CHUNKS = st.sampled_from([8, 16, 32, 48, 64])
 SPACINGS = st.tuples(*[st.sampled_from([0.0, 0.3, 1.0, 3.0, 8.0])] * 3)
@@ -51,22 +54,44 @@ def rounded_up(value: int, multiple: int) -> int:
 # Conversion
 
 
-@given(SHAPES, ITEMSIZES, SPACINGS, CHUNKS, st.booleans())
-def test_shards_are_whole_chunks_that_cover_the_array(
-    shape: tuple[int, ...], itemsize: int, spacing: Any, chunk: int, interleaved: bool
-) -> None:
-    check_cut(
-        plan_layout(shape, itemsize, spacing=spacing, chunk=chunk, interleaved=interleaved),
-        shape,
-    )
+@st.composite
+def plans(draw: st.DrawFn) -> tuple[Layout, tuple[int, ...], int]:
+    """A layout of anything that may be converted, with the shape and the itemsize of the array."""
+    shape, itemsize, colours = draw(SHAPES), draw(ITEMSIZES), 1
+    if len(shape) == 4 and draw(st.booleans()):
+        colours, itemsize = draw(st.sampled_from([3, 4])), 1
+        shape = (shape[0] * colours, *shape[1:])
+    spacing, chunk = draw(SPACINGS), draw(CHUNKS)
+    return plan_layout(shape, itemsize, spacing=spacing, chunk=chunk, colours=colours), shape, itemsize
 
 
-@given(SHAPES, ITEMSIZES, SPACINGS, CHUNKS, st.booleans())
+@given(plans())
+def test_shards_are_whole_chunks_that_cover_the_array(plan: tuple[Layout, tuple[int, ...], int]) -> None:
+    layout, shape, _ = plan
+    check_cut(layout, shape)
+
+
+@given(plans())
 def test_no_shard_is_larger_than_128_mib_however_large_the_planes(
-    shape: tuple[int, ...], itemsize: int, spacing: Any, chunk: int, interleaved: bool
+    plan: tuple[Layout, tuple[int, ...], int],
 ) -> None:
-    layout = plan_layout(shape, itemsize, spacing=spacing, chunk=chunk, interleaved=interleaved)
+    layout, _, itemsize = plan
     assert shard_bytes(layout, itemsize) <= MAX_SHARD_BYTES == 128 * 2**20
+
+
+@given(plans())
+def test_no_shard_has_an_index_of_more_entries_than_allowed(
+    plan: tuple[Layout, tuple[int, ...], int],
+) -> None:
+    assert chunks_in_shard(plan[0]) <= MAX_CHUNKS_IN_SHARD
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+@pytest.mark.parametrize("shape", [(300, 300, 300), (2000, 2000, 2000), (1000, 4, 64, 64)])
+def test_not_even_tiny_chunks_make_an_index_of_more_entries_than_allowed(
+    shape: tuple[int, ...], chunk: int
+) -> None:
+    assert chunks_in_shard(plan_layout(shape, 1, chunk=chunk)) <= MAX_CHUNKS_IN_SHARD
 
 
 @given(SHAPES, ITEMSIZES, CHUNKS)
@@ -79,13 +104,6 @@ def test_a_shard_is_a_slab_of_full_planes_where_one_plane_of_voxels_is_small_eno
     chunks_in_plane = (width_y // layout.chunks[-2]) * (width_x // layout.chunks[-1])
     fits = plane_bytes <= MAX_SHARD_BYTES and chunks_in_plane <= MAX_CHUNKS_IN_SHARD
     assert (layout.shards[-2:] == (width_y, width_x)) == fits
-
-
-@pytest.mark.parametrize("chunk", [1, 4, 8, 32])
-@pytest.mark.parametrize("side", [300, 512, 2000])
-def test_no_shard_has_an_index_of_more_entries_than_allowed(chunk: int, side: int) -> None:
-    layout = plan_layout((side, side, side), 1, chunk=chunk)
-    assert chunks_in_shard(layout) <= MAX_CHUNKS_IN_SHARD
 
 
 @given(SHAPES, ITEMSIZES)
@@ -157,14 +175,12 @@ def test_channels_of_large_volumes_have_shards_of_their_own() -> None:
     assert plan_layout((4, 512, 512, 512), 2).shards[0] == 1
 
 
-@given(SPATIAL, SPACINGS)
-def test_channels_that_arrive_together_are_in_one_shard_and_count_in_its_size(
-    shape: tuple[int, int, int], spacing: Any
+@given(SPATIAL, SPACINGS, st.integers(1, 5))
+def test_colours_arrive_together_and_are_in_one_shard_of_chunks_of_their_own(
+    shape: tuple[int, int, int], spacing: Any, volumes: int
 ) -> None:
-    layout = plan_layout((3, *shape), 1, spacing=spacing, interleaved=True)
-    assert layout.shards[0] == 3
-    assert layout.chunks[0] == 1
-    assert shard_bytes(layout, 1) <= MAX_SHARD_BYTES
+    layout = plan_layout((3 * volumes, *shape), 1, spacing=spacing, colours=3)
+    assert (layout.chunks[0], layout.shards[0]) == (1, 3)
 
 
 # Output of a sweep

@@ -1,4 +1,4 @@
-"""Patches: images by name, affines at the patch's corner, types that torch computes with, and their stacking."""
+"""Patches: images by name, affines at the patch's corner, types for torch, and stacking."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_patch_gives_its_images_by_attribute_and_by_item(patches: list[zp.Patc
 def test_an_unknown_image_of_a_patch_is_an_error_with_the_nearest_name(patches: list[zp.Patch]) -> None:
     with pytest.raises(UnknownNameError, match=r"no image 'sge' in the patch; did you mean 'seg'\?"):
         patches[0]["sge"]
-    with pytest.raises(AttributeError, match="no 'sge' here .*t1, seg"):
+    with pytest.raises(AttributeError, match=r"no 'sge' here .*t1, seg"):
         patches[0].sge  # noqa: B018
 
 

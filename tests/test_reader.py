@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from zpatch.image import Image, ScalarImage, stored_image
 from zpatch.reader import PADDING_MODES, ArraySource, DaskSource
 from zpatch.schema import CODECS, ImageRecord
 from zpatch.shards import close_shards, decode_chunk
+from zpatch.store import sharded_array
 from zpatch.store_writer import StagedImage
 
 EYE = tuple(map(tuple, np.eye(4).tolist()))
@@ -38,7 +39,7 @@ def stored(folder: Path, voxels: NDArray[Any], *, chunk: int, shard: int, codec:
         codec, EYE,
     )  # fmt: skip
     stage = StagedImage(folder)
-    array = stage.array(record)
+    array = sharded_array(folder, record)
     for place in np.ndindex(*array.shard_grid):
         box = tuple(slice(n * s, (n + 1) * s) for n, s in zip(place, array.shards, strict=True))
         stage.write_shard(record, place, voxels.reshape(array.shape)[box])
@@ -52,9 +53,8 @@ def draw_box(data: Draw, spatial_shape: tuple[int, ...]) -> PatchLocation:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    yield tmp_path / "image"
-    close_shards(tmp_path)
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "image"
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from numpy.typing import NDArray
 
 import zpatch as zp
 from zpatch.errors import DamageError, OptionError, StoreExistsError, UnknownNameError
-from zpatch.shards import close_shards
 
 NIBABEL_FILES = [
     Path(nib.__file__).parent / "tests" / "data" / name
@@ -33,12 +31,6 @@ RGBA = np.dtype([*RGB.descr, ("A", "u1")])
 DTYPES = ["u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8", "c8", "c16"]
 
 both_suffixes = pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
-
-
-@pytest.fixture(autouse=True)
-def maps_are_let_go(tmp_path: Path) -> Iterator[None]:
-    yield
-    close_shards(tmp_path)
 
 
 def content(path: Path) -> bytes:

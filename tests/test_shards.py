@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from zpatch.shards import (
     open_shard,
     write_shard,
 )
+from zpatch.store import sharded_array
 from zpatch.store_writer import StagedImage
 
 DTYPES = ["u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8", "c8", "c16"]
@@ -49,7 +50,7 @@ def written(
         codec, EYE,
     )  # fmt: skip
     stage = StagedImage(folder)
-    array = stage.array(record)
+    array = sharded_array(folder, record)
     padded = voxels.reshape(array.shape)
     for shard in np.ndindex(*array.shard_grid):
         box = tuple(slice(n * s, (n + 1) * s) for n, s in zip(shard, array.shards, strict=True))
@@ -67,12 +68,6 @@ def decoded(array: ShardedArray) -> NDArray[Any]:
         first = decode_chunk(array, number, chunk)
         out[tuple(slice(a, a + c) for a, c in zip(first, array.chunks, strict=True))] = chunk
     return out[tuple(map(slice, array.shape))]
-
-
-@pytest.fixture(autouse=True)
-def maps_are_let_go(tmp_path: Path) -> Iterator[None]:
-    yield
-    close_shards(tmp_path)
 
 
 @pytest.fixture

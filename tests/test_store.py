@@ -29,15 +29,8 @@ from zpatch.errors import (
     StoreLockedError,
 )
 from zpatch.schema import MANIFEST, sealed_line, unsealed
-from zpatch.shards import close_shards
 from zpatch.store import open_store
 from zpatch.store_writer import StoreWriter
-
-
-@pytest.fixture(autouse=True)
-def maps_are_let_go(tmp_path: Path) -> Iterator[None]:
-    yield
-    close_shards(tmp_path)
 
 
 @pytest.fixture
@@ -337,7 +330,7 @@ def test_a_place_where_no_folder_can_be_made_is_an_error_that_names_it(tmp_path:
 WRITER = """
 import sys
 from pathlib import Path
-from zpatch.store import StoreWriter
+from zpatch.store_writer import StoreWriter
 with StoreWriter.create(Path(sys.argv[1]), {}):
     print("writing", flush=True)
     sys.stdin.read()

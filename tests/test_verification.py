@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -15,7 +15,6 @@ import pytest
 import zpatch as zp
 from zpatch.errors import NotAStoreError
 from zpatch.schema import MANIFEST
-from zpatch.shards import close_shards
 from zpatch.store import open_store
 from zpatch.store_writer import StoreWriter
 from zpatch.verification import VerificationReport, sealed_files
@@ -41,9 +40,8 @@ every_file = pytest.mark.parametrize("name", FILES)
 
 
 @pytest.fixture
-def copy(cohort_store: Path, tmp_path: Path) -> Iterator[Path]:
-    yield Path(shutil.copytree(cohort_store, tmp_path / "copy.zarr"))
-    close_shards(tmp_path)
+def copy(cohort_store: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(cohort_store, tmp_path / "copy.zarr"))
 
 
 def found(report: VerificationReport) -> dict[str, str]:

@@ -99,6 +99,7 @@ class Oracle:
         for name, percent in PERCENTILES.items():
             tolerance = 1e-12 * size + (0 if exact else 0.005 * self.largest_neighbour(percent))
             assert found[name] == pytest.approx(np.percentile(values, percent), rel=0, abs=tolerance), name
+            assert found["min"] - 1e-12 * size <= found[name] <= found["max"] + 1e-12 * size
 
     def largest_neighbour(self, percent: float) -> float:
         """The larger of the two voxels between which the percentile lies, without the intercept."""
@@ -129,6 +130,15 @@ def test_statistics_of_integers_are_numpys_however_the_volume_is_cut(
     foreground.check(found["foreground"], exact=counted, std_tolerance=1e-12 if counted else 1e-7)
     assert (found["nan"], found["inf"]) == (0, 0)
     assert found["foreground_box"] == box_of(array)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+@pytest.mark.parametrize("end", ["min", "max"])
+def test_integers_at_either_end_of_their_type_are_counted_without_wrapping(dtype: str, end: str) -> None:
+    least = np.iinfo(dtype).min if end == "min" else np.iinfo(dtype).max - 63
+    array = np.array([least + n for n in range(64)], dtype=dtype).reshape(1, 4, 4, 4)
+    slabs = [(slice(0, 1), slice(z, z + 1), slice(0, 4), slice(0, 4)) for z in (2, 0, 3, 1)]
+    Oracle(array.astype(np.float64).ravel()).check(gathered(array, slabs), exact=True)
 
 
 @pytest.mark.parametrize("dtype", ["i4", "i8", "u8"])
@@ -182,10 +192,10 @@ def test_a_volume_without_a_finite_voxel_has_counts_and_no_numbers(value: float)
     assert found["nan"] + found["inf"] == 24
 
 
-def test_voxels_near_the_largest_float64_leave_numbers_that_a_manifest_can_hold() -> None:
-    array = np.array([0.0, 1.0, 1.7e308, -1.7e308]).reshape(1, 1, 2, 2)
-    found = gathered(array)
-    assert (found["count"], found["min"], found["max"]) == (4, -1.7e308, 1.7e308)
+@pytest.mark.parametrize("voxels", [[0.0, 1.0, 1.7e308, -1.7e308], [0.0, 1.0, 2.0, -1.7e308], [1.7e308] * 4])
+def test_voxels_near_the_largest_float64_leave_numbers_that_a_manifest_can_hold(voxels: list[float]) -> None:
+    found = gathered(np.array(voxels).reshape(1, 1, 2, 2))
+    assert (found["count"], found["min"], found["max"]) == (4, min(voxels), max(voxels))
 
 
 def test_a_far_offset_does_not_drown_the_spread_of_floats(rng: np.random.Generator) -> None:

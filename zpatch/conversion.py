@@ -7,6 +7,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,17 @@ from zpatch.conversion_plan import (
     Failure,
     PlannedCase,
     PlannedImage,
+    nothing_converted,
     plan_conversion,
 )
 from zpatch.discovery import Case
-from zpatch.errors import NiftiError, SourceError
+from zpatch.errors import NiftiError, SamplingError, SourceError
 from zpatch.image_writer import ImageWriter, Shard
 from zpatch.layout import CHUNK_VOXELS, Layout
 from zpatch.memory import parse_bytes
 from zpatch.nifti import NiftiFile, Slab
 from zpatch.scheduling import read_ahead
-from zpatch.schema import ImageRecord, Json, Source, padded_to_4d
+from zpatch.schema import ImageRecord, Json, padded_to_4d
 from zpatch.store_writer import StagedImage, StoreWriter, check_can_create
 
 INTEGRAL_DTYPES = ("u1", "i1", "u2", "i2", "u4", "i4", "i8")
@@ -108,20 +110,18 @@ def run_conversion(
     """Do what a plan says. ``progress`` is told the bytes of voxels as they are done."""
     records: list[ImageRecord] = []
     failures = list(plan.failures)
-    attributes = {"tool": _tool_version(), "source": str(plan.source)}
+    attributes = {"tool": f"zpatch {version('zpatch')}", "source": str(plan.source)}
     with StoreWriter.create(store, attributes, overwrite=overwrite) as writer:
         for case in plan.cases:
             try:
                 records += _convert_case(case, plan, writer, progress)
-            except SourceError as error:
+            except (SourceError, SamplingError) as error:
                 failures.append(Failure(case.case.subject, str(error)))
+        if not records:
+            writer.abandon()
+    if not records:
+        raise nothing_converted(plan.source, failures)
     return ConversionReport(store, tuple(records), tuple(failures))
-
-
-def _tool_version() -> str:
-    from importlib.metadata import version
-
-    return f"zpatch {version('zpatch')}"
 
 
 def _convert_case(
@@ -164,18 +164,19 @@ def _stage_image(
         spatial_unit=file.spatial_unit,
         slope=file.slope,
         inter=file.inter,
-        source_dtype=file.dtype.str if not file.rgb and dtype != file.channel_dtype else None,
-        rgb=file.rgb,
+        source_dtype=file.dtype.str if file.colours == 1 and dtype != file.channel_dtype else None,
+        colours=file.colours,
         split=case.split,
         meta=case.meta,
-        source=_fingerprint(image.source.path, plan.source),
+        source=nifti.fingerprint(image.source.path, plan.source),
     )
     writer = ImageWriter(stage, record, str(file.path))
-    for slab in read_ahead(file.slabs(layout)):
+    warnings = list(image.warnings)
+    for slab in read_ahead(file.slabs(layout, warnings.append)):
         for shard, part in _shards_of(record, slab):
             writer.write_shard(shard, part.astype(dtype, copy=False))
         progress(slab.voxels.nbytes)
-    return writer.finish(file.raw_header, image.warnings)
+    return writer.finish(file.raw_header, warnings)
 
 
 def _shards_of(record: ImageRecord, slab: Slab) -> Iterator[tuple[Shard, NDArray[Any]]]:
@@ -192,7 +193,7 @@ def label_dtype(file: NiftiFile, layout: Layout) -> np.dtype[Any]:
 
     Floats are read twice: once to see that all are integral and how large, once to store them.
     """
-    if file.rgb or file.dtype.kind == "c":
+    if file.colours > 1 or file.dtype.kind == "c":
         raise NiftiError(f"{file.path}: a label map cannot have voxels of type {file.dtype}")
     if not float(file.slope).is_integer() or not float(file.inter).is_integer():
         raise NiftiError(f"{file.path}: a label map cannot have the slope {file.slope:g}")
@@ -215,13 +216,3 @@ def label_dtype(file: NiftiFile, layout: Layout) -> np.dtype[Any]:
         if limits.min <= low and high <= limits.max:
             return np.dtype(code)
     raise NiftiError(f"{file.path}: label values from {low:g} to {high:g} fit no integer type")
-
-
-def _fingerprint(path: Path, source: Path) -> Source:
-    status = path.stat()
-    return Source(
-        path=path.relative_to(source).as_posix(),
-        bytes=status.st_size,
-        mtime_ns=status.st_mtime_ns,
-        checksum=nifti.source_checksum(path),
-    )

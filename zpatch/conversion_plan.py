@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,10 +158,15 @@ def plan_conversion(source: Path, options: ConvertOptions) -> ConversionPlan:
             failures.append(Failure(case.subject, str(error)))
     plan = ConversionPlan(source, tuple(planned), tuple(failures), options)
     if not planned:
-        more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
-        raise SourceError(f"no case of {source} can be converted: {failures[0].reason}{more}")
+        raise nothing_converted(source, failures)
     refuse_above(options.max_memory, plan.peak_bytes, "converting", "choose a smaller --chunk or allow more")
     return plan
+
+
+def nothing_converted(source: Path, failures: Sequence[Failure]) -> SourceError:
+    """The error for a source of which no case is good."""
+    more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+    return SourceError(f"no case of {source} can be converted: {failures[0].reason}{more}")
 
 
 def _plan_case(case: Case, options: ConvertOptions) -> PlannedCase:
@@ -176,7 +182,7 @@ def _plan_image(subject: str, image: SourceImage, options: ConvertOptions) -> Pl
         file.channel_dtype.itemsize,
         spacing=spacing_mm(file.affine)[::-1],
         chunk=options.chunk,
-        interleaved=file.rgb,
+        colours=file.colours,
     )
     return PlannedImage(subject, image, file, layout, file.warnings)
 

@@ -108,7 +108,7 @@ class IncompleteCoverageError(ZpatchError, ValueError):
     """Patches are missing, repeated, or leave voxels uncovered."""
 
 
-class MemoryLimitError(ZpatchError, MemoryError):
+class MemoryLimitError(MemoryError, ZpatchError):  # MemoryError first: only it can make its instances
     """The plan needs more memory than is allowed."""
 
 

@@ -8,14 +8,14 @@ costs a copy. Everything in this module speaks (I, J, K); boxes are half-open, i
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from zpatch.errors import OptionError, PatchOverlapError, PatchSizeError
+from zpatch.errors import OptionError, PatchLocationError, PatchOverlapError, PatchSizeError
 
 Triple = tuple[int, int, int]
 Affine = NDArray[np.float64]
@@ -29,9 +29,8 @@ def triple(value: int | Sequence[int], name: str) -> Triple:
     >>> triple(64, "patch_size")
     (64, 64, 64)
     """
-    values: Sequence[Any] = (value,) * 3 if np.ndim(value) == 0 else tuple(value)  # type: ignore[arg-type]
     try:
-        i, j, k = (operator.index(v) for v in values)
+        i, j, k = map(operator.index, value if isinstance(value, Iterable) else (value,) * 3)
     except (TypeError, ValueError):
         raise OptionError(f"{name} must be one integer or three, not {value!r}") from None
     return i, j, k
@@ -93,7 +92,7 @@ class PatchLocation:
     def to_slices(self) -> tuple[slice, slice, slice]:
         """Slices for an (I, J, K) array; the box must not start below 0."""
         if min(self.index) < 0:
-            raise PatchSizeError(f"the box at {self.index} starts below 0: slices would wrap around")
+            raise PatchLocationError(f"the box at {self.index} starts below 0: slices would wrap around")
         i, j, k = (slice(a, b) for a, b in zip(self.index, self.index_fin, strict=True))
         return i, j, k
 

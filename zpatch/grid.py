@@ -167,11 +167,12 @@ class AxisTiles:
             np.flatnonzero((w > 0) & (v >= 0) & (v < length))
             for w, v in zip(weights, map(np.arange, *ends), strict=True)
         ]
-        first = ends[0] + [kept[0] for kept in inside]
-        stop = ends[0] + [kept[-1] + 1 for kept in inside]
-        edges = _merge_close(np.unique(np.concatenate([first, stop])), MIN_TILE_VOXELS)
-        first_tile = np.searchsorted(edges, first, side="right") - 1
-        stop_tile = np.searchsorted(edges, stop, side="left")
+        used = np.array([kept.size > 0 for kept in inside])  # rounding may leave a patch nothing to add
+        first = ends[0] + [kept[0] if kept.size else 0 for kept in inside]
+        stop = ends[0] + [kept[-1] + 1 if kept.size else 0 for kept in inside]
+        edges = _merge_close(np.unique(np.concatenate([first[used], stop[used]])), MIN_TILE_VOXELS)
+        first_tile = np.where(used, np.searchsorted(edges, first, side="right") - 1, 0)
+        stop_tile = np.where(used, np.searchsorted(edges, stop, side="left"), 0)
         awaited = np.zeros(len(edges), dtype=np.int64)
         np.add.at(awaited, first_tile, 1)
         np.add.at(awaited, stop_tile, -1)
@@ -185,7 +186,8 @@ class AxisTiles:
             first_tile=first_tile,
             stop_tile=stop_tile,
             weights=tuple(
-                w[kept[0] : kept[-1] + 1].astype(np.float32) for w, kept in zip(weights, inside, strict=True)
+                w[a:b].astype(np.float32)
+                for w, a, b in zip(weights, first - ends[0], stop - ends[0], strict=True)
             ),
         )
 

@@ -259,7 +259,7 @@ def _open_path(path: Path, axes: str | None) -> _Opened:
 
 
 def _of_nifti(file: nifti.NiftiFile) -> _Opened:
-    if file.compressed or file.rgb:
+    if file.compressed or file.colours > 1:
         raise SourceError(f"{file.path}: only plain, uncompressed voxels can be mapped; convert it first")
     mapped = np.memmap(
         file.path,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from zpatch.grid import chunk_counts
 
@@ -39,31 +40,41 @@ def plan_layout(
     spacing: Sequence[float] = (1, 1, 1),
     chunk: int = CHUNK_VOXELS,
     shard_bytes: int = SHARD_BYTES,
-    interleaved: bool = False,
+    colours: int = 1,
 ) -> Layout:
     """Chunks and shards of a stored array ``(z, y, x)`` or ``(c, z, y, x)``.
 
     ``spacing`` is (z, y, x). Where one axis is over three times as coarse as the finest, chunks are a
     quarter as deep on it and twice as wide on the others: as many voxels, nearer to a cube in mm.
-    ``interleaved`` says that the channels of a voxel arrive together (RGB).
+    ``colours`` is how many channels of a voxel arrive together (3 of RGB).
 
     >>> plan_layout((189, 233, 197), 1)
     Layout(chunks=(32, 32, 32), shards=(192, 256, 224))
     """
     *channels, nz, ny, nx = shape
     cz, cy, cx = _chunk_shape((nz, ny, nx), spacing, chunk)
-    arriving = (channels[0] if channels else 1) if interleaved else 1
-    plane_bytes = arriving * _round_up(ny, cy) * _round_up(nx, cx) * itemsize
+    plane_bytes = colours * _round_up(ny, cy) * _round_up(nx, cx) * itemsize
     while cz > 1 and cz * plane_bytes > MAX_SHARD_BYTES:
         cz = -(-cz // 2)
-    depth = _shard_depth(nz, cz, plane_bytes, shard_bytes)
-    width_y, width_x = _tile_plane((ny, nx), (cy, cx), cz * arriving * itemsize)
+    width_y, width_x = _tile_plane((ny, nx), (cy, cx), cz * colours * itemsize, colours)
+    layer = _Layer(cz, cz * plane_bytes, colours * (width_y // cy) * (width_x // cx))
+    depth = _shard_depth(nz, layer, shard_bytes)
     if not channels:
         return Layout((cz, cy, cx), (depth, width_y, width_x))
-    together = arriving
-    if not interleaved and depth >= nz:
-        together = max(1, min(channels[0], shard_bytes // (depth * plane_bytes)))
+    together = colours
+    if colours == 1 and depth >= nz:
+        layers = depth // cz
+        most = min(shard_bytes // (layers * layer.bytes), MAX_CHUNKS_IN_SHARD // (layers * layer.chunks))
+        together = max(1, min(channels[0], most))
     return Layout((1, cz, cy, cx), (together, depth, width_y, width_x))
+
+
+class _Layer(NamedTuple):
+    """One layer of chunks over a plane: its planes, the bytes of all, and the chunks of one shard."""
+
+    planes: int
+    bytes: int
+    chunks: int
 
 
 def _chunk_shape(shape: tuple[int, int, int], spacing: Sequence[float], chunk: int) -> tuple[int, int, int]:
@@ -76,21 +87,23 @@ def _chunk_shape(shape: tuple[int, int, int], spacing: Sequence[float], chunk: i
     return z, y, x
 
 
-def _shard_depth(planes: int, chunk_depth: int, plane_bytes: int, shard_bytes: int) -> int:
+def _shard_depth(planes: int, layer: _Layer, shard_bytes: int) -> int:
     """Planes of a shard: near ``shard_bytes``, all shards about as deep as each other."""
-    layers = -(-planes // chunk_depth)
-    per_shard = max(1, shard_bytes // (plane_bytes * chunk_depth))
+    layers = -(-planes // layer.planes)
+    per_shard = max(1, min(shard_bytes // layer.bytes, MAX_CHUNKS_IN_SHARD // layer.chunks))
     shards = -(-layers // per_shard)
-    return -(-layers // shards) * chunk_depth
+    return -(-layers // shards) * layer.planes
 
 
-def _tile_plane(plane: tuple[int, int], chunk: tuple[int, int], bytes_per_column: int) -> tuple[int, int]:
+def _tile_plane(
+    plane: tuple[int, int], chunk: tuple[int, int], bytes_per_column: int, colours: int
+) -> tuple[int, int]:
     """Extent of a shard in the plane: all of it, or tiles where even one layer of chunks is too large."""
     (ny, nx), (cy, cx) = plane, chunk
     wide_y, wide_x = _round_up(ny, cy), _round_up(nx, cx)
 
     def too_large() -> bool:
-        many_chunks = (wide_y // cy) * (wide_x // cx) > MAX_CHUNKS_IN_SHARD
+        many_chunks = colours * (wide_y // cy) * (wide_x // cx) > MAX_CHUNKS_IN_SHARD
         return wide_y * wide_x * bytes_per_column > MAX_SHARD_BYTES or many_chunks
 
     while too_large() and max(wide_y // cy, wide_x // cx) > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from zpatch.errors import MemoryLimitError, OptionError
 
@@ -22,7 +23,7 @@ def parse_bytes(text: str | int) -> int:
     match = _BYTES.fullmatch(text)
     if match is None or match[2].lower() not in _UNITS:
         raise OptionError(f"{text!r} is not a number of bytes; write it like '2 GiB' or '500 MB'")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    return int(Fraction(match[1]) * _UNITS[match[2].lower()])
 
 
 def format_bytes(count: float) -> str:
@@ -31,11 +32,13 @@ def format_bytes(count: float) -> str:
     >>> format_bytes(3_300_000_000)
     '3.1 GiB'
     """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+    if round(count) < 1024:
+        return f"{count:.0f} B"
+    for unit in ("KiB", "MiB", "GiB"):
         count /= 1024
-    return f"{count:.1f} TiB"
+        if round(count, 1) < 1024:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1024:.1f} TiB"
 
 
 def refuse_above(limit: int | None, needed: int, what: str, advice: str) -> None:

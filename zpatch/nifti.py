@@ -7,10 +7,11 @@ import contextlib
 import gzip
 import hashlib
 import io
+import itertools
 import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -22,20 +23,16 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from zpatch.errors import NiftiError
-from zpatch.geometry import Affine, Triple
+from zpatch.geometry import Affine, Triple, max_corner_distance
 from zpatch.layout import Layout
 from zpatch.memory import format_bytes
+from zpatch.schema import Source, padded_to_4d
 
 try:
     from isal import igzip, igzip_lib
 
     _gzip: ModuleType = igzip
-    _BROKEN_GZIP: tuple[Any, ...] = (
-        gzip.BadGzipFile,
-        EOFError,
-        zlib.error,
-        igzip_lib.error,
-    )
+    _BROKEN_GZIP: tuple[Any, ...] = (gzip.BadGzipFile, EOFError, zlib.error, igzip_lib.error)
 except ImportError:  # no wheel for this platform: the standard library is slower, and as exact
     _gzip = gzip
     _BROKEN_GZIP = (gzip.BadGzipFile, EOFError, zlib.error)
@@ -43,6 +40,7 @@ except ImportError:  # no wheel for this platform: the standard library is slowe
 SUFFIXES = (".nii", ".nii.gz")
 GZIP_LEVEL = 1
 MAX_HEADER_BYTES = 64 * 2**20
+MAX_FORM_VOXELS = 0.01
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _NIFTI1_BYTES, _NIFTI2_BYTES = 348, 540
@@ -52,6 +50,9 @@ _GEOMETRY_FIELDS = (
     *("sform_code", "srow_x", "srow_y", "srow_z", "xyzt_units"),
 )
 _TIME_UNITS = ("sec", "msec", "usec")
+_TRAILING = "{} trailing bytes after the last voxel"
+
+Warn = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +88,16 @@ class NiftiFile:
     warnings: tuple[str, ...]
 
     @property
-    def rgb(self) -> bool:
-        """Whether a voxel is three or four bytes of colour."""
-        return self.dtype.names is not None
+    def colours(self) -> int:
+        """How many bytes of colour a voxel has: 3 or 4; 1 where voxels are numbers."""
+        return len(self.dtype.names) if self.dtype.names else 1
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the stored array."""
         nx, ny, nz = (*self.dims[:3], 1, 1)[:3]
-        channels = math.prod(self.dims[3:]) * (len(self.dtype.names) if self.dtype.names else 1)
-        return (channels, nz, ny, nx) if len(self.dims) > 3 or self.rgb else (nz, ny, nx)
+        channels = math.prod(self.dims[3:]) * self.colours
+        return (channels, nz, ny, nx) if len(self.dims) > 3 or self.colours > 1 else (nz, ny, nx)
 
     @property
     def axes(self) -> str:
@@ -106,36 +107,29 @@ class NiftiFile:
     @property
     def channel_dtype(self) -> np.dtype[Any]:
         """Little-endian type of one stored value."""
-        return np.dtype(np.uint8 if self.rgb else self.dtype.newbyteorder("<"))
+        return np.dtype(np.uint8 if self.colours > 1 else self.dtype.newbyteorder("<"))
 
     @property
     def voxel_bytes(self) -> int:
         """Bytes of all voxels, uncompressed."""
         return math.prod(self.dims) * self.dtype.itemsize
 
-    def slabs(self, layout: Layout) -> Iterator[Slab]:
+    def slabs(self, layout: Layout, warn: Warn = lambda text: None) -> Iterator[Slab]:
         """Stream the voxels in file order, one row of shards at a time.
 
         The gzip stream is drained to its end, where its checksum is compared; until the iterator is
-        exhausted nothing that it gave may be trusted.
+        exhausted nothing that it gave may be trusted. ``warn`` is told what was odd.
         """
-        channels, nz, ny, nx = (1, *self.shape)[-4:]
-        per_voxel = channels if self.rgb else 1
-        together, depth = ((1, *layout.shards)[-4:])[:2]
+        channels, nz, ny, nx = padded_to_4d(self.shape)
+        together, depth, _, _ = padded_to_4d(layout.shards)
         with _open_voxels(self) as stream:
-            for c in range(0, channels, together):
-                here = min(together, channels - c)
-                for z in range(0, nz, depth):
-                    planes = min(depth, nz - z)
-                    count = here * planes * ny * nx // per_voxel
-                    flat = self._read_voxels(stream, count)
-                    voxels = (
-                        np.moveaxis(flat.reshape(planes, ny, nx, per_voxel), -1, 0)
-                        if self.rgb
-                        else flat.reshape(here, planes, ny, nx)
-                    )
-                    yield Slab((c // together, z // depth), voxels)
-            self._drain(stream)
+            for c, z in itertools.product(range(0, channels, together), range(0, nz, depth)):
+                volumes, planes = min(together, channels - c) // self.colours, min(depth, nz - z)
+                flat = self._read_voxels(stream, volumes * planes * ny * nx)
+                voxels = flat.reshape(volumes, planes, ny, nx, self.colours)
+                voxels = np.moveaxis(voxels, -1, 1).reshape(-1, planes, ny, nx)
+                yield Slab((c // together, z // depth), voxels)
+            self._drain(stream, warn)
 
     def _read_voxels(self, stream: IO[bytes], count: int) -> NDArray[Any]:
         raw = np.empty(count, dtype=self.dtype)
@@ -149,15 +143,18 @@ class NiftiFile:
                     f"{format_bytes(self.voxel_bytes)}); copy the file again"
                 )
             filled += got
-        if self.rgb:
+        if self.colours > 1:
             return raw.view(np.uint8)
         if not raw.dtype.isnative:
             raw = raw.byteswap(inplace=True).view(self.channel_dtype)
         return raw
 
-    def _drain(self, stream: IO[bytes]) -> None:
-        while stream.read(2**20):
-            pass
+    def _drain(self, stream: IO[bytes], warn: Warn) -> None:
+        trailing = 0
+        while rest := stream.read(2**20):
+            trailing += len(rest)
+        if trailing and self.compressed:
+            warn(_TRAILING.format(trailing))
 
 
 def read_header(path: Path) -> NiftiFile:
@@ -205,8 +202,8 @@ def _parse(path: Path, stream: IO[bytes]) -> tuple[Any, bytes]:
 def _described(path: Path, header: Any, raw: bytes, compressed: bool) -> NiftiFile:
     warnings: list[str] = []
     dims = tuple(int(n) for n in header["dim"][1 : 1 + max(int(header["dim"][0]), 0)])
-    if not 1 <= len(dims) <= 7 or min(dims) < 1:
-        raise NiftiError(f"{path}: it declares impossible dimensions {dims}")
+    if not 1 <= int(header["dim"][0]) <= 7 or min(dims) < 1:
+        raise NiftiError(f"{path}: it declares impossible dimensions {header['dim'].tolist()}")
     dtype = _voxel_type(path, header)
     needed = len(raw) + math.prod(dims) * dtype.itemsize
     if not compressed:
@@ -217,7 +214,7 @@ def _described(path: Path, header: Any, raw: bytes, compressed: bool) -> NiftiFi
                 f"{format_bytes(needed)}; copy the file again"
             )
         if present > needed:
-            warnings.append(f"{present - needed} trailing bytes after the last voxel")
+            warnings.append(_TRAILING.format(present - needed))
     if compressed != (path.suffix == ".gz"):
         warnings.append("its name does not fit its compression")
     if int(header["bitpix"]) != dtype.itemsize * 8:
@@ -244,7 +241,7 @@ def _described(path: Path, header: Any, raw: bytes, compressed: bool) -> NiftiFi
 def _voxel_type(path: Path, header: Any) -> np.dtype[Any]:
     try:
         dtype: np.dtype[Any] = np.dtype(header.get_data_dtype())
-    except HeaderDataError:
+    except (HeaderDataError, KeyError):
         raise NiftiError(f"{path}: unknown voxel type {int(header['datatype'])}") from None
     if dtype.names is None and (dtype.kind not in "iufc" or dtype.itemsize > 8 * (1 + (dtype.kind == "c"))):
         raise NiftiError(f"{path}: voxels of type {dtype} are not supported; save it as float64")
@@ -256,6 +253,8 @@ def _best_affine(path: Path, header: Any, warnings: list[str]) -> tuple[Affine, 
     if int(header["sform_code"]) > 0:
         affine = np.asarray(header.get_sform(), dtype=np.float64)
         if _usable(affine):
+            if _qform_differs(header, affine):
+                warnings.append("its qform puts voxels elsewhere than its sform, which is taken")
             return affine, "sform"
         warnings.append("its sform is singular or not finite")
     if int(header["qform_code"]) > 0:
@@ -272,6 +271,16 @@ def _best_affine(path: Path, header: Any, warnings: list[str]) -> tuple[Affine, 
         warnings.append("a voxel size is zero, negative or not finite: taken as 1 mm")
         affine = np.eye(4)
     return affine, "pixdim"
+
+
+def _qform_differs(header: Any, sform: Affine) -> bool:
+    if int(header["qform_code"]) <= 0:
+        return False
+    with contextlib.suppress(HeaderDataError):
+        qform = np.asarray(header.get_qform(), dtype=np.float64)
+        i, j, k = (int(n) for n in (*header["dim"][1:4], 1, 1)[:3])
+        return _usable(qform) and max_corner_distance(sform, qform, (i, j, k)) > MAX_FORM_VOXELS
+    return False
 
 
 def _usable(affine: Affine) -> bool:
@@ -296,6 +305,8 @@ def _open_voxels(file: NiftiFile) -> Iterator[IO[bytes]]:
             yield stream
     except _BROKEN_GZIP as error:
         raise NiftiError(f"{file.path}: broken gzip data ({error}); copy the file again") from None
+    except OSError as error:
+        raise NiftiError(f"{file.path}: it cannot be read ({error.strerror})") from None
 
 
 def _skip(stream: IO[bytes], count: int) -> None:
@@ -303,10 +314,16 @@ def _skip(stream: IO[bytes], count: int) -> None:
         count -= len(stream.read(min(count, 2**20))) or count
 
 
-def source_checksum(path: Path) -> str:
-    """blake2b-128 of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+def fingerprint(path: Path, folder: Path) -> Source:
+    """What tells a source file from another or a later one; its path is told from ``folder``."""
+    try:
+        status = path.stat()
+        with path.open("rb") as stream:
+            checksum = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except OSError as error:
+        raise NiftiError(f"{path}: it cannot be read ({error.strerror})") from None
+    relative = path.relative_to(folder).as_posix()
+    return Source(relative, status.st_size, status.st_mtime_ns, checksum)
 
 
 def header_of(raw_header: bytes) -> Any:

@@ -113,7 +113,7 @@ def export_image(
     """Write one image, streaming; the file appears whole or not at all."""
     folder = store.image_path(record)
     raw_header = read_small_array(folder, schema.RAW_HEADER).tobytes()
-    dtype = np.dtype(np.uint8) if record.rgb else nifti.header_of(raw_header).get_data_dtype()
+    dtype = np.dtype(np.uint8) if record.colours > 1 else nifti.header_of(raw_header).get_data_dtype()
     nifti.write_nifti(path, raw_header, _in_file_order(store, record, progress), dtype=dtype)
 
 
@@ -121,12 +121,12 @@ def _in_file_order(store: Store, record: ImageRecord, progress: Progress) -> Ite
     """The stored voxels as a NIfTI file has them: x fastest, channels slowest unless they are colours."""
     array = sharded_array(store.image_path(record), record)
     channels, nz, ny, nx = array.shape
-    together = channels if record.rgb else 1
+    together = record.colours
     depth = _slab_depth(array.chunks[1], together * ny * nx * array.dtype.itemsize)
     for c, z in itertools.product(range(0, channels, together), range(0, nz, depth)):
         stop = (c + together, min(z + depth, nz), ny, nx)
         voxels = read_regions(array, [(c, z, 0, 0)], [stop])[0]
-        yield np.moveaxis(voxels, 0, -1) if record.rgb else voxels
+        yield np.moveaxis(voxels, 0, -1) if together > 1 else voxels
         progress(voxels.nbytes)
 
 

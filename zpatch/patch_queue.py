@@ -7,51 +7,29 @@ number of them.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import random
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import multiprocessing
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from typing import Any, Self
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from zpatch.cohort import Subject
 from zpatch.errors import OptionError, QueueError
-from zpatch.geometry import PatchLocation
-from zpatch.grid import PatchGrid
 from zpatch.memory import format_bytes
 from zpatch.patch import Patch
+from zpatch.patch_worker import Draw, FailedDraw, SubjectDraws, Transform, packed, unpacked
 from zpatch.randomness import Purpose, rng
-from zpatch.samplers import GridSampler, PatchSampler, RandomSampler, read_patches
+from zpatch.samplers import GridSampler, PatchSampler
 
 GROUP_PATCHES = 32
 PREFETCHED_GROUPS = 2
 IMAGE_DTYPES = (torch.float16, torch.float32, torch.float64)
-
-Transform = Callable[[Patch], Patch]
-
-
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """A task for a worker: patches ``first`` to ``stop`` of a subject in an epoch."""
-
-    epoch: int
-    subject: int
-    first: int
-    stop: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Failed:
-    """What a worker says instead of patches."""
-
-    subject: str
-    reason: str
-    traceback: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,76 +71,6 @@ class EpochPlan:
             yield patch
 
 
-class _SubjectDraws(Dataset[list[Patch] | _Failed]):
-    """What a worker does: a draw in, its transformed patches out."""
-
-    def __init__(
-        self,
-        subjects: Sequence[Subject],
-        sampler: PatchSampler,
-        patches_per_volume: int,
-        transform: Transform | None,
-        dtype: torch.dtype,
-        seed: int,
-    ) -> None:
-        self._subjects = subjects
-        self._sampler = sampler
-        self._patches_per_volume = patches_per_volume
-        self._transform = transform
-        self._dtype = dtype
-        self._seed = seed
-
-    def __getitem__(self, draw: Draw) -> list[Patch] | _Failed:
-        subject = self._subjects[draw.subject]
-        try:
-            return self._patches(subject, draw)
-        except Exception as error:  # whatever it is, it must reach the caller with its subject
-            return _Failed(subject.name, f"{type(error).__name__}: {error}", traceback.format_exc())
-
-    def _patches(self, subject: Subject, draw: Draw) -> list[Patch]:
-        if isinstance(self._sampler, GridSampler):
-            grid = self._sampler.grid_of(subject)
-            patches = self._sampler.read(subject, _some(grid, draw))
-        else:
-            patches = read_patches(subject, self._drawn(self._sampler, subject, draw))
-        return [self._finished(patch, draw, number) for number, patch in enumerate(patches, start=draw.first)]
-
-    def _drawn(self, sampler: RandomSampler, subject: Subject, draw: Draw) -> list[PatchLocation]:
-        generator = rng(self._seed, draw.epoch, draw.subject, purpose=Purpose.LOCATIONS)
-        return sampler.locations(subject, self._patches_per_volume, generator)[draw.first : draw.stop]
-
-    def _finished(self, patch: Patch, draw: Draw, number: int) -> Patch:
-        cast = {
-            name: image.data.to(self._dtype)
-            for name, image in patch.images.items()
-            if image.kind != "label" and not image.data.is_complex()
-        }
-        patch = patch.with_data(**cast)
-        if self._transform is None:
-            return patch
-        stream = rng(self._seed, draw.epoch, draw.subject, number, purpose=Purpose.TRANSFORM)
-        with seeded_globals(int(stream.integers(2**63))):
-            return self._transform(patch)
-
-
-def _packed(patches: list[Patch] | _Failed) -> list[Patch] | _Failed:
-    """Patches as a worker sends them: arrays in memory order, which take no file descriptor each."""
-    if isinstance(patches, _Failed):
-        return patches
-    return [patch.map_data(lambda data: _memory_order(data).contiguous().numpy()) for patch in patches]
-
-
-def _unpacked(patches: list[Patch] | _Failed) -> list[Patch] | _Failed:
-    if isinstance(patches, _Failed):
-        return patches
-    return [patch.map_data(lambda data: _memory_order(torch.from_numpy(data))) for patch in patches]
-
-
-def _memory_order(data: torch.Tensor) -> torch.Tensor:
-    """(C, I, J, K) as (c, z, y, x), and back; whatever else a transform made, as it is."""
-    return data.permute(0, 3, 2, 1) if data.ndim == 4 else data
-
-
 class _CurrentPlan:
     """The sampler of torch's DataLoader: the draws of the epoch at hand."""
 
@@ -171,25 +79,6 @@ class _CurrentPlan:
 
     def __iter__(self) -> Iterator[Draw]:
         return self.plan.draws() if self.plan else iter(())
-
-
-def _some(grid: PatchGrid, draw: Draw) -> list[PatchLocation]:
-    return [grid.location(number) for number in range(draw.first, draw.stop)]
-
-
-@contextlib.contextmanager
-def seeded_globals(seed: int) -> Iterator[None]:
-    """Seed torch's, numpy's and Python's global generators, and put them back as they were."""
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
-    torch.default_generator.manual_seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        random.setstate(states[2])
 
 
 class Queue(IterableDataset[Patch]):
@@ -204,7 +93,8 @@ class Queue(IterableDataset[Patch]):
     ``dtype`` is what images come in; label maps keep their type. An iteration that is not preceded by
     ``set_epoch`` takes the epoch after the last one that was finished. ``subject_sampler`` (torch's
     DistributedSampler, say) takes over the order of subjects and needs ``shuffle_subjects=False``.
-    ``start_method`` is fork on Linux and spawn elsewhere; ``timeout`` is in seconds.
+    ``start_method`` is fork on Linux and spawn elsewhere. A worker that gives nothing for ``timeout``
+    seconds is taken for hung.
 
     Feed it to ``SubjectsLoader``, or to torch's DataLoader with ``num_workers=0`` and
     ``collate_fn=zpatch.collate``. It is a context manager; ``close`` ends its workers.
@@ -251,11 +141,12 @@ class Queue(IterableDataset[Patch]):
         self._epoch = 0
         self._patches = [self._patches_of(subject) for subject in self.subjects]
         self._group = min(GROUP_PATCHES, max_length, max(self._patches))
-        self._draws = _SubjectDraws(self.subjects, patch_sampler, patches_per_volume, transform, dtype, seed)
+        self._draws = SubjectDraws(self.subjects, patch_sampler, patches_per_volume, transform, dtype, seed)
         self._current = _CurrentPlan()
         self._start_method = start_method
         self._timeout = timeout
-        self._loader: DataLoader[list[Patch] | _Failed] | None = None
+        self._loader: DataLoader[list[Patch] | FailedDraw] | None = None
+        self._workers: list[BaseProcess] = []
 
     def _patches_of(self, subject: Subject) -> int:
         if isinstance(self.patch_sampler, GridSampler):
@@ -341,42 +232,65 @@ class Queue(IterableDataset[Patch]):
 
     def _arriving(self, plan: EpochPlan) -> Iterator[Patch]:
         for patches in self._groups(plan):
-            if isinstance(patches, _Failed):
+            if isinstance(patches, FailedDraw):
                 raise QueueError(
                     f"subject {patches.subject!r} failed in epoch {plan.epoch}: {patches.reason}\n\n"
                     f"{patches.traceback}"
                 )
             yield from patches
 
-    def _groups(self, plan: EpochPlan) -> Iterator[list[Patch] | _Failed]:
+    def _groups(self, plan: EpochPlan) -> Iterator[list[Patch] | FailedDraw]:
         if self.num_workers == 0:
             yield from map(self._draws.__getitem__, plan.draws())
             return
-        if self._loader is None:
-            self._loader = self._start_workers()
         self._current.plan = plan
-        try:
-            yield from map(_unpacked, self._loader)
-        except RuntimeError as error:
-            self.close()
-            raise QueueError(f"a worker of the queue ended or hung: {error}") from error
+        groups = iter(self._running())
+        while True:
+            hung = threading.Event()
+            watch = threading.Timer(self._timeout, self._kill_workers, [hung])
+            watch.daemon = True
+            watch.start()
+            try:
+                group = next(groups)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                self.close()
+                what = f"gave nothing for {self._timeout:g} s" if hung.is_set() else "ended"
+                raise QueueError(f"a worker of the queue {what}: {error}") from error
+            finally:
+                watch.cancel()
+            yield unpacked(group)
 
-    def _start_workers(self) -> DataLoader[list[Patch] | _Failed]:
-        return DataLoader(
-            self._draws,
-            batch_size=None,
-            sampler=self._current,
-            num_workers=self.num_workers,
-            collate_fn=_packed,
-            persistent_workers=True,
-            prefetch_factor=PREFETCHED_GROUPS,
-            timeout=self._timeout,
-            multiprocessing_context=self._start_method,
-        )
+    def _running(self) -> Iterable[list[Patch] | FailedDraw]:
+        """The groups of the current plan, from workers that are started once."""
+        if self._loader is None:
+            self._loader = DataLoader(
+                self._draws,
+                batch_size=None,
+                sampler=self._current,
+                num_workers=self.num_workers,
+                collate_fn=packed,
+                persistent_workers=True,
+                prefetch_factor=PREFETCHED_GROUPS,
+                multiprocessing_context=self._start_method,
+                generator=torch.Generator(),  # torch would draw a seed from its global one
+            )
+        others = set(multiprocessing.active_children())
+        groups = iter(self._loader)
+        self._workers = self._workers or [p for p in multiprocessing.active_children() if p not in others]
+        return groups
+
+    def _kill_workers(self, hung: threading.Event) -> None:
+        """End workers that hang: torch then notices within seconds that they are gone."""
+        hung.set()
+        for worker in self._workers:
+            worker.kill()
 
     def close(self) -> None:
         """End the workers; the next iteration starts new ones."""
         self._loader = None
+        self._workers = []
 
     def __enter__(self) -> Self:
         return self

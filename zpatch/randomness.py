@@ -7,6 +7,7 @@ produce any draw without having produced those before it.
 
 from __future__ import annotations
 
+import operator
 from enum import IntEnum
 
 import numpy as np
@@ -45,4 +46,4 @@ def as_generator(source: np.random.Generator | int | None) -> np.random.Generato
     """A generator as it is; the one of an integer seed; a fresh one from the system for None."""
     if isinstance(source, np.random.Generator):
         return source
-    return np.random.default_rng() if source is None else rng(int(source))
+    return np.random.default_rng() if source is None else rng(operator.index(source))

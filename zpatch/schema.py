@@ -24,6 +24,7 @@ Kind = Literal["scalar", "label", "sampling"]
 Json = dict[str, Any]
 
 KINDS: tuple[str, ...] = get_args(Kind)
+AXES = ("zyx", "czyx", "tzyx")
 
 ROOT_DOCUMENT = "zarr.json"
 MANIFEST = "manifest.jsonl"
@@ -38,15 +39,15 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 def check_name(name: str, what: str) -> None:
     """Refuse a subject or image name that could not be a folder everywhere."""
-    if not _NAME.fullmatch(name):
+    if not _NAME.fullmatch(name) or name in (ROOT_DOCUMENT, MANIFEST):
         raise SourceError(
             f"{what} name {name!r} is not usable: it must start with a letter or digit and hold only "
-            f"letters, digits, '.', '_' and '-' (at most 128)"
+            f"letters, digits, '.', '_' and '-' (at most 128), and not be a file of the store itself"
         )
 
 
 def check_names_differ(names: Iterable[str], what: str) -> None:
-    """Refuse names that are equal, or equal but for case: some file systems cannot tell them apart."""
+    """Refuse names that differ in case only: some file systems cannot tell them apart."""
     seen: dict[str, str] = {}
     for name in names:
         if (other := seen.setdefault(name.casefold(), name)) != name:
@@ -95,10 +96,11 @@ def unsealed(line: str, where: str) -> Json:
     """The value of a manifest line, once its check holds."""
     try:
         value = json.loads(line)
-        check = value.pop("check")
-    except (ValueError, KeyError, AttributeError):
+        del value["check"]
+        sealed = sealed_line(value)
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise DamageError(f"{where} is not a manifest line; restore the file from a copy") from None
-    if check != digest(compact_json(value).encode()):
+    if line != sealed:
         raise DamageError(f"{where} does not match its checksum; restore the file from a copy")
     return dict(value)
 
@@ -128,7 +130,8 @@ class ImageRecord:
     ``shape``, ``chunks`` and ``shards`` are in stored axis order, named by ``axes`` (``zyx``, ``czyx`` or
     ``tzyx``). ``dtype`` is the little-endian type of the stored, unscaled voxels; ``slope`` and ``inter``
     turn them into values. ``affine`` maps (I, J, K) to mm and came from ``affine_source``.
-    ``source_dtype`` is the type in the source file where voxels were cast. ``stats`` are of scaled values.
+    ``source_dtype`` is the type in the source file where voxels were cast, ``colours`` how many channels
+    are one voxel there (3 of RGB). ``stats`` are of scaled values.
     ``files`` covers every file of the image's group, by its path in it.
     """
 
@@ -147,7 +150,7 @@ class ImageRecord:
     slope: float = 1.0
     inter: float = 0.0
     source_dtype: str | None = None
-    rgb: bool = False
+    colours: int = 1
     split: str | None = None
     meta: Json = field(default_factory=dict)
     stats: Json = field(default_factory=dict)
@@ -206,7 +209,7 @@ class ImageRecord:
             }
             record = cls(**value)
             record._check()
-        except (TypeError, KeyError, ValueError) as error:
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise DamageError(f"{where} is no image record ({error})") from error
         return record
 
@@ -214,12 +217,14 @@ class ImageRecord:
         check_name(self.subject, "subject")
         check_name(self.image, "image")
         check_codec(self.codec)
-        if self.kind not in KINDS or np.dtype(self.dtype).kind not in "biufc":
-            raise ValueError(f"kind {self.kind!r}, dtype {self.dtype!r}")
-        if len(self.axes) not in (3, 4):
-            raise ValueError(f"axes {self.axes!r}")
+        if self.kind not in KINDS or self.axes not in AXES:
+            raise ValueError(f"kind {self.kind!r}, axes {self.axes!r}")
+        if np.dtype(self.dtype).kind not in "biufc" or self.dtype[0] not in "<|":
+            raise ValueError(f"dtype {self.dtype!r}")
+        if self.affine_array.shape != (4, 4) or self.colours < 1:
+            raise ValueError(f"affine {self.affine}, colours {self.colours}")
         for shape in (self.shape, self.chunks, self.shards):
-            if len(shape) != len(self.axes) or min(shape) < 1:
+            if len(shape) != len(self.axes) or not all(isinstance(n, int) and n > 0 for n in shape):
                 raise ValueError(f"a shape of {shape} with axes {self.axes!r}")
         if any(s % c for s, c in zip(self.shards, self.chunks, strict=True)):
             raise ValueError(f"shards {self.shards} are not whole chunks {self.chunks}")

@@ -71,6 +71,10 @@ class StoreWriter:
         shutil.rmtree(self._staging, ignore_errors=True)
         self._lock.close()
 
+    def abandon(self) -> None:
+        """Remove the whole store, of a run that came to nothing."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
     def stage(self) -> StagedImage:
         """A fresh place to write one image to."""
         folder = self._staging / uuid.uuid4().hex

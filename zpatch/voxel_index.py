@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zpatch.errors import SamplingError
+from zpatch.errors import SamplingError, SourceError
 from zpatch.geometry import PatchLocation, Triple
 from zpatch.grid import chunk_counts
 from zpatch.schema import INDEX, ImageRecord, Json, padded_to_4d
@@ -149,6 +149,7 @@ class LabelIndexBuilder(IndexBuilder):
     def __init__(self, record: ImageRecord, where: str) -> None:
         super().__init__(record, where)
         self._rows: dict[int, tuple[list[int], list[int]]] = {}
+        self._slope, self._inter = int(record.slope), int(record.inter)  # labels are whole numbers
 
     def _add_chunk(self, chunk: int, voxels: NDArray[Any]) -> None:
         if self._grid[0] > 1:
@@ -157,9 +158,11 @@ class LabelIndexBuilder(IndexBuilder):
                 self._add(chunk // spatial_chunks, chunk, present)
             return
         for value, count in zip(*_value_counts(voxels), strict=True):
-            self._add(round(value * self._record.slope + self._record.inter), chunk, count)
+            self._add(value * self._slope + self._inter, chunk, count)
 
     def _add(self, value: int, chunk: int, count: int) -> None:
+        if not -(2**63) <= value < 2**63:
+            raise SourceError(f"{self._where}: the label value {value} does not fit 64 bits; relabel it")
         chunks, counts = self._rows.setdefault(value, ([], []))
         chunks.append(chunk)
         counts.append(count)

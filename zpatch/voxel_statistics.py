@@ -134,7 +134,7 @@ class _BinnedValues:
     def __init__(self) -> None:
         self.nan = self.inf = 0
         self._count = self._zeros = 0
-        self._mean = self._m2 = 0.0
+        self._mean = self._m2 = np.float64(0)
         self._low, self._high = math.inf, -math.inf
         self._low_foreground, self._high_foreground = math.inf, -math.inf
         self._bins = np.zeros(2**16, dtype=np.int64)
@@ -150,12 +150,8 @@ class _BinnedValues:
                 values = values[finite]
         if not values.size:
             return
-        mean = float(values.mean())
-        delta, total = mean - self._mean, self._count + values.size
-        self._m2 += float(((values - mean) ** 2).sum())
-        self._m2 += delta**2 * self._count * values.size / total
-        self._mean += delta * values.size / total
-        self._count = total
+        with np.errstate(over="ignore", invalid="ignore"):
+            self._merge_moments(values)
         self._low, self._high = min(self._low, values.min()), max(self._high, values.max())
         nonzero = values[values != 0]
         self._zeros += values.size - nonzero.size
@@ -166,6 +162,13 @@ class _BinnedValues:
         words = np.clip(nonzero, -limit, limit).astype(np.float32).view(np.uint32)
         self._bins += np.bincount(words >> 16, minlength=2**16)
 
+    def _merge_moments(self, values: NDArray[np.float64]) -> None:
+        mean = np.mean(values)
+        delta, total = mean - self._mean, self._count + values.size
+        self._m2 += ((values - mean) ** 2).sum() + delta**2 * self._count * values.size / total
+        self._mean += delta * values.size / total
+        self._count = total
+
     def summary(self, slope: float, inter: float, *, foreground: bool) -> Json:
         count = self._count - self._zeros if foreground else self._count
         if not count:
@@ -173,15 +176,16 @@ class _BinnedValues:
         mean, m2 = self._mean, self._m2
         low, high = self._low, self._high
         if foreground:
-            mean *= self._count / count
-            m2 -= mean**2 * self._zeros * count / self._count
+            with np.errstate(over="ignore", invalid="ignore"):
+                mean *= self._count / count
+                m2 -= mean**2 * self._zeros * count / self._count
             low, high = self._low_foreground, self._high_foreground
         values, counts = self._ascending(0 if foreground else self._zeros)
         ranks = np.cumsum(counts)
         values = np.clip(values, low, high)
         percentiles = [_exact_percentile(values, ranks, q, slope) for q in PERCENTILES]
-        variance = max(m2, 0.0) / count
-        return _scaled(count, low, high, mean, variance, percentiles, slope, inter)
+        variance = max(float(m2), 0.0) / count
+        return _scaled(count, low, high, float(mean), variance, percentiles, slope, inter)
 
     def _ascending(self, zeros: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Middle value and count of each bin in use, in ascending order."""
@@ -214,11 +218,12 @@ def _scaled(
 ) -> Json:
     ends = sorted((slope * float(low) + inter, slope * float(high) + inter))
     named = zip(map(_percentile_name, PERCENTILES), percentiles, strict=True)
-    return {
-        "count": count,
+    found = {
         "min": ends[0],
         "max": ends[1],
         "mean": slope * mean + inter,
         "std": abs(slope) * math.sqrt(variance),
         **{name: slope * value + inter for name, value in named},
     }
+    # Sums of huge floats overflow; JSON has no infinity, so what cannot be told is None.
+    return {"count": count, **{key: value if math.isfinite(value) else None for key, value in found.items()}}

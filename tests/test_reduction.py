@@ -1,0 +1,108 @@
+"""What becomes of final voxels: classes, probabilities, or what a function makes of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from zpatch.errors import ModelError, OptionError
+from zpatch.reduction import check_reduction, kind_of, reduce_channels
+
+CHANNELS = 5
+
+
+@pytest.fixture
+def voxels(rng: np.random.Generator) -> torch.Tensor:
+    """(C, I, J, K)."""
+    return torch.from_numpy(rng.normal(size=(CHANNELS, 4, 3, 2)).astype(np.float32))
+
+
+def test_none_leaves_the_voxels_as_they_are(voxels: torch.Tensor) -> None:
+    assert torch.equal(reduce_channels(voxels, None), voxels)
+
+
+def test_argmax_gives_the_first_channel_of_the_largest_value(voxels: torch.Tensor) -> None:
+    voxels[3] = voxels[1]
+    classes = reduce_channels(voxels, "argmax")
+    np.testing.assert_array_equal(classes[0].numpy(), np.argmax(voxels.numpy(), axis=0))
+    assert classes.shape == (1, 4, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("classes", "dtype"), [(2, torch.uint8), (256, torch.uint8), (257, torch.int16), (2**15 + 1, torch.int32)]
+)
+def test_argmax_gives_the_smallest_integers_that_hold_the_classes(classes: int, dtype: torch.dtype) -> None:
+    voxels = torch.zeros(classes, 1, 1, 1)
+    voxels[-1] = 1
+    found = reduce_channels(voxels, "argmax")
+    assert (found.dtype, found.item()) == (dtype, classes - 1)
+
+
+def test_softmax_gives_probabilities_over_the_channels(voxels: torch.Tensor) -> None:
+    powers = np.exp(voxels.numpy().astype(np.float64))
+    np.testing.assert_allclose(reduce_channels(voxels, "softmax"), powers / powers.sum(axis=0), rtol=1e-5)
+
+
+def test_sigmoid_gives_a_probability_for_each_channel(voxels: torch.Tensor) -> None:
+    wanted = 1 / (1 + np.exp(-voxels.numpy().astype(np.float64)))
+    np.testing.assert_allclose(reduce_channels(voxels, "sigmoid"), wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [0.5, 0, -1])
+def test_threshold_marks_what_lies_above_the_limit(voxels: torch.Tensor, limit: float) -> None:
+    voxels[0, 0, 0, 0] = limit
+    marks = reduce_channels(voxels, ("threshold", limit))
+    assert marks.dtype == torch.uint8
+    np.testing.assert_array_equal(marks, voxels.numpy() > limit)
+    assert marks[0, 0, 0, 0] == 0
+
+
+def test_a_function_may_change_the_channels(voxels: torch.Tensor) -> None:
+    pairs = reduce_channels(voxels, lambda v: v[:2] * 3)
+    assert torch.equal(pairs, voxels[:2] * 3)
+
+
+def test_dtype_is_what_the_result_comes_in(voxels: torch.Tensor) -> None:
+    assert reduce_channels(voxels, "argmax", torch.int64).dtype == torch.int64
+    assert reduce_channels(voxels, None, torch.float16).dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (lambda v: v[:, :1], r"made \(5, 1, 3, 2\) of \(5, 4, 3, 2\); only the channels may change"),
+        (lambda v: v[0], r"made \(4, 3, 2\) of \(5, 4, 3, 2\)"),
+        (lambda v: v.numpy(), r"made ndarray of \(5, 4, 3, 2\)"),
+    ],
+)
+def test_a_function_that_changes_more_than_channels_is_refused(
+    voxels: torch.Tensor, function: Any, text: str
+) -> None:
+    with pytest.raises(ModelError, match=text):
+        reduce_channels(voxels, function)
+
+
+@pytest.mark.parametrize("reduce", ["argmin", "", 3, ("threshold",), ("threshold", "high"), ("limit", 1.0)])
+def test_a_reduction_that_does_not_exist_is_refused_with_those_that_do(reduce: Any) -> None:
+    with pytest.raises(OptionError, match=r"reduce must be 'argmax', .*threshold.*, not ") as error:
+        check_reduction(reduce)
+    assert repr(reduce) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("reduce", "kind"),
+    [
+        ("argmax", "label"),
+        (("threshold", 0.5), "label"),
+        ("softmax", "scalar"),
+        ("sigmoid", "scalar"),
+        (None, "scalar"),
+        (torch.abs, "scalar"),
+    ],
+)
+def test_classes_and_marks_are_label_maps_and_all_else_images(reduce: Any, kind: str) -> None:
+    check_reduction(reduce)
+    assert kind_of(reduce) == kind
