@@ -31,6 +31,7 @@ import numpy.typing as npt
 try:
     import psutil
     from make_cohort import LABELS, plan_cohort, run_plans
+    from matplotlib.figure import Figure
 except ModuleNotFoundError as missing:
     sys.exit(f"{missing.name} is not installed; run: pip install -e '.[demo]'")
 
@@ -40,7 +41,7 @@ PATCH_OVERLAP = 32
 BATCH_SIZE = 2
 MEMORY_POLL_S = 0.05
 # Threads of torch that wait for one another by spinning take the cores from those they wait for: on two
-# cores, with one other busy process, training was five times slower for it.
+# cores, beside other busy processes, training was about five times slower for it.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 AFFINE_TOLERANCE_MM = 1e-3
 TISSUES = {value: name for value, name in LABELS.items() if value}
@@ -258,8 +259,6 @@ def dice(predicted: Path, truth: Path) -> dict[int, float]:
 
 def draw_planes(paths: Paths, subject: str) -> None:
     """Draw the middle planes of a subject: a row for each axis; image, truth and prediction."""
-    from matplotlib.figure import Figure  # heavy, and needed last
-
     image, truth = voxels(paths.image(subject)), voxels(paths.truth(subject))
     columns = {subject: np.zeros_like(truth), "truth": truth, "prediction": voxels(paths.predicted(subject))}
     figure = Figure(figsize=(9, 9), facecolor="black", layout="constrained")

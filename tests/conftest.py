@@ -71,19 +71,25 @@ def rng() -> np.random.Generator:
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind(tmp_path: Path) -> Iterator[None]:
     """Fail whatever leaves a process, a shared-memory block or a file below its folder open."""
-    before = set(os.listdir(SHARED_MEMORY)) if SHARED_MEMORY.exists() else set()
+    before = _shared_memory()
     yield
-    gc.collect()
     close_shards(tmp_path)  # the bounded cache of open maps is kept on purpose
+    if _left_behind(before, tmp_path):
+        gc.collect()
+        psutil.wait_procs(psutil.Process().children(recursive=True), timeout=3)
+    assert _left_behind(before, tmp_path) == []
+
+
+def _left_behind(before: set[str], folder: Path) -> list[str]:
     me = psutil.Process()
-    children = [child for child in me.children(recursive=True) if not _is_resource_tracker(child)]
-    _, alive = psutil.wait_procs(children, timeout=3)
-    assert not alive, f"processes left running: {alive}"
-    after = set(os.listdir(SHARED_MEMORY)) if SHARED_MEMORY.exists() else set()
-    left = {name for name in after - before if not name.startswith("sem.")}
-    assert not left, f"shared memory left behind: {left}"
-    open_files = [file.path for file in me.open_files() if Path(file.path).is_relative_to(tmp_path)]
-    assert not open_files, f"files left open: {open_files}"
+    processes = [str(child) for child in me.children(recursive=True) if not _is_resource_tracker(child)]
+    blocks = [name for name in _shared_memory() - before if not name.startswith("sem.")]
+    files = [file.path for file in me.open_files() if Path(file.path).is_relative_to(folder)]
+    return processes + blocks + files
+
+
+def _shared_memory() -> set[str]:
+    return set(os.listdir(SHARED_MEMORY)) if SHARED_MEMORY.exists() else set()
 
 
 def _is_resource_tracker(process: psutil.Process) -> bool:

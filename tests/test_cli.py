@@ -533,6 +533,28 @@ def test_ctrl_c_gives_130_and_leaves_a_store_that_opens(cohort_source: Path, her
         assert list(subject.images) == ["seg", "t1"]
 
 
+@pytest.mark.parametrize("moment", [1, 2, 3, 4])
+def test_an_interruption_between_the_images_of_a_case_leaves_none_of_it(
+    run: Run, cohort_source: Path, here: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    source = only(cohort_source, here / "scans", "sub-01", "sub-02")
+    rename, moves = Path.rename, 0
+
+    def rename_until(self: Path, target: Path) -> Path:
+        nonlocal moves
+        moves += schema.STAGING in self.parts
+        if moves == moment and schema.STAGING in self.parts:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename_until)
+    assert run("convert", source, "a.zarr", "-q")[0] == 130
+    cohort = zp.Cohort("a.zarr")
+    assert cohort.names == ["sub-01"][: moment > 2]
+    assert all(list(subject.images) == ["seg", "t1"] for subject in cohort)
+    assert zp.verify("a.zarr").damages == ()
+
+
 def test_a_second_writer_is_refused(refused: Callable[..., str], cohort_source: Path, store: Path) -> None:
     from zpatch.store_writer import StoreWriter
 

@@ -143,9 +143,10 @@ def test_a_network_is_run_in_evaluation_mode_and_given_back_as_it_was(cohort: zp
             return batch
 
     network = Net()
-    assert network.training
+    network.frozen = torch.nn.Identity().eval()
     predict(cohort[:1], out, network)
     assert network.training
+    assert not network.frozen.training
 
 
 def test_progress_is_told_every_patch(cohort: zp.Cohort, out: Path) -> None:
@@ -193,7 +194,7 @@ def test_a_predicted_label_map_has_an_index_and_feeds_a_label_sampler(cohort: zp
     image = subject.prediction
     assert isinstance(image, zp.LabelMap)
     assert image.folder is not None
-    table = read_label_table(image.folder)
+    table = read_label_table(image.folder, image.record.files)
     assert table is not None
     assert set(table.values.tolist()) >= set(np.unique(image.data).tolist()) - {0}
     for patch in zp.LabelSampler(9, "prediction", {1: 1})(subject, 20, rng=0):
@@ -231,10 +232,13 @@ def test_an_output_that_exists_is_refused_and_replaced_where_that_is_wanted(
     assert zp.verify(out).ok
 
 
-def test_the_store_that_is_read_is_never_overwritten(cohort_store: Path, out: Path) -> None:
+@pytest.mark.parametrize("way", ["out.zarr", "folder/../out.zarr", "link.zarr"])
+def test_the_store_that_is_read_is_never_overwritten(cohort_store: Path, out: Path, way: str) -> None:
     shutil.copytree(cohort_store, out)
-    with pytest.raises(StoreError, match=r"out.zarr"):
-        predict(zp.Cohort(out), out, overwrite=True)
+    (out.parent / "folder").mkdir()
+    (out.parent / "link.zarr").symlink_to(out)
+    with pytest.raises(StoreError, match=way):
+        predict(zp.Cohort(out), out.parent / way, overwrite=True)
     assert zp.verify(out).ok
     assert len(zp.Cohort(out)) == 4
 

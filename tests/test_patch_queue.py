@@ -408,7 +408,7 @@ def test_a_killed_worker_is_noticed_outside_the_main_thread_too(cohort: zp.Cohor
     assert time.time() - float(deadly.note.read_text()) < 10
 
 
-def test_a_worker_that_is_killed_during_a_training_step_is_a_queue_error_within_ten_seconds(
+def test_a_worker_that_is_killed_during_a_training_step_is_an_error_within_ten_seconds(
     cohort: zp.Cohort,
 ) -> None:
     options: dict[str, Any] = {"patches_per_volume": 200, "max_length": 8, "transform": slow}
@@ -424,7 +424,7 @@ def test_a_worker_that_is_killed_during_a_training_step_is_a_queue_error_within_
 
     with (
         zp.Queue(cohort, zp.UniformSampler(4), num_workers=2, **options) as queue,
-        pytest.raises(QueueError, match="worker"),
+        pytest.raises(RuntimeError, match="(?i)worker"),  # torch's own, where its signal handler is first
     ):
         train(queue)
     assert time.monotonic() - killed < 10

@@ -59,6 +59,7 @@ class SweptBlend:
         self._sink = sink
         self._finalise = finalise
         self._seen = np.zeros(grid.counts, dtype=bool)
+        self.channels: int | None = None
         self._tiles: dict[Triple, tuple[torch.Tensor, int]] = {}
 
     def size_of(self, location: PatchLocation) -> Triple:
@@ -150,6 +151,7 @@ class LooseBlend:
         self._fill = fill
         self._sums: torch.Tensor | None = None
         self._weights = torch.zeros(self._shape)
+        self.channels: int | None = None
 
     def size_of(self, location: PatchLocation) -> Triple:
         """Extent of a patch in the output."""
@@ -230,6 +232,9 @@ def add_checked(
     if len(batch) != len(locations):
         raise ModelError(f"a batch of {len(batch)} patches came with {len(locations)} locations")
     batch = batch.detach().cpu()
+    if blend.channels not in (None, batch.shape[1]):
+        raise ModelError(f"a batch has {batch.shape[1]} channels where those before had {blend.channels}")
+    blend.channels = batch.shape[1]
     for patch, location in zip(batch, locations, strict=True):
         size = blend.size_of(location)
         blend.add(_fitted(patch, size, location), location)

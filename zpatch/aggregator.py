@@ -18,6 +18,7 @@ from zpatch.geometry import PatchLocation, triple
 from zpatch.image import Image, stored_image
 from zpatch.reduction import Reduction, check_reduction, kind_of, reduce_channels
 from zpatch.samplers import GridSampler
+from zpatch.schema import check_name
 from zpatch.store_writer import StagedImage
 from zpatch.volume_sink import ImageSink, TensorSink
 
@@ -110,6 +111,8 @@ class PatchAggregator:
     def _make_sink(self, key: str | None) -> TensorSink | ImageSink:
         if self._output is None:
             return TensorSink(self.output_shape)
+        if key is not None:
+            check_name(key, "output")
         folder = self._output.with_name(f".{self._output.name}.{uuid.uuid4().hex}")
         folder.mkdir(parents=True)
         subject = self._grid.subject if self._grid else None

@@ -29,6 +29,25 @@ class Subject:
         metadata: Mapping[str, Any] | None = None,
         **images: Image,
     ) -> None:
+        self._set(images, name, split, metadata)
+
+    @classmethod
+    def of(
+        cls,
+        images: Mapping[str, Image],
+        *,
+        name: str = "subject",
+        split: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """The subject of a mapping: its images may have any names, ``name`` and ``split`` too."""
+        subject = cls.__new__(cls)
+        subject._set(images, name, split, metadata)
+        return subject
+
+    def _set(
+        self, images: Mapping[str, Image], name: str, split: str | None, metadata: Mapping[str, Any] | None
+    ) -> None:
         for key, image in images.items():
             check_name(key, "image")
             if not isinstance(image, Image):
@@ -114,6 +133,11 @@ class Cohort(Sequence[Subject]):
         """Metadata of each subject, by name."""
         return {name: self[name].metadata for name in self._names}
 
+    @property
+    def statistics(self) -> dict[str, dict[str, Json]]:
+        """Statistics of each image of each subject, by their names."""
+        return {s.name: {name: image.statistics for name, image in s.images.items()} for s in self}
+
     def split(self, name: str) -> Self:
         """The subjects of a split."""
         splits = self.splits
@@ -124,7 +148,7 @@ class Cohort(Sequence[Subject]):
     def select(self, names: Sequence[str]) -> Self:
         """The subjects of those names, in that order."""
         for name in names:
-            if name not in self._images:
+            if name not in self._names:
                 raise UnknownNameError.among("subject", name, self._names, f"store {self.store.path}")
         return self._only(list(names))
 
@@ -162,7 +186,7 @@ class Cohort(Sequence[Subject]):
     def _subject(self, name: str) -> Subject:
         records = [self.store.records[name, image] for image in self._images[name]]
         images = {r.image: stored_image(self.store.image_path(r), r) for r in records}
-        return Subject(name=name, split=records[0].split, metadata=records[0].meta, **images)
+        return Subject.of(images, name=name, split=records[0].split, metadata=records[0].meta)
 
     def __iter__(self) -> Iterator[Subject]:
         return map(self._subject, self._names)

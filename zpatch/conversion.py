@@ -133,7 +133,7 @@ def _convert_case(
         for image in case.images:
             stage = writer.stage()
             staged.append((stage, _stage_image(image, case.case, plan, stage, progress)))
-        return [writer.commit(stage, record) for stage, record in staged]
+        return writer.commit(staged)
     finally:
         for stage, _ in staged:
             stage.discard()

@@ -113,7 +113,7 @@ class PatchLocation:
 
     def lies_within(self, spatial_shape: Triple) -> bool:
         """Whether the whole box lies in a volume of that shape."""
-        return min(self.index) >= 0 and all(
+        return min(self.index + self.size) >= 0 and all(
             b <= n for b, n in zip(self.index_fin, spatial_shape, strict=True)
         )
 

@@ -7,6 +7,7 @@ import importlib
 import itertools
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from zpatch import schema
 from zpatch.accumulation import SweptBlend, add_checked
 from zpatch.blending import check_overlap_mode
 from zpatch.cohort import Cohort, Subject
-from zpatch.errors import ModelError, OptionError, ZpatchError
+from zpatch.errors import ModelError, OptionError, StoreExistsError, ZpatchError
 from zpatch.geometry import PatchLocation, Triple, patch_overlap_triple, patch_size_triple
 from zpatch.grid import PatchGrid
 from zpatch.image import Image
@@ -94,11 +95,16 @@ def plan_prediction(
 ) -> list[PredictionPlan]:
     """The plan of each subject; nothing is read or written."""
     names = [image] if isinstance(image, str) else list(image)
+    if not names:
+        raise OptionError("image= names no image to predict from")
     size = patch_size_triple(patch_size)
     overlap = patch_overlap_triple(patch_overlap, size)
     check_padding_mode(padding_mode)
     if not len(subjects):
         raise OptionError("there is no subject to predict")
+    for name, times in Counter(subject.name for subject in subjects).items():
+        if times > 1:
+            raise OptionError(f"{times} subjects are called {name!r}; give each a name of its own")
     return [
         PredictionPlan.of(subject, names, size, overlap, border=padding_mode is not None)
         for subject in subjects
@@ -139,9 +145,8 @@ def predict(
         raise OptionError(f"batch_size must be at least 1, not {batch_size}")
     check_can_create(Path(output), overwrite=overwrite)
     plans = plan_prediction(subjects, image, patch_size, patch_overlap, padding_mode)
+    _refuse_own_input(plans, Path(output).absolute())
     target = _device(device)
-    if isinstance(model, torch.nn.Module):
-        model = _placed(model, target)
     attributes = {
         "tool": "zpatch predict",
         "expected_subjects": [plan.subject.name for plan in plans],
@@ -153,24 +158,49 @@ def predict(
             "reduce": repr(reduce),
         },
     }
-    with StoreWriter.create(Path(output), attributes, overwrite=overwrite) as writer:
+    with (
+        _evaluating(model, target),
+        StoreWriter.create(Path(output), attributes, overwrite=overwrite) as writer,
+    ):
         for plan in plans:
             run = _Run(plan, writer, overlap_mode, reduce)
             run.carry_out(model, batch_size, target, amp, padding_mode or "edge", progress)
     return Cohort(output)
 
 
+def _refuse_own_input(plans: Sequence[PredictionPlan], output: Path) -> None:
+    for plan in plans:
+        for image in plan.images:
+            if image.folder and image.folder.is_relative_to(output):
+                raise StoreExistsError(f"{output}: it is the store that is read; choose another output")
+
+
 def _device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise OptionError(
+            f"device must be auto, cpu, cuda, cuda:1 or another of torch's, not {device!r}"
+        ) from None
 
 
-def _placed(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    model = model.to(device)
+@contextlib.contextmanager
+def _evaluating(model: Model, device: torch.device) -> Iterator[None]:
+    """Put a network on the device and into evaluation mode, and back into its mode at the end."""
+    if not isinstance(model, torch.nn.Module):
+        yield
+        return
+    model.to(device)
+    was_training = model.training
     with contextlib.suppress(NotImplementedError):  # an exported program has its mode fixed
         model.eval()
-    return model
+    try:
+        yield
+    finally:
+        with contextlib.suppress(NotImplementedError):
+            model.train(was_training)
 
 
 class _Run:
@@ -198,13 +228,11 @@ class _Run:
             with torch.inference_mode(), torch.autocast(device.type, enabled=amp):
                 for locations, inputs in read_ahead(self._batches(batch_size, padding_mode)):
                     outputs = self._apply(model, inputs.to(device), locations)
-                    for key, tensor in outputs.items():
-                        add_checked(self._head(key), tensor, locations)
+                    self._add(outputs, locations)
                     progress(len(locations))
             for blend, _ in self._heads.values():
                 blend.finish()
-            for _, sink in self._heads.values():
-                self._writer.commit(sink.stage, sink.finish())
+            self._writer.commit([(sink.stage, sink.finish()) for _, sink in self._heads.values()])
         finally:
             for _, sink in self._heads.values():
                 sink.stage.discard()
@@ -238,6 +266,13 @@ class _Run:
         heads = dict(outputs) if isinstance(outputs, Mapping) else {DEFAULT_OUTPUT: outputs}
         return {str(key): tensor for key, tensor in heads.items()}
 
+    def _add(self, outputs: Mapping[str, torch.Tensor], locations: Sequence[PatchLocation]) -> None:
+        try:
+            for key, tensor in outputs.items():
+                add_checked(self._head(key), tensor, locations)
+        except ModelError as error:
+            raise ModelError(f"subject {self._plan.subject.name!r}: {error}") from error
+
     def _head(self, key: str) -> SweptBlend:
         if key not in self._heads:
             sink = self._sink(key)
@@ -250,7 +285,9 @@ class _Run:
     def _sink(self, key: str) -> ImageSink:
         schema.check_name(key, "output")
         first = self._plan.images[0]
-        header = read_small_array(first.folder, schema.RAW_HEADER).tobytes() if first.folder else None
+        header = None
+        if first.folder and first.record:
+            header = read_small_array(first.folder, schema.RAW_HEADER, first.record.files).tobytes()
         return ImageSink(
             self._writer.stage(),
             subject=self._plan.subject.name,

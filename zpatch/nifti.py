@@ -356,8 +356,10 @@ def make_header(
     header.set_data_shape(dims)
     if like is None:
         header.set_sform(affine, code="scanner")
-        with contextlib.suppress(HeaderDataError):  # a sheared affine has no qform
+        try:
             header.set_qform(affine, code="scanner", strip_shears=False)
+        except HeaderDataError:  # a sheared affine has no qform, and nibabel has set its code by now
+            header["qform_code"] = 0
         header.set_xyzt_units("mm")
     else:
         source = header_of(like)

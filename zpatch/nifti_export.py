@@ -112,7 +112,7 @@ def export_image(
 ) -> None:
     """Write one image, streaming; the file appears whole or not at all."""
     folder = store.image_path(record)
-    raw_header = read_small_array(folder, schema.RAW_HEADER).tobytes()
+    raw_header = read_small_array(folder, schema.RAW_HEADER, record.files).tobytes()
     dtype = np.dtype(np.uint8) if record.colours > 1 else nifti.header_of(raw_header).get_data_dtype()
     nifti.write_nifti(path, raw_header, _in_file_order(store, record, progress), dtype=dtype)
 

@@ -216,7 +216,7 @@ class DaskSource:
     @property
     def dtype(self) -> np.dtype[Any]:
         """Type of the voxels."""
-        dtype: np.dtype[Any] = self.array.dtype
+        dtype: np.dtype[Any] = self.array.dtype.newbyteorder("=")
         return dtype
 
     @property

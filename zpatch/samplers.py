@@ -152,7 +152,9 @@ class WeightedSampler(RandomSampler):
             check_weights(weights, where)
             return weights
 
-        sums = read_weight_sums(image.folder) if image.kind == "sampling" and image.folder else None
+        sums = None
+        if image.kind == "sampling" and image.folder and image.record:
+            sums = read_weight_sums(image.folder, image.record.files)
         table = sum_masses(grid, read_masses) if sums is None else sum_table(sums)
         allowed = allowed_centres(subject.spatial_shape, self.patch_size)
         if not table.mass.sum() > 0:
@@ -256,8 +258,9 @@ class _Classes:
     def __init__(self, image: Image) -> None:
         self._image = image
         self._grid = _chunk_grid(image)
-        stored = image.kind == "label" and image.folder
-        self._table: LabelTable | None = read_label_table(image.folder) if stored else None  # type: ignore[arg-type]
+        self._table: LabelTable | None = None
+        if image.kind == "label" and image.folder and image.record:
+            self._table = read_label_table(image.folder, image.record.files)
         self._masses: dict[int | None, MassTable] = {}
 
     def has(self, label: int | None) -> bool:

@@ -131,11 +131,14 @@ class MappedShard:
 
     def __init__(self, array: ShardedArray, shard: tuple[int, ...]) -> None:
         self.file = array.shard_file(shard)
+        folder = self.file.parent
+        if folder.resolve() != array.path.resolve() / folder.relative_to(array.path):
+            raise self._damage("it lies behind a link to elsewhere")
         chunks = math.prod(array.chunks_per_shard)
         index_bytes = 16 * chunks + CRC_BYTES
         self.bytes = self._map()
         if len(self.bytes) < index_bytes:
-            raise self._damage(f"it is {len(self.bytes)} bytes short, less than its own index")
+            raise self._damage(f"it has {len(self.bytes)} bytes, less than its own index")
         tail = self.bytes[-index_bytes:]
         if google_crc32c.value(tail[:-CRC_BYTES]) != _stored_crc(tail):
             raise self._damage("its index does not match its checksum")
@@ -158,11 +161,13 @@ class MappedShard:
             raise self._damage("it is missing") from None
         except OSError as error:
             raise self._damage(f"it cannot be opened ({error.strerror})") from None
-        with open(handle, "rb") as stream:
-            status = os.fstat(stream.fileno())
+        try:
+            status = os.fstat(handle)
             if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
                 raise self._damage("it is empty or no regular file")
-            view = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            view = mmap.mmap(handle, 0, access=mmap.ACCESS_READ)
+        finally:
+            os.close(handle)
         return np.frombuffer(view, np.uint8)
 
     def _damage(self, what: str) -> DamageError:

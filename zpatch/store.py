@@ -48,12 +48,19 @@ class Store:
 def open_store(path: str | os.PathLike[str]) -> Store:
     """Open a store for reading. Reads its root document and its manifest, and nothing else."""
     root = Path(path)
-    attributes = _root_attributes(root)
+    return read_manifest(root, root_attributes(root))
+
+
+def read_manifest(root: Path, attributes: Json) -> Store:
+    """The store as its manifest says, whatever its root document."""
     records: dict[Key, ImageRecord] = {}
     documents: dict[str, FileSeal] = {}
     for where, value in _manifest_lines(root / schema.MANIFEST):
         if "document" in value:
-            documents[value["document"]] = FileSeal(value["bytes"], value["checksum"])
+            try:
+                documents[value["document"]] = FileSeal(value["bytes"], value["checksum"])
+            except KeyError as error:
+                raise DamageError(f"{where} is no document record (no {error})") from None
         else:
             record = ImageRecord.from_json(value, where)
             records[record.subject, record.image] = record
@@ -71,7 +78,7 @@ def is_store(path: Path) -> bool:
 def _root_group(root: Path) -> Json:
     document = root / schema.ROOT_DOCUMENT
     try:
-        text = document.read_text()
+        text = document.read_bytes()
     except FileNotFoundError:
         what = "it does not exist" if not root.exists() else "it is no zpatch store (no zarr.json)"
         raise NotAStoreError(f"{root}: {what}; make one with 'zpatch convert SOURCE STORE'") from None
@@ -87,7 +94,8 @@ def _root_group(root: Path) -> Json:
     return dict(attributes)
 
 
-def _root_attributes(root: Path) -> Json:
+def root_attributes(root: Path) -> Json:
+    """What a store's root document says of it."""
     attributes = _root_group(root)
     if attributes["format"] > schema.FORMAT:
         raise StoreError(
@@ -102,7 +110,7 @@ def _manifest_lines(path: Path) -> Iterator[tuple[str, Json]]:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        return
+        raise DamageError(f"{path}: it is missing; restore the file from a copy") from None
     whole, _, _torn = data.rpartition(b"\n")
     for number, line in enumerate(whole.decode(errors="replace").split("\n"), start=1):
         if line:
@@ -124,11 +132,14 @@ def sharded_array(folder: Path, record: ImageRecord) -> ShardedArray:
     )
 
 
-def read_small_array(folder: Path, name: str) -> NDArray[Any]:
-    """A small array of an image: its raw header, or a table of its index."""
+def read_small_array(folder: Path, name: str, files: Mapping[str, FileSeal]) -> NDArray[Any]:
+    """A small array of an image, its raw header or a table of its index, compared with its seals."""
     import zarr
 
     try:
+        for key, seal in files.items():
+            if key.startswith(f"{name}/") and schema.digest((folder / key).read_bytes()) != seal.checksum:
+                raise ValueError("its contents have changed")
         values = np.asarray(zarr.open_array(folder / name, mode="r")[:])
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise DamageError(

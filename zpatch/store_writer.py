@@ -13,7 +13,7 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Self
@@ -81,17 +81,17 @@ class StoreWriter:
         folder.mkdir(parents=True)
         return StagedImage(folder)
 
-    def commit(self, staged: StagedImage, record: ImageRecord) -> ImageRecord:
-        """Move a finished image into the store and enter it in the manifest."""
-        record = staged.finish(record)
-        if f"{record.subject}/{schema.ROOT_DOCUMENT}" not in self._documents:
-            attributes = {"subject": record.subject, "split": record.split, "meta": record.meta}
-            self._write_group(record.subject, attributes)
-        target = self.path / record.subject / record.image
-        staged.folder.rename(target)
-        _sync_folder(target.parent)
-        self._append(record.to_json())
-        return record
+    def commit(self, images: Sequence[tuple[StagedImage, ImageRecord]]) -> list[ImageRecord]:
+        """Move the finished images of a subject into the store, then enter all of them in the manifest."""
+        sealed = [staged.finish(record) for staged, record in images]
+        for (staged, _), record in zip(images, sealed, strict=True):
+            if f"{record.subject}/{schema.ROOT_DOCUMENT}" not in self._documents:
+                attributes = {"subject": record.subject, "split": record.split, "meta": record.meta}
+                self._write_group(record.subject, attributes)
+            staged.folder.rename(self.path / record.subject / record.image)
+            _sync_folder(self.path / record.subject)
+        self._append(*(record.to_json() for record in sealed))
+        return sealed
 
     def _write_group(self, name: str, attributes: Json) -> None:
         folder = self.path / name
@@ -107,10 +107,11 @@ class StoreWriter:
         self._append({"document": key, "bytes": len(content), "checksum": schema.digest(content)})
         self._documents.add(key)
 
-    def _append(self, value: Json) -> None:
-        with (self.path / schema.MANIFEST).open("ab") as stream:
-            stream.write(schema.sealed_line(value).encode() + b"\n")
-            stream.flush()
+    def _append(self, *values: Json) -> None:
+        """Enter lines in the manifest, in one write: the images of a subject are there together."""
+        lines = "".join(schema.sealed_line(value) + "\n" for value in values)
+        with (self.path / schema.MANIFEST).open("ab", buffering=0) as stream:
+            stream.write(lines.encode())
             os.fsync(stream.fileno())
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zpatch import schema
-from zpatch.errors import DamageError
+from zpatch.errors import DamageError, StoreError
 from zpatch.schema import FileSeal, Json
-from zpatch.store import Store, open_store
+from zpatch.store import Store, open_store, read_manifest
 
 Progress = Callable[[int], None]
 
@@ -74,7 +74,7 @@ def verify(
     """
     root = Path(store)
     try:
-        opened = open_store(root)
+        opened = _opened(root)
     except DamageError as error:
         damage = Damage(schema.MANIFEST, str(error))
         return VerificationReport(root, 0, 0, 0, quick, (damage,), (), ())
@@ -95,6 +95,18 @@ def verify(
         missing_subjects=tuple(_missing_subjects(opened)),
         leftovers=tuple(_leftovers(opened)),
     )
+
+
+def _opened(root: Path) -> Store:
+    """A store whose root document may be damaged: its seal in the manifest says so."""
+    try:
+        return open_store(root)
+    except DamageError:
+        raise
+    except StoreError:
+        if not (root / schema.MANIFEST).is_file():
+            raise
+        return read_manifest(root, {})
 
 
 def sealed_bytes(store: str | os.PathLike[str]) -> int:

@@ -9,7 +9,7 @@ rejections the part of the sums inside the box is counted instead, and drawn fro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from zpatch.errors import SamplingError, SourceError
 from zpatch.geometry import PatchLocation, Triple
 from zpatch.grid import chunk_counts
-from zpatch.schema import INDEX, ImageRecord, Json, padded_to_4d
+from zpatch.schema import INDEX, FileSeal, ImageRecord, Json, padded_to_4d
 from zpatch.store import read_small_array
 
 MAX_REJECTIONS = 32
@@ -266,6 +266,8 @@ def draw_centres(
     alike. Returns (count, 3), or None where no allowed voxel has any mass.
     """
     table, interior = _within_reach(table, grid, allowed)
+    if not table.chunk_id.size:
+        return None
     centres = np.empty((count, 3), dtype=np.int64)
     pending = np.arange(count)
     if interior.sum() >= MIN_INTERIOR_SHARE * table.mass.sum():
@@ -355,15 +357,15 @@ def _draw_voxels(masses: Masses, count: int, rng: np.random.Generator) -> NDArra
     return np.stack([i, j, k], axis=1)
 
 
-def read_label_table(folder: Path) -> LabelTable:
+def read_label_table(folder: Path, files: Mapping[str, FileSeal]) -> LabelTable:
     """The label index of a stored image."""
-    index = folder / INDEX
     values, row_start, chunk_id, count = (
-        read_small_array(index, name) for name in ("values", "row_start", "chunk_id", "count")
+        read_small_array(folder, f"{INDEX}/{name}", files)
+        for name in ("values", "row_start", "chunk_id", "count")
     )
     return LabelTable(values, row_start, chunk_id, count)
 
 
-def read_weight_sums(folder: Path) -> NDArray[np.float64]:
+def read_weight_sums(folder: Path, files: Mapping[str, FileSeal]) -> NDArray[np.float64]:
     """The weight index of a stored sampling map: the sum of weights of each chunk, in order."""
-    return read_small_array(folder / INDEX, "sum")
+    return read_small_array(folder, f"{INDEX}/sum", files)

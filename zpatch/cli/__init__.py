@@ -40,9 +40,22 @@ def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
     if path is None:
         return
     try:
-        ctx.default_map = tomllib.loads(path.read_text())
+        tables = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise click.BadParameter(f"{path} is not TOML: {error}") from None
+    ctx.default_map = {name: _defaults(ctx, path, name, table) for name, table in tables.items()}
+
+
+def _defaults(ctx: click.Context, path: Path, name: str, table: dict[str, Any]) -> dict[str, Any]:
+    """A table of the file with the names that click uses for what the command line calls ``--an-option``."""
+    command = zpatch.get_command(ctx, name)
+    if command is None or not isinstance(table, dict):
+        raise click.BadParameter(f"{path}: [{name}] is no table for one of {', '.join(COMMANDS)}")
+    names = {option.lstrip("-"): p.name for p in command.params for option in p.opts if p.name}
+    for key in table:
+        if key not in names:
+            raise click.BadParameter(f"{path}: {key!r} in [{name}] is no option of 'zpatch {name}'")
+    return {str(names[key]): value for key, value in table.items()}
 
 
 @click.group(
@@ -100,6 +113,6 @@ def run(arguments: list[str] | None = None) -> int:
             traceback.print_exc()
         known = isinstance(error, ZpatchError | OSError)
         what = str(error) if known else f"unexpected {type(error).__name__}: {error} (see it whole with -v)"
-        click.echo(f"zpatch: error: {what}", err=True)
+        click.echo(f"zpatch: error: {' '.join(what.split())}", err=True)
         return EXIT_ERROR
     return code if isinstance(code, int) else 0

@@ -73,7 +73,7 @@ def convert_command(
     max_memory: int | None,
     dry_run: bool,
     overwrite: bool,
-    as_json: bool,
+    json: bool,
 ) -> int:
     """Convert the NIfTI files of a folder SOURCE into a store STORE.
 
@@ -112,21 +112,21 @@ def convert_command(
     plan = plan_conversion(source, options)
     say(str(plan))
     if dry_run:
-        _print_plan(plan, as_json)
+        _print_plan(plan, json)
         return EXIT_SOME_FAILED if plan.failures else 0
     with Progress("converting", plan.voxel_bytes) as progress:
         report = run_conversion(plan, store, overwrite=overwrite, progress=progress)
     for failure in report.failures:
         click.echo(f"failed: {failure.subject}: {failure.reason}", err=True)
-    if as_json:
+    if json:
         print_json(report.to_json())
     else:
         _print_summary(report)
     return EXIT_SOME_FAILED if report.failures else 0
 
 
-def _print_plan(plan: ConversionPlan, as_json: bool) -> None:
-    if as_json:
+def _print_plan(plan: ConversionPlan, json: bool) -> None:
+    if json:
         print_json(plan.to_json())
         return
     rows: list[tuple[str, ...]] = [("subject", "image", "kind", "shape", "dtype", "shards", "file")]

@@ -23,9 +23,7 @@ from zpatch.memory import format_bytes
 @click.command("export", short_help="Write images of a store as NIfTI.")
 @click.argument("store", type=STORE)
 @click.argument("dest", type=click.Path(path_type=Path))
-@click.option(
-    "--image", "images", multiple=True, metavar="GLOB", help="Only images that fit; may be repeated."
-)
+@click.option("--image", multiple=True, metavar="GLOB", help="Only images that fit; may be repeated.")
 @include_option
 @exclude_option
 @click.option(
@@ -41,12 +39,12 @@ from zpatch.memory import format_bytes
 def export_command(
     store: Path,
     dest: Path,
-    images: tuple[str, ...],
+    image: tuple[str, ...],
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     suffix: str,
     overwrite: bool,
-    as_json: bool,
+    json: bool,
 ) -> None:
     """Write images of STORE as NIfTI files DEST/<subject>/<image>.nii.gz.
 
@@ -63,15 +61,15 @@ def export_command(
     from zpatch.store import open_store
 
     opened = open_store(store)
-    planned = plan_export(opened, dest, include=include, exclude=exclude, images=images, suffix=suffix)
+    planned = plan_export(opened, dest, include=include, exclude=exclude, images=image, suffix=suffix)
     check_free(planned, overwrite=overwrite)
-    total = sum(image.record.voxel_bytes for image in planned)
+    total = sum(exported.record.voxel_bytes for exported in planned)
     with Progress("exporting", total) as progress:
-        for image in planned:
-            export_image(opened, image.record, image.path, progress=progress)
-    if as_json:
-        print_json([str(image.path) for image in planned])
+        for exported in planned:
+            export_image(opened, exported.record, exported.path, progress=progress)
+    if json:
+        print_json([str(exported.path) for exported in planned])
         return
-    for image in planned:
-        click.echo(image.path)
+    for exported in planned:
+        click.echo(exported.path)
     say(f"{len(planned)} images, {format_bytes(total)} of voxels")

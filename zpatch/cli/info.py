@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 @click.option("--limit", type=click.IntRange(1), default=40, show_default=True, help="Images to list.")
 @json_option
 @talk_options
-def info_command(store: Path, include: tuple[str, ...], limit: int, as_json: bool) -> None:
-    """Show what a store holds: subjects, images, shapes, sizes, compression, statistics and warnings.
+def info_command(store: Path, include: tuple[str, ...], limit: int, json: bool) -> None:
+    """Show what STORE holds: subjects, images, shapes, sizes, compression, statistics and warnings.
 
     Only the manifest is read, however large the store is.
 
@@ -36,7 +36,7 @@ def info_command(store: Path, include: tuple[str, ...], limit: int, as_json: boo
 
     opened = open_store(store)
     records = [r for r in opened.records.values() if matches(r.subject, include or ["*"])]
-    if as_json:
+    if json:
         print_json({"store": str(store), **opened.attributes, "images": [_as_json(r) for r in records]})
         return
     click.echo(_headline(opened))

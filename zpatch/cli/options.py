@@ -69,7 +69,7 @@ def talk_options(command: F) -> F:
 
 
 json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print JSON on stdout, and everything else on stderr."
+    "--json", is_flag=True, help="Print JSON on stdout, and everything else on stderr."
 )
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is there already.")
 include_option = click.option(

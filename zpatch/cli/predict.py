@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     help="package.module:factory (called without arguments), a torch.export file (.pt2) or TorchScript.",
 )
 @click.option(
-    "--image", "images", multiple=True, required=True, metavar="NAME",
+    "--image", multiple=True, required=True, metavar="NAME",
     help="The image to predict from; several are stacked as channels, in this order.",
 )  # fmt: skip
 @click.option("--patch-size", type=Voxels(), required=True, help="One number or I,J,K, as 96 or 128,128,32.")
@@ -72,7 +72,7 @@ def predict_command(
     store: Path,
     output: Path,
     model: str,
-    images: tuple[str, ...],
+    image: tuple[str, ...],
     patch_size: int | tuple[int, ...],
     overlap: int | tuple[int, ...],
     blend: str,
@@ -85,7 +85,7 @@ def predict_command(
     exclude: tuple[str, ...],
     dry_run: bool,
     overwrite: bool,
-    as_json: bool,
+    json: bool,
 ) -> None:
     """Run a network over every subject of STORE and write its blended output into a new store OUTPUT.
 
@@ -107,18 +107,18 @@ def predict_command(
     check_can_create(output, overwrite=overwrite)
     cohort = Cohort(store)
     chosen = cohort.matching(include, exclude)
-    plans = plan_prediction(chosen, images, patch_size, overlap, padding_mode)
+    plans = plan_prediction(chosen, image, patch_size, overlap, padding_mode)
     patches = sum(len(plan.grid) for plan in plans)
     say(f"{len(plans)} subjects, {patches} patches")
     if dry_run:
-        _print_plan(plans, as_json)
+        _print_plan(plans, json)
         return
     with Progress("predicting", patches, unit="patches") as progress:
         predictions = predict(
             load_model(model),
             chosen,
             output,
-            image=images,
+            image=image,
             patch_size=patch_size,
             patch_overlap=overlap,
             overlap_mode=blend,
@@ -130,18 +130,18 @@ def predict_command(
             overwrite=overwrite,
             progress=progress,
         )
-    if as_json:
+    if json:
         print_json({"store": str(output), "subjects": predictions.names, "patches": patches})
     else:
         click.echo(output)
 
 
-def _print_plan(plans: list[PredictionPlan], as_json: bool) -> None:
+def _print_plan(plans: list[PredictionPlan], json: bool) -> None:
     rows = [
         {"subject": plan.subject.name, "shape": plan.grid.spatial_shape, "patches": len(plan.grid)}
         for plan in plans
     ]
-    if as_json:
+    if json:
         print_json(rows)
         return
     for row in rows:

@@ -17,8 +17,8 @@ from zpatch.memory import format_bytes
 @click.option("--quick", is_flag=True, help="Check presence and length of files, and all zarr.json, only.")
 @json_option
 @talk_options
-def verify_command(store: Path, quick: bool, as_json: bool) -> int:
-    """Check a store: every file that the manifest knows must be there with the bytes that were written.
+def verify_command(store: Path, quick: bool, json: bool) -> int:
+    """Check STORE: every file that its manifest knows must be there with the bytes that were written.
 
     Damaged, missing and swapped files are named, one a line, and the exit code is 4; so it is where a
     prediction was not finished.
@@ -32,7 +32,7 @@ def verify_command(store: Path, quick: bool, as_json: bool) -> int:
 
     with Progress("verifying", 0 if quick else sealed_bytes(store)) as progress:
         report = verify(store, quick=quick, progress=progress)
-    if as_json:
+    if json:
         print_json(report.to_json())
     for damage in report.damages:
         click.echo(f"damaged: {store / damage.file}: {damage.what}", err=True)
