@@ -145,7 +145,7 @@ def predict(
         raise OptionError(f"batch_size must be at least 1, not {batch_size}")
     check_can_create(Path(output), overwrite=overwrite)
     plans = plan_prediction(subjects, image, patch_size, patch_overlap, padding_mode)
-    _refuse_own_input(plans, Path(output).absolute())
+    _refuse_own_input(plans, Path(output))
     target = _device(device)
     attributes = {
         "tool": "zpatch predict",
@@ -169,10 +169,10 @@ def predict(
 
 
 def _refuse_own_input(plans: Sequence[PredictionPlan], output: Path) -> None:
-    for plan in plans:
-        for image in plan.images:
-            if image.folder and image.folder.is_relative_to(output):
-                raise StoreExistsError(f"{output}: it is the store that is read; choose another output")
+    target = output.resolve()
+    folders = {image.folder.resolve() for plan in plans for image in plan.images if image.folder}
+    if any(folder.is_relative_to(target) for folder in folders):
+        raise StoreExistsError(f"{output}: it is the store that is read; choose another output")
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -193,14 +193,14 @@ def _evaluating(model: Model, device: torch.device) -> Iterator[None]:
         yield
         return
     model.to(device)
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     with contextlib.suppress(NotImplementedError):  # an exported program has its mode fixed
         model.eval()
     try:
         yield
     finally:
-        with contextlib.suppress(NotImplementedError):
-            model.train(was_training)
+        for module, training in modes.items():
+            module.training = training
 
 
 class _Run:

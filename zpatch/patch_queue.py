@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import pickle
+import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -69,6 +71,24 @@ class EpochPlan:
             buffer.pop()
             buffer.extend(itertools.islice(arriving, 1))
             yield patch
+
+
+def _name_killed_workers() -> None:
+    """Torch hears of a killed worker in a signal handler, wherever the main thread is: say it as ours."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        return
+    if getattr(handler, "names_killed_workers", False):
+        return
+
+    def named(number: int, frame: Any) -> None:
+        try:
+            handler(number, frame)
+        except RuntimeError as error:
+            raise QueueError(f"a worker of the queue ended: {error}") from error
+
+    named.names_killed_workers = True  # type: ignore[attr-defined]
+    signal.signal(signal.SIGCHLD, named)
 
 
 class _CurrentPlan:
@@ -147,6 +167,20 @@ class Queue(IterableDataset[Patch]):
         self._timeout = timeout
         self._loader: DataLoader[list[Patch] | FailedDraw] | None = None
         self._workers: list[BaseProcess] = []
+        self._iteration = 0
+        self._check_options()
+
+    def _check_options(self) -> None:
+        methods = multiprocessing.get_all_start_methods()
+        if self._start_method is not None and self._start_method not in methods:
+            raise OptionError(f"start_method must be one of {', '.join(methods)}, not {self._start_method!r}")
+        if self._timeout <= 0:
+            raise OptionError(f"timeout must be above 0 seconds, not {self._timeout}")
+        for subject in self.subject_sampler or ():
+            if not 0 <= subject < self.num_subjects:
+                raise OptionError(
+                    f"subject_sampler gives {subject} of {self.num_subjects} subjects; they count from 0"
+                )
 
     def _patches_of(self, subject: Subject) -> int:
         if isinstance(self.patch_sampler, GridSampler):
@@ -245,7 +279,10 @@ class Queue(IterableDataset[Patch]):
             return
         self._current.plan = plan
         groups = iter(self._running())
-        while True:
+        _name_killed_workers()
+        self._iteration += 1
+        mine = self._iteration
+        while mine == self._iteration:
             hung = threading.Event()
             watch = threading.Timer(self._timeout, self._kill_workers, [hung])
             watch.daemon = True
@@ -261,10 +298,12 @@ class Queue(IterableDataset[Patch]):
             finally:
                 watch.cancel()
             yield unpacked(group)
+        raise QueueError("the queue was closed, or another iteration of it was begun; iterate it anew")
 
     def _running(self) -> Iterable[list[Patch] | FailedDraw]:
         """The groups of the current plan, from workers that are started once."""
         if self._loader is None:
+            self._check_can_be_sent()
             self._loader = DataLoader(
                 self._draws,
                 batch_size=None,
@@ -281,6 +320,17 @@ class Queue(IterableDataset[Patch]):
         self._workers = self._workers or [p for p in multiprocessing.active_children() if p not in others]
         return groups
 
+    def _check_can_be_sent(self) -> None:
+        if multiprocessing.get_context(self._start_method).get_start_method() == "fork":
+            return
+        try:
+            pickle.dumps(self._draws)
+        except (AttributeError, TypeError, pickle.PicklingError) as error:
+            raise QueueError(
+                f"subjects, sampler or transform cannot be sent to a worker ({error}); define them at the "
+                f"top of a module, or use start_method='fork'"
+            ) from error
+
     def _kill_workers(self, hung: threading.Event) -> None:
         """End workers that hang: torch then notices within seconds that they are gone."""
         hung.set()
@@ -289,8 +339,11 @@ class Queue(IterableDataset[Patch]):
 
     def close(self) -> None:
         """End the workers; the next iteration starts new ones."""
-        self._loader = None
+        loader, self._loader = self._loader, None
         self._workers = []
+        self._iteration += 1
+        if loader is not None and loader._iterator is not None:
+            loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
 
     def __enter__(self) -> Self:
         return self

@@ -110,8 +110,8 @@ def unpacked(patches: list[Patch] | FailedDraw) -> list[Patch] | FailedDraw:
 
 def _as_array(data: torch.Tensor) -> Any:
     if data.dtype == torch.bfloat16:
-        return data  # numpy has no such type; torch sends it its own way
-    return _memory_order(data).contiguous().numpy()
+        return data.detach()  # numpy has no such type; torch sends it its own way
+    return _memory_order(data.detach()).contiguous().numpy()
 
 
 def _as_tensor(data: Any) -> torch.Tensor:
