@@ -154,7 +154,7 @@ class Cohort(Sequence[Subject]):
 
     def matching(self, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Self:
         """The subjects whose names fit a pattern of ``include`` and none of ``exclude``."""
-        for pattern in include:
+        for pattern in (*include, *exclude):
             if not any(matches(name, [pattern]) for name in self._names):
                 raise UnknownNameError.among("subject", pattern, self._names, f"store {self.store.path}")
         return self._only(

@@ -78,6 +78,8 @@ def _headline(store: Store) -> str:
 
 
 def _row(record: ImageRecord) -> tuple[str, ...]:
+    import numpy as np
+
     from zpatch.geometry import spacing_mm
 
     channels, *_ = record.shape_czyx
@@ -88,7 +90,7 @@ def _row(record: ImageRecord) -> tuple[str, ...]:
         record.image,
         record.kind,
         shape,
-        record.dtype.lstrip("<|"),
+        np.dtype(record.dtype).name,
         "x".join(f"{s:.3g}" for s in spacing_mm(record.affine_array)),
         format_bytes(record.stored_bytes),
         f"{record.voxel_bytes / max(record.stored_bytes, 1):.1f}",
