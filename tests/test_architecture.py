@@ -22,6 +22,7 @@ FLOORS = {
     "values": [
         "errors",
         "geometry",
+        "orientation",
         "randomness",
         "blending",
     ],
@@ -33,15 +34,22 @@ FLOORS = {
         "voxel_statistics",
     ],
     "doors": [
+        "gzip_files",
         "nifti",
+        "nifti_writer",
         "shards",
+        "manifest",
         "store",
         "store_writer",
         "scheduling",
+        "cases",
+        "listings",
+        "conventions",
         "discovery",
     ],
     "subjects": [
         "voxel_index",
+        "pyramid",
         "image_writer",
         "reader",
         "image",
@@ -84,19 +92,28 @@ DOORS = {
     "numpy": ROOMS,
     "torch": [*FLOORS["subjects"], *FLOORS["stages"], *EDGE],
     "nibabel": ["nifti"],
-    "isal": ["nifti"],
+    "isal": ["gzip_files"],
     "zarr": ["store", "store_writer"],
     "numcodecs": ["shards"],
     "google_crc32c": ["shards"],
     "dask": ["scheduling", "reader", "image"],
+    "distributed": ["scheduling"],
     "click": COMMAND_LINE,
 }
 STANDARD_LIBRARY_DOORS = {
-    "gzip": ["nifti"],
+    "gzip": ["gzip_files"],
     "mmap": ["shards"],
     "importlib": ["__init__", "inference", *COMMAND_LINE],  # an import that no table can hold
 }
-HEAVY = ["zarr", "dask", "torch", "nibabel", "isal", "numcodecs"]  # may be imported inside functions
+HEAVY = [
+    "zarr",
+    "dask",
+    "distributed",
+    "torch",
+    "nibabel",
+    "isal",
+    "numcodecs",
+]  # may be imported inside functions
 WORLD = (
     "os io shutil pathlib tempfile time datetime random secrets socket subprocess threading multiprocessing"
 )

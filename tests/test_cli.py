@@ -151,7 +151,11 @@ def test_json_is_all_that_stdout_holds(
 
 def test_json_names_what_was_done(run: Run, cohort_source: Path, here: Path) -> None:
     report = json.loads(run("convert", cohort_source, "cohort.zarr", "--json")[1])
-    assert (report["subjects"], len(report["images"]), report["failures"]) == (4, 8, [])
+    assert [case["subject"] for case in report["cases"]] == ["sub-01", "sub-02", "sub-03", "sub-04"]
+    assert [case["status"] for case in report["cases"]] == ["converted"] * 4
+    assert sum(len(case["images"]) for case in report["cases"]) == 8
+    again = json.loads(run("convert", cohort_source, "cohort.zarr", "--json")[1])
+    assert (again["cases"], again["already_there"]) == ([], zp.Cohort("cohort.zarr").names)
     info = json.loads(run("info", "cohort.zarr", "--json")[1])
     assert [image["subject"] for image in info["images"]][::2] == zp.Cohort("cohort.zarr").names
     assert json.loads(run("verify", "cohort.zarr", "--json")[1])["ok"] is True
@@ -244,13 +248,16 @@ def test_a_source_that_is_empty_or_missing_is_refused(refused: Callable[..., str
     assert not (here / "a.zarr").exists()
 
 
-def test_a_store_that_exists_is_refused(
-    refused: Callable[..., str], run: Run, cohort_source: Path, store: Path
+def test_a_store_that_exists_is_gone_on_with_and_only_overwrite_starts_over(
+    run: Run, cohort_source: Path, store: Path
 ) -> None:
+    (store / schema.LOCK).write_text("")
     before = everything_below(store)
-    line = refused("convert", cohort_source, store)
-    assert "cohort.zarr: it exists already; say --overwrite to start over, or choose another name" in line
-    assert everything_below(store) == before
+    code, out, err = run("convert", cohort_source, store)
+    assert (code, out) == (0, f"{store}\n")
+    assert "4 subjects are there already; 0 subjects, 0 images" in err
+    assert "0 subjects, 0 images, 0 B of voxels in 0 B; 4 subjects were there already" in err
+    assert {**everything_below(store), schema.LOCK: b""} == before
     assert run("convert", cohort_source, store, "--overwrite", "--include", "sub-02")[0] == 0
     assert zp.Cohort(store).names == ["sub-02"]
 
@@ -412,7 +419,7 @@ def test_more_memory_than_is_allowed_is_refused(
     refused: Callable[..., str], cohort_source: Path, here: Path
 ) -> None:
     line = refused("convert", cohort_source, "a.zarr", "--max-memory", "1 MiB")
-    assert "more than the limit of 1.0 MiB; choose a smaller --chunk or allow more" in line
+    assert "more than the limit of 1.0 MiB; choose a smaller --chunk, fewer --jobs, or allow more" in line
     assert not (here / "a.zarr").exists()
 
 

@@ -178,9 +178,20 @@ def test_metadata_are_by_subject(split_store: Path) -> None:
     assert cohort[:1].metadata == {"sub-01": {"age": 10}}
 
 
-def test_statistics_are_by_subject_and_image(cohort: zp.Cohort) -> None:
-    expected = {s.name: {name: image.statistics for name, image in s.images.items()} for s in cohort}
-    assert cohort.statistics == expected
+def test_statistics_are_those_of_all_voxels_of_all_subjects(tmp_path: Path, rng: np.random.Generator) -> None:
+    volumes = [rng.integers(0, 900, (5, 6, 7 + n)).astype(np.int16) for n in range(3)]
+    for number, volume in enumerate(volumes):
+        nib.save(nib.Nifti1Image(volume, np.eye(4)), tmp_path / f"s{number}_ct.nii")
+        nib.save(nib.Nifti1Image((volume > 500).astype(np.uint8), np.eye(4)), tmp_path / f"s{number}_seg.nii")
+    zp.convert(tmp_path, tmp_path / "a.zarr")
+    found = zp.Cohort(tmp_path / "a.zarr").statistics
+    voxels = np.concatenate([volume.ravel() for volume in volumes]).astype(float)
+    for stats, values in ((found["ct"], voxels), (found["ct"]["foreground"], voxels[voxels != 0])):
+        assert (stats["count"], stats["min"], stats["max"]) == (values.size, values.min(), values.max())
+        np.testing.assert_allclose([stats["mean"], stats["std"]], [values.mean(), values.std()])
+        percentiles = [stats[f"percentile_{name}"] for name in ("0_5", "50", "99_5")]
+        np.testing.assert_allclose(percentiles, np.percentile(values, [0.5, 50, 99.5]))
+    assert found["seg"]["labels"] == {"0": int((voxels <= 500).sum()), "1": int((voxels > 500).sum())}
 
 
 def test_images_have_the_class_of_their_kind(cohort: zp.Cohort) -> None:

@@ -326,7 +326,9 @@ def test_a_plan_says_what_it_will_do_and_writes_nothing(source: Path, store: Pat
     assert (len(plan.cases), len(plan.images), len(plan.failures)) == (2, 3, 1)
     assert plan.voxel_bytes == voxel_bytes
     assert plan.bytes_in == voxel_bytes + 3 * 352
-    assert str(plan).startswith("2 subjects, 3 images, 30.3 KiB in files -> 29.3 KiB of voxels in 3 shards")
+    assert str(plan).startswith(
+        "glob: 2 subjects, 3 images, 30.3 KiB in files -> 29.3 KiB of voxels in 3 shards"
+    )
     assert "peak 64" in str(plan)
     assert [p.name for p in source.parent.iterdir()] == ["source"]
 
@@ -433,7 +435,7 @@ def test_progress_adds_up_to_the_bytes_of_all_voxels(source: Path, store: Path) 
 def test_a_manifest_line_carries_the_fingerprint_of_its_source(source: Path, store: Path) -> None:
     path = save(source / "sub" / "t1.nii.gz", volume(4, 5, 6))
     zp.convert(source, store)
-    values = [unsealed(line, "") for line in (store / MANIFEST).read_text().splitlines()]
+    values = [unsealed(line, "") for line in (store / MANIFEST).read_bytes().splitlines()]
     [line] = [value for value in values if "image" in value]
     assert line["source"] == {
         "path": "sub/t1.nii.gz",
@@ -480,12 +482,13 @@ def test_a_report_is_plain_json(source: Path, store: Path) -> None:
     save(source / "a" / "t1.nii", volume(4, 5, 6))
     not_nifti(save(source / "b" / "t1.nii", volume(1, 1, 1)))
     report = json.loads(json.dumps(zp.convert(source, store).to_json()))
-    assert (report["store"], report["subjects"]) == (str(store), 1)
-    [image] = report["images"]
-    assert (image["subject"], image["image"], image["voxel_bytes"]) == ("a", "t1", 240)
-    [failure] = report["failures"]
-    assert failure["subject"] == "b"
-    assert "it is not a NIfTI file" in failure["reason"]
+    assert (report["store"], report["already_there"]) == (str(store), [])
+    cases = {case["subject"]: case for case in report["cases"]}
+    assert {subject: case["status"] for subject, case in cases.items()} == {"a": "converted", "b": "failed"}
+    [image] = cases["a"]["images"]
+    assert (image["image"], image["voxel_bytes"]) == ("t1", 240)
+    assert image["stored_bytes"] == zp.Cohort(store)[0].t1.record.stored_bytes
+    assert "it is not a NIfTI file" in cases["b"]["reason"]
 
 
 def test_a_source_without_a_good_case_leaves_the_older_store_alone(source: Path, store: Path) -> None:

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from zpatch.conversion_plan import ConvertOptions, plan_conversion
 from zpatch.errors import NiftiError
 from zpatch.layout import Layout, plan_layout
-from zpatch.nifti import NiftiFile, fingerprint, header_of, make_header, read_header, write_nifti
+from zpatch.nifti import NiftiFile, fingerprint, read_header
+from zpatch.nifti_writer import header_of, make_header, write_nifti
 
 NIBABEL_FILES = [
     Path(nib.__file__).parent / "tests" / "data" / name
@@ -289,7 +290,7 @@ def test_what_is_not_nifti_is_refused(tmp_path: Path, content: bytes, why: str) 
     [
         (MAGIC, "4s", (b"abc\0",), "its magic is b'abc'"),
         (MAGIC, "4s", (b"\0\0\0\0",), "its magic is b''"),
-        (MAGIC, "4s", (b"ni1\0",), "hdr/.img pair; save it as .nii"),
+        (MAGIC, "4s", (b"ni1\0",), "its voxels, plain.img, are not beside it; copy both files of the pair"),
         (DIM, "<h", (0,), "impossible dimensions"),
         (DIM, "<h", (-3,), "impossible dimensions"),
         (DIM, "<h", (8,), "impossible dimensions"),
@@ -324,15 +325,31 @@ def test_a_truncated_file_is_refused(plain: Path, kept: int) -> None:
     refused(plain, "not a NIfTI file|copy the file again")
 
 
-def test_the_header_of_a_pair_of_files_is_refused(tmp_path: Path, voxels: NDArray[np.int16]) -> None:
+@pytest.mark.parametrize("kind", [nib.Nifti1Pair, nib.Nifti2Pair])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("suffixes", [(".hdr", ".img"), (".hdr.gz", ".img.gz")])
+def test_a_pair_of_files_is_one_image(
+    tmp_path: Path, voxels: NDArray[np.int16], kind: Any, order: str, suffixes: tuple[str, str]
+) -> None:
+    header = kind.header_class(endianness=order)
+    kind(voxels.astype(f"{order}i2"), np.diag([1, 2, 3, 1]), header).to_filename(tmp_path / f"a{suffixes[1]}")
+    file = read_header(tmp_path / f"a{suffixes[0]}")
+    np.testing.assert_array_equal(joined(file), voxels.T)
+    np.testing.assert_array_equal(file.affine, np.diag([1, 2, 3, 1]))
+
+
+def test_a_header_whose_voxels_are_not_beside_it_is_refused(
+    tmp_path: Path, voxels: NDArray[np.int16]
+) -> None:
     nib.Nifti1Pair(voxels, np.eye(4)).to_filename(tmp_path / "pair.hdr")
-    refused((tmp_path / "pair.hdr").rename(tmp_path / "pair.nii"), "pair; save it as .nii first")
+    (tmp_path / "pair.img").unlink()
+    refused(tmp_path / "pair.hdr", "its voxels, pair.img, are not beside it; copy both files of the pair")
 
 
 def test_what_cannot_be_opened_is_refused(tmp_path: Path) -> None:
     (tmp_path / "folder.nii").mkdir()
     (tmp_path / "broken.nii").symlink_to(tmp_path / "nowhere")
-    refused(tmp_path / "folder.nii", r"cannot be read \(Is a directory\)")
+    refused(tmp_path / "folder.nii", "it is no regular file; leave it out")
     refused(tmp_path / "broken.nii", r"cannot be read \(No such file")
     refused(tmp_path / "missing.nii", r"cannot be read \(No such file")
 

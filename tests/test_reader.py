@@ -22,7 +22,7 @@ from zpatch.geometry import PatchLocation
 from zpatch.image import Image, ScalarImage, stored_image
 from zpatch.reader import PADDING_MODES, ArraySource, DaskSource
 from zpatch.schema import CODECS, ImageRecord
-from zpatch.shards import close_shards, decode_chunk
+from zpatch.shards import MappedShard, close_shards
 from zpatch.store import sharded_array
 from zpatch.store_writer import StagedImage
 
@@ -158,17 +158,19 @@ def test_a_dask_array_has_a_block_for_each_shard(folder: Path, voxels: NDArray[n
 def test_a_chunk_that_boxes_share_is_decoded_once(
     folder: Path, voxels: NDArray[np.int16], scheduler: reader.Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoded: collections.Counter[int] = collections.Counter()
+    decoded: collections.Counter[tuple[str, int]] = collections.Counter()
+    decode = MappedShard.decode
 
-    def counting(array: Any, chunk: int, out: Any) -> Any:
-        decoded[chunk] += 1
-        return decode_chunk(array, chunk, out)
+    def counting(shard: MappedShard, number: int, codec: str, out: Any) -> None:
+        decoded["/".join(shard.file.parts[-3:]), number] += 1
+        decode(shard, number, codec, out)
 
-    monkeypatch.setattr(reader, "decode_chunk", counting)
+    monkeypatch.setattr(MappedShard, "decode", counting)
     image = stored(folder, voxels, chunk=4, shard=2)  # chunks 4 x 5 x 6 (z, y, x) on a grid of 3 x 2 x 2
     boxes = [PatchLocation((0, 0, 0), (8, 8, 3)), PatchLocation((2, 2, 0), (8, 8, 4))] * 2
     image.read_group(boxes, scheduler=scheduler)
-    assert sorted(decoded) == [0, 1, 2, 3, 12, 13, 14, 15]
+    numbers = [0, 1, 2, 3, 8, 9, 10, 11]  # the first layer of both channels of the first shard
+    assert sorted(decoded) == [("0/0/0", number) for number in numbers]
     assert set(decoded.values()) == {1}
 
 

@@ -134,8 +134,10 @@ def test_any_other_codec_is_refused_with_those_there_are(codec: str) -> None:
 
 @given(records())
 def test_a_record_comes_back_from_its_line_as_it_was(record: ImageRecord) -> None:
-    line = schema.sealed_line(record.to_json())
+    line = schema.sealed_line(record.to_json()).encode()
+    schema.check_seal(line, "line 1")
     assert ImageRecord.from_json(schema.unsealed(line, "line 1"), "line 1") == record
+    assert schema.unsealed(memoryview(line), "line 1") == schema.unsealed(line, "line 1")
 
 
 @given(records())
@@ -162,7 +164,7 @@ def test_a_flipped_bit_anywhere_in_a_line_is_caught() -> None:
             damaged = bytearray(line)
             damaged[position] ^= 1 << bit
             try:
-                schema.unsealed(damaged.decode(errors="replace"), "line 1")
+                schema.check_seal(damaged, "line 1")
             except DamageError:
                 continue
             undetected.append(bytes(damaged[position - 10 : position + 10]))
@@ -171,18 +173,20 @@ def test_a_flipped_bit_anywhere_in_a_line_is_caught() -> None:
 
 @given(st.integers(0, 10**6), st.integers(1, 10**6))
 def test_a_line_that_lost_some_of_its_bytes_is_caught(start: int, count: int) -> None:
-    line = schema.sealed_line(a_record().to_json())
+    line = schema.sealed_line(a_record().to_json()).encode()
     start %= len(line)
     with pytest.raises(DamageError):
         schema.unsealed(line[:start] + line[start + count :], "line 1")
 
 
 @pytest.mark.parametrize(
-    "line", ["", "{", "{}", "[]", "null", "5", '"check"', '{"check":1}', '{"a":NaN,"check":""}']
+    "line",
+    [b"", b"{", b"{}", b"[]", b"null", b"5", b'"check"', b'{"check":1}', b'{"a":NaN,"check":""}', b"\xff"],
 )
-def test_what_is_no_sealed_line_is_damage_and_the_error_says_where_and_what_to_do(line: str) -> None:
-    with pytest.raises(DamageError, match=r"^m\.jsonl, line 7 .*; restore the file from a copy"):
-        schema.unsealed(line, "m.jsonl, line 7")
+def test_what_is_no_sealed_line_is_damage_and_the_error_says_where_and_what_to_do(line: bytes) -> None:
+    for read in (schema.check_seal, schema.unsealed):
+        with pytest.raises(DamageError, match=r"^m\.jsonl, line 7 .*; restore the file from a copy"):
+            read(line, "m.jsonl, line 7")
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def test_the_raw_header_is_an_array_that_nifti_zarr_finds(cohort_source: Path, c
 
 
 def test_the_manifest_has_a_line_for_each_image_and_each_document(cohort_store: Path) -> None:
-    lines = (cohort_store / MANIFEST).read_text().splitlines()
+    lines = (cohort_store / MANIFEST).read_bytes().splitlines()
     values = [unsealed(line, "line") for line in lines]
     images = [(v["subject"], v["image"]) for v in values if "image" in v]
     documents = [v["document"] for v in values if "document" in v]
@@ -161,7 +161,8 @@ def test_a_torn_last_line_is_ignored(copy: Path, kept: int) -> None:
         b"\xff\xfe",
         b"\x00",
         b'{"check": null, "document": "zarr.json"}',
-        sealed_line({"subject": "a", "image": "b"}).encode(),
+        sealed_line({"subject": "a"}).encode(),
+        sealed_line({"image": "b"}).encode(),
         sealed_line({"document": "zarr.json"}).encode(),
     ],
 )
@@ -197,15 +198,25 @@ def test_a_bit_flip_in_the_manifest_is_an_error_that_names_the_line(
         ({"shards": [17, 16, 16]}, "are not whole chunks"),
         ({"axes": "zy"}, "axes 'zy'"),
         ({"colour": "blue"}, "colour"),
+        ({"files": [1]}, "no attribute 'items'"),
     ],
 )
-def test_a_line_that_breaks_the_contract_is_damage(copy: Path, change: dict[str, Any], why: str) -> None:
-    lines = (copy / MANIFEST).read_text().splitlines()
-    number = next(n for n, line in enumerate(lines) if '"image"' in line)
-    lines[number] = sealed_line({**unsealed(lines[number], ""), **change})
-    (copy / MANIFEST).write_text("\n".join(lines) + "\n")
-    with pytest.raises(DamageError, match=f"manifest.jsonl, line {number + 1} .*{why}"):
-        open_store(copy)
+def test_a_line_that_breaks_the_contract_is_damage_once_its_record_is_asked_for(
+    copy: Path, change: dict[str, Any], why: str
+) -> None:
+    lines = (copy / MANIFEST).read_bytes().splitlines()
+    number = next(n for n, line in enumerate(lines) if b'"image"' in line)
+    value = {**unsealed(lines[number], ""), **change}
+    lines[number] = sealed_line(value).encode()
+    (copy / MANIFEST).write_bytes(b"\n".join(lines) + b"\n")
+    records = open_store(copy).records
+    for key in set(records) - {(value["subject"], value["image"])}:
+        assert records[key].subject == key[0]
+    damage = f"manifest.jsonl, line {number + 1} .*{why}"
+    with pytest.raises(DamageError, match=damage):
+        records[value["subject"], value["image"]]
+    with pytest.raises(DamageError, match=damage):
+        list(records.values())
 
 
 def test_the_last_line_of_an_image_wins(copy: Path) -> None:
@@ -267,14 +278,40 @@ def test_what_is_no_store_is_refused_by_its_name(tmp_path: Path, make: Any, why:
         zp.Cohort(tmp_path / "thing")
 
 
-def test_a_store_that_is_there_is_not_touched_unless_told_so(tmp_path: Path) -> None:
+def test_a_store_that_is_there_is_never_made_anew_unless_told_so(tmp_path: Path) -> None:
     store = tmp_path / "store"
     zp.convert(source_of(tmp_path / "source", 1), store)
     with pytest.raises(StoreExistsError, match="store: it exists already; say --overwrite"):
-        zp.convert(source_of(tmp_path / "source", 2), store)
+        StoreWriter.create(store, {})
     assert (zp.Cohort(store)[0].t1.data == 1).all()
+    StoreWriter.create(store, {}, overwrite=True).__exit__()
+    assert len(zp.Cohort(store)) == 0
+
+
+def test_a_conversion_into_a_store_that_is_there_goes_on_with_it_unless_told_to_start_over(
+    tmp_path: Path,
+) -> None:
+    store = tmp_path / "store"
+    zp.convert(source_of(tmp_path / "source", 1), store)
+    created = open_store(store).attributes["created"]
+    (tmp_path / "source" / "sub-01").rename(tmp_path / "source" / "sub-02")
+    zp.convert(tmp_path / "source", store)
+    assert zp.Cohort(store).names == ["sub-01", "sub-02"]
+    assert open_store(store).attributes["created"] == created
     zp.convert(tmp_path / "source", store, overwrite=True)
-    assert (zp.Cohort(store)[0].t1.data == 2).all()
+    assert zp.Cohort(store).names == ["sub-02"]
+
+
+def test_a_store_of_predictions_is_never_gone_on_with(tmp_path: Path) -> None:
+    predictions = tmp_path / "predictions"
+    with StoreWriter.create(predictions, {"tool": "zpatch predict", "prediction": {"image": "t1"}}):
+        pass
+    before = (predictions / MANIFEST).read_bytes()
+    with pytest.raises(StoreExistsError, match=r"predictions: it holds predictions; .*choose another name"):
+        zp.convert(source_of(tmp_path / "source"), predictions)
+    assert (predictions / MANIFEST).read_bytes() == before
+    zp.convert(tmp_path / "source", predictions, overwrite=True)
+    assert zp.Cohort(predictions).names == ["sub-01"]
 
 
 def test_a_replaced_store_leaves_nothing_of_the_older_one(tmp_path: Path, cohort_store: Path) -> None:

@@ -147,7 +147,7 @@ class PatchAggregator:
 
     def _publish(self, key: str | None, sink: ImageSink) -> Image:
         assert self._output is not None
-        record = sink.stage.finish(sink.finish())
+        record = sink.finish()
         target = self._output if key is None else self._output / key
         target.parent.mkdir(parents=True, exist_ok=True)
         sink.stage.folder.rename(target)

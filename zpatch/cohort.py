@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Self, overload
@@ -11,8 +12,9 @@ from zpatch.discovery import matches
 from zpatch.errors import OptionError, UnknownNameError
 from zpatch.geometry import Triple
 from zpatch.image import Image, stored_image
-from zpatch.schema import Json, check_name
-from zpatch.store import Store, open_store
+from zpatch.schema import HISTOGRAM, ImageRecord, Json, check_name
+from zpatch.store import Store, open_store, read_small_array
+from zpatch.voxel_statistics import merged_statistics
 
 
 class Subject:
@@ -100,7 +102,7 @@ class Subject:
 
 
 class Cohort(Sequence[Subject]):
-    """All subjects of a store, in the order of the manifest; nothing but the manifest is read.
+    """All subjects of a store, in the order of their names; nothing but the manifest is read.
 
     ``cohort[0]``, ``cohort["sub-01"]``, ``cohort[2:5]`` and ``cohort.split("train")``; the last two are
     cohorts again.
@@ -111,7 +113,7 @@ class Cohort(Sequence[Subject]):
         self._images: dict[str, list[str]] = {}
         for subject, image in self.store.records:
             self._images.setdefault(subject, []).append(image)
-        self._names = list(self._images)
+        self._names = sorted(self._images)
 
     @property
     def names(self) -> list[str]:
@@ -134,9 +136,30 @@ class Cohort(Sequence[Subject]):
         return {name: self[name].metadata for name in self._names}
 
     @property
-    def statistics(self) -> dict[str, dict[str, Json]]:
-        """Statistics of each image of each subject, by their names."""
-        return {s.name: {name: image.statistics for name, image in s.images.items()} for s in self}
+    def statistics(self) -> dict[str, Json]:
+        """Statistics of each image over all subjects, by its name: what lazy normalisation needs.
+
+        Of an image: count, min, max, mean, std, percentiles, the same of its foreground. Of a label map:
+        how many voxels each value has.
+        """
+        records: dict[str, list[ImageRecord]] = {}
+        for name in self._names:
+            for image in self._images[name]:
+                records.setdefault(image, []).append(self.store.records[name, image])
+        return {image: self._statistics_of(found) for image, found in records.items()}
+
+    def _statistics_of(self, records: Sequence[ImageRecord]) -> Json:
+        if all(record.kind == "label" for record in records):
+            counts: Counter[str] = Counter()
+            for record in records:
+                counts.update(record.stats["labels"])
+            return {"labels": dict(counts)}
+        records = [record for record in records if record.kind != "label"]
+        histograms = [
+            read_small_array(self.store.image_path(record), HISTOGRAM, record.files) for record in records
+        ]
+        zeros = [record.inter for record in records]
+        return merged_statistics([record.stats for record in records], histograms, zeros)
 
     def split(self, name: str) -> Self:
         """The subjects of a split."""

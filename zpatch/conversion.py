@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,49 +25,92 @@ from zpatch.conversion_plan import (
     nothing_converted,
     plan_conversion,
 )
-from zpatch.discovery import Case
-from zpatch.errors import NiftiError, SamplingError, SourceError
+from zpatch.errors import NiftiError, SamplingError, SourceError, WorkerError
 from zpatch.image_writer import ImageWriter, Shard
-from zpatch.layout import CHUNK_VOXELS, Layout
-from zpatch.memory import parse_bytes
-from zpatch.nifti import NiftiFile, Slab
-from zpatch.scheduling import read_ahead
-from zpatch.schema import ImageRecord, Json, padded_to_4d
-from zpatch.store_writer import StagedImage, StoreWriter, check_can_create
+from zpatch.layout import Layout
+from zpatch.manifest import Key
+from zpatch.nifti import NiftiFile, Warn
+from zpatch.orientation import Orientation
+from zpatch.pyramid import PyramidBuilder, plan_levels
+from zpatch.scheduling import Progress, read_ahead, run_tasks
+from zpatch.schema import MANIFEST, ImageRecord, Json, padded_to_4d
+from zpatch.store import open_store
+from zpatch.store_writer import StagedImage, StoreWriter, check_can_create, writing_to
 
+TOOL_VERSION = f"zpatch {version('zpatch')}"
 INTEGRAL_DTYPES = ("u1", "i1", "u2", "i2", "u4", "i4", "i8")
 
-Progress = Callable[[int], None]
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CaseOutcome:
+    """What became of a case: its records, or in ``reason`` why there are none."""
+
+    subject: str
+    records: tuple[ImageRecord, ...]
+    reason: str = ""
+
+    def to_json(self) -> Json:
+        """One line of a report."""
+        if self.reason:
+            return {"subject": self.subject, "status": "failed", "reason": self.reason}
+        images = [
+            {
+                "image": record.image,
+                "kind": record.kind,
+                "shape": record.shape,
+                "dtype": record.dtype,
+                "voxel_bytes": record.voxel_bytes,
+                "stored_bytes": record.stored_bytes,
+                "warnings": record.warnings,
+            }
+            for record in self.records
+        ]
+        return {"subject": self.subject, "status": "converted", "images": images}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ConversionReport:
-    """What a conversion did."""
+    """What a conversion did. ``done`` are the subjects that were in the store already, unchanged."""
 
     store: Path
-    records: tuple[ImageRecord, ...]
-    failures: tuple[Failure, ...]
+    outcomes: tuple[CaseOutcome, ...]
+    done: tuple[str, ...] = ()
+
+    @property
+    def records(self) -> list[ImageRecord]:
+        """All images that were converted."""
+        return [record for outcome in self.outcomes for record in outcome.records]
+
+    @property
+    def failures(self) -> list[Failure]:
+        """All cases that were not."""
+        return [Failure(outcome.subject, outcome.reason) for outcome in self.outcomes if outcome.reason]
 
     def to_json(self) -> Json:
         """The report as plain JSON."""
         return {
             "store": str(self.store),
-            "subjects": len({record.subject for record in self.records}),
-            "images": [
-                {
-                    "subject": record.subject,
-                    "image": record.image,
-                    "kind": record.kind,
-                    "shape": record.shape,
-                    "dtype": record.dtype,
-                    "voxel_bytes": record.voxel_bytes,
-                    "stored_bytes": record.stored_bytes,
-                    "warnings": record.warnings,
-                }
-                for record in self.records
-            ],
-            "failures": [dataclasses.asdict(failure) for failure in self.failures],
+            "already_there": list(self.done),
+            "cases": [outcome.to_json() for outcome in self.outcomes],
         }
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CaseTask:
+    """One case for a worker: all that it needs to stage the case's images below ``staging``."""
+
+    case: PlannedCase
+    options: ConvertOptions
+    folder: Path
+    staging: Path
+
+
+@dataclass(frozen=True, slots=True)
+class StagedCase:
+    """What a worker gives back: the folders of a case's images with their records, or why there are none."""
+
+    images: tuple[tuple[Path, ImageRecord], ...] = ()
+    failure: Failure | None = None
 
 
 def convert(
@@ -74,30 +118,26 @@ def convert(
     store: str | os.PathLike[str],
     *,
     overwrite: bool = False,
-    codec: str = "lz4",
-    chunk: int = CHUNK_VOXELS,
-    label_patterns: Sequence[str] = (),
-    sampling_patterns: Sequence[str] = (),
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    max_memory: int | str | None = None,
+    scheduler: str | None = None,
+    **options: Any,
 ) -> ConversionReport:
-    """Convert a folder of NIfTI files into a store, as ``zpatch convert`` does.
+    """Convert a cohort of NIfTI files into a store, as ``zpatch convert`` does.
 
-    A case whose files are bad is left out and listed in the report; a SourceError says that none is
-    good, a StoreExistsError that the store is there already.
+    ``options`` are the fields of ConvertOptions. A store that is there already is gone on with: only what is
+    missing or changed is converted; ``overwrite`` starts over. Cases are converted in local processes, or
+    on the Dask cluster at ``scheduler``. A case whose files are bad is left out and
+    listed in the report; a SourceError says that none is good.
     """
-    options = ConvertOptions(
-        codec=codec,
-        chunk=chunk,
-        label_patterns=tuple(label_patterns),
-        sampling_patterns=tuple(sampling_patterns),
-        include=tuple(include),
-        exclude=tuple(exclude),
-        max_memory=None if max_memory is None else parse_bytes(max_memory),
-    )
-    check_can_create(Path(store), overwrite=overwrite)
-    return run_conversion(plan_conversion(Path(source), options), Path(store), overwrite=overwrite)
+    chosen = ConvertOptions.of(**options)
+    target = Path(store)
+    check_can_create(target, overwrite=overwrite, resume=True)
+    plan = plan_conversion(Path(source), chosen, done={} if overwrite else committed(target))
+    return run_conversion(plan, target, overwrite=overwrite, scheduler=scheduler)
+
+
+def committed(store: Path) -> Mapping[Key, ImageRecord]:
+    """The images that a store holds already; none where there is no store yet."""
+    return open_store(store).records if (store / MANIFEST).exists() else {}
 
 
 def run_conversion(
@@ -105,87 +145,149 @@ def run_conversion(
     store: Path,
     *,
     overwrite: bool = False,
+    scheduler: str | None = None,
     progress: Progress = lambda voxel_bytes: None,
+    on_case: Callable[[CaseOutcome], None] = lambda outcome: None,
 ) -> ConversionReport:
-    """Do what a plan says. ``progress`` is told the bytes of voxels as they are done."""
-    records: list[ImageRecord] = []
-    failures = list(plan.failures)
-    attributes = {"tool": f"zpatch {version('zpatch')}", "source": str(plan.source)}
-    with StoreWriter.create(store, attributes, overwrite=overwrite) as writer:
-        for case in plan.cases:
-            try:
-                records += _convert_case(case, plan, writer, progress)
-            except (SourceError, SamplingError) as error:
-                failures.append(Failure(case.case.subject, str(error)))
-        if not records:
-            writer.abandon()
-    if not records:
-        raise nothing_converted(plan.source, failures)
-    return ConversionReport(store, tuple(records), tuple(failures))
+    """Do what a plan says. ``progress`` is told the bytes of voxels as they are done, ``on_case`` what
+    became of each case."""
+    outcomes = [CaseOutcome(failure.subject, (), failure.reason) for failure in plan.failures]
+    for outcome in outcomes:
+        on_case(outcome)
+    attributes = {"tool": TOOL_VERSION, "source": str(plan.source)}
+    opened = StoreWriter.create(store, attributes, overwrite=True) if overwrite else None
+    with opened or StoreWriter.resume(store, attributes) as writer:
+        tasks = [CaseTask(case, plan.options, plan.folder, writer.staging) for case in plan.cases]
+        results = run_tasks(
+            stage_case,
+            tasks,
+            folder=writer.staging,
+            names=[f"convert-{case.case.subject}" for case in plan.cases],
+            jobs=plan.options.jobs,
+            scheduler=scheduler,
+            progress=progress,
+        )
+        for number, result in results:
+            outcomes.append(_outcome(plan.cases[number], result, writer))
+            on_case(outcomes[-1])
+        failed = [Failure(outcome.subject, outcome.reason) for outcome in outcomes if outcome.reason]
+        if not plan.done and len(failed) == len(outcomes):
+            if writer.is_new:
+                writer.abandon()
+            raise nothing_converted(plan.source, failed)
+    return ConversionReport(store, tuple(outcomes), plan.done)
 
 
-def _convert_case(
-    case: PlannedCase, plan: ConversionPlan, writer: StoreWriter, progress: Progress
-) -> list[ImageRecord]:
-    """Stage all images of a case, then commit them: a bad last file leaves nothing of the case."""
-    staged: list[tuple[StagedImage, ImageRecord]] = []
+def _outcome(case: PlannedCase, result: StagedCase | WorkerError, writer: StoreWriter) -> CaseOutcome:
+    subject = case.case.subject
+    if isinstance(result, WorkerError):
+        return CaseOutcome(subject, (), str(result))
+    if result.failure:
+        return CaseOutcome(subject, (), result.failure.reason)
+    writer.commit(result.images)
+    return CaseOutcome(subject, tuple(record for _, record in result.images))
+
+
+def stage_case(task: CaseTask, progress: Progress) -> StagedCase:
+    """Stage all images of a case. A bad file, even the last one, leaves nothing of the case."""
+    staged: list[tuple[Path, ImageRecord]] = []
+    stage = None
     try:
-        for image in case.images:
-            stage = writer.stage()
-            staged.append((stage, _stage_image(image, case.case, plan, stage, progress)))
-        return writer.commit(staged)
-    finally:
-        for stage, _ in staged:
-            stage.discard()
+        with writing_to(task.staging.parent):
+            for image in task.case.images:
+                stage = StagedImage.below(task.staging)
+                staged.append((stage.folder, _stage_image(image, task, stage, progress)))
+    except BaseException as error:
+        for folder in {folder for folder, _ in staged} | ({stage.folder} if stage else set()):
+            shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, SourceError | SamplingError):
+            return StagedCase(failure=Failure(task.case.case.subject, str(error)))
+        raise
+    return StagedCase(tuple(staged))
 
 
-def _stage_image(
-    image: PlannedImage,
-    case: Case,
-    plan: ConversionPlan,
-    stage: StagedImage,
-    progress: Progress,
-) -> ImageRecord:
+def _stage_image(image: PlannedImage, task: CaseTask, stage: StagedImage, progress: Progress) -> ImageRecord:
     file, layout = image.file, image.layout
-    kind = image.source.kind
-    dtype = label_dtype(file, layout) if kind == "label" else file.channel_dtype
-    record = ImageRecord(
+    dtype = label_dtype(file, layout) if image.source.kind == "label" else file.channel_dtype
+    record = _record_of(image, task, dtype)
+    writer = ImageWriter(stage, record, str(file.path))
+    warnings = list(image.warnings)
+    with ThreadPoolExecutor(1, thread_name_prefix="zpatch-fingerprint") as pool:
+        fingerprint = pool.submit(nifti.fingerprint, image.source.path, task.folder)
+        _stream(image, record, writer, warnings.append, progress)
+        record = writer.finish(file.raw_header, warnings, source=fingerprint.result())
+    if task.options.strict and record.warnings:
+        raise SourceError(f"{file.path}: {record.warnings[0]} (--strict)")
+    return record
+
+
+def _stream(
+    image: PlannedImage, record: ImageRecord, writer: ImageWriter, warn: Warn, progress: Progress
+) -> None:
+    """Pass the voxels from the file into shards, a slab at a time."""
+    turn, dtype = record.orientation, np.dtype(record.dtype)
+    pyramid = PyramidBuilder(writer.stage, record)
+    for slab in read_ahead(image.file.slabs(image.layout, warn, backwards=turn.flips[2])):
+        voxels = turn.turn(slab.voxels.astype(dtype, copy=False))
+        for shard, part in _shards_of(record, slab.shard, voxels):
+            writer.write_shard(shard, part)
+        pyramid.feed(voxels, slab.shard[0])
+        progress(slab.voxels.nbytes)
+
+
+def _record_of(image: PlannedImage, task: CaseTask, dtype: np.dtype[Any]) -> ImageRecord:
+    """The record of an image before its voxels are read."""
+    file, turn, case = image.file, image.orientation, task.case.case
+    shape, chunks, shards = (
+        _turned(extent, turn) for extent in (file.shape, image.layout.chunks, image.layout.shards)
+    )
+    nz, ny, nx = file.shape[-3:]
+    affine = turn.affine(file.affine, (nx, ny, nz))
+    return ImageRecord(
         subject=case.subject,
         image=image.source.name,
-        kind=kind,
-        shape=file.shape,
+        kind=image.source.kind,
+        shape=shape,
         dtype=dtype.newbyteorder("<").str,
         axes=file.axes,
-        chunks=layout.chunks,
-        shards=layout.shards,
-        codec=plan.options.codec,
-        affine=tuple(map(tuple, file.affine.tolist())),
+        chunks=chunks,
+        shards=shards,
+        codec=task.options.codec,
+        affine=tuple(map(tuple, affine.tolist())),
         affine_source=file.affine_source,
         spatial_unit=file.spatial_unit,
         slope=file.slope,
         inter=file.inter,
         source_dtype=file.dtype.str if file.colours == 1 and dtype != file.channel_dtype else None,
         colours=file.colours,
+        orientation=turn,
+        levels=plan_levels(shape, chunks, shards) if task.options.pyramid else (),
         split=case.split,
         meta=case.meta,
-        source=nifti.fingerprint(image.source.path, plan.source),
     )
-    writer = ImageWriter(stage, record, str(file.path))
-    warnings = list(image.warnings)
-    for slab in read_ahead(file.slabs(layout, warnings.append)):
-        for shard, part in _shards_of(record, slab):
-            writer.write_shard(shard, part.astype(dtype, copy=False))
-        progress(slab.voxels.nbytes)
-    return writer.finish(file.raw_header, warnings)
 
 
-def _shards_of(record: ImageRecord, slab: Slab) -> Iterator[tuple[Shard, NDArray[Any]]]:
-    """The shards of a slab, which are several only where its plane is tiled."""
-    _, _, tile_y, tile_x = padded_to_4d(record.shards)
-    _, _, ny, nx = slab.voxels.shape
-    for y, x in itertools.product(range(-(-ny // tile_y)), range(-(-nx // tile_x))):
-        tile = (slice(y * tile_y, (y + 1) * tile_y), slice(x * tile_x, (x + 1) * tile_x))
-        yield (*slab.shard, y, x), slab.voxels[:, :, *tile]
+def _turned(extent: tuple[int, ...], turn: Orientation) -> tuple[int, ...]:
+    """A shape in the file's stored axis order, in that of the store."""
+    *channels, z, y, x = extent
+    return *channels, *turn.permute((x, y, z))[::-1]
+
+
+def _shards_of(
+    record: ImageRecord, row: tuple[int, int], voxels: NDArray[Any]
+) -> Iterator[tuple[Shard, NDArray[Any]]]:
+    """The shards of a slab, which are several only where its plane is tiled.
+
+    The slab is row ``row[1]`` of shards along the axis that was the file's slowest.
+    """
+    slowest = record.orientation.slowest
+    shards = padded_to_4d(record.shards)[1:]
+    counts = [-(-n // s) for n, s in zip(voxels.shape[1:], shards, strict=True)]
+    for position in itertools.product(*map(range, counts)):
+        tile = tuple(slice(p * s, (p + 1) * s) for p, s in zip(position, shards, strict=True))
+        place = list(position)
+        place[slowest] = row[1]
+        yield (row[0], place[0], place[1], place[2]), voxels[:, *tile]
 
 
 def label_dtype(file: NiftiFile, layout: Layout) -> np.dtype[Any]:

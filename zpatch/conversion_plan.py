@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Self
 
 import numpy as np
 
@@ -14,28 +18,92 @@ from zpatch import nifti
 from zpatch.discovery import Case, SourceImage, discover
 from zpatch.errors import OptionError, SourceError
 from zpatch.geometry import max_corner_distance, spacing_mm
-from zpatch.layout import CHUNK_VOXELS, Layout, plan_layout
-from zpatch.memory import format_bytes, refuse_above
+from zpatch.layout import CHUNK_VOXELS, SHARD_BYTES, Layout, plan_layout
+from zpatch.manifest import Key
+from zpatch.memory import format_bytes, parse_bytes, refuse_above
 from zpatch.nifti import NiftiFile
-from zpatch.schema import Json, check_codec, padded_to_4d
+from zpatch.orientation import AS_STORED, Orientation
+from zpatch.schema import ImageRecord, Json, check_codec, padded_to_4d
 
 BASE_BYTES = 64 * 2**20
 LIVE_SLABS = 2
+PYRAMID_SLABS = 2
 WARN_AFFINE_VOXELS = 1e-3
 MAX_AFFINE_VOXELS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class ConvertOptions:
-    """What a user may choose; ``chunk`` is in voxels, ``max_memory`` in bytes."""
+    """What a user may choose.
 
+    ``format`` forces a convention; ``codec`` is a preset; ``chunk`` the side of a chunk in voxels;
+    ``affine`` is taken where a header has both, sform or qform; ``pyramid`` adds coarser levels;
+    ``orient`` turns volumes to point there, as RAS. Patterns are globs: of file names for
+    ``label_patterns`` and ``sampling_patterns``, of subjects for ``include`` and ``exclude``. ``limit``
+    takes so many cases at most, ``strict`` fails a case for a warning. ``jobs`` cases are in work at a time;
+    with ``max_memory`` (bytes) shards are made as small as it takes, or the plan is refused.
+    """
+
+    format: str = "auto"
     codec: str = "lz4"
     chunk: int = CHUNK_VOXELS
-    label_patterns: tuple[str, ...] = ()
-    sampling_patterns: tuple[str, ...] = ()
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    max_memory: int | None = None
+    affine: str = "sform"
+    pyramid: bool = False
+    orient: str | None = None
+    label_patterns: Sequence[str] = ()
+    sampling_patterns: Sequence[str] = ()
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    limit: int | None = None
+    strict: bool = False
+    jobs: int = 1
+    max_memory: int | str | None = None
+
+    def __post_init__(self) -> None:
+        check_codec(self.codec)
+        if self.max_memory is not None:
+            parse_bytes(self.max_memory)
+        if self.jobs < 1:
+            raise OptionError(f"jobs must be at least 1, not {self.jobs}")
+        if self.affine not in ("sform", "qform"):
+            raise OptionError(f"affine must be sform or qform, not {self.affine!r}")
+        if self.orient is not None:
+            nifti.orientation_to(np.eye(4), self.orient)
+        if self.orient is not None and self.pyramid:
+            raise OptionError("orient and pyramid do not go together yet; convert again with one of them")
+        if self.chunk < 1:
+            raise OptionError(f"chunk must be at least 1 voxel, not {self.chunk}")
+
+    @classmethod
+    def of(cls, **options: Any) -> Self:
+        """Options by name; one that does not exist is an OptionError."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                raise OptionError(f"convert has no option {name!r}; it has {', '.join(known)}")
+        return cls(**options)
+
+    @property
+    def max_memory_bytes(self) -> int | None:
+        """The memory limit in bytes."""
+        return None if self.max_memory is None else parse_bytes(self.max_memory)
+
+    @property
+    def live_slabs(self) -> int:
+        """How many slabs are in memory at a time."""
+        return self.jobs * (LIVE_SLABS + (PYRAMID_SLABS if self.pyramid else 0))
+
+    @property
+    def shard_bytes(self) -> int:
+        """How large shards are to be: as usual, or less where the memory limit asks for it."""
+        if self.max_memory_bytes is None:
+            return SHARD_BYTES
+        return max(1, min(SHARD_BYTES, (self.max_memory_bytes - self.base_bytes) // self.live_slabs))
+
+    @property
+    def base_bytes(self) -> int:
+        """Memory of what works on the slabs."""
+        return self.jobs * BASE_BYTES
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,6 +114,7 @@ class PlannedImage:
     source: SourceImage
     file: NiftiFile
     layout: Layout
+    orientation: Orientation = AS_STORED
     warnings: tuple[str, ...] = ()
 
     @property
@@ -79,12 +148,21 @@ class Failure:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ConversionPlan:
-    """What a conversion will do; printing it says so."""
+    """What a conversion will do; printing it says so.
+
+    ``format`` is the convention that was found, ``folder`` what source paths are told from. ``failures``
+    cannot be converted; ``done`` are in the store already; ``notes`` say what
+    else lies in the source and is left out.
+    """
 
     source: Path
+    folder: Path
+    format: str
+    options: ConvertOptions
     cases: tuple[PlannedCase, ...]
     failures: tuple[Failure, ...]
-    options: ConvertOptions
+    done: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def images(self) -> list[PlannedImage]:
@@ -105,12 +183,16 @@ class ConversionPlan:
     def peak_bytes(self) -> int:
         """Predicted peak memory above that of the interpreter and its libraries: two slabs and what works
         on them."""
-        return LIVE_SLABS * max((image.slab_bytes for image in self.images), default=0) + BASE_BYTES
+        largest = max((image.slab_bytes for image in self.images), default=0)
+        return self.options.live_slabs * largest + self.options.base_bytes
 
     def to_json(self) -> Json:
         """The plan as plain JSON."""
         return {
             "source": str(self.source),
+            "format": self.format,
+            "already_there": list(self.done),
+            "notes": list(self.notes),
             "bytes_in": self.bytes_in,
             "voxel_bytes": self.voxel_bytes,
             "peak_bytes": self.peak_bytes,
@@ -131,36 +213,74 @@ class ConversionPlan:
 
     def __str__(self) -> str:
         shards = sum(image.shard_files for image in self.images)
+        done = f"{len(self.done)} subjects are there already; " if self.done else ""
         return (
+            f"{self.format}: {done}"
             f"{len(self.cases)} subjects, {len(self.images)} images, {format_bytes(self.bytes_in)} in files "
             f"-> {format_bytes(self.voxel_bytes)} of voxels in {shards} shards, "
             f"peak {format_bytes(self.peak_bytes)} above start-up"
         )
 
 
-def plan_conversion(source: Path, options: ConvertOptions) -> ConversionPlan:
-    """Find the cases of a folder and read their headers; nothing is written."""
-    check_codec(options.codec)
-    if options.chunk < 1:
-        raise OptionError(f"chunk must be at least 1 voxel, not {options.chunk}")
-    cases = discover(
+def plan_conversion(
+    source: Path, options: ConvertOptions, *, done: Mapping[Key, ImageRecord] = MappingProxyType({})
+) -> ConversionPlan:
+    """Find the cases of a source and read their headers; nothing is written.
+
+    ``done`` are the images that are in the store: a case whose files have not changed since is left alone.
+    """
+    found = discover(
         source,
+        format=options.format,
         label_patterns=options.label_patterns,
         sampling_patterns=options.sampling_patterns,
         include=options.include,
         exclude=options.exclude,
+        limit=options.limit,
     )
-    planned, failures = [], []
-    for case in cases:
+    planned, failures, unchanged = [], [], []
+    for case in found.cases:
+        if _is_unchanged(case, done, found.folder):
+            unchanged.append(case.subject)
+            continue
         try:
             planned.append(_plan_case(case, options))
         except SourceError as error:
             failures.append(Failure(case.subject, str(error)))
-    plan = ConversionPlan(source, tuple(planned), tuple(failures), options)
-    if not planned:
+    plan = ConversionPlan(
+        source=source,
+        folder=found.folder,
+        format=found.format,
+        options=options,
+        cases=tuple(planned),
+        failures=tuple(failures),
+        done=tuple(unchanged),
+        notes=found.notes,
+    )
+    if failures and not (planned or unchanged):
         raise nothing_converted(source, failures)
-    refuse_above(options.max_memory, plan.peak_bytes, "converting", "choose a smaller --chunk or allow more")
+    refuse_above(
+        options.max_memory_bytes,
+        plan.peak_bytes,
+        "converting",
+        "choose a smaller --chunk, fewer --jobs, or allow more",
+    )
     return plan
+
+
+def _is_unchanged(case: Case, done: Mapping[Key, ImageRecord], folder: Path) -> bool:
+    """Whether all images of a case are in the store, as what they are now, from files as they are now."""
+    for image in case.images:
+        if (case.subject, image.name) not in done:
+            return False
+        record = done[case.subject, image.name]
+        if record.kind != image.kind or record.source is None or record.split != case.split:
+            return False
+        if record.meta != json.loads(json.dumps(case.meta)):
+            return False
+        if not nifti.has_fingerprint(image.path, record.source, folder):
+            return False
+    return True
 
 
 def nothing_converted(source: Path, failures: Sequence[Failure]) -> SourceError:
@@ -172,43 +292,57 @@ def nothing_converted(source: Path, failures: Sequence[Failure]) -> SourceError:
 def _plan_case(case: Case, options: ConvertOptions) -> PlannedCase:
     images = [_plan_image(case.subject, image, options) for image in case.images]
     _check_labels_fit(case, images)
+    for image in images:
+        if options.strict and image.warnings:
+            raise SourceError(f"{image.source.path}: {image.warnings[0]} (--strict)")
     return PlannedCase(case, tuple(images))
 
 
 def _plan_image(subject: str, image: SourceImage, options: ConvertOptions) -> PlannedImage:
-    file = nifti.read_header(image.path)
+    file = nifti.read_header(image.path, affine=options.affine)
     layout = plan_layout(
         file.shape,
         file.channel_dtype.itemsize,
         spacing=spacing_mm(file.affine)[::-1],
         chunk=options.chunk,
+        shard_bytes=options.shard_bytes,
         colours=file.colours,
     )
-    return PlannedImage(subject, image, file, layout, file.warnings)
+    turn = AS_STORED if options.orient is None else nifti.orientation_to(file.affine, options.orient)
+    return PlannedImage(subject, image, file, layout, turn, file.warnings)
 
 
 def _check_labels_fit(case: Case, images: list[PlannedImage]) -> None:
-    """Refuse a label or sampling map that does not lie on the grid of its subject's first image."""
+    """Refuse a label or sampling map that lies on the grid of none of its subject's images."""
     scalars = [image for image in images if image.source.kind == "scalar"]
-    if not scalars:
-        return
-    first = scalars[0]
     for position, image in enumerate(images):
-        if image.source.kind == "scalar":
-            continue
-        shape, other = (p.file.shape[-3:][::-1] for p in (image, first))
-        if shape != other:
-            raise SourceError(
-                f"{image.source.path}: its shape {shape} is not that of {first.source.path}, {other}; "
-                f"resample one to the grid of the other"
-            )
-        i, j, k = shape
-        apart = max_corner_distance(first.file.affine, image.file.affine, (i, j, k))
-        if not apart <= MAX_AFFINE_VOXELS:
-            raise SourceError(
-                f"{image.source.path}: its affine puts voxels {apart:.2g} voxels away from those of "
-                f"{first.source.path}; resample one to the grid of the other"
-            )
-        if apart > WARN_AFFINE_VOXELS:
-            warning = f"its affine differs from that of {first.source.name} by {apart:.2g} voxels"
-            images[position] = dataclasses.replace(image, warnings=(*image.warnings, warning))
+        if image.source.kind != "scalar" and scalars:
+            apart, nearest = min(((_voxels_apart(image, other), other) for other in scalars), key=_first)
+            if not apart <= MAX_AFFINE_VOXELS:
+                raise SourceError(_misfit(image, nearest, apart))
+            if apart > WARN_AFFINE_VOXELS:
+                warning = f"its affine differs from that of {nearest.source.name} by {apart:.2g} voxels"
+                images[position] = dataclasses.replace(image, warnings=(*image.warnings, warning))
+
+
+def _first(pair: tuple[float, PlannedImage]) -> float:
+    return pair[0]
+
+
+def _voxels_apart(image: PlannedImage, other: PlannedImage) -> float:
+    """How far a map's voxels lie from those of an image; infinitely far where their shapes differ."""
+    k, j, i = image.file.shape[-3:]
+    if other.file.shape[-3:] != (k, j, i):
+        return math.inf
+    apart = max_corner_distance(other.file.affine, image.file.affine, (i, j, k))
+    return math.inf if math.isnan(apart) else apart
+
+
+def _misfit(image: PlannedImage, nearest: PlannedImage, apart: float) -> str:
+    shape, other = (planned.file.shape[-3:][::-1] for planned in (image, nearest))
+    what = (
+        f"its shape {shape} is not that of {nearest.source.path}, {other}"
+        if shape != other
+        else f"its affine puts voxels {apart:.2g} voxels away from those of {nearest.source.path}"
+    )
+    return f"{image.source.path}: {what}; resample one to the grid of the other"

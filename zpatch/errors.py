@@ -16,6 +16,7 @@ Each is also the built-in that a caller would expect, so that ``except ValueErro
     ├── PatchLocationError (IndexError)         a location lies outside its image
     ├── SamplingError (ValueError)              a map has nothing that could be drawn
     ├── QueueError (RuntimeError)               a queue or one of its workers failed
+    ├── WorkerError (RuntimeError)              a task was given up: its workers were killed
     ├── ModelError (RuntimeError)               a network failed or gave what cannot be placed
     ├── IncompleteCoverageError (ValueError)    patches are missing, repeated or leave voxels uncovered
     ├── MemoryLimitError (MemoryError)          the plan needs more memory than is allowed
@@ -98,6 +99,10 @@ class SamplingError(ZpatchError, ValueError):
 
 class QueueError(ZpatchError, RuntimeError):
     """A queue or one of its workers failed."""
+
+
+class WorkerError(ZpatchError, RuntimeError):
+    """A task was given up, because its workers were killed again and again."""
 
 
 class ModelError(ZpatchError, RuntimeError):

@@ -262,10 +262,10 @@ def _of_nifti(file: nifti.NiftiFile) -> _Opened:
     if file.compressed or file.colours > 1:
         raise SourceError(f"{file.path}: only plain, uncompressed voxels can be mapped; convert it first")
     mapped = np.memmap(
-        file.path,
+        file.voxel_path,
         mode="r",
         dtype=file.dtype,
-        offset=len(file.raw_header),
+        offset=file.voxel_offset,
         shape=(1, *file.shape)[-4:],
     )
     return _Opened(ArraySource(mapped.transpose(0, 3, 2, 1)), file.affine, file.slope, file.inter)

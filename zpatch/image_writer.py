@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from zpatch.grid import covering_chunks
-from zpatch.schema import ImageRecord, Json, padded_to_4d
+from zpatch.schema import ImageRecord, Json, Source, padded_to_4d
 from zpatch.store_writer import StagedImage
 from zpatch.voxel_index import index_builder
 from zpatch.voxel_statistics import VoxelStatistics
@@ -34,19 +35,30 @@ class ImageWriter:
 
     def write_shard(self, shard: Shard, voxels: NDArray[Any]) -> None:
         """Write one shard, whole: ``voxels`` is (c, z, y, x), clipped to the image."""
+        # Counting and compressing each leave the interpreter free for much of their time.
+        with ThreadPoolExecutor(1, thread_name_prefix="zpatch-statistics") as pool:
+            counted = pool.submit(self._count, shard, voxels)
+            self.stage.write_shard(self.record, shard, voxels)
+            counted.result()
+
+    def _count(self, shard: Shard, voxels: NDArray[Any]) -> None:
         c, z, y, x = (n * s for n, s in zip(shard, self._shards, strict=True))
         self._statistics.update(voxels, (z, y, x))
         self._index.update(voxels, (c, z, y, x))
-        self.stage.write_shard(self.record, shard, voxels)
 
-    def finish(self, raw_header: bytes, warnings: Sequence[str] = ()) -> ImageRecord:
-        """Write all but the voxels, and return the record with its statistics."""
+    def finish(
+        self, raw_header: bytes, warnings: Sequence[str] = (), source: Source | None = None
+    ) -> ImageRecord:
+        """Write all but the voxels, and return the record with statistics and seals."""
         stats = self._statistics.result(self.record.slope, self.record.inter)
         stats |= self._index.statistics()
         self.stage.write_raw_header(raw_header)
         self.stage.write_index(self._index.tables())
-        self.record = dataclasses.replace(
-            self.record, stats=stats, warnings=(*warnings, *_voxel_warnings(stats))
+        if self.record.kind != "label":
+            self.stage.write_histogram(self._statistics.histogram(self.record.slope, self.record.inter))
+        warned = (*warnings, *_voxel_warnings(stats))
+        self.record = self.stage.finish(
+            dataclasses.replace(self.record, stats=stats, warnings=warned, source=source)
         )
         return self.record
 

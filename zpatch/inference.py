@@ -232,7 +232,7 @@ class _Run:
                     progress(len(locations))
             for blend, _ in self._heads.values():
                 blend.finish()
-            self._writer.commit([(sink.stage, sink.finish()) for _, sink in self._heads.values()])
+            self._writer.commit([(sink.stage.folder, sink.finish()) for _, sink in self._heads.values()])
         finally:
             for _, sink in self._heads.values():
                 sink.stage.discard()
@@ -286,7 +286,7 @@ class _Run:
         schema.check_name(key, "output")
         first = self._plan.images[0]
         header = None
-        if first.folder and first.record:
+        if first.folder and first.record and first.record.orientation.is_identity:
             header = read_small_array(first.folder, schema.RAW_HEADER, first.record.files).tobytes()
         return ImageSink(
             self._writer.stage(),

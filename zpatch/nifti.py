@@ -1,54 +1,35 @@
-"""The door to NIfTI files: headers read without touching voxels, voxels streamed slab by slab, and exact
-writing. The only module that knows nibabel or gzip."""
+"""The door to NIfTI files: headers read without touching voxels, and voxels streamed slab by slab."""
 
 from __future__ import annotations
 
 import contextlib
-import gzip
 import hashlib
-import io
 import itertools
 import math
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import IO, Any
 
-import nibabel as nib
 import numpy as np
-from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
-from zpatch.errors import NiftiError
-from zpatch.geometry import Affine, Triple, max_corner_distance
+from zpatch.errors import NiftiError, OptionError
+from zpatch.geometry import Affine, max_corner_distance
+from zpatch.gzip_files import is_gzip, open_bytes
 from zpatch.layout import Layout
 from zpatch.memory import format_bytes
+from zpatch.orientation import Orientation
 from zpatch.schema import Source, padded_to_4d
 
-try:
-    from isal import igzip, igzip_lib
-
-    _gzip: ModuleType = igzip
-    _BROKEN_GZIP: tuple[Any, ...] = (gzip.BadGzipFile, EOFError, zlib.error, igzip_lib.error)
-except ImportError:  # no wheel for this platform: the standard library is slower, and as exact
-    _gzip = gzip
-    _BROKEN_GZIP = (gzip.BadGzipFile, EOFError, zlib.error)
-
-SUFFIXES = (".nii", ".nii.gz")
-GZIP_LEVEL = 1
+SUFFIXES = (".nii", ".nii.gz", ".hdr")
 MAX_HEADER_BYTES = 64 * 2**20
 MAX_FORM_VOXELS = 0.01
+READ_BYTES = 2**20
 
-_GZIP_MAGIC = b"\x1f\x8b"
 _NIFTI1_BYTES, _NIFTI2_BYTES = 348, 540
 _EXTENSION_FLAG_BYTES = 4
-_GEOMETRY_FIELDS = (
-    *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
-    *("sform_code", "srow_x", "srow_y", "srow_z", "xyzt_units"),
-)
 _TIME_UNITS = ("sec", "msec", "usec")
 _TRAILING = "{} trailing bytes after the last voxel"
 
@@ -68,6 +49,7 @@ class Slab:
 class NiftiFile:
     """What the header of a NIfTI file says.
 
+    Voxels start at ``voxel_offset`` in ``voxel_path``, which is another file only in a .hdr/.img pair.
     ``raw_header`` is everything before the first voxel, extensions included. ``shape`` is that of the
     array to store: ``(z, y, x)`` or, where the file has more than three axes or RGB voxels,
     ``(c, z, y, x)`` with all further axes in one. ``dtype`` is the file's own, ``channel_dtype`` that
@@ -75,6 +57,8 @@ class NiftiFile:
     """
 
     path: Path
+    voxel_path: Path
+    voxel_offset: int
     compressed: bool
     raw_header: bytes
     dims: tuple[int, ...]
@@ -114,21 +98,28 @@ class NiftiFile:
         """Bytes of all voxels, uncompressed."""
         return math.prod(self.dims) * self.dtype.itemsize
 
-    def slabs(self, layout: Layout, warn: Warn = lambda text: None) -> Iterator[Slab]:
+    def slabs(
+        self, layout: Layout, warn: Warn = lambda text: None, *, backwards: bool = False
+    ) -> Iterator[Slab]:
         """Stream the voxels in file order, one row of shards at a time.
+
+        ``layout`` is of the file's own axes. With ``backwards`` rows are counted and cut from the last
+        plane, as they are where the slowest axis is to be flipped.
 
         The gzip stream is drained to its end, where its checksum is compared; until the iterator is
         exhausted nothing that it gave may be trusted. ``warn`` is told what was odd.
         """
         channels, nz, ny, nx = padded_to_4d(self.shape)
         together, depth, _, _ = padded_to_4d(layout.shards)
-        with _open_voxels(self) as stream:
-            for c, z in itertools.product(range(0, channels, together), range(0, nz, depth)):
-                volumes, planes = min(together, channels - c) // self.colours, min(depth, nz - z)
+        with open_bytes(self.voxel_path, compressed=self.compressed) as stream:
+            _skip(stream, self.voxel_offset)
+            rows = _rows(nz, depth, backwards=backwards)
+            for c, (row, planes) in itertools.product(range(0, channels, together), rows):
+                volumes = min(together, channels - c) // self.colours
                 flat = self._read_voxels(stream, volumes * planes * ny * nx)
                 voxels = flat.reshape(volumes, planes, ny, nx, self.colours)
                 voxels = np.moveaxis(voxels, -1, 1).reshape(-1, planes, ny, nx)
-                yield Slab((c // together, z // depth), voxels)
+                yield Slab((c // together, row), voxels)
             self._drain(stream, warn)
 
     def _read_voxels(self, stream: IO[bytes], count: int) -> NDArray[Any]:
@@ -136,10 +127,10 @@ class NiftiFile:
         view = raw.view(np.uint8).data.cast("B")
         filled = 0
         while filled < len(view):
-            got = stream.readinto(view[filled:])  # type: ignore[attr-defined]
+            got = stream.readinto(view[filled : filled + READ_BYTES])  # type: ignore[attr-defined]
             if not got:
                 raise NiftiError(
-                    f"{self.path}: it ends before its last voxel (the header declares "
+                    f"{self.voxel_path}: it ends before its last voxel (the header declares "
                     f"{format_bytes(self.voxel_bytes)}); copy the file again"
                 )
             filled += got
@@ -157,25 +148,49 @@ class NiftiFile:
             warn(_TRAILING.format(trailing))
 
 
-def read_header(path: Path) -> NiftiFile:
-    """Read and check the header of a ``.nii`` or ``.nii.gz``, by its first bytes."""
-    try:
-        with path.open("rb") as stream:
-            compressed = stream.read(2) == _GZIP_MAGIC
-    except OSError as error:
-        raise NiftiError(f"{path}: it cannot be read ({error.strerror})") from None
-    opener = _gzip.open if compressed else open
-    try:
-        with opener(path, "rb") as stream:
-            header, raw = _parse(path, stream)
-    except _BROKEN_GZIP as error:
-        raise NiftiError(f"{path}: broken gzip data ({error}); copy the file again") from None
-    return _described(path, header, raw, compressed)
+def _rows(planes: int, depth: int, *, backwards: bool) -> list[tuple[int, int]]:
+    """Number and planes of each row of shards, in the order of the file."""
+    rows = [(start // depth, min(depth, planes - start)) for start in range(0, planes, depth)]
+    return rows[::-1] if backwards else rows
+
+
+def orientation_to(affine: Affine, codes: str) -> Orientation:
+    """How to turn a volume so that its axes point to ``codes``, as RAS or LPS (nibabel's meaning)."""
+    if sorted("RLAPSI".find(code) // 2 for code in codes) != [0, 1, 2]:
+        raise OptionError(f"orient must be three letters as RAS, LPS or PIR, not {codes!r}")
+    orientations = nibabel_module().orientations
+    wanted = orientations.axcodes2ornt(tuple(codes))
+    turned = orientations.ornt_transform(orientations.io_orientation(affine), wanted)
+    (i, a), (j, b), (k, c) = turned.astype(int).tolist()
+    return Orientation((i, j, k), (a < 0, b < 0, c < 0))
+
+
+def nibabel_module() -> Any:
+    """nibabel, imported when the first header is read: opening a store needs none."""
+    import nibabel
+
+    return nibabel
+
+
+def read_header(path: Path, *, affine: str = "sform") -> NiftiFile:
+    """Read and check the header of a ``.nii``, ``.nii.gz`` or ``.hdr``, by its first bytes.
+
+    ``affine`` says which is taken where a header has both: ``sform`` or ``qform``.
+    """
+    compressed = is_gzip(path)
+    with open_bytes(path, compressed=compressed) as stream:
+        header, raw = _parse(path, stream)
+    if bytes(header["magic"].tobytes())[:2] == b"ni":
+        voxel_path, offset = _image_of_pair(path), int(header["vox_offset"])
+        return _described(path, header, raw, voxel_path, offset, is_gzip(voxel_path), affine)
+    return _described(path, header, raw, path, len(raw), compressed, affine)
 
 
 def _parse(path: Path, stream: IO[bytes]) -> tuple[Any, bytes]:
+    """The header, and all bytes before the voxels; of a pair's header file, all of them."""
     raw = stream.read(_NIFTI1_BYTES)
     little, big = (int.from_bytes(raw[:4], order) for order in ("little", "big"))
+    nib = nibabel_module()
     kinds = {_NIFTI1_BYTES: nib.Nifti1Header, _NIFTI2_BYTES: nib.Nifti2Header}
     kind = kinds.get(little) or kinds.get(big)
     if kind is None or len(raw) < _NIFTI1_BYTES:
@@ -184,13 +199,15 @@ def _parse(path: Path, stream: IO[bytes]) -> tuple[Any, bytes]:
     raw += stream.read(length - len(raw))
     if len(raw) < length:
         raise NiftiError(f"{path}: it ends inside its header; copy the file again")
-    header: Any = kind(raw, endianness="<" if little in kinds else ">", check=False)  # type: ignore[no-untyped-call]
+    header: Any = kind(raw, endianness="<" if little in kinds else ">", check=False)
     magic = bytes(header["magic"].tobytes()).rstrip(b"\0")[:3]
+    offset = float(header["vox_offset"])
     if magic in (b"ni1", b"ni2"):
-        raise NiftiError(f"{path}: it is the header of a .hdr/.img pair; save it as .nii first")
+        if not 0 <= offset <= MAX_HEADER_BYTES or offset % 1:
+            raise NiftiError(f"{path}: its voxels cannot start at byte {offset:g}, as its header says")
+        return header, raw + stream.read(MAX_HEADER_BYTES)
     if magic not in (b"n+1", b"n+2"):
         raise NiftiError(f"{path}: it is not a NIfTI file (its magic is {magic!r})")
-    offset = float(header["vox_offset"])
     if not length + _EXTENSION_FLAG_BYTES <= offset <= MAX_HEADER_BYTES or offset % 1:
         raise NiftiError(f"{path}: its voxels cannot start at byte {offset:g}, as its header says")
     raw += stream.read(int(offset) - length)
@@ -199,31 +216,49 @@ def _parse(path: Path, stream: IO[bytes]) -> tuple[Any, bytes]:
     return header, raw
 
 
-def _described(path: Path, header: Any, raw: bytes, compressed: bool) -> NiftiFile:
+def _image_of_pair(path: Path) -> Path:
+    stem = path.name.removesuffix(".gz").removesuffix(".hdr").removesuffix(".nii")
+    for suffix in (".img", ".img.gz"):
+        if (image := path.with_name(stem + suffix)).exists():
+            return image
+    raise NiftiError(f"{path}: its voxels, {stem}.img, are not beside it; copy both files of the pair")
+
+
+def _described(
+    path: Path,
+    header: Any,
+    raw: bytes,
+    voxel_path: Path,
+    voxel_offset: int,
+    compressed: bool,
+    preferred_affine: str,
+) -> NiftiFile:
     warnings: list[str] = []
     dims = tuple(int(n) for n in header["dim"][1 : 1 + max(int(header["dim"][0]), 0)])
     if not 1 <= int(header["dim"][0]) <= 7 or min(dims) < 1:
         raise NiftiError(f"{path}: it declares impossible dimensions {header['dim'].tolist()}")
     dtype = _voxel_type(path, header)
-    needed = len(raw) + math.prod(dims) * dtype.itemsize
+    needed = voxel_offset + math.prod(dims) * dtype.itemsize
     if not compressed:
-        present = os.path.getsize(path)
+        present = os.path.getsize(voxel_path)
         if present < needed:
             raise NiftiError(
-                f"{path}: it has {format_bytes(present)} where its header declares "
+                f"{voxel_path}: it has {format_bytes(present)} where its header declares "
                 f"{format_bytes(needed)}; copy the file again"
             )
         if present > needed:
             warnings.append(_TRAILING.format(present - needed))
-    if compressed != (path.suffix == ".gz"):
+    if compressed != (voxel_path.suffix == ".gz"):
         warnings.append("its name does not fit its compression")
     if int(header["bitpix"]) != dtype.itemsize * 8:
         warnings.append(f"bitpix is {int(header['bitpix'])} for voxels of {dtype.itemsize * 8} bits")
-    affine, affine_source = _best_affine(path, header, warnings)
+    affine, affine_source = _best_affine(path, header, preferred_affine, warnings)
     slope, inter = _scaling(path, header, warnings)
     space, time = header.get_xyzt_units()
     return NiftiFile(
         path=path,
+        voxel_path=voxel_path,
+        voxel_offset=voxel_offset,
         compressed=compressed,
         raw_header=raw,
         dims=dims,
@@ -241,29 +276,32 @@ def _described(path: Path, header: Any, raw: bytes, compressed: bool) -> NiftiFi
 def _voxel_type(path: Path, header: Any) -> np.dtype[Any]:
     try:
         dtype: np.dtype[Any] = np.dtype(header.get_data_dtype())
-    except (HeaderDataError, KeyError):
+    except (nibabel_module().spatialimages.HeaderDataError, KeyError):
         raise NiftiError(f"{path}: unknown voxel type {int(header['datatype'])}") from None
     if dtype.names is None and (dtype.kind not in "iufc" or dtype.itemsize > 8 * (1 + (dtype.kind == "c"))):
         raise NiftiError(f"{path}: voxels of type {dtype} are not supported; save it as float64")
     return dtype
 
 
-def _best_affine(path: Path, header: Any, warnings: list[str]) -> tuple[Affine, str]:
-    """The affine by nibabel's own order: sform, qform, then voxel sizes alone."""
-    if int(header["sform_code"]) > 0:
-        affine = np.asarray(header.get_sform(), dtype=np.float64)
-        if _usable(affine):
-            if _qform_differs(header, affine):
-                warnings.append("its qform puts voxels elsewhere than its sform, which is taken")
-            return affine, "sform"
-        warnings.append("its sform is singular or not finite")
-    if int(header["qform_code"]) > 0:
-        with contextlib.suppress(HeaderDataError):
-            affine = np.asarray(header.get_qform(), dtype=np.float64)
+def _best_affine(path: Path, header: Any, preferred: str, warnings: list[str]) -> tuple[Affine, str]:
+    """The preferred affine, the other, or voxel sizes alone: nibabel's own order, where sform goes first."""
+    order = ("qform", "sform") if preferred == "qform" else ("sform", "qform")
+    found: dict[str, Affine] = {}
+    for name in order:
+        if int(header[f"{name}_code"]) <= 0:
+            continue
+        with contextlib.suppress(nibabel_module().spatialimages.HeaderDataError):
+            affine = np.asarray(getattr(header, f"get_{name}")(), dtype=np.float64)
             if _usable(affine):
-                return affine, "qform"
-        warnings.append("its qform is singular or not finite")
-    if any("form is singular" in w for w in warnings):
+                found[name] = affine
+                continue
+        warnings.append(f"its {name} is singular or not finite")
+    if found:
+        name = next(iter(found))
+        if len(found) == 2 and _differ(header, *found.values()):
+            warnings.append(f"its sform and its qform put voxels apart; its {name} is taken")
+        return found[name], name
+    if warnings and "form is singular" in warnings[-1]:
         raise NiftiError(f"{path}: neither its sform nor its qform is usable; repair its header")
     affine = np.asarray(header.get_base_affine(), dtype=np.float64)
     warnings.append("it has neither sform nor qform: only voxel sizes are known")
@@ -273,14 +311,9 @@ def _best_affine(path: Path, header: Any, warnings: list[str]) -> tuple[Affine, 
     return affine, "pixdim"
 
 
-def _qform_differs(header: Any, sform: Affine) -> bool:
-    if int(header["qform_code"]) <= 0:
-        return False
-    with contextlib.suppress(HeaderDataError):
-        qform = np.asarray(header.get_qform(), dtype=np.float64)
-        i, j, k = (int(n) for n in (*header["dim"][1:4], 1, 1)[:3])
-        return _usable(qform) and max_corner_distance(sform, qform, (i, j, k)) > MAX_FORM_VOXELS
-    return False
+def _differ(header: Any, first: Affine, second: Affine) -> bool:
+    i, j, k = (int(n) for n in (*header["dim"][1:4], 1, 1)[:3])
+    return max_corner_distance(first, second, (i, j, k)) > MAX_FORM_VOXELS
 
 
 def _usable(affine: Affine) -> bool:
@@ -296,101 +329,49 @@ def _scaling(path: Path, header: Any, warnings: list[str]) -> tuple[float, float
     return slope, inter
 
 
-@contextlib.contextmanager
-def _open_voxels(file: NiftiFile) -> Iterator[IO[bytes]]:
-    opener = _gzip.open if file.compressed else open
-    try:
-        with opener(file.path, "rb") as stream:
-            _skip(stream, len(file.raw_header))
-            yield stream
-    except _BROKEN_GZIP as error:
-        raise NiftiError(f"{file.path}: broken gzip data ({error}); copy the file again") from None
-    except OSError as error:
-        raise NiftiError(f"{file.path}: it cannot be read ({error.strerror})") from None
-
-
 def _skip(stream: IO[bytes], count: int) -> None:
     while count:
         count -= len(stream.read(min(count, 2**20))) or count
 
 
 def fingerprint(path: Path, folder: Path) -> Source:
-    """What tells a source file from another or a later one; its path is told from ``folder``."""
+    """What tells a source file from another or a later one; its path is told from ``folder``.
+
+    Of a .hdr/.img pair both files count.
+    """
+    checksum = hashlib.blake2b(digest_size=16)
     try:
-        status = path.stat()
-        with path.open("rb") as stream:
-            checksum = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        files = _files_of(path)
+        for file in files:
+            with file.open("rb") as stream:
+                while block := stream.read(2**20):
+                    checksum.update(block)
+        size, mtime_ns = _size_and_time(files)
     except OSError as error:
         raise NiftiError(f"{path}: it cannot be read ({error.strerror})") from None
-    relative = path.relative_to(folder).as_posix()
-    return Source(relative, status.st_size, status.st_mtime_ns, checksum)
+    return Source(_told_from(folder, path), size, mtime_ns, checksum.hexdigest())
 
 
-def header_of(raw_header: bytes) -> Any:
-    """The nibabel header of raw header bytes, in its own byte order and with its extensions."""
-    kind = nib.Nifti2Header if _is_nifti2(raw_header) else nib.Nifti1Header
-    return kind.from_fileobj(io.BytesIO(raw_header), check=False)
-
-
-def _is_nifti2(raw_header: bytes) -> bool:
-    sizes = {int.from_bytes(raw_header[:4], order) for order in ("little", "big")}
-    return _NIFTI2_BYTES in sizes
-
-
-def make_header(
-    spatial_shape: Triple,
-    channels: int,
-    dtype: np.dtype[Any],
-    affine: Affine,
-    *,
-    like: bytes | None = None,
-) -> bytes:
-    """A raw header for an image that was no NIfTI file; NIfTI-2 where a side is over 32,767 voxels.
-
-    ``like`` is the raw header of an image on the same grid, whose sform, qform and units are taken over.
-    """
-    dims = (*spatial_shape, channels) if channels > 1 else spatial_shape
-    kind = nib.Nifti2Header if max(dims) > np.iinfo(np.int16).max else nib.Nifti1Header
-    header: Any = kind()  # type: ignore[no-untyped-call]
-    header.set_data_dtype(dtype)
-    header.set_data_shape(dims)
-    if like is None:
-        header.set_sform(affine, code="scanner")
-        try:
-            header.set_qform(affine, code="scanner", strip_shears=False)
-        except HeaderDataError:  # a sheared affine has no qform, and nibabel has set its code by now
-            header["qform_code"] = 0
-        header.set_xyzt_units("mm")
-    else:
-        source = header_of(like)
-        for name in _GEOMETRY_FIELDS:
-            header[name] = source[name]
-        header["pixdim"][:4] = source["pixdim"][:4]
-    header["vox_offset"] = header.single_vox_offset
-    header["magic"] = header.single_magic
-    header["scl_slope"], header["scl_inter"] = 1, 0
-    return bytes(header.binaryblock) + bytes(_EXTENSION_FLAG_BYTES)
-
-
-def write_nifti(
-    path: Path, raw_header: bytes, slabs: Iterator[NDArray[Any]], *, dtype: np.dtype[Any]
-) -> None:
-    """Write raw header bytes, then the slabs in file order as ``dtype``; gzip where the name says so.
-
-    The file appears whole or not at all.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+def has_fingerprint(path: Path, source: Source, folder: Path) -> bool:
+    """Whether a file is the one that a fingerprint was taken of; its bytes are read only in doubt."""
     try:
-        with partial.open("wb") as raw, contextlib.ExitStack() as stack:
-            stream: Any = raw
-            if path.name.endswith(".gz"):
-                stream = stack.enter_context(
-                    _gzip.GzipFile(filename="", mode="wb", compresslevel=GZIP_LEVEL, fileobj=raw, mtime=0)
-                )
-            stream.write(raw_header)
-            for slab in slabs:
-                stream.write(np.ascontiguousarray(slab, dtype=dtype).data.cast("B"))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        size, mtime_ns = _size_and_time(_files_of(path))
+        if _told_from(folder, path) != source.path or size != source.bytes:
+            return False
+        return mtime_ns == source.mtime_ns or fingerprint(path, folder).checksum == source.checksum
+    except (OSError, NiftiError):
+        return False
+
+
+def _files_of(path: Path) -> list[Path]:
+    is_pair = path.name.removesuffix(".gz").endswith(".hdr")
+    return [path, _image_of_pair(path)] if is_pair else [path]
+
+
+def _size_and_time(files: list[Path]) -> tuple[int, int]:
+    statuses = [file.stat() for file in files]
+    return sum(s.st_size for s in statuses), max(s.st_mtime_ns for s in statuses)
+
+
+def _told_from(folder: Path, path: Path) -> str:
+    return Path(os.path.relpath(path, folder)).as_posix()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,13 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zpatch import nifti, schema
+from zpatch import schema
 from zpatch.discovery import matches
 from zpatch.errors import OptionError, StoreExistsError, UnknownNameError
 from zpatch.layout import SHARD_BYTES
+from zpatch.nifti_writer import header_of, single_file_header, write_nifti
 from zpatch.reader import read_regions
-from zpatch.schema import ImageRecord
+from zpatch.schema import ImageRecord, padded_to_4d
 from zpatch.store import Store, open_store, read_small_array, sharded_array
+
+SUFFIXES = (".nii", ".nii.gz")
 
 Progress = Callable[[int], None]
 
@@ -67,8 +71,8 @@ def plan_export(
     suffix: str = ".nii.gz",
 ) -> list[ExportedImage]:
     """Which images go to which files; nothing is written."""
-    if suffix not in nifti.SUFFIXES:
-        raise OptionError(f"suffix must be one of {', '.join(nifti.SUFFIXES)}, not {suffix!r}")
+    if suffix not in SUFFIXES:
+        raise OptionError(f"suffix must be one of {', '.join(SUFFIXES)}, not {suffix!r}")
     known = {subject for subject, _ in store.records}, {image for _, image in store.records}
     for kind, patterns, names in zip(("subject", "image"), (include, images), known, strict=True):
         for pattern in patterns:
@@ -83,7 +87,7 @@ def plan_export(
     ]
     if not wanted:
         raise UnknownNameError(f"no image of {store.path} fits --include, --exclude and --image")
-    if not destination.name.endswith(nifti.SUFFIXES):
+    if not destination.name.endswith(SUFFIXES):
         return [
             ExportedImage(record, destination / record.subject / f"{record.image}{suffix}")
             for record in wanted
@@ -113,19 +117,24 @@ def export_image(
     """Write one image, streaming; the file appears whole or not at all."""
     folder = store.image_path(record)
     raw_header = read_small_array(folder, schema.RAW_HEADER, record.files).tobytes()
-    dtype = np.dtype(np.uint8) if record.colours > 1 else nifti.header_of(raw_header).get_data_dtype()
-    nifti.write_nifti(path, raw_header, _in_file_order(store, record, progress), dtype=dtype)
+    dtype = np.dtype(np.uint8) if record.colours > 1 else header_of(raw_header).get_data_dtype()
+    write_nifti(path, single_file_header(raw_header), _in_file_order(store, record, progress), dtype=dtype)
 
 
 def _in_file_order(store: Store, record: ImageRecord, progress: Progress) -> Iterator[NDArray[Any]]:
     """The stored voxels as a NIfTI file has them: x fastest, channels slowest unless they are colours."""
     array = sharded_array(store.image_path(record), record)
-    channels, nz, ny, nx = array.shape
-    together = record.colours
-    depth = _slab_depth(array.chunks[1], together * ny * nx * array.dtype.itemsize)
-    for c, z in itertools.product(range(0, channels, together), range(0, nz, depth)):
-        stop = (c + together, min(z + depth, nz), ny, nx)
-        voxels = read_regions(array, [(c, z, 0, 0)], [stop])[0]
+    channels = array.shape[0]
+    turn, together = record.orientation, record.colours
+    axis = 1 + turn.slowest
+    planes, plane_bytes = array.shape[axis], array.dtype.itemsize * together
+    plane_bytes *= math.prod(array.shape[1:]) // planes
+    depth = _slab_depth(array.chunks[axis], plane_bytes)
+    for c, start in itertools.product(range(0, channels, together), range(0, planes, depth)):
+        first, stop = [c, 0, 0, 0], [c + together, *array.shape[1:]]
+        ends = start, min(start + depth, planes)
+        first[axis], stop[axis] = (planes - ends[1], planes - ends[0]) if turn.flips[2] else ends
+        voxels = turn.turn_back(read_regions(array, [padded_to_4d(first)], [padded_to_4d(stop)])[0])
         yield np.moveaxis(voxels, 0, -1) if together > 1 else voxels
         progress(voxels.nbytes)
 

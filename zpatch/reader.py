@@ -18,7 +18,7 @@ from zpatch.errors import OptionError
 from zpatch.geometry import PatchLocation, Triple
 from zpatch.grid import covering_chunks
 from zpatch.scheduling import Scheduler, run_graph, thread_count
-from zpatch.shards import ShardedArray, decode_chunk
+from zpatch.shards import MappedShard, ShardedArray, open_shard
 
 PADDING_MODES = ("constant", "edge", "reflect", "symmetric", "wrap")
 FALLBACK_CHUNK_VOXELS = 64
@@ -108,59 +108,64 @@ def read_regions(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _CopyPlan:
-    """What goes where: row ``n`` copies ``source`` of chunk ``chunk[n]`` into ``target`` of ``box[n]``.
+    """What goes where: row ``n`` copies a part of a chunk into a part of ``box[n]``.
 
-    ``source`` and ``target`` are (rows, 2, 4): first voxel and stop, in the chunk's and the box's frame.
+    Rows of one chunk follow each other. The chunk is number ``within[n]`` of shard number ``shard[n]``.
+    ``parts`` is (rows, 4, 4): for c, z, y and x, where it starts and stops in the chunk, then in the box.
     """
 
-    chunk: NDArray[np.int64]
+    shard: NDArray[np.int64]
+    within: NDArray[np.int64]
     box: NDArray[np.int64]
-    source: NDArray[np.int64]
-    target: NDArray[np.int64]
+    parts: NDArray[np.int64]
 
     @classmethod
     def of(cls, array: ShardedArray, first: NDArray[np.int64], stop: NDArray[np.int64]) -> _CopyPlan:
         chunk, box = covering_chunks(first, stop, array.shape, array.chunks)
         position = np.stack(np.unravel_index(chunk, array.chunk_grid), axis=1).reshape(-1, 4)
+        shard, within = np.divmod(position, array.chunks_per_shard)
         origin = position * np.array(array.chunks)
         low = np.maximum(origin, first[box])
         high = np.minimum(origin + array.chunks, stop[box])
-        source = np.stack([low - origin, high - origin], axis=1)
-        target = np.stack([low - first[box], high - first[box]], axis=1)
-        return cls(chunk, box, source, target)
+        parts = np.stack([low - origin, high - origin, low - first[box], high - first[box]], axis=2)
+        return cls(
+            np.ravel_multi_index(tuple(shard.T), array.shard_grid),
+            np.ravel_multi_index(tuple(within.T), array.chunks_per_shard),
+            box,
+            parts,
+        )
 
     def split(self, parts: int) -> list[_CopyPlan]:
         """The rows in about equal parts, no chunk in two of them."""
-        if parts == 1 or not len(self.chunk):
+        rows = len(self.box)
+        if parts == 1 or not rows:
             return [self]
-        borders = np.flatnonzero(np.diff(self.chunk)) + 1
-        wanted = np.linspace(0, len(self.chunk), parts + 1)[1:-1]
-        edges = np.append(borders, len(self.chunk))
-        cuts = np.unique(edges[np.searchsorted(edges, [*wanted, len(self.chunk)])]).tolist()
+        borders = np.flatnonzero(np.diff(self.within) | np.diff(self.shard)) + 1
+        wanted = np.linspace(0, rows, parts + 1)[1:-1]
+        edges = np.append(borders, rows)
+        cuts = np.unique(edges[np.searchsorted(edges, [*wanted, rows])]).tolist()
         return [
-            _CopyPlan(self.chunk[a:b], self.box[a:b], self.source[a:b], self.target[a:b])
+            _CopyPlan(self.shard[a:b], self.within[a:b], self.box[a:b], self.parts[a:b])
             for a, b in itertools.pairwise([0, *cuts])
         ]
 
 
 def _decode_and_copy(array: ShardedArray, plan: _CopyPlan, outs: list[Voxels]) -> None:
     scratch = np.empty(array.chunks, dtype=array.dtype)
-    decoded = -1
-    rows = zip(
-        plan.chunk.tolist(),
-        plan.box.tolist(),
-        plan.source.tolist(),
-        plan.target.tolist(),
-        strict=True,
-    )
-    for chunk, box, ((sc, sz, sy, sx), (ec, ez, ey, ex)), (
-        (tc, tz, ty, tx),
-        (fc, fz, fy, fx),
-    ) in rows:
-        if chunk != decoded:
-            decode_chunk(array, chunk, scratch)
-            decoded = chunk
-        outs[box][tc:fc, tz:fz, ty:fy, tx:fx] = scratch[sc:ec, sz:ez, sy:ey, sx:ex]
+    grid, codec = array.shard_grid, array.codec
+    open_shards: dict[int, MappedShard] = {}
+    decoded = shard_at_hand = -1
+    rows = zip(plan.shard.tolist(), plan.within.tolist(), plan.box.tolist(), plan.parts.tolist(), strict=True)
+    for shard, within, box, (c, z, y, x) in rows:
+        if within != decoded or shard != shard_at_hand:
+            if shard not in open_shards:
+                place = tuple(int(n) for n in np.unravel_index(shard, grid))
+                open_shards[shard] = open_shard(array, place)
+            open_shards[shard].decode(within, codec, scratch)
+            decoded, shard_at_hand = within, shard
+        outs[box][c[2] : c[3], z[2] : z[3], y[2] : y[3], x[2] : x[3]] = scratch[
+            c[0] : c[1], z[0] : z[1], y[0] : y[1], x[0] : x[1]
+        ]
 
 
 def _gathered(outs: list[Voxels], _parts: list[None]) -> list[Voxels]:

@@ -1,16 +1,40 @@
-"""The door to dask's schedulers, and to reading ahead in a thread."""
+"""Where work runs: in this thread, in dask's threads, in local processes, or on a Dask cluster.
+
+Tasks that leave this process take paths and give one small record, so that no array passes the scheduler.
+They are idempotent: one whose worker was killed is simply run again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait as wait_for
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from zpatch.errors import OptionError
+from zpatch.errors import OptionError, WorkerError
 
 T = TypeVar("T")
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 Scheduler = Literal["sync", "threads"]
+Progress = Callable[[int], None]
+TaskFunction = Callable[[Task, Progress], Result]
+
+MAX_DEATHS = 4
+POLL_S = 0.2
+CLUSTER_TIMEOUT_S = 30
+IN_FLIGHT_PER_THREAD = 2
 
 
 def run_graph(graph: dict[str, Any], key: str, scheduler: Scheduler = "sync") -> Any:
@@ -48,3 +72,181 @@ def read_ahead(items: Iterator[T]) -> Iterator[T]:
             upcoming = pool.submit(next, items, end)
             yield item  # type: ignore[misc]
             del item
+
+
+def run_tasks(
+    function: TaskFunction[Task, Result],
+    tasks: Sequence[Task],
+    *,
+    folder: Path,
+    names: Sequence[str],
+    jobs: int = 1,
+    scheduler: str | None = None,
+    progress: Progress = lambda amount: None,
+) -> Iterator[tuple[int, Result | WorkerError]]:
+    """Run ``function(task, progress)`` for each task; give each task's number and result as they finish.
+
+    In so many local processes as ``jobs``, in this one where that is 1; or on the Dask cluster at
+    ``scheduler``, an address or a scheduler file, whose workers must see ``folder``. A task whose worker
+    dies is run again, and after four deaths its result is a WorkerError.
+    """
+    if scheduler is not None:
+        yield from _on_cluster(function, tasks, names, folder, scheduler)
+    elif jobs > 1 and len(tasks) > 1:
+        yield from _in_processes(function, tasks, min(jobs, len(tasks)), progress)
+    else:
+        for number, task in enumerate(tasks):
+            yield number, function(task, progress)
+
+
+def _in_processes(
+    function: TaskFunction[Task, Result], tasks: Sequence[Task], jobs: int, progress: Progress
+) -> Iterator[tuple[int, Result | WorkerError]]:
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    reported = _Reported(context.Value("q", 0), progress)
+    deaths = [0] * len(tasks)
+    waiting = deque(range(len(tasks)))
+    while waiting:
+        # Whoever was there when a worker died is run alone: the next death tells whose fault it is.
+        suspect = deaths[waiting[0]] > 0
+        limit = 1 if suspect else jobs
+        running: dict[Future[Result], int] = {}
+        with _worker_pool(context, limit, reported.counter) as pool:
+            try:
+                while running or (waiting and suspect == (deaths[waiting[0]] > 0)):
+                    while waiting and len(running) < limit and suspect == (deaths[waiting[0]] > 0):
+                        future = pool.submit(_in_worker, function, tasks[waiting[0]])
+                        running[future] = waiting.popleft()
+                    done, _ = wait(running, timeout=POLL_S, return_when=FIRST_COMPLETED)
+                    reported.update()
+                    for future in done:
+                        result = future.result()
+                        yield running.pop(future), result
+            except BrokenProcessPool:
+                for number in sorted(running.values(), reverse=True):
+                    deaths[number] += 1
+                    if deaths[number] < MAX_DEATHS:
+                        waiting.appendleft(number)
+                    else:
+                        yield number, _given_up()
+
+
+def _given_up() -> WorkerError:
+    return WorkerError(
+        f"its worker was killed {MAX_DEATHS} times, perhaps for want of memory; try fewer --jobs"
+    )
+
+
+class _Reported:
+    """Progress of all workers: they add to one counter, and this process tells what is new."""
+
+    def __init__(self, counter: Any, progress: Progress) -> None:
+        self.counter = counter
+        self._progress = progress
+        self._told = 0
+
+    def update(self) -> None:
+        now = self.counter.value
+        if now > self._told:
+            self._progress(now - self._told)
+            self._told = now
+
+
+@contextlib.contextmanager
+def _worker_pool(context: Any, workers: int, counter: Any) -> Iterator[ProcessPoolExecutor]:
+    """Processes that end with this one, and at once when the block is left early."""
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (counter,))
+    try:
+        yield pool
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_counter: Any = None
+
+
+def _start_worker(counter: Any) -> None:
+    global _counter
+    _counter = counter
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it and decides
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait_for([parent.sentinel])
+        os._exit(1)
+
+
+def _in_worker(function: TaskFunction[Task, Result], task: Task) -> Result:
+    return function(task, _count)
+
+
+def _count(amount: int) -> None:
+    with _counter.get_lock():
+        _counter.value += amount
+
+
+def _on_cluster(
+    function: TaskFunction[Task, Result],
+    tasks: Sequence[Task],
+    names: Sequence[str],
+    folder: Path,
+    scheduler: str,
+) -> Iterator[tuple[int, Result | WorkerError]]:
+    try:
+        from distributed import Client, KilledWorker, as_completed
+    except ImportError:
+        raise OptionError("--scheduler needs dask.distributed; pip install 'zpatch[distributed]'") from None
+    where = {"scheduler_file": scheduler} if Path(scheduler).is_file() else {"address": scheduler}
+    try:
+        client = Client(**where, timeout=CLUSTER_TIMEOUT_S, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise OptionError(f"no Dask scheduler answers at {scheduler!r} ({error})") from None
+    with client:
+        _check_same_folder(client, folder)
+        run = uuid.uuid4().hex[:8]
+        waiting = deque(range(len(tasks)))
+        numbers: dict[Any, int] = {}
+
+        def submit() -> Any:
+            number = waiting.popleft()
+            key = f"{names[number]}-{run}"
+            future = client.submit(_on_worker, function, tasks[number], key=key, pure=False)
+            numbers[future] = number
+            return future
+
+        most = IN_FLIGHT_PER_THREAD * max(1, sum(client.nthreads().values()))
+        completed = as_completed([submit() for _ in range(min(most, len(tasks)))], loop=client.loop)
+        for future in completed:
+            result: Result | WorkerError
+            try:
+                result = future.result()
+            except KilledWorker:
+                result = _given_up()
+            yield numbers.pop(future), result
+            if waiting:
+                completed.add(submit())
+
+
+def _on_worker(function: TaskFunction[Task, Result], task: Task) -> Result:
+    return function(task, lambda amount: None)
+
+
+def _check_same_folder(client: Any, folder: Path) -> None:
+    """A file written here must be seen by every worker: else they would write somewhere else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    nonce = folder / f".nonce-{uuid.uuid4().hex}"
+    nonce.touch()
+    try:
+        blind = [worker for worker, sees in client.run(nonce.exists).items() if not sees]
+    finally:
+        nonce.unlink()
+    if blind:
+        raise OptionError(f"workers {', '.join(blind)} do not see {folder}; use a file system that all share")

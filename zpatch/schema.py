@@ -17,6 +17,7 @@ import numpy as np
 
 from zpatch.errors import DamageError, OptionError, SourceError
 from zpatch.geometry import Affine, Triple, spacing_mm
+from zpatch.orientation import AS_STORED, Orientation
 
 FORMAT = 1
 
@@ -30,10 +31,12 @@ ROOT_DOCUMENT = "zarr.json"
 MANIFEST = "manifest.jsonl"
 STAGING = ".staging"
 LOCK = ".lock"
-VOXELS = "0"
 RAW_HEADER = "nifti"
 INDEX = "index"
+HISTOGRAM = "histogram"
 
+# Never the last key of a line: "checksum" and "chunks" sort after it.
+_CHECK = re.compile(rb'"check":"([0-9a-f]{32})",')
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -92,16 +95,20 @@ def sealed_line(value: Json) -> str:
     return compact_json({**value, "check": digest(compact_json(value).encode())})
 
 
-def unsealed(line: str, where: str) -> Json:
-    """The value of a manifest line, once its check holds."""
-    try:
-        value = json.loads(line)
-        del value["check"]
-        sealed = sealed_line(value)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise DamageError(f"{where} is not a manifest line; restore the file from a copy") from None
-    if line != sealed:
+def check_seal(line: bytes | memoryview, where: str) -> None:
+    """Refuse a manifest line that is not the one that was written."""
+    check = _CHECK.search(line)
+    if check is None:
+        raise DamageError(f"{where} is not a manifest line; restore the file from a copy")
+    if check[1].decode() != digest(bytes(line[: check.start()]) + bytes(line[check.end() :])):
         raise DamageError(f"{where} does not match its checksum; restore the file from a copy")
+
+
+def unsealed(line: bytes | memoryview, where: str) -> Json:
+    """The value of a manifest line, once its check holds."""
+    check_seal(line, where)
+    value = json.loads(bytes(line))
+    del value["check"]
     return dict(value)
 
 
@@ -124,6 +131,15 @@ class FileSeal:
 
 
 @dataclass(frozen=True, slots=True)
+class Level:
+    """A coarser level of a pyramid: shape, chunks and shards in stored axis order."""
+
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    shards: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ImageRecord:
     """All that is known of one committed image; a line of the manifest.
 
@@ -131,7 +147,8 @@ class ImageRecord:
     ``tzyx``). ``dtype`` is the little-endian type of the stored, unscaled voxels; ``slope`` and ``inter``
     turn them into values. ``affine`` maps (I, J, K) to mm and came from ``affine_source``.
     ``source_dtype`` is the type in the source file where voxels were cast, ``colours`` how many channels
-    are one voxel there (3 of RGB). ``stats`` are of scaled values.
+    are one voxel there (3 of RGB). ``orientation`` is how the volume was turned from its file. ``levels``
+    are coarser ones, each half of the one before. ``stats`` are of scaled values.
     ``files`` covers every file of the image's group, by its path in it.
     """
 
@@ -151,6 +168,8 @@ class ImageRecord:
     inter: float = 0.0
     source_dtype: str | None = None
     colours: int = 1
+    orientation: Orientation = AS_STORED
+    levels: tuple[Level, ...] = ()
     split: str | None = None
     meta: Json = field(default_factory=dict)
     stats: Json = field(default_factory=dict)
@@ -193,6 +212,8 @@ class ImageRecord:
         """The record as plain JSON."""
         value = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         value["source"] = dataclasses.asdict(self.source) if self.source else None
+        value["orientation"] = dataclasses.asdict(self.orientation)
+        value["levels"] = [dataclasses.asdict(level) for level in self.levels]
         value["files"] = {key: [seal.bytes, seal.checksum] for key, seal in self.files.items()}
         return value
 
@@ -205,6 +226,10 @@ class ImageRecord:
                 **{key: tuple(value[key]) for key in ("shape", "chunks", "shards", "warnings")},
                 "affine": tuple(map(tuple, value["affine"])),
                 "source": Source(**value["source"]) if value["source"] else None,
+                "orientation": Orientation(**{k: tuple(v) for k, v in value["orientation"].items()}),
+                "levels": tuple(
+                    Level(**{key: tuple(shape) for key, shape in level.items()}) for level in value["levels"]
+                ),
                 "files": {key: FileSeal(*seal) for key, seal in value["files"].items()},
             }
             record = cls(**value)
@@ -221,13 +246,24 @@ class ImageRecord:
             raise ValueError(f"kind {self.kind!r}, axes {self.axes!r}")
         if np.dtype(self.dtype).kind not in "biufc" or self.dtype[0] not in "<|":
             raise ValueError(f"dtype {self.dtype!r}")
+        turned = self.orientation
+        if sorted(turned.axes) != [0, 1, 2] or not all(isinstance(flip, bool) for flip in turned.flips):
+            raise ValueError(f"orientation {turned}")
         if self.affine_array.shape != (4, 4) or self.colours < 1:
             raise ValueError(f"affine {self.affine}, colours {self.colours}")
-        for shape in (self.shape, self.chunks, self.shards):
-            if len(shape) != len(self.axes) or not all(isinstance(n, int) and n > 0 for n in shape):
-                raise ValueError(f"a shape of {shape} with axes {self.axes!r}")
-        if any(s % c for s, c in zip(self.shards, self.chunks, strict=True)):
-            raise ValueError(f"shards {self.shards} are not whole chunks {self.chunks}")
+        _check_shapes(self.shape, self.chunks, self.shards, len(self.axes))
+        for level in self.levels:
+            _check_shapes(level.shape, level.chunks, level.shards, len(self.axes))
+
+
+def _check_shapes(
+    shape: tuple[int, ...], chunks: tuple[int, ...], shards: tuple[int, ...], ndim: int
+) -> None:
+    for extent in (shape, chunks, shards):
+        if len(extent) != ndim or not all(isinstance(n, int) and n > 0 for n in extent):
+            raise ValueError(f"a shape of {extent} with {ndim} axes")
+    if any(s % c for s, c in zip(shards, chunks, strict=True)):
+        raise ValueError(f"shards {shards} are not whole chunks {chunks}")
 
 
 def padded_to_4d(shape: Sequence[int]) -> tuple[int, int, int, int]:
@@ -252,11 +288,17 @@ def ome_attributes(record: ImageRecord) -> Json:
     leading = len(record.axes) - 3
     i, j, k = (s if np.isfinite(s) and s > 0 else 1.0 for s in spacing_mm(record.affine_array))
     x, y, z = np.nan_to_num(record.affine_array[:3, 3]).tolist()
-    transformations = [
-        {"type": "scale", "scale": [1.0] * leading + [k, j, i]},
-        {"type": "translation", "translation": [0.0] * leading + [z, y, x]},
-    ]
-    datasets = [{"path": VOXELS, "coordinateTransformations": transformations}]
+    datasets = []
+    for number in range(len(record.levels) + 1):
+        # A coarse voxel's centre lies between those of the fine ones that it stands for.
+        factors = [2.0**number if n > 1 else 1.0 for n in record.shape[leading:]]
+        scale = [s * f for s, f in zip((k, j, i), factors, strict=True)]
+        shift = [o + s * (f - 1) / 2 for o, s, f in zip((z, y, x), (k, j, i), factors, strict=True)]
+        transformations = [
+            {"type": "scale", "scale": [1.0] * leading + scale},
+            {"type": "translation", "translation": [0.0] * leading + shift},
+        ]
+        datasets.append({"path": str(number), "coordinateTransformations": transformations})
     return {
         "version": "0.5",
         "multiscales": [{"name": record.image, "axes": axes, "datasets": datasets}],

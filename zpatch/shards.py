@@ -80,15 +80,15 @@ class ShardedArray:
         return "/".join(self.path.parts[-3:])
 
 
-def encode_chunk(voxels: Voxels, codec: str) -> bytes:
-    """A C-contiguous chunk, compressed, with its crc32c."""
+def encode_chunk(voxels: Voxels, codec: str) -> tuple[bytes, bytes]:
+    """A C-contiguous chunk, compressed, and its crc32c."""
     preset = CODECS[codec]
     if preset is None:
         data = voxels.tobytes()
     else:
         shuffle = blosc.SHUFFLE if preset.shuffle else blosc.NOSHUFFLE
         data = blosc.compress(voxels, preset.compressor.encode(), preset.level, shuffle)
-    return bytes(data + google_crc32c.value(data).to_bytes(CRC_BYTES, "little"))
+    return data, google_crc32c.value(data).to_bytes(CRC_BYTES, "little")
 
 
 def write_shard(array: ShardedArray, shard: tuple[int, ...], voxels: Voxels) -> FileSeal:
@@ -112,11 +112,13 @@ def write_shard(array: ShardedArray, shard: tuple[int, ...], voxels: Voxels) -> 
             if part.shape != scratch.shape:
                 scratch[...] = 0
             scratch[tuple(map(slice, part.shape))] = part
-            data = encode_chunk(scratch, array.codec)
-            stream.write(data)
-            seal.update(data)
-            index[number] = offset, len(data)
-            offset += len(data)
+            length = 0
+            for data in encode_chunk(scratch, array.codec):
+                stream.write(data)
+                seal.update(data)
+                length += len(data)
+            index[number] = offset, length
+            offset += length
         tail = index.tobytes()
         tail += google_crc32c.value(tail).to_bytes(CRC_BYTES, "little")
         stream.write(tail)
@@ -149,9 +151,10 @@ class MappedShard:
         end = np.minimum(used[:, 0], longest) + np.minimum(used[:, 1], longest)
         if np.any(end > len(self.bytes) - index_bytes) or np.any(used[:, 1] <= CRC_BYTES):
             raise self._damage("its index points outside the file")
-        self.offsets = index[:, 0].copy()
-        self.lengths = index[:, 1].copy()
-        self._checked = np.zeros(chunks, dtype=bool)
+        # Looked up one by one in the inner loop, where buffers give integers faster than arrays do.
+        self._offsets = index[:, 0].copy().data
+        self._lengths = index[:, 1].copy().data
+        self._checked = bytearray(chunks)
 
     def _map(self) -> NDArray[np.uint8]:
         try:
@@ -176,33 +179,35 @@ class MappedShard:
             f"then convert the image again"
         )
 
-    def chunk_bytes(self, number: int) -> NDArray[np.uint8]:
-        """The encoded bytes of a chunk without their crc32c, which is checked on first touch."""
-        offset, length = int(self.offsets[number]), int(self.lengths[number])
-        if offset == NO_CHUNK:
-            raise self._damage(f"chunk {number} is missing")
-        data = self.bytes[offset : offset + length]
-        if not self._checked[number]:
-            if google_crc32c.value(data[:-CRC_BYTES]) != _stored_crc(data):
-                raise self._damage(f"chunk {number} does not match its checksum")
-            self._checked[number] = True
-        return data[:-CRC_BYTES]
-
     def decode(self, number: int, codec: str, out: Voxels) -> None:
         """Decode a chunk into ``out``, C-contiguous and of exactly the chunk's shape."""
-        data = self.chunk_bytes(number)
+        offset = self._offsets[number]
+        if offset == NO_CHUNK:
+            raise self._damage(f"chunk {number} is missing")
+        data = self.bytes[offset : offset + self._lengths[number] - CRC_BYTES]
+        if not self._checked[number]:
+            self._check_chunk(number, codec, data, out.nbytes)
         if CODECS[codec] is None:
-            if len(data) != out.nbytes:
-                raise self._damage(f"chunk {number} has {len(data)} bytes instead of {out.nbytes}")
             out.reshape(-1).view(np.uint8)[:] = data
             return
-        # The first 16 bytes of a blosc frame say how many bytes it decodes to.
-        if len(data) < 16 or int.from_bytes(data[4:8].tobytes(), "little") != out.nbytes:
-            raise self._damage(f"chunk {number} does not decode to the {out.nbytes} bytes of a chunk")
         try:
             blosc.decompress(data, out)
         except (RuntimeError, ValueError) as error:
             raise self._damage(f"chunk {number} cannot be decoded ({error})") from error
+
+    def _check_chunk(self, number: int, codec: str, data: NDArray[np.uint8], chunk_bytes: int) -> None:
+        """On first touch: the checksum, and how much the chunk says that it decodes to."""
+        end = self._offsets[number] + self._lengths[number]
+        stored = int.from_bytes(self.bytes[end - CRC_BYTES : end].tobytes(), "little")
+        if google_crc32c.value(data) != stored:
+            raise self._damage(f"chunk {number} does not match its checksum")
+        if CODECS[codec] is None:
+            if len(data) != chunk_bytes:
+                raise self._damage(f"chunk {number} has {len(data)} bytes instead of {chunk_bytes}")
+        # The first 16 bytes of a blosc frame say how many bytes it decodes to.
+        elif len(data) < 16 or int.from_bytes(data[4:8].tobytes(), "little") != chunk_bytes:
+            raise self._damage(f"chunk {number} does not decode to the {chunk_bytes} bytes of a chunk")
+        self._checked[number] = 1
 
 
 def _stored_crc(data: NDArray[np.uint8]) -> int:
@@ -256,20 +261,3 @@ def open_shard(array: ShardedArray, shard: tuple[int, ...]) -> MappedShard:
 def close_shards(folder: Path) -> None:
     """Let go of all maps below a folder, before it is replaced."""
     _open_maps.forget(folder.absolute())
-
-
-def locate_chunk(array: ShardedArray, chunk: int) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
-    """Of a chunk number, in C order over the array: its shard, its number there, its first voxel."""
-    position = np.unravel_index(chunk, array.chunk_grid)
-    per_shard = array.chunks_per_shard
-    shard = tuple(int(p) // s for p, s in zip(position, per_shard, strict=True))
-    within = tuple(int(p) % s for p, s in zip(position, per_shard, strict=True))
-    origin = tuple(int(p) * c for p, c in zip(position, array.chunks, strict=True))
-    return shard, int(np.ravel_multi_index(within, per_shard)), origin
-
-
-def decode_chunk(array: ShardedArray, chunk: int, out: Voxels) -> tuple[int, ...]:
-    """Decode a chunk by its number into ``out`` and return its first voxel (c, z, y, x)."""
-    shard, within, origin = locate_chunk(array, chunk)
-    open_shard(array, shard).decode(within, array.codec, out)
-    return origin

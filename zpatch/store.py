@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,11 @@ from numpy.typing import NDArray
 
 from zpatch import schema
 from zpatch.errors import DamageError, NotAStoreError, StoreError
+from zpatch.manifest import Key, read_manifest
 from zpatch.schema import FileSeal, ImageRecord, Json
 from zpatch.shards import ShardedArray
 
 TOOL = "zpatch"
-
-Key = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,23 +47,13 @@ class Store:
 def open_store(path: str | os.PathLike[str]) -> Store:
     """Open a store for reading. Reads its root document and its manifest, and nothing else."""
     root = Path(path)
-    return read_manifest(root, root_attributes(root))
+    return store_of(root, root_attributes(root))
 
 
-def read_manifest(root: Path, attributes: Json) -> Store:
+def store_of(root: Path, attributes: Json) -> Store:
     """The store as its manifest says, whatever its root document."""
-    records: dict[Key, ImageRecord] = {}
-    documents: dict[str, FileSeal] = {}
-    for where, value in _manifest_lines(root / schema.MANIFEST):
-        if "document" in value:
-            try:
-                documents[value["document"]] = FileSeal(value["bytes"], value["checksum"])
-            except KeyError as error:
-                raise DamageError(f"{where} is no document record (no {error})") from None
-        else:
-            record = ImageRecord.from_json(value, where)
-            records[record.subject, record.image] = record
-    return Store(root.absolute(), attributes, records, documents)
+    manifest = read_manifest(root / schema.MANIFEST)
+    return Store(root.absolute(), attributes, manifest.records, manifest.documents)
 
 
 def is_store(path: Path) -> bool:
@@ -105,27 +94,15 @@ def root_attributes(root: Path) -> Json:
     return attributes
 
 
-def _manifest_lines(path: Path) -> Iterator[tuple[str, Json]]:
-    """The lines of a manifest and where each stands; a torn last line is passed over."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise DamageError(f"{path}: it is missing; restore the file from a copy") from None
-    whole, _, _torn = data.rpartition(b"\n")
-    for number, line in enumerate(whole.decode(errors="replace").split("\n"), start=1):
-        if line:
-            where = f"{path}, line {number}"
-            yield where, schema.unsealed(line, where)
-
-
-def sharded_array(folder: Path, record: ImageRecord) -> ShardedArray:
-    """The voxels of the image in ``folder``."""
+def sharded_array(folder: Path, record: ImageRecord, level: int = 0) -> ShardedArray:
+    """The voxels of the image in ``folder``, or those of a coarser level of it."""
+    array = record.levels[level - 1] if level else record
     return ShardedArray(
-        path=folder / schema.VOXELS,
-        shape=record.shape_czyx,
+        path=folder / str(level),
+        shape=schema.padded_to_4d(array.shape),
         dtype=np.dtype(record.dtype),
-        chunks=schema.padded_to_4d(record.chunks),
-        shards=schema.padded_to_4d(record.shards),
+        chunks=schema.padded_to_4d(array.chunks),
+        shards=schema.padded_to_4d(array.shards),
         codec=record.codec,
         ndim=len(record.shape),
         contents=record.contents,

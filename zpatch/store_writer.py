@@ -6,6 +6,7 @@ An image is written under ``.staging``, synced, renamed into place, and only the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -13,62 +14,129 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from zpatch import schema
-from zpatch.errors import StoreError, StoreExistsError, StoreLockedError
+from zpatch.errors import StoreError, StoreExistsError, StoreLockedError, ZpatchError
+from zpatch.manifest import Key, append_lines, read_manifest
 from zpatch.schema import FileSeal, ImageRecord, Json
 from zpatch.shards import close_shards, write_shard
-from zpatch.store import TOOL, is_store, sharded_array
+from zpatch.store import TOOL, is_store, root_attributes, sharded_array
+
+_OWN_NAMES = {schema.LOCK, schema.STAGING, schema.ROOT_DOCUMENT, f"{schema.ROOT_DOCUMENT}.partial"}
 
 
-def check_can_create(path: Path, *, overwrite: bool = False) -> None:
-    """Refuse a place that is taken: by anything, or with ``overwrite`` by anything but a store."""
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+def check_can_create(path: Path, *, overwrite: bool = False, resume: bool = False) -> None:
+    """Refuse a place that is taken: by anything but a store, and by a store too unless it may be replaced
+    (``overwrite``) or gone on with (``resume``)."""
+    if _is_vacant(path):
         return
     if not is_store(path):
         raise StoreExistsError(f"{path}: there is something else there; choose another name")
-    if not overwrite:
+    if not (overwrite or resume):
         raise StoreExistsError(
             f"{path}: it exists already; say --overwrite to start over, or choose another name"
         )
 
 
+def _is_vacant(path: Path) -> bool:
+    """Whether nothing is there, or only what a writer left that was killed before its first line."""
+    if not path.exists():
+        return True
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
+    return names <= _OWN_NAMES and (schema.ROOT_DOCUMENT not in names or is_store(path))
+
+
+@contextlib.contextmanager
+def writing_to(store: Path) -> Iterator[None]:
+    """Whatever the disk says, a full one above all, becomes an error that names the store."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, ZpatchError):
+            raise
+        raise StoreError(
+            f"{store}: it cannot be written to ({error.strerror or error}); "
+            f"see to its disk, then run the same command again"
+        ) from error
+
+
 class StoreWriter:
     """The one writer of a store: a context manager that holds its lock and clears staging at its end."""
 
-    def __init__(self, path: Path, lock: IO[str]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        lock: IO[str],
+        documents: Mapping[str, FileSeal] = MappingProxyType({}),
+        *,
+        is_new: bool = True,
+    ) -> None:
         self.path = path.absolute()
+        self.is_new = is_new
+        self.staging = self.path / schema.STAGING
         self._lock = lock
-        self._staging = self.path / schema.STAGING
-        self._documents: set[str] = set()
+        self._manifest = self.path / schema.MANIFEST
+        self._replaced = self.staging / "replaced"
+        self._documents = dict(documents)
 
     @classmethod
     def create(cls, path: Path, attributes: Json, *, overwrite: bool = False) -> Self:
         """Make a new store and take its lock; with ``overwrite`` in the place of an older one."""
         check_can_create(path, overwrite=overwrite)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(f"{path}: it cannot be made ({error.strerror})") from None
         lock = _take_lock(path)
-        _clear(path)
-        writer = cls(path, lock)
-        created = datetime.now(UTC).isoformat(timespec="seconds")
-        writer._write_group("", {"format": schema.FORMAT, "created": created, **attributes})
+        try:
+            with writing_to(path):
+                _clear(path)
+                writer = cls(path, lock)
+                created = datetime.now(UTC).isoformat(timespec="seconds")
+                writer._write_group("", {"format": schema.FORMAT, "created": created, **attributes})
+        except BaseException:
+            lock.close()
+            raise
+        return writer
+
+    @classmethod
+    def resume(cls, path: Path, attributes: Json) -> Self:
+        """Go on with the store that is there, or make it.
+
+        A torn manifest line is cut off, an image whose replacement was not committed is put back, and
+        what an interrupted writer left in staging is swept.
+        """
+        check_can_create(path, resume=True)
+        if _is_vacant(path):
+            return cls.create(path, attributes)
+        own_attributes = root_attributes(path)
+        if "prediction" in own_attributes:
+            raise StoreExistsError(f"{path}: it holds predictions; to convert, choose another name")
+        lock = _take_lock(path)
+        try:
+            with writing_to(path):
+                manifest = read_manifest(path / schema.MANIFEST)
+                if manifest.whole_bytes < (path / schema.MANIFEST).stat().st_size:
+                    os.truncate(path / schema.MANIFEST, manifest.whole_bytes)
+                writer = cls(path, lock, manifest.documents, is_new=not manifest.records)
+                if schema.ROOT_DOCUMENT not in manifest.documents:  # its line, the first, was torn
+                    writer._write_group("", own_attributes)
+                writer._put_back(manifest.records)
+                shutil.rmtree(writer.staging, ignore_errors=True)
+        except BaseException:
+            lock.close()
+            raise
         return writer
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        shutil.rmtree(self._staging, ignore_errors=True)
+        shutil.rmtree(self.staging, ignore_errors=True)
         self._lock.close()
 
     def abandon(self) -> None:
@@ -77,42 +145,63 @@ class StoreWriter:
 
     def stage(self) -> StagedImage:
         """A fresh place to write one image to."""
-        folder = self._staging / uuid.uuid4().hex
-        folder.mkdir(parents=True)
-        return StagedImage(folder)
+        return StagedImage.below(self.staging)
 
-    def commit(self, images: Sequence[tuple[StagedImage, ImageRecord]]) -> list[ImageRecord]:
-        """Move the finished images of a subject into the store, then enter all of them in the manifest."""
-        sealed = [staged.finish(record) for staged, record in images]
-        for (staged, _), record in zip(images, sealed, strict=True):
-            if f"{record.subject}/{schema.ROOT_DOCUMENT}" not in self._documents:
-                attributes = {"subject": record.subject, "split": record.split, "meta": record.meta}
-                self._write_group(record.subject, attributes)
-            staged.folder.rename(self.path / record.subject / record.image)
-            _sync_folder(self.path / record.subject)
-        self._append(*(record.to_json() for record in sealed))
-        return sealed
+    def commit(self, images: Sequence[tuple[Path, ImageRecord]]) -> None:
+        """Move the staged images of a subject into the store, then enter all of them in the manifest.
+
+        An image that is there already is moved aside until the new one's line is written.
+        """
+        with writing_to(self.path):
+            self._commit(images)
+
+    def _commit(self, images: Sequence[tuple[Path, ImageRecord]]) -> None:
+        aside = []
+        for folder, record in images:
+            attributes = {"subject": record.subject, "split": record.split, "meta": record.meta}
+            self._write_group(record.subject, attributes)
+            target = self.path / record.subject / record.image
+            if target.exists():
+                close_shards(target)
+                aside.append(self._replaced / record.subject / record.image)
+                aside[-1].parent.mkdir(parents=True, exist_ok=True)
+                target.rename(aside[-1])
+            folder.rename(target)
+            _sync_folder(target.parent)
+        append_lines(self._manifest, *(record.to_json() for _, record in images))
+        for (
+            folder
+        ) in aside:  # first out of the place where _put_back looks: half an image is none to put back
+            shutil.rmtree(folder.rename(self.staging / uuid.uuid4().hex))
+
+    def _put_back(self, records: Mapping[Key, ImageRecord]) -> None:
+        """Undo replacements whose line was not written."""
+        for folder in sorted(self._replaced.glob("*/*")):
+            key = folder.parent.name, folder.name
+            document = folder / schema.ROOT_DOCUMENT
+            seal = records[key].files[schema.ROOT_DOCUMENT] if key in records else None
+            if seal and document.is_file() and schema.digest(document.read_bytes()) == seal.checksum:
+                target = self.path / key[0] / key[1]
+                shutil.rmtree(target, ignore_errors=True)
+                folder.rename(target)
 
     def _write_group(self, name: str, attributes: Json) -> None:
+        """Write the document of a group, unless it is there with these attributes."""
         folder = self.path / name
         folder.mkdir(exist_ok=True)
+        key = f"{name}/{schema.ROOT_DOCUMENT}".lstrip("/")
         content = _group_document({TOOL: attributes})
+        seal = FileSeal(len(content), schema.digest(content))
+        if self._documents.get(key) == seal:
+            return
         document = folder / schema.ROOT_DOCUMENT
         partial = document.with_name(f"{schema.ROOT_DOCUMENT}.partial")
         partial.write_bytes(content)
         _sync_file(partial)
         partial.rename(document)
         _sync_folder(folder)
-        key = f"{name}/{schema.ROOT_DOCUMENT}".lstrip("/")
-        self._append({"document": key, "bytes": len(content), "checksum": schema.digest(content)})
-        self._documents.add(key)
-
-    def _append(self, *values: Json) -> None:
-        """Enter lines in the manifest, in one write: the images of a subject are there together."""
-        lines = "".join(schema.sealed_line(value) + "\n" for value in values)
-        with (self.path / schema.MANIFEST).open("ab", buffering=0) as stream:
-            stream.write(lines.encode())
-            os.fsync(stream.fileno())
+        append_lines(self._manifest, {"document": key, "bytes": seal.bytes, "checksum": seal.checksum})
+        self._documents[key] = seal
 
 
 class StagedImage:
@@ -122,9 +211,18 @@ class StagedImage:
         self.folder = folder
         self._seals: dict[str, FileSeal] = {}
 
-    def write_shard(self, record: ImageRecord, shard: tuple[int, ...], voxels: NDArray[Any]) -> None:
+    @classmethod
+    def below(cls, staging: Path) -> Self:
+        """A fresh folder in a staging area."""
+        folder = staging / uuid.uuid4().hex
+        folder.mkdir(parents=True)
+        return cls(folder)
+
+    def write_shard(
+        self, record: ImageRecord, shard: tuple[int, ...], voxels: NDArray[Any], *, level: int = 0
+    ) -> None:
         """Write one shard, whole: ``voxels`` is (c, z, y, x)."""
-        array = sharded_array(self.folder, record)
+        array = sharded_array(self.folder, record, level)
         seal = write_shard(array, shard, voxels)
         self._seals[array.shard_file(shard).relative_to(self.folder).as_posix()] = seal
 
@@ -141,9 +239,14 @@ class StagedImage:
         for name, table in tables.items():
             self._write_small_array(f"{schema.INDEX}/{name}", table)
 
+    def write_histogram(self, histogram: NDArray[np.float64]) -> None:
+        """Keep the histogram that statistics over a cohort are made of."""
+        self._write_small_array(schema.HISTOGRAM, histogram, compressors="auto")
+
     def finish(self, record: ImageRecord) -> ImageRecord:
         """Write the metadata, sync everything, and return the record with all files sealed."""
-        _write_array_metadata(self.folder, record)
+        for level in range(len(record.levels) + 1):
+            _write_array_metadata(self.folder, record, level)
         attributes = {
             "ome": schema.ome_attributes(record),
             TOOL: {k: v for k, v in record.to_json().items() if k != "files"},
@@ -165,15 +268,15 @@ class StagedImage:
         """Remove all that was written."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _write_small_array(self, name: str, values: NDArray[Any]) -> None:
+    def _write_small_array(self, name: str, values: NDArray[Any], compressors: Any = None) -> None:
         import zarr
 
         array = zarr.create_array(
             store=self.folder / name,
             shape=values.shape,
-            chunks=(max(len(values), 1),),
+            chunks=tuple(max(n, 1) for n in values.shape),
             dtype=values.dtype,
-            compressors=None,
+            compressors=compressors,
             fill_value=0,
             zarr_format=3,
             config={"write_empty_chunks": True},
@@ -181,7 +284,7 @@ class StagedImage:
         array[:] = values
 
 
-def _write_array_metadata(folder: Path, record: ImageRecord) -> None:
+def _write_array_metadata(folder: Path, record: ImageRecord, level: int) -> None:
     import zarr
     from zarr.codecs import BloscCodec, Crc32cCodec
 
@@ -196,11 +299,12 @@ def _write_array_metadata(folder: Path, record: ImageRecord) -> None:
             typesize=itemsize,
         )
         compressors.insert(0, blosc)
+    array = record.levels[level - 1] if level else record
     zarr.create_array(
-        store=folder / schema.VOXELS,
-        shape=record.shape,
-        chunks=record.chunks,
-        shards=record.shards,
+        store=folder / str(level),
+        shape=array.shape,
+        chunks=array.chunks,
+        shards=array.shards,
         dtype=record.dtype,
         compressors=compressors,
         fill_value=0,
@@ -216,6 +320,10 @@ def _group_document(attributes: Json) -> bytes:
 
 
 def _take_lock(path: Path) -> IO[str]:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"{path}: it cannot be made ({error.strerror})") from None
     lock = (path / schema.LOCK).open("a+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -231,8 +339,10 @@ def _take_lock(path: Path) -> IO[str]:
 
 
 def _clear(path: Path) -> None:
-    """Remove all of a store but its lock; the manifest first, so that nothing half there looks whole."""
-    for entry in sorted(path.iterdir(), key=lambda entry: entry.name != schema.MANIFEST):
+    """Remove all of a store but its lock: the manifest first, so that nothing half there looks whole, and
+    the root document last, so that what is left is still known for a store."""
+    order = {schema.MANIFEST: 0, schema.ROOT_DOCUMENT: 2}
+    for entry in sorted(path.iterdir(), key=lambda entry: order.get(entry.name, 1)):
         close_shards(entry)
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

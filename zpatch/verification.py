@@ -12,7 +12,7 @@ from pathlib import Path
 from zpatch import schema
 from zpatch.errors import DamageError, StoreError
 from zpatch.schema import FileSeal, Json
-from zpatch.store import Store, open_store, read_manifest
+from zpatch.store import Store, open_store, store_of
 
 Progress = Callable[[int], None]
 
@@ -106,7 +106,7 @@ def _opened(root: Path) -> Store:
     except StoreError:
         if not (root / schema.MANIFEST).is_file():
             raise
-        return read_manifest(root, {})
+        return store_of(root, {})
 
 
 def sealed_bytes(store: str | os.PathLike[str]) -> int:

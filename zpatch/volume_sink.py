@@ -7,11 +7,11 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from zpatch import nifti
 from zpatch.errors import IncompleteCoverageError
 from zpatch.geometry import Affine, Triple
 from zpatch.image_writer import ImageWriter, WriteUnits
 from zpatch.layout import plan_output_layout
+from zpatch.nifti_writer import make_header
 from zpatch.schema import ImageRecord, Kind
 from zpatch.store_writer import StagedImage
 
@@ -87,7 +87,7 @@ class ImageSink:
         if self._writer is None or self._units is None or not self._units.complete:
             raise IncompleteCoverageError(f"image {self._name!r} has shards that were never completed")
         record = self._writer.record
-        header = nifti.make_header(
+        header = make_header(
             self._spatial_shape,
             record.shape_czyx[0],
             np.dtype(record.dtype),

@@ -9,6 +9,7 @@ form, which is within 0.5 % of the value. Mean and variance of those are merged 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,51 @@ class VoxelStatistics:
             "foreground_box": box,
         }
 
+    def histogram(self, slope: float = 1.0, inter: float = 0.0) -> NDArray[np.float64]:
+        """The foreground's scaled values in ascending order, and how often each occurs: (2, n)."""
+        values = self._counted or self._binned
+        assert values is not None
+        found, counts = values.foreground()
+        table = np.stack([slope * found + inter, counts.astype(np.float64)])
+        return table if slope > 0 else table[:, ::-1]
+
+
+def merged_statistics(
+    stats: Sequence[Json], histograms: Sequence[NDArray[np.float64]], zeros: Sequence[float]
+) -> Json:
+    """The statistics of several images as if they were one.
+
+    ``histograms`` are those of their foregrounds, ``zeros`` the value of each one's background voxels.
+    Percentiles are as exact as the histograms are.
+    """
+    foregrounds = [part["foreground"] for part in stats]
+    backgrounds = [
+        np.array([[zero], [part["count"] - part["foreground"]["count"]]])
+        for zero, part in zip(zeros, stats, strict=True)
+    ]
+    return {
+        **_merged(stats, [*histograms, *backgrounds]),
+        "nan": sum(part["nan"] for part in stats),
+        "inf": sum(part["inf"] for part in stats),
+        "foreground": _merged(foregrounds, histograms),
+    }
+
+
+def _merged(parts: Sequence[Json], histograms: Sequence[NDArray[np.float64]]) -> Json:
+    parts = [part for part in parts if part["count"]]
+    if not parts:
+        return _nothing()
+    counts = np.array([part["count"] for part in parts], dtype=np.float64)
+    means, stds = (np.array([part[key] for part in parts], dtype=np.float64) for key in ("mean", "std"))
+    mean = float((counts * means).sum() / counts.sum())
+    variance = float((counts * (stds**2 + (means - mean) ** 2)).sum() / counts.sum())
+    values, frequencies = np.concatenate(histograms, axis=1)
+    order = np.argsort(values, kind="stable")
+    ranks = np.cumsum(frequencies[order]).astype(np.int64)
+    percentiles = [_exact_percentile(values[order], ranks, q, 1.0) for q in PERCENTILES]
+    low, high = min(part["min"] for part in parts), max(part["max"] for part in parts)
+    return _scaled(int(counts.sum()), low, high, mean, variance, percentiles, 1.0, 0.0)
+
 
 def _extent(line: NDArray[np.bool_], offset: int) -> tuple[int, int]:
     hits = np.flatnonzero(line)
@@ -99,15 +145,21 @@ class _CountedValues:
         self._counts += np.bincount(shifted.astype(np.int64), minlength=self._counts.size)
         return True
 
-    def summary(self, slope: float, inter: float, *, foreground: bool) -> Json:
+    def _present(self, *, foreground: bool) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         counts = self._counts.copy()
         if foreground and 0 <= -self._least < counts.size:
             counts[-self._least] = 0
         present = np.flatnonzero(counts)
-        if not present.size:
+        return present.astype(np.float64) + self._least, counts[present]
+
+    def foreground(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """All values but zero, and their counts."""
+        return self._present(foreground=True)
+
+    def summary(self, slope: float, inter: float, *, foreground: bool) -> Json:
+        values, counts = self._present(foreground=foreground)
+        if not values.size:
             return _nothing()
-        counts = counts[present]
-        values = present.astype(np.float64) + self._least
         count = int(counts.sum())
         mean = float((values * counts).sum() / count)
         variance = float(((values - mean) ** 2 * counts).sum() / count)
@@ -186,6 +238,11 @@ class _BinnedValues:
         percentiles = [_exact_percentile(values, ranks, q, slope) for q in PERCENTILES]
         variance = max(float(m2), 0.0) / count
         return _scaled(count, low, high, float(mean), variance, percentiles, slope, inter)
+
+    def foreground(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """The middle of each bin but that of zeros, within the extremes, and its count."""
+        values, counts = self._ascending(0)
+        return np.clip(values, self._low_foreground, self._high_foreground), counts
 
     def _ascending(self, zeros: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Middle value and count of each bin in use, in ascending order."""

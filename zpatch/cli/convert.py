@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import click
 
@@ -24,7 +25,7 @@ from zpatch.cli.progress import Progress
 from zpatch.memory import format_bytes
 
 if TYPE_CHECKING:
-    from zpatch.conversion import ConversionReport
+    from zpatch.conversion import CaseOutcome, ConversionReport
     from zpatch.conversion_plan import ConversionPlan
 
 
@@ -54,9 +55,36 @@ if TYPE_CHECKING:
 @click.option(
     "--chunk", type=click.IntRange(1, 512), default=32, show_default=True, help="Side of a chunk in voxels."
 )
+@click.option(
+    "--format",
+    type=click.Choice(["auto", "bids", "nnunet", "msd", "json", "csv", "glob"]),
+    default="auto",
+    show_default=True,
+    help="The convention that SOURCE follows; found out without it.",
+)
 @include_option
 @exclude_option
-@click.option("--max-memory", type=Bytes(), help="Refuse to start where more would be needed, as '2 GiB'.")
+@click.option(
+    "--affine",
+    type=click.Choice(["sform", "qform"]),
+    default="sform",
+    show_default=True,
+    help="Which affine to take where a header has both.",
+)
+@click.option(
+    "--orient", metavar="CODES", help="Turn volumes to point there, as RAS; export turns them back."
+)
+@click.option("--pyramid", is_flag=True, help="Add coarser levels for viewers, each half of the one before.")
+@click.option("--limit", type=click.IntRange(1), help="Convert so many cases at most.")
+@click.option("--strict", is_flag=True, help="Fail a case for what is otherwise a warning.")
+@click.option("-j", "--jobs", type=click.IntRange(1), default=1, show_default=True, help="Cases at a time.")
+@click.option("--scheduler", metavar="WHERE", help="Run on a Dask cluster: tcp://... or a scheduler file.")
+@click.option(
+    "--report", type=click.Path(dir_okay=False, path_type=Path), help="Write a JSON line for each case."
+)
+@click.option(
+    "--max-memory", type=Bytes(), help="Write smaller shards, or refuse, where more would be needed: '2 GiB'."
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @overwrite_option
 @json_option
@@ -68,61 +96,108 @@ def convert_command(
     sampling_pattern: tuple[str, ...],
     codec: str,
     chunk: int,
+    format: str,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
+    affine: str,
+    orient: str | None,
+    pyramid: bool,
+    limit: int | None,
+    strict: bool,
+    jobs: int,
+    scheduler: str | None,
+    report: Path | None,
     max_memory: int | None,
     dry_run: bool,
     overwrite: bool,
     json: bool,
 ) -> int:
-    """Convert the NIfTI files of a folder SOURCE into a store STORE.
+    """Convert a cohort of NIfTI files SOURCE into a store STORE.
 
     Files are streamed slab by slab, whatever their size, and voxels, header and affine are kept exactly:
     'zpatch export' gives the same files back.
 
     \b
-    SOURCE holds one of
-      <subject>/<image>.nii[.gz]     sub-01/t1.nii.gz, sub-01/seg.nii.gz
-      <subject>_<image>.nii[.gz]     where several files share a <subject>
-      <subject>.nii[.gz]             one image each, called 'image'
+    SOURCE is one of
+      a BIDS folder, nnU-Net 2 raw, Medical Decathlon   found by their dataset files
+      a MONAI datalist .json, a .csv or .tsv            columns: subject, split, one for each image
+      <subject>/<image>.nii[.gz]                        sub-01/t1.nii.gz, sub-01/seg.nii.gz
+      <subject>_<image>.nii[.gz]                        where several files share a <subject>
+      <subject>.nii[.gz]                                one image each, called 'image'
 
-    A case whose files are bad is left out, with one line that says why; the others are converted and the
-    exit code is 3.
+    Run the same command again after an interruption, or when files have come or changed: only what is
+    missing or changed is converted. A case whose files are bad is left out, with one line that says why;
+    the others are converted and the exit code is 3.
 
     \b
     Examples:
-      zpatch convert scans/ cohort.zarr
+      zpatch convert scans/ cohort.zarr --jobs 4
       zpatch convert scans/ cohort.zarr --label-pattern '*lesion*' --codec lz4hc
-      zpatch convert scans/ cohort.zarr --dry-run
+      zpatch convert cohort.csv cohort.zarr --dry-run
     """
-    from zpatch.conversion import run_conversion
+    from zpatch.conversion import committed, run_conversion
     from zpatch.conversion_plan import ConvertOptions, plan_conversion
     from zpatch.store_writer import check_can_create
 
-    check_can_create(store, overwrite=overwrite)
+    check_can_create(store, overwrite=overwrite, resume=True)
     options = ConvertOptions(
+        format=format,
         codec=codec,
         chunk=chunk,
+        affine=affine,
+        pyramid=pyramid,
+        orient=orient,
         label_patterns=label_pattern,
         sampling_patterns=sampling_pattern,
         include=include,
         exclude=exclude,
+        limit=limit,
+        strict=strict,
+        jobs=jobs,
         max_memory=max_memory,
     )
-    plan = plan_conversion(source, options)
+    plan = plan_conversion(source, options, done={} if overwrite else committed(store))
     say(str(plan))
+    for note in plan.notes:
+        say(f"note: {note}")
     if dry_run:
         _print_plan(plan, json)
         return EXIT_SOME_FAILED if plan.failures else 0
-    with Progress("converting", plan.voxel_bytes) as progress:
-        report = run_conversion(plan, store, overwrite=overwrite, progress=progress)
-    for failure in report.failures:
-        click.echo(f"failed: {failure.subject}: {failure.reason}", err=True)
+    with CaseReport(report) as lines, Progress("converting", plan.voxel_bytes) as progress:
+        done = run_conversion(
+            plan,
+            store,
+            overwrite=overwrite,
+            scheduler=scheduler,
+            progress=progress,
+            on_case=lines.add,
+        )
     if json:
-        print_json(report.to_json())
+        print_json(done.to_json())
     else:
-        _print_summary(report)
-    return EXIT_SOME_FAILED if report.failures else 0
+        _print_summary(done)
+    return EXIT_SOME_FAILED if done.failures else 0
+
+
+class CaseReport:
+    """Says at once which cases fail, and writes what became of each into a file of JSON lines."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._stream = path.open("w") if path else None
+
+    def add(self, outcome: CaseOutcome) -> None:
+        """One more case is done or has failed."""
+        if outcome.reason:
+            click.echo(f"failed: {outcome.subject}: {outcome.reason}", err=True)
+        if self._stream:
+            print(dumps(outcome.to_json()), file=self._stream, flush=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._stream:
+            self._stream.close()
 
 
 def _print_plan(plan: ConversionPlan, json: bool) -> None:
@@ -138,6 +213,8 @@ def _print_plan(plan: ConversionPlan, json: bool) -> None:
              str(image.shard_files), where)
         )  # fmt: skip
     click.echo(table(rows))
+    for subject in plan.done:
+        say(f"there already: {subject}")
     for failure in plan.failures:
         click.echo(f"will be left out: {failure.subject}: {failure.reason}", err=True)
 
@@ -150,8 +227,9 @@ def _print_summary(report: ConversionReport) -> None:
     stored = sum(record.stored_bytes for record in report.records)
     subjects = len({record.subject for record in report.records})
     failed = f"; {len(report.failures)} subjects failed" if report.failures else ""
+    already = f"; {len(report.done)} subjects were there already" if report.done else ""
     say(
         f"{subjects} subjects, {len(report.records)} images, {format_bytes(voxels)} of voxels in "
-        f"{format_bytes(stored)}{failed}"
+        f"{format_bytes(stored)}{failed}{already}"
     )
-    click.echo(f"{report.store}")
+    click.echo(report.store)

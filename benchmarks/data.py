@@ -1,0 +1,210 @@
+"""Data to measure with, made once from the MNI152 T1 template in nilearn's wheel, and kept in a folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import importlib.util
+import itertools
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+TEMPLATE = "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
+AIR_HU, BRAIN_HU, LEAST_HU = -1000.0, 90.0, -1024
+NOISE_HU = 22.0
+VOXEL_MM = (0.45, 0.45, 0.6)
+GZIP_LEVEL = 6  # as dcm2niix writes
+MEMBER_PLANES = 32
+
+Shape = tuple[int, int, int]
+
+
+def head(folder: Path, shape: Shape) -> Path:
+    """A folder with one subject, ``sub-01/ct.nii.gz``: a head in Hounsfield units, with noise."""
+    return _once(folder / _name("head", shape), lambda place: _write_head(place, shape))
+
+
+def long_volume(folder: Path, shape: Shape) -> Path:
+    """The same, of any length at little cost: the head's middle planes over and over, a gzip member each."""
+    return _once(folder / _name("long", shape), lambda place: _write_long(place, shape))
+
+
+def voxels_of(source: Path) -> NDArray[np.int16]:
+    """The voxels (z, y, x) of the file that one of these folders holds."""
+    import nibabel as nib
+
+    image: Any = nib.load(file_of(source))
+    voxels: NDArray[np.int16] = np.asanyarray(image.dataobj).T
+    return voxels
+
+
+def voxel_bytes(source: Path) -> int:
+    """Bytes of those voxels, by the header."""
+    from zpatch.nifti import read_header
+
+    return read_header(file_of(source)).voxel_bytes
+
+
+def file_of(source: Path) -> Path:
+    """The file that one of these folders holds."""
+    return source / "sub-01" / "ct.nii.gz"
+
+
+def tiny_cohort(folder: Path, subjects: int, with_folders: int) -> Path:
+    """A store of many subjects with two images each, all copies of one that was converted.
+
+    Every subject has its sealed lines in the manifest, which is all that opening reads; the first
+    ``with_folders`` have their folders too.
+    """
+    place = folder / "cohort"
+    shutil.rmtree(place, ignore_errors=True)  # always anew: a kept one could be of an older format
+    place.mkdir(parents=True)
+    _write_cohort(place, subjects, with_folders)
+    return place
+
+
+def _name(what: str, shape: Shape) -> str:
+    return "-".join([what, *map(str, shape)])
+
+
+def _once(place: Path, make: Callable[[Path], None]) -> Path:
+    if not place.exists():
+        partial = place.with_name(f"{place.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        make(partial)
+        partial.rename(place)
+    return place
+
+
+@cache
+def _template() -> NDArray[np.float32]:
+    """The brain in Hounsfield units, cut to its bounding box, (x, y, z)."""
+    import nibabel as nib
+
+    spec = importlib.util.find_spec("nilearn")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError("the MNI152 template comes with nilearn; run: pip install --no-deps nilearn")
+    path = Path(spec.origin).parent / "datasets" / "data" / TEMPLATE
+    voxels = np.asanyarray(nib.load(path).dataobj)  # type: ignore[attr-defined]
+    inside = np.argwhere(voxels)
+    box = tuple(map(slice, inside.min(axis=0), inside.max(axis=0) + 1))
+    values = voxels[box].astype(np.float32)
+    hounsfield: NDArray[np.float32] = np.where(values > 0, values / 255 * BRAIN_HU, np.float32(AIR_HU))
+    return hounsfield
+
+
+def _planes(shape: Shape) -> Iterator[NDArray[np.int16]]:
+    """The head's planes (y, x), one by one: linear upsampling, then noise of the plane's own seed."""
+    volume = _template()
+    for axis in (0, 1):
+        volume = np.moveaxis(_resampled(np.moveaxis(volume, axis, 0), shape[axis]), 0, axis)
+    positions = np.linspace(0, volume.shape[2] - 1, shape[2])
+    for number, position in enumerate(positions):
+        below = min(int(position), volume.shape[2] - 2)
+        share = np.float32(position - below)
+        plane = volume[:, :, below] * (1 - share) + volume[:, :, below + 1] * share
+        noise = np.random.default_rng([0, number]).standard_normal(plane.shape, dtype=np.float32)
+        noisy = np.rint(plane + NOISE_HU * noise).clip(LEAST_HU, None)
+        yield np.ascontiguousarray(noisy.T, dtype="<i2")
+
+
+def _resampled(volume: NDArray[np.float32], count: int) -> NDArray[np.float32]:
+    positions = np.linspace(0, len(volume) - 1, count, dtype=np.float32)
+    below = np.minimum(positions.astype(np.intp), len(volume) - 2)
+    share = (positions - below)[:, None, None]
+    resampled: NDArray[np.float32] = volume[below] * (1 - share) + volume[below + 1] * share
+    return resampled
+
+
+def _write_head(place: Path, shape: Shape) -> None:
+    file = _new_file(place)
+    with gzip.GzipFile(file, "wb", compresslevel=GZIP_LEVEL, mtime=0) as stream:
+        stream.write(_header(shape))
+        for plane in _planes(shape):
+            stream.write(plane.data)
+
+
+def _write_long(place: Path, shape: Shape) -> None:
+    if shape[2] % MEMBER_PLANES:
+        raise ValueError(f"{shape[2]} planes are not whole members of {MEMBER_PLANES}")
+    middle = itertools.islice(_planes((*shape[:2], 4 * MEMBER_PLANES)), MEMBER_PLANES, 2 * MEMBER_PLANES)
+    member = _gzip_member(b"".join(plane.tobytes() for plane in middle))
+    with _new_file(place).open("wb") as stream:
+        stream.write(_gzip_member(_header(shape)))
+        for _ in range(shape[2] // MEMBER_PLANES):
+            stream.write(member)
+
+
+def _gzip_member(data: bytes) -> bytes:
+    return zlib.compress(data, GZIP_LEVEL, wbits=31)
+
+
+def _new_file(place: Path) -> Path:
+    file = file_of(place)
+    file.parent.mkdir()
+    return file
+
+
+def _header(shape: Shape) -> bytes:
+    import nibabel as nib
+
+    header: Any = nib.Nifti1Header()
+    header.set_data_dtype("<i2")
+    header.set_data_shape(shape)
+    header.set_sform(np.diag([*VOXEL_MM, 1]), code="scanner")
+    header.set_qform(np.diag([*VOXEL_MM, 1]), code="scanner")
+    header.set_xyzt_units("mm")
+    header["vox_offset"] = 352
+    header["magic"] = b"n+1"
+    return bytes(header.binaryblock) + bytes(4)
+
+
+def _write_cohort(place: Path, subjects: int, with_folders: int) -> None:
+    from zpatch.conversion import convert
+    from zpatch.schema import MANIFEST, ROOT_DOCUMENT, sealed_line
+    from zpatch.store import open_store
+
+    source, one = place / "source", place / "one"
+    _write_tiny_subject(source / "sub")
+    convert(source, one)
+    store = open_store(one)
+    shutil.copy(one / ROOT_DOCUMENT, place)
+    names = [f"sub-{number:05d}" for number in range(subjects)]
+    for name in names[:with_folders]:
+        shutil.copytree(one / "sub", place / name)
+    with (place / MANIFEST).open("w") as stream:
+        _write_seal(stream, ROOT_DOCUMENT, store.documents[ROOT_DOCUMENT])
+        for name in names:
+            _write_seal(stream, f"{name}/{ROOT_DOCUMENT}", store.documents[f"sub/{ROOT_DOCUMENT}"])
+            for record in store.records.values():
+                renamed = dataclasses.replace(record, subject=name)
+                stream.write(sealed_line(renamed.to_json()) + "\n")
+    shutil.rmtree(source)
+    shutil.rmtree(one)
+
+
+def _write_seal(stream: IO[str], document: str, seal: Any) -> None:
+    from zpatch.schema import sealed_line
+
+    line = sealed_line({"document": document, "bytes": seal.bytes, "checksum": seal.checksum})
+    stream.write(line + "\n")
+
+
+def _write_tiny_subject(folder: Path) -> None:
+    """An image of 16 x 16 x 16 voxels and a label map with three classes."""
+    import nibabel as nib
+
+    folder.mkdir(parents=True)
+    labels = (np.indices((16, 16, 16)).sum(axis=0) // 16).astype(np.uint8)
+    image = (np.arange(16) + 300 * labels.astype(np.int16)).astype(np.int16)
+    for name, voxels in (("t1", image), ("seg", labels)):
+        nifti = nib.Nifti1Image(voxels, np.eye(4))
+        nib.save(nifti, folder / f"{name}.nii.gz")

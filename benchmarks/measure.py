@@ -1,0 +1,124 @@
+"""How things are measured: alternating repetitions in one process, peak memory in a fresh one.
+
+This file is also what a fresh process runs: ``python -m benchmarks.measure module:function argument...``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+POLL_S = 0.02
+
+Run = Callable[[], object]
+
+
+def alternate(
+    contenders: Mapping[str, Run], repetitions: int, *, before_each: Run = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds that each takes, as A B C A B C ...: whatever else the machine does meets all of them.
+
+    ``before_each`` is not timed.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(repetitions):
+        for name, run in contenders.items():
+            before_each()
+            begin = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def times_as_long(those: Sequence[float], these: Sequence[float]) -> float:
+    """How many times as long those take as these: the median over the repetitions, pair by pair."""
+    return statistics.median(a / b for a, b in zip(those, these, strict=True))
+
+
+@contextlib.contextmanager
+def one_core() -> Iterator[None]:
+    """Keep this thread on one core."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(allowed)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+@dataclass(frozen=True, slots=True)
+class FreshRun:
+    """What a function did in a fresh process: its value, the tree's peak memory, and the whole time,
+    the interpreter's start and end included."""
+
+    value: Any
+    peak_bytes: int
+    seconds: float
+
+
+def in_fresh_process(function: str, *arguments: object) -> FreshRun:
+    """Call ``module:function`` of this package in a new process; arguments arrive as text."""
+    command = [sys.executable, "-m", "benchmarks.measure", function, *map(str, arguments)]
+    begin = time.perf_counter()
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        tree_bytes = _peak_of_tree(process)
+        assert process.stdout is not None
+        lines = process.stdout.read().splitlines()
+    seconds = time.perf_counter() - begin
+    if process.returncode:
+        raise RuntimeError(f"{function} ended with {process.returncode} in a fresh process")
+    answer = json.loads(lines[-1])
+    return FreshRun(answer["value"], max(answer["peak_bytes"], tree_bytes), seconds)
+
+
+def _peak_of_tree(process: subprocess.Popen[str]) -> int:
+    """The most that a process and its descendants together held, looked at every 20 ms.
+
+    The kernel's own high-water mark of the first process, exact, is taken where that is higher.
+    """
+    import psutil  # type: ignore[import-untyped]
+
+    peak = 0
+    root = psutil.Process(process.pid)
+    while process.poll() is None:
+        with contextlib.suppress(psutil.Error):
+            children = root.children(recursive=True)
+            if children:
+                peak = max(peak, sum(_proportional_bytes(p.pid) for p in (root, *children)))
+        time.sleep(POLL_S)
+    return peak
+
+
+def _proportional_bytes(pid: int) -> int:
+    """Memory of a process, pages that it shares counted by share; 0 once it has gone."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+
+
+def _high_water_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def _main(function: str, *arguments: str) -> None:
+    module, _, name = function.partition(":")
+    value = getattr(importlib.import_module(f"benchmarks.{module}"), name)(*arguments)
+    print(json.dumps({"value": value, "peak_bytes": _high_water_bytes()}))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
