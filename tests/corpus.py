@@ -160,7 +160,7 @@ def floats(*first: float, code: str = "<f4") -> NDArray[Any]:
     return voxels
 
 
-FLOAT32 = {"datatype": 16, "bitpix": 32}
+FLOAT32: dict[str, Any] = {"datatype": 16, "bitpix": 32}
 
 
 def zipped(data: bytes) -> bytes:

@@ -35,6 +35,7 @@ FLOORS = {
     ],
     "doors": [
         "gzip_files",
+        "nifti_affine",
         "nifti",
         "nifti_writer",
         "shards",

@@ -117,9 +117,9 @@ def check_fails_alone(kind: FileKind, folder: Path, code: int, stderr: str) -> N
 def test_a_broken_file_fails_its_own_case_in_one_line_and_no_other(
     kind: FileKind, source: Path, store: Path, run: Run
 ) -> None:
-    if kind.name == "unreadable_file" and os.geteuid() == 0:
-        pytest.skip("root reads everything")
     folder = between_good_ones(kind, source)
+    if kind.name == "unreadable_file" and os.access(folder / "t1.nii.gz", os.R_OK):
+        pytest.skip("root reads everything")
     code, _, stderr = run("convert", source, store)
     check_fails_alone(kind, folder, code, stderr)
     only_the_good_ones(store)

@@ -25,6 +25,7 @@ BUILT_INS: dict[str, type[Exception]] = {
     "PatchLocationError": IndexError,
     "SamplingError": ValueError,
     "QueueError": RuntimeError,
+    "WorkerError": RuntimeError,
     "ModelError": RuntimeError,
     "IncompleteCoverageError": ValueError,
     "MemoryLimitError": MemoryError,

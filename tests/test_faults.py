@@ -29,7 +29,7 @@ from test_scheduling import eventually, is_running, local_cluster
 import zpatch as zp
 import zpatch.cli
 from zpatch import schema
-from zpatch.errors import NotAStoreError, SourceError
+from zpatch.errors import SourceError
 from zpatch.schema import unsealed
 from zpatch.shards import close_shards
 from zpatch.store_writer import StoreWriter
@@ -414,7 +414,7 @@ def test_a_writer_killed_before_its_first_line_leaves_a_place_that_may_become_a_
 # Ctrl-C, a second writer
 
 
-def many_subjects(source: Path, folder: Path, count: int = 30) -> Path:
+def many_subjects(source: Path, folder: Path, count: int = 16) -> Path:
     for number in range(count):
         shutil.copytree(source / "sub-01", folder / f"sub-{number:03}", copy_function=os.link)
     return folder
@@ -455,7 +455,7 @@ def test_ctrl_c_stops_all_workers_and_the_same_command_finishes(
 ) -> None:
     if round_ and not full:
         pytest.skip("one moment in the quick run")
-    scans = many_subjects(source, tmp_path / "scans", 60)
+    scans = many_subjects(source, tmp_path / "scans", 40)
     with command("convert", scans, store, *OPTIONS, "--jobs", 2) as process:
         eventually(begun(process, store, 2 + 8 * round_), "some subjects")
         workers = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
@@ -467,8 +467,26 @@ def test_ctrl_c_stops_all_workers_and_the_same_command_finishes(
     assert not (store / schema.STAGING).exists()
     report = zp.verify(store)
     assert (report.damages, report.leftovers) == ((), ())
-    assert 0 < len(zp.Cohort(store)) < 60
+    assert 0 < len(zp.Cohort(store)) < 40
     assert zpatch.cli.run(["convert", str(scans), str(store), *OPTIONS, "--jobs", "2"]) == 0
+    assert_whole(store, undisturbed(scans, store))
+
+
+def test_a_writer_that_was_killed_is_no_second_writer_while_its_workers_end(
+    source: Path, store: Path, tmp_path: Path
+) -> None:
+    scans = many_subjects(source, tmp_path / "scans")
+    with command("convert", scans, store, *OPTIONS, "--jobs", 2) as first:
+        eventually(begun(first, store), "some subjects")
+        workers = psutil.Process(first.pid).children(recursive=True)
+        for worker in workers:
+            worker.suspend()
+        first.kill()
+        first.wait()
+        later = threading.Timer(0.5, lambda: [worker.resume() for worker in workers])
+        later.start()
+        assert zpatch.cli.run(["convert", str(scans), str(store), *OPTIONS, "--jobs", "2"]) == 0
+        later.join()
     assert_whole(store, undisturbed(scans, store))
 
 
@@ -507,7 +525,7 @@ def assert_clear(ran: Ran, store: Path, *texts: str) -> None:
 
 def finishes(run: Callable[..., Ran], source: Path, store: Path, expected: dict[str, Any]) -> None:
     assert_sound(store)
-    with contextlib.suppress(NotAStoreError):  # where not even the root document could be written
+    if (store / schema.MANIFEST).exists():  # else not even its first line could be written
         zp.Cohort(store)
     again = run(source, store)
     assert (again.code, again.err) == (0, "")
@@ -768,7 +786,7 @@ def test_two_jobs_give_the_same_bytes_as_one(source: Path, store: Path) -> None:
 def test_a_worker_killed_in_mid_run_costs_nothing(source: Path, store: Path, tmp_path: Path) -> None:
     scans = many_subjects(source, tmp_path / "scans")
     with command("convert", scans, store, *OPTIONS, "--jobs", 2) as process:
-        for subjects in (3, 12):
+        for subjects in (2, 8):
             eventually(begun(process, store, subjects), "some subjects")
             workers = psutil.Process(process.pid).children(recursive=True)
             with contextlib.suppress(IndexError, psutil.NoSuchProcess):
@@ -803,7 +821,7 @@ def test_a_cluster_of_which_a_worker_is_killed_gives_the_same_bytes(
         report = zp.convert(scans, store, chunk=8, scheduler=cluster.scheduler_address)
         killer.join()
     assert killed.is_set()
-    assert len(report.records) == 60
+    assert len(report.records) == 32
     assert_whole(store, undisturbed(scans, store))
 
 

@@ -25,10 +25,11 @@ from zpatch.conversion_plan import (
     nothing_converted,
     plan_conversion,
 )
-from zpatch.errors import NiftiError, SamplingError, SourceError, WorkerError
+from zpatch.errors import NiftiError, SamplingError, SourceError, WorkerError, one_line
 from zpatch.image_writer import ImageWriter, Shard
 from zpatch.layout import Layout
 from zpatch.manifest import Key
+from zpatch.memory import format_bytes
 from zpatch.nifti import NiftiFile, Warn
 from zpatch.orientation import Orientation
 from zpatch.pyramid import PyramidBuilder, plan_levels
@@ -200,8 +201,13 @@ def stage_case(task: CaseTask, progress: Progress) -> StagedCase:
     except BaseException as error:
         for folder in {folder for folder, _ in staged} | ({stage.folder} if stage else set()):
             shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, MemoryError):
+            error = SourceError(
+                f"{image.file.path}: {format_bytes(image.slab_bytes)} of it at once do not fit in memory; "
+                f"use a machine with more"
+            )
         if isinstance(error, SourceError | SamplingError):
-            return StagedCase(failure=Failure(task.case.case.subject, str(error)))
+            return StagedCase(failure=Failure(task.case.case.subject, one_line(error)))
         raise
     return StagedCase(tuple(staged))
 
@@ -215,7 +221,7 @@ def _stage_image(image: PlannedImage, task: CaseTask, stage: StagedImage, progre
     with ThreadPoolExecutor(1, thread_name_prefix="zpatch-fingerprint") as pool:
         fingerprint = pool.submit(nifti.fingerprint, image.source.path, task.folder)
         _stream(image, record, writer, warnings.append, progress)
-        record = writer.finish(file.raw_header, warnings, source=fingerprint.result())
+        record = writer.finish(nifti.read_header(file.path).raw_header, warnings, source=fingerprint.result())
     if task.options.strict and record.warnings:
         raise SourceError(f"{file.path}: {record.warnings[0]} (--strict)")
     return record
@@ -296,9 +302,11 @@ def label_dtype(file: NiftiFile, layout: Layout) -> np.dtype[Any]:
     Floats are read twice: once to see that all are integral and how large, once to store them.
     """
     if file.colours > 1 or file.dtype.kind == "c":
-        raise NiftiError(f"{file.path}: a label map cannot have voxels of type {file.dtype}")
+        raise NiftiError(
+            f"{file.path}: a label map cannot have voxels of type {file.dtype}; save it as integers"
+        )
     if not float(file.slope).is_integer() or not float(file.inter).is_integer():
-        raise NiftiError(f"{file.path}: a label map cannot have the slope {file.slope:g}")
+        raise NiftiError(f"{file.path}: a label map cannot have the slope {file.slope:g}; save it unscaled")
     if file.dtype.kind != "f":
         return file.channel_dtype
     low = high = 0.0
@@ -317,4 +325,4 @@ def label_dtype(file: NiftiFile, layout: Layout) -> np.dtype[Any]:
         limits = np.iinfo(code)
         if limits.min <= low and high <= limits.max:
             return np.dtype(code)
-    raise NiftiError(f"{file.path}: label values from {low:g} to {high:g} fit no integer type")
+    raise NiftiError(f"{file.path}: label values from {low:g} to {high:g} fit no integer type; relabel it")

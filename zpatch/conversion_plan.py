@@ -16,7 +16,7 @@ import numpy as np
 
 from zpatch import nifti
 from zpatch.discovery import Case, SourceImage, discover
-from zpatch.errors import OptionError, SourceError
+from zpatch.errors import OptionError, SourceError, one_line
 from zpatch.geometry import max_corner_distance, spacing_mm
 from zpatch.layout import CHUNK_VOXELS, SHARD_BYTES, Layout, plan_layout
 from zpatch.manifest import Key
@@ -246,7 +246,7 @@ def plan_conversion(
         try:
             planned.append(_plan_case(case, options))
         except SourceError as error:
-            failures.append(Failure(case.subject, str(error)))
+            failures.append(Failure(case.subject, one_line(error)))
     plan = ConversionPlan(
         source=source,
         folder=found.folder,
@@ -309,6 +309,7 @@ def _plan_image(subject: str, image: SourceImage, options: ConvertOptions) -> Pl
         colours=file.colours,
     )
     turn = AS_STORED if options.orient is None else nifti.orientation_to(file.affine, options.orient)
+    file = dataclasses.replace(file, raw_header=b"")  # up to 64 MiB each; read again when its turn comes
     return PlannedImage(subject, image, file, layout, turn, file.warnings)
 
 

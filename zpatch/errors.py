@@ -29,6 +29,16 @@ import difflib
 from collections.abc import Iterable
 
 
+def one_line(error: BaseException) -> str:
+    r"""What an error says, on one line and without what a terminal would act on.
+
+    >>> one_line(ValueError("a\nb\x1b[2J"))
+    'a b\\x1b[2J'
+    """
+    text = " ".join(line.strip() for line in str(error).splitlines())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class ZpatchError(Exception):
     """Base of all errors of zpatch."""
 

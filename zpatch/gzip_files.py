@@ -35,7 +35,7 @@ def is_gzip(path: Path) -> bool:
         with path.open("rb") as stream:
             return stream.read(2) == _MAGIC
     except OSError as error:
-        raise NiftiError(f"{path}: it cannot be read ({error.strerror})") from None
+        raise NiftiError(f"{path}: it cannot be read ({error.strerror}); restore the file") from None
 
 
 @contextlib.contextmanager
@@ -47,7 +47,7 @@ def open_bytes(path: Path, *, compressed: bool) -> Iterator[IO[bytes]]:
     except _BROKEN as error:
         raise NiftiError(f"{path}: broken gzip data ({error}); copy the file again") from None
     except OSError as error:
-        raise NiftiError(f"{path}: it cannot be read ({error.strerror})") from None
+        raise NiftiError(f"{path}: it cannot be read ({error.strerror}); restore the file") from None
 
 
 def gzip_writer(stream: IO[bytes]) -> Any:

@@ -76,6 +76,8 @@ def read_table(file: Path) -> tuple[list[str], list[tuple[int, Row]]]:
 
 
 def _text_of(file: Path) -> str:
+    if file.exists() and not (file.is_file() or file.is_dir()):
+        raise SourceError(f"{file}: it is no regular file; save the list as one")
     try:
         return file.read_text(encoding="utf-8-sig")
     except OSError as error:

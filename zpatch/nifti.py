@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import math
@@ -16,21 +15,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zpatch.errors import NiftiError, OptionError
-from zpatch.geometry import Affine, max_corner_distance
+from zpatch.geometry import Affine
 from zpatch.gzip_files import is_gzip, open_bytes
 from zpatch.layout import Layout
 from zpatch.memory import format_bytes
+from zpatch.nifti_affine import best_affine
 from zpatch.orientation import Orientation
 from zpatch.schema import Source, padded_to_4d
 
 SUFFIXES = (".nii", ".nii.gz", ".hdr")
 MAX_HEADER_BYTES = 64 * 2**20
-MAX_FORM_VOXELS = 0.01
+MAX_TRAILING_BYTES = 64 * 2**20
+MAX_GZIP_RATIO = 1032  # of deflate: 258 bytes from 2 bits
 READ_BYTES = 2**20
 
 _NIFTI1_BYTES, _NIFTI2_BYTES = 348, 540
 _EXTENSION_FLAG_BYTES = 4
-_TIME_UNITS = ("sec", "msec", "usec")
+_SPATIAL_UNITS = {1: "meter", 2: "millimeter", 3: "micrometer"}  # xyzt_units modulo 8
+_TIME_UNITS = (8, 16, 24)
+_MAGICS = {_NIFTI1_BYTES: (b"n+1", b"ni1"), _NIFTI2_BYTES: (b"n+2", b"ni2")}
+_LINE_ENDS = ([13, 10, 26, 10], [0, 0, 0, 0])
+_SIGNATURES = {
+    b"": ("it is empty", "copy the file again"),
+    b"/annex/objects/": ("it is a git-annex pointer", "fetch the file with 'git annex get'"),
+    b"version https://git-lfs": ("it is a git-lfs pointer", "fetch the file with 'git lfs pull'"),
+}
+_LEAVE_OUT = "replace it, or leave it out with --exclude"
+_REPAIR = "repair its header, or copy the file again"
 _TRAILING = "{} trailing bytes after the last voxel"
 
 Warn = Callable[[str], None]
@@ -141,10 +152,16 @@ class NiftiFile:
         return raw
 
     def _drain(self, stream: IO[bytes], warn: Warn) -> None:
-        trailing = 0
-        while rest := stream.read(2**20):
+        """Read gzip data to their end, but not without end."""
+        trailing, limit = 0, max(self.voxel_bytes, MAX_TRAILING_BYTES)
+        while self.compressed and (rest := stream.read(2**20)):
             trailing += len(rest)
-        if trailing and self.compressed:
+            if trailing > limit:
+                raise NiftiError(
+                    f"{self.voxel_path}: its gzip data go on for over {format_bytes(limit)} after its last "
+                    f"voxel; make the file anew"
+                )
+        if trailing:
             warn(_TRAILING.format(trailing))
 
 
@@ -194,26 +211,41 @@ def _parse(path: Path, stream: IO[bytes]) -> tuple[Any, bytes]:
     kinds = {_NIFTI1_BYTES: nib.Nifti1Header, _NIFTI2_BYTES: nib.Nifti2Header}
     kind = kinds.get(little) or kinds.get(big)
     if kind is None or len(raw) < _NIFTI1_BYTES:
-        raise NiftiError(f"{path}: it is not a NIfTI file (its first bytes are no NIfTI header)")
+        raise _not_nifti(path, raw, cut=kind is not None)
     length = little if little in kinds else big
     raw += stream.read(length - len(raw))
     if len(raw) < length:
         raise NiftiError(f"{path}: it ends inside its header; copy the file again")
     header: Any = kind(raw, endianness="<" if little in kinds else ">", check=False)
     magic = bytes(header["magic"].tobytes()).rstrip(b"\0")[:3]
+    if magic not in _MAGICS[length]:
+        raise NiftiError(f"{path}: it is not a NIfTI file (its magic is {magic!r}); {_LEAVE_OUT}")
+    if length == _NIFTI2_BYTES and header["eol_check"].tolist() not in _LINE_ENDS:
+        raise NiftiError(f"{path}: it was copied as text, which changes bytes; copy it again as binary")
+    is_pair = magic[:2] == b"ni"
     offset = float(header["vox_offset"])
-    if magic in (b"ni1", b"ni2"):
-        if not 0 <= offset <= MAX_HEADER_BYTES or offset % 1:
-            raise NiftiError(f"{path}: its voxels cannot start at byte {offset:g}, as its header says")
-        return header, raw + stream.read(MAX_HEADER_BYTES)
-    if magic not in (b"n+1", b"n+2"):
-        raise NiftiError(f"{path}: it is not a NIfTI file (its magic is {magic!r})")
-    if not length + _EXTENSION_FLAG_BYTES <= offset <= MAX_HEADER_BYTES or offset % 1:
-        raise NiftiError(f"{path}: its voxels cannot start at byte {offset:g}, as its header says")
+    least = 0 if is_pair else length + _EXTENSION_FLAG_BYTES
+    if not least <= offset <= MAX_HEADER_BYTES or offset % 1:
+        raise NiftiError(f"{path}: its voxels cannot start at byte {offset:g}, as its header says; {_REPAIR}")
+    if is_pair:
+        raw += stream.read(MAX_HEADER_BYTES)
+        if stream.read(1):
+            raise NiftiError(f"{path}: its header is over {format_bytes(MAX_HEADER_BYTES)} long; {_REPAIR}")
+        return header, raw
     raw += stream.read(int(offset) - length)
     if len(raw) < offset:
         raise NiftiError(f"{path}: it ends before its first voxel; copy the file again")
     return header, raw
+
+
+def _not_nifti(path: Path, raw: bytes, *, cut: bool) -> NiftiError:
+    """The error for a file that does not begin as NIfTI does, with what it is where that is known."""
+    if cut and len(raw) > 4:
+        return NiftiError(f"{path}: it ends inside its header; copy the file again")
+    for start, (what, advice) in _SIGNATURES.items():
+        if raw.startswith(start) and (start or not raw):
+            return NiftiError(f"{path}: {what}, so it is not a NIfTI file; {advice}")
+    return NiftiError(f"{path}: it is not a NIfTI file (its first bytes are no NIfTI header); {_LEAVE_OUT}")
 
 
 def _image_of_pair(path: Path) -> Path:
@@ -236,25 +268,24 @@ def _described(
     warnings: list[str] = []
     dims = tuple(int(n) for n in header["dim"][1 : 1 + max(int(header["dim"][0]), 0)])
     if not 1 <= int(header["dim"][0]) <= 7 or min(dims) < 1:
-        raise NiftiError(f"{path}: it declares impossible dimensions {header['dim'].tolist()}")
+        raise NiftiError(f"{path}: it declares impossible dimensions {header['dim'].tolist()}; {_REPAIR}")
     dtype = _voxel_type(path, header)
     needed = voxel_offset + math.prod(dims) * dtype.itemsize
-    if not compressed:
-        present = os.path.getsize(voxel_path)
-        if present < needed:
-            raise NiftiError(
-                f"{voxel_path}: it has {format_bytes(present)} where its header declares "
-                f"{format_bytes(needed)}; copy the file again"
-            )
-        if present > needed:
-            warnings.append(_TRAILING.format(present - needed))
+    present = os.path.getsize(voxel_path)
+    if present * (MAX_GZIP_RATIO if compressed else 1) < needed:
+        raise NiftiError(
+            f"{voxel_path}: it has {format_bytes(present)}{' of gzip data' if compressed else ''} where its "
+            f"header declares {format_bytes(needed)}; copy the file again"
+        )
+    if present > needed and not compressed:
+        warnings.append(_TRAILING.format(present - needed))
     if compressed != (voxel_path.suffix == ".gz"):
         warnings.append("its name does not fit its compression")
     if int(header["bitpix"]) != dtype.itemsize * 8:
         warnings.append(f"bitpix is {int(header['bitpix'])} for voxels of {dtype.itemsize * 8} bits")
-    affine, affine_source = _best_affine(path, header, preferred_affine, warnings)
+    affine, affine_source = best_affine(path, header, preferred_affine, warnings)
     slope, inter = _scaling(path, header, warnings)
-    space, time = header.get_xyzt_units()
+    units = int(header["xyzt_units"])
     return NiftiFile(
         path=path,
         voxel_path=voxel_path,
@@ -267,8 +298,8 @@ def _described(
         affine_source=affine_source,
         slope=slope,
         inter=inter,
-        has_time=time in _TIME_UNITS and len(dims) == 4,
-        spatial_unit={"mm": "millimeter", "meter": "meter", "micron": "micrometer"}.get(space),
+        has_time=units - units % 8 in _TIME_UNITS and len(dims) == 4,
+        spatial_unit=_SPATIAL_UNITS.get(units % 8),
         warnings=tuple(warnings),
     )
 
@@ -277,47 +308,10 @@ def _voxel_type(path: Path, header: Any) -> np.dtype[Any]:
     try:
         dtype: np.dtype[Any] = np.dtype(header.get_data_dtype())
     except (nibabel_module().spatialimages.HeaderDataError, KeyError):
-        raise NiftiError(f"{path}: unknown voxel type {int(header['datatype'])}") from None
+        raise NiftiError(f"{path}: unknown voxel type {int(header['datatype'])}; {_REPAIR}") from None
     if dtype.names is None and (dtype.kind not in "iufc" or dtype.itemsize > 8 * (1 + (dtype.kind == "c"))):
         raise NiftiError(f"{path}: voxels of type {dtype} are not supported; save it as float64")
     return dtype
-
-
-def _best_affine(path: Path, header: Any, preferred: str, warnings: list[str]) -> tuple[Affine, str]:
-    """The preferred affine, the other, or voxel sizes alone: nibabel's own order, where sform goes first."""
-    order = ("qform", "sform") if preferred == "qform" else ("sform", "qform")
-    found: dict[str, Affine] = {}
-    for name in order:
-        if int(header[f"{name}_code"]) <= 0:
-            continue
-        with contextlib.suppress(nibabel_module().spatialimages.HeaderDataError):
-            affine = np.asarray(getattr(header, f"get_{name}")(), dtype=np.float64)
-            if _usable(affine):
-                found[name] = affine
-                continue
-        warnings.append(f"its {name} is singular or not finite")
-    if found:
-        name = next(iter(found))
-        if len(found) == 2 and _differ(header, *found.values()):
-            warnings.append(f"its sform and its qform put voxels apart; its {name} is taken")
-        return found[name], name
-    if warnings and "form is singular" in warnings[-1]:
-        raise NiftiError(f"{path}: neither its sform nor its qform is usable; repair its header")
-    affine = np.asarray(header.get_base_affine(), dtype=np.float64)
-    warnings.append("it has neither sform nor qform: only voxel sizes are known")
-    if not _usable(affine):
-        warnings.append("a voxel size is zero, negative or not finite: taken as 1 mm")
-        affine = np.eye(4)
-    return affine, "pixdim"
-
-
-def _differ(header: Any, first: Affine, second: Affine) -> bool:
-    i, j, k = (int(n) for n in (*header["dim"][1:4], 1, 1)[:3])
-    return max_corner_distance(first, second, (i, j, k)) > MAX_FORM_VOXELS
-
-
-def _usable(affine: Affine) -> bool:
-    return bool(np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > 1e-12)
 
 
 def _scaling(path: Path, header: Any, warnings: list[str]) -> tuple[float, float]:
@@ -348,7 +342,7 @@ def fingerprint(path: Path, folder: Path) -> Source:
                     checksum.update(block)
         size, mtime_ns = _size_and_time(files)
     except OSError as error:
-        raise NiftiError(f"{path}: it cannot be read ({error.strerror})") from None
+        raise NiftiError(f"{path}: it cannot be read ({error.strerror}); restore the file") from None
     return Source(_told_from(folder, path), size, mtime_ns, checksum.hexdigest())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,10 +24,14 @@ _GEOMETRY_FIELDS = (
 
 
 def header_of(raw_header: bytes) -> Any:
-    """The nibabel header of raw header bytes, in its own byte order and with its extensions."""
+    """The nibabel header of raw header bytes, in its own byte order; its extensions stay behind, as
+    nibabel refuses a header whose extensions do not state their right size."""
     nib = nibabel_module()
-    kind = nib.Nifti2Header if _is_nifti2(raw_header) else nib.Nifti1Header
-    return kind.from_fileobj(io.BytesIO(raw_header), check=False)
+    kind, length = nib.Nifti1Header, _NIFTI1_BYTES
+    if _is_nifti2(raw_header):
+        kind, length = nib.Nifti2Header, _NIFTI2_BYTES
+    little = int.from_bytes(raw_header[:4], "little") == length
+    return kind(raw_header[:length], endianness="<" if little else ">", check=False)
 
 
 def single_file_header(raw_header: bytes) -> bytes:

@@ -42,7 +42,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 def check_name(name: str, what: str) -> None:
     """Refuse a subject or image name that could not be a folder everywhere."""
-    if not _NAME.fullmatch(name) or name in (ROOT_DOCUMENT, MANIFEST):
+    if not _NAME.fullmatch(name) or name.casefold() in (ROOT_DOCUMENT, MANIFEST):
         raise SourceError(
             f"{what} name {name!r} is not usable: it must start with a letter or digit and hold only "
             f"letters, digits, '.', '_' and '-' (at most 128), and not be a file of the store itself"

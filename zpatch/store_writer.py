@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any, Self
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +53,18 @@ def _is_vacant(path: Path) -> bool:
         return True
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
     return names <= _OWN_NAMES and (schema.ROOT_DOCUMENT not in names or is_store(path))
+
+
+# A forked worker lets go of its copy of the lock at once: a lock is its holder's alone, and ends with it.
+_held_locks: WeakSet[IO[str]] = WeakSet()
+
+
+def _let_go_of_locks() -> None:
+    for lock in _held_locks:
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_let_go_of_locks)
 
 
 @contextlib.contextmanager
@@ -169,9 +182,8 @@ class StoreWriter:
             folder.rename(target)
             _sync_folder(target.parent)
         append_lines(self._manifest, *(record.to_json() for _, record in images))
-        for (
-            folder
-        ) in aside:  # first out of the place where _put_back looks: half an image is none to put back
+        # First out of the place where _put_back looks: half an image is none to put back.
+        for folder in aside:
             shutil.rmtree(folder.rename(self.staging / uuid.uuid4().hex))
 
     def _put_back(self, records: Mapping[Key, ImageRecord]) -> None:
@@ -332,9 +344,11 @@ def _take_lock(path: Path) -> IO[str]:
         holder = lock.read().strip() or "another process"
         lock.close()
         raise StoreLockedError(f"{path}: {holder} is writing to it; wait until it has ended") from None
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-    lock.flush()
+    with writing_to(path):
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+    _held_locks.add(lock)
     return lock
 
 

@@ -24,6 +24,7 @@ from zpatch.schema import INDEX, FileSeal, ImageRecord, Json, padded_to_4d
 from zpatch.store import read_small_array
 
 MAX_REJECTIONS = 32
+MAX_LABELS = 2**20  # an index of so many takes about 700 MiB to build
 MIN_INTERIOR_SHARE = 0.05
 
 Masses = NDArray[Any]
@@ -163,6 +164,11 @@ class LabelIndexBuilder(IndexBuilder):
     def _add(self, value: int, chunk: int, count: int) -> None:
         if not -(2**63) <= value < 2**63:
             raise SourceError(f"{self._where}: the label value {value} does not fit 64 bits; relabel it")
+        if len(self._rows) >= MAX_LABELS and value not in self._rows:
+            raise SourceError(
+                f"{self._where}: it has over {MAX_LABELS} different values; say --label-pattern if this is "
+                f"no label map"
+            )
         chunks, counts = self._rows.setdefault(value, ([], []))
         chunks.append(chunk)
         counts.append(count)

@@ -192,7 +192,8 @@ class _BinnedValues:
         self._bins = np.zeros(2**16, dtype=np.int64)
 
     def update(self, block: NDArray[Any]) -> None:
-        values = block.astype(np.float64)
+        with np.errstate(invalid="ignore"):  # signalling NaN
+            values = block.astype(np.float64)
         if block.dtype.kind == "f" or block.dtype.kind == "c":
             finite = np.isfinite(values)
             if not finite.all():

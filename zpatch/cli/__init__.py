@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from zpatch import __version__
-from zpatch.errors import ZpatchError
+from zpatch.errors import ZpatchError, one_line
 
 COMMANDS = ("convert", "info", "verify", "export", "predict")
 
@@ -112,7 +112,9 @@ def run(arguments: list[str] | None = None) -> int:
         if state.get("verbose"):
             traceback.print_exc()
         known = isinstance(error, ZpatchError | OSError)
-        what = str(error) if known else f"unexpected {type(error).__name__}: {error} (see it whole with -v)"
-        click.echo(f"zpatch: error: {' '.join(what.split())}", err=True)
+        what = one_line(error)
+        if not known:
+            what = f"unexpected {type(error).__name__}: {what} (see it whole with -v)"
+        click.echo(f"zpatch: error: {what}", err=True)
         return EXIT_ERROR
     return code if isinstance(code, int) else 0
