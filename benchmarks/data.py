@@ -61,7 +61,8 @@ def tiny_cohort(folder: Path, subjects: int, with_folders: int) -> Path:
     """A store of many subjects with two images each, all copies of one that was converted.
 
     Every subject has its sealed lines in the manifest, which is all that opening reads; the first
-    ``with_folders`` have their folders too.
+    ``with_folders`` have their folders too. Beside it, ``cohort-source`` holds the files that they all came
+    from, for a conversion that finds nothing to do.
     """
     place = folder / "cohort"
     shutil.rmtree(place, ignore_errors=True)  # always anew: a kept one could be of an older format
@@ -185,10 +186,22 @@ def _write_cohort(place: Path, subjects: int, with_folders: int) -> None:
         for name in names:
             _write_seal(stream, f"{name}/{ROOT_DOCUMENT}", store.documents[f"sub/{ROOT_DOCUMENT}"])
             for record in store.records.values():
-                renamed = dataclasses.replace(record, subject=name)
+                path = f"{name}/{Path(record.source.path).name}"
+                came_from = dataclasses.replace(record.source, path=path)
+                renamed = dataclasses.replace(record, subject=name, source=came_from)
                 stream.write(sealed_line(renamed.to_json()) + "\n")
+    _link_sources(source / "sub", place.with_name("cohort-source"), names)
     shutil.rmtree(source)
     shutil.rmtree(one)
+
+
+def _link_sources(subject: Path, folder: Path, names: list[str]) -> None:
+    """The source files of all subjects: links to the same files, so that sizes and times fit the manifest."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        for file in subject.iterdir():
+            (folder / name / file.name).hardlink_to(file)
 
 
 def _write_seal(stream: IO[str], document: str, seal: Any) -> None:

@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 import zpatch as zp
+from zpatch import conversion, nifti
 from zpatch.conversion import run_conversion
 from zpatch.conversion_plan import ConversionPlan, ConvertOptions, plan_conversion
 from zpatch.errors import MemoryLimitError, OptionError, SourceError
@@ -498,3 +499,23 @@ def test_a_source_without_a_good_case_leaves_the_older_store_alone(source: Path,
     with pytest.raises(SourceError):
         zp.convert(source, store, overwrite=True)
     np.testing.assert_array_equal(only_image(store).data[0], volume(4, 5, 6))
+
+
+@pytest.mark.parametrize("stage", ["nifti.read_header", "label_dtype"])
+def test_an_error_that_nobody_foresaw_fails_its_own_case_only(
+    stage: str, source: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for subject in ("a", "b"):
+        save(source / subject / "seg.nii", volume(4, 5, 6).astype(np.uint8))
+    right = conversion.label_dtype if stage == "label_dtype" else nifti.read_header
+
+    def odd(file: Any, *rest: Any, **options: Any) -> Any:
+        if "b" in getattr(file, "path", file).parts:
+            raise ZeroDivisionError("odd")
+        return right(file, *rest, **options)
+
+    monkeypatch.setattr(f"zpatch.{'conversion.' if stage == 'label_dtype' else ''}{stage}", odd)
+    report = zp.convert(source, store)
+    assert [record.subject for record in report.records] == ["a"]
+    [failure] = report.failures
+    assert failure.reason.startswith(f"{source / 'b' / 'seg.nii'}: unexpected ZeroDivisionError: odd; leave")

@@ -24,8 +24,9 @@ from zpatch.conversion_plan import (
     PlannedImage,
     nothing_converted,
     plan_conversion,
+    unexpected,
 )
-from zpatch.errors import NiftiError, SamplingError, SourceError, WorkerError, one_line
+from zpatch.errors import NiftiError, SamplingError, SourceError, StoreError, WorkerError, one_line
 from zpatch.image_writer import ImageWriter, Shard
 from zpatch.layout import Layout
 from zpatch.manifest import Key
@@ -126,8 +127,8 @@ def convert(
 
     ``options`` are the fields of ConvertOptions. A store that is there already is gone on with: only what is
     missing or changed is converted; ``overwrite`` starts over. Cases are converted in local processes, or
-    on the Dask cluster at ``scheduler``. A case whose files are bad is left out and
-    listed in the report; a SourceError says that none is good.
+    on the Dask cluster at ``scheduler``. A case whose files are bad is left out and listed in the report; a
+    SourceError says that none is good.
     """
     chosen = ConvertOptions.of(**options)
     target = Path(store)
@@ -156,8 +157,11 @@ def run_conversion(
     for outcome in outcomes:
         on_case(outcome)
     attributes = {"tool": TOOL_VERSION, "source": str(plan.source)}
-    opened = StoreWriter.create(store, attributes, overwrite=True) if overwrite else None
-    with opened or StoreWriter.resume(store, attributes) as writer:
+    if overwrite:
+        opened = StoreWriter.create(store, attributes, overwrite=True)
+    else:
+        opened = StoreWriter.resume(store, attributes)
+    with opened as writer:
         tasks = [CaseTask(case, plan.options, plan.folder, writer.staging) for case in plan.cases]
         results = run_tasks(
             stage_case,
@@ -208,6 +212,8 @@ def stage_case(task: CaseTask, progress: Progress) -> StagedCase:
             )
         if isinstance(error, SourceError | SamplingError):
             return StagedCase(failure=Failure(task.case.case.subject, one_line(error)))
+        if isinstance(error, Exception) and not isinstance(error, StoreError):
+            return StagedCase(failure=unexpected(task.case.case, error))  # the other cases go on
         raise
     return StagedCase(tuple(staged))
 

@@ -247,6 +247,8 @@ def plan_conversion(
             planned.append(_plan_case(case, options))
         except SourceError as error:
             failures.append(Failure(case.subject, one_line(error)))
+        except Exception as error:  # a header may be odd in a way that nobody has seen: the others go on
+            failures.append(unexpected(case, error))
     plan = ConversionPlan(
         source=source,
         folder=found.folder,
@@ -281,6 +283,13 @@ def _is_unchanged(case: Case, done: Mapping[Key, ImageRecord], folder: Path) -> 
         if not nifti.has_fingerprint(image.path, record.source, folder):
             return False
     return True
+
+
+def unexpected(case: Case, error: Exception) -> Failure:
+    """The failure of a case by an error that nobody foresaw."""
+    files = ", ".join(str(image.path) for image in case.images)
+    what = f"unexpected {type(error).__name__}: {one_line(error)}"
+    return Failure(case.subject, f"{files}: {what}; leave the case out with --exclude, and report it")
 
 
 def nothing_converted(source: Path, failures: Sequence[Failure]) -> SourceError:

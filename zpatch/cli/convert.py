@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -163,6 +164,7 @@ def convert_command(
     if dry_run:
         _print_plan(plan, json)
         return EXIT_SOME_FAILED if plan.failures else 0
+    started = time.monotonic()
     with CaseReport(report) as lines, Progress("converting", plan.voxel_bytes) as progress:
         done = run_conversion(
             plan,
@@ -175,7 +177,7 @@ def convert_command(
     if json:
         print_json(done.to_json())
     else:
-        _print_summary(done)
+        _print_summary(done, time.monotonic() - started)
     return EXIT_SOME_FAILED if done.failures else 0
 
 
@@ -219,17 +221,26 @@ def _print_plan(plan: ConversionPlan, json: bool) -> None:
         click.echo(f"will be left out: {failure.subject}: {failure.reason}", err=True)
 
 
-def _print_summary(report: ConversionReport) -> None:
-    for record in report.records:
-        for warning in record.warnings:
-            say(f"warning: {record.subject}/{record.image}: {warning}")
+def _print_summary(report: ConversionReport, elapsed_s: float) -> None:
+    warned = [(r.subject, r.image, warning) for r in report.records for warning in r.warnings]
+    for subject, image, warning in warned:
+        say(f"warning: {subject}/{image}: {warning}")
     voxels = sum(record.voxel_bytes for record in report.records)
     stored = sum(record.stored_bytes for record in report.records)
-    subjects = len({record.subject for record in report.records})
-    failed = f"; {len(report.failures)} subjects failed" if report.failures else ""
-    already = f"; {len(report.done)} subjects were there already" if report.done else ""
-    say(
-        f"{subjects} subjects, {len(report.records)} images, {format_bytes(voxels)} of voxels in "
-        f"{format_bytes(stored)}{failed}{already}"
-    )
+    converted = len(report.outcomes) - len(report.failures)
+    rows: list[tuple[str, ...]] = [
+        ("", "subjects", "images", "voxels", "stored", "ratio", "per second"),
+        (
+            "converted",
+            str(converted),
+            str(len(report.records)),
+            format_bytes(voxels),
+            format_bytes(stored),
+            f"{voxels / max(stored, 1):.1f}",
+            format_bytes(voxels / max(elapsed_s, 1e-9)),
+        ),
+    ]
+    others = {"there already": len(report.done), "failed": len(report.failures), "warnings": len(warned)}
+    rows += [(what, str(count), "", "", "", "", "") for what, count in others.items() if count]
+    say(table(rows))
     click.echo(report.store)
