@@ -41,6 +41,7 @@ FLOORS = {
         "shards",
         "manifest",
         "store",
+        "store_lock",
         "store_writer",
         "scheduling",
         "cases",

@@ -533,13 +533,14 @@ def finishes(run: Callable[..., Ran], source: Path, store: Path, expected: dict[
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("part", range(4))
 def test_a_disk_that_is_full_at_any_new_file_is_one_clear_line_and_a_rerun_finishes(
-    harm: Harm, source: Path, store: Path, full: bool
+    harm: Harm, source: Path, store: Path, full: bool, part: int
 ) -> None:
     expected = undisturbed(source, store)
     files = harm.convert(source, store, no_space_at=10**9).steps
     assert files > 80
-    for number in some(range(1, files + 1), full, 8):
+    for number in some(range(1 + part, files + 1, 4), full, 2):
         shutil.rmtree(store, ignore_errors=True)
         ran = harm.convert(source, store, no_space_at=number)
         assert_clear(ran, store, "No space left on device")
@@ -808,9 +809,7 @@ def test_a_cluster_of_which_a_worker_is_killed_gives_the_same_bytes(
 
     def kill_one(address: str) -> None:
         manifest = store / schema.MANIFEST
-        eventually(
-            lambda: manifest.exists() and manifest.read_bytes().count(b'"image"') > 10 * moment, "some"
-        )
+        eventually(lambda: manifest.exists() and manifest.read_bytes().count(b'"image"') > 6 * moment, "some")
         workers = [child for child in psutil.Process().children(recursive=True) if is_worker(child)]
         workers[moment % len(workers)].kill()
         killed.set()

@@ -37,7 +37,8 @@ from zpatch.pyramid import PyramidBuilder, plan_levels
 from zpatch.scheduling import Progress, read_ahead, run_tasks
 from zpatch.schema import MANIFEST, ImageRecord, Json, padded_to_4d
 from zpatch.store import open_store
-from zpatch.store_writer import StagedImage, StoreWriter, check_can_create, writing_to
+from zpatch.store_lock import writing_to
+from zpatch.store_writer import StagedImage, StoreWriter, check_can_create
 
 TOOL_VERSION = f"zpatch {version('zpatch')}"
 INTEGRAL_DTYPES = ("u1", "i1", "u2", "i2", "u4", "i4", "i8")

@@ -7,9 +7,11 @@ They are idempotent: one whose worker was killed is simply run again.
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import threading
 import uuid
@@ -20,6 +22,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 from zpatch.errors import OptionError, WorkerError
 
@@ -35,6 +38,7 @@ MAX_DEATHS = 4
 POLL_S = 0.2
 CLUSTER_TIMEOUT_S = 30
 IN_FLIGHT_PER_THREAD = 2
+PROTOCOLS = ("tcp", "tls", "ucx", "ws", "wss")  # of dask.distributed
 
 
 def run_graph(graph: dict[str, Any], key: str, scheduler: Scheduler = "sync") -> Any:
@@ -103,7 +107,7 @@ def _in_processes(
     function: TaskFunction[Task, Result], tasks: Sequence[Task], jobs: int, progress: Progress
 ) -> Iterator[tuple[int, Result | WorkerError]]:
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    reported = _Reported(context.Value("q", 0), progress)
+    reported = _Reported(context.RawArray("q", len(tasks)), progress)
     deaths = [0] * len(tasks)
     waiting = deque(range(len(tasks)))
     while waiting:
@@ -111,11 +115,11 @@ def _in_processes(
         suspect = deaths[waiting[0]] > 0
         limit = 1 if suspect else jobs
         running: dict[Future[Result], int] = {}
-        with _worker_pool(context, limit, reported.counter) as pool:
+        with _worker_pool(context, limit, reported.amounts) as pool:
             try:
                 while running or (waiting and suspect == (deaths[waiting[0]] > 0)):
                     while waiting and len(running) < limit and suspect == (deaths[waiting[0]] > 0):
-                        future = pool.submit(_in_worker, function, tasks[waiting[0]])
+                        future = pool.submit(_in_worker, function, waiting[0], tasks[waiting[0]])
                         running[future] = waiting.popleft()
                     done, _ = wait(running, timeout=POLL_S, return_when=FIRST_COMPLETED)
                     reported.update()
@@ -138,25 +142,26 @@ def _given_up() -> WorkerError:
 
 
 class _Reported:
-    """Progress of all workers: they add to one counter, and this process tells what is new."""
+    """Progress of all tasks: each has a number of its own, which only its worker changes. There is no lock
+    that a worker could be killed with."""
 
-    def __init__(self, counter: Any, progress: Progress) -> None:
-        self.counter = counter
+    def __init__(self, amounts: Any, progress: Progress) -> None:
+        self.amounts = amounts
         self._progress = progress
         self._told = 0
 
     def update(self) -> None:
-        now = self.counter.value
+        now = sum(self.amounts)
         if now > self._told:
             self._progress(now - self._told)
             self._told = now
 
 
 @contextlib.contextmanager
-def _worker_pool(context: Any, workers: int, counter: Any) -> Iterator[ProcessPoolExecutor]:
+def _worker_pool(context: Any, workers: int, amounts: Any) -> Iterator[ProcessPoolExecutor]:
     """Processes that end with this one, and at once when the block is left early."""
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (counter,))
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (amounts,))
     try:
         yield pool
     except BaseException:
@@ -167,12 +172,12 @@ def _worker_pool(context: Any, workers: int, counter: Any) -> Iterator[ProcessPo
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-_counter: Any = None
+_amounts: Any = None
 
 
-def _start_worker(counter: Any) -> None:
-    global _counter
-    _counter = counter
+def _start_worker(amounts: Any) -> None:
+    global _amounts
+    _amounts = amounts
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it and decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -184,13 +189,13 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _in_worker(function: TaskFunction[Task, Result], task: Task) -> Result:
-    return function(task, _count)
+def _in_worker(function: TaskFunction[Task, Result], number: int, task: Task) -> Result:
+    _amounts[number] = 0
 
+    def count(amount: int) -> None:
+        _amounts[number] += amount
 
-def _count(amount: int) -> None:
-    with _counter.get_lock():
-        _counter.value += amount
+    return function(task, count)
 
 
 def _on_cluster(
@@ -206,8 +211,9 @@ def _on_cluster(
         raise OptionError("--scheduler needs dask.distributed; pip install 'zpatch[distributed]'") from None
     where = {"scheduler_file": scheduler} if Path(scheduler).is_file() else {"address": scheduler}
     try:
+        _check_answers(scheduler)
         client = Client(**where, timeout=CLUSTER_TIMEOUT_S, set_as_default=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise OptionError(f"no Dask scheduler answers at {scheduler!r} ({error})") from None
     with client:
         _check_same_folder(client, folder)
@@ -233,6 +239,18 @@ def _on_cluster(
             yield numbers.pop(future), result
             if waiting:
                 completed.add(submit())
+
+
+def _check_answers(scheduler: str) -> None:
+    """Knock first: a Client that fails to connect may lock up the interpreter when it is collected."""
+    address = scheduler
+    if Path(scheduler).is_file():
+        address = json.loads(Path(scheduler).read_text())["address"]
+    place = urlsplit(address)
+    if place.scheme not in PROTOCOLS or not place.hostname:
+        raise ValueError("an address is like tcp://host:8786")
+    if place.scheme in ("tcp", "tls") and place.port:
+        socket.create_connection((place.hostname, place.port), CLUSTER_TIMEOUT_S).close()
 
 
 def _on_worker(function: TaskFunction[Task, Result], task: Task) -> Result:

@@ -6,30 +6,27 @@ An image is written under ``.staging``, synced, renamed into place, and only the
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
-import socket
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any, Self
-from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
 
 from zpatch import schema
-from zpatch.errors import StoreError, StoreExistsError, StoreLockedError, ZpatchError
+from zpatch.errors import StoreExistsError
 from zpatch.manifest import Key, append_lines, read_manifest
 from zpatch.schema import FileSeal, ImageRecord, Json
 from zpatch.shards import close_shards, write_shard
 from zpatch.store import TOOL, is_store, root_attributes, sharded_array
+from zpatch.store_lock import take_lock, writing_to
 
 _OWN_NAMES = {schema.LOCK, schema.STAGING, schema.ROOT_DOCUMENT, f"{schema.ROOT_DOCUMENT}.partial"}
 
@@ -55,32 +52,6 @@ def _is_vacant(path: Path) -> bool:
     return names <= _OWN_NAMES and (schema.ROOT_DOCUMENT not in names or is_store(path))
 
 
-# A forked worker lets go of its copy of the lock at once: a lock is its holder's alone, and ends with it.
-_held_locks: WeakSet[IO[str]] = WeakSet()
-
-
-def _let_go_of_locks() -> None:
-    for lock in _held_locks:
-        lock.close()
-
-
-os.register_at_fork(after_in_child=_let_go_of_locks)
-
-
-@contextlib.contextmanager
-def writing_to(store: Path) -> Iterator[None]:
-    """Whatever the disk says, a full one above all, becomes an error that names the store."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, ZpatchError):
-            raise
-        raise StoreError(
-            f"{store}: it cannot be written to ({error.strerror or error}); "
-            f"see to its disk, then run the same command again"
-        ) from error
-
-
 class StoreWriter:
     """The one writer of a store: a context manager that holds its lock and clears staging at its end."""
 
@@ -104,7 +75,7 @@ class StoreWriter:
     def create(cls, path: Path, attributes: Json, *, overwrite: bool = False) -> Self:
         """Make a new store and take its lock; with ``overwrite`` in the place of an older one."""
         check_can_create(path, overwrite=overwrite)
-        lock = _take_lock(path)
+        lock = take_lock(path)
         try:
             with writing_to(path):
                 _clear(path)
@@ -129,7 +100,7 @@ class StoreWriter:
         own_attributes = root_attributes(path)
         if "prediction" in own_attributes:
             raise StoreExistsError(f"{path}: it holds predictions; to convert, choose another name")
-        lock = _take_lock(path)
+        lock = take_lock(path)
         try:
             with writing_to(path):
                 manifest = read_manifest(path / schema.MANIFEST)
@@ -166,7 +137,11 @@ class StoreWriter:
         An image that is there already is moved aside until the new one's line is written.
         """
         with writing_to(self.path):
-            self._commit(images)
+            try:
+                self._commit(images)
+            except BaseException:
+                self._undo(images)
+                raise
 
     def _commit(self, images: Sequence[tuple[Path, ImageRecord]]) -> None:
         aside = []
@@ -185,6 +160,14 @@ class StoreWriter:
         # First out of the place where _put_back looks: half an image is none to put back.
         for folder in aside:
             shutil.rmtree(folder.rename(self.staging / uuid.uuid4().hex))
+
+    def _undo(self, images: Sequence[tuple[Path, ImageRecord]]) -> None:
+        """Take out what was moved in, unless its line was written."""
+        records = read_manifest(self._manifest).records
+        for _, record in images:
+            if (record.subject, record.image) not in records:
+                shutil.rmtree(self.path / record.subject / record.image, ignore_errors=True)
+        self._put_back(records)
 
     def _put_back(self, records: Mapping[Key, ImageRecord]) -> None:
         """Undo replacements whose line was not written."""
@@ -329,27 +312,6 @@ def _write_array_metadata(folder: Path, record: ImageRecord, level: int) -> None
 def _group_document(attributes: Json) -> bytes:
     document = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
     return json.dumps(document, indent=2, allow_nan=False).encode()
-
-
-def _take_lock(path: Path) -> IO[str]:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(f"{path}: it cannot be made ({error.strerror})") from None
-    lock = (path / schema.LOCK).open("a+")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.seek(0)
-        holder = lock.read().strip() or "another process"
-        lock.close()
-        raise StoreLockedError(f"{path}: {holder} is writing to it; wait until it has ended") from None
-    with writing_to(path):
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
-    _held_locks.add(lock)
-    return lock
 
 
 def _clear(path: Path) -> None:

@@ -150,6 +150,7 @@ def _missing_subjects(store: Store) -> list[str]:
 
 def _leftovers(store: Store) -> list[str]:
     known = {subject for subject, _ in store.records}
+    known |= {document.rpartition("/")[0] for document in store.documents}
     images = {f"{subject}/{image}" for subject, image in store.records}
     found = []
     for folder in sorted(entry for entry in store.path.iterdir() if entry.is_dir()):
