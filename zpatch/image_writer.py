@@ -32,13 +32,15 @@ class ImageWriter:
         self._shards = padded_to_4d(record.shards)
         self._statistics = VoxelStatistics(np.dtype(record.dtype))
         self._index = index_builder(record, where)
+        self._counter = ThreadPoolExecutor(1, thread_name_prefix="zpatch-statistics")
 
     def write_shard(self, shard: Shard, voxels: NDArray[Any]) -> None:
         """Write one shard, whole: ``voxels`` is (c, z, y, x), clipped to the image."""
         # Counting and compressing each leave the interpreter free for much of their time.
-        with ThreadPoolExecutor(1, thread_name_prefix="zpatch-statistics") as pool:
-            counted = pool.submit(self._count, shard, voxels)
+        counted = self._counter.submit(self._count, shard, voxels)
+        try:
             self.stage.write_shard(self.record, shard, voxels)
+        finally:
             counted.result()
 
     def _count(self, shard: Shard, voxels: NDArray[Any]) -> None:
@@ -50,6 +52,7 @@ class ImageWriter:
         self, raw_header: bytes, warnings: Sequence[str] = (), source: Source | None = None
     ) -> ImageRecord:
         """Write all but the voxels, and return the record with statistics and seals."""
+        self._counter.shutdown()
         stats = self._statistics.result(self.record.slope, self.record.inter)
         stats |= self._index.statistics()
         self.stage.write_raw_header(raw_header)
