@@ -237,9 +237,11 @@ def take_one() -> None:
             raise RuntimeError("enough")
 
 
+# A test run in the background may have been told to ignore SIGINT, and its children with it.
 PARENT = """
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from test_scheduling import run, wait_long
 run(wait_long, [Path(sys.argv[1], name) for name in "abc"], jobs=2)
 """

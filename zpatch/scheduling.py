@@ -218,27 +218,32 @@ def _on_cluster(
     with client:
         _check_same_folder(client, folder)
         run = uuid.uuid4().hex[:8]
-        waiting = deque(range(len(tasks)))
         numbers: dict[Any, int] = {}
 
-        def submit() -> Any:
-            number = waiting.popleft()
-            key = f"{names[number]}-{run}"
+        def submit(number: int, attempt: str) -> Any:
+            key = f"{names[number]}-{run}-{attempt}"
             future = client.submit(_on_worker, function, tasks[number], key=key, pure=False)
             numbers[future] = number
             return future
 
+        waiting = deque(range(len(tasks)))
+        suspects: list[int] = []
         most = IN_FLIGHT_PER_THREAD * max(1, sum(client.nthreads().values()))
-        completed = as_completed([submit() for _ in range(min(most, len(tasks)))], loop=client.loop)
+        first = [submit(waiting.popleft(), "together") for _ in range(min(most, len(tasks)))]
+        completed = as_completed(first, loop=client.loop)
         for future in completed:
-            result: Result | WorkerError
+            number = numbers.pop(future)
             try:
-                result = future.result()
+                yield number, future.result()
             except KilledWorker:
-                result = _given_up()
-            yield numbers.pop(future), result
+                suspects.append(number)
             if waiting:
-                completed.add(submit())
+                completed.add(submit(waiting.popleft(), "together"))
+        for number in suspects:  # each alone: only now is a death its own fault
+            try:
+                yield number, submit(number, "alone").result()
+            except KilledWorker:
+                yield number, _given_up()
 
 
 def _check_answers(scheduler: str) -> None:
