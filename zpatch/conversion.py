@@ -27,6 +27,7 @@ from zpatch.conversion_plan import (
     unexpected,
 )
 from zpatch.errors import NiftiError, SamplingError, SourceError, StoreError, WorkerError, one_line
+from zpatch.grid import chunk_counts
 from zpatch.image_writer import ImageWriter, Shard
 from zpatch.layout import Layout
 from zpatch.manifest import Key
@@ -295,8 +296,7 @@ def _shards_of(
     """
     slowest = record.orientation.slowest
     shards = padded_to_4d(record.shards)[1:]
-    counts = [-(-n // s) for n, s in zip(voxels.shape[1:], shards, strict=True)]
-    for position in itertools.product(*map(range, counts)):
+    for position in itertools.product(*map(range, chunk_counts(voxels.shape[1:], shards))):
         tile = tuple(slice(p * s, (p + 1) * s) for p, s in zip(position, shards, strict=True))
         place = list(position)
         place[slowest] = row[1]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zpatch.grid import covering_chunks
+from zpatch.grid import chunk_counts, covering_chunks
 from zpatch.schema import ImageRecord, Json, Source, padded_to_4d
 from zpatch.store_writer import StagedImage
 from zpatch.voxel_index import index_builder
@@ -90,7 +90,7 @@ class WriteUnits:
         low = np.array([(0, *first)], dtype=np.int64)
         high = low + np.array(voxels.shape)
         numbers, _ = covering_chunks(low, high, self._shape, self._shards)
-        grid = tuple(-(-n // s) for n, s in zip(self._shape, self._shards, strict=True))
+        grid = chunk_counts(self._shape, self._shards)
         for number in numbers.tolist():
             c, z, y, x = (int(n) for n in np.unravel_index(number, grid))
             self._fill((c, z, y, x), low[0], high[0], voxels)

@@ -26,7 +26,7 @@ from zpatch.grid import PatchGrid
 from zpatch.image import Image
 from zpatch.reader import check_padding_mode
 from zpatch.reduction import Reduction, check_reduction, kind_of, reduce_channels
-from zpatch.scheduling import read_ahead
+from zpatch.scheduling import Progress, read_ahead
 from zpatch.store import read_small_array
 from zpatch.store_writer import StoreWriter, check_can_create
 from zpatch.volume_sink import ImageSink
@@ -35,7 +35,6 @@ READ_TOGETHER = 8
 DEFAULT_OUTPUT = "prediction"
 
 Model = Callable[[torch.Tensor], Any]
-Progress = Callable[[int], None]
 
 
 def load_model(spec: str) -> Model:

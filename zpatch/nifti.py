@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import os
@@ -21,7 +20,7 @@ from zpatch.layout import Layout
 from zpatch.memory import format_bytes
 from zpatch.nifti_affine import best_affine
 from zpatch.orientation import Orientation
-from zpatch.schema import Source, padded_to_4d
+from zpatch.schema import Source, new_digest, padded_to_4d
 
 SUFFIXES = (".nii", ".nii.gz", ".hdr")
 MAX_HEADER_BYTES = 64 * 2**20
@@ -333,7 +332,7 @@ def fingerprint(path: Path, folder: Path) -> Source:
 
     Of a .hdr/.img pair both files count.
     """
-    checksum = hashlib.blake2b(digest_size=16)
+    checksum = new_digest()
     try:
         files = _files_of(path)
         for file in files:

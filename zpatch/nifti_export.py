@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,11 @@ from zpatch.errors import OptionError, StoreExistsError, UnknownNameError
 from zpatch.layout import SHARD_BYTES
 from zpatch.nifti_writer import header_of, single_file_header, write_nifti
 from zpatch.reader import read_regions
+from zpatch.scheduling import Progress
 from zpatch.schema import ImageRecord, padded_to_4d
 from zpatch.store import Store, open_store, read_small_array, sharded_array
 
 SUFFIXES = (".nii", ".nii.gz")
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,9 +80,14 @@ def check_codec(name: str) -> None:
         raise OptionError(f"codec must be one of {', '.join(CODECS)}, not {name!r}")
 
 
+def new_digest(data: bytes = b"") -> hashlib.blake2b:
+    """The hash of the format, blake2b-128, to be fed bytes as they come."""
+    return hashlib.blake2b(data, digest_size=16)
+
+
 def digest(data: bytes) -> str:
     """blake2b-128 of some bytes, in hexadecimal."""
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+    return new_digest(data).hexdigest()
 
 
 def compact_json(value: Json) -> str:

@@ -7,7 +7,6 @@ Each chunk ends in a crc32c of its own (Zarr v3, sharding_indexed with the index
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import mmap
@@ -26,7 +25,7 @@ from numpy.typing import NDArray
 
 from zpatch.errors import DamageError
 from zpatch.grid import chunk_counts
-from zpatch.schema import CODECS, FileSeal
+from zpatch.schema import CODECS, FileSeal, new_digest
 
 CRC_BYTES = 4
 NO_CHUNK = 2**64 - 1
@@ -101,7 +100,7 @@ def write_shard(array: ShardedArray, shard: tuple[int, ...], voxels: Voxels) -> 
     file.parent.mkdir(parents=True, exist_ok=True)
     index = np.full((math.prod(array.chunks_per_shard), 2), NO_CHUNK, dtype="<u8")
     scratch = np.zeros(array.chunks, dtype=array.dtype)
-    seal = hashlib.blake2b(digest_size=16)
+    seal = new_digest()
     offset = 0
     with file.open("wb") as stream:
         for number, position in enumerate(itertools.product(*map(range, array.chunks_per_shard))):

@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from zpatch import schema
 from zpatch.errors import DamageError, StoreError
+from zpatch.scheduling import Progress
 from zpatch.schema import FileSeal, Json
 from zpatch.store import Store, open_store, store_of
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +134,7 @@ def _fault(file: Path, seal: FileSeal, *, quick: bool) -> str | None:
         if quick:
             return None
         with file.open("rb") as stream:
-            found = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+            found = hashlib.file_digest(stream, schema.new_digest).hexdigest()
     except FileNotFoundError:
         return "it is missing"
     except OSError as error:
