@@ -22,6 +22,8 @@ NOISE_HU = 22.0
 VOXEL_MM = (0.45, 0.45, 0.6)
 GZIP_LEVEL = 6  # as dcm2niix writes
 MEMBER_PLANES = 32
+HEADER_BYTES = 352
+COARSE_LABELS = 128  # label maps are made so fine, and their voxels repeated
 
 Shape = tuple[int, int, int]
 
@@ -34,6 +36,22 @@ def head(folder: Path, shape: Shape) -> Path:
 def long_volume(folder: Path, shape: Shape) -> Path:
     """The same, of any length at little cost: the head's middle planes over and over, a gzip member each."""
     return _once(folder / _name("long", shape), lambda place: _write_long(place, shape))
+
+
+def plain_head(folder: Path, shape: Shape) -> Path:
+    """The same uncompressed, in ``source/sub-01/ct.nii``, and beside it ``voxels.npy`` (z, y, x)."""
+    return _once(folder / _name("plain", shape), lambda place: _write_plain_head(place, shape))
+
+
+def label_map(folder: Path, side: int, classes: int) -> Path:
+    """A folder with ``sub-01/seg.nii``: a head's voxels by the nearest of some points, 1 to ``classes``."""
+    place = folder / f"labels-{side}-{classes}"
+    return _once(place, lambda place: _write_label_map(place, side, classes))
+
+
+def labels_of(source: Path, side: int) -> NDArray[np.uint8]:
+    """The voxels (z, y, x) of such a map, memory-mapped."""
+    return np.memmap(_label_file(source), np.uint8, "r", offset=HEADER_BYTES, shape=(side,) * 3)
 
 
 def voxels_of(source: Path) -> NDArray[np.int16]:
@@ -133,6 +151,44 @@ def _write_head(place: Path, shape: Shape) -> None:
             stream.write(plane.data)
 
 
+def _write_plain_head(place: Path, shape: Shape) -> None:
+    voxels = np.lib.format.open_memmap(place / "voxels.npy", mode="w+", dtype="<i2", shape=shape[::-1])
+    for number, plane in enumerate(_planes(shape)):
+        voxels[number] = plane
+    voxels.flush()
+    file = place / "source" / "sub-01" / "ct.nii"
+    file.parent.mkdir(parents=True)
+    with file.open("wb") as stream:
+        stream.write(_header(shape))
+        stream.write(voxels.data)
+
+
+def _write_label_map(place: Path, side: int, classes: int) -> None:
+    times, rest = divmod(side, COARSE_LABELS)
+    if rest:
+        raise ValueError(f"{side} voxels are not whole times {COARSE_LABELS}")
+    head = _template()
+    for axis in range(3):
+        head = np.moveaxis(_resampled(np.moveaxis(head, axis, 0), COARSE_LABELS), 0, axis)
+    inside = head.T > (AIR_HU + BRAIN_HU) / 2
+    points = np.random.default_rng(0).choice(np.argwhere(inside), classes, replace=False)
+    z, y, x = (points[:, axis].astype(np.float32) for axis in range(3))
+    along = np.arange(COARSE_LABELS, dtype=np.float32)[:, None]
+    in_plane = ((along - y) ** 2)[:, None] + ((along - x) ** 2)[None]
+    file = _label_file(place)
+    file.parent.mkdir()
+    with file.open("wb") as stream:
+        stream.write(_header((side, side, side), "u1"))
+        for number, plane in enumerate(inside):
+            nearest = (in_plane + (number - z) ** 2).argmin(axis=2) + 1
+            labels = np.where(plane, nearest, 0).astype(np.uint8)
+            stream.write(labels.repeat(times, axis=0).repeat(times, axis=1).tobytes() * times)
+
+
+def _label_file(place: Path) -> Path:
+    return place / "sub-01" / "seg.nii"
+
+
 def _write_long(place: Path, shape: Shape) -> None:
     if shape[2] % MEMBER_PLANES:
         raise ValueError(f"{shape[2]} planes are not whole members of {MEMBER_PLANES}")
@@ -154,16 +210,16 @@ def _new_file(place: Path) -> Path:
     return file
 
 
-def _header(shape: Shape) -> bytes:
+def _header(shape: Shape, dtype: str = "<i2") -> bytes:
     import nibabel as nib
 
     header: Any = nib.Nifti1Header()
-    header.set_data_dtype("<i2")
+    header.set_data_dtype(np.dtype(dtype))
     header.set_data_shape(shape)
     header.set_sform(np.diag([*VOXEL_MM, 1]), code="scanner")
     header.set_qform(np.diag([*VOXEL_MM, 1]), code="scanner")
     header.set_xyzt_units("mm")
-    header["vox_offset"] = 352
+    header["vox_offset"] = HEADER_BYTES
     header["magic"] = b"n+1"
     return bytes(header.binaryblock) + bytes(4)
 

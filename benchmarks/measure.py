@@ -6,8 +6,10 @@ This file is also what a fresh process runs: ``python -m benchmarks.measure modu
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import json
+import mmap
 import os
 import statistics
 import subprocess
@@ -20,19 +22,26 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_S = 0.02
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+KEPT_BYTES = 32 * 2**20
 
 Run = Callable[[], object]
 
 
 def alternate(
-    contenders: Mapping[str, Run], repetitions: int, *, before_each: Run = lambda: None
+    contenders: Mapping[str, Run],
+    repetitions: int,
+    *,
+    before_each: Run = lambda: None,
+    before_round: Run = lambda: None,
 ) -> dict[str, list[float]]:
     """Seconds that each takes, as A B C A B C ...: whatever else the machine does meets all of them.
 
-    ``before_each`` is not timed.
+    ``before_each``, and ``before_round`` ahead of each A, are not timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repetitions):
+        before_round()
         for name, run in contenders.items():
             before_each()
             begin = time.perf_counter()
@@ -55,6 +64,42 @@ def one_core() -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, allowed)
+
+
+def settle(*, one_core: bool) -> None:
+    """Make a fresh process steady: this thread and those it will start on one core, if so wished, and the
+    allocator keeping what is freed, as loaders do that reuse their memory. Without that the kernel's clearing
+    of new pages is a good part of what any reader of large patches takes.
+    """
+    if one_core:
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    with contextlib.suppress(AttributeError):  # another C library than glibc
+        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            ctypes.CDLL(None).mallopt(option, KEPT_BYTES)
+
+
+def drop_cache(path: Path) -> bool:
+    """Have the kernel forget the pages of a file, or of all below a folder; whether it did.
+
+    Files must be synced, and mapped by no process.
+    """
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    cached = [_drop_file(file) for file in files]
+    return not any(cached)
+
+
+def _drop_file(file: Path) -> bool:
+    """Whether any page is still in memory."""
+    with file.open("rb") as stream:
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if not os.fstat(stream.fileno()).st_size:
+            return False
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
+            start = ctypes.c_char.from_buffer(mapped)
+            pages = ctypes.create_string_buffer(-(-len(mapped) // mmap.PAGESIZE))
+            failed = ctypes.CDLL(None).mincore(ctypes.byref(start), ctypes.c_size_t(len(mapped)), pages)
+            del start
+    return bool(failed) or any(page & 1 for page in pages.raw)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from zpatch.errors import (
     ZpatchError,
 )
 from zpatch.geometry import Triple
-from zpatch.reader import PADDING_MODES
+from zpatch.padding import PADDING_MODES
 from zpatch.shards import close_shards
 
 MODES = ["crop", "average", "hann", "gaussian"]
@@ -382,9 +382,9 @@ def test_each_shard_file_is_written_once(
     written: Counter[Any] = Counter()
     write_shard = zpatch.store_writer.write_shard
 
-    def spy(array: Any, shard: tuple[int, ...], voxels: Any) -> Any:
+    def spy(array: Any, shard: tuple[int, ...], voxels: Any, preset: str) -> Any:
         written[array.shard_file(shard)] += 1
-        return write_shard(array, shard, voxels)
+        return write_shard(array, shard, voxels, preset)
 
     monkeypatch.setattr(zpatch.store_writer, "write_shard", spy)
     order = rng.permutation(len(patches)).tolist()

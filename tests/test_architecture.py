@@ -24,6 +24,7 @@ FLOORS = {
         "geometry",
         "orientation",
         "randomness",
+        "scaling",
         "blending",
     ],
     "plans and records": [
@@ -31,6 +32,8 @@ FLOORS = {
         "layout",
         "schema",
         "memory",
+        "padding",
+        "spare_memory",
         "voxel_statistics",
     ],
     "doors": [
@@ -38,9 +41,12 @@ FLOORS = {
         "nifti_affine",
         "nifti",
         "nifti_writer",
+        "chunk_codec",
         "shards",
+        "shard_writer",
         "manifest",
         "store",
+        "zarr_images",
         "store_lock",
         "store_writer",
         "scheduling",
@@ -51,10 +57,15 @@ FLOORS = {
     ],
     "subjects": [
         "voxel_index",
+        "exact_draws",
         "pyramid",
         "image_writer",
+        "_gather",
+        "gathering",
         "reader",
         "image",
+        "normalization",
+        "voxel_maps",
         "cohort",
         "patch",
     ],
@@ -95,9 +106,9 @@ DOORS = {
     "torch": [*FLOORS["subjects"], *FLOORS["stages"], *EDGE],
     "nibabel": ["nifti"],
     "isal": ["gzip_files"],
-    "zarr": ["store", "store_writer"],
-    "numcodecs": ["shards"],
-    "google_crc32c": ["shards"],
+    "zarr": ["store", "store_writer", "zarr_images"],
+    "numcodecs": ["chunk_codec"],
+    "google_crc32c": ["chunk_codec"],
     "dask": ["scheduling", "reader", "image"],
     "distributed": ["scheduling"],
     "click": COMMAND_LINE,
@@ -119,7 +130,8 @@ HEAVY = [
 WORLD = (
     "os io shutil pathlib tempfile time datetime random secrets socket subprocess threading multiprocessing"
 )
-MAX_LINES = 400
+COMPILED = ["_gather"]
+MAX_LINES = {".py": 400, ".c": 700}
 
 
 @dataclass(frozen=True)
@@ -136,7 +148,7 @@ class Import:
 
 
 def path_of(room: str) -> Path:
-    return ROOT / f"{room}.py"
+    return ROOT / f"{room}.c" if room in COMPILED else ROOT / f"{room}.py"
 
 
 def room_of(module: str) -> str:
@@ -147,7 +159,7 @@ def room_of(module: str) -> str:
 
 @cache
 def imports_of(room: str) -> list[Import]:
-    return list(_imports(ast.parse(path_of(room).read_text()), deferred=False))
+    return [] if room in COMPILED else list(_imports(ast.parse(path_of(room).read_text()), deferred=False))
 
 
 def _imports(node: ast.AST, *, deferred: bool) -> Iterator[Import]:
@@ -175,7 +187,8 @@ def told(room: str, found: list[Import]) -> list[str]:
 
 
 def existing_rooms() -> list[str]:
-    return sorted(path.relative_to(ROOT).with_suffix("").as_posix() for path in ROOT.rglob("*.py"))
+    files = [*ROOT.rglob("*.py"), *ROOT.rglob("*.c")]
+    return sorted(path.relative_to(ROOT).with_suffix("").as_posix() for path in files)
 
 
 def standing(rooms: list[str]) -> list[str]:
@@ -231,8 +244,8 @@ def test_values_plans_and_records_know_no_files_no_clocks_and_no_processes(room:
 
 
 @pytest.mark.parametrize("room", EXISTING)
-def test_no_module_is_longer_than_400_lines(room: str) -> None:
-    assert len(path_of(room).read_text().splitlines()) <= MAX_LINES
+def test_no_module_is_too_long(room: str) -> None:
+    assert len(path_of(room).read_text().splitlines()) <= MAX_LINES[path_of(room).suffix]
 
 
 @pytest.mark.parametrize("room", EXISTING)

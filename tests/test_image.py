@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 import zpatch as zp
 from zpatch.errors import NotAStoreError, OptionError, PatchLocationError, SourceError
 from zpatch.reader import ArraySource
+from zpatch.scaling import UNSCALED
 
 AFFINE = np.array([[0, 2, 0, 10], [3, 0, 0, 20], [0, 0, 4, 30], [0, 0, 0, 1.0]])
 
@@ -220,7 +221,7 @@ def test_scaled_voxels_come_as_float32_or_for_wide_sources_as_float64(tmp_path: 
     stored = np.arange(60).reshape(3, 4, 5).astype(code)
     image = converted(tmp_path, stored, slope=0.25, inter=-3)
     whole = zp.PatchLocation((0, 0, 0), (3, 4, 5))
-    assert image.is_scaled
+    assert image.scaling != UNSCALED
     assert image.dtype == image.read(whole).dtype == image.dask.dtype == np.dtype(SCALED[code])
     np.testing.assert_array_equal(image.read(whole)[0], stored * np.float32(0.25) - 3)
     np.testing.assert_array_equal(image.dask.compute(), image.data)
@@ -232,7 +233,7 @@ def test_scaled_voxels_come_as_float32_or_for_wide_sources_as_float64(tmp_path: 
 @pytest.mark.parametrize("code", list(SCALED))
 def test_voxels_without_a_slope_keep_their_type(tmp_path: Path, code: str) -> None:
     image = converted(tmp_path, np.arange(60).reshape(3, 4, 5).astype(code))
-    assert not image.is_scaled
+    assert image.scaling == UNSCALED
     assert image.dtype == image.data.dtype == image.dask.dtype == np.dtype(code)
 
 

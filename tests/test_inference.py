@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 import zpatch as zp
 from zpatch.errors import ModelError, OptionError, StoreError, StoreExistsError, UnknownNameError, ZpatchError
 from zpatch.inference import load_model
+from zpatch.scaling import UNSCALED
 from zpatch.shards import close_shards
 from zpatch.voxel_index import read_label_table
 
@@ -100,7 +101,7 @@ def test_a_volume_smaller_than_the_patch_is_padded_and_cropped_back(
 def test_the_model_gets_float32_values_with_slope_and_intercept_applied(
     cohort: zp.Cohort, cohort_source: Path, out: Path
 ) -> None:
-    subject = next(subject for subject in cohort if subject["t1"].is_scaled)
+    subject = next(subject for subject in cohort if subject["t1"].scaling != UNSCALED)
     found = predict(cohort.select([subject.name]), out, lambda batch: batch)[0].prediction
     wanted = nib.Nifti1Image.from_filename(cohort_source / subject.name / "t1.nii.gz").get_fdata()
     np.testing.assert_allclose(found.data[0], wanted, rtol=1e-5, atol=1e-2)

@@ -420,7 +420,7 @@ def test_a_missing_shard_is_an_error_and_never_a_fill_value(copy: Path) -> None:
     image = zp.Cohort(copy)[0].t1
     [shard] = [key for key in image.record.files if key.startswith("0/c/")]
     (image.folder / shard).unlink()
-    with pytest.raises(DamageError, match="it is missing; run 'zpatch verify'"):
+    with pytest.raises(DamageError, match="it is missing; run 'zpatch verify "):
         image.read(zp.PatchLocation((0, 0, 0), (1, 1, 1)))
 
 

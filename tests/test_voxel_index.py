@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 import zpatch as zp
 from zpatch.errors import SamplingError
+from zpatch.exact_draws import Reach, draw_centres
 from zpatch.geometry import PatchLocation
 from zpatch.schema import ImageRecord, Kind
 from zpatch.voxel_index import (
@@ -25,7 +26,6 @@ from zpatch.voxel_index import (
     LabelTable,
     MassTable,
     check_weights,
-    draw_centres,
     index_builder,
     sum_masses,
     sum_table,
@@ -209,17 +209,16 @@ def draws(
     """Centres drawn from masses (I, J, K) through an index of its chunks."""
     grid = ChunkGrid(masses.shape, (chunk, chunk, chunk))  # type: ignore[arg-type]
 
-    def read_masses(box: PatchLocation) -> NDArray[Any]:
-        return masses[box.to_slices()]
+    def read(boxes: Sequence[PatchLocation]) -> list[NDArray[Any]]:
+        return [masses[None, *box.to_slices()] for box in boxes]
 
-    return draw_centres(
-        sum_masses(grid, read_masses),
-        count,
-        grid=grid,
-        allowed=allowed,
-        read_masses=read_masses,
-        rng=np.random.default_rng(seed),
-    )
+    reach = Reach(sum_masses(grid, read, channel), grid, allowed, channel)
+    return draw_centres([(reach, count)], read, np.random.default_rng(seed))[0]
+
+
+def channel(voxels: NDArray[Any]) -> NDArray[Any]:
+    """The only channel of voxels (1, I, J, K)."""
+    return np.asarray(voxels[0])
 
 
 def follow(found: NDArray[np.int64] | None, masses: NDArray[Any], allowed: PatchLocation) -> bool:
@@ -305,14 +304,13 @@ def test_a_chunk_that_draws_share_is_read_once(rng: np.random.Generator) -> None
     grid = ChunkGrid((8, 8, 8), (4, 4, 4))
     read: list[PatchLocation] = []
 
-    def read_masses(box: PatchLocation) -> NDArray[Any]:
-        read.append(box)
-        return masses[box.to_slices()]
+    def read_chunks(boxes: Sequence[PatchLocation]) -> list[NDArray[Any]]:
+        read.extend(boxes)
+        return [masses[None, *box.to_slices()] for box in boxes]
 
     table = sum_table(np.array([masses[box.to_slices()].sum() for box in grid.boxes()]))
-    draw_centres(
-        table, 500, grid=grid, allowed=PatchLocation((0, 0, 0), (8, 8, 8)), read_masses=read_masses, rng=rng
-    )
+    reach = Reach(table, grid, PatchLocation((0, 0, 0), (8, 8, 8)), channel)
+    draw_centres([(reach, 500), (reach, 500)], read_chunks, rng)
     assert len(read) == 8
 
 

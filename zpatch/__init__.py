@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from zpatch.inference import predict
     from zpatch.loader import SubjectsLoader
     from zpatch.nifti_export import export
+    from zpatch.normalization import Normalize
     from zpatch.patch import Patch, PatchBatch, collate
     from zpatch.patch_queue import Queue
     from zpatch.samplers import GridSampler, LabelSampler, UniformSampler, WeightedSampler
@@ -32,6 +33,7 @@ __all__ = [
     "Image",
     "LabelMap",
     "LabelSampler",
+    "Normalize",
     "Patch",
     "PatchAggregator",
     "PatchBatch",
@@ -61,6 +63,7 @@ _ROOMS = {
     "inference": ["predict"],
     "loader": ["SubjectsLoader"],
     "nifti_export": ["export"],
+    "normalization": ["Normalize"],
     "patch": ["Patch", "PatchBatch", "collate"],
     "patch_queue": ["Queue"],
     "samplers": ["GridSampler", "LabelSampler", "UniformSampler", "WeightedSampler"],

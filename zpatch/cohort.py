@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Self, overload
 
@@ -68,6 +68,11 @@ class Subject:
         """All images by name."""
         return MappingProxyType(self._images)
 
+    def with_images(self, **images: Image | None) -> Self:
+        """The same subject with some images added or replaced, and without those that are None."""
+        changed = {name: image for name, image in (self._images | images).items() if image is not None}
+        return self.of(changed, name=self.name, split=self.split, metadata=self.metadata)
+
     @property
     def spatial_shape(self) -> Triple:
         """Extent along I, J, K in voxels, which all images must share."""
@@ -114,6 +119,7 @@ class Cohort(Sequence[Subject]):
         for subject, image in self.store.records:
             self._images.setdefault(subject, []).append(image)
         self._names = sorted(self._images)
+        self._changes: tuple[Callable[[Subject], Subject], ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -184,9 +190,20 @@ class Cohort(Sequence[Subject]):
             [n for n in self._names if matches(n, include or ["*"]) and not matches(n, exclude)]
         )
 
+    def map(self, fn: Callable[[Subject], Subject]) -> Self:
+        """The cohort of ``fn(subject)`` for each subject, made when a subject is asked for.
+
+        ``fn`` may change images, as in ``lambda s: s.with_images(t1=zp.Normalize()(s.t1))``, but not the
+        subject's name. For worker processes that do not fork it must be a function that pickles.
+        """
+        changed = self._only(self._names)
+        changed._changes = (*self._changes, fn)
+        return changed
+
     def _only(self, names: list[str]) -> Self:
         part = type(self)(self.store)
         part._names = names
+        part._changes = self._changes
         return part
 
     def _split_of(self, name: str) -> str | None:
@@ -209,7 +226,10 @@ class Cohort(Sequence[Subject]):
     def _subject(self, name: str) -> Subject:
         records = [self.store.records[name, image] for image in self._images[name]]
         images = {r.image: stored_image(self.store.image_path(r), r) for r in records}
-        return Subject.of(images, name=name, split=records[0].split, metadata=records[0].meta)
+        subject = Subject.of(images, name=name, split=records[0].split, metadata=records[0].meta)
+        for change in self._changes:
+            subject = change(subject)
+        return subject
 
     def __iter__(self) -> Iterator[Subject]:
         return map(self._subject, self._names)

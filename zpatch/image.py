@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NoReturn, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from zpatch import nifti, store
+from zpatch import nifti, store, zarr_images
 from zpatch.errors import OptionError, PatchLocationError, SourceError
 from zpatch.geometry import Affine, PatchLocation, Triple, spacing_mm
+from zpatch.padding import PaddedBox, check_padding_mode
 from zpatch.reader import (
+    DERIVED_BLOCK_VOXELS,
     ArraySource,
     DaskSource,
-    PaddedBox,
+    Request,
     ShardSource,
     VoxelSource,
-    apply_scaling,
-    check_padding_mode,
-    scaled_dtype,
+    fulfil,
+    new_voxels,
 )
+from zpatch.scaling import UNSCALED, Scaling
 from zpatch.scheduling import Scheduler
 from zpatch.schema import ImageRecord, Json, Kind
 
 Voxels = NDArray[Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,8 +41,7 @@ class _Opened:
 
     source: VoxelSource
     affine: Affine
-    slope: float = 1.0
-    inter: float = 0.0
+    scaling: Scaling = UNSCALED
     record: ImageRecord | None = None
     folder: Path | None = None
 
@@ -71,6 +75,8 @@ class Image:
         if self._affine.shape != (4, 4):
             raise OptionError(f"affine must be 4 x 4, not of shape {self._affine.shape}")
 
+        self._remembered: dict[Any, Any] = {}
+
     @property
     def record(self) -> ImageRecord | None:
         """What the store's manifest says of the image; None for an image that is in no store."""
@@ -103,14 +109,14 @@ class Image:
         return self.shape[0]
 
     @property
-    def is_scaled(self) -> bool:
-        """Whether a slope or an intercept turns stored voxels into values."""
-        return (self._opened.slope, self._opened.inter) != (1.0, 0.0)
+    def scaling(self) -> Scaling:
+        """What turns unscaled voxels into values."""
+        return self._opened.scaling
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """Type of what ``read`` gives."""
-        return scaled_dtype(self.source.dtype) if self.is_scaled else self.source.dtype
+        return self.scaling.dtype_of(self.source.dtype)
 
     @property
     def affine(self) -> Affine:
@@ -148,27 +154,13 @@ class Image:
 
         Boxes may reach over the border where a ``padding_mode`` (as numpy.pad's) says what stands there.
         """
-        check_padding_mode(padding_mode)
-        inside = [location.lies_within(self.spatial_shape) for location in locations]
-        if padding_mode is None and not all(inside):
-            self._refuse_outside(locations[inside.index(False)])
-        padded = [
-            None if is_inside else PaddedBox.of(location, self.spatial_shape, padding_mode or "edge")
-            for location, is_inside in zip(locations, inside, strict=True)
-        ]
-        boxes = [box.inner if box else location for location, box in zip(locations, padded, strict=True)]
-        raw = self.source.read(boxes, scheduler)
-        values = [self._scaled(voxels) if scaled else voxels for voxels in raw]
-        return [
-            box.fill_in(voxels, fill) if box else voxels for voxels, box in zip(values, padded, strict=True)
-        ]
+        [found] = read_together(
+            [self], locations, scaled=scaled, padding_mode=padding_mode, fill=fill, scheduler=scheduler
+        )
+        return found
 
-    def _scaled(self, voxels: Voxels) -> Voxels:
-        if not self.is_scaled:
-            return voxels
-        return apply_scaling(voxels, self._opened.slope, self._opened.inter, self.dtype)
-
-    def _refuse_outside(self, location: PatchLocation) -> None:
+    def refuse_outside(self, location: PatchLocation) -> NoReturn:
+        """Raise the error for a box that reaches outside."""
         raise PatchLocationError(
             f"the box from {location.index_ini} to {location.index_fin} is not inside {self!r}; "
             f"keep it in 0 .. {self.spatial_shape}, or use a GridSampler with a padding_mode"
@@ -177,24 +169,42 @@ class Image:
     @property
     def dask(self) -> Any:
         """A lazy dask array of the values, (C, I, J, K), with one block for each shard's region."""
-        array = self.source.dask()
-        if not self.is_scaled:
+        return self._dask(None)
+
+    def _dask(self, block_voxels: int | None) -> Any:
+        array = self.source.dask(block_voxels)
+        if self.scaling == UNSCALED:
             return array
-        slope, inter, dtype = self._opened.slope, self._opened.inter, self.dtype
-        return array.map_blocks(apply_scaling, slope, inter, dtype, dtype=dtype)
+        return array.map_blocks(self.scaling.apply, dtype=self.dtype)
 
     def map(self, fn: Callable[[Any], Any]) -> Self:
-        """Lazy preprocessing: the image of ``fn(image.dask)``, computed only where a patch needs it.
+        """Lazy preprocessing: the image of ``fn`` of a dask array, computed only where a patch needs it.
 
-        ``fn`` takes and gives a dask array (C, I, J, K); the spatial shape must stay as it is.
+        ``fn`` takes and gives a dask array (C, I, J, K), here in blocks of about 64 voxels a side, so that
+        few voxels are computed that no patch wants; the spatial shape must stay as it is.
         """
-        mapped = fn(self.dask)
+        mapped = fn(self._dask(DERIVED_BLOCK_VOXELS))
         if tuple(mapped.shape[1:]) != self.spatial_shape:
             raise OptionError(
                 f"the function given to map changed the spatial shape from {self.spatial_shape} to "
                 f"{tuple(mapped.shape[1:])}; only values and channels may change"
             )
         return type(self)(mapped, affine=self._affine)
+
+    def rescaled(self, slope: float, inter: float, low: float = -math.inf, high: float = math.inf) -> Self:
+        """The image of ``slope * value + inter``, each value first kept between ``low`` and ``high``.
+
+        As quick to read as the image itself. What comes is float32 (float64 for sources of 32 bits and more).
+        """
+        scaling = self.scaling.within(low, high).then(slope, inter)
+        return type(self)(dataclasses.replace(self._opened, scaling=scaling), affine=self._affine)
+
+    def remembered(self, key: Any, make: Callable[[], T]) -> T:
+        """What was made of this image before under a key, or else is made now."""
+        if key not in self._remembered:
+            self._remembered[key] = make()
+        found: T = self._remembered[key]
+        return found
 
     @property
     def data(self) -> Voxels:
@@ -222,6 +232,54 @@ class SamplingMap(Image):
     kind = "sampling"
 
 
+def read_together(
+    images: Sequence[Image],
+    locations: Sequence[PatchLocation],
+    *,
+    scaled: bool = True,
+    padding_mode: str | None = None,
+    fill: float = 0,
+    scheduler: Scheduler = "sync",
+    outs: Sequence[Sequence[Voxels]] | None = None,
+) -> list[list[Voxels]]:
+    """The same boxes of several images, in one graph; a list of voxels (C, I, J, K) for each image.
+
+    As ``Image.read_group``; ``outs`` is memory to write to, of any float or the image's own type and any
+    strides, for each image and box. What does not fit a type is cast to it.
+    """
+    check_padding_mode(padding_mode)
+    requests, results, padded = [], [], []
+    for number, image in enumerate(images):
+        scaling = image.scaling if scaled else UNSCALED
+        dtype, spatial_shape = scaling.dtype_of(image.source.dtype), image.spatial_shape
+        channels = image.num_channels
+        boxes, targets, found = [], [], []
+        for n, location in enumerate(locations):
+            shape = (channels, *location.size)
+            if padding_mode is None and not location.lies_within(spatial_shape):
+                image.refuse_outside(location)
+            out = outs[number][n] if outs is not None else new_voxels(shape, dtype)
+            if out.shape != shape:
+                raise OptionError(f"the memory for a box of {shape} voxels has the shape {out.shape}")
+            found.append(out)
+            if location.lies_within(spatial_shape):
+                boxes.append(location)
+                targets.append(out)
+                continue
+            assert padding_mode is not None
+            box = PaddedBox.of(location, spatial_shape, padding_mode)
+            inner = new_voxels((channels, *box.inner.size), out.dtype)
+            boxes.append(box.inner)
+            targets.append(inner)
+            padded.append((box, inner, out))
+        requests.append(Request(image.source, boxes, targets, scaling))
+        results.append(found)
+    fulfil(requests, scheduler)
+    for box, inner, out in padded:
+        box.fill_in(inner, fill, out)
+    return results
+
+
 IMAGE_CLASSES: dict[str, type[Image]] = {cls.kind: cls for cls in (ScalarImage, LabelMap, SamplingMap)}
 
 
@@ -233,14 +291,14 @@ def stored_image(folder: Path, record: ImageRecord) -> Image:
 def _of_record(folder: Path, record: ImageRecord) -> _Opened:
     folder = folder.absolute()
     source = ShardSource(store.sharded_array(folder, record))
-    return _Opened(source, record.affine_array, record.slope, record.inter, record, folder)
+    return _Opened(source, record.affine_array, Scaling(record.slope, record.inter), record, folder)
 
 
 def _open(data: Any, axes: str | None) -> _Opened:
     if isinstance(data, str | os.PathLike):
         return _open_path(Path(data), axes)
     if type(data).__module__.startswith("zarr."):
-        return _of_zarr(store.describe_zarr_array(data), axes)
+        return _of_zarr(zarr_images.zarr_image(data), axes)
     if type(data).__module__.startswith("dask."):
         return _Opened(DaskSource(_with_channels(data)), np.eye(4))
     return _Opened(ArraySource(_with_channels(np.asarray(data))), np.eye(4))
@@ -254,7 +312,7 @@ def _open_path(path: Path, axes: str | None) -> _Opened:
         )
     if path.name.endswith(".nii"):
         return _of_nifti(nifti.read_header(path))
-    found = store.open_image_folder(path)
+    found = zarr_images.open_image_folder(path)
     return _of_record(path, found) if isinstance(found, ImageRecord) else _of_zarr(found, axes)
 
 
@@ -268,29 +326,31 @@ def _of_nifti(file: nifti.NiftiFile) -> _Opened:
         offset=file.voxel_offset,
         shape=(1, *file.shape)[-4:],
     )
-    return _Opened(ArraySource(mapped.transpose(0, 3, 2, 1)), file.affine, file.slope, file.inter)
+    return _Opened(ArraySource(mapped.transpose(0, 3, 2, 1)), file.affine, Scaling(file.slope, file.inter))
 
 
-def _of_zarr(voxels: store.ZarrVoxels, axes: str | None) -> _Opened:
+def _of_zarr(image: zarr_images.ZarrImage, axes: str | None) -> _Opened:
+    stored = zarr_images.StoredAxes.of(image.array, axes or image.axes)
+    affine = np.eye(4)
+    for row, name in enumerate("xyz"):
+        number = stored.kept[stored.names.index(name)]
+        if number is not None and image.scale:
+            affine[row, row] = image.scale[number]
+        if number is not None and image.translation:
+            affine[row, 3] = image.translation[number]
+    array = zarr_images.sharded_array_of(image.array, stored)
+    if array is not None:
+        return _Opened(ShardSource(array, stored.names), affine)
+    return _Opened(DaskSource(_through_zarr(image.array, stored)), affine)
+
+
+def _through_zarr(array: Any, stored: zarr_images.StoredAxes) -> Any:
     import dask.array as da
 
-    names = axes or voxels.axes
-    if sorted(names) not in (sorted("zyx"), sorted("czyx"), sorted("tzyx")) or (
-        len(names) != voxels.array.ndim
-    ):
-        raise OptionError(
-            f"the axes of a Zarr array of shape {voxels.array.shape} are {names or 'not named'!r}; "
-            f"say axes= with one letter for each, of c (or t), z, y and x, as in axes='zyx'"
-        )
-    order = [names.index(name) for name in "xyz"]
-    array = da.from_zarr(voxels.array)
-    leading = [n for n in range(len(names)) if n not in order]
-    affine = np.eye(4)
-    if voxels.scale:
-        affine[range(3), range(3)] = [voxels.scale[n] for n in order]
-    if voxels.translation:
-        affine[:3, 3] = [voxels.translation[n] for n in order]
-    return _Opened(DaskSource(_with_channels(array.transpose(leading + order))), affine)
+    left_out = tuple(0 if n not in stored.kept else slice(None) for n in range(array.ndim))
+    kept = da.from_zarr(array)[left_out]
+    four = kept[(None,) * stored.kept.count(None)]
+    return four.transpose([stored.names.index(name) for name in "cxyz"])
 
 
 def _with_channels(array: Any) -> Any:

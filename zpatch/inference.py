@@ -24,7 +24,7 @@ from zpatch.errors import ModelError, OptionError, StoreExistsError, ZpatchError
 from zpatch.geometry import PatchLocation, Triple, patch_overlap_triple, patch_size_triple
 from zpatch.grid import PatchGrid
 from zpatch.image import Image
-from zpatch.reader import check_padding_mode
+from zpatch.padding import check_padding_mode
 from zpatch.reduction import Reduction, check_reduction, kind_of, reduce_channels
 from zpatch.scheduling import Progress, read_ahead
 from zpatch.store import read_small_array

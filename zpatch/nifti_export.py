@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from zpatch import schema
 from zpatch.discovery import matches
 from zpatch.errors import OptionError, StoreExistsError, UnknownNameError
+from zpatch.gathering import read_region
 from zpatch.layout import SHARD_BYTES
 from zpatch.nifti_writer import header_of, single_file_header, write_nifti
-from zpatch.reader import read_regions
 from zpatch.scheduling import Progress
-from zpatch.schema import ImageRecord, padded_to_4d
+from zpatch.schema import ImageRecord
 from zpatch.store import Store, open_store, read_small_array, sharded_array
 
 SUFFIXES = (".nii", ".nii.gz")
@@ -133,7 +133,7 @@ def _in_file_order(store: Store, record: ImageRecord, progress: Progress) -> Ite
         first, stop = [c, 0, 0, 0], [c + together, *array.shape[1:]]
         ends = start, min(start + depth, planes)
         first[axis], stop[axis] = (planes - ends[1], planes - ends[0]) if turn.flips[2] else ends
-        voxels = turn.turn_back(read_regions(array, [padded_to_4d(first)], [padded_to_4d(stop)])[0])
+        voxels = turn.turn_back(read_region(array, first, stop))
         yield np.moveaxis(voxels, 0, -1) if together > 1 else voxels
         progress(voxels.nbytes)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from zpatch.cohort import Subject
 from zpatch.errors import OptionError, SamplingError, UnknownNameError
+from zpatch.exact_draws import draw_centres
 from zpatch.geometry import (
     PatchLocation,
     allowed_centres,
@@ -25,21 +25,11 @@ from zpatch.geometry import (
     patch_size_triple,
 )
 from zpatch.grid import PatchGrid
-from zpatch.image import Image, LabelMap
+from zpatch.image import Image, LabelMap, read_together
+from zpatch.padding import check_padding_mode
 from zpatch.patch import Patch, PatchImage, to_tensor
 from zpatch.randomness import as_generator
-from zpatch.reader import check_padding_mode
-from zpatch.voxel_index import (
-    ChunkGrid,
-    LabelTable,
-    MassTable,
-    check_weights,
-    draw_centres,
-    read_label_table,
-    read_weight_sums,
-    sum_masses,
-    sum_table,
-)
+from zpatch.voxel_maps import label_classes, weight_map
 
 READ_TOGETHER = 16
 
@@ -57,10 +47,8 @@ def read_patches(
     """The patches of a subject at some locations, each image read as one group."""
     if not locations:
         return []
-    voxels = {
-        name: image.read_group(locations, padding_mode=padding_mode, fill=fill)
-        for name, image in subject.images.items()
-    }
+    found = read_together(list(subject.images.values()), locations, padding_mode=padding_mode, fill=fill)
+    voxels = dict(zip(subject.images, found, strict=True))
     patches = []
     for n, location in enumerate(locations):
         images = {
@@ -143,23 +131,9 @@ class WeightedSampler(RandomSampler):
     def _starts(self, subject: Subject, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
         image = subject[self.probability_map]
         where = f"the map {self.probability_map!r} of subject {subject.name!r}"
-        if image.num_channels != 1:
-            raise SamplingError(f"{where} has {image.num_channels} channels; a map has one")
-        grid = _chunk_grid(image)
-
-        def read_masses(box: PatchLocation) -> NDArray[Any]:
-            weights: NDArray[Any] = image.read(box)[0]
-            check_weights(weights, where)
-            return weights
-
-        sums = None
-        if image.kind == "sampling" and image.folder and image.record:
-            sums = read_weight_sums(image.folder, image.record.files)
-        table = sum_masses(grid, read_masses) if sums is None else sum_table(sums)
+        weights = weight_map(image, where)
         allowed = allowed_centres(subject.spatial_shape, self.patch_size)
-        if not table.mass.sum() > 0:
-            raise SamplingError(f"{where} is zero everywhere; nothing can be drawn from it")
-        centres = draw_centres(table, count, grid=grid, allowed=allowed, read_masses=read_masses, rng=rng)
+        [centres] = draw_centres([(weights.reach(allowed), count)], weights.read, rng)
         if centres is None:
             raise SamplingError(
                 f"{where} is zero wherever a patch of {self.patch_size} fits; all of its weight lies "
@@ -197,7 +171,7 @@ class LabelSampler(RandomSampler):
 
     def _starts(self, subject: Subject, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
         name, image = self._label_map(subject)
-        classes = _Classes(image)
+        classes = label_classes(image)
         allowed = allowed_centres(subject.spatial_shape, self.patch_size)
         left = {c: p for c, p in self._wanted.items() if p > 0 and classes.has(c)}
         centres = np.empty((count, 3), dtype=np.int64)
@@ -205,16 +179,18 @@ class LabelSampler(RandomSampler):
         while pending.size and left:
             shares = np.array(list(left.values())) / sum(left.values())
             drawn = rng.choice(len(left), size=pending.size, p=shares)
-            missed = []
-            for number, label in enumerate(list(left)):
-                mine = pending[drawn == number]
-                found = classes.draw(label, len(mine), allowed, rng)
-                if found is None:
+            mine = [pending[drawn == number] for number in range(len(left))]
+            parts = [(classes.reach(c, allowed), len(some)) for c, some in zip(left, mine, strict=True)]
+            missed = [pending[:0]]
+            for label, some, found in zip(
+                list(left), mine, draw_centres(parts, classes.read, rng), strict=True
+            ):
+                if found is not None:
+                    centres[some] = found
+                elif some.size:  # none of the class is allowed: it is not present
+                    missed.append(some)
                     del left[label]
-                    missed.append(mine)
-                else:
-                    centres[mine] = found
-            pending = np.concatenate(missed) if missed else pending[:0]
+            pending = np.concatenate(missed)
         if pending.size:
             raise SamplingError(
                 f"no voxel of the wanted classes ({self._wanted_names()}) of {name!r} of subject "
@@ -250,61 +226,6 @@ def _check_probabilities(probabilities: Mapping[int, float]) -> None:
         raise OptionError(
             f"label_probabilities must be at least 0, finite, and not all 0: {dict(probabilities)}"
         )
-
-
-class _Classes:
-    """The classes of a label map: their tables of voxels per chunk, and the draw from one."""
-
-    def __init__(self, image: Image) -> None:
-        self._image = image
-        self._grid = _chunk_grid(image)
-        self._table: LabelTable | None = None
-        if image.kind == "label" and image.folder and image.record:
-            self._table = read_label_table(image.folder, image.record.files)
-        self._masses: dict[int | None, MassTable] = {}
-
-    def has(self, label: int | None) -> bool:
-        return bool(self._mass(label).mass.sum() > 0)
-
-    def draw(
-        self, label: int | None, count: int, allowed: PatchLocation, rng: np.random.Generator
-    ) -> NDArray[np.int64] | None:
-        return draw_centres(
-            self._mass(label),
-            count,
-            grid=self._grid,
-            allowed=allowed,
-            read_masses=lambda box: self._members(label, box),
-            rng=rng,
-        )
-
-    def _mass(self, label: int | None) -> MassTable:
-        if label not in self._masses:
-            self._masses[label] = self._make_mass(label)
-        return self._masses[label]
-
-    def _make_mass(self, label: int | None) -> MassTable:
-        one_channel = self._image.num_channels == 1
-        if self._table is None or (label is None and not one_channel):
-            return sum_masses(self._grid, lambda box: self._members(label, box))
-        values = [v for v in self._table.values.tolist() if v != 0] if label is None else [label]
-        return self._table.table(values, len(self._grid))
-
-    def _members(self, label: int | None, box: PatchLocation) -> NDArray[np.bool_]:
-        """Which voxels (I, J, K) of a box belong to a class."""
-        voxels = self._image.read(box)
-        if label is None:
-            return np.asarray((voxels != 0).any(axis=0))
-        if self._image.num_channels > 1:
-            if not 0 <= label < self._image.num_channels:
-                return np.zeros(box.size, dtype=bool)
-            return np.asarray(voxels[label] != 0)
-        return np.asarray(voxels[0] == label)
-
-
-def _chunk_grid(image: Image) -> ChunkGrid:
-    i, j, k = (min(n, c) for n, c in zip(image.spatial_shape, image.source.chunk_shape, strict=True))
-    return ChunkGrid(image.spatial_shape, (i, j, k))
 
 
 class GridSampler(torch.utils.data.Dataset[Patch]):

@@ -30,7 +30,7 @@ T = TypeVar("T")
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-Scheduler = Literal["sync", "threads"]
+Scheduler = Literal["sync", "threads"] | Any  # or a distributed.Client
 Progress = Callable[[int], None]
 TaskFunction = Callable[[Task, Progress], Result]
 
@@ -41,7 +41,12 @@ IN_FLIGHT_PER_THREAD = 2
 PROTOCOLS = ("tcp", "tls", "ucx", "ws", "wss")  # of dask.distributed
 
 
-def run_graph(graph: dict[str, Any], key: str, scheduler: Scheduler = "sync") -> Any:
+def is_cluster(scheduler: Scheduler) -> bool:
+    """Whether a scheduler is a distributed.Client."""
+    return not isinstance(scheduler, str) and hasattr(scheduler, "scheduler_info")
+
+
+def run_graph(graph: dict[Any, Any], key: str, scheduler: Scheduler = "sync") -> Any:
     """Compute one key of a Dask graph, in this thread (``sync``) or in dask's pool (``threads``)."""
     return _getter(scheduler)(graph, key)
 
@@ -55,7 +60,7 @@ def _getter(scheduler: Scheduler) -> Callable[..., Any]:
         from dask.threaded import get
 
         return get
-    raise OptionError(f"scheduler must be 'sync' or 'threads', not {scheduler!r}")
+    raise OptionError(f"scheduler must be 'sync', 'threads' or a distributed.Client, not {scheduler!r}")
 
 
 def thread_count(scheduler: Scheduler) -> int:

@@ -1,13 +1,13 @@
-"""Bytes of a chunk -> voxels, and back: the only place that compresses or decompresses voxels.
+"""Chunks in memory-mapped files: which file holds a chunk, where in it, and whether its bytes are sound.
 
-A shard file is the chunks of one write unit, one after the other, then an index: for each chunk, in C
-order, its offset and length as little-endian uint64, both 2**64 - 1 for none; then the index's crc32c.
-Each chunk ends in a crc32c of its own (Zarr v3, sharding_indexed with the index at the end).
+A shard file is the chunks of one write unit, one after the other, and an index: for each chunk, in C
+order, its offset and length as little-endian uint64, both 2**64 - 1 for none; then the index's crc32c
+(Zarr v3, sharding_indexed). In stores of zpatch the index stands at the end, and each chunk ends in a
+crc32c of its own. Of an array without shards each file is one chunk.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import mmap
 import os
@@ -18,33 +18,43 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
-from numcodecs import blosc
 from numpy.typing import NDArray
 
+from zpatch.chunk_codec import CRC_BYTES, Bytes, ChunkCodec, Voxels, crc32c
 from zpatch.errors import DamageError
 from zpatch.grid import chunk_counts
-from zpatch.schema import CODECS, FileSeal, new_digest
 
-CRC_BYTES = 4
 NO_CHUNK = 2**64 - 1
 OPEN_MAPS = 128
 
 Index = tuple[int, int, int, int]
-Voxels = NDArray[Any]
 
-# Decoding and encoding run in our own threads and processes; blosc's pool is neither fork-safe nor free
-# of the GIL. zarr-python sets the same.
-blosc.use_threads = False
+
+@dataclass(frozen=True, slots=True)
+class ChunkFiles:
+    """How the files of an array are named, and what is in them.
+
+    ``axes`` says for each number in a file's name which of the array's four axes it counts; None for an
+    axis of length 1 that the array leaves out. Numbers follow ``prefix``, with ``separator`` between.
+    ``index`` is where a shard's index stands, or None where each file is one chunk.
+    """
+
+    axes: tuple[int | None, ...]
+    prefix: str = "c"
+    separator: str = "/"
+    index: str | None = "end"
+    index_checksum: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class ShardedArray:
-    """Where the voxels of one array lie and how they are packed; shapes are (c, z, y, x).
+    """Where the voxels of one array lie and how they are packed; shapes are in stored order, 4 axes.
 
-    ``contents`` tells arrays apart that stood at the same place one after the other, so that an open map
-    of the one is never taken for the other.
+    Without shards a shard is one chunk. ``fill`` stands for chunks that are not there; None where a missing
+    chunk is damage, as it is in stores of zpatch. ``name`` and ``remedy`` are for errors. ``contents`` tells
+    arrays apart that stood at the same place one after the other, so that an open map of the one is never
+    taken for the other.
     """
 
     path: Path
@@ -52,8 +62,11 @@ class ShardedArray:
     dtype: np.dtype[Any]
     chunks: Index
     shards: Index
-    codec: str
-    ndim: int
+    codec: ChunkCodec
+    files: ChunkFiles
+    name: str = ""
+    remedy: str = "restore the file from a copy"
+    fill: Any = None
     contents: str = ""
 
     @property
@@ -71,95 +84,51 @@ class ShardedArray:
         """How many chunks a shard packs along each axis."""
         return tuple(s // c for s, c in zip(self.shards, self.chunks, strict=True))
 
+    @property
+    def chunk_bytes(self) -> int:
+        """Size of a chunk, unpacked."""
+        return math.prod(self.chunks) * self.dtype.itemsize
+
     def shard_file(self, shard: tuple[int, ...]) -> Path:
         """The file of a shard."""
-        return self.path.joinpath("c", *map(str, shard[4 - self.ndim :]))
+        numbers = ["0" if axis is None else str(shard[axis]) for axis in self.files.axes]
+        named = [self.files.prefix, *numbers] if self.files.prefix else numbers
+        return self.path / self.files.separator.join(named)
 
     def __str__(self) -> str:
-        return "/".join(self.path.parts[-3:])
-
-
-def encode_chunk(voxels: Voxels, codec: str) -> tuple[bytes, bytes]:
-    """A C-contiguous chunk, compressed, and its crc32c."""
-    preset = CODECS[codec]
-    if preset is None:
-        data = voxels.tobytes()
-    else:
-        shuffle = blosc.SHUFFLE if preset.shuffle else blosc.NOSHUFFLE
-        data = blosc.compress(voxels, preset.compressor.encode(), preset.level, shuffle)
-    return data, google_crc32c.value(data).to_bytes(CRC_BYTES, "little")
-
-
-def write_shard(array: ShardedArray, shard: tuple[int, ...], voxels: Voxels) -> FileSeal:
-    """Write one shard file, whole, and say what was written.
-
-    ``voxels`` is the part of the array that the shard covers, (c, z, y, x), little-endian; at the
-    array's end it may be smaller than the shard. Chunks that lie wholly outside the array are left out.
-    """
-    file = array.shard_file(shard)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    index = np.full((math.prod(array.chunks_per_shard), 2), NO_CHUNK, dtype="<u8")
-    scratch = np.zeros(array.chunks, dtype=array.dtype)
-    seal = new_digest()
-    offset = 0
-    with file.open("wb") as stream:
-        for number, position in enumerate(itertools.product(*map(range, array.chunks_per_shard))):
-            box = tuple(slice(p * c, (p + 1) * c) for p, c in zip(position, array.chunks, strict=True))
-            part = voxels[box]
-            if part.size == 0:
-                continue
-            if part.shape != scratch.shape:
-                scratch[...] = 0
-            scratch[tuple(map(slice, part.shape))] = part
-            length = 0
-            for data in encode_chunk(scratch, array.codec):
-                stream.write(data)
-                seal.update(data)
-                length += len(data)
-            index[number] = offset, length
-            offset += length
-        tail = index.tobytes()
-        tail += google_crc32c.value(tail).to_bytes(CRC_BYTES, "little")
-        stream.write(tail)
-        seal.update(tail)
-        stream.flush()
-        os.fsync(stream.fileno())
-    return FileSeal(offset + len(tail), seal.hexdigest())
+        return self.name or str(self.path)
 
 
 class MappedShard:
-    """One shard file, memory-mapped, its index parsed and checked once."""
+    """One file of chunks, memory-mapped, its index parsed and checked once.
+
+    ``extents`` holds offset and length of each chunk's packed bytes without their checksum, (chunks, 2);
+    both are -1 for a chunk that is not there.
+    """
 
     def __init__(self, array: ShardedArray, shard: tuple[int, ...]) -> None:
+        self._array = array
+        self._shard = shard
         self.file = array.shard_file(shard)
         folder = self.file.parent
         if folder.resolve() != array.path.resolve() / folder.relative_to(array.path):
             raise self._damage("it lies behind a link to elsewhere")
-        chunks = math.prod(array.chunks_per_shard)
-        index_bytes = 16 * chunks + CRC_BYTES
-        self.bytes = self._map()
-        if len(self.bytes) < index_bytes:
-            raise self._damage(f"it has {len(self.bytes)} bytes, less than its own index")
-        tail = self.bytes[-index_bytes:]
-        if google_crc32c.value(tail[:-CRC_BYTES]) != _stored_crc(tail):
-            raise self._damage("its index does not match its checksum")
-        index = tail[:-CRC_BYTES].view("<u8").reshape(chunks, 2)
-        present = index[:, 0] != NO_CHUNK
-        longest = np.iinfo(np.uint64).max // 2
-        used = index[present]
-        end = np.minimum(used[:, 0], longest) + np.minimum(used[:, 1], longest)
-        if np.any(end > len(self.bytes) - index_bytes) or np.any(used[:, 1] <= CRC_BYTES):
-            raise self._damage("its index points outside the file")
-        # Looked up one by one in the inner loop, where buffers give integers faster than arrays do.
-        self._offsets = index[:, 0].copy().data
-        self._lengths = index[:, 1].copy().data
-        self._checked = bytearray(chunks)
+        self._identity = _identity(self.file) if array.fill is not None else None
+        self._map, self.bytes = self._mapped()
+        self.extents = self._read_index()
+        self._checked = np.zeros(len(self.extents), dtype=bool)
 
-    def _map(self) -> NDArray[np.uint8]:
+    def is_current(self) -> bool:
+        """Whether the file is still the one that was mapped; in stores of zpatch none is ever changed."""
+        return self._array.fill is None or self._identity == _identity(self.file)
+
+    def _mapped(self) -> tuple[mmap.mmap | None, Bytes]:
         try:
             # A store is data from anywhere: no links, and no waiting for a pipe that stands for a file.
             handle = os.open(self.file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except FileNotFoundError:
+            if self._array.fill is not None:
+                return None, np.zeros(0, np.uint8)
             raise self._damage("it is missing") from None
         except OSError as error:
             raise self._damage(f"it cannot be opened ({error.strerror})") from None
@@ -170,47 +139,93 @@ class MappedShard:
             view = mmap.mmap(handle, 0, access=mmap.ACCESS_READ)
         finally:
             os.close(handle)
-        return np.frombuffer(view, np.uint8)
+        return view, np.frombuffer(view, np.uint8)
 
-    def _damage(self, what: str) -> DamageError:
-        return DamageError(
-            f"damaged store: {self.file}: {what}; run 'zpatch verify' on the store, "
-            f"then convert the image again"
-        )
+    def _read_index(self) -> NDArray[np.int64]:
+        array, files = self._array, self._array.files
+        chunks = math.prod(array.chunks_per_shard)
+        if self._map is None:
+            return np.full((chunks, 2), -1, dtype=np.int64)
+        if files.index is None:
+            offsets, lengths = np.zeros(1, np.uint64), np.full(1, len(self.bytes), np.uint64)
+            first, stop = 0, len(self.bytes)
+        else:
+            index_bytes = 16 * chunks + files.index_checksum * CRC_BYTES
+            if len(self.bytes) < index_bytes:
+                raise self._damage(f"it has {len(self.bytes)} bytes, less than its own index")
+            at_end = files.index == "end"
+            index = self.bytes[-index_bytes:] if at_end else self.bytes[:index_bytes]
+            if files.index_checksum and crc32c(index[:-CRC_BYTES]) != index[-CRC_BYTES:].tobytes():
+                raise self._damage("its index does not match its checksum")
+            offsets, lengths = index[: 16 * chunks].view("<u8").reshape(chunks, 2).T.astype(np.uint64)
+            first, stop = (0, len(self.bytes) - index_bytes) if at_end else (index_bytes, len(self.bytes))
+        present = offsets != NO_CHUNK
+        longest = np.uint64(2**62)
+        ends = np.minimum(offsets, longest) + np.minimum(lengths, longest)
+        outside = (ends > stop) | (offsets < first) | (lengths <= array.codec.crc_bytes)
+        if np.any(outside & present):
+            raise self._damage("its index points outside the file")
+        extents = np.stack([offsets, lengths - np.uint64(array.codec.crc_bytes)], axis=1)
+        extents[~present] = NO_CHUNK
+        return extents.astype(np.int64)
 
-    def decode(self, number: int, codec: str, out: Voxels) -> None:
+    def unchecked(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Those of some chunks that were never touched."""
+        fresh = numbers[~self._checked[numbers]]
+        return np.unique(fresh) if fresh.size else fresh
+
+    def fetch(self, numbers: NDArray[np.int64]) -> None:
+        """Ask the system to read some chunks all at once, and not page by page as they are touched."""
+        if self._map is None or not hasattr(self._map, "madvise"):
+            return
+        for offset, length in self.extents[numbers].tolist():
+            if offset >= 0:
+                start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+                self._map.madvise(mmap.MADV_WILLNEED, start, offset + length - start)
+
+    def check(self, numbers: NDArray[np.int64]) -> None:
+        """Compare some chunks with their checksums; a missing one is damage where nothing stands for it."""
+        for number, (offset, length) in zip(numbers.tolist(), self.extents[numbers].tolist(), strict=True):
+            if offset < 0:
+                if self._array.fill is None:
+                    raise self.damaged(number, "is missing")
+            elif self._array.codec.checksum:
+                end = offset + length
+                if crc32c(self.bytes[offset:end]) != self.bytes[end : end + CRC_BYTES].tobytes():
+                    raise self.damaged(number, "does not match its checksum")
+        self._checked[numbers] = True
+
+    def decode(self, number: int, out: Voxels) -> None:
         """Decode a chunk into ``out``, C-contiguous and of exactly the chunk's shape."""
-        offset = self._offsets[number]
-        if offset == NO_CHUNK:
-            raise self._damage(f"chunk {number} is missing")
-        data = self.bytes[offset : offset + self._lengths[number] - CRC_BYTES]
         if not self._checked[number]:
-            self._check_chunk(number, codec, data, out.nbytes)
-        if CODECS[codec] is None:
-            out.reshape(-1).view(np.uint8)[:] = data
+            self.check(np.array([number]))
+        offset, length = self.extents[number].tolist()
+        if offset < 0:
+            out[...] = self._array.fill
             return
         try:
-            blosc.decompress(data, out)
-        except (RuntimeError, ValueError) as error:
-            raise self._damage(f"chunk {number} cannot be decoded ({error})") from error
+            self._array.codec.decode(self.bytes[offset : offset + length], out)
+        except ValueError as error:
+            raise self.damaged(number, str(error)) from error
 
-    def _check_chunk(self, number: int, codec: str, data: NDArray[np.uint8], chunk_bytes: int) -> None:
-        """On first touch: the checksum, and how much the chunk says that it decodes to."""
-        end = self._offsets[number] + self._lengths[number]
-        stored = int.from_bytes(self.bytes[end - CRC_BYTES : end].tobytes(), "little")
-        if google_crc32c.value(data) != stored:
-            raise self._damage(f"chunk {number} does not match its checksum")
-        if CODECS[codec] is None:
-            if len(data) != chunk_bytes:
-                raise self._damage(f"chunk {number} has {len(data)} bytes instead of {chunk_bytes}")
-        # The first 16 bytes of a blosc frame say how many bytes it decodes to.
-        elif len(data) < 16 or int.from_bytes(data[4:8].tobytes(), "little") != chunk_bytes:
-            raise self._damage(f"chunk {number} does not decode to the {chunk_bytes} bytes of a chunk")
-        self._checked[number] = 1
+    def damaged(self, number: int, what: str) -> DamageError:
+        """The error for a chunk by its number in the shard."""
+        within = np.unravel_index(number, self._array.chunks_per_shard)
+        per_shard = self._array.chunks_per_shard
+        place = [int(s * n + w) for s, n, w in zip(self._shard, per_shard, within, strict=True)]
+        named = "/".join(str(place[axis]) for axis in self._array.files.axes if axis is not None)
+        return self._damage(f"chunk {number} of the file ({named} of the array) {what}")
+
+    def _damage(self, what: str) -> DamageError:
+        return DamageError(f"damaged: {self._array}: {self.file}: {what}; {self._array.remedy}")
 
 
-def _stored_crc(data: NDArray[np.uint8]) -> int:
-    return int.from_bytes(data[-CRC_BYTES:].tobytes(), "little")
+def _identity(file: Path) -> tuple[int, int, int] | None:
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 class _OpenMaps:
@@ -233,7 +248,7 @@ class _OpenMaps:
         key = (array.path, array.contents, shard)
         with self._lock:
             mapped = self._maps.get(key)
-            if mapped is not None:
+            if mapped is not None and mapped.is_current():
                 self._maps.move_to_end(key)
                 return mapped
         mapped = MappedShard(array, shard)

@@ -1,6 +1,6 @@
-"""The door to zarr: a store on disk, opened from its manifest alone, and images that others wrote.
+"""The door to zarr: a store on disk, opened from its manifest alone.
 
-Writing is `store_writer.py`'s.
+Writing is `store_writer.py`'s; images that others wrote are `zarr_images.py`'s.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zpatch import schema
+from zpatch.chunk_codec import codec_of
 from zpatch.errors import DamageError, NotAStoreError, StoreError
 from zpatch.manifest import Key, read_manifest
 from zpatch.schema import FileSeal, ImageRecord, Json
-from zpatch.shards import ShardedArray
+from zpatch.shards import ChunkFiles, ShardedArray
 
 TOOL = "zpatch"
 
@@ -103,21 +104,34 @@ def sharded_array(folder: Path, record: ImageRecord, level: int = 0) -> ShardedA
         dtype=np.dtype(record.dtype),
         chunks=schema.padded_to_4d(array.chunks),
         shards=schema.padded_to_4d(array.shards),
-        codec=record.codec,
-        ndim=len(record.shape),
+        codec=codec_of(record.codec),
+        files=ChunkFiles(axes=tuple(range(4 - len(record.shape), 4))),
+        name=f"image {record.image!r} of subject {record.subject!r}",
+        remedy=_remedy(folder, record),
         contents=record.contents,
     )
 
 
+def _remedy(folder: Path, record: ImageRecord) -> str:
+    """How a damaged image is mended, once all damage is known."""
+    root = folder.parent.parent
+    again = f"'zpatch convert SOURCE {root} --overwrite --include {record.subject}'"
+    if record.source is None:
+        again = "the command that wrote it, with --overwrite,"
+    return f"run 'zpatch verify {root}' to see all that is damaged; {again} mends it"
+
+
 def read_small_array(folder: Path, name: str, files: Mapping[str, FileSeal]) -> NDArray[Any]:
     """A small array of an image, its raw header or a table of its index, compared with its seals."""
-    import zarr
-
     try:
         for key, seal in files.items():
             if key.startswith(f"{name}/") and schema.digest((folder / key).read_bytes()) != seal.checksum:
                 raise ValueError("its contents have changed")
-        values = np.asarray(zarr.open_array(folder / name, mode="r")[:])
+        values = _plain_array(folder / name)
+        if values is None:
+            import zarr
+
+            values = np.asarray(zarr.open_array(folder / name, mode="r")[:])
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise DamageError(
             f"damaged store: {folder / name} cannot be read ({error}); "
@@ -126,47 +140,14 @@ def read_small_array(folder: Path, name: str, files: Mapping[str, FileSeal]) -> 
     return values
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ZarrVoxels:
-    """An array that any Zarr library wrote, with what its metadata says of it.
-
-    ``axes`` are its dimension names or empty; ``scale`` and ``translation`` are per axis, from OME-Zarr.
-    """
-
-    array: Any
-    axes: str
-    scale: tuple[float, ...] | None
-    translation: tuple[float, ...] | None
-
-
-def open_image_folder(path: Path) -> ImageRecord | ZarrVoxels:
-    """An image by its folder: one that zpatch wrote, any OME-Zarr image, or any Zarr array."""
-    import zarr
-
-    try:
-        node: Any = zarr.open(path, mode="r")
-    except (OSError, ValueError, KeyError) as error:
-        raise NotAStoreError(f"{path}: it is no Zarr array or OME-Zarr image ({error})") from None
-    if isinstance(node, zarr.Array):
-        return describe_zarr_array(node)
-    attributes: Json = dict(node.attrs)
-    if "image" in (own := attributes.get(TOOL, {})):
-        return ImageRecord.from_json({**own, "files": {}}, str(path))
-    ome = attributes.get("ome", attributes)
-    try:
-        multiscale = ome["multiscales"][0]
-        dataset = multiscale["datasets"][0]
-        axes = "".join(axis["name"] for axis in multiscale["axes"])
-        transforms = {t["type"]: tuple(t[t["type"]]) for t in dataset["coordinateTransformations"]}
-        array = node[dataset["path"]]
-    except (KeyError, IndexError, TypeError):
-        raise NotAStoreError(
-            f"{path}: it is a Zarr group but no OME-Zarr image; name an image or an array in it"
-        ) from None
-    return ZarrVoxels(array, axes, transforms.get("scale"), transforms.get("translation"))
-
-
-def describe_zarr_array(array: Any) -> ZarrVoxels:
-    """What an open Zarr array says of itself."""
-    names = getattr(array.metadata, "dimension_names", None) or ()
-    return ZarrVoxels(array, "".join(n or "?" for n in names), None, None)
+def _plain_array(folder: Path) -> NDArray[Any] | None:
+    """An array of one chunk that is not compressed, as tables of an index are; None for any other."""
+    document: Json = json.loads((folder / schema.ROOT_DOCUMENT).read_bytes())
+    whole = {"name": "regular", "configuration": {"chunk_shape": document["shape"]}}
+    names = [codec["name"] for codec in document["codecs"]]
+    little = document["codecs"][0].get("configuration", {"endian": "little"}) == {"endian": "little"}
+    if document["chunk_grid"] != whole or names != ["bytes"] or not little or 0 in document["shape"]:
+        return None
+    file = folder.joinpath("c", *"0" * len(document["shape"]))
+    dtype = np.dtype(document["data_type"]).newbyteorder("<")
+    return np.frombuffer(file.read_bytes(), dtype).reshape(document["shape"])

@@ -24,7 +24,8 @@ from zpatch import schema
 from zpatch.errors import StoreExistsError
 from zpatch.manifest import Key, append_lines, read_manifest
 from zpatch.schema import FileSeal, ImageRecord, Json
-from zpatch.shards import close_shards, write_shard
+from zpatch.shard_writer import write_shard
+from zpatch.shards import close_shards
 from zpatch.store import TOOL, is_store, root_attributes, sharded_array
 from zpatch.store_lock import take_lock, writing_to
 
@@ -218,7 +219,7 @@ class StagedImage:
     ) -> None:
         """Write one shard, whole: ``voxels`` is (c, z, y, x)."""
         array = sharded_array(self.folder, record, level)
-        seal = write_shard(array, shard, voxels)
+        seal = write_shard(array, shard, voxels, record.codec)
         self._seals[array.shard_file(shard).relative_to(self.folder).as_posix()] = seal
 
     def write_raw_header(self, raw_header: bytes) -> None:

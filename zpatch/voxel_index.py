@@ -1,15 +1,9 @@
-"""Which chunks of a map hold what: an index from which voxels are drawn exactly, without reading the map.
-
-A voxel with probability proportional to its mass: draw a chunk by the index's sums, read that one
-chunk, draw a voxel in it by its masses. A centre must also lie where the whole patch fits. Centres outside
-that box are rejected and drawn again, which leaves exactly the conditional distribution; after many
-rejections the part of the sums inside the box is counted instead, and drawn from directly.
-"""
+"""Which chunks of a map hold what: an index to draw voxels from without reading the map."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +17,9 @@ from zpatch.grid import chunk_counts
 from zpatch.schema import INDEX, FileSeal, ImageRecord, Json, padded_to_4d
 from zpatch.store import read_small_array
 
-MAX_REJECTIONS = 32
 MAX_LABELS = 2**20  # an index of so many takes about 700 MiB to build
-MIN_INTERIOR_SHARE = 0.05
 
 Masses = NDArray[Any]
-ReadMasses = Callable[[PatchLocation], Masses]
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,9 +235,13 @@ def sum_table(sums: NDArray[np.float64]) -> MassTable:
     return MassTable(chunk_id, sums[chunk_id])
 
 
-def sum_masses(grid: ChunkGrid, read_masses: ReadMasses) -> MassTable:
-    """Build a table by reading a map chunk by chunk."""
-    return sum_table(np.array([read_masses(box).sum(dtype=np.float64) for box in grid.boxes()]))
+def sum_masses(
+    grid: ChunkGrid,
+    read: Callable[[Sequence[PatchLocation]], Sequence[Masses]],
+    masses_of: Callable[[Masses], Masses],
+) -> MassTable:
+    """Build a table by reading a map once, chunk by chunk: ``masses_of`` makes masses of a chunk's voxels."""
+    return sum_table(np.array([masses_of(read([box])[0]).sum(dtype=np.float64) for box in grid.boxes()]))
 
 
 def check_weights(weights: NDArray[Any], where: str) -> None:
@@ -255,112 +250,6 @@ def check_weights(weights: NDArray[Any], where: str) -> None:
         raise SamplingError(f"{where} holds NaN or infinite weights; a sampling map must be finite")
     if (weights < 0).any():
         raise SamplingError(f"{where} holds negative weights; a sampling map must be at least 0")
-
-
-def draw_centres(
-    table: MassTable,
-    count: int,
-    *,
-    grid: ChunkGrid,
-    allowed: PatchLocation,
-    read_masses: ReadMasses,
-    rng: np.random.Generator,
-) -> NDArray[np.int64] | None:
-    """Draw ``count`` voxels inside ``allowed`` with probability proportional to their mass.
-
-    ``read_masses`` gives the masses (I, J, K) of a chunk's box: counts, or booleans for voxels that are
-    alike. Returns (count, 3), or None where no allowed voxel has any mass.
-    """
-    table, interior = _within_reach(table, grid, allowed)
-    if not table.chunk_id.size:
-        return None
-    centres = np.empty((count, 3), dtype=np.int64)
-    pending = np.arange(count)
-    if interior.sum() >= MIN_INTERIOR_SHARE * table.mass.sum():
-        for _ in range(MAX_REJECTIONS):
-            if not pending.size:
-                return centres
-            drawn = _draw_by_chunk(table, pending.size, grid, grid_box(grid), read_masses, rng)
-            inside = (drawn >= allowed.index_ini).all(1) & (drawn < allowed.index_fin).all(1)
-            centres[pending[inside]] = drawn[inside]
-            pending = pending[~inside]
-    if pending.size:
-        exact = _counted_inside(table, interior > 0, grid, allowed, read_masses)
-        if not exact.mass.sum() > 0:
-            return None
-        centres[pending] = _draw_by_chunk(exact, pending.size, grid, allowed, read_masses, rng)
-    return centres
-
-
-def grid_box(grid: ChunkGrid) -> PatchLocation:
-    """The whole map."""
-    return PatchLocation((0, 0, 0), grid.spatial_shape)
-
-
-def _within_reach(
-    table: MassTable, grid: ChunkGrid, allowed: PatchLocation
-) -> tuple[MassTable, NDArray[np.float64]]:
-    """The chunks that have any allowed voxel, and the mass of those that are allowed as a whole."""
-    first = grid.origins(table.chunk_id)
-    stop = np.minimum(first + grid.chunk_shape, grid.spatial_shape)
-    reached = ((first < allowed.index_fin) & (stop > allowed.index_ini)).all(1)
-    whole = ((first >= allowed.index_ini) & (stop <= allowed.index_fin)).all(1)
-    return table.select(reached), (table.mass * whole)[reached]
-
-
-def _counted_inside(
-    table: MassTable,
-    whole: NDArray[np.bool_],
-    grid: ChunkGrid,
-    allowed: PatchLocation,
-    read_masses: ReadMasses,
-) -> MassTable:
-    mass = table.mass.copy()
-    for entry in np.flatnonzero(~whole).tolist():
-        box = grid.box(int(table.chunk_id[entry]))
-        mass[entry] = _inside(read_masses(box), box, allowed).sum(dtype=np.float64)
-    return MassTable(table.chunk_id, mass).select(mass > 0)
-
-
-def _inside(masses: Masses, box: PatchLocation, allowed: PatchLocation) -> Masses:
-    """The part of a chunk's masses that lies in the allowed box."""
-    bounds = zip(box.index, box.size, allowed.index_ini, allowed.index_fin, strict=True)
-    return masses[tuple(slice(max(a - f, 0), max(min(b - f, n), 0)) for f, n, a, b in bounds)]
-
-
-def _draw_by_chunk(
-    table: MassTable,
-    count: int,
-    grid: ChunkGrid,
-    allowed: PatchLocation,
-    read_masses: ReadMasses,
-    rng: np.random.Generator,
-) -> NDArray[np.int64]:
-    """Voxels by mass; each chunk that is needed is read once."""
-    cumulative = np.cumsum(table.mass)
-    picks = np.searchsorted(cumulative, rng.random(count) * cumulative[-1], side="right")
-    picks = np.minimum(picks, len(cumulative) - 1)
-    drawn = np.empty((count, 3), dtype=np.int64)
-    for entry in np.unique(picks).tolist():
-        mine = np.flatnonzero(picks == entry)
-        box = grid.box(int(table.chunk_id[entry]))
-        masses = _inside(read_masses(box), box, allowed)
-        corner = np.maximum(box.index, allowed.index_ini)
-        drawn[mine] = corner + _draw_voxels(masses, len(mine), rng)
-    return drawn
-
-
-def _draw_voxels(masses: Masses, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    flat = masses.T.reshape(-1)
-    if flat.dtype == np.bool_:
-        hits = np.flatnonzero(flat)
-        chosen = hits[rng.integers(0, len(hits), count)]
-    else:
-        cumulative = np.cumsum(flat, dtype=np.float64)
-        chosen = np.searchsorted(cumulative, rng.random(count) * cumulative[-1], side="right")
-        chosen = np.minimum(chosen, np.flatnonzero(flat)[-1])
-    k, j, i = np.unravel_index(chosen, masses.T.shape)
-    return np.stack([i, j, k], axis=1)
 
 
 def read_label_table(folder: Path, files: Mapping[str, FileSeal]) -> LabelTable:

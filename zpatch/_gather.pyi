@@ -1,0 +1,18 @@
+from collections.abc import Sequence
+from typing import Any
+
+def gather(
+    rows: Any,
+    start: int,
+    maps: Sequence[Any],
+    outs: Sequence[Any],
+    chunk_shape: tuple[int, int, int, int],
+    itemsize: int,
+    codec: str,
+    scaled_from: str,
+    slope: float,
+    inter: float,
+    low: float,
+    high: float,
+    /,
+) -> tuple[int, bool]: ...

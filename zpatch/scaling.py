@@ -1,0 +1,59 @@
+"""What turns stored voxels into values: slope, intercept and bounds."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+Voxels = NDArray[Any]
+
+
+class Scaling(NamedTuple):
+    """Values are ``slope * voxel + inter``, and where bounds are given kept between ``low`` and ``high``."""
+
+    slope: float = 1.0
+    inter: float = 0.0
+    low: float = -math.inf
+    high: float = math.inf
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether any value may be cut off."""
+        return self.low > -math.inf or self.high < math.inf
+
+    def then(self, slope: float, inter: float) -> Self:
+        """Scale the values of this scaling once more."""
+        low, high = sorted((self.low * slope + inter, self.high * slope + inter)) if slope else (inter, inter)
+        return type(self)(self.slope * slope, self.inter * slope + inter, low, high)
+
+    def within(self, low: float, high: float) -> Self:
+        """Put values that lie outside two bounds on them."""
+        return self._replace(low=min(max(self.low, low), high), high=max(min(self.high, high), low))
+
+    def dtype_of(self, stored: np.dtype[Any]) -> np.dtype[Any]:
+        """What values come in: the stored type, or once scaled float32, float64 from 32 bits on."""
+        if self == UNSCALED:
+            return stored
+        if stored.kind == "c":
+            return np.dtype(np.complex64 if stored.itemsize <= 8 else np.complex128)
+        return np.dtype(np.float32 if stored.itemsize < 4 else np.float64)
+
+    def apply(self, voxels: Voxels) -> Voxels:
+        """The values of some voxels, in a new array of the same memory order."""
+        values = voxels.astype(self.dtype_of(voxels.dtype.newbyteorder("=")), order="K", copy=True)
+        if self != UNSCALED:
+            values *= self.slope
+            values += self.inter
+            if self.is_bounded:
+                np.clip(values, self.low, self.high, out=values)
+        return values
+
+    def write(self, voxels: Voxels, out: Voxels) -> None:
+        """The values of some voxels, cast to the type of ``out`` and written there."""
+        np.copyto(out, voxels if self == UNSCALED else self.apply(voxels), casting="unsafe")
+
+
+UNSCALED = Scaling()
