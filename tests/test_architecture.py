@@ -60,6 +60,7 @@ FLOORS = {
         "exact_draws",
         "pyramid",
         "image_writer",
+        "_decode",
         "_gather",
         "gathering",
         "reader",
@@ -130,8 +131,8 @@ HEAVY = [
 WORLD = (
     "os io shutil pathlib tempfile time datetime random secrets socket subprocess threading multiprocessing"
 )
-COMPILED = ["_gather"]
-MAX_LINES = {".py": 400, ".c": 700}
+COMPILED = {"_gather": ".c", "_decode": ".h"}
+MAX_LINES = {".py": 400, ".c": 500, ".h": 400}
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class Import:
 
 
 def path_of(room: str) -> Path:
-    return ROOT / f"{room}.c" if room in COMPILED else ROOT / f"{room}.py"
+    return ROOT / f"{room}{COMPILED.get(room, '.py')}"
 
 
 def room_of(module: str) -> str:
@@ -187,7 +188,7 @@ def told(room: str, found: list[Import]) -> list[str]:
 
 
 def existing_rooms() -> list[str]:
-    files = [*ROOT.rglob("*.py"), *ROOT.rglob("*.c")]
+    files = itertools.chain(*(ROOT.rglob(f"*{suffix}") for suffix in MAX_LINES))
     return sorted(path.relative_to(ROOT).with_suffix("").as_posix() for path in files)
 
 

@@ -1,13 +1,8 @@
 /* The inner loop of a group read: encoded chunks in memory-mapped shards -> parts of patches.
  *
- * Each chunk is decoded as far as its patches need it, and its voxels go from the decoded byte planes
- * straight to where they belong: there is no decoded chunk in between. Streams that blosc stored as they
- * are, as it does with noise, are read out of the map itself. What this file does not know (blosc's other
- * compressors, bit shuffling) it reports, and reader.py decodes it with numcodecs: same voxels, slower.
- *
- * Sources of the formats: the header of a frame is described in README_CHUNK_FORMAT.rst of c-blosc 1,
- * an LZ4 stream in lz4_Block_format.md of LZ4. Input is never trusted: every read and every write is
- * checked against the ends of its buffer.
+ * Each chunk is decoded as far as its patches need it, and its voxels go from the decoded planes of bytes
+ * straight to where they belong. A chunk that is packed in a way not known here is reported, and gathering.py
+ * decodes it with numcodecs: same voxels, slower.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -15,37 +10,25 @@
 #include <Python.h>
 
 #include <limits.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
 
-enum { AXES = 4, ROW_FIELDS = 16, SLACK = 64, MAX_ITEM = 8 };
-enum { MAP, OFFSET, LENGTH, OUT, PARTS };      /* fields of a row; then (first, extent, target) per axis */
-enum { FINE, DAMAGED, UNKNOWN, NO_MEMORY, BAD_ROW };          /* what became of a row */
-enum { BLOSC_HEADER = 16, BLOSC_SHUFFLED = 1, BLOSC_STORED = 2, BLOSC_BITS = 4, BLOSC_WHOLE = 16 };
-enum { BLOSC_FORMAT = 2, BLOSC_LZ4 = 1 };
+#include "_decode.h"
 
-typedef struct {
-    size_t shape[AXES];      /* of a chunk: c, z, y, x */
-    size_t item, bytes;      /* of a voxel; of a chunk */
-    int blosc;               /* else the chunk's bytes are its voxels */
-} Chunks;
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "voxels are stored in little-endian order; reading goes without this file here"
+#endif
+
+enum { ROW_FIELDS = 16 };
+enum { MAP, OFFSET, LENGTH, OUT, PARTS }; /* fields of a row; then (first, extent, target) per axis */
 
 typedef struct {
-    size_t blocks, block_voxels, planes;      /* planes is 1 or, where bytes were shuffled, the item's size */
-    const uint8_t **start;                    /* of each plane of each block */
-    size_t capacity;                          /* of start */
-    uint8_t *scratch;
-} Decoded;
-
-typedef struct {
-    size_t count, voxels, step;      /* rows; voxels in each; voxels in the chunk from one to the next */
-    ptrdiff_t out_step;              /* bytes from one to the next where they are written */
+    size_t count, voxels, step; /* rows; voxels in each; voxels in the chunk from one to the next */
+    ptrdiff_t out_step;         /* bytes from one to the next where they are written */
+    ptrdiff_t ahead;            /* bytes to the rows that are written next, which are fetched meanwhile */
 } Rows;
 
 /* Writes voxels whose bytes lie in planes, one for each byte of a voxel, from byte `at` of each on. */
 typedef void (*Join)(uint8_t *out, const uint8_t *const *planes, size_t at, const Rows *rows);
+
 typedef struct {
     double slope, inter, low, high;
 } Scaling;
@@ -54,201 +37,11 @@ typedef struct {
 typedef void (*Scale)(uint8_t *out, const uint8_t *voxels, size_t n, const Scaling *scaling);
 
 typedef struct {
-    Join join, copy;         /* out of several planes; out of one, which holds whole voxels */
-    Scale scale;             /* or NULL: voxels are written as they are stored */
-    size_t item, written;    /* bytes of a stored voxel and of a written one */
+    Join join, copy;      /* out of several planes; out of one, which holds whole voxels */
+    Scale scale;          /* or NULL: voxels are written as they are stored */
+    size_t item, written; /* bytes of a stored voxel and of a written one */
     Scaling scaling;
 } Writer;
-
-static uint32_t little32(const uint8_t *p)
-{
-    return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
-}
-
-/* ---- LZ4 ---- */
-
-static int long_length(const uint8_t **in, const uint8_t *in_end, size_t *length)
-{
-    uint8_t more;
-    do {
-        if (*in >= in_end)
-            return 0;
-        more = *(*in)++;
-        *length += more;
-    } while (more == 255);
-    return 1;
-}
-
-/* Copies in steps of 16 bytes; may write up to 15 bytes past the end, where there is slack. */
-static void copy_wild(uint8_t *to, const uint8_t *from, size_t n)
-{
-    uint8_t *end = to + n;
-    do {
-        memcpy(to, from, 16);
-        to += 16;
-        from += 16;
-    } while (to < end);
-}
-
-/* Repeats the `distance` bytes before `to`; may write up to 15 bytes past the end too. */
-static void copy_match(uint8_t *to, size_t distance, size_t n)
-{
-    const uint8_t *from = to - distance;
-    uint8_t *end = to + n;
-    if (distance >= 16) {
-        copy_wild(to, from, n);
-    } else if (distance == 1) {
-        memset(to, *from, n);
-    } else if (distance >= 8) {
-        do {
-            memcpy(to, from, 8);
-            to += 8;
-            from += 8;
-        } while (to < end);
-    } else {      /* eight bytes of the pattern at a time, of which whole repetitions count */
-        uint64_t pattern = 0;
-        size_t step = 8 - 8 % distance;
-        memcpy(&pattern, from, 8);
-        pattern &= ((uint64_t)1 << 8 * distance) - 1;
-        for (size_t bits = 8 * distance; bits < 64; bits *= 2)
-            pattern |= pattern << bits;
-        do {
-            memcpy(to, &pattern, 8);
-            to += step;
-        } while (to < end);
-    }
-}
-
-/* Decodes the first `wanted` bytes of a stream of `capacity`; there is slack behind `out`. */
-static int decode_lz4(const uint8_t *in, size_t in_bytes, uint8_t *out, size_t capacity, size_t wanted)
-{
-    const uint8_t *in_end = in + in_bytes;
-    uint8_t *const begin = out, *const end = out + capacity, *const enough = out + wanted;
-    for (;;) {
-        if (in >= in_end)
-            return 0;
-        unsigned token = *in++;
-        size_t n = token >> 4;
-        if (n == 15 && !long_length(&in, in_end, &n))
-            return 0;
-        if (n > (size_t)(in_end - in) || n > (size_t)(end - out))
-            return 0;
-        if (n >= (size_t)(enough - out)) {
-            memcpy(out, in, (size_t)(enough - out));
-            return 1;
-        }
-        if ((size_t)(in_end - in) >= n + 16)
-            copy_wild(out, in, n);
-        else
-            memcpy(out, in, n);
-        in += n;
-        out += n;
-        if (in_end - in < 2)
-            return 0;
-        size_t distance = (size_t)in[0] | (size_t)in[1] << 8;
-        in += 2;
-        n = token & 15;
-        if (n == 15 && !long_length(&in, in_end, &n))
-            return 0;
-        n += 4;
-        if (distance == 0 || distance > (size_t)(out - begin) || n > (size_t)(end - out))
-            return 0;
-        if (n > (size_t)(enough - out))
-            n = (size_t)(enough - out);
-        copy_match(out, distance, n);
-        out += n;
-        if (out >= enough)
-            return 1;
-    }
-}
-
-/* ---- blosc frames ---- */
-
-static int one_block(Decoded *to, const uint8_t *voxels, const Chunks *chunks)
-{
-    to->blocks = 1;
-    to->block_voxels = chunks->bytes / chunks->item;
-    to->planes = 1;
-    to->start[0] = voxels;
-    return FINE;
-}
-
-/* One block of a frame: `streams` parts, each as long as the others, each of them LZ4 or as it is. Of its
- * voxels, those in the first `wanted` bytes are needed. */
-static int decode_block(Decoded *to, size_t block, const uint8_t *in, const uint8_t *in_end, uint8_t *out,
-                        size_t bytes, size_t streams, size_t wanted)
-{
-    size_t part = bytes / streams, plane = bytes / to->planes;
-    int apart = streams == to->planes;      /* each stream is a plane, or the whole, and may stay in the map */
-    wanted = apart ? wanted / streams : part;
-    for (size_t s = 0; s < streams; s++, out += part) {
-        if (in_end - in < 4)
-            return DAMAGED;
-        size_t length = little32(in);
-        in += 4;
-        if (length > (size_t)(in_end - in))
-            return DAMAGED;
-        if (length == part && apart) {
-            to->start[block * to->planes + s] = in;
-        } else {
-            if (length == part)
-                memcpy(out, in, part);
-            else if (!decode_lz4(in, length, out, part, wanted))
-                return DAMAGED;
-            if (apart)
-                to->start[block * to->planes + s] = out;
-        }
-        in += length;
-    }
-    for (size_t p = 0; !apart && p < to->planes; p++)
-        to->start[block * to->planes + p] = out - bytes + p * plane;
-    return FINE;
-}
-
-/* Decodes what a chunk's voxels from `first` up to `stop` need. */
-static int decode_chunk(Decoded *to, const uint8_t *in, size_t length, const Chunks *chunks, size_t first,
-                        size_t stop)
-{
-    if (!chunks->blosc)
-        return length == chunks->bytes ? one_block(to, in, chunks) : DAMAGED;
-    if (length < BLOSC_HEADER || little32(in + 4) != chunks->bytes || little32(in + 12) > length)
-        return DAMAGED;
-    length = little32(in + 12);
-    unsigned flags = in[2];
-    size_t type_bytes = in[3], block_bytes = little32(in + 8);
-    if (flags & BLOSC_STORED)
-        return length == BLOSC_HEADER + chunks->bytes ? one_block(to, in + BLOSC_HEADER, chunks) : DAMAGED;
-    int shuffled = (flags & BLOSC_SHUFFLED) && type_bytes > 1;
-    if (in[0] != BLOSC_FORMAT || flags >> 5 != BLOSC_LZ4 || flags & BLOSC_BITS || (shuffled && type_bytes != chunks->item))
-        return UNKNOWN;
-    if (type_bytes == 0 || block_bytes == 0 || block_bytes > chunks->bytes || block_bytes % chunks->item)
-        return UNKNOWN;
-    to->blocks = (chunks->bytes + block_bytes - 1) / block_bytes;
-    to->block_voxels = block_bytes / chunks->item;
-    to->planes = shuffled ? chunks->item : 1;
-    if (to->blocks > (length - BLOSC_HEADER) / 4)
-        return DAMAGED;
-    if (to->blocks * to->planes > to->capacity) {
-        const uint8_t **more = realloc(to->start, to->blocks * to->planes * sizeof *more);
-        if (!more)
-            return NO_MEMORY;
-        to->start = more;
-        to->capacity = to->blocks * to->planes;
-    }
-    for (size_t b = first / to->block_voxels; b * to->block_voxels < stop; b++) {
-        size_t at = little32(in + BLOSC_HEADER + 4 * b), left = chunks->bytes - b * block_bytes;
-        int last = left < block_bytes;      /* and short: never in several streams */
-        size_t streams = flags & BLOSC_WHOLE || last ? 1 : type_bytes;
-        size_t bytes = last ? left : block_bytes, wanted = stop * chunks->item - b * block_bytes;
-        if (at < BLOSC_HEADER || at > length || bytes % streams)
-            return DAMAGED;
-        int state = decode_block(to, b, in + at, in + length, to->scratch + b * block_bytes, bytes, streams,
-                                 wanted < bytes ? wanted : bytes);
-        if (state != FINE)
-            return state;
-    }
-    return FINE;
-}
 
 /* ---- voxels out of planes ---- */
 
@@ -262,9 +55,8 @@ static Bytes bytes_at(const uint8_t *p)
     return bytes;
 }
 
-#define LOW_BYTES(a, b)                                                                                       \
-    __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
-#define HIGH_BYTES(a, b)                                                                                      \
+#define LOW_BYTES(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define HIGH_BYTES(a, b) \
     __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
 #define LOW_PAIRS(a, b) __builtin_shufflevector((Pairs)(a), (Pairs)(b), 0, 8, 1, 9, 2, 10, 3, 11)
 #define HIGH_PAIRS(a, b) __builtin_shufflevector((Pairs)(a), (Pairs)(b), 4, 12, 5, 13, 6, 14, 7, 15)
@@ -283,24 +75,30 @@ static Bytes eight_bytes_at(const uint8_t *p)
 
 /* All rows. Those of 16 voxels and more go in steps of 16, of which the last may go back over some that are
  * done; shorter ones in two halves that may overlap, and the shortest voxel by voxel. */
-#define FOR_EACH_ROW(SIXTEEN, EIGHT, ONE)                                                                     \
-    for (size_t row = 0, n = rows->voxels; row < rows->count; row++, out += rows->out_step, at += rows->step) \
-        if (n >= 16) {                                                                                        \
-            for (size_t i = 0; i + 16 < n; i += 16)                                                           \
-                SIXTEEN(i);                                                                                   \
-            SIXTEEN(n - 16);                                                                                  \
-        } else if (n >= 8) {                                                                                  \
-            EIGHT((size_t)0);                                                                                 \
-            EIGHT(n - 8);                                                                                     \
-        } else                                                                                                \
-            for (size_t i = 0; i < n; i++)                                                                    \
-    ONE(i)
+#define FOR_EACH_ROW(SIXTEEN, EIGHT, ONE)                     \
+    for (size_t row = 0, n = rows->voxels; row < rows->count; \
+         row++, out += rows->out_step, at += rows->step) {    \
+        PREFETCH(out + rows->ahead);                          \
+        PREFETCH(out + rows->ahead + 64);                     \
+        if (n >= 16) {                                        \
+            for (size_t i = 0; i + 16 < n; i += 16)           \
+                SIXTEEN(i);                                   \
+            SIXTEEN(n - 16);                                  \
+        } else if (n >= 8) {                                  \
+            EIGHT((size_t)0);                                 \
+            EIGHT(n - 8);                                     \
+        } else {                                              \
+            for (size_t i = 0; i < n; i++)                    \
+                ONE(i);                                       \
+        }                                                     \
+    }
+#define PREFETCH(address) __builtin_prefetch(address, 1)
 
-#define COPY(ITEM)                                                                                            \
-    static void copy_##ITEM(uint8_t *out, const uint8_t *const *planes, size_t at, const Rows *rows)          \
-    {                                                                                                         \
-        const uint8_t *voxels = planes[0];                                                                    \
-        FOR_EACH_ROW(COPY_##ITEM##_16, COPY_##ITEM##_8, COPY_##ITEM##_1);                                     \
+#define COPY(ITEM)                                                                                   \
+    static void copy_##ITEM(uint8_t *out, const uint8_t *const *planes, size_t at, const Rows *rows) \
+    {                                                                                                \
+        const uint8_t *voxels = planes[0];                                                           \
+        FOR_EACH_ROW(COPY_##ITEM##_16, COPY_##ITEM##_8, COPY_##ITEM##_1)                             \
     }
 #define COPY_SOME(ITEM, COUNT, i) memcpy(out + ITEM * (i), voxels + ITEM * (at + (i)), ITEM * COUNT)
 #define COPY_1_16(i) COPY_SOME(1, 16, i)
@@ -337,7 +135,7 @@ static void join_2(uint8_t *out, const uint8_t *const *planes, size_t at, const 
 #define SIXTEEN(i) join_16_of_2(out + 2 * (i), bytes_at(a + at + (i)), bytes_at(b + at + (i)))
 #define EIGHT(i) join_8_of_2(out + 2 * (i), eight_bytes_at(a + at + (i)), eight_bytes_at(b + at + (i)))
 #define ONE(i) out[2 * (i)] = a[at + (i)], out[2 * (i) + 1] = b[at + (i)]
-    FOR_EACH_ROW(SIXTEEN, EIGHT, ONE);
+    FOR_EACH_ROW(SIXTEEN, EIGHT, ONE)
 #undef SIXTEEN
 #undef EIGHT
 #undef ONE
@@ -365,10 +163,10 @@ static void join_4(uint8_t *out, const uint8_t *const *planes, size_t at, const 
 #define OF_PLANES(load, i) load(a + at + (i)), load(b + at + (i)), load(c + at + (i)), load(d + at + (i))
 #define SIXTEEN(i) join_16_of_4(out + 4 * (i), OF_PLANES(bytes_at, i))
 #define EIGHT(i) join_8_of_4(out + 4 * (i), OF_PLANES(eight_bytes_at, i))
-#define ONE(i)                                                                                                \
-    out[4 * (i)] = a[at + (i)], out[4 * (i) + 1] = b[at + (i)], out[4 * (i) + 2] = c[at + (i)],               \
+#define ONE(i)                                                                                  \
+    out[4 * (i)] = a[at + (i)], out[4 * (i) + 1] = b[at + (i)], out[4 * (i) + 2] = c[at + (i)], \
             out[4 * (i) + 3] = d[at + (i)]
-    FOR_EACH_ROW(SIXTEEN, EIGHT, ONE);
+    FOR_EACH_ROW(SIXTEEN, EIGHT, ONE)
 #undef OF_PLANES
 #undef SIXTEEN
 #undef EIGHT
@@ -383,20 +181,21 @@ static void join_8(uint8_t *out, const uint8_t *const *planes, size_t at, const 
                 out[8 * i + p] = planes[p][at + i];
 }
 
-#define SCALE(NAME, VOXEL)                                                                                    \
-    static void NAME(uint8_t *restrict out, const uint8_t *restrict voxels, size_t n, const Scaling *scaling) \
-    {                                                                                                         \
-        const float slope = (float)scaling->slope, inter = (float)scaling->inter;                             \
-        const float low = (float)scaling->low, high = (float)scaling->high;                                   \
-        for (size_t i = 0; i < n; i++) {                                                                      \
-            VOXEL voxel;                                                                                      \
-            memcpy(&voxel, voxels + i * sizeof voxel, sizeof voxel);                                          \
-            float value = (float)voxel * slope;                                                               \
-            value += inter;                                                                                   \
-            value = value < low ? low : value;                                                                \
-            value = value > high ? high : value;                                                              \
-            memcpy(out + i * sizeof value, &value, sizeof value);                                             \
-        }                                                                                                     \
+#define SCALE(NAME, VOXEL)                                                            \
+    static void NAME(uint8_t *restrict out, const uint8_t *restrict voxels, size_t n, \
+                     const Scaling *scaling)                                          \
+    {                                                                                 \
+        const float slope = (float)scaling->slope, inter = (float)scaling->inter;     \
+        const float low = (float)scaling->low, high = (float)scaling->high;           \
+        for (size_t i = 0; i < n; i++) {                                              \
+            VOXEL voxel;                                                              \
+            memcpy(&voxel, voxels + i * sizeof voxel, sizeof voxel);                  \
+            float value = (float)voxel * slope;                                       \
+            value += inter;                                                           \
+            value = value < low ? low : value;                                        \
+            value = value > high ? high : value;                                      \
+            memcpy(out + i * sizeof value, &value, sizeof value);                     \
+        }                                                                             \
     }
 SCALE(scale_u1, uint8_t)
 SCALE(scale_i1, int8_t)
@@ -437,7 +236,7 @@ static void write_rows(const Writer *writer, const uint8_t *const *planes, size_
         join(out, planes, at, rows);
         return;
     }
-    Rows one = {1, rows->voxels, 0, 0};
+    Rows one = {1, rows->voxels, 0, 0, 0};
     for (size_t row = 0; row < rows->count; row++, out += rows->out_step, at += rows->step) {
         const uint8_t *voxels = spare;
         if (plane_count > 1)
@@ -463,7 +262,7 @@ static void write_from(const Writer *writer, const Decoded *chunk, uint8_t *out,
         while (done < rows->voxels) {
             size_t left = rows->voxels - done, within = (at + done) % chunk->block_voxels;
             size_t step = chunk->block_voxels - within < left ? chunk->block_voxels - within : left;
-            Rows one = {1, step, 0, 0};
+            Rows one = {1, step, 0, 0, 0};
             block = (at + done) / chunk->block_voxels;
             write_rows(writer, chunk->start + block * chunk->planes, chunk->planes,
                        out + done * writer->written, within, &one, spare);
@@ -479,7 +278,7 @@ static void write_part(const Writer *writer, const Decoded *chunk, const Chunks 
     const size_t *shape = chunks->shape;
     const Py_ssize_t *strides = out->strides;
     int dense = strides[3] == (Py_ssize_t)writer->written;
-    Rows rows = {dense ? (size_t)y[1] : 1, (size_t)x[1], shape[3], strides[2]};
+    Rows rows = {dense ? (size_t)y[1] : 1, (size_t)x[1], shape[3], strides[2], strides[1]};
     for (int64_t i = 0; i < c[1]; i++)
         for (int64_t j = 0; j < z[1]; j++) {
             size_t plane = ((size_t)(c[0] + i) * shape[1] + (size_t)(z[0] + j)) * shape[2];
@@ -504,7 +303,8 @@ static int row_is_sound(const int64_t *row, const Chunks *chunks, const Py_buffe
     if (row[MAP] < 0 || row[MAP] >= map_count || row[OUT] < 0 || row[OUT] >= out_count)
         return 0;
     int64_t map_bytes = maps[row[MAP]].len;
-    if (row[OFFSET] < 0 || row[LENGTH] < 0 || row[OFFSET] > map_bytes || row[LENGTH] > map_bytes - row[OFFSET])
+    if (row[OFFSET] < 0 || row[LENGTH] < 0 || row[OFFSET] > map_bytes ||
+        row[LENGTH] > map_bytes - row[OFFSET])
         return 0;
     for (int a = 0; a < AXES; a++) {
         const int64_t *part = row + PARTS + 3 * a;
@@ -543,6 +343,10 @@ static int gather_rows(const int64_t *rows, size_t count, const Chunks *chunks, 
     for (size_t end; state == FINE && *at < count; *at = end) {
         const int64_t *row = rows + *at * ROW_FIELDS;
         size_t first = SIZE_MAX, stop = 0;
+        if (row[OFFSET] < 0) { /* no such chunk is stored */
+            state = UNKNOWN;
+            break;
+        }
         for (end = *at; end < count; end++) {
             const int64_t *next = rows + end * ROW_FIELDS;
             if (next[MAP] != row[MAP] || next[OFFSET] != row[OFFSET])
@@ -562,7 +366,8 @@ static int gather_rows(const int64_t *rows, size_t count, const Chunks *chunks, 
             break;
         for (size_t r = *at; r < end; r++) {
             const int64_t *part = rows + r * ROW_FIELDS;
-            write_part(writer, &chunk, chunks, part, outs + part[OUT], line, line + chunks->shape[3] * MAX_ITEM);
+            write_part(writer, &chunk, chunks, part, outs + part[OUT], line,
+                       line + chunks->shape[3] * MAX_ITEM);
         }
     }
     free(chunk.start);
@@ -625,9 +430,9 @@ static PyObject *gather(PyObject *module, PyObject *arguments)
     const char *codec, *scaled_from;
     Scaling scaling;
     Writer writer;
-    if (!PyArg_ParseTuple(arguments, "OnOO(nnnn)nssdddd:gather", &row_object, &start, &map_objects, &out_objects,
-                          &c, &z, &y, &x, &item, &codec, &scaled_from, &scaling.slope, &scaling.inter,
-                          &scaling.low, &scaling.high))
+    if (!PyArg_ParseTuple(arguments, "OnOO(nnnn)nssdddd:gather", &row_object, &start, &map_objects,
+                          &out_objects, &c, &z, &y, &x, &item, &codec, &scaled_from, &scaling.slope,
+                          &scaling.inter, &scaling.low, &scaling.high))
         return NULL;
     if (start < 0 || c < 1 || z < 1 || y < 1 || x < 1 || item < 1 ||
         !choose_writer(&writer, (size_t)item, scaled_from)) {
@@ -653,15 +458,12 @@ static PyObject *gather(PyObject *module, PyObject *arguments)
     chunks.bytes = chunks.item * chunks.shape[0] * chunks.shape[1] * chunks.shape[2] * chunks.shape[3];
     size_t count = (size_t)rows.len / (ROW_FIELDS * sizeof(int64_t)), at = (size_t)start;
     int state;
-    Py_BEGIN_ALLOW_THREADS
-    state = gather_rows(rows.buf, count, &chunks, &writer, maps, map_count, outs, out_count, &at);
-    Py_END_ALLOW_THREADS
-    if (state == NO_MEMORY)
-        PyErr_NoMemory();
+    Py_BEGIN_ALLOW_THREADS state =
+        gather_rows(rows.buf, count, &chunks, &writer, maps, map_count, outs, out_count, &at);
+    Py_END_ALLOW_THREADS if (state == NO_MEMORY) PyErr_NoMemory();
     else if (state == BAD_ROW)
         PyErr_Format(PyExc_ValueError, "row %zu lies outside its map, its chunk or its patch", at);
-    else
-        answer = Py_BuildValue("nO", (Py_ssize_t)at, state == DAMAGED ? Py_True : Py_False);
+    else answer = Py_BuildValue("nO", (Py_ssize_t)at, state == DAMAGED ? Py_True : Py_False);
 done:
     if (outs)
         release(outs, out_count);
@@ -673,15 +475,24 @@ done:
 
 static PyMethodDef methods[] = {
     {"gather", gather, METH_VARARGS,
-     "gather(rows, start, maps, outs, chunk_shape, itemsize, codec, scaled_from, slope, inter, low, high)\n--\n\n"
+     "gather(rows, start, maps, outs, chunk_shape, itemsize, codec, scaled_from, slope, inter, low, "
+     "high)\n--\n\n"
      "Copy parts of chunks into patches, from row ``start`` on.\n\n"
      "Gives the row at which it stopped, past the last one where all is done, and whether that row's chunk\n"
-     "is damaged; else it is packed in a way that is not known here."},
+     "is damaged; else it is not there, or packed in a way that is not known here."},
     {NULL, NULL, 0, NULL},
 };
 
 static PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "zpatch._gather", "The inner loop of a group read.", 0, methods, NULL, NULL, NULL, NULL,
+    PyModuleDef_HEAD_INIT,
+    "zpatch._gather",
+    "The inner loop of a group read.",
+    0,
+    methods,
+    NULL,
+    NULL,
+    NULL,
+    NULL,
 };
 
 PyMODINIT_FUNC PyInit__gather(void)

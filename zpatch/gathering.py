@@ -26,73 +26,76 @@ except ImportError:  # no compiler was there
 
 Voxels = NDArray[Any]
 
-# Columns of the rows that the compiled loop takes; then three for each axis.
-_MAP, _EXTENT, _OUT, _PARTS = 0, slice(1, 3), 3, slice(4, 16)
+# Columns of a plan's rows. In those that the compiled loop takes, a map and the extent of the chunk's bytes
+# stand where the shard and the chunk in it stood. Then, for each axis: first in the chunk, extent, first in
+# the box.
+_SHARD, _WITHIN, _BOX, _PARTS, _COLUMNS = 0, 1, 3, 4, 16
+_MAP, _EXTENT = 0, slice(1, 3)
 _COMPILED_ITEMSIZES = (1, 2, 4, 8)
 _COMPILED_SCALED = ("u1", "i1", "u2", "i2")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GatherPlan:
-    """What goes where: row ``n`` copies a part of a chunk into a part of ``box[n]``.
+    """What goes where: each of ``rows`` (n, 16) copies a part of a chunk into a part of a box.
 
-    Rows of one chunk follow each other. The chunk is number ``within[n]`` of shard number ``shard[n]``.
-    ``parts`` is (rows, 12): for each axis the first voxel in the chunk, the extent, the first in the box.
+    Rows of one chunk follow each other.
     """
 
-    shard: NDArray[np.int64]
-    within: NDArray[np.int64]
-    box: NDArray[np.int64]
-    parts: NDArray[np.int64]
+    rows: NDArray[np.int64]
 
     @classmethod
     def of(cls, array: ShardedArray, first: NDArray[np.int64], stop: NDArray[np.int64]) -> GatherPlan:
         """The plan for some boxes inside an array, each given by first voxel and stop, (boxes, 4)."""
         if not len(first):
-            none = np.zeros(0, np.int64)
-            return cls(none, none, none, np.zeros((0, 12), np.int64))
-        chunks = np.array(array.chunks)
+            return cls(np.zeros((0, _COLUMNS), np.int64))
+        chunks, per_shard = np.array(array.chunks), array.chunks_per_shard
         low = first // chunks
-        most = ((stop - 1) // chunks - low).max(axis=0) + 1
-        touched = np.ones((len(first), 1, 1, 1, 1), dtype=bool)
-        tables = []
-        shards, per_shard = array.shard_grid, array.chunks_per_shard
-        for axis in range(4):
-            position = low[:, axis, None] + np.arange(most[axis])
-            origin = position * chunks[axis]
-            start = np.maximum(origin, first[:, axis, None])
-            extent = np.minimum(origin + chunks[axis], stop[:, axis, None]) - start
-            shard, within = np.divmod(position, per_shard[axis])
-            shard *= math.prod(shards[axis + 1 :])
-            within *= math.prod(per_shard[axis + 1 :])
-            columns = [start - origin, extent, start - first[:, axis, None], shard, within]
-            tables.append(np.stack(columns, axis=-1))
-            touched = touched & np.expand_dims(extent > 0, [a + 1 for a in range(4) if a != axis])
-        box, *steps = np.nonzero(touched)
-        columns = [table[box, step] for table, step in zip(tables, steps, strict=True)]
-        shard, within = sum(column[:, 3:] for column in columns).T
-        order = np.argsort(shard * math.prod(per_shard) + within, kind="stable")
-        parts = np.concatenate([column[:, :3] for column in columns], axis=1)
-        return cls(shard[order], within[order], box[order], parts[order])
+        steps = ((stop - 1) // chunks - low).max(axis=0) + 1
+        # For each box, step from its first chunk on, and axis: what a row's columns are made of.
+        position = low[:, None] + np.arange(steps.max())[:, None]
+        origin = position * chunks
+        start = np.maximum(origin, first[:, None])
+        extent = np.minimum(origin + chunks, stop[:, None]) - start
+        shard, within = np.divmod(position, per_shard)
+        table = np.stack(
+            [start - origin, extent, start - first[:, None], shard * _strides(array.shard_grid),
+             within * _strides(per_shard)], axis=-1,
+        )  # fmt: skip
+        touched = extent > 0
+        c, z, y, x = (touched[:, : steps[axis], axis] for axis in range(4))
+        box, *step = np.nonzero(
+            (c[:, :, None] & z[:, None])[..., None, None] & (y[:, :, None] & x[:, None])[:, None, None]
+        )
+        parts = [table[box, step[axis], axis] for axis in range(4)]
+        place = parts[0][:, 3:] + parts[1][:, 3:] + parts[2][:, 3:] + parts[3][:, 3:]
+        rows = np.empty((len(box), _COLUMNS), dtype=np.int64)
+        rows[:, _SHARD : _WITHIN + 1] = place
+        rows[:, _BOX] = box
+        for axis, part in enumerate(parts):
+            rows[:, _PARTS + 3 * axis : _PARTS + 3 * axis + 3] = part[:, :3]
+        return cls(rows[np.argsort(place[:, 0] * math.prod(per_shard) + place[:, 1], kind="stable")])
 
     @property
     def chunk_starts(self) -> NDArray[np.int64]:
         """The first row of each chunk."""
-        changes = np.diff(self.within) | np.diff(self.shard)
-        return np.concatenate([[0], np.flatnonzero(changes) + 1])[: len(self.box)]
+        changes = np.diff(self.rows[:, _SHARD]) | np.diff(self.rows[:, _WITHIN])
+        return np.concatenate([[0], np.flatnonzero(changes) + 1])[: len(self.rows)]
 
     def split(self, parts: int) -> list[GatherPlan]:
         """The rows in about equal parts, no chunk in two of them."""
-        rows = len(self.box)
-        if parts == 1 or not rows:
+        count = len(self.rows)
+        if parts == 1 or not count:
             return [self]
-        edges = np.append(self.chunk_starts[1:], rows)
-        wanted = np.linspace(0, rows, parts + 1)[1:]
+        edges = np.append(self.chunk_starts[1:], count)
+        wanted = np.linspace(0, count, parts + 1)[1:]
         cuts = np.unique(edges[np.searchsorted(edges, wanted)]).tolist()
-        return [
-            GatherPlan(self.shard[a:b], self.within[a:b], self.box[a:b], self.parts[a:b])
-            for a, b in itertools.pairwise([0, *cuts])
-        ]
+        return [GatherPlan(self.rows[a:b]) for a, b in itertools.pairwise([0, *cuts])]
+
+
+def _strides(grid: Sequence[int]) -> list[int]:
+    """How far apart neighbours along each axis are in C order."""
+    return [math.prod(grid[axis + 1 :]) for axis in range(len(grid))]
 
 
 def read_region(array: ShardedArray, first: Sequence[int], stop: Sequence[int]) -> Voxels:
@@ -111,54 +114,41 @@ def gather(
     Boxes of another type than the array's get scaled voxels.
     """
     maps, rows = _located(array, plan)
-    missing = rows[:, 1] < 0
-    if missing.any():
-        _fill_in(array, rows[missing], outs, scaling)
-        plan = GatherPlan(*(column[~missing] for column in (plan.shard, plan.within, plan.box, plan.parts)))
-        rows = rows[~missing]
-    starts = plan.chunk_starts
-    at, fast = 0, _compiled is not None and _is_compiled(array, outs, scaling)
-    while at < len(rows):
-        if fast:
-            at, damaged = _gather_compiled(array, rows, at, maps, outs, scaling)
-            if at == len(rows):
-                return
-            if damaged:
-                # numcodecs may say more of what is wrong; where it finds nothing, the chunk is damaged still.
-                mapped, number = maps[rows[at, _MAP]], int(plan.within[at])
-                mapped.decode(number, np.empty(array.chunks, array.dtype))
-                raise mapped.damaged(number, "cannot be decoded")
-        end = (
-            int(np.append(starts, len(rows))[np.searchsorted(starts, at, side="right")])
-            if fast
-            else len(rows)
-        )
-        _gather_in_python(array, plan, slice(at, end), rows, maps, outs, scaling)
-        at = end
+    at = 0
+    if _compiled is not None and _is_compiled(array, outs, scaling) and len(rows):
+        while (at := _gather_compiled(array, plan, at, rows, maps, outs, scaling)) < len(rows):
+            starts = np.append(plan.chunk_starts, len(rows))  # this chunk is one for numcodecs
+            stop = int(starts[np.searchsorted(starts, at, side="right")])
+            _gather_in_python(array, plan, slice(at, stop), maps, outs, scaling)
+            at = stop
+    else:
+        _gather_in_python(array, plan, slice(None), maps, outs, scaling)
 
 
 def _located(array: ShardedArray, plan: GatherPlan) -> tuple[list[MappedShard], NDArray[np.int64]]:
-    """The shards of a plan, and its rows with the map and the extent of each chunk filled in.
+    """The shards of a plan, and its rows as the compiled loop takes them.
 
     Chunks that are touched for the first time are compared with their checksums.
     """
-    rows = np.empty((len(plan.box), 16), dtype=np.int64)
-    rows[:, _OUT] = plan.box
-    rows[:, _PARTS] = plan.parts
-    borders = [0, *(np.flatnonzero(np.diff(plan.shard)) + 1).tolist(), len(rows)]
-    runs = list(itertools.pairwise(borders)) if len(rows) else []
-    maps, fresh = [], []
-    for number, (a, b) in enumerate(runs):
-        place = tuple(int(n) for n in np.unravel_index(plan.shard[a], array.shard_grid))
-        mapped = open_shard(array, place)
-        rows[a:b, _MAP] = number
-        rows[a:b, _EXTENT] = mapped.extents[plan.within[a:b]]
+    rows = plan.rows.copy()
+    shards = rows[:, _SHARD]
+    ends = [*(np.flatnonzero(shards[1:] != shards[:-1]) + 1).tolist(), len(rows)]
+    maps: list[MappedShard] = []
+    fresh = []
+    start = 0
+    for end in ends if len(rows) else []:
+        place = np.unravel_index(shards[start], array.shard_grid)
+        mapped = open_shard(array, tuple(map(int, place)))
+        numbers = plan.rows[start:end, _WITHIN]
+        if (unchecked := mapped.unchecked(numbers)).size:
+            mapped.fetch(unchecked)
+            fresh.append((mapped, unchecked))
+        rows[start:end, _MAP] = len(maps)
+        rows[start:end, _EXTENT] = mapped.extents[numbers]
         maps.append(mapped)
-        if (numbers := mapped.unchecked(plan.within[a:b])).size:
-            mapped.fetch(numbers)
-            fresh.append((mapped, numbers))
-    for mapped, numbers in fresh:
-        mapped.check(numbers)
+        start = end
+    for mapped, unchecked in fresh:
+        mapped.check(unchecked)
     return maps, rows
 
 
@@ -173,14 +163,15 @@ def _is_compiled(array: ShardedArray, outs: Sequence[Voxels], scaling: Scaling) 
 
 def _gather_compiled(
     array: ShardedArray,
-    rows: NDArray[np.int64],
+    plan: GatherPlan,
     start: int,
+    rows: NDArray[np.int64],
     maps: Sequence[MappedShard],
     outs: Sequence[Voxels],
     scaling: Scaling,
-) -> tuple[int, bool]:
-    plain = outs[0].dtype == array.dtype
-    return _compiled(
+) -> int:
+    """Do rows from ``start`` on, up to the first whose chunk is not there or packed in another way."""
+    at, damaged = _compiled(
         rows,
         start,
         [mapped.bytes for mapped in maps],
@@ -188,41 +179,39 @@ def _gather_compiled(
         array.chunks,
         array.dtype.itemsize,
         array.codec.compressor,
-        "" if plain else array.dtype.str[1:],
+        "" if outs[0].dtype == array.dtype else array.dtype.str[1:],
         *scaling,
     )
+    if damaged:
+        # numcodecs may say more of what is wrong; where it finds nothing, the chunk is damaged still.
+        mapped, number = maps[rows[at, _MAP]], int(plan.rows[at, _WITHIN])
+        mapped.decode(number, np.empty(array.chunks, array.dtype))
+        raise mapped.damaged(number, "cannot be decoded")
+    return at
 
 
 def _gather_in_python(
     array: ShardedArray,
     plan: GatherPlan,
     some: slice,
-    rows: NDArray[np.int64],
     maps: Sequence[MappedShard],
     outs: Sequence[Voxels],
     scaling: Scaling,
 ) -> None:
     scratch = np.empty(array.chunks, dtype=array.dtype)
+    of_shard = dict(zip(np.unique(plan.rows[:, _SHARD]).tolist(), maps, strict=True))
     decoded = (-1, -1)
-    chunks = zip(rows[some, _MAP].tolist(), plan.within[some].tolist(), strict=True)
-    for chunk, row in zip(chunks, rows[some].tolist(), strict=True):
-        if chunk != decoded:
-            maps[chunk[0]].decode(chunk[1], scratch)
+    for row in plan.rows[some].tolist():
+        if (chunk := (row[_SHARD], row[_WITHIN])) != decoded:
+            of_shard[row[_SHARD]].decode(row[_WITHIN], scratch)
             decoded = chunk
         source, target = _slices(row)
-        scaling.write(scratch[source], outs[row[_OUT]][target])
-
-
-def _fill_in(array: ShardedArray, rows: NDArray[np.int64], outs: Sequence[Voxels], scaling: Scaling) -> None:
-    """The parts of chunks that are not there, in arrays where that means a fill value."""
-    for row in rows.tolist():
-        target = outs[row[_OUT]][_slices(row)[1]]
-        scaling.write(np.full(target.shape, array.fill, dtype=array.dtype), target)
+        scaling.write(scratch[source], outs[row[_BOX]][target])
 
 
 def _slices(row: list[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
     """Where a row's voxels lie in the chunk and in the box."""
-    axes = [row[n : n + 3] for n in range(4, 16, 3)]
+    axes = [row[n : n + 3] for n in range(_PARTS, _COLUMNS, 3)]
     return (
         tuple(slice(first, first + extent) for first, extent, _ in axes),
         tuple(slice(target, target + extent) for _, extent, target in axes),

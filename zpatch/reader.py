@@ -47,7 +47,10 @@ class VoxelSource(Protocol):
     def graph(
         self, boxes: Sequence[PatchLocation], outs: Sequence[Voxels], scaling: Scaling, parts: int
     ) -> Graph:
-        """Tasks that write the values of some boxes inside into ``outs``, about ``parts`` at a time."""
+        """Tasks that write the values of some boxes inside into ``outs``, under the keys 0, 1, ...
+
+        There are about ``parts`` of them, and under other keys what they need.
+        """
 
     def dask(self, block_voxels: int | None = None) -> Any:
         """A lazy dask array of the whole, (C, I, J, K), in blocks of about so many voxels a side."""
@@ -73,17 +76,15 @@ def fulfil(requests: Sequence[Request], scheduler: Scheduler = "sync") -> None:
         _fulfil_on_cluster(requests, scheduler)
         return
     graph: Graph = {}
+    ends = []
     parts = thread_count(scheduler)
     for number, request in enumerate(requests):
-        tasks = request.source.graph(request.boxes, request.outs, request.scaling, parts)
-        graph |= {(f"zpatch-{number}", key) if isinstance(key, int) else key: t for key, t in tasks.items()}
-    ends = [key for key in graph if isinstance(key, tuple) and str(key[0]).startswith("zpatch-")]
-    graph["zpatch"] = (_done, ends)
-    run_graph(graph, "zpatch", scheduler)
-
-
-def _done(_parts: list[None]) -> None:
-    """All parts of a graph have run."""
+        for key, task in request.source.graph(request.boxes, request.outs, request.scaling, parts).items():
+            if isinstance(key, int):
+                key = ("zpatch", number, key)
+                ends.append(key)
+            graph[key] = task
+    run_graph(graph, ends, scheduler)
 
 
 def _fulfil_on_cluster(requests: Sequence[Request], client: Any) -> None:

@@ -46,9 +46,9 @@ def is_cluster(scheduler: Scheduler) -> bool:
     return not isinstance(scheduler, str) and hasattr(scheduler, "scheduler_info")
 
 
-def run_graph(graph: dict[Any, Any], key: str, scheduler: Scheduler = "sync") -> Any:
-    """Compute one key of a Dask graph, in this thread (``sync``) or in dask's pool (``threads``)."""
-    return _getter(scheduler)(graph, key)
+def run_graph(graph: dict[Any, Any], keys: Any, scheduler: Scheduler = "sync") -> Any:
+    """Compute one or several keys of a Dask graph, in this thread (``sync``) or dask's pool (``threads``)."""
+    return _getter(scheduler)(graph, keys)
 
 
 def _getter(scheduler: Scheduler) -> Callable[..., Any]:
