@@ -435,7 +435,7 @@ def test_after_a_killed_worker_the_queue_works_again(cohort: zp.Cohort, tmp_path
     with zp.Queue(cohort, zp.UniformSampler(4), num_workers=2, transform=deadly) as queue:
         with pytest.raises(QueueError):
             list(queue)
-        queue._draws._transform = None
+        queue._draws.transform = None
         queue.set_epoch(0)
         assert [item(patch) for patch in queue] == stream(cohort, zp.UniformSampler(4))
 

@@ -152,13 +152,21 @@ def _located(array: ShardedArray, plan: GatherPlan) -> tuple[list[MappedShard], 
     return maps, rows
 
 
+def writes_directly(array: ShardedArray, dtype: np.dtype[Any], scaling: Scaling) -> bool:
+    """Whether values of a type are best made as chunks are copied, and not of whole boxes afterwards."""
+    if scaling == UNSCALED and dtype == array.dtype:
+        return True
+    return dtype == np.float32 and array.dtype.str[1:] in _COMPILED_SCALED
+
+
 def _is_compiled(array: ShardedArray, outs: Sequence[Voxels], scaling: Scaling) -> bool:
-    if array.codec.compressor not in ("none", "blosc") or not array.dtype.isnative:
-        return False
-    written = {out.dtype for out in outs}
-    if written == {array.dtype}:
-        return scaling == UNSCALED and array.dtype.itemsize in _COMPILED_ITEMSIZES
-    return written == {np.dtype(np.float32)} and array.dtype.str[1:] in _COMPILED_SCALED
+    return (
+        array.codec.compressor in ("none", "blosc")
+        and array.dtype.isnative
+        and array.dtype.itemsize in _COMPILED_ITEMSIZES
+        and all(writes_directly(array, dtype, scaling) for dtype in {out.dtype for out in outs})
+        and len({out.dtype for out in outs}) == 1
+    )
 
 
 def _gather_compiled(

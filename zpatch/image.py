@@ -236,7 +236,7 @@ def read_together(
     images: Sequence[Image],
     locations: Sequence[PatchLocation],
     *,
-    scaled: bool = True,
+    scaled: bool | Sequence[bool] = True,
     padding_mode: str | None = None,
     fill: float = 0,
     scheduler: Scheduler = "sync",
@@ -244,25 +244,26 @@ def read_together(
 ) -> list[list[Voxels]]:
     """The same boxes of several images, in one graph; a list of voxels (C, I, J, K) for each image.
 
-    As ``Image.read_group``; ``outs`` is memory to write to, of any float or the image's own type and any
-    strides, for each image and box. What does not fit a type is cast to it.
+    As ``Image.read_group``; ``scaled`` may be said for each. ``outs`` is memory to write to, of any strides,
+    for each image and box; values are cast to its type.
     """
     check_padding_mode(padding_mode)
     requests, results, padded = [], [], []
     for number, image in enumerate(images):
-        scaling = image.scaling if scaled else UNSCALED
+        scaling = image.scaling if scaled is True or (scaled and scaled[number]) else UNSCALED
         dtype, spatial_shape = scaling.dtype_of(image.source.dtype), image.spatial_shape
         channels = image.num_channels
         boxes, targets, found = [], [], []
         for n, location in enumerate(locations):
             shape = (channels, *location.size)
-            if padding_mode is None and not location.lies_within(spatial_shape):
+            is_inside = location.lies_within(spatial_shape)
+            if padding_mode is None and not is_inside:
                 image.refuse_outside(location)
             out = outs[number][n] if outs is not None else new_voxels(shape, dtype)
             if out.shape != shape:
                 raise OptionError(f"the memory for a box of {shape} voxels has the shape {out.shape}")
             found.append(out)
-            if location.lies_within(spatial_shape):
+            if is_inside:
                 boxes.append(location)
                 targets.append(out)
                 continue

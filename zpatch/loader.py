@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Sized
-from typing import cast
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from typing import Any, cast
 
 import torch
 
+from zpatch import spare_memory
 from zpatch.errors import OptionError
-from zpatch.patch import Patch, PatchBatch, collate
+from zpatch.patch import Patch, PatchBatch, stack
 
 
 class SubjectsLoader:
     """Batches from a queue, a grid sampler, or anything that yields patches.
 
     ``batch.t1.data`` is (B, C, I, J, K); its memory is (b, c, z, y, x), the order of the store, so that a
-    batch costs one copy. Call ``.contiguous()`` where an operation needs the other order.
-    ``drop_last`` leaves out a last batch that is not full. ``pin_memory`` puts batches into page-locked
-    memory, ``device`` copies them there, without waiting where the memory is pinned.
+    batch costs one copy. ``contiguous`` puts it into the order (b, c, i, j, k) instead, for operations that
+    need that. ``drop_last`` leaves out a last batch that is not full. ``pin_memory`` puts batches into
+    page-locked memory, ``device`` copies them there, without waiting where the memory is pinned.
+    ``state_dict`` and ``load_state_dict`` are those of the queue, between two batches.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class SubjectsLoader:
         drop_last: bool = False,
         pin_memory: bool = False,
         device: torch.device | str | None = None,
+        contiguous: bool = False,
     ) -> None:
         if batch_size < 1:
             raise OptionError(f"batch_size must be at least 1, not {batch_size}")
@@ -37,21 +39,38 @@ class SubjectsLoader:
         self.drop_last = drop_last
         self.pin_memory = pin_memory
         self.device = None if device is None else torch.device(device)
+        self.contiguous = contiguous
 
     def __len__(self) -> int:
         patches = len(cast(Sized, self.dataset))
         return patches // self.batch_size if self.drop_last else -(-patches // self.batch_size)
 
     def __iter__(self) -> Iterator[PatchBatch]:
-        patches = iter(self.dataset)
-        while group := list(itertools.islice(patches, self.batch_size)):
-            if self.drop_last and len(group) < self.batch_size:
+        # A queue lends its patches one by one, and each is copied straight into its batch.
+        borrowed = getattr(self.dataset, "borrowed", None)
+        patches = iter(self.dataset if borrowed is None else borrowed())
+        while len(batch := stack(patches, self.batch_size, self._new_memory)):
+            if self.drop_last and len(batch) < self.batch_size:
                 return
-            yield self._placed(collate(group))
+            yield self._placed(batch)
+
+    def _new_memory(self, shape: tuple[int, ...], *, dtype: torch.dtype) -> torch.Tensor:
+        if self.pin_memory or dtype == torch.bfloat16:
+            return torch.empty(shape, dtype=dtype, pin_memory=self.pin_memory)
+        return torch.from_numpy(spare_memory.empty(shape, torch.empty(0, dtype=dtype).numpy().dtype))
 
     def _placed(self, batch: PatchBatch) -> PatchBatch:
-        if self.pin_memory:
-            batch = batch.map_data(torch.Tensor.pin_memory)
         if self.device is not None:
             batch = batch.map_data(lambda data: data.to(self.device, non_blocking=self.pin_memory))
+        if self.contiguous:
+            batch = batch.map_data(torch.Tensor.contiguous)
         return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the queue's stream is: past the batches that were given."""
+        state: dict[str, Any] = cast(Any, self.dataset).state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let the next iteration go on where another one was."""
+        cast(Any, self.dataset).load_state_dict(state)

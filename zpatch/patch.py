@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self, cast
 
@@ -14,12 +15,20 @@ from zpatch.errors import OptionError, UnknownNameError
 from zpatch.geometry import Affine, PatchLocation
 from zpatch.schema import Kind
 
+NewMemory = Callable[..., torch.Tensor]
+
 # Types that torch stores but hardly computes with, and what holds all their values.
 _WIDER = {
     np.dtype(np.uint16): np.int32,
     np.dtype(np.uint32): np.int64,
     np.dtype(np.uint64): np.int64,
 }
+
+
+def torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
+    """The type in which torch computes with voxels of a type."""
+    wider = np.dtype(_WIDER.get(dtype, dtype))
+    return torch.from_numpy(np.empty(0, wider)).dtype
 
 
 def to_tensor(voxels: NDArray[Any]) -> torch.Tensor:
@@ -32,12 +41,15 @@ class PatchImage:
     """One image of a patch.
 
     ``data`` is (C, I, J, K), a view of (c, z, y, x) memory; in a batch (B, C, I, J, K). ``affine`` is
-    4 x 4 with its origin at the patch's corner; in a batch (B, 4, 4).
+    4 x 4 with its origin at the patch's corner; in a batch (B, 4, 4). Values are ``slope * data + inter``:
+    1 and 0 unless a queue was asked for stored voxels; in a batch (B,).
     """
 
     data: torch.Tensor
     affine: Affine
     kind: Kind = "scalar"
+    slope: Any = 1.0
+    inter: Any = 0.0
 
 
 class _ByName:
@@ -100,24 +112,63 @@ class PatchBatch(_ByName):
 
 def collate(patches: Sequence[Patch]) -> PatchBatch:
     """Stack patches into a batch, as ``collate_fn`` of any DataLoader."""
-    names = list(patches[0].images)
-    for patch in patches:
-        if list(patch.images) != names:
-            raise OptionError(
-                f"a batch needs the same images in each patch: {patch.subject!r} has "
-                f"{', '.join(patch.images)}, {patches[0].subject!r} has {', '.join(names)}"
-            )
-    images = {name: _stacked(name, patches) for name in names}
-    return PatchBatch(images, [p.location for p in patches], [p.subject for p in patches])
+    return stack(patches, len(patches))
 
 
-def _stacked(name: str, patches: Sequence[Patch]) -> PatchImage:
-    parts = [patch[name] for patch in patches]
-    shapes = {tuple(part.data.shape) for part in parts}
-    if len(shapes) > 1:
-        raise OptionError(
-            f"a batch needs patches of one shape: {name!r} has {', '.join(map(str, sorted(shapes)))}"
+def stack(patches: Iterable[Patch], count: int, new_memory: NewMemory = torch.empty) -> PatchBatch:
+    """A batch of ``count`` patches, or of as many as there are; each is copied before the next is asked for.
+
+    ``new_memory(shape, dtype=)`` gives the memory of a batch of one image, in the order (b, c, z, y, x).
+    """
+    batch: dict[str, torch.Tensor] = {}
+    taken: list[Patch] = []
+    for patch in itertools.islice(patches, count):
+        if not taken:
+            batch = {
+                name: new_memory((count, *_stored(image.data).shape), dtype=image.data.dtype)
+                for name, image in patch.images.items()
+            }
+        else:
+            _check_alike(patch, taken[0])
+        for name, image in patch.images.items():
+            batch[name][len(taken)].copy_(_stored(image.data))
+        taken.append(patch)
+    images = {
+        name: PatchImage(
+            _in_user_order(data[: len(taken)]),
+            np.stack([patch[name].affine for patch in taken]),
+            taken[0][name].kind,
+            np.array([patch[name].slope for patch in taken]),
+            np.array([patch[name].inter for patch in taken]),
         )
-    # Stacked in memory order (c, z, y, x), so that the copy runs along the memory it reads.
-    stored = torch.stack([part.data.permute(0, 3, 2, 1) for part in parts])
-    return PatchImage(stored.permute(0, 1, 4, 3, 2), np.stack([part.affine for part in parts]), parts[0].kind)
+        for name, data in batch.items()
+    }
+    return PatchBatch(images, [p.location for p in taken], [p.subject for p in taken])
+
+
+def _check_alike(patch: Patch, first: Patch) -> None:
+    if list(patch.images) != list(first.images):
+        raise OptionError(
+            f"a batch needs the same images in each patch: {patch.subject!r} has "
+            f"{', '.join(patch.images)}, {first.subject!r} has {', '.join(first.images)}"
+        )
+    for name, image in patch.images.items():
+        shapes = {tuple(image.data.shape), tuple(first[name].data.shape)}
+        if len(shapes) > 1:
+            raise OptionError(
+                f"a batch needs patches of one shape: {name!r} has {', '.join(map(str, sorted(shapes)))}"
+            )
+        if image.data.dtype != first[name].data.dtype:
+            raise OptionError(
+                f"a batch needs patches of one type: {name!r} has {image.data.dtype} and "
+                f"{first[name].data.dtype}"
+            )
+
+
+def _stored(data: torch.Tensor) -> torch.Tensor:
+    """(C, I, J, K) in the order of its memory, (c, z, y, x), so that a copy runs along what it reads."""
+    return data.permute(0, 3, 2, 1) if data.ndim == 4 else data
+
+
+def _in_user_order(batch: torch.Tensor) -> torch.Tensor:
+    return batch.permute(0, 1, 4, 3, 2) if batch.ndim == 5 else batch

@@ -2,103 +2,37 @@
 
 An epoch is a plan before it is anything else: the order of subjects, the draws of each, and the picks of the
 shuffle are pure functions of (seed, epoch). Workers only carry it out, so the stream is the same for any
-number of them.
+number of them, and can be taken up again at any patch.
 """
 
 from __future__ import annotations
 
 import itertools
 import multiprocessing
-import pickle
-import signal
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from numpy.typing import NDArray
+from torch.utils.data import IterableDataset, get_worker_info
 
 from zpatch.cohort import Subject
+from zpatch.epoch_plan import Draw, EpochPlan, Share, Uneven
 from zpatch.errors import OptionError, QueueError
 from zpatch.memory import format_bytes
 from zpatch.patch import Patch
-from zpatch.patch_worker import Draw, FailedDraw, SubjectDraws, Transform, packed, unpacked
+from zpatch.patch_feed import TASKS_PER_WORKER, Arrival, PatchFeed
+from zpatch.patch_slots import WATCH_BYTES, SlotLayout, new_tensor
+from zpatch.patch_worker import SubjectDraws, Transform
+from zpatch.queue_state import epoch_and_consumed, queue_state, subjects_digest
 from zpatch.randomness import Purpose, rng
 from zpatch.samplers import GridSampler, PatchSampler
+from zpatch.schema import Json
 
 GROUP_PATCHES = 32
-PREFETCHED_GROUPS = 2
-IMAGE_DTYPES = (torch.float16, torch.float32, torch.float64)
-
-
-@dataclass(frozen=True, slots=True)
-class EpochPlan:
-    """One epoch, as a pure function of its fields: which draws, in which order, and how they are shuffled.
-
-    ``patches`` is the number of patches of each subject.
-    """
-
-    seed: int
-    epoch: int
-    subjects: Sequence[int]
-    patches: Sequence[int]
-    group: int
-    buffer: int
-    shuffle: bool
-
-    def draws(self) -> Iterator[Draw]:
-        """The tasks in the order in which their patches enter the buffer."""
-        for subject in self.subjects:
-            count = self.patches[subject]
-            for first in range(0, count, self.group):
-                yield Draw(self.epoch, subject, first, min(first + self.group, count))
-
-    def shuffled(self, arriving: Iterator[Patch]) -> Iterator[Patch]:
-        """Sliding shuffle: each patch handed out is drawn from the full buffer, and the next one that
-        arrives takes its place; nothing is refilled in bulk."""
-        if not self.shuffle:
-            yield from arriving
-            return
-        picks = rng(self.seed, self.epoch, purpose=Purpose.SHUFFLE)
-        buffer = list(itertools.islice(arriving, self.buffer))
-        while buffer:
-            place = int(picks.integers(len(buffer)))
-            patch = buffer[place]
-            buffer[place] = buffer[-1]
-            buffer.pop()
-            buffer.extend(itertools.islice(arriving, 1))
-            yield patch
-
-
-def _name_killed_workers() -> None:
-    """Torch hears of a killed worker in a signal handler, wherever the main thread is: say it as ours."""
-    handler = signal.getsignal(signal.SIGCHLD)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        return
-    if getattr(handler, "names_killed_workers", False):
-        return
-
-    def named(number: int, frame: Any) -> None:
-        try:
-            handler(number, frame)
-        except RuntimeError as error:
-            raise QueueError(f"a worker of the queue ended: {error}") from error
-
-    named.names_killed_workers = True  # type: ignore[attr-defined]
-    signal.signal(signal.SIGCHLD, named)
-
-
-class _CurrentPlan:
-    """The sampler of torch's DataLoader: the draws of the epoch at hand."""
-
-    def __init__(self) -> None:
-        self.plan: EpochPlan | None = None
-
-    def __iter__(self) -> Iterator[Draw]:
-        return self.plan.draws() if self.plan else iter(())
+IMAGE_DTYPES = (torch.float16, torch.float32, torch.float64, None)
 
 
 class Queue(IterableDataset[Patch]):
@@ -110,14 +44,18 @@ class Queue(IterableDataset[Patch]):
     the same for every ``num_workers``, with random ``transform`` too: each call of it runs with torch's,
     numpy's and Python's generators seeded by (seed, epoch, subject, draw).
 
-    ``dtype`` is what images come in; label maps keep their type. An iteration that is not preceded by
+    ``dtype`` is what images come in; with None they keep their stored type, and ``slope`` and ``inter`` stand
+    beside them. Label maps keep their type where torch computes with it. An iteration that is not preceded by
     ``set_epoch`` takes the epoch after the last one that was finished. ``subject_sampler`` (torch's
     DistributedSampler, say) takes over the order of subjects and needs ``shuffle_subjects=False``.
-    ``start_method`` is fork on Linux and spawn elsewhere. A worker that gives nothing for ``timeout``
-    seconds is taken for hung.
 
-    Feed it to ``SubjectsLoader``, or to torch's DataLoader with ``num_workers=0`` and
-    ``collate_fn=zpatch.collate``. It is a context manager; ``close`` ends its workers.
+    Under torch.distributed, or with ``rank`` and ``world_size``, each process gets its share: as many
+    subjects and patches as any other, no subject twice but what ``uneven="pad"`` repeats (``drop`` leaves the
+    rest out, ``error`` refuses it).
+
+    ``start_method`` is fork on Linux and spawn elsewhere. A worker that gives nothing for ``timeout``
+    seconds is taken for hung. Feed the queue to ``SubjectsLoader``, or to torch's DataLoader with
+    ``num_workers=0`` and ``collate_fn=zpatch.collate``. It is a context manager; ``close`` ends its workers.
     """
 
     def __init__(
@@ -133,9 +71,12 @@ class Queue(IterableDataset[Patch]):
         subject_sampler: Iterable[int] | None = None,
         *,
         seed: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+        uneven: Uneven = "pad",
         start_method: str | None = None,
         timeout: float = 120,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = torch.float32,
     ) -> None:
         for name, count in (("max_length", max_length), ("patches_per_volume", patches_per_volume)):
             if count < 1:
@@ -148,7 +89,8 @@ class Queue(IterableDataset[Patch]):
             raise OptionError(f"dtype must be one of {', '.join(map(str, IMAGE_DTYPES))}, not {dtype}")
         if not len(subjects):
             raise OptionError("a queue needs at least one subject")
-        self.subjects = list(subjects)
+        _check_processes(start_method, timeout)
+        self.subjects = subjects
         self.patch_sampler = patch_sampler
         self.max_length = max_length
         self.patches_per_volume = patches_per_volume
@@ -158,195 +100,265 @@ class Queue(IterableDataset[Patch]):
         self.subject_sampler = subject_sampler
         self.seed = seed
         self.dtype = dtype
-        self._epoch = 0
-        self._patches = [self._patches_of(subject) for subject in self.subjects]
-        self._group = min(GROUP_PATCHES, max_length, max(self._patches))
-        self._draws = SubjectDraws(self.subjects, patch_sampler, patches_per_volume, transform, dtype, seed)
-        self._current = _CurrentPlan()
+        self.share = Share() if subject_sampler is not None else _share(rank, world_size, uneven)
+        self.share.check(len(subjects))
+        self._draws = SubjectDraws(subjects, patch_sampler, patches_per_volume, transform, dtype, seed)
+        self._patches = self._count_patches()
+        self._check_subject_sampler()
         self._start_method = start_method
         self._timeout = timeout
-        self._loader: DataLoader[list[Patch] | FailedDraw] | None = None
-        self._workers: list[BaseProcess] = []
+        self._slot_bytes: int | None = None
+        self._subjects_digest: str | None = None
+        self._feed: PatchFeed | None = None
+        self._ready: dict[tuple[int, int], Arrival] = {}
+        self._epoch, self._consumed = 0, 0  # what was handed out
+        self._resumed = False  # whether the next iteration goes on from there
         self._iteration = 0
-        self._check_options()
 
-    def _check_options(self) -> None:
-        methods = multiprocessing.get_all_start_methods()
-        if self._start_method is not None and self._start_method not in methods:
-            raise OptionError(f"start_method must be one of {', '.join(methods)}, not {self._start_method!r}")
-        if self._timeout <= 0:
-            raise OptionError(f"timeout must be above 0 seconds, not {self._timeout}")
+    def _count_patches(self) -> NDArray[np.int64]:
+        if isinstance(self.patch_sampler, GridSampler):
+            return np.array([len(self.patch_sampler.grid_of(subject)) for subject in self.subjects])
+        return np.full(len(self.subjects), self.patches_per_volume)
+
+    def _check_subject_sampler(self) -> None:
         for subject in self.subject_sampler or ():
             if not 0 <= subject < self.num_subjects:
                 raise OptionError(
                     f"subject_sampler gives {subject} of {self.num_subjects} subjects; they count from 0"
                 )
 
-    def _patches_of(self, subject: Subject) -> int:
-        if isinstance(self.patch_sampler, GridSampler):
-            return len(self.patch_sampler.grid_of(subject))
-        return self.patches_per_volume
-
     @property
     def num_subjects(self) -> int:
-        """Number of subjects."""
+        """Number of subjects, of all ranks."""
         return len(self.subjects)
 
     @property
     def patches_per_epoch(self) -> int:
-        """Number of patches in an epoch."""
-        if self.subject_sampler is None:
-            return sum(self._patches)
-        return sum(self._patches[subject] for subject in self.subject_sampler)
+        """Number of patches in an epoch, of this rank."""
+        return self.plan(self._epoch).total
 
     def __len__(self) -> int:
         return self.patches_per_epoch
 
     @property
     def max_memory(self) -> int:
-        """Bytes of the voxels in the buffer and on their way to it, at most."""
-        in_flight = self._group * max(1, self.num_workers * PREFETCHED_GROUPS)
-        return (self.max_length + in_flight) * self._patch_bytes()
+        """Bytes of all patches in the buffer and on their way to it: the size of the shared block."""
+        return WATCH_BYTES + self._slots * self._bytes_per_slot()
 
     @property
     def max_memory_pretty(self) -> str:
         """``max_memory`` for people."""
         return format_bytes(self.max_memory)
 
-    def _patch_bytes(self) -> int:
-        voxels = int(np.prod(self.patch_sampler.patch_size))
-        return max(
-            sum(
-                voxels * image.num_channels * self._item_bytes(image.kind, image.dtype)
-                for image in subject.images.values()
-            )
-            for subject in self.subjects
-        )
+    @property
+    def _group(self) -> int:
+        return min(GROUP_PATCHES, self.max_length, int(self._patches.max()))
 
-    def _item_bytes(self, kind: str, dtype: np.dtype[Any]) -> int:
-        if kind != "label" and dtype.kind != "c":
-            return self.dtype.itemsize
-        return dtype.itemsize * (2 if dtype.kind == "u" and dtype.itemsize in (2, 4) else 1)
+    @property
+    def _slots(self) -> int:
+        # A group that has come in waits while the next task goes out in its place.
+        in_flight = self._group * (TASKS_PER_WORKER * self.num_workers + 1)
+        return self.max_length + in_flight
+
+    def _bytes_per_slot(self) -> int:
+        """What the largest patch takes; after a transform, the first one."""
+        if self._slot_bytes is None:
+            layouts = [self._draws.layout_of(subject) for subject in self.subjects]
+            self._slot_bytes = max(layout.nbytes for layout in layouts)
+            if self._draws.transform is not None:
+                first = next(self._draws.patches(Draw(0, 0, 0, (0,), (0,))))
+                self._slot_bytes = SlotLayout.of_patch(first).nbytes
+        return self._slot_bytes
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration gives."""
+        """Choose the epoch that the next iteration gives; of a state that was loaded, go on in its epoch."""
         if epoch < 0:
             raise OptionError(f"an epoch is at least 0, not {epoch}")
-        self._epoch = epoch
+        if not (self._resumed and epoch == self._epoch):
+            self._epoch, self._consumed, self._resumed = epoch, 0, False
 
     def plan(self, epoch: int) -> EpochPlan:
-        """What an epoch will be."""
+        """What an epoch will be on this rank."""
+        order = self._subject_order(epoch)
+        subjects, total = self.share.deal(order, self._patches)
         return EpochPlan(
             seed=self.seed,
             epoch=epoch,
-            subjects=self._subject_order(epoch),
-            patches=self._patches,
+            subjects=subjects,
+            patches=self._patches[subjects],
+            total=total,
             group=self._group,
             buffer=self.max_length,
             shuffle=self.shuffle_patches,
         )
 
-    def _subject_order(self, epoch: int) -> list[int]:
+    def _subject_order(self, epoch: int) -> NDArray[np.int64]:
         if self.subject_sampler is not None:
-            return list(self.subject_sampler)
+            if hasattr(self.subject_sampler, "set_epoch"):
+                self.subject_sampler.set_epoch(epoch)
+            return np.array(list(self.subject_sampler), dtype=np.int64)
         if not self.shuffle_subjects:
-            return list(range(self.num_subjects))
-        order = rng(self.seed, epoch, purpose=Purpose.SUBJECT_ORDER).permutation(self.num_subjects)
-        return [int(subject) for subject in order]
+            return np.arange(self.num_subjects)
+        return rng(self.seed, epoch, purpose=Purpose.SUBJECT_ORDER).permutation(self.num_subjects)
+
+    def upcoming(self, plan: EpochPlan) -> EpochPlan | None:
+        """The epoch that workers may begin while the buffer drains, where it is known already."""
+        if self.subject_sampler is not None and not hasattr(self.subject_sampler, "set_epoch"):
+            return None  # it may give another order each time, and is asked only when it is time
+        return self.plan(plan.epoch + 1)
 
     def __iter__(self) -> Iterator[Patch]:
+        """The patches of an epoch, each in memory of its own."""
+        for patch in self.borrowed():
+            if self.num_workers:
+                patch = _owned(patch)
+            yield patch
+
+    def borrowed(self) -> Iterator[Patch]:
+        """The same patches, each in memory that is lent until the next one is asked for."""
         if get_worker_info() is not None:
             raise QueueError(
                 "a queue runs its own workers: give DataLoader num_workers=0, and the number of workers "
                 "to Queue(num_workers=...)"
             )
+        consumed = self._consumed if self._resumed else 0
+        self._consumed, self._resumed = consumed, False
         plan = self.plan(self._epoch)
-        yield from plan.shuffled(self._arriving(plan))
-        self._epoch = plan.epoch + 1
-
-    def _arriving(self, plan: EpochPlan) -> Iterator[Patch]:
-        for patches in self._groups(plan):
-            if isinstance(patches, FailedDraw):
-                raise QueueError(
-                    f"subject {patches.subject!r} failed in epoch {plan.epoch}: {patches.reason}\n\n"
-                    f"{patches.traceback}"
-                )
-            yield from patches
-
-    def _groups(self, plan: EpochPlan) -> Iterator[list[Patch] | FailedDraw]:
-        if self.num_workers == 0:
-            yield from map(self._draws.__getitem__, plan.draws())
-            return
-        self._current.plan = plan
-        groups = iter(self._running())
-        _name_killed_workers()
+        feed = self._running()
         self._iteration += 1
         mine = self._iteration
-        while mine == self._iteration:
-            hung = threading.Event()
-            watch = threading.Timer(self._timeout, self._kill_workers, [hung])
-            watch.daemon = True
-            watch.start()
+        serial = feed.begin(plan, consumed)
+        self._let_go(but_from=serial)
+        for number in itertools.islice(plan.order(), consumed, None):
+            while (serial, number) not in self._ready:
+                self._receive(feed, serial)
+            arrival = self._ready.pop((serial, number))
+            assert arrival.patch is not None
+            self._consumed += 1
             try:
-                group = next(groups)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                self.close()
-                what = f"gave nothing for {self._timeout:g} s" if hung.is_set() else "ended"
-                raise QueueError(f"a worker of the queue {what}: {error}") from error
+                yield arrival.patch
             finally:
-                watch.cancel()
-            yield unpacked(group)
-        raise QueueError("the queue was closed, or another iteration of it was begun; iterate it anew")
+                feed.free(arrival)
+            if mine != self._iteration:
+                raise QueueError(
+                    "the queue was closed, or another iteration of it was begun; iterate it anew"
+                )
+            if self.num_workers and self._consumed < plan.total and len(self._ready) < self.max_length:
+                self._receive(feed, serial)
+        self._epoch, self._consumed = plan.epoch + 1, 0
 
-    def _running(self) -> Iterable[list[Patch] | FailedDraw]:
-        """The groups of the current plan, from workers that are started once."""
-        if self._loader is None:
-            self._check_can_be_sent()
-            self._loader = DataLoader(
+    def _running(self) -> PatchFeed:
+        if self._feed is None:
+            queue = weakref.ref(self)  # workers end with the queue, which they must not keep alive
+            self._feed = PatchFeed(
                 self._draws,
-                batch_size=None,
-                sampler=self._current,
+                lambda plan: None if (alive := queue()) is None else alive.upcoming(plan),
                 num_workers=self.num_workers,
-                collate_fn=packed,
-                persistent_workers=True,
-                prefetch_factor=PREFETCHED_GROUPS,
-                multiprocessing_context=self._start_method,
-                generator=torch.Generator(),  # torch would draw a seed from its global one
+                slots=self._slots,
+                slot_bytes=self._bytes_per_slot() if self.num_workers else 0,
+                start_method=self._start_method,
+                timeout=self._timeout,
             )
-        others = set(multiprocessing.active_children())
-        groups = iter(self._loader)
-        self._workers = self._workers or [p for p in multiprocessing.active_children() if p not in others]
-        return groups
+        return self._feed
 
-    def _check_can_be_sent(self) -> None:
-        if multiprocessing.get_context(self._start_method).get_start_method() == "fork":
-            return
+    def _receive(self, feed: PatchFeed, serial: int) -> None:
         try:
-            pickle.dumps(self._draws)
-        except (AttributeError, TypeError, pickle.PicklingError) as error:
-            raise QueueError(
-                f"subjects, sampler or transform cannot be sent to a worker ({error}); define them at the "
-                f"top of a module, or use start_method='fork'"
-            ) from error
+            arrival = feed.take()
+        except QueueError:
+            self.close()
+            raise
+        if arrival.failure is not None and arrival.serial == serial:
+            raise QueueError(arrival.failure)
+        self._ready[arrival.serial, arrival.number] = arrival
 
-    def _kill_workers(self, hung: threading.Event) -> None:
-        """End workers that hang: torch then notices within seconds that they are gone."""
-        hung.set()
-        for worker in self._workers:
-            worker.kill()
+    def _let_go(self, but_from: int) -> None:
+        """Forget what arrived for runs before one."""
+        for key in [key for key in self._ready if key[0] < but_from]:
+            arrival = self._ready.pop(key)
+            assert self._feed is not None
+            self._feed.free(arrival)
+        for arrival in self._ready.values():
+            if arrival.failure is not None and arrival.serial == but_from:
+                raise QueueError(arrival.failure)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is, as small JSON: what the caller has received, and of which stream."""
+        epoch, consumed = self._epoch, self._consumed
+        if consumed and consumed == self.plan(epoch).total:
+            epoch, consumed = epoch + 1, 0
+        return queue_state(self._fingerprint(), self.seed, epoch, consumed)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another queue of the same stream was, under any ``num_workers``; see ``set_epoch``.
+
+        A stream that would be another one is refused, and the error names what has changed.
+        """
+        epoch, consumed = epoch_and_consumed(state, self._fingerprint(), self.seed)
+        if consumed > self.plan(epoch).total:
+            raise OptionError(f"the state has {consumed} patches of an epoch of {self.plan(epoch).total}")
+        self._iteration += 1
+        self._epoch, self._consumed, self._resumed = epoch, consumed, True
+
+    def _fingerprint(self) -> Json:
+        """All that the stream depends on but the seed."""
+        if self._subjects_digest is None:
+            self._subjects_digest = subjects_digest(self.subjects)
+        order = self.subject_sampler is not None and self.plan(self._epoch).digest
+        return {
+            "cohort": self._subjects_digest,
+            "sampler": repr(self.patch_sampler),
+            "patches_per_volume": self.patches_per_volume,
+            "max_length": self.max_length,
+            "shuffle_subjects": self.shuffle_subjects,
+            "shuffle_patches": self.shuffle_patches,
+            "subject_sampler": order,
+            "world_size": self.share.world_size,
+            "uneven": self.share.uneven,
+        }
 
     def close(self) -> None:
         """End the workers; the next iteration starts new ones."""
-        loader, self._loader = self._loader, None
-        self._workers = []
+        feed, self._feed = self._feed, None
+        self._ready = {}
         self._iteration += 1
-        if loader is not None and loader._iterator is not None:
-            loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
+        if feed is not None:
+            feed.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_feed", None) is not None:
+            self.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _check_processes(start_method: str | None, timeout: float) -> None:
+    methods = multiprocessing.get_all_start_methods()
+    if start_method is not None and start_method not in methods:
+        raise OptionError(f"start_method must be one of {', '.join(methods)}, not {start_method!r}")
+    if timeout <= 0:
+        raise OptionError(f"timeout must be above 0 seconds, not {timeout}")
+
+
+def _share(rank: int | None, world_size: int | None, uneven: Uneven) -> Share:
+    """The share of this process: as told, else torch.distributed's, else all."""
+    if (rank is None) != (world_size is None):
+        raise OptionError("rank and world_size go together; say both or neither")
+    if rank is not None and world_size is not None:
+        return Share(rank, world_size, uneven)
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return Share(distributed.get_rank(), distributed.get_world_size(), uneven)
+    return Share(uneven=uneven)
+
+
+def _owned(patch: Patch) -> Patch:
+    """A copy of a patch in memory of its own."""
+    layout = SlotLayout.of_patch(patch)
+    tensors = [new_tensor(place) for place in layout.images]
+    for tensor, image in zip(tensors, patch.images.values(), strict=True):
+        tensor.copy_(image.data)
+    return layout.patch(tensors, [i.affine for i in patch.images.values()], patch.location, patch.subject)

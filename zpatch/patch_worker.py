@@ -1,9 +1,11 @@
-"""What a worker of the queue does: a draw in, its transformed patches out."""
+"""What a worker of the queue does: a draw in, its transformed patches out, in slots of shared memory."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import random
+import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,38 +13,72 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from numpy.typing import NDArray
+from torch.utils.data import Dataset, get_worker_info
 
 from zpatch.cohort import Subject
-from zpatch.geometry import PatchLocation
-from zpatch.patch import Patch
+from zpatch.epoch_plan import Draw
+from zpatch.geometry import Affine, PatchLocation, crop_affine
+from zpatch.image import Image, read_together
+from zpatch.patch import Patch, torch_dtype
+from zpatch.patch_slots import ImagePlace, SlotBlock, SlotLayout, new_tensor
 from zpatch.randomness import Purpose, rng
-from zpatch.samplers import GridSampler, PatchSampler, RandomSampler, read_patches
+from zpatch.samplers import GridSampler, PatchSampler
+from zpatch.scheduling import end_with_parent
 
 Transform = Callable[[Patch], Patch]
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
-    """A task for a worker: patches ``first`` to ``stop`` of a subject in an epoch."""
+class Task:
+    """A draw, and the slots that take its patches. ``serial`` tells the runs of a queue apart."""
 
-    epoch: int
-    subject: int
-    first: int
-    stop: int
+    serial: int
+    draw: Draw
+    slots: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Delivered:
+    """A patch in its slot; one that does not fit there travels by itself."""
+
+    location: PatchLocation
+    layout: SlotLayout
+    affines: Sequence[Affine]
+    loose: Sequence[NDArray[Any] | torch.Tensor] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """What a worker gives for a task: a patch for each of its slots."""
+
+    task: Task
+    subject: str
+    patches: Sequence[Delivered]
 
 
 @dataclass(frozen=True, slots=True)
 class FailedDraw:
-    """What a worker says instead of patches."""
+    """What a worker gives instead."""
 
+    task: Task
     subject: str
     reason: str
     traceback: str
 
+    @classmethod
+    def of(cls, task: Task, subject: str, error: Exception) -> FailedDraw:
+        """What is to be said of an error."""
+        reason = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
+        return cls(task, subject, reason, "".join(traceback.format_exception(error)))
 
-class SubjectDraws(Dataset[list[Patch] | FailedDraw]):
-    """What a worker does: a draw in, its transformed patches out."""
+
+class SubjectDraws(Dataset[Any]):
+    """The patches of any draw; made once, and handed to each worker as it starts.
+
+    ``dtype`` is what images come in; with None they keep their stored type, and slope and intercept stand
+    beside. ``block`` is where a worker puts patches.
+    """
 
     def __init__(
         self,
@@ -50,77 +86,143 @@ class SubjectDraws(Dataset[list[Patch] | FailedDraw]):
         sampler: PatchSampler,
         patches_per_volume: int,
         transform: Transform | None,
-        dtype: torch.dtype,
+        dtype: torch.dtype | None,
         seed: int,
     ) -> None:
-        self._subjects = subjects
-        self._sampler = sampler
+        self.subjects = subjects
+        self.sampler = sampler
+        self.transform = transform
+        self.block: SlotBlock | None = None
         self._patches_per_volume = patches_per_volume
-        self._transform = transform
         self._dtype = dtype
         self._seed = seed
 
-    def __getitem__(self, draw: Draw) -> list[Patch] | FailedDraw:
-        subject = self._subjects[draw.subject]
+    def __getitem__(self, task: Task) -> Delivery | FailedDraw:
+        """Do a task in a worker."""
+        assert self.block is not None
+        worker = get_worker_info()
+        number = worker.id if worker else 0
+        self.block.watched[2 * number : 2 * number + 2] = os.getpid(), task.draw.subject + 1
         try:
-            return self._patches(subject, draw)
+            subject = self.subjects[task.draw.subject]
+            return Delivery(task, subject.name, self._delivered(subject, task, self.block))
         except Exception as error:  # whatever it is, it must reach the caller with its subject
-            return FailedDraw(subject.name, f"{type(error).__name__}: {error}", traceback.format_exc())
+            return FailedDraw.of(task, self.name_of(task.draw.subject), error)
+        finally:
+            self.block.watched[2 * number + 1] = 0
 
-    def _patches(self, subject: Subject, draw: Draw) -> list[Patch]:
-        if isinstance(self._sampler, GridSampler):
-            grid = self._sampler.grid_of(subject)
-            numbers = range(draw.first, draw.stop)
-            patches = self._sampler.read(subject, [grid.location(number) for number in numbers])
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """All that is sent to a worker but the block of slots."""
+        return self.subjects, self.sampler, self.transform
+
+    def name_of(self, subject: int) -> str:
+        """The name of a subject by its number."""
+        names = getattr(self.subjects, "names", None)  # of a cohort: without making the subject
+        return str(names[subject] if names else self.subjects[subject].name)
+
+    def _delivered(self, subject: Subject, task: Task, block: SlotBlock) -> list[Delivered]:
+        layout = self.layout_of(subject)
+        if self.transform is None and layout.nbytes <= block.slot_bytes:
+            locations = self._locations(subject, task.draw)
+            outs = [[block.tensor(slot, place) for slot in task.slots] for place in layout.images]
+            affines = self._read(subject, locations, outs)
+            return [Delivered(at, layout, of) for at, of in zip(locations, affines, strict=True)]
+        return [
+            self._sent(patch, slot, block)
+            for patch, slot in zip(self.patches(task.draw), task.slots, strict=True)
+        ]
+
+    def _sent(self, patch: Patch, slot: int, block: SlotBlock) -> Delivered:
+        layout, images = SlotLayout.of_patch(patch), patch.images.values()
+        loose = None
+        if layout.nbytes <= block.slot_bytes:
+            for place, image in zip(layout.images, images, strict=True):
+                block.tensor(slot, place).copy_(image.data.detach())
         else:
-            patches = read_patches(subject, self._drawn(self._sampler, subject, draw))
-        return [self._finished(patch, draw, number) for number, patch in enumerate(patches, start=draw.first)]
+            loose = [_packed(image.data.detach()) for image in images]
+        return Delivered(patch.location, layout, [image.affine for image in images], loose)
 
-    def _drawn(self, sampler: RandomSampler, subject: Subject, draw: Draw) -> list[PatchLocation]:
-        generator = rng(self._seed, draw.epoch, draw.subject, purpose=Purpose.LOCATIONS)
-        return sampler.locations(subject, self._patches_per_volume, generator)[draw.first : draw.stop]
+    def patches(self, draw: Draw) -> Iterator[Patch]:
+        """The transformed patches of a draw, each in memory of its own."""
+        subject = self.subjects[draw.subject]
+        locations, layout = self._locations(subject, draw), self.layout_of(subject)
+        tensors = [[new_tensor(place) for _ in locations] for place in layout.images]
+        affines = self._read(subject, locations, tensors)
+        for n, (number, location) in enumerate(zip(draw.numbers, locations, strict=True)):
+            patch = layout.patch([of[n] for of in tensors], affines[n], location, subject.name)
+            yield self._transformed(patch, draw, number)
 
-    def _finished(self, patch: Patch, draw: Draw, number: int) -> Patch:
-        cast = {
-            name: image.data.to(self._dtype)
-            for name, image in patch.images.items()
-            if image.kind != "label" and not image.data.is_complex()
-        }
-        patch = patch.with_data(**cast)
-        if self._transform is None:
+    def layout_of(self, subject: Subject) -> SlotLayout:
+        """How a patch of a subject lies in a slot, before any transform."""
+        size = self.sampler.patch_size
+        places = []
+        for name, image in subject.images.items():
+            dtype, (slope, inter) = self._type_of(image)
+            shape = image.num_channels, *size
+            places.append(ImagePlace(name, image.kind, shape, dtype, slope=slope, inter=inter))
+        return SlotLayout.of(places)
+
+    def _type_of(self, image: Image) -> tuple[torch.dtype, tuple[float, float]]:
+        """What an image comes in, and what is left to be done to make values of it."""
+        if image.kind == "label" or image.dtype.kind == "c":
+            return torch_dtype(image.dtype), (1.0, 0.0)
+        if self._dtype is not None:
+            return self._dtype, (1.0, 0.0)
+        if image.scaling.is_bounded:
+            return torch_dtype(image.dtype), (1.0, 0.0)
+        return torch_dtype(image.source.dtype), (image.scaling.slope, image.scaling.inter)
+
+    def _locations(self, subject: Subject, draw: Draw) -> list[PatchLocation]:
+        if isinstance(self.sampler, GridSampler):
+            grid = self.sampler.grid_of(subject)
+            return [grid.location(number) for number in draw.numbers]
+        generator = rng(self._seed, draw.epoch, draw.subject, draw.visit, purpose=Purpose.LOCATIONS)
+        drawn = self.sampler.locations(subject, self._patches_per_volume, generator)
+        return [drawn[number] for number in draw.numbers]
+
+    def _read(
+        self, subject: Subject, locations: Sequence[PatchLocation], tensors: Sequence[Sequence[torch.Tensor]]
+    ) -> list[list[Affine]]:
+        """Read all images of some patches as one group into tensors; the patches' affines."""
+        images = list(subject.images.values())
+        scaled = [self._type_of(image)[1] == (1.0, 0.0) for image in images]
+        grid = self.sampler if isinstance(self.sampler, GridSampler) else None
+        read_together(
+            images,
+            locations,
+            scaled=scaled,
+            padding_mode=None if grid is None else grid.padding_mode,
+            fill=0 if grid is None else grid.fill,
+            outs=[[tensor.numpy() for tensor in of] for of in tensors],
+        )
+        return [[crop_affine(image.affine, at.index) for image in images] for at in locations]
+
+    def _transformed(self, patch: Patch, draw: Draw, number: int) -> Patch:
+        if self.transform is None:
             return patch
-        stream = rng(self._seed, draw.epoch, draw.subject, number, purpose=Purpose.TRANSFORM)
-        with seeded_globals(int(stream.integers(2**63))):
-            return self._transform(patch)
+        place = draw.visit << 32 | number
+        stream = rng(self._seed, draw.epoch, draw.subject, place, purpose=Purpose.TRANSFORM)
+        try:
+            with seeded_globals(int(stream.integers(2**63))):
+                changed: Any = self.transform(patch)
+            if not isinstance(changed, Patch):
+                raise TypeError(f"a transform gives a Patch, not {type(changed).__name__}")
+        except Exception as error:
+            error.add_note(f"in the transform of the patch at {patch.location.index}")
+            raise
+        return changed
 
 
-def packed(patches: list[Patch] | FailedDraw) -> list[Patch] | FailedDraw:
-    """Patches as a worker sends them: arrays in memory order, which take no file descriptor each."""
-    if isinstance(patches, FailedDraw):
-        return patches
-    return [patch.map_data(_as_array) for patch in patches]
+def start_worker(worker: int) -> None:
+    """Let a worker end with its parent, however that ends, and leave Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
 
 
-def unpacked(patches: list[Patch] | FailedDraw) -> list[Patch] | FailedDraw:
-    """The patches of a worker as tensors again."""
-    if isinstance(patches, FailedDraw):
-        return patches
-    return [patch.map_data(_as_tensor) for patch in patches]
-
-
-def _as_array(data: torch.Tensor) -> Any:
-    if data.dtype == torch.bfloat16:
-        return data.detach()  # numpy has no such type; torch sends it its own way
-    return _memory_order(data.detach()).contiguous().numpy()
-
-
-def _as_tensor(data: Any) -> torch.Tensor:
-    return data if isinstance(data, torch.Tensor) else _memory_order(torch.from_numpy(data))
-
-
-def _memory_order(data: torch.Tensor) -> torch.Tensor:
-    """(C, I, J, K) as (c, z, y, x), and back; whatever else a transform made, as it is."""
-    return data.permute(0, 3, 2, 1) if data.ndim == 4 else data
+def _packed(data: torch.Tensor) -> NDArray[Any] | torch.Tensor:
+    """A tensor as a worker sends it: as an array, which takes no file descriptor."""
+    return data if data.dtype == torch.bfloat16 else data.contiguous().numpy()
 
 
 @contextlib.contextmanager

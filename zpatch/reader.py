@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zpatch import spare_memory
-from zpatch.gathering import GatherPlan, gather
+from zpatch.gathering import GatherPlan, gather, writes_directly
 from zpatch.geometry import PatchLocation, Triple
 from zpatch.scaling import UNSCALED, Scaling
 from zpatch.scheduling import Scheduler, is_cluster, run_graph, thread_count
@@ -167,7 +167,12 @@ class ShardSource:
         high = np.array([(channels, *box.index_fin) for box in boxes], dtype=np.int64).reshape(-1, 4)
         views = [out.transpose(stored) for out in outs]
         plans = GatherPlan.of(self.array, low[:, stored], high[:, stored]).split(parts)
-        return {n: (partial(gather, self.array, plan, views, scaling),) for n, plan in enumerate(plans)}
+        if all(writes_directly(self.array, out.dtype, scaling) for out in outs):
+            return {n: (partial(gather, self.array, plan, views, scaling),) for n, plan in enumerate(plans)}
+        raw = [spare_memory.empty(view.shape, self.array.dtype) for view in views]
+        graph: Graph = {(id(raw), n): (partial(gather, self.array, p, raw),) for n, p in enumerate(plans)}
+        graph[0] = (partial(_cast, raw, views, scaling), list(graph))
+        return graph
 
     def dask(self, block_voxels: int | None = None) -> Any:
         """A dask array with one block for each shard's region, or for whole chunks of about a size."""
@@ -258,6 +263,11 @@ class DaskSource:
     def dask(self, block_voxels: int | None = None) -> Any:
         """The expression itself."""
         return self.array
+
+
+def _cast(raw: Sequence[Voxels], outs: Sequence[Voxels], scaling: Scaling, _parts: Any) -> None:
+    for voxels, out in zip(raw, outs, strict=True):
+        scaling.write(voxels, out)
 
 
 def _put(finish: Callable[..., Any], extra: Any, out: Voxels, scaling: Scaling, blocks: Any) -> None:

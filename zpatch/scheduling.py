@@ -184,14 +184,19 @@ def _start_worker(amounts: Any) -> None:
     global _amounts
     _amounts = amounts
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it and decides
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Let this process end as soon as the one that started it has ended, however that ends."""
     parent = multiprocessing.parent_process()
     if parent is not None:
-        wait_for([parent.sentinel])
-        os._exit(1)
+        threading.Thread(target=_end_after, args=[parent.sentinel], daemon=True).start()
+
+
+def _end_after(sentinel: int) -> None:
+    wait_for([sentinel])
+    os._exit(1)
 
 
 def _in_worker(function: TaskFunction[Task, Result], number: int, task: Task) -> Result:

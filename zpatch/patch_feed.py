@@ -1,0 +1,339 @@
+"""Patches as they arrive, epoch after epoch: from workers, through slots of shared memory, or read here.
+
+Torch's DataLoader keeps the workers. Tasks go out in order and come back in order, at most two for each
+worker at a time, and slots are given out with the tasks: the memory is bounded before anything is read. When
+all tasks of an epoch are out, those of the next one follow.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import signal
+import threading
+import time
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from zpatch.epoch_plan import Draw, EpochPlan
+from zpatch.errors import QueueError
+from zpatch.memory import format_bytes
+from zpatch.patch import Patch
+from zpatch.patch_slots import SlotBlock
+from zpatch.patch_worker import Delivery, FailedDraw, SubjectDraws, Task, start_worker
+
+TASKS_PER_WORKER = 2
+WATCH_S = 0.5
+
+Result = Delivery | FailedDraw
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Arrival:
+    """A patch that has come, number ``number`` of run ``serial``; or why it and its group will not come.
+
+    With a ``slot`` its tensors are views of that, until it is freed.
+    """
+
+    serial: int
+    number: int
+    patch: Patch | None
+    slot: int | None = None
+    failure: str | None = None
+
+
+class PatchFeed:
+    """The patches of plans in the order of their arrival numbers, and one plan after the other.
+
+    ``plan_after`` gives the plan that will follow one, or None where that is not known yet. Without workers
+    nothing is read before it is asked for.
+    """
+
+    def __init__(
+        self,
+        draws: SubjectDraws,
+        plan_after: Callable[[EpochPlan], EpochPlan | None],
+        *,
+        num_workers: int,
+        slots: int,
+        slot_bytes: int,
+        start_method: str | None,
+        timeout: float,
+    ) -> None:
+        self._draws = draws
+        self._plan_after = plan_after
+        self._plans: dict[int, EpochPlan] = {}  # those begun and not yet done with, by serial
+        self._to_do: Iterator[Draw] = iter(())
+        self._begun = 0
+        self._here: deque[Arrival] = deque()
+        self._told_of_loose = False
+        self._workers: _Workers | None = None
+        if num_workers:
+            draws.block = self._block = SlotBlock(slots, slot_bytes)
+            self._free = deque(range(slots))
+            self._workers = _Workers(draws, self._tasks, num_workers, start_method, timeout)
+
+    def begin(self, plan: EpochPlan, consumed: int = 0) -> int:
+        """Turn to a plan, of which some patches are consumed already; the serial of what will arrive.
+
+        Where workers have begun it of themselves nothing of that is lost. Older plans are let go.
+        """
+        serial = None if consumed else self._begun_ahead(plan)
+        if serial is None:
+            serial = self._start(plan, consumed)
+        self._plans = {s: p for s, p in self._plans.items() if s >= serial}
+        left, self._here = self._here, deque()
+        for arrival in left:
+            if arrival.serial in self._plans:
+                self._here.append(arrival)
+            else:
+                self.free(arrival)
+        return serial
+
+    def _begun_ahead(self, plan: EpochPlan) -> int | None:
+        ahead = list(self._plans.items())[1:]
+        return next((serial for serial, begun in ahead if plan.same_as(begun)), None)
+
+    def _start(self, plan: EpochPlan, consumed: int) -> int:
+        self._begun += 1
+        self._plans[self._begun] = plan
+        self._to_do = plan.draws(consumed)
+        return self._begun
+
+    def take(self) -> Arrival:
+        """The next patch to arrive."""
+        while not self._here:
+            if self._workers is None:
+                self._here.extend(self._read(next(self._to_do)))
+            else:
+                self._unpack(self._workers.next_result())
+        return self._here.popleft()
+
+    def free(self, arrival: Arrival) -> None:
+        """Give the slot of a patch back, which must not be looked at any more."""
+        if arrival.slot is not None:
+            self._free.append(arrival.slot)
+
+    def _read(self, draw: Draw) -> Iterator[Arrival]:
+        serial = self._begun
+        try:
+            for number, patch in zip(draw.arrivals, self._draws.patches(draw), strict=True):
+                yield Arrival(serial, number, patch)
+        except Exception as error:
+            failed = FailedDraw.of(Task(serial, draw, ()), self._draws.name_of(draw.subject), error)
+            yield Arrival(serial, draw.arrivals[0], None, failure=_told(failed))
+
+    def _unpack(self, result: Result) -> None:
+        task = result.task
+        if task.serial not in self._plans:
+            self._free.extend(task.slots)
+        elif isinstance(result, FailedDraw):
+            self._free.extend(task.slots)
+            self._here.append(Arrival(task.serial, task.draw.arrivals[0], None, failure=_told(result)))
+        else:
+            for number, slot, sent in zip(task.draw.arrivals, task.slots, result.patches, strict=True):
+                if sent.loose is None:
+                    tensors = [self._block.tensor(slot, place) for place in sent.layout.images]
+                else:
+                    tensors = [torch.as_tensor(data) for data in sent.loose]
+                    self._tell_of_loose(sent.layout.nbytes)
+                patch = sent.layout.patch(tensors, sent.affines, sent.location, result.subject)
+                self._here.append(Arrival(task.serial, number, patch, slot))
+
+    def _tell_of_loose(self, nbytes: int) -> None:
+        if not self._told_of_loose:
+            self._told_of_loose = True
+            warnings.warn(
+                f"some patches take {format_bytes(nbytes)} after the transform, more than the queue's slots "
+                f"of {format_bytes(self._block.slot_bytes)}; they travel a slower way",
+                stacklevel=2,
+            )
+
+    def _tasks(self) -> Iterator[Task]:
+        """What workers are to do, endless as long as the next plan is known."""
+        while True:
+            draw = next(self._to_do, None)
+            if draw is not None:
+                slots = tuple(self._free.popleft() for _ in draw.numbers)
+                yield Task(self._begun, draw, slots)
+            elif (plan := self._plan_after(self._plans[self._begun])) is not None:
+                self._start(plan, 0)
+            else:
+                return
+
+    def close(self) -> None:
+        """End the workers."""
+        if self._workers is not None:
+            self._workers.close()
+
+
+def _told(failed: FailedDraw) -> str:
+    epoch = failed.task.draw.epoch
+    return f"subject {failed.subject!r} failed in epoch {epoch}: {failed.reason}\n\n{failed.traceback}"
+
+
+class _Workers:
+    """Worker processes that are started once, and watched."""
+
+    def __init__(
+        self,
+        draws: SubjectDraws,
+        tasks: Callable[[], Iterator[Task]],
+        count: int,
+        start_method: str | None,
+        timeout: float,
+    ) -> None:
+        self._draws = draws
+        self._timeout = timeout
+        self._waiting_since: float | None = None
+        self._hung = False
+        self._stopped = threading.Event()
+        _check_can_be_sent(draws, start_method)
+        self._loader: DataLoader[Result] = DataLoader(
+            draws,
+            batch_size=None,
+            sampler=_Tasks(tasks),
+            num_workers=count,
+            collate_fn=_as_it_is,  # type: ignore[arg-type]
+            worker_init_fn=start_worker,
+            persistent_workers=True,
+            prefetch_factor=TASKS_PER_WORKER,
+            multiprocessing_context=start_method,
+            generator=torch.Generator(),  # torch would draw a seed from its global one
+        )
+        self._results: Iterator[Result] | None = None
+        self._processes: list[BaseProcess] = []
+
+    def next_result(self) -> Result:
+        """What comes back next."""
+        if self._results is None:
+            self._start()
+        assert self._results is not None
+        self._waiting_since = time.monotonic()
+        try:
+            result = next(self._results, None)
+            if result is None:  # the tasks had come to an end, and there are new ones
+                self._results = iter(self._loader)
+                result = next(self._results)
+        except RuntimeError as error:
+            what = f"gave nothing for {self._timeout:g} s" if self._hung else "ended"
+            raise QueueError(f"a worker of the queue {what}: {self.describe_dead() or error}") from error
+        finally:
+            self._waiting_since = None
+        return result
+
+    def _start(self) -> None:
+        others = set(multiprocessing.active_children())
+        try:
+            self._results = iter(self._loader)
+        except OSError as error:
+            raise QueueError(
+                f"the workers of the queue cannot be started ({error.strerror}); free some space in /dev/shm "
+                f"or memory, or use fewer num_workers"
+            ) from error
+        self._processes = [p for p in multiprocessing.active_children() if p not in others]
+        _running.add(self)
+        _name_killed_workers()
+        watched = weakref.ref(self)
+        threading.Thread(target=_watch, args=[watched, self._stopped], daemon=True).start()
+
+    def kill_if_hung(self) -> None:
+        """End workers that hang: torch notices within seconds that they are gone."""
+        since = self._waiting_since
+        if since is not None and time.monotonic() - since > self._timeout:
+            self._hung = True
+            for process in self._processes:
+                process.kill()
+
+    def describe_dead(self) -> str:
+        """Which workers have died, of what, and over which subject; empty where none has."""
+        return "; ".join(
+            f"worker {process.pid} {_death(process.exitcode)}{self._at(process.pid)}"
+            for process in self._processes
+            if process.exitcode not in (None, 0)
+        )
+
+    def _at(self, pid: int | None) -> str:
+        assert self._draws.block is not None
+        for worker, subject in self._draws.block.watched.reshape(-1, 2).tolist():
+            if worker == pid and subject:
+                return f" over subject {self._draws.name_of(subject - 1)!r}"
+        return ""
+
+    def close(self) -> None:
+        """End all workers."""
+        self._stopped.set()
+        _running.discard(self)
+        loader_iterator, self._results = self._results, None
+        if loader_iterator is not None:
+            loader_iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def _watch(watched: weakref.ref[_Workers], stopped: threading.Event) -> None:
+    while not stopped.wait(WATCH_S):
+        if (workers := watched()) is None:
+            return
+        workers.kill_if_hung()
+        del workers
+
+
+class _Tasks:
+    """The sampler of torch's DataLoader: tasks instead of indices."""
+
+    def __init__(self, tasks: Callable[[], Iterator[Task]]) -> None:
+        self._tasks = tasks
+
+    def __iter__(self) -> Iterator[Task]:
+        return self._tasks()
+
+
+def _as_it_is(result: Result) -> Result:
+    return result
+
+
+def _death(exit_code: int | None) -> str:
+    if exit_code is not None and exit_code < 0:
+        return f"was killed by {signal.Signals(-exit_code).name}"
+    return f"ended with code {exit_code}"
+
+
+def _check_can_be_sent(draws: SubjectDraws, start_method: str | None) -> None:
+    if multiprocessing.get_context(start_method).get_start_method() == "fork":
+        return
+    try:
+        pickle.dumps(draws.parts)
+    except (AttributeError, TypeError, pickle.PicklingError) as error:
+        raise QueueError(
+            f"subjects, sampler or transform cannot be sent to a worker ({error}); define them at the "
+            f"top of a module, or use start_method='fork'"
+        ) from error
+
+
+_running: weakref.WeakSet[_Workers] = weakref.WeakSet()
+
+
+def _name_killed_workers() -> None:
+    """Torch hears of a killed worker in a signal handler, wherever the main thread is: say it as ours."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        return
+    if getattr(handler, "names_killed_workers", False):
+        return
+
+    def named(number: int, frame: Any) -> None:
+        try:
+            handler(number, frame)
+        except RuntimeError as error:
+            dead = "; ".join(filter(None, (workers.describe_dead() for workers in _running)))
+            raise QueueError(f"a worker of the queue ended: {dead or error}") from error
+
+    named.names_killed_workers = True  # type: ignore[attr-defined]
+    signal.signal(signal.SIGCHLD, named)
