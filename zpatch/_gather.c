@@ -473,6 +473,39 @@ done:
     return answer;
 }
 
+static PyObject *scale(PyObject *module, PyObject *arguments)
+{
+    (void)module;
+    PyObject *voxel_object, *out_object;
+    const char *scaled_from;
+    Scaling scaling;
+    Writer writer = {0};
+    if (!PyArg_ParseTuple(arguments, "OOsdddd:scale", &voxel_object, &out_object, &scaled_from, &scaling.slope,
+                          &scaling.inter, &scaling.low, &scaling.high))
+        return NULL;
+    Py_buffer voxels, out;
+    if (PyObject_GetBuffer(voxel_object, &voxels, PyBUF_C_CONTIGUOUS))
+        return NULL;
+    if (PyObject_GetBuffer(out_object, &out, PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE)) {
+        PyBuffer_Release(&voxels);
+        return NULL;
+    }
+    Py_ssize_t count = voxels.itemsize ? voxels.len / voxels.itemsize : 0;
+    int fits = choose_writer(&writer, (size_t)voxels.itemsize, scaled_from) && writer.scale &&
+               out.itemsize == (Py_ssize_t)writer.written && out.len == count * out.itemsize;
+    if (fits) {
+        Py_BEGIN_ALLOW_THREADS
+        writer.scale(out.buf, voxels.buf, (size_t)count, &scaling);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&voxels);
+    PyBuffer_Release(&out);
+    if (fits)
+        Py_RETURN_NONE;
+    PyErr_SetString(PyExc_ValueError, "no voxels of such a type are known, or there are not as many of both");
+    return NULL;
+}
+
 static PyMethodDef methods[] = {
     {"gather", gather, METH_VARARGS,
      "gather(rows, start, maps, outs, chunk_shape, itemsize, codec, scaled_from, slope, inter, low, "
@@ -480,6 +513,9 @@ static PyMethodDef methods[] = {
      "Copy parts of chunks into patches, from row ``start`` on.\n\n"
      "Gives the row at which it stopped, past the last one where all is done, and whether that row's chunk\n"
      "is damaged; else it is not there, or packed in a way that is not known here."},
+    {"scale", scale, METH_VARARGS,
+     "scale(voxels, out, scaled_from, slope, inter, low, high)\n--\n\n"
+     "Write the scaled values of voxels, as float32; both are contiguous."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -16,3 +16,6 @@ def gather(
     high: float,
     /,
 ) -> tuple[int, bool]: ...
+def scale(
+    voxels: Any, out: Any, scaled_from: str, slope: float, inter: float, low: float, high: float, /
+) -> None: ...

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zpatch.scaling import UNSCALED, Scaling
+from zpatch.scaling import COMPILED_TYPES, UNSCALED, Scaling
 from zpatch.shards import MappedShard, ShardedArray, open_shard
 
 try:
@@ -32,7 +32,6 @@ Voxels = NDArray[Any]
 _SHARD, _WITHIN, _BOX, _PARTS, _COLUMNS = 0, 1, 3, 4, 16
 _MAP, _EXTENT = 0, slice(1, 3)
 _COMPILED_ITEMSIZES = (1, 2, 4, 8)
-_COMPILED_SCALED = ("u1", "i1", "u2", "i2")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -156,7 +155,7 @@ def writes_directly(array: ShardedArray, dtype: np.dtype[Any], scaling: Scaling)
     """Whether values of a type are best made as chunks are copied, and not of whole boxes afterwards."""
     if scaling == UNSCALED and dtype == array.dtype:
         return True
-    return dtype == np.float32 and array.dtype.str[1:] in _COMPILED_SCALED
+    return dtype == np.float32 and array.dtype.str[1:] in COMPILED_TYPES
 
 
 def _is_compiled(array: ShardedArray, outs: Sequence[Voxels], scaling: Scaling) -> bool:

@@ -49,7 +49,8 @@ class SubjectsLoader:
         # A queue lends its patches one by one, and each is copied straight into its batch.
         borrowed = getattr(self.dataset, "borrowed", None)
         patches = iter(self.dataset if borrowed is None else borrowed())
-        while len(batch := stack(patches, self.batch_size, self._new_memory)):
+        dtype = getattr(self.dataset, "pending_dtype", None)
+        while len(batch := stack(patches, self.batch_size, self._new_memory, dtype)):
             if self.drop_last and len(batch) < self.batch_size:
                 return
             yield self._placed(batch)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from zpatch.errors import OptionError, UnknownNameError
 from zpatch.geometry import Affine, PatchLocation
+from zpatch.scaling import Scaling
 from zpatch.schema import Kind
 
 NewMemory = Callable[..., torch.Tensor]
@@ -25,9 +26,9 @@ _WIDER = {
 }
 
 
-def torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
-    """The type in which torch computes with voxels of a type."""
-    wider = np.dtype(_WIDER.get(dtype, dtype))
+def torch_dtype(dtype: np.dtype[Any], *, widen: bool = True) -> torch.dtype:
+    """The type in which torch computes with voxels of a type, or only holds them."""
+    wider = np.dtype(_WIDER.get(dtype, dtype)) if widen else dtype
     return torch.from_numpy(np.empty(0, wider)).dtype
 
 
@@ -50,6 +51,19 @@ class PatchImage:
     kind: Kind = "scalar"
     slope: Any = 1.0
     inter: Any = 0.0
+
+    def write_values(self, out: torch.Tensor, dtype: torch.dtype | None) -> None:
+        """Write the values in a type to ``out`` of that type; with None the data, as it is."""
+        if dtype is None or not self.is_pending(dtype):
+            out.copy_(self.data)
+        else:
+            Scaling(self.slope, self.inter).write(_stored(self.data).numpy(), _stored(out).numpy())
+
+    def is_pending(self, dtype: torch.dtype | None) -> bool:
+        """Whether the data is not yet what images come in where they are asked for in a type."""
+        if dtype is None or self.kind == "label" or self.data.is_complex():
+            return False
+        return self.data.dtype != dtype or (self.slope, self.inter) != (1.0, 0.0)
 
 
 class _ByName:
@@ -115,35 +129,44 @@ def collate(patches: Sequence[Patch]) -> PatchBatch:
     return stack(patches, len(patches))
 
 
-def stack(patches: Iterable[Patch], count: int, new_memory: NewMemory = torch.empty) -> PatchBatch:
+def stack(
+    patches: Iterable[Patch],
+    count: int,
+    new_memory: NewMemory = torch.empty,
+    dtype: torch.dtype | None = None,
+) -> PatchBatch:
     """A batch of ``count`` patches, or of as many as there are; each is copied before the next is asked for.
 
-    ``new_memory(shape, dtype=)`` gives the memory of a batch of one image, in the order (b, c, z, y, x).
+    ``new_memory(shape, dtype=)`` gives the memory of a batch of one image, in the order (b, c, z, y, x). With
+    a ``dtype`` images that are no label maps are written as values of that type.
     """
     batch: dict[str, torch.Tensor] = {}
     taken: list[Patch] = []
     for patch in itertools.islice(patches, count):
-        if not taken:
-            batch = {
-                name: new_memory((count, *_stored(image.data).shape), dtype=image.data.dtype)
-                for name, image in patch.images.items()
-            }
-        else:
+        if taken:
             _check_alike(patch, taken[0])
         for name, image in patch.images.items():
-            batch[name][len(taken)].copy_(_stored(image.data))
+            if not taken:
+                shape = (count, *_stored(image.data).shape)
+                pending = image.is_pending(dtype)
+                batch[name] = new_memory(shape, dtype=dtype if pending else image.data.dtype)
+            image.write_values(_in_user_order(batch[name])[len(taken)], dtype)
         taken.append(patch)
     images = {
         name: PatchImage(
             _in_user_order(data[: len(taken)]),
             np.stack([patch[name].affine for patch in taken]),
             taken[0][name].kind,
-            np.array([patch[name].slope for patch in taken]),
-            np.array([patch[name].inter for patch in taken]),
+            *np.array([_left(patch[name], dtype) for patch in taken]).T,
         )
         for name, data in batch.items()
     }
     return PatchBatch(images, [p.location for p in taken], [p.subject for p in taken])
+
+
+def _left(image: PatchImage, dtype: torch.dtype | None) -> tuple[float, float]:
+    """Slope and intercept that are still to be applied."""
+    return (1.0, 0.0) if image.is_pending(dtype) else (image.slope, image.inter)
 
 
 def _check_alike(patch: Patch, first: Patch) -> None:

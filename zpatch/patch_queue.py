@@ -7,6 +7,7 @@ number of them, and can be taken up again at any patch.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import multiprocessing
 import weakref
@@ -22,7 +23,7 @@ from zpatch.cohort import Subject
 from zpatch.epoch_plan import Draw, EpochPlan, Share, Uneven
 from zpatch.errors import OptionError, QueueError
 from zpatch.memory import format_bytes
-from zpatch.patch import Patch
+from zpatch.patch import Patch, PatchImage
 from zpatch.patch_feed import TASKS_PER_WORKER, Arrival, PatchFeed
 from zpatch.patch_slots import WATCH_BYTES, SlotLayout, new_tensor
 from zpatch.patch_worker import SubjectDraws, Transform
@@ -170,6 +171,11 @@ class Queue(IterableDataset[Patch]):
                 self._slot_bytes = SlotLayout.of_patch(first).nbytes
         return self._slot_bytes
 
+    @property
+    def pending_dtype(self) -> torch.dtype | None:
+        """What values are made in as patches are handed out; None where they are what they are to be."""
+        return self.dtype if self._draws.transform is None else None
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration gives; of a state that was loaded, go on in its epoch."""
         if epoch < 0:
@@ -210,12 +216,13 @@ class Queue(IterableDataset[Patch]):
     def __iter__(self) -> Iterator[Patch]:
         """The patches of an epoch, each in memory of its own."""
         for patch in self.borrowed():
-            if self.num_workers:
-                patch = _owned(patch)
-            yield patch
+            yield _owned(patch, self.pending_dtype)
 
     def borrowed(self) -> Iterator[Patch]:
-        """The same patches, each in memory that is lent until the next one is asked for."""
+        """The same patches, each in memory that is lent until the next one is asked for.
+
+        Their values are still to be made, in ``pending_dtype``.
+        """
         if get_worker_info() is not None:
             raise QueueError(
                 "a queue runs its own workers: give DataLoader num_workers=0, and the number of workers "
@@ -355,10 +362,13 @@ def _share(rank: int | None, world_size: int | None, uneven: Uneven) -> Share:
     return Share(uneven=uneven)
 
 
-def _owned(patch: Patch) -> Patch:
-    """A copy of a patch in memory of its own."""
-    layout = SlotLayout.of_patch(patch)
-    tensors = [new_tensor(place) for place in layout.images]
-    for tensor, image in zip(tensors, patch.images.values(), strict=True):
-        tensor.copy_(image.data)
-    return layout.patch(tensors, [i.affine for i in patch.images.values()], patch.location, patch.subject)
+def _owned(patch: Patch, dtype: torch.dtype | None) -> Patch:
+    """A patch in memory of its own, with values of a type."""
+    images = {}
+    for place, image in zip(SlotLayout.of_patch(patch).images, patch.images.values(), strict=True):
+        if dtype is not None and image.is_pending(dtype):
+            place = dataclasses.replace(place, dtype=dtype, slope=1.0, inter=0.0)
+        tensor = new_tensor(place)
+        image.write_values(tensor, dtype)
+        images[place.name] = PatchImage(tensor, image.affine, image.kind, place.slope, place.inter)
+    return Patch(images, patch.location, patch.subject)

@@ -76,8 +76,9 @@ class FailedDraw:
 class SubjectDraws(Dataset[Any]):
     """The patches of any draw; made once, and handed to each worker as it starts.
 
-    ``dtype`` is what images come in; with None they keep their stored type, and slope and intercept stand
-    beside. ``block`` is where a worker puts patches.
+    ``dtype`` is what images come to a transform in. Without one, or with None, they keep their stored type, and
+    slope and intercept stand beside: values are made of them once, where they go. ``block`` is where a worker
+    puts patches.
     """
 
     def __init__(
@@ -167,11 +168,12 @@ class SubjectDraws(Dataset[Any]):
         """What an image comes in, and what is left to be done to make values of it."""
         if image.kind == "label" or image.dtype.kind == "c":
             return torch_dtype(image.dtype), (1.0, 0.0)
-        if self._dtype is not None:
+        if self.transform is not None and self._dtype is not None:
             return self._dtype, (1.0, 0.0)
+        widen = self._dtype is None
         if image.scaling.is_bounded:
-            return torch_dtype(image.dtype), (1.0, 0.0)
-        return torch_dtype(image.source.dtype), (image.scaling.slope, image.scaling.inter)
+            return torch_dtype(image.dtype, widen=widen), (1.0, 0.0)
+        return torch_dtype(image.source.dtype, widen=widen), (image.scaling.slope, image.scaling.inter)
 
     def _locations(self, subject: Subject, draw: Draw) -> list[PatchLocation]:
         if isinstance(self.sampler, GridSampler):

@@ -8,7 +8,14 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
+try:
+    from zpatch._gather import scale as _compiled
+except ImportError:  # no compiler was there
+    _compiled = None  # type: ignore[assignment]
+
 Voxels = NDArray[Any]
+
+COMPILED_TYPES = ("u1", "i1", "u2", "i2")  # what is scaled to float32 by compiled loops
 
 
 class Scaling(NamedTuple):
@@ -53,7 +60,20 @@ class Scaling(NamedTuple):
 
     def write(self, voxels: Voxels, out: Voxels) -> None:
         """The values of some voxels, cast to the type of ``out`` and written there."""
+        if _compiled is not None and _is_compiled(voxels, out):
+            _compiled(voxels, out, voxels.dtype.str[1:], *self)
+            return
         np.copyto(out, voxels if self == UNSCALED else self.apply(voxels), casting="unsafe")
+
+
+def _is_compiled(voxels: Voxels, out: Voxels) -> bool:
+    return (
+        out.dtype == np.float32
+        and voxels.dtype.isnative
+        and voxels.dtype.str[1:] in COMPILED_TYPES
+        and voxels.flags.c_contiguous
+        and out.flags.c_contiguous
+    )
 
 
 UNSCALED = Scaling()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-KEPT_SIZES = 3
+KEPT_SIZES = 6
 KEPT_BYTES = 32 * 2**20  # of each size
 LEAST_BYTES = 2**17  # below that, malloc keeps memory itself
 
