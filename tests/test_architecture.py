@@ -75,6 +75,10 @@ FLOORS = {
         "conversion",
         "nifti_export",
         "verification",
+        "reading_cost",
+        "reading_speed",
+        "store_benchmark",
+        "benchmark_advice",
         "samplers",
         "patch_worker",
         "patch_queue",
@@ -90,6 +94,7 @@ FLOORS = {
         "cli/options",
         "cli/progress",
         "cli/__init__",
+        "cli/bench",
         "cli/convert",
         "cli/export",
         "cli/info",
@@ -132,7 +137,7 @@ WORLD = (
     "os io shutil pathlib tempfile time datetime random secrets socket subprocess threading multiprocessing"
 )
 COMPILED = {"_gather": ".c", "_decode": ".h"}
-MAX_LINES = {".py": 400, ".c": 500, ".h": 400}
+MAX_LINES = {".py": 400, ".c": 550, ".h": 400}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ Patches of one size come and go all the time, so their memory is handed on.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-KEPT_SIZES = 3
+KEPT_SIZES = 6
 KEPT_BYTES = 32 * 2**20  # of each size
 LEAST_BYTES = 2**17  # below that, malloc keeps memory itself
 
@@ -57,7 +58,7 @@ def empty(shape: Sequence[int], dtype: Any) -> NDArray[Any]:
     (2, 3)
     """
     dtype = np.dtype(dtype)
-    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    nbytes = math.prod(shape) * dtype.itemsize
     if not LEAST_BYTES <= nbytes <= KEPT_BYTES:
         return np.empty(shape, dtype=dtype)
     memory: NDArray[Any] = np.asarray(_Lease(nbytes)).view(dtype)
