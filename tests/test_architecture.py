@@ -75,8 +75,16 @@ FLOORS = {
         "conversion",
         "nifti_export",
         "verification",
+        "reading_cost",
+        "reading_speed",
+        "store_benchmark",
+        "benchmark_advice",
         "samplers",
+        "epoch_plan",
+        "queue_state",
+        "patch_slots",
         "patch_worker",
+        "patch_feed",
         "patch_queue",
         "loader",
         "reduction",
@@ -90,6 +98,7 @@ FLOORS = {
         "cli/options",
         "cli/progress",
         "cli/__init__",
+        "cli/bench",
         "cli/convert",
         "cli/export",
         "cli/info",
@@ -116,7 +125,7 @@ DOORS = {
 }
 STANDARD_LIBRARY_DOORS = {
     "gzip": ["gzip_files"],
-    "mmap": ["shards"],
+    "mmap": ["shards", "reading_speed", "patch_slots"],
     "importlib": ["__init__", "inference", *COMMAND_LINE],  # an import that no table can hold
 }
 HEAVY = [
@@ -132,7 +141,7 @@ WORLD = (
     "os io shutil pathlib tempfile time datetime random secrets socket subprocess threading multiprocessing"
 )
 COMPILED = {"_gather": ".c", "_decode": ".h"}
-MAX_LINES = {".py": 400, ".c": 500, ".h": 400}
+MAX_LINES = {".py": 400, ".c": 550, ".h": 400}
 
 
 @dataclass(frozen=True)

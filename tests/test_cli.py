@@ -16,6 +16,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import psutil
 import pytest
 
 import zpatch as zp
@@ -37,6 +38,7 @@ def failing():
         raise ArithmeticError("too hard\\nfor me")
     return network
 """
+BENCH = ("--seconds", "0.01", "--patch-size", "24", "-j", "1")
 PREDICT = ("--image", "t1", "--patch-size", "24", "--overlap", "8")
 
 Run = Callable[..., tuple[int, str, str]]
@@ -133,6 +135,7 @@ def test_a_cohort_goes_through_every_command(run: Run, cohort_source: Path, here
         ("verify", "cohort.zarr"),
         ("verify", "cohort.zarr", "--quick"),
         ("export", "cohort.zarr", "nifti"),
+        ("bench", "cohort.zarr", *BENCH),
         ("predict", "cohort.zarr", "out.zarr", "--model", "nets_of_cli:doubling", *PREDICT),
         ("predict", "cohort.zarr", "out.zarr", "--model", "nets_of_cli:doubling", *PREDICT, "--dry-run"),
     ],
@@ -331,8 +334,44 @@ def test_unknown_names_are_refused_with_the_nearest(refused: Callable[..., str],
     assert "did you mean 'sub-01'" in line
     assert "did you mean 'sub-01'" in refused("export", store, "nifti", "--include", "sub-1")
     assert "did you mean 't1'" in refused("export", store, "nifti", "--image", "t2")
+    assert "did you mean 'sub-01'" in refused("bench", store, "--include", "sub-1")
+    assert "did you mean 't1'" in refused("bench", store, "--image", "t2")
     assert not Path("out.zarr").exists()
     assert not Path("nifti").exists()
+
+
+def test_a_benchmark_prints_speeds_packings_and_advice(run: Run, store: Path) -> None:
+    code, out, err = run("bench", store, *BENCH, "--seconds", "0.05", "-j", "2")
+    assert code == 0
+    assert "4 subjects: patches of 24x24x24, 10 together, of seg (uint8; lz4; 16x16x16), t1 (" in err
+    speeds, packings, lines = out.split("\n\n")
+    assert [line.split()[0] for line in speeds.splitlines()] == ["processes", "1", "2"]
+    assert [line.split()[0] for line in packings.splitlines()[2:]] == ["16", "32", "64"]
+    assert "16 (stored)" in packings
+    assert "lz4 (stored)" in packings
+    assert re.search(r"^patches_per_volume: 10 read together decode \d", lines, re.MULTILINE)
+    assert re.search(r"^workers: ", lines, re.MULTILINE)
+
+
+def test_a_benchmark_in_json_has_figures_and_advice(run: Run, store: Path) -> None:
+    report = json.loads(
+        run("bench", store, *BENCH, "--image", "t1", "--patches-per-volume", "4", "--json")[1]
+    )
+    assert (report["patch_size"], report["patches_together"]) == ([24, 24, 24], 4)
+    assert list(report["images"]) == ["t1"]
+    assert [speed["processes"] for speed in report["speeds"]] == [1]
+    assert report["packings"][0]["decoded_per_delivered"] == report["decoded_by_group"]["4"]
+    assert report["advice"]
+
+
+def test_a_benchmark_of_what_cannot_be_read_is_refused(refused: Callable[..., str], store: Path) -> None:
+    line = refused("bench", store, "--patch-size", "24,24,500")
+    assert "patch of 500 voxels does not fit axis K of 'sub-0" in line
+    for shard in store.glob("*/seg/0/c/0/0/0"):
+        shard.unlink()
+    line = refused("bench", store, *BENCH)
+    assert "damaged: image 'seg' of subject 'sub-0" in line
+    assert "it is missing; run 'zpatch verify" in line
 
 
 @pytest.mark.parametrize(
@@ -380,7 +419,7 @@ def test_a_model_that_cannot_be_loaded_is_refused_before_anything_is_written(
     assert not Path("out.zarr").exists()
 
 
-@pytest.mark.parametrize("command", ["info", "verify", "export", "predict"])
+@pytest.mark.parametrize("command", ["info", "verify", "export", "predict", "bench"])
 def test_a_store_that_is_none_or_of_a_newer_format_is_refused(
     refused: Callable[..., str], store: Path, cohort_source: Path, command: str
 ) -> None:
@@ -540,6 +579,28 @@ def test_ctrl_c_gives_130_and_leaves_a_store_that_opens(cohort_source: Path, her
     assert not list((here / "a.zarr").glob(f"{schema.STAGING}/*"))
     for subject in cohort:
         assert list(subject.images) == ["seg", "t1"]
+
+
+def test_ctrl_c_ends_a_benchmark_and_its_processes(store: Path, here: Path) -> None:
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "import zpatch.cli; zpatch.cli.main()"
+    )
+    command = [sys.executable, "-c", program, "bench", "cohort.zarr", *BENCH, "--seconds", "1.5", "-j", "2"]
+    (here / "tmp").mkdir()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(here / "tmp")}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        until = time.monotonic() + 60
+        while not list((here / "tmp").glob("*/cold-1")) and time.monotonic() < until:
+            time.sleep(0.01)
+        readers = psutil.Process(process.pid).children()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "zpatch: interrupted"
+    assert len(readers) >= 2
+    assert not any(reader.is_running() for reader in readers)
+    assert list((here / "tmp").iterdir()) == []
 
 
 @pytest.mark.parametrize("moment", [1, 2, 3, 4])

@@ -247,3 +247,105 @@ def test_a_hand_built_subject_may_mix_sources(cohort: zp.Cohort) -> None:
     [patch] = zp.UniformSampler(5)(mixed, 1, rng=0)
     np.testing.assert_array_equal(patch.t1.data, stored.read(patch.location))
     assert (patch.ones.data == 1).all()
+
+
+# Images changed as they are read
+
+
+def test_a_subject_with_other_images_keeps_all_else(cohort: zp.Cohort) -> None:
+    subject = zp.Subject(
+        t1=zp.ScalarImage(np.ones((2, 3, 4))), seg=zp.LabelMap(np.zeros((2, 3, 4), np.uint8)), name="anna",
+        split="train", metadata={"age": 30},
+    )  # fmt: skip
+    more = zp.ScalarImage(np.zeros((2, 3, 4)))
+    changed = subject.with_images(t2=more, seg=None)
+    assert list(changed.images) == ["t1", "t2"]
+    assert changed.t2 is more
+    assert changed.t1 is subject.t1
+    assert (changed.name, changed.split, changed.metadata) == ("anna", "train", {"age": 30})
+    assert list(subject.images) == ["t1", "seg"]
+    assert subject.with_images(t1=more).t1 is more
+    assert list(subject.with_images(nobody=None).images) == ["t1", "seg"]
+
+
+def test_an_image_may_be_called_name_or_split_when_it_is_added(subject: zp.Subject) -> None:
+    more = zp.ScalarImage(np.zeros((2, 3, 4)))
+    changed = subject.with_images(name=more, split=more, metadata=more)
+    assert changed.name == "anna"
+    assert changed["name"] is changed["split"] is changed["metadata"] is more
+
+
+def test_a_subject_without_any_image_is_an_error_still(subject: zp.Subject) -> None:
+    with pytest.raises(OptionError, match="subject 'anna' has no images"):
+        subject.with_images(t1=None, seg=None)
+    with pytest.raises(OptionError, match="t2= must be a ScalarImage"):
+        subject.with_images(t2=np.zeros((2, 3, 4)))  # type: ignore[arg-type]
+
+
+def normalized(subject: zp.Subject) -> zp.Subject:
+    return subject.with_images(t1=zp.Normalize()(subject.t1))
+
+
+def doubled(subject: zp.Subject) -> zp.Subject:
+    return subject.with_images(t1=subject.t1.rescaled(2, 0), seg=None)
+
+
+def test_a_mapped_cohort_changes_each_subject_when_it_is_asked_for(cohort: zp.Cohort) -> None:
+    asked: list[str] = []
+
+    def noting(subject: zp.Subject) -> zp.Subject:
+        asked.append(subject.name)
+        return normalized(subject)
+
+    mapped = cohort.map(noting)
+    assert asked == []
+    assert (len(mapped), mapped.names) == (4, NAMES)
+    t1 = mapped["sub-02"].t1
+    assert asked == ["sub-02"]
+    plain = cohort["sub-02"].t1.data.astype(np.float64)
+    np.testing.assert_allclose(t1.data, (plain - plain.mean()) / plain.std(), atol=1e-5)
+    assert [subject.name for subject in mapped] == NAMES
+    assert asked == ["sub-02", *NAMES]
+    np.testing.assert_array_equal(cohort["sub-02"].t1.data, plain)  # the cohort itself is as it was
+
+
+def test_changes_of_a_cohort_are_made_one_after_the_other(cohort: zp.Cohort) -> None:
+    mapped = cohort.map(normalized).map(doubled)
+    [subject] = mapped[:1]
+    assert list(subject.images) == ["t1"]
+    np.testing.assert_allclose(subject.t1.data, 2 * normalized(cohort[0]).t1.data, rtol=1e-6)
+
+
+def test_parts_of_a_mapped_cohort_are_mapped_too(split_store: Path) -> None:
+    mapped = zp.Cohort(split_store).map(doubled)
+    parts = [
+        mapped.split("train"),
+        mapped[1:],
+        mapped.select(["sub-04"]),
+        mapped.matching(["sub-0*"], ["sub-02"]),
+    ]
+    for part in parts:
+        for subject in part:
+            assert list(subject.images) == ["t1"]
+    assert mapped.split("train").names == ["sub-01", "sub-03"]
+    assert mapped["sub-01"].split == "train"
+    assert mapped["sub-01"].metadata == {"age": 10}
+
+
+def test_a_mapped_cohort_survives_pickling(cohort: zp.Cohort) -> None:
+    copy = pickle.loads(pickle.dumps(cohort.map(normalized)))
+    np.testing.assert_array_equal(copy[1].t1.data, normalized(cohort[1]).t1.data)
+
+
+def test_patches_of_a_mapped_cohort_are_those_of_the_changed_images(cohort: zp.Cohort) -> None:
+    mapped = cohort.map(
+        lambda s: s.with_images(twice=s.t1.map(lambda array: array * 2), norm=zp.Normalize()(s.t1))
+    )
+    for patch in zp.UniformSampler(8)(mapped[0], 3, rng=0):
+        np.testing.assert_array_equal(patch.twice.data, patch.t1.data * 2)
+        np.testing.assert_array_equal(patch.norm.data, mapped[0].norm.read(patch.location))
+        np.testing.assert_array_equal(patch.seg.data, cohort[0].seg.read(patch.location))
+
+
+def test_statistics_of_a_mapped_cohort_are_those_of_the_store(cohort: zp.Cohort) -> None:
+    assert cohort.map(normalized).statistics == cohort.statistics

@@ -11,11 +11,15 @@ import dask.array as da
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 import zarr
 from numpy.typing import NDArray
+from reading import both_loops, stored
+from reading import loop as loop
 
 import zpatch as zp
 from zpatch.errors import NotAStoreError, OptionError, PatchLocationError, SourceError
+from zpatch.image import read_together
 from zpatch.reader import ArraySource
 from zpatch.scaling import UNSCALED
 
@@ -313,3 +317,131 @@ def test_the_text_of_an_image_names_it(cohort: zp.Cohort) -> None:
     i, j, k = cohort["sub-01"].seg.spatial_shape
     assert repr(cohort["sub-01"].seg) == f"LabelMap(sub-01/seg, shape (1, {i}, {j}, {k}), uint8)"
     assert repr(zp.SamplingMap(np.zeros((1, 2, 3)))) == "SamplingMap(shape (1, 1, 2, 3), float64)"
+
+
+# Several images together, and memory that the caller provides
+
+OUT_LAYOUTS: dict[str, Callable[[tuple[int, ...], Any], NDArray[Any]]] = {
+    "C order": lambda shape, dtype: np.full(shape, 77).astype(dtype),
+    "stored order": lambda shape, dtype: (
+        np.full(shape[:1] + shape[:0:-1], 77).astype(dtype).transpose(0, 3, 2, 1)
+    ),
+    "backwards": lambda shape, dtype: np.full(shape, 77).astype(dtype)[:, ::-1, ::-1, ::-1],
+    "a part of a batch": lambda shape, dtype: np.full((3, *(n + 2 for n in shape)), 77).astype(dtype)[
+        1, 1:-1, 1:-1, 1:-1, 1:-1
+    ],
+    "a tensor": lambda shape, dtype: torch.zeros(shape, dtype=getattr(torch, np.dtype(dtype).name)).numpy(),
+}
+
+
+@both_loops
+@pytest.mark.parametrize("layout", list(OUT_LAYOUTS))
+@pytest.mark.parametrize("dtype", ["i2", "f4", "f2", "f8"])
+def test_boxes_are_read_into_memory_of_any_layout_and_type(
+    tmp_path: Path, volume: NDArray[np.int16], layout: str, dtype: str
+) -> None:
+    plain = stored(tmp_path / "plain", volume.transpose(0, 3, 2, 1), chunk=3, shard=2)
+    half = stored(tmp_path / "half", volume.transpose(0, 3, 2, 1), chunk=2, shard=1, slope=0.5, inter=3.0)
+    images = [
+        plain,
+        half,
+        zp.ScalarImage(volume),
+        zp.ScalarImage(da.from_array(volume, chunks=3)),
+        plain.rescaled(2, 1),
+    ]
+    wholes = [volume, volume * 0.5 + 3, volume, volume, volume * 2 + 1]
+    locations = [zp.PatchLocation((1, 2, 3), (3, 3, 3)), zp.PatchLocation((0, 0, 0), (5, 6, 7))] * 2
+    outs = [[OUT_LAYOUTS[layout]((2, *box.size), dtype) for box in locations] for _ in images]
+    found = read_together(images, locations, outs=outs)
+    for whole, given, results in zip(wholes, outs, found, strict=True):
+        for box, out, result in zip(locations, given, results, strict=True):
+            assert result is out
+            expected = whole[(slice(None), *box.to_slices())].astype(np.float32).astype(dtype)
+            np.testing.assert_array_equal(out, expected)
+
+
+@both_loops
+def test_memory_around_a_box_is_left_alone(tmp_path: Path, volume: NDArray[np.int16]) -> None:
+    image = stored(tmp_path / "image", volume.transpose(0, 3, 2, 1), chunk=3, shard=2)
+    box = zp.PatchLocation((1, 1, 1), (4, 4, 4))
+    memory = np.full((4, 6, 6, 6), 99, np.int16)
+    read_together([image], [box], outs=[[memory[1:3, 1:-1, 1:-1, 1:-1]]])
+    around = np.ones(memory.shape, bool)
+    around[1:3, 1:-1, 1:-1, 1:-1] = False
+    assert (memory[around] == 99).all()
+    np.testing.assert_array_equal(memory[1:3, 1:-1, 1:-1, 1:-1], volume[:, 1:5, 1:5, 1:5])
+
+
+@both_loops
+def test_boxes_of_one_group_may_be_written_to_memory_of_different_types(
+    tmp_path: Path, volume: NDArray[np.int16]
+) -> None:
+    image = stored(tmp_path / "image", volume.transpose(0, 3, 2, 1), chunk=3, shard=2)
+    box = zp.PatchLocation((0, 0, 0), (5, 6, 7))
+    outs = [np.zeros(volume.shape, dtype) for dtype in ("i2", "f4", "i2", "f8")]
+    read_together([image], [box] * 4, outs=[outs])
+    for out in outs:
+        np.testing.assert_array_equal(out, volume)
+
+
+def test_memory_of_another_shape_is_an_error(volume: NDArray[np.int16]) -> None:
+    box = zp.PatchLocation((0, 0, 0), (2, 2, 2))
+    why = r"the memory for a box of \(2, 2, 2, 2\) voxels has the shape \(1, 2, 2, 2\)"
+    with pytest.raises(OptionError, match=why):
+        read_together([zp.ScalarImage(volume)], [box], outs=[[np.zeros((1, 2, 2, 2))]])
+
+
+@both_loops
+def test_unscaled_voxels_of_several_images_are_the_stored_ones(
+    tmp_path: Path, volume: NDArray[np.int16]
+) -> None:
+    images = [
+        stored(tmp_path / str(slope), volume.transpose(0, 3, 2, 1), chunk=3, shard=2, slope=slope)
+        for slope in (1.0, 0.5, -2.0)
+    ]
+    box = zp.PatchLocation((1, 1, 1), (3, 3, 3))
+    for [patch] in read_together(images, [box], scaled=False):
+        assert patch.dtype == np.int16
+        np.testing.assert_array_equal(patch, volume[:, 1:4, 1:4, 1:4])
+
+
+def test_no_images_and_no_boxes_are_nothing(volume: NDArray[np.int16]) -> None:
+    assert read_together([], [zp.PatchLocation((0, 0, 0), (1, 1, 1))]) == []
+    assert read_together([zp.ScalarImage(volume)] * 2, []) == [[], []]
+
+
+def test_images_of_different_shapes_may_be_read_together_where_both_have_the_box(
+    volume: NDArray[np.int16],
+) -> None:
+    small, large = zp.ScalarImage(volume[:1, :3, :3, :3]), zp.ScalarImage(volume)
+    box = zp.PatchLocation((1, 1, 1), (2, 2, 2))
+    [[one], [other]] = read_together([small, large], [box])
+    np.testing.assert_array_equal(one, other[:1])
+    with pytest.raises(PatchLocationError, match=r"is not inside ScalarImage\(shape \(1, 3, 3, 3\)"):
+        read_together([large, small], [zp.PatchLocation((1, 1, 1), (3, 3, 3))])
+
+
+@both_loops
+def test_a_rescaled_image_keeps_values_between_bounds_and_then_scales_them(
+    tmp_path: Path, volume: NDArray[np.int16]
+) -> None:
+    image = stored(tmp_path / "image", volume.transpose(0, 3, 2, 1), chunk=3, shard=2, slope=0.5, inter=1.0)
+    changed = image.rescaled(-0.1, 2, -20, 30).rescaled(3, 0, 0, 3.5)
+    values = np.clip(np.clip(volume * 0.5 + 1, -20, 30) * -0.1 + 2, 0, 3.5) * 3
+    assert changed.dtype == changed.data.dtype == np.float32
+    np.testing.assert_allclose(changed.data, values, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(changed.dask.compute(), values, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(changed.read(zp.PatchLocation((0, 0, 0), (5, 6, 7)), scaled=False), volume)
+    np.testing.assert_array_equal(image.data, volume * 0.5 + 1)
+    assert type(changed) is type(image)
+    np.testing.assert_array_equal(changed.affine, image.affine)
+
+
+@pytest.mark.parametrize("code", ["u1", "i2", "i4", "f4", "f8"])
+def test_an_array_in_memory_is_rescaled_too(code: str) -> None:
+    voxels = np.arange(24).reshape(1, 2, 3, 4).astype(code)
+    image = zp.ScalarImage(voxels).rescaled(0.5, 1, 3, 20)
+    assert image.dtype == image.data.dtype == (np.float32 if voxels.itemsize < 4 else np.float64)
+    np.testing.assert_allclose(image.data, np.clip(voxels, 3, 20) * 0.5 + 1)
+    lazy = zp.ScalarImage(da.from_array(voxels, chunks=2)).rescaled(0.5, 1, 3, 20)
+    np.testing.assert_array_equal(lazy.data, image.data)

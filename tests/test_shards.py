@@ -6,11 +6,13 @@ import contextlib
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
+import nibabel as nib
 import numpy as np
 import psutil
 import pytest
@@ -18,9 +20,17 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from reading import both_loops, random_voxels
+from reading import loop as loop
 
+import zpatch as zp
+from zpatch import conversion_plan, reader
 from zpatch.chunk_codec import codec_of, encode_chunk
 from zpatch.errors import DamageError
+from zpatch.gathering import GatherPlan, read_region
+from zpatch.image import read_together
+from zpatch.layout import Layout
+from zpatch.scaling import Scaling
 from zpatch.schema import CODECS, FileSeal, ImageRecord, digest
 from zpatch.shard_writer import write_shard
 from zpatch.shards import (
@@ -359,3 +369,181 @@ def test_a_mapped_shard_knows_each_chunk_by_its_place(array: ShardedArray) -> No
     present = shard.extents[:, 0] >= 0
     # Of 2 x 3 x 3 chunks the last shard holds one layer: the array ends inside it.
     np.testing.assert_array_equal(present, [True] * 9 + [False] * 9)
+
+
+# Damage, as it is met when patches are read
+
+
+@pytest.fixture(scope="module")
+def whole_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of one image that has 2 x 2 x 2 shards, of which only the first is whole."""
+    folder = tmp_path_factory.mktemp("whole")
+    voxels = random_voxels((60, 60, 60), "<i2") // 64
+    (folder / "anna").mkdir()
+    nib.Nifti1Image(voxels.T, np.eye(4)).to_filename(folder / "anna" / "ct.nii")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conversion_plan, "plan_layout", lambda *_, **__: Layout((8,) * 3, (32,) * 3))
+        zp.convert(folder, folder / "store")
+    return folder / "store"
+
+
+@pytest.fixture
+def store(whole_store: Path, tmp_path: Path) -> Path:
+    """A copy of that store, to be damaged."""
+    return Path(shutil.copytree(whole_store, tmp_path / "store"))
+
+
+def shard_of(store: Path, *place: int) -> Path:
+    return store / "anna" / "ct" / "0" / "c" / "/".join(map(str, place))
+
+
+def read_all(store: Path, scheduler: Any = "sync") -> NDArray[Any]:
+    close_shards(store)
+    image = zp.Cohort(store)["anna"].ct
+    boxes = [zp.PatchLocation((0, 0, 0), (60, 60, 60)), zp.PatchLocation((20, 20, 20), (20, 20, 20))]
+    whole, part = image.read_group(boxes, scheduler=scheduler)
+    np.testing.assert_array_equal(part, whole[:, 20:40, 20:40, 20:40])
+    return whole
+
+
+@both_loops
+@pytest.mark.parametrize("scheduler", ["sync", "threads"])
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (Path.unlink, "it is missing"),
+        (empty, "it is empty or no regular file"),
+        (cut_in_half, "its index does not match its checksum"),
+        (flip_in_a_chunk, r"chunk 0 of the file \(0/0/4 of the array\) does not match its checksum"),
+        (flip_in_the_index, "its index does not match its checksum"),
+        (lambda file: rewrite_index(file, 64, 9, NO_CHUNK, NO_CHUNK), r"chunk 9 of the file .* is missing"),
+        (lambda file: rewrite_index(file, 64, 9, 2**40, 99), "its index points outside the file"),
+    ],
+)
+def test_a_group_that_meets_damage_fails_and_names_all_that_helps(
+    store: Path, damage: Callable[[Path], None], why: str, scheduler: Any
+) -> None:
+    damage(shard_of(store, 0, 0, 1))
+    with pytest.raises(DamageError, match=why) as caught:
+        read_all(store, scheduler)
+    text = str(caught.value)
+    assert "image 'ct' of subject 'anna'" in text
+    assert str(shard_of(store, 0, 0, 1)) in text
+    assert f"run 'zpatch verify {store}'" in text
+    assert f"'zpatch convert SOURCE {store} --overwrite --include anna'" in text
+
+
+@both_loops
+def test_damage_elsewhere_is_no_concern_of_a_group(store: Path) -> None:
+    whole = read_all(store)
+    flip_in_a_chunk(shard_of(store, 0, 0, 0))
+    shard_of(store, 1, 1, 1).unlink()
+    close_shards(store)
+    image = zp.Cohort(store)["anna"].ct
+    [found] = image.read_group([zp.PatchLocation((8, 8, 8), (30, 20, 20))])  # chunk 0 is not needed
+    np.testing.assert_array_equal(found, whole[:, 8:38, 8:28, 8:28])
+
+
+@both_loops
+def test_a_bit_flip_anywhere_in_a_store_is_found_or_harmless_to_a_group(
+    store: Path, rng: np.random.Generator, full: bool
+) -> None:
+    whole = read_all(store)
+    file = shard_of(store, 0, 1, 0)
+    size = file.stat().st_size
+    found = 0
+    for position in rng.integers(0, size, 200 if full else 25).tolist():
+        mask = 1 << int(rng.integers(8))
+        flip(file, position, mask)
+        try:
+            np.testing.assert_array_equal(read_all(store), whole)
+        except DamageError:
+            found += 1
+        flip(file, position, mask)
+    assert found > 20
+    np.testing.assert_array_equal(read_all(store), whole)
+
+
+@both_loops
+def test_a_shard_cut_anywhere_is_found_by_a_group(store: Path, rng: np.random.Generator) -> None:
+    file = shard_of(store, 1, 0, 0)
+    content = file.read_bytes()
+    for length in rng.integers(0, len(content), 15).tolist():
+        file.write_bytes(content[:length])
+        with pytest.raises(DamageError, match="c/1/0/0: it"):
+            read_all(store)
+
+
+def swap(one: Path, other: Path) -> None:
+    between = one.with_name("between")
+    one.rename(between)
+    other.rename(one)
+    between.rename(other)
+
+
+@both_loops
+def test_a_shard_swapped_with_one_at_the_border_is_found_where_it_lacks_chunks(
+    tmp_path: Path,
+) -> None:
+    voxels = random_voxels((24, 8, 8), "<i2")
+    array = written(tmp_path / "array", voxels[:20], (4, 8, 8), (8, 8, 8))
+    swap(array.shard_file((0, 0, 0, 0)), array.shard_file((0, 2, 0, 0)))
+    with pytest.raises(DamageError, match=r"c/0/0/0: chunk 1 of the file .* is missing"):
+        read_region(array, (0, 0, 0, 0), (1, 20, 8, 8))
+
+
+@both_loops
+def test_two_swapped_shards_of_equal_layout_are_found_by_verify_alone(store: Path) -> None:
+    # Each file is sound in itself, and nothing in it says where it belongs: only the manifest's seals do.
+    whole = read_all(store)
+    swap(shard_of(store, 0, 0, 1), shard_of(store, 0, 1, 0))
+    assert not np.array_equal(read_all(store), whole)
+    report = zp.verify(store)
+    assert not report.ok
+    assert {damage.file for damage in report.damages} == {f"anna/ct/0/c/{n}" for n in ("0/0/1", "0/1/0")}
+
+
+@both_loops
+def test_a_shard_of_another_image_is_found_by_verify_or_by_its_index(store: Path, tmp_path: Path) -> None:
+    other = written(tmp_path / "other", random_voxels((32, 32, 32), "<i2"), (16,) * 3, (32,) * 3)
+    shutil.copy(other.shard_file((0, 0, 0, 0)), shard_of(store, 0, 0, 0))
+    with pytest.raises(DamageError, match="c/0/0/0: its index does not match its checksum"):
+        read_all(store)
+    assert not zp.verify(store).ok
+
+
+@both_loops
+def test_damage_is_met_again_when_it_is_read_again(store: Path) -> None:
+    flip_in_a_chunk(shard_of(store, 0, 0, 1))
+    image = zp.Cohort(store)["anna"].ct
+    for _ in range(3):
+        with pytest.raises(DamageError, match="does not match its checksum"):
+            image.read(zp.PatchLocation((32, 0, 0), (4, 4, 4)))
+
+
+@both_loops
+def test_nothing_is_written_any_more_when_a_group_in_threads_has_failed(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard_of(store, 1, 1, 1).unlink()
+    opened = reader.gather
+
+    def slowly(array: ShardedArray, plan: GatherPlan, outs: Any, scaling: Scaling) -> None:
+        try:
+            opened(array, plan, outs, scaling)
+        finally:
+            failed.append(plan)
+            for _ in range(20 if len(failed) > 1 else 0):  # as another thread that is still at it
+                time.sleep(0.01)
+                outs[0][...] = 77
+
+    failed: list[GatherPlan] = []
+    monkeypatch.setattr(reader, "gather", slowly)
+    monkeypatch.setattr(reader, "thread_count", lambda scheduler: 4)
+    image = zp.Cohort(store)["anna"].ct
+    out = np.zeros((1, 60, 60, 60), np.int16)
+    with pytest.raises(DamageError, match="c/1/1/1: it is missing"):
+        read_together([image], [zp.PatchLocation((0, 0, 0), (60, 60, 60))], scheduler="threads", outs=[[out]])
+    out[...] = 5  # the memory is the caller's again
+    time.sleep(0.3)
+    assert (out == 5).all()

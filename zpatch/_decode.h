@@ -207,6 +207,8 @@ static int decode_chunk(Decoded *to, const uint8_t *in, size_t length, const Chu
     if (length < BLOSC_HEADER || little32(in + 4) != chunks->bytes || little32(in + 12) > length)
         return DAMAGED;
     length = little32(in + 12);
+    if (length < BLOSC_HEADER)
+        return DAMAGED;
     unsigned flags = in[2];
     size_t type_bytes = in[3], block_bytes = little32(in + 8);
     if (flags & BLOSC_STORED)

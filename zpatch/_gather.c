@@ -336,7 +336,7 @@ static int gather_rows(const int64_t *rows, size_t count, const Chunks *chunks, 
     Decoded chunk = {0};
     chunk.capacity = MAX_ITEM;
     chunk.start = malloc(chunk.capacity * sizeof *chunk.start);
-    chunk.scratch = malloc(chunks->bytes + SLACK);
+    chunk.scratch = malloc(chunks->blosc ? chunks->bytes + SLACK : SLACK);
     uint8_t *line = malloc(2 * chunks->shape[3] * MAX_ITEM);
     if (!chunk.start || !chunk.scratch || !line)
         state = NO_MEMORY;
@@ -408,10 +408,10 @@ static Py_buffer *acquire(PyObject *objects, int flags, Py_ssize_t *count)
 static const char *problem_with(const Chunks *chunks, const Py_buffer *rows, const Py_buffer *outs,
                                 Py_ssize_t out_count, const Writer *writer)
 {
-    size_t bytes = chunks->item;
+    size_t bytes = chunks->item, limit = chunks->blosc ? INT_MAX : PTRDIFF_MAX / (4 * MAX_ITEM);
     for (int a = 0; a < AXES; a++) {
-        if (chunks->shape[a] < 1 || bytes > (size_t)INT_MAX / chunks->shape[a])
-            return "a chunk must have 1 byte to 2 GiB";
+        if (chunks->shape[a] < 1 || bytes > limit / chunks->shape[a])
+            return "a chunk must have 1 byte to 2 GiB, or more where it is not compressed";
         bytes *= chunks->shape[a];
     }
     if (rows->len % (Py_ssize_t)(ROW_FIELDS * sizeof(int64_t)))

@@ -55,6 +55,9 @@ class ChunkCodec:
             # The first 16 bytes of a frame say how many bytes it decodes to.
             if len(data) < BLOSC_HEADER_BYTES or _little(data[4:8]) != expected:
                 raise ValueError(f"does not decode to the {expected} bytes of a chunk")
+            # blosc itself believes the frame's header, and would read on behind the end.
+            if _little(data[12:16]) > len(data):
+                raise ValueError("cannot be decoded (it is cut short)")
             try:
                 blosc.decompress(data, out)
             except RuntimeError as error:

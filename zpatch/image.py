@@ -197,6 +197,9 @@ class Image:
         As quick to read as the image itself. What comes is float32 (float64 for sources of 32 bits and more).
         """
         scaling = self.scaling.within(low, high).then(slope, inter)
+        if scaling == UNSCALED:  # the values that are there, but in the type of scaled ones
+            plain = type(self)(dataclasses.replace(self._opened, scaling=UNSCALED), affine=self._affine)
+            return plain.map(lambda array: array.astype(Scaling(2.0).dtype_of(array.dtype)))
         return type(self)(dataclasses.replace(self._opened, scaling=scaling), affine=self._affine)
 
     def remembered(self, key: Any, make: Callable[[], T]) -> T:
@@ -331,6 +334,7 @@ def _of_nifti(file: nifti.NiftiFile) -> _Opened:
 
 
 def _of_zarr(image: zarr_images.ZarrImage, axes: str | None) -> _Opened:
+    _check_dtype(image.array.dtype)
     stored = zarr_images.StoredAxes.of(image.array, axes or image.axes)
     affine = np.eye(4)
     for row, name in enumerate("xyz"):
@@ -357,6 +361,10 @@ def _through_zarr(array: Any, stored: zarr_images.StoredAxes) -> Any:
 def _with_channels(array: Any) -> Any:
     if array.ndim not in (3, 4):
         raise OptionError(f"an image is (I, J, K) or (C, I, J, K), not of shape {tuple(array.shape)}")
-    if array.dtype.kind not in "biufc":
-        raise OptionError(f"an image is of numbers, not of {array.dtype}")
+    _check_dtype(array.dtype)
     return array if array.ndim == 4 else array[None]
+
+
+def _check_dtype(dtype: np.dtype[Any]) -> None:
+    if dtype.kind not in "biufc":
+        raise OptionError(f"an image is of numbers, not of {dtype}")

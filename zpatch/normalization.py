@@ -47,7 +47,7 @@ class Normalize:
         if self.mode == "zscore":
             mean, std = self._of(statistics, image, "mean"), self._of(statistics, image, "std")
             return image.rescaled(1 / std, -mean / std) if std > 0 else image.rescaled(0, 0)
-        low, high = (self._of(statistics, image, key) for key in ("percentile_00_5", "percentile_99_5"))
+        low, high = (self._of(statistics, image, key) for key in ("percentile_0_5", "percentile_99_5"))
         if not high > low:
             return image.rescaled(0, 0)
         return image.rescaled(1 / (high - low), -low / (high - low), low, high)

@@ -6,6 +6,8 @@ decoded once. Voxels go straight into the memory that they are asked for in.
 
 from __future__ import annotations
 
+import threading
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -77,27 +79,66 @@ def fulfil(requests: Sequence[Request], scheduler: Scheduler = "sync") -> None:
         return
     graph: Graph = {}
     ends = []
+    writing = _Writing()
     parts = thread_count(scheduler)
-    for number, request in enumerate(requests):
-        for key, task in request.source.graph(request.boxes, request.outs, request.scaling, parts).items():
+    derived = [request for request in requests if isinstance(request.source, DaskSource)]
+    others = [request for request in requests if not isinstance(request.source, DaskSource)]
+    graphs = [r.source.graph(r.boxes, r.outs, r.scaling, parts) for r in others]
+    for number, tasks in enumerate([*graphs, _derived_graph(derived)]):
+        for key, task in tasks.items():
             if isinstance(key, int):
                 key = ("zpatch", number, key)
                 ends.append(key)
+                task = (partial(writing, task[0]), *task[1:])
             graph[key] = task
-    run_graph(graph, ends, scheduler)
+    try:
+        run_graph(graph, ends, scheduler)
+    except BaseException:
+        writing.stop()
+        raise
+
+
+class _Writing:
+    """Tasks that write to memory of the caller: once stopped, none begins any more and none is still at it.
+
+    Where one of several threads fails, dask does not wait for the others.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._running = 0
+        self._stopped = False
+
+    def __call__(self, task: Callable[..., None], *arguments: Any) -> None:
+        with self._changed:
+            if self._stopped:
+                return
+            self._running += 1
+        try:
+            task(*arguments)
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.wait_for(lambda: not self._running)
 
 
 def _fulfil_on_cluster(requests: Sequence[Request], client: Any) -> None:
     graph: Graph = {}
     places: dict[Any, list[Voxels]] = {}
     workers = max(1, sum(client.nthreads().values()))
+    name = f"zpatch-read-{uuid.uuid4().hex}"  # a scheduler takes two tasks of one key for the same
     for number, request in enumerate(requests):
         step = -(-len(request.boxes) // workers) or 1
         for first in range(0, len(request.boxes), step):
             some = slice(first, first + step)
             outs = list(request.outs[some])
             layouts = [(out.shape, out.dtype) for out in outs]
-            key = ("zpatch-read", number, first)
+            key = (name, number, first)
             graph[key] = (partial(_read_far, request.source, request.boxes[some], layouts, request.scaling),)
             places[key] = outs
     for outs, voxels in zip(places.values(), client.get(graph, list(places)), strict=True):
@@ -175,8 +216,11 @@ class ShardSource:
         return graph
 
     def dask(self, block_voxels: int | None = None) -> Any:
-        """A dask array with one block for each shard's region, or for whole chunks of about a size."""
-        blocks = [self.array.shards[axis] for axis in self._order]
+        """A dask array with one block for each shard's region, or for whole chunks of about a size.
+
+        All channels are in one block: they are read together.
+        """
+        blocks = [self.shape[0], *(self.array.shards[axis] for axis in self._order[1:])]
         if block_voxels is not None:
             blocks[1:] = [max(1, block_voxels // n) * n for n in self.chunk_shape]
         return _dask_view(self, blocks)
@@ -247,18 +291,7 @@ class DaskSource:
         self, boxes: Sequence[PatchLocation], outs: Sequence[Voxels], scaling: Scaling, parts: int
     ) -> Graph:
         """The expression's own tasks, cut down to the boxes, and one to write each."""
-        from dask.highlevelgraph import HighLevelGraph
-
-        slices = [self.array[(slice(None), *box.to_slices())] for box in boxes]
-        if not slices:
-            return {}
-        keys = [part.__dask_keys__() for part in slices]
-        merged = HighLevelGraph.merge(*(part.__dask_graph__() for part in slices))
-        graph: Graph = dict(slices[0].__dask_optimize__(merged, keys))
-        for number, (part, blocks, out) in enumerate(zip(slices, keys, outs, strict=True)):
-            finish, extra = part.__dask_postcompute__()
-            graph[number] = (partial(_put, finish, extra, out, scaling), blocks)
-        return graph
+        return _derived_graph([Request(self, boxes, outs, scaling)])
 
     def dask(self, block_voxels: int | None = None) -> Any:
         """The expression itself."""
@@ -268,6 +301,26 @@ class DaskSource:
 def _cast(raw: Sequence[Voxels], outs: Sequence[Voxels], scaling: Scaling, _parts: Any) -> None:
     for voxels, out in zip(raw, outs, strict=True):
         scaling.write(voxels, out)
+
+
+def _derived_graph(requests: Sequence[Request]) -> Graph:
+    """The tasks of some expressions, optimised together, so that what they share is computed once."""
+    from dask.highlevelgraph import HighLevelGraph
+
+    parts = [
+        (request.source.dask()[(slice(None), *box.to_slices())], out, request.scaling)
+        for request in requests
+        for box, out in zip(request.boxes, request.outs, strict=True)
+    ]
+    if not parts:
+        return {}
+    keys = [part.__dask_keys__() for part, _, _ in parts]
+    merged = HighLevelGraph.merge(*(part.__dask_graph__() for part, _, _ in parts))
+    graph: Graph = dict(parts[0][0].__dask_optimize__(merged, keys))
+    for number, ((part, out, scaling), blocks) in enumerate(zip(parts, keys, strict=True)):
+        finish, extra = part.__dask_postcompute__()
+        graph[number] = (partial(_put, finish, extra, out, scaling), blocks)
+    return graph
 
 
 def _put(finish: Callable[..., Any], extra: Any, out: Voxels, scaling: Scaling, blocks: Any) -> None:

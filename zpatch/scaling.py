@@ -33,11 +33,13 @@ class Scaling(NamedTuple):
 
     def then(self, slope: float, inter: float) -> Self:
         """Scale the values of this scaling once more."""
+        slope, inter = float(slope), float(inter)  # a numpy scalar would widen what it is multiplied with
         low, high = sorted((self.low * slope + inter, self.high * slope + inter)) if slope else (inter, inter)
         return type(self)(self.slope * slope, self.inter * slope + inter, low, high)
 
     def within(self, low: float, high: float) -> Self:
         """Put values that lie outside two bounds on them."""
+        low, high = float(low), float(high)
         return self._replace(low=min(max(self.low, low), high), high=max(min(self.high, high), low))
 
     def dtype_of(self, stored: np.dtype[Any]) -> np.dtype[Any]:

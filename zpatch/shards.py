@@ -111,7 +111,8 @@ class MappedShard:
         self._shard = shard
         self.file = array.shard_file(shard)
         folder = self.file.parent
-        if folder.resolve() != array.path.resolve() / folder.relative_to(array.path):
+        own = array.fill is None
+        if own and folder.resolve() != array.path.resolve() / folder.relative_to(array.path):
             raise self._damage("it lies behind a link to elsewhere")
         self._identity = _identity(self.file) if array.fill is not None else None
         self._map, self.bytes = self._mapped()
@@ -125,7 +126,9 @@ class MappedShard:
     def _mapped(self) -> tuple[mmap.mmap | None, Bytes]:
         try:
             # A store is data from anywhere: no links, and no waiting for a pipe that stands for a file.
-            handle = os.open(self.file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            # Arrays of others may well be links, as git-annex makes them.
+            links = os.O_NOFOLLOW if self._array.fill is None else 0
+            handle = os.open(self.file, os.O_RDONLY | links | os.O_NONBLOCK)
         except FileNotFoundError:
             if self._array.fill is not None:
                 return None, np.zeros(0, np.uint8)

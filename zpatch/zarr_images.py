@@ -43,7 +43,7 @@ def open_image_folder(path: Path) -> ImageRecord | ZarrImage:
 
     try:
         node: Any = zarr.open(path, mode="r")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # all that zarr raises
         raise NotAStoreError(f"{path}: it is no Zarr array or OME-Zarr image ({error})") from None
     if isinstance(node, zarr.Array):
         with contextlib.suppress(OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
@@ -124,6 +124,8 @@ def sharded_array_of(array: Any, axes: StoredAxes) -> ShardedArray | None:
     if found is None or np.dtype(array.dtype).kind not in "biufc":
         return None
     chunks, shards, codec, order, (prefix, separator, index, index_checksum) = found
+    if any((chunks[n], shards[n]) != (1, 1) for n in range(array.ndim) if n not in axes.kept):
+        return None  # a chunk would have voxels along an axis that is left out
     places = {number: axis for axis, number in enumerate(axes.kept) if number is not None}
     return ShardedArray(
         path=path,
@@ -141,6 +143,7 @@ def sharded_array_of(array: Any, axes: StoredAxes) -> ShardedArray | None:
         ),
         name=str(path),
         fill=fill,
+        contents=repr((array.shape, chunks, shards, array.dtype, order, codec, fill)),
     )
 
 

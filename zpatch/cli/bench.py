@@ -1,0 +1,174 @@
+"""``zpatch bench``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from zpatch.cli.options import (
+    STORE,
+    Voxels,
+    include_option,
+    json_option,
+    print_json,
+    say,
+    table,
+    talk_options,
+)
+from zpatch.cli.progress import Progress
+from zpatch.memory import format_bytes
+
+if TYPE_CHECKING:
+    from zpatch.store_benchmark import BenchmarkReport, PackingFigures
+
+KEPT_SHARE = 0.01
+BUSY = 0.3  # processes on each core
+
+
+@click.command("bench", short_help="Measure how fast patches are read, and say what would be faster.")
+@click.argument("store", type=STORE)
+@click.option(
+    "--patch-size", type=Voxels(), help="One number or I,J,K.  [default: 96, or what fits into all volumes]"
+)
+@click.option(
+    "--patches-per-volume", type=click.IntRange(1), default=10, show_default=True,
+    help="Patches read together, as in a queue; 32 at most.",
+)  # fmt: skip
+@click.option(
+    "--image", multiple=True, metavar="NAME", help="Read this image; may be repeated.  [default: all]"
+)
+@include_option
+@click.option(
+    "-j", "--jobs", type=click.IntRange(1),
+    help="Processes to measure with, beside one alone.  [default: the number of cores]",
+)  # fmt: skip
+@click.option(
+    "--seconds", type=click.FloatRange(0, min_open=True), default=2.0, show_default=True,
+    help="About how long each measurement runs.",
+)  # fmt: skip
+@json_option
+@talk_options
+def bench_command(
+    store: Path,
+    patch_size: int | tuple[int, ...] | None,
+    patches_per_volume: int,
+    image: tuple[str, ...],
+    include: tuple[str, ...],
+    jobs: int | None,
+    seconds: float,
+    json: bool,
+) -> None:
+    """Measure how many patches a second are read from STORE on this machine, and say what would be faster.
+
+    Random patches of random subjects are read as the workers of a queue read them, in one process and in
+    several: cold, after the files were dropped from the system's page cache, and warm. Bytes decoded for
+    each byte delivered, and other chunks and codecs tried on a sample of the voxels, say how to convert.
+    Nothing is written to STORE.
+
+    \b
+    Examples:
+      zpatch bench cohort.zarr
+      zpatch bench cohort.zarr --patch-size 128,128,64 --patches-per-volume 4 -j 8
+      zpatch bench cohort.zarr --image t1 --json
+    """
+    from zpatch.benchmark_advice import advice
+    from zpatch.cohort import Cohort
+    from zpatch.store_benchmark import plan_benchmark, run_benchmark
+
+    plan = plan_benchmark(
+        Cohort(store).matching(include),
+        images=image,
+        patch_size=patch_size,
+        patches_per_volume=patches_per_volume,
+        jobs=jobs,
+        seconds=seconds,
+    )
+    say(str(plan))
+    with Progress("measuring", round(plan.about_s * 1000), unit="ms") as progress:
+        report = run_benchmark(plan, progress)
+    lines = advice(report)
+    if json:
+        print_json({**report.to_json(), "advice": lines})
+        return
+    for note in _notes(report):
+        say(f"note: {note}")
+    click.echo(_speeds(report))
+    click.echo(f"\n{_packings(report)}\n")
+    for line in lines:
+        click.echo(line)
+
+
+def _notes(report: BenchmarkReport) -> Iterator[str]:
+    plan, first, last = report.plan, report.speeds[0], report.speeds[-1]
+    if report.load > BUSY:
+        yield "other programs keep this machine busy: figures are lower and less sure than they could be"
+    if first.cold is None:
+        yield "this system cannot drop files from its memory, so nothing cold was measured"
+    elif last.cold is None:
+        yield f"there are fewer subjects than {last.processes} processes, so these were not measured cold"
+    if (kept := max(speed.kept for speed in report.speeds)) > KEPT_SHARE:
+        yield f"the system kept {kept:.0%} of the files in memory: cold is as cold as it allows"
+    if plan.is_tried and any(figures.patches_per_s is None for figures in report.packings):
+        yield "what is marked - was not tried, as planning such patches would take much memory"
+
+
+def _speeds(report: BenchmarkReport) -> str:
+    """A row for each number of processes that was measured, and for some in between."""
+    from zpatch.benchmark_advice import rate_text
+
+    rows: list[tuple[str, ...]] = [
+        ("processes", "patches/s cold", "patches/s warm", "each", "voxels/s", "disk/s")
+    ]
+    measured = {speed.processes: speed for speed in report.speeds}
+    most = report.speeds[-1].processes
+    between = {2**n for n in range(1, most.bit_length())}
+    for count in sorted({*measured, *(n for n in between if n < most)}):
+        warm, speed = report.warm_with(count), measured.get(count)
+        cold = rate_text(speed.cold) if speed and speed.cold else "-"
+        disk = format_bytes(speed.disk_bytes_per_s) if speed and speed.disk_bytes_per_s else "-"
+        rows.append(
+            (
+                str(count) if speed else f"{count} (guessed)",
+                cold,
+                rate_text(warm),
+                rate_text(warm / count),
+                format_bytes(warm * report.patch_bytes),
+                disk,
+            )
+        )
+    return table(rows)
+
+
+def _packings(report: BenchmarkReport) -> str:
+    """A row for each chunk: what follows from geometry, then what was tried, by codec."""
+    now = report.packings[0]
+    codecs = list(dict.fromkeys(f.codec for f in report.packings)) if report.plan.is_tried else []
+    by_chunk: dict[int | None, dict[str | None, PackingFigures]] = {}
+    for figures in sorted(report.packings, key=lambda figures: figures.chunk or 0):
+        by_chunk.setdefault(figures.chunk, {})[figures.codec] = figures
+    heading = ["chunk", f"{report.plan.group} together", "one by one"]
+    rows = [(*heading, *(_mark(codec or "mixed", codec == now.codec) for codec in codecs))]
+    for chunk, by_codec in by_chunk.items():
+        [first, *_] = by_codec.values()
+        ratios = f"{first.decoded_per_delivered:.2f}", f"{first.patch_by_patch:.2f}"
+        cells = [_cell(by_codec.get(codec)) for codec in codecs]
+        rows.append((_mark(str(chunk or "other"), chunk == now.chunk), *ratios, *cells))
+    told = "bytes decoded for each byte delivered"
+    if codecs:
+        told += "; patches/s of one process, warm, as tried on a sample, and how many times the files"
+    return f"{told}\n{table(rows)}"
+
+
+def _mark(text: str, is_stored: bool) -> str:
+    return f"{text} (stored)" if is_stored else text
+
+
+def _cell(figures: PackingFigures | None) -> str:
+    from zpatch.benchmark_advice import rate_text
+
+    if figures is None or figures.patches_per_s is None or figures.size is None:
+        return "-"
+    return f"{rate_text(figures.patches_per_s)}, {figures.size:.2f}x"
