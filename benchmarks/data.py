@@ -6,9 +6,11 @@ import dataclasses
 import gzip
 import importlib.util
 import itertools
+import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +26,7 @@ GZIP_LEVEL = 6  # as dcm2niix writes
 MEMBER_PLANES = 32
 HEADER_BYTES = 352
 COARSE_LABELS = 128  # label maps are made so fine, and their voxels repeated
+TISSUES_HU = (-450, 30, 60)  # where the classes of a cohort's label maps begin
 
 Shape = tuple[int, int, int]
 
@@ -41,6 +44,25 @@ def long_volume(folder: Path, shape: Shape) -> Path:
 def plain_head(folder: Path, shape: Shape) -> Path:
     """The same uncompressed, in ``source/sub-01/ct.nii``, and beside it ``voxels.npy`` (z, y, x)."""
     return _once(folder / _name("plain", shape), lambda place: _write_plain_head(place, shape))
+
+
+def cohort(folder: Path, shape: Shape, subjects: int) -> Path:
+    """Folders ``nii`` and ``nii.gz`` of the same subjects, ``sub-000/ct.nii`` and ``seg.nii``: the head with
+    noise, and its tissues as labels, both rolled by steps that no two subjects share.
+    """
+    place = folder / f"{_name('cohort', shape)}-{subjects}"
+    return _once(place, lambda place: _write_subjects(place, shape, subjects))
+
+
+def subject_voxels(source: Path, subject: str) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
+    """Image and label map (z, y, x) of a subject of such a cohort, mapped from its uncompressed files."""
+    from zpatch.nifti import read_header
+
+    folder = source / "nii" / subject
+    stored = read_header(folder / "ct.nii").shape
+    image: NDArray[np.int16] = np.memmap(folder / "ct.nii", "<i2", "r", HEADER_BYTES, stored)
+    labels: NDArray[np.uint8] = np.memmap(folder / "seg.nii", np.uint8, "r", HEADER_BYTES, stored)
+    return image, labels
 
 
 def label_map(folder: Path, side: int, classes: int) -> Path:
@@ -122,17 +144,22 @@ def _template() -> NDArray[np.float32]:
 
 def _planes(shape: Shape) -> Iterator[NDArray[np.int16]]:
     """The head's planes (y, x), one by one: linear upsampling, then noise of the plane's own seed."""
+    for number, plane in enumerate(_smooth_planes(shape)):
+        noise = np.random.default_rng([0, number]).standard_normal(plane.shape, dtype=np.float32)
+        noisy = np.rint(plane + NOISE_HU * noise).clip(LEAST_HU, None)
+        yield np.ascontiguousarray(noisy.T, dtype="<i2")
+
+
+def _smooth_planes(shape: Shape) -> Iterator[NDArray[np.float32]]:
+    """The same (x, y), in Hounsfield units without noise."""
     volume = _template()
     for axis in (0, 1):
         volume = np.moveaxis(_resampled(np.moveaxis(volume, axis, 0), shape[axis]), 0, axis)
     positions = np.linspace(0, volume.shape[2] - 1, shape[2])
-    for number, position in enumerate(positions):
+    for position in positions:
         below = min(int(position), volume.shape[2] - 2)
         share = np.float32(position - below)
-        plane = volume[:, :, below] * (1 - share) + volume[:, :, below + 1] * share
-        noise = np.random.default_rng([0, number]).standard_normal(plane.shape, dtype=np.float32)
-        noisy = np.rint(plane + NOISE_HU * noise).clip(LEAST_HU, None)
-        yield np.ascontiguousarray(noisy.T, dtype="<i2")
+        yield volume[:, :, below] * (1 - share) + volume[:, :, below + 1] * share
 
 
 def _resampled(volume: NDArray[np.float32], count: int) -> NDArray[np.float32]:
@@ -161,6 +188,24 @@ def _write_plain_head(place: Path, shape: Shape) -> None:
     with file.open("wb") as stream:
         stream.write(_header(shape))
         stream.write(voxels.data)
+
+
+def _write_subjects(place: Path, shape: Shape, subjects: int) -> None:
+    image = np.stack(list(_planes(shape)))
+    labels = np.stack([np.digitize(plane.T, TISSUES_HU).astype(np.uint8) for plane in _smooth_planes(shape)])
+    headers = _header(shape), _header(shape, "u1")
+
+    def write(number: int) -> None:
+        name, steps = f"sub-{number:03d}", (number, 2 * number, 3 * number)
+        for volume, header, file in zip((image, labels), headers, ("ct.nii", "seg.nii"), strict=True):
+            voxels = np.roll(volume, steps, axis=(0, 1, 2)).tobytes()
+            for kind, content in (("nii", header + voxels), ("nii.gz", _gzip_member(header + voxels))):
+                path = place / kind / name / file.replace(".nii", f".{kind}")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(write, range(subjects)))
 
 
 def _write_label_map(place: Path, side: int, classes: int) -> None:

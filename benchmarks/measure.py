@@ -1,6 +1,7 @@
 """How things are measured: alternating repetitions in one process, peak memory in a fresh one.
 
-This file is also what a fresh process runs: ``python -m benchmarks.measure module:function argument...``.
+This file is also what a fresh process runs: ``python -m benchmarks.measure module:function argument...``, or
+with ``--answer`` before that, one that answers questions.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import importlib
 import json
 import mmap
 import os
+import select
 import statistics
 import subprocess
 import sys
@@ -22,8 +24,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_S = 0.02
+CLOSE_S = 30.0
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 KEPT_BYTES = 32 * 2**20
+HELD = (
+    "Pss_Anon:",
+    "Pss_Shmem:",
+)  # of /proc/PID/smaps_rollup: what no other process pays for and no file has
 
 Run = Callable[[], object]
 
@@ -112,11 +119,11 @@ class FreshRun:
     seconds: float
 
 
-def in_fresh_process(function: str, *arguments: object) -> FreshRun:
+def in_fresh_process(function: str, *arguments: object, env: Mapping[str, str] | None = None) -> FreshRun:
     """Call ``module:function`` of this package in a new process; arguments arrive as text."""
     command = [sys.executable, "-m", "benchmarks.measure", function, *map(str, arguments)]
     begin = time.perf_counter()
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=_env(env)) as process:
         tree_bytes = _peak_of_tree(process)
         assert process.stdout is not None
         lines = process.stdout.read().splitlines()
@@ -125,6 +132,59 @@ def in_fresh_process(function: str, *arguments: object) -> FreshRun:
         raise RuntimeError(f"{function} ended with {process.returncode} in a fresh process")
     answer = json.loads(lines[-1])
     return FreshRun(answer["value"], max(answer["peak_bytes"], tree_bytes), seconds)
+
+
+class Server:
+    """A fresh process that answers questions, so that several can take turns, each with its own libraries.
+
+    ``module:function`` is called there once, and gives what is called with each question.
+    """
+
+    def __init__(self, function: str, *arguments: object, env: Mapping[str, str] | None = None) -> None:
+        command = [sys.executable, "-m", "benchmarks.measure", "--answer", function, *map(str, arguments)]
+        pipe = subprocess.PIPE
+        self._name = " ".join([function, *map(str, arguments)])
+        self._process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True, env=_env(env))
+        self.peak_bytes = 0
+
+    def ask(self, question: str, *, watch: bool = False) -> Any:
+        """The answer. With ``watch`` the most memory that the process and its descendants held is kept."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(question, file=self._process.stdin, flush=True)
+        while watch and not select.select([self._process.stdout], [], [], POLL_S)[0]:
+            self.peak_bytes = max(self.peak_bytes, held_bytes(self._process.pid))
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self._name} ended with {self._process.wait()}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(CLOSE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
+
+def _env(changes: Mapping[str, str] | None) -> dict[str, str]:
+    return {**os.environ, **(changes or {})}
+
+
+def held_bytes(pid: int) -> int:
+    """Memory that a process and its descendants hold: anonymous and shared, not the pages of mapped files."""
+    import psutil
+
+    try:
+        pids = [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+    except psutil.Error:
+        return 0
+    return sum(_proportional_bytes(each, HELD) for each in pids)
 
 
 def _peak_of_tree(process: subprocess.Popen[str]) -> int:
@@ -145,13 +205,13 @@ def _peak_of_tree(process: subprocess.Popen[str]) -> int:
     return peak
 
 
-def _proportional_bytes(pid: int) -> int:
+def _proportional_bytes(pid: int, kinds: Sequence[str] = ("Pss:",)) -> int:
     """Memory of a process, pages that it shares counted by share; 0 once it has gone."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(tuple(kinds)))
 
 
 def _high_water_bytes() -> int:
@@ -160,9 +220,24 @@ def _high_water_bytes() -> int:
 
 
 def _main(function: str, *arguments: str) -> None:
-    module, _, name = function.partition(":")
-    value = getattr(importlib.import_module(f"benchmarks.{module}"), name)(*arguments)
+    if function == "--answer":
+        _answer(*arguments)
+        return
+    value = _called(function, *arguments)
     print(json.dumps({"value": value, "peak_bytes": _high_water_bytes()}))
+
+
+def _answer(function: str, *arguments: str) -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    answer = _called(function, *arguments)
+    for question in sys.stdin:
+        print(json.dumps(answer(question.rstrip("\n"))), file=answers, flush=True)
+
+
+def _called(function: str, *arguments: str) -> Any:
+    module, _, name = function.partition(":")
+    return getattr(importlib.import_module(f"benchmarks.{module}"), name)(*arguments)
 
 
 if __name__ == "__main__":

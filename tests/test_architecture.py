@@ -125,7 +125,7 @@ DOORS = {
 }
 STANDARD_LIBRARY_DOORS = {
     "gzip": ["gzip_files"],
-    "mmap": ["shards", "reading_speed", "patch_slots"],
+    "mmap": ["shards", "patch_slots"],
     "importlib": ["__init__", "inference", *COMMAND_LINE],  # an import that no table can hold
 }
 HEAVY = [

@@ -77,8 +77,8 @@ class SubjectDraws(Dataset[Any]):
     """The patches of any draw; made once, and handed to each worker as it starts.
 
     ``dtype`` is what images come to a transform in. Without one, or with None, they keep their stored type,
-    and slope and intercept stand beside: values are made of them once, where they go. ``block`` is where a worker
-    puts patches.
+    and slope and intercept stand beside: values are made of them once, where they go. ``block`` is where a
+    worker puts patches.
     """
 
     def __init__(
