@@ -271,7 +271,7 @@ class Queue(IterableDataset[Patch]):
     def _receive(self, feed: PatchFeed, serial: int) -> None:
         try:
             arrival = feed.take()
-        except QueueError:
+        except BaseException:  # Ctrl-C too: what was on its way may be lost
             self.close()
             raise
         if arrival.failure is not None and arrival.serial == serial:
