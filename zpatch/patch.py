@@ -144,12 +144,11 @@ def stack(
     taken: list[Patch] = []
     for patch in itertools.islice(patches, count):
         if taken:
-            _check_alike(patch, taken[0])
+            _check_alike(patch, taken[0], dtype)
         for name, image in patch.images.items():
             if not taken:
                 shape = (count, *_stored(image.data).shape)
-                pending = image.is_pending(dtype)
-                batch[name] = new_memory(shape, dtype=dtype if pending else image.data.dtype)
+                batch[name] = new_memory(shape, dtype=_type(image, dtype))
             image.write_values(_in_user_order(batch[name])[len(taken)], dtype)
         taken.append(patch)
     images = {
@@ -164,12 +163,17 @@ def stack(
     return PatchBatch(images, [p.location for p in taken], [p.subject for p in taken])
 
 
+def _type(image: PatchImage, dtype: torch.dtype | None) -> torch.dtype:
+    """What the values of an image come in."""
+    return dtype if dtype is not None and image.is_pending(dtype) else image.data.dtype
+
+
 def _left(image: PatchImage, dtype: torch.dtype | None) -> tuple[float, float]:
     """Slope and intercept that are still to be applied."""
     return (1.0, 0.0) if image.is_pending(dtype) else (image.slope, image.inter)
 
 
-def _check_alike(patch: Patch, first: Patch) -> None:
+def _check_alike(patch: Patch, first: Patch, dtype: torch.dtype | None) -> None:
     if list(patch.images) != list(first.images):
         raise OptionError(
             f"a batch needs the same images in each patch: {patch.subject!r} has "
@@ -181,11 +185,9 @@ def _check_alike(patch: Patch, first: Patch) -> None:
             raise OptionError(
                 f"a batch needs patches of one shape: {name!r} has {', '.join(map(str, sorted(shapes)))}"
             )
-        if image.data.dtype != first[name].data.dtype:
-            raise OptionError(
-                f"a batch needs patches of one type: {name!r} has {image.data.dtype} and "
-                f"{first[name].data.dtype}"
-            )
+        types = [_type(one[name], dtype) for one in (patch, first)]
+        if types[0] != types[1]:
+            raise OptionError(f"a batch needs patches of one type: {name!r} has {types[0]} and {types[1]}")
 
 
 def _stored(data: torch.Tensor) -> torch.Tensor:

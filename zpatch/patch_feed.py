@@ -12,16 +12,18 @@ import pickle
 import signal
 import threading
 import time
+import traceback
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from zpatch.epoch_plan import Draw, EpochPlan
 from zpatch.errors import QueueError
@@ -129,7 +131,7 @@ class PatchFeed:
                 yield Arrival(serial, number, patch)
         except Exception as error:
             failed = FailedDraw.of(Task(serial, draw, ()), self._draws.name_of(draw.subject), error)
-            yield Arrival(serial, draw.arrivals[0], None, failure=_told(failed))
+            yield Arrival(serial, draw.arrivals[0], None, failure=str(failed))
 
     def _unpack(self, result: Result) -> None:
         task = result.task
@@ -137,7 +139,7 @@ class PatchFeed:
             self._free.extend(task.slots)
         elif isinstance(result, FailedDraw):
             self._free.extend(task.slots)
-            self._here.append(Arrival(task.serial, task.draw.arrivals[0], None, failure=_told(result)))
+            self._here.append(Arrival(task.serial, task.draw.arrivals[0], None, failure=str(result)))
         else:
             for number, slot, sent in zip(task.draw.arrivals, task.slots, result.patches, strict=True):
                 if sent.loose is None:
@@ -173,11 +175,6 @@ class PatchFeed:
         """End the workers."""
         if self._workers is not None:
             self._workers.close()
-
-
-def _told(failed: FailedDraw) -> str:
-    epoch = failed.task.draw.epoch
-    return f"subject {failed.subject!r} failed in epoch {epoch}: {failed.reason}\n\n{failed.traceback}"
 
 
 class _Workers:
@@ -235,6 +232,7 @@ class _Workers:
         try:
             self._results = iter(self._loader)
         except OSError as error:
+            _end_half_started(error, others)
             raise QueueError(
                 f"the workers of the queue cannot be started ({error.strerror}); free some space in /dev/shm "
                 f"or memory, or use fewer num_workers"
@@ -258,7 +256,7 @@ class _Workers:
         return "; ".join(
             f"worker {process.pid} {_death(process.exitcode)}{self._at(process.pid)}"
             for process in self._processes
-            if process.exitcode not in (None, 0)
+            if process.exitcode is not None  # even 0: nobody has told it to end
         )
 
     def _at(self, pid: int | None) -> str:
@@ -275,6 +273,17 @@ class _Workers:
         loader_iterator, self._results = self._results, None
         if loader_iterator is not None:
             loader_iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def _end_half_started(error: OSError, others: Collection[BaseProcess]) -> None:
+    """End the workers that torch had started before it failed, which it cannot do itself without noise."""
+    for process in multiprocessing.active_children():
+        if process not in others:
+            process.kill()
+            process.join()
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if isinstance(half_made := frame.f_locals.get("self"), _MultiProcessingDataLoaderIter):
+            half_made._shutdown = True
 
 
 def _watch(watched: weakref.ref[_Workers], stopped: threading.Event) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import multiprocessing
+import operator
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -20,13 +21,13 @@ from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
 from zpatch.cohort import Subject
-from zpatch.epoch_plan import Draw, EpochPlan, Share, Uneven
+from zpatch.epoch_plan import EpochPlan, Share, Uneven
 from zpatch.errors import OptionError, QueueError
 from zpatch.memory import format_bytes
 from zpatch.patch import Patch, PatchImage
 from zpatch.patch_feed import TASKS_PER_WORKER, Arrival, PatchFeed
 from zpatch.patch_slots import WATCH_BYTES, SlotLayout, new_tensor
-from zpatch.patch_worker import SubjectDraws, Transform
+from zpatch.patch_worker import FailedDraw, SubjectDraws, Task, Transform
 from zpatch.queue_state import epoch_and_consumed, queue_state, subjects_digest
 from zpatch.randomness import Purpose, rng
 from zpatch.samplers import GridSampler, PatchSampler
@@ -79,6 +80,9 @@ class Queue(IterableDataset[Patch]):
         timeout: float = 120,
         dtype: torch.dtype | None = torch.float32,
     ) -> None:
+        max_length = _integer("max_length", max_length)
+        patches_per_volume = _integer("patches_per_volume", patches_per_volume)
+        num_workers = _integer("num_workers", num_workers)
         for name, count in (("max_length", max_length), ("patches_per_volume", patches_per_volume)):
             if count < 1:
                 raise OptionError(f"{name} must be at least 1, not {count}")
@@ -86,6 +90,10 @@ class Queue(IterableDataset[Patch]):
             raise OptionError(f"num_workers must be at least 0, not {num_workers}")
         if subject_sampler is not None and shuffle_subjects:
             raise OptionError("a subject_sampler decides the order; say shuffle_subjects=False with it")
+        if subject_sampler is not None and (rank is not None or world_size is not None):
+            raise OptionError(
+                "a subject_sampler deals out the subjects; leave out rank and world_size with it"
+            )
         if dtype not in IMAGE_DTYPES:
             raise OptionError(f"dtype must be one of {', '.join(map(str, IMAGE_DTYPES))}, not {dtype}")
         if not len(subjects):
@@ -99,11 +107,11 @@ class Queue(IterableDataset[Patch]):
         self.shuffle_subjects = shuffle_subjects
         self.shuffle_patches = shuffle_patches
         self.subject_sampler = subject_sampler
-        self.seed = seed
+        self.seed = _integer("seed", seed)
         self.dtype = dtype
         self.share = Share() if subject_sampler is not None else _share(rank, world_size, uneven)
         self.share.check(len(subjects))
-        self._draws = SubjectDraws(subjects, patch_sampler, patches_per_volume, transform, dtype, seed)
+        self._draws = SubjectDraws(subjects, patch_sampler, patches_per_volume, transform, dtype, self.seed)
         self._patches = self._count_patches()
         self._check_subject_sampler()
         self._start_method = start_method
@@ -122,7 +130,14 @@ class Queue(IterableDataset[Patch]):
         return np.full(len(self.subjects), self.patches_per_volume)
 
     def _check_subject_sampler(self) -> None:
-        for subject in self.subject_sampler or ():
+        if self.subject_sampler is None:
+            return
+        if iter(self.subject_sampler) is self.subject_sampler:
+            raise OptionError("a subject_sampler is iterated anew for each epoch; give a list, or a Sampler")
+        given = list(self.subject_sampler)
+        if not given:
+            raise OptionError("the subject_sampler gives no subject")
+        for subject in given:
             if not 0 <= subject < self.num_subjects:
                 raise OptionError(
                     f"subject_sampler gives {subject} of {self.num_subjects} subjects; they count from 0"
@@ -167,9 +182,18 @@ class Queue(IterableDataset[Patch]):
             layouts = [self._draws.layout_of(subject) for subject in self.subjects]
             self._slot_bytes = max(layout.nbytes for layout in layouts)
             if self._draws.transform is not None:
-                first = next(self._draws.patches(Draw(0, 0, 0, (0,), (0,))))
-                self._slot_bytes = SlotLayout.of_patch(first).nbytes
+                self._slot_bytes = SlotLayout.of_patch(self._first_patch()).nbytes
         return self._slot_bytes
+
+    def _first_patch(self) -> Patch:
+        """The first patch that is ever read, transformed."""
+        draw = next(self.plan(0).draws())
+        draw = dataclasses.replace(draw, numbers=draw.numbers[:1], arrivals=draw.arrivals[:1])
+        try:
+            return next(self._draws.patches(draw))
+        except Exception as error:  # as where a worker reads it
+            failed = FailedDraw.of(Task(0, draw, ()), self._draws.name_of(draw.subject), error)
+            raise QueueError(str(failed)) from error
 
     @property
     def pending_dtype(self) -> torch.dtype | None:
@@ -178,6 +202,7 @@ class Queue(IterableDataset[Patch]):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration gives; of a state that was loaded, go on in its epoch."""
+        epoch = _integer("an epoch", epoch)
         if epoch < 0:
             raise OptionError(f"an epoch is at least 0, not {epoch}")
         if not (self._resumed and epoch == self._epoch):
@@ -228,10 +253,12 @@ class Queue(IterableDataset[Patch]):
                 "a queue runs its own workers: give DataLoader num_workers=0, and the number of workers "
                 "to Queue(num_workers=...)"
             )
+        if not self._resumed and self._consumed == self.plan(self._epoch).total:
+            self._epoch += 1  # all of it was received, though nobody asked for one more
         consumed = self._consumed if self._resumed else 0
         self._consumed, self._resumed = consumed, False
         plan = self.plan(self._epoch)
-        feed = self._running()
+        feed, reads_ahead = self._running(), self.upcoming(plan) is not None
         self._iteration += 1
         mine = self._iteration
         serial = feed.begin(plan, consumed)
@@ -250,7 +277,8 @@ class Queue(IterableDataset[Patch]):
                 raise QueueError(
                     "the queue was closed, or another iteration of it was begun; iterate it anew"
                 )
-            if self.num_workers and self._consumed < plan.total and len(self._ready) < self.max_length:
+            room = self.max_length if reads_ahead else min(self.max_length, plan.total - self._consumed)
+            if self.num_workers and self._consumed < plan.total and len(self._ready) < room:
                 self._receive(feed, serial)
         self._epoch, self._consumed = plan.epoch + 1, 0
 
@@ -310,7 +338,7 @@ class Queue(IterableDataset[Patch]):
         """All that the stream depends on but the seed."""
         if self._subjects_digest is None:
             self._subjects_digest = subjects_digest(self.subjects)
-        order = self.subject_sampler is not None and self.plan(self._epoch).digest
+        order = self.subject_sampler is not None and self.plan(0).digest  # the same, wherever the stream is
         return {
             "cohort": self._subjects_digest,
             "sampler": repr(self.patch_sampler),
@@ -340,6 +368,13 @@ class Queue(IterableDataset[Patch]):
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise OptionError(f"{name} must be an integer, not {value!r}") from None
 
 
 def _check_processes(start_method: str | None, timeout: float) -> None:

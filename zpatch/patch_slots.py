@@ -119,7 +119,16 @@ class SlotBlock:
     """
 
     def __init__(self, count: int, slot_bytes: int) -> None:
-        self._open(_new_file(WATCH_BYTES + count * slot_bytes), count, slot_bytes)
+        nbytes = WATCH_BYTES + count * slot_bytes
+        try:
+            self._open(_new_file(nbytes), count, slot_bytes)
+        except (OSError, OverflowError) as error:
+            number, reason = getattr(error, "errno", errno.ENOMEM), getattr(error, "strerror", error)
+            full = number in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG)
+            advice = "use a smaller max_length or patch_size" if full else "num_workers=0 goes without it"
+            raise QueueError(
+                f"the queue's {format_bytes(nbytes)} of shared memory cannot be had ({reason}); {advice}"
+            ) from error
 
     def _open(self, handle: int, count: int, slot_bytes: int) -> None:
         self.count, self.slot_bytes = count, slot_bytes
@@ -162,17 +171,14 @@ def new_tensor(place: ImagePlace) -> torch.Tensor:
 
 def _new_file(nbytes: int) -> int:
     """A file without a name, in memory where the system has such files."""
-    try:
-        if hasattr(os, "memfd_create"):
-            handle = os.memfd_create("zpatch-queue", os.MFD_CLOEXEC)
-            os.ftruncate(handle, nbytes)
-            return handle
+    if not hasattr(os, "memfd_create"):
         with tempfile.TemporaryFile() as file:
             os.posix_fallocate(file.fileno(), 0, nbytes)
             return os.dup(file.fileno())
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG)
-        advice = "use a smaller max_length or patch_size" if full else "num_workers=0 goes without it"
-        raise QueueError(
-            f"the queue's {format_bytes(nbytes)} of shared memory cannot be had ({error.strerror}); {advice}"
-        ) from error
+    handle = os.memfd_create("zpatch-queue", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(handle, nbytes)
+    except (OSError, OverflowError):
+        os.close(handle)
+        raise
+    return handle

@@ -24,6 +24,7 @@ from zpatch.patch import Patch, torch_dtype
 from zpatch.patch_slots import ImagePlace, SlotBlock, SlotLayout, new_tensor
 from zpatch.randomness import Purpose, rng
 from zpatch.samplers import GridSampler, PatchSampler
+from zpatch.scaling import UNSCALED
 from zpatch.scheduling import end_with_parent
 
 Transform = Callable[[Patch], Patch]
@@ -67,10 +68,14 @@ class FailedDraw:
     traceback: str
 
     @classmethod
-    def of(cls, task: Task, subject: str, error: Exception) -> FailedDraw:
+    def of(cls, task: Task, subject: str, error: BaseException) -> FailedDraw:
         """What is to be said of an error."""
         reason = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
         return cls(task, subject, reason, "".join(traceback.format_exception(error)))
+
+    def __str__(self) -> str:
+        epoch = self.task.draw.epoch
+        return f"subject {self.subject!r} failed in epoch {epoch}: {self.reason}\n\n{self.traceback}"
 
 
 class SubjectDraws(Dataset[Any]):
@@ -107,7 +112,7 @@ class SubjectDraws(Dataset[Any]):
         try:
             subject = self.subjects[task.draw.subject]
             return Delivery(task, subject.name, self._delivered(subject, task, self.block))
-        except Exception as error:  # whatever it is, it must reach the caller with its subject
+        except (Exception, SystemExit) as error:  # whatever it is, it must reach the caller with its subject
             return FailedDraw.of(task, self.name_of(task.draw.subject), error)
         finally:
             self.block.watched[2 * number + 1] = 0
@@ -168,12 +173,20 @@ class SubjectDraws(Dataset[Any]):
         """What an image comes in, and what is left to be done to make values of it."""
         if image.kind == "label" or image.dtype.kind == "c":
             return torch_dtype(image.dtype), (1.0, 0.0)
-        if self.transform is not None and self._dtype is not None:
+        if self._dtype is not None and (self.transform is not None or self._fills_with_a_value(image)):
             return self._dtype, (1.0, 0.0)
         widen = self._dtype is None
-        if image.scaling.is_bounded:
+        if image.scaling.is_bounded or self._fills_with_a_value(image):
             return torch_dtype(image.dtype, widen=widen), (1.0, 0.0)
         return torch_dtype(image.source.dtype, widen=widen), (image.scaling.slope, image.scaling.inter)
+
+    def _fills_with_a_value(self, image: Image) -> bool:
+        """Whether padding is of values, which stored voxels do not stand for."""
+        if not isinstance(self.sampler, GridSampler) or self.sampler.padding_mode != "constant":
+            return False
+        with np.errstate(all="ignore"):
+            stored = np.array(self.sampler.fill).astype(image.source.dtype)
+        return image.scaling != UNSCALED or stored != self.sampler.fill
 
     def _locations(self, subject: Subject, draw: Draw) -> list[PatchLocation]:
         if isinstance(self.sampler, GridSampler):
@@ -210,6 +223,9 @@ class SubjectDraws(Dataset[Any]):
                 changed: Any = self.transform(patch)
             if not isinstance(changed, Patch):
                 raise TypeError(f"a transform gives a Patch, not {type(changed).__name__}")
+            for name, image in changed.images.items():
+                if not isinstance(image.data, torch.Tensor):
+                    raise TypeError(f"the data of {name!r} must be a tensor, not {type(image.data).__name__}")
         except Exception as error:
             error.add_note(f"in the transform of the patch at {patch.location.index}")
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from zpatch.errors import OptionError
 from zpatch.schema import Json, digest
 
 VERSION = 1
+MOST = 2**63  # epochs, and patches of one
 
 
 def subjects_digest(subjects: Sequence[Subject]) -> str:
@@ -39,16 +41,16 @@ def queue_state(fingerprint: Json, seed: int, epoch: int, consumed: int) -> Json
 def epoch_and_consumed(state: Mapping[str, Any], fingerprint: Json, seed: int) -> tuple[int, int]:
     """Epoch and number of patches consumed of a state, if it is of the stream with that fingerprint."""
     try:
-        version, epoch, consumed = (int(state[key]) for key in ("version", "epoch", "consumed"))
+        version, epoch, consumed = (operator.index(state[key]) for key in ("version", "epoch", "consumed"))
         before = {**dict(state["fingerprint"]), "seed": state["seed"]}
     except (KeyError, TypeError, ValueError):
-        raise OptionError(f"this is no state of a queue: {dict(state)!r:.200}") from None
-    if version != VERSION or epoch < 0 or consumed < 0:
+        raise OptionError(f"this is no state of a queue: {state!r:.200}") from None
+    if version != VERSION or not 0 <= epoch < MOST or not 0 <= consumed < MOST:
         raise OptionError(f"a state of version {version} at patch {consumed} of epoch {epoch} is not known")
     now = {**fingerprint, "seed": seed}
     changed = [
         f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
+        for key in sorted(before.keys() | now.keys(), key=str)
         if before.get(key) != now.get(key)
     ]
     if changed:

@@ -314,7 +314,7 @@ class GridSampler(torch.utils.data.Dataset[Patch]):
     def __repr__(self) -> str:
         return (
             f"GridSampler(patch_size={self.patch_size}, patch_overlap={self.patch_overlap}, "
-            f"padding_mode={self.padding_mode!r})"
+            f"padding_mode={self.padding_mode!r}, fill={self.fill})"
         )
 
 
