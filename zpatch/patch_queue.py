@@ -24,9 +24,9 @@ from zpatch.cohort import Subject
 from zpatch.epoch_plan import EpochPlan, Share, Uneven
 from zpatch.errors import OptionError, QueueError
 from zpatch.memory import format_bytes
-from zpatch.patch import Patch, PatchImage
+from zpatch.patch import Patch
 from zpatch.patch_feed import TASKS_PER_WORKER, Arrival, PatchFeed
-from zpatch.patch_slots import WATCH_BYTES, SlotLayout, new_tensor
+from zpatch.patch_slots import WATCH_BYTES, SlotLayout, owned
 from zpatch.patch_worker import FailedDraw, SubjectDraws, Task, Transform
 from zpatch.queue_state import epoch_and_consumed, queue_state, subjects_digest
 from zpatch.randomness import Purpose, rng
@@ -91,9 +91,7 @@ class Queue(IterableDataset[Patch]):
         if subject_sampler is not None and shuffle_subjects:
             raise OptionError("a subject_sampler decides the order; say shuffle_subjects=False with it")
         if subject_sampler is not None and (rank is not None or world_size is not None):
-            raise OptionError(
-                "a subject_sampler deals out the subjects; leave out rank and world_size with it"
-            )
+            raise OptionError("a subject_sampler deals out subjects; leave out rank and world_size with it")
         if dtype not in IMAGE_DTYPES:
             raise OptionError(f"dtype must be one of {', '.join(map(str, IMAGE_DTYPES))}, not {dtype}")
         if not len(subjects):
@@ -241,7 +239,7 @@ class Queue(IterableDataset[Patch]):
     def __iter__(self) -> Iterator[Patch]:
         """The patches of an epoch, each in memory of its own."""
         for patch in self.borrowed():
-            yield _owned(patch, self.pending_dtype)
+            yield owned(patch, self.pending_dtype)
 
     def borrowed(self) -> Iterator[Patch]:
         """The same patches, each in memory that is lent until the next one is asked for.
@@ -395,15 +393,3 @@ def _share(rank: int | None, world_size: int | None, uneven: Uneven) -> Share:
     if distributed.is_available() and distributed.is_initialized():
         return Share(distributed.get_rank(), distributed.get_world_size(), uneven)
     return Share(uneven=uneven)
-
-
-def _owned(patch: Patch, dtype: torch.dtype | None) -> Patch:
-    """A patch in memory of its own, with values of a type."""
-    images = {}
-    for place, image in zip(SlotLayout.of_patch(patch).images, patch.images.values(), strict=True):
-        if dtype is not None and image.is_pending(dtype):
-            place = dataclasses.replace(place, dtype=dtype, slope=1.0, inter=0.0)
-        tensor = new_tensor(place)
-        image.write_values(tensor, dtype)
-        images[place.name] = PatchImage(tensor, image.affine, image.kind, place.slope, place.inter)
-    return Patch(images, patch.location, patch.subject)

@@ -169,6 +169,18 @@ def new_tensor(place: ImagePlace) -> torch.Tensor:
     return place.in_user_order(torch.from_numpy(spare_memory.empty(place.stored_shape, dtype)))
 
 
+def owned(patch: Patch, dtype: torch.dtype | None) -> Patch:
+    """A patch in memory of its own, with values of a type."""
+    images = {}
+    for place, image in zip(SlotLayout.of_patch(patch).images, patch.images.values(), strict=True):
+        if dtype is not None and image.is_pending(dtype):
+            place = dataclasses.replace(place, dtype=dtype, slope=1.0, inter=0.0)
+        tensor = new_tensor(place)
+        image.write_values(tensor, dtype)
+        images[place.name] = PatchImage(tensor, image.affine, image.kind, place.slope, place.inter)
+    return Patch(images, patch.location, patch.subject)
+
+
 def _new_file(nbytes: int) -> int:
     """A file without a name, in memory where the system has such files."""
     if not hasattr(os, "memfd_create"):
