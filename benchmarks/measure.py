@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import mmap
@@ -24,13 +25,12 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_S = 0.02
+WATCH_S = 0.1  # looking costs as much as a small read
 CLOSE_S = 30.0
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 KEPT_BYTES = 32 * 2**20
-HELD = (
-    "Pss_Anon:",
-    "Pss_Shmem:",
-)  # of /proc/PID/smaps_rollup: what no other process pays for and no file has
+ANONYMOUS, SHARED = "Pss_Anon:", "Pss_Shmem:"  # of /proc/PID/smaps_rollup
+HELD = ANONYMOUS, SHARED
 
 Run = Callable[[], object]
 
@@ -152,18 +152,22 @@ class Server:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         print(question, file=self._process.stdin, flush=True)
-        while watch and not select.select([self._process.stdout], [], [], POLL_S)[0]:
-            self.peak_bytes = max(self.peak_bytes, held_bytes(self._process.pid))
+        while watch and not select.select([self._process.stdout], [], [], WATCH_S)[0]:
+            self.peak_bytes = max(self.peak_bytes, held_bytes(tree_of(self._process.pid)))
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"{self._name} ended with {self._process.wait()}")
         return json.loads(line)
 
-    def close(self) -> None:
-        """End the process."""
+    def end(self) -> None:
+        """Ask no more; the process ends by itself."""
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         self._process.stdin.close()
+
+    def close(self) -> None:
+        """End the process, and wait until it has ended."""
+        assert self._process.stdout is not None
+        self.end()
         try:
             self._process.wait(CLOSE_S)
         except subprocess.TimeoutExpired:
@@ -176,15 +180,19 @@ def _env(changes: Mapping[str, str] | None) -> dict[str, str]:
     return {**os.environ, **(changes or {})}
 
 
-def held_bytes(pid: int) -> int:
-    """Memory that a process and its descendants hold: anonymous and shared, not the pages of mapped files."""
+def tree_of(pid: int) -> list[int]:
+    """A process and its descendants."""
     import psutil
 
     try:
-        pids = [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+        return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
     except psutil.Error:
-        return 0
-    return sum(_proportional_bytes(each, HELD) for each in pids)
+        return []
+
+
+def held_bytes(pids: Sequence[int], kinds: Sequence[str] = HELD) -> int:
+    """Memory that some processes hold: anonymous and shared, not the pages of files that they map."""
+    return sum(_proportional_bytes(pid, kinds) for pid in pids)
 
 
 def _peak_of_tree(process: subprocess.Popen[str]) -> int:
@@ -233,6 +241,8 @@ def _answer(function: str, *arguments: str) -> None:
     answer = _called(function, *arguments)
     for question in sys.stdin:
         print(json.dumps(answer(question.rstrip("\n"))), file=answers, flush=True)
+    del answer  # and what it holds, workers too, while the interpreter is still whole
+    gc.collect()
 
 
 def _called(function: str, *arguments: str) -> Any:

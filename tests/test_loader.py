@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
+import streams
 import torch
+from streams import small_subjects
 
 import zpatch as zp
 from zpatch.errors import OptionError
+
+WORKERS = [0, 2]
 
 
 @pytest.fixture
@@ -52,21 +59,183 @@ def test_a_grid_sampler_is_a_dataset_for_it(cohort: zp.Cohort) -> None:
     assert len(batches) == len(loader)
 
 
-def test_batches_of_a_queue_lie_in_the_order_of_the_store(cohort: zp.Cohort) -> None:
-    queue = zp.Queue(cohort, zp.UniformSampler((8, 9, 10)), patches_per_volume=2)
-    for batch in zp.SubjectsLoader(queue, 4):
-        assert batch.t1.data.permute(0, 1, 4, 3, 2).is_contiguous()
+# Over a queue
+
+
+def queue_of(subjects: Any, **options: Any) -> zp.Queue:
+    defaults: dict[str, Any] = {"max_length": 5, "patches_per_volume": 3}
+    return zp.Queue(subjects, zp.UniformSampler((6, 7, 8)), **{**defaults, **options})
+
+
+def assert_same(one: zp.PatchBatch, other: zp.PatchBatch) -> None:
+    assert list(one) == list(other)
+    assert one.subjects == other.subjects
+    assert one.patch_location == other.patch_location
+    for name in one:
+        assert one[name].data.dtype == other[name].data.dtype
+        assert torch.equal(one[name].data, other[name].data)
+        assert one[name].kind == other[name].kind
+        for what in ("affine", "slope", "inter"):
+            np.testing.assert_array_equal(getattr(one[name], what), getattr(other[name], what))
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize("transform", [None, streams.noisy, streams.halved, streams.in_bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, None], ids=str)
+def test_batches_of_a_queue_are_its_patches_put_together(
+    transform: Any, dtype: torch.dtype | None, workers: int
+) -> None:
+    options: dict[str, Any] = {"dtype": dtype, "transform": transform, "num_workers": workers}
+    subjects = small_subjects(4)
+    with queue_of(subjects, **options) as queue:
+        singly = [list(queue) for _ in range(2)]
+    with queue_of(subjects, **options) as queue:
+        for patches in singly:
+            for number, batch in enumerate(zp.SubjectsLoader(queue, 5)):
+                assert_same(batch, zp.collate(patches[5 * number : 5 * number + 5]))
+                assert len(batch) == (5 if number < 2 else 2)
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize("transform", [None, streams.unchanged], ids=["plain", "unchanged"])
+def test_subjects_of_other_stored_types_and_scales_make_one_batch_of_values(
+    cohort: zp.Cohort, transform: Any, workers: int
+) -> None:
+    """One of the cohort is float32 on disk with a slope, the others are int16."""
+    options: dict[str, Any] = {"patches_per_volume": 8, "max_length": 32, "num_workers": workers}
+    with queue_of(cohort, transform=transform, **options) as queue:
+        singly = list(queue)
+        queue.set_epoch(0)
+        [batch] = zp.SubjectsLoader(queue, 32)
+    assert set(batch.subjects) == set(cohort.names)
+    assert_same(batch, zp.collate(singly))
+    assert batch.t1.data.dtype == torch.float32
+    for number, (name, place) in enumerate(zip(batch.subjects, batch.patch_location, strict=True)):
+        wanted = cohort[name].t1.read(place).astype(np.float32)
+        np.testing.assert_array_equal(batch.t1.data[number].numpy(), wanted)
+
+
+def test_subjects_of_other_stored_types_make_no_batch_without_a_dtype(cohort: zp.Cohort) -> None:
+    queue = queue_of(cohort, dtype=None, patches_per_volume=8, max_length=32)
+    with pytest.raises(
+        OptionError, match=r"one type: 't1' has torch\.(int16 and .*float32|float32 and .*int16)"
+    ):
+        list(zp.SubjectsLoader(queue, 32))
+
+
+def test_stored_voxels_come_with_the_scale_of_each_patch() -> None:
+    subjects = [
+        zp.Subject(name=f"{slope}", t1=zp.ScalarImage(np.ones((8, 8, 8), np.int16)).rescaled(slope, 5))
+        for slope in (0.5, 2)
+    ]
+    [batch] = zp.SubjectsLoader(queue_of(subjects, dtype=None), 6)
+    assert batch.t1.data.dtype == torch.int16
+    assert batch.t1.slope.tolist() == [float(name) for name in batch.subjects]
+    assert batch.t1.inter.tolist() == [5] * 6
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_batches_of_a_queue_lie_in_the_order_of_the_store(cohort: zp.Cohort, workers: int) -> None:
+    with queue_of(cohort, num_workers=workers) as queue:
+        for batch in zp.SubjectsLoader(queue, 4):
+            assert batch.t1.data.shape == (4, 1, 6, 7, 8)
+            assert batch.t1.data.permute(0, 1, 4, 3, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_contiguous_batches_are_the_same_in_the_order_of_their_axes(
+    cohort: zp.Cohort, batch_size: int, workers: int
+) -> None:
+    with queue_of(cohort, num_workers=workers) as queue:
+        plain = list(zp.SubjectsLoader(queue, batch_size))
+        queue.set_epoch(0)
+        batches = list(zp.SubjectsLoader(queue, batch_size, contiguous=True))
+    for one, other in zip(plain, batches, strict=True):
+        assert_same(one, other)
+        assert all(image.data.is_contiguous() for image in other.images.values())
+        other.t1.data.view(-1)
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_a_batch_owns_its_memory(workers: int) -> None:
+    with queue_of(small_subjects(4), num_workers=workers) as queue:
+        loader = zp.SubjectsLoader(queue, 5)
+        held = list(loader)
+        queue.set_epoch(0)
+        for batch in loader:
+            for image in batch.images.values():
+                image.data.zero_()
+        queue.set_epoch(0)
+        for batch, kept in zip(loader, held, strict=True):
+            assert_same(batch, kept)
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_epochs_follow_each_other_whatever_is_dropped(workers: int, drop_last: bool) -> None:
+    with queue_of(small_subjects(4), num_workers=workers) as queue:
+        singly = [list(queue) for _ in range(3)]
+    with queue_of(small_subjects(4), num_workers=workers) as queue:
+        loader = zp.SubjectsLoader(queue, 5, drop_last=drop_last)
+        assert len(loader) == (2 if drop_last else 3)
+        for patches in singly:
+            batches = list(loader)
+            assert len(batches) == len(loader)
+            assert_same(batches[1], zp.collate(patches[5:10]))
+
+
+@pytest.mark.parametrize("batch_size", [4, 12, 20])
+def test_a_loader_that_is_read_to_its_length_gives_the_next_epoch_next(batch_size: int) -> None:
+    """As in ``for step, batch in zip(range(len(loader)), loader)``, which never asks for one more."""
+    queue = queue_of(small_subjects(4))
+    loader = zp.SubjectsLoader(queue, batch_size)
+    found = [batch for _ in range(3) for _, batch in zip(range(len(loader)), loader, strict=False)]
+    again = zp.SubjectsLoader(queue_of(small_subjects(4)), batch_size)
+    for one, other in zip(found, [batch for _ in range(3) for batch in again], strict=True):
+        assert_same(one, other)
+
+
+def test_a_loader_gives_the_state_of_its_queue_and_takes_it() -> None:
+    queue = queue_of(small_subjects(4))
+    loader = zp.SubjectsLoader(queue, 5)
+    batches = iter(loader)
+    next(batches)
+    assert loader.state_dict() == queue.state_dict()
+    assert loader.state_dict()["consumed"] == 5
+    rest = list(batches)
+    other = zp.SubjectsLoader(queue_of(small_subjects(4)), 5)
+    other.load_state_dict({**loader.state_dict(), "epoch": 0, "consumed": 5})
+    for one, again in zip(rest, other, strict=True):
+        assert_same(one, again)
+
+
+# Where batches lie
 
 
 def test_batches_go_to_the_device_asked_for(patches: list[zp.Patch]) -> None:
     batch = next(iter(zp.SubjectsLoader(patches, 2, device="meta")))
     assert {image.data.device.type for image in batch.images.values()} == {"meta"}
+    batch = next(iter(zp.SubjectsLoader(patches, 2, device=torch.device("cpu"))))
+    assert_same(batch, zp.collate(patches[:2]))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs a GPU")
 def test_pin_memory_puts_every_image_into_page_locked_memory(patches: list[zp.Patch]) -> None:
     batch = next(iter(zp.SubjectsLoader(patches, 2, pin_memory=True)))
     assert all(image.data.is_pinned() for image in batch.images.values())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize("pin_memory", [True, False])
+def test_batches_on_a_gpu_are_those_of_the_cpu(cohort: zp.Cohort, pin_memory: bool, workers: int) -> None:
+    with queue_of(cohort, num_workers=workers) as queue:
+        plain = list(zp.SubjectsLoader(queue, 5))
+        queue.set_epoch(0)
+        for number, batch in enumerate(zp.SubjectsLoader(queue, 5, pin_memory=pin_memory, device="cuda")):
+            assert batch.t1.data.is_cuda
+            assert_same(batch.map_data(torch.Tensor.cpu), plain[number])
 
 
 def test_a_batch_of_none_is_refused(patches: list[zp.Patch]) -> None:
