@@ -63,15 +63,13 @@ CROPS = (
     GROUPS_FLOAT,
     LIMIT,
     BLOSC2,
-    *TENSORSTORE,
-    *TENSORSTORE_THREADS,
+    TENSORSTORE,
+    TENSORSTORE_THREADS,
 )
 RAW = (ZPATCH, ZPATCH_NONE, LIMIT)
 VOLUMES = (ZPATCH, MONAI, TORCHIO, TORCHIO_GZ, TORCHIO_2, TORCHIO_2_ANEW, TORCHIO_2_ANEW_GZ)
 SKIPPED_IF_QUICK = (
     ZPATCH_HC,
-    TENSORSTORE[0],
-    TENSORSTORE_THREADS[1],
     ZPATCH_NONE,
     GROUPS_FLOAT,
     TORCHIO,
@@ -260,7 +258,7 @@ def _ms(taken: Sequence[float]) -> str:
 
 
 def _gaps(feed: _Feed) -> str:
-    names = (ZPATCH,) if feed.quick else (ZPATCH, BLOSC2, TENSORSTORE[1], TORCHIO_GZ)
+    names = (ZPATCH,) if feed.quick else (ZPATCH, BLOSC2, TENSORSTORE, TORCHIO_GZ)
     there = [contender for contender in feed.chosen(names) if contender.installed]
     feed.make(contender.name for contender in there)
     rows, worst = [], {}

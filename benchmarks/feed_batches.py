@@ -130,7 +130,8 @@ def _groups_of(name: str, image_dtype: str) -> Contender:
 
     def open_it(cohort: Path, store: Path) -> Epoch:
         import zpatch as zp
-        from zpatch.image import new_voxels, read_together
+        from zpatch.image import read_together
+        from zpatch.reader import new_voxels
 
         subjects, sampler = zp.Cohort(store), zp.UniformSampler(PATCH)
         rng, pool = np.random.default_rng(0), ThreadPoolExecutor(WORKERS)

@@ -36,8 +36,7 @@ from benchmarks.feed_batches import (
 from benchmarks.read_peers import BLOSC, CHUNK, Voxels
 
 BLOSC2, MONAI = "DataLoader + blosc2 as in nnU-Net", "MONAI PersistentDataset"
-TENSORSTORE = ("DataLoader + tensorstore, chunk 32", "DataLoader + tensorstore, chunk 64")
-TENSORSTORE_THREADS = ("tensorstore's own two threads, chunk 32", "tensorstore's own two threads, chunk 64")
+TENSORSTORE, TENSORSTORE_THREADS = "DataLoader + tensorstore", "tensorstore's own two threads"
 TORCHIO, TORCHIO_GZ = "TorchIO 1 Queue, .nii", "TorchIO 1 Queue, .nii.gz"
 TORCHIO_2 = "TorchIO 2 Queue, .nii"
 TORCHIO_2_ANEW, TORCHIO_2_ANEW_GZ = (
@@ -109,12 +108,12 @@ class _RandomPatches(Dataset[Sample]):
 
 def _shared(count: int, dtype: torch.dtype) -> torch.Tensor:
     """As torch's own collate_fn has it in a worker."""
-    nbytes = count * PATCH**3 * dtype.itemsize
-    storage = torch.UntypedStorage._new_shared(nbytes)
-    return torch.empty(0, dtype=dtype).set_(storage).reshape(count, 1, PATCH, PATCH, PATCH)  # type: ignore[call-overload]
+    shared: Any = torch.UntypedStorage
+    storage = shared._new_shared(count * PATCH**3 * dtype.itemsize)
+    return torch.empty(0, dtype=dtype).set_(storage).reshape(count, 1, PATCH, PATCH, PATCH)
 
 
-def _as_it_is(batch: Sample) -> Sample:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 
@@ -199,29 +198,26 @@ def _tensorstore_spec(path: Path) -> dict[str, Any]:
     }
 
 
-def _make_tensorstore(chunk: int) -> Callable[[Path, Path], None]:
-    def make(cohort: Path, store: Path) -> None:
-        import tensorstore
+def _make_tensorstore(cohort: Path, store: Path) -> None:
+    import tensorstore
 
-        for name in names_of(cohort):
-            for voxels, what in zip(data.subject_voxels(cohort, name), ("ct", "seg"), strict=True):
-                spec = _tensorstore_spec(store / f"{name}-{what}")
-                created = {**spec, "metadata": _zarr3_metadata(voxels, chunk)}
-                tensorstore.open(created, create=True).result().write(voxels).result()
-
-    return make
+    for name in names_of(cohort):
+        for voxels, what in zip(data.subject_voxels(cohort, name), ("ct", "seg"), strict=True):
+            spec = _tensorstore_spec(store / f"{name}-{what}")
+            created = {**spec, "metadata": _zarr3_metadata(voxels)}
+            tensorstore.open(created, create=True).result().write(voxels).result()
 
 
-def _zarr3_metadata(voxels: Any, chunk: int) -> dict[str, Any]:
+def _zarr3_metadata(voxels: Any) -> dict[str, Any]:
     """Blosc as zpatch's preset, in shards of whole planes, as zpatch's."""
     little: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
     blosc = {"name": "blosc", "configuration": {**BLOSC, "typesize": voxels.itemsize, "blocksize": 0}}
     sharding = {
-        "chunk_shape": [chunk] * 3,
+        "chunk_shape": [CHUNK] * 3,
         "codecs": [little if voxels.itemsize > 1 else {"name": "bytes"}, blosc],
         "index_codecs": [little, {"name": "crc32c"}],
     }
-    layer = [64, *(-(-n // 64) * 64 for n in voxels.shape[1:])]
+    layer = [2 * CHUNK, *(-(-n // 64) * 64 for n in voxels.shape[1:])]
     return {
         "shape": list(voxels.shape),
         "data_type": voxels.dtype.name,
@@ -230,30 +226,15 @@ def _zarr3_metadata(voxels: Any, chunk: int) -> dict[str, Any]:
     }
 
 
-def _tensorstore_workers_of(name: str, chunk: int) -> Contender:
-    """Its own processes must be spawned: forked ones abort."""
+def _open_tensorstore_threads(cohort: Path, store: Path) -> Epoch:
+    context = _tensorstore_context(threads=WORKERS)
+    pairs = {name: _tensorstore_pair(store, name, context) for name in names_of(cohort)}
 
-    def open_it(cohort: Path, store: Path) -> Epoch:
-        return _TensorstorePatches(cohort, store).epochs("spawn")
+    def start(batch: Batch, boxes: list[Box]) -> Callable[[], object]:
+        image, label = (of[:, 0].numpy() for of in (batch.image, batch.label))
+        return _tensorstore_fill(image, label, [pairs[s] for s in batch.subjects], boxes, context)
 
-    return Contender(name, f"tensorstore-{chunk}", _make_tensorstore(chunk), open_it, package="tensorstore")
-
-
-def _tensorstore_threads_of(name: str, chunk: int) -> Contender:
-    def open_it(cohort: Path, store: Path) -> Epoch:
-
-        context = _tensorstore_context(threads=WORKERS)
-        pairs = {name: _tensorstore_pair(store, name, context) for name in names_of(cohort)}
-
-        def start(batch: Batch, boxes: list[Box]) -> Callable[[], object]:
-            image, label = (of[:, 0].numpy() for of in (batch.image, batch.label))
-            return _tensorstore_fill(image, label, [pairs[s] for s in batch.subjects], boxes, context)
-
-        return batches_ahead(pairs, start)
-
-    return Contender(
-        name, f"tensorstore-{chunk}", _make_tensorstore(chunk), open_it, "threads", "tensorstore"
-    )
+    return batches_ahead(pairs, start)
 
 
 # Whole volumes, and patches cut from them.
@@ -261,9 +242,9 @@ def _tensorstore_threads_of(name: str, chunk: int) -> Contender:
 
 def _open_monai(cohort: Path, store: Path) -> Epoch:
     """Volumes are cached as stored. Four subjects make five batches, with two patches of each in each."""
-    from monai.data import DataLoader as MonaiLoader  # type: ignore[import-untyped]
+    from monai.data import DataLoader as MonaiLoader
     from monai.data import PersistentDataset, set_track_meta
-    from monai.transforms import Compose, LoadImaged, RandSpatialCropSamplesd  # type: ignore[import-untyped]
+    from monai.transforms import Compose, LoadImaged, RandSpatialCropSamplesd
 
     set_track_meta(False)
     files = [
@@ -299,7 +280,7 @@ def _make_monai(cohort: Path, store: Path) -> None:
 
 def _torchio_of(name: str, kind: str) -> Contender:
     def open_it(cohort: Path, store: Path) -> Epoch:
-        import torchio as tio  # type: ignore[import-untyped]
+        import torchio as tio
 
         subjects = [
             tio.Subject(ct=tio.ScalarImage(ct), seg=tio.LabelMap(seg), subject=ct.parent.name)
@@ -372,10 +353,20 @@ CONTENDERS = (
         lambda cohort, store: _Blosc2Patches(cohort, store).epochs(),
         package="blosc2",
     ),
-    *(_tensorstore_workers_of(name, chunk) for name, chunk in zip(TENSORSTORE, (32, 64), strict=True)),
-    *(
-        _tensorstore_threads_of(name, chunk)
-        for name, chunk in zip(TENSORSTORE_THREADS, (32, 64), strict=True)
+    Contender(
+        TENSORSTORE,
+        "tensorstore",
+        _make_tensorstore,
+        lambda cohort, store: _TensorstorePatches(cohort, store).epochs("spawn"),  # forked workers abort
+        package="tensorstore",
+    ),
+    Contender(
+        TENSORSTORE_THREADS,
+        "tensorstore",
+        _make_tensorstore,
+        _open_tensorstore_threads,
+        "threads",
+        "tensorstore",
     ),
     Contender(MONAI, "monai", _make_monai, _open_monai, package="monai", transposed=True),
     _torchio_of(TORCHIO, "nii"),

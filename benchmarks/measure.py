@@ -162,7 +162,8 @@ class Server:
     def end(self) -> None:
         """Ask no more; the process ends by itself."""
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has ended; what it said is the error to see
+            self._process.stdin.close()
 
     def close(self) -> None:
         """End the process, and wait until it has ended."""
@@ -182,7 +183,7 @@ def _env(changes: Mapping[str, str] | None) -> dict[str, str]:
 
 def tree_of(pid: int) -> list[int]:
     """A process and its descendants."""
-    import psutil
+    import psutil  # type: ignore[import-untyped]
 
     try:
         return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
@@ -200,7 +201,7 @@ def _peak_of_tree(process: subprocess.Popen[str]) -> int:
 
     The kernel's own high-water mark of the first process, exact, is taken where that is higher.
     """
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     peak = 0
     root = psutil.Process(process.pid)

@@ -183,7 +183,7 @@ def graph_times(head: str, stores: str, plan_text: str) -> dict[str, list[float]
     return alternate(runs, plan.repetitions, before_round=groups.renew)
 
 
-def _in_order(graph: dict[Any, Any], key: str, scheduler: str = "sync") -> Any:
+def _in_order(graph: dict[Any, Any], keys: list[Any], scheduler: str = "sync") -> Any:
     """The tasks of a graph that is written in the order of its dependencies, called without Dask."""
     results: dict[Any, Any] = {}
 
@@ -196,7 +196,7 @@ def _in_order(graph: dict[Any, Any], key: str, scheduler: str = "sync") -> Any:
 
     for name, (function, *arguments) in graph.items():
         results[name] = function(*map(filled, arguments))
-    return results[key]
+    return [results[key] for key in keys]
 
 
 def draw_times(source: str, store: str, side: str, repetitions: str) -> dict[str, list[float]]:

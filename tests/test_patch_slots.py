@@ -150,6 +150,7 @@ def test_another_process_writes_where_this_one_reads(start_method: str) -> None:
 
 def test_a_block_goes_when_nobody_looks_at_it_any_more() -> None:
     place = ImagePlace("t1", "scalar", (1, 4, 4, 4), torch.float32)
+    gc.collect()  # what earlier tests left
     before = open_descriptors()
     block = SlotBlock(2, place.nbytes)
     tensor = block.tensor(1, place)

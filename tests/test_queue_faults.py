@@ -54,6 +54,9 @@ def queue_of(subjects: Any = None, **options: Any) -> zp.Queue:
 
 # A worker ends
 
+# Torch tells of a dead worker by an exception out of a signal handler. Where that comes in the middle of a
+# callback of the garbage collector, as hypothesis has one, it is lost there, and told again 5 s later.
+lost_in_a_callback = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 # Of the 30 kinds of death of workers these are enough to see that nothing is broken.
 QUICK = {
@@ -65,6 +68,7 @@ QUICK = {
 }
 
 
+@lost_in_a_callback
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("way", ["KILL", "SEGV", "3", "0"])
 @pytest.mark.parametrize("start_method", START_METHODS)
@@ -123,6 +127,7 @@ def test_a_worker_that_ends_is_noticed_outside_the_main_thread_too(
     assert took(deadly)[0] < DEADLINE_S
 
 
+@lost_in_a_callback
 @pytest.mark.parametrize("through_loader", [True, False], ids=["loader", "queue"])
 def test_a_worker_that_is_killed_during_a_training_step_is_an_error(through_loader: bool) -> None:
     killed = 0.0
@@ -143,6 +148,7 @@ def test_a_worker_that_is_killed_during_a_training_step_is_an_error(through_load
     assert time.monotonic() - killed < DEADLINE_S
 
 
+@lost_in_a_callback
 def test_workers_that_are_killed_between_two_epochs_are_told_of_at_once() -> None:
     with queue_of(num_workers=2) as queue:
         list(queue)
@@ -153,11 +159,13 @@ def test_workers_that_are_killed_between_two_epochs_are_told_of_at_once() -> Non
 
 
 def kill_workers_and_wait() -> None:
+    gc.collect()
     for worker in multiprocessing.active_children():
         worker.kill()
     time.sleep(DEADLINE_S)
 
 
+@lost_in_a_callback
 def test_after_a_killed_worker_the_queue_works_again(tmp_path: Path) -> None:
     deadly = Deadly(tmp_path / "killed")
     with queue_of(num_workers=2, transform=deadly) as queue:
@@ -179,6 +187,7 @@ def test_the_death_of_another_child_is_no_business_of_the_queue() -> None:
 # A worker hangs
 
 
+@lost_in_a_callback
 @pytest.mark.parametrize("start_method", START_METHODS)
 def test_a_worker_that_hangs_is_an_error_that_names_it_and_its_subject(
     tmp_path: Path, start_method: str, full: bool
@@ -188,13 +197,13 @@ def test_a_worker_that_hangs_is_an_error_that_names_it_and_its_subject(
     hanging = Deadly(tmp_path / "hung", "hang")
     options: dict[str, Any] = {"num_workers": 2, "timeout": 1 if start_method == "fork" else 6}
     with (
-        pytest.raises(QueueError, match=r"gave nothing for [16] s: worker ") as told,
+        pytest.raises(QueueError, match="a worker of the queue gave nothing for") as told,
         queue_of(transform=hanging, start_method=start_method, **options) as queue,
     ):
         list(queue)
     seconds, pid = took(hanging)
     assert seconds < options["timeout"] + DEADLINE_S
-    assert re.search(f"worker {pid} was killed by SIGKILL over subject 'sub-03'", str(told.value))
+    assert f"for {options['timeout']} s: worker {pid} hung over subject 'sub-03'" in str(told.value)
 
 
 def test_a_training_step_that_takes_longer_than_the_timeout_is_no_hang() -> None:

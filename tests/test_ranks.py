@@ -6,6 +6,7 @@ Run by torchrun this file is the program of one rank.
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import hashlib
 import json
 import os
@@ -40,7 +41,7 @@ Seen = list[tuple[str, list[int], str]]  # subject, place and voxels of each pat
 def queue_of(count: int, sampler: Any = None, **options: Any) -> zp.Queue:
     """The queue of a training run with so many subjects."""
     defaults: dict[str, Any] = {"max_length": 5, "patches_per_volume": 3, "seed": count}
-    defaults["transform"] = streams.noisy
+    defaults |= {"transform": streams.noisy, "timeout": TIMEOUT_S / 2}
     sampler = zp.UniformSampler(6) if sampler is None else sampler
     return zp.Queue(small_subjects(count), sampler, **{**defaults, **options})
 
@@ -70,6 +71,7 @@ def epochs_of(queue: zp.Queue, step: Any = lambda batch: None) -> list[Seen]:
 
 def train(folder: Path) -> None:
     """Go through the epochs of each queue as training does, and write down what was seen."""
+    faulthandler.dump_traceback_later(TIMEOUT_S - 10)
     torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=TIMEOUT_S))
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
 

@@ -30,7 +30,7 @@ from zpatch.errors import QueueError
 from zpatch.memory import format_bytes
 from zpatch.patch import Patch
 from zpatch.patch_slots import SlotBlock
-from zpatch.patch_worker import Delivery, FailedDraw, SubjectDraws, Task, start_worker
+from zpatch.patch_worker import Delivery, FailedDraw, SubjectDraws, Task, start_worker, unpacked
 
 TASKS_PER_WORKER = 2
 WATCH_S = 0.5
@@ -145,7 +145,8 @@ class PatchFeed:
                 if sent.loose is None:
                     tensors = [self._block.tensor(slot, place) for place in sent.layout.images]
                 else:
-                    tensors = [torch.as_tensor(data) for data in sent.loose]
+                    arrived = zip(sent.loose, sent.layout.images, strict=True)
+                    tensors = [unpacked(data, place.dtype) for data, place in arrived]
                     self._tell_of_loose(sent.layout.nbytes)
                 patch = sent.layout.patch(tensors, sent.affines, sent.location, result.subject)
                 self._here.append(Arrival(task.serial, number, patch, slot))
@@ -191,7 +192,7 @@ class _Workers:
         self._draws = draws
         self._timeout = timeout
         self._waiting_since: float | None = None
-        self._hung = False
+        self._hung: str | None = None  # which workers, once they were found to
         self._stopped = threading.Event()
         _check_can_be_sent(draws, start_method)
         self._loader: DataLoader[Result] = DataLoader(
@@ -221,8 +222,10 @@ class _Workers:
                 self._results = iter(self._loader)
                 result = next(self._results)
         except RuntimeError as error:
-            what = f"gave nothing for {self._timeout:g} s" if self._hung else "ended"
-            raise QueueError(f"a worker of the queue {what}: {self.describe_dead() or error}") from error
+            what = f"ended: {self.describe_dead() or error}"
+            if self._hung is not None:
+                what = f"gave nothing for {self._timeout:g} s: {self._hung or error}"
+            raise QueueError(f"a worker of the queue {what}") from error
         finally:
             self._waiting_since = None
         return result
@@ -247,7 +250,8 @@ class _Workers:
         """End workers that hang: torch notices within seconds that they are gone."""
         since = self._waiting_since
         if since is not None and time.monotonic() - since > self._timeout:
-            self._hung = True
+            at = [(process.pid, self._at(process.pid)) for process in self._processes]
+            self._hung = "; ".join(f"worker {pid} hung{subject}" for pid, subject in at if subject)
             for process in self._processes:
                 process.kill()
 
@@ -272,7 +276,11 @@ class _Workers:
         _running.discard(self)
         loader_iterator, self._results = self._results, None
         if loader_iterator is not None:
-            loader_iterator._shutdown_workers()  # type: ignore[attr-defined]
+            _closing.add(self)  # how its workers end is of no interest any more
+            try:
+                loader_iterator._shutdown_workers()  # type: ignore[attr-defined]
+            finally:
+                _closing.discard(self)
 
 
 def _end_half_started(error: OSError, others: Collection[BaseProcess]) -> None:
@@ -327,6 +335,7 @@ def _check_can_be_sent(draws: SubjectDraws, start_method: str | None) -> None:
 
 
 _running: weakref.WeakSet[_Workers] = weakref.WeakSet()
+_closing: weakref.WeakSet[_Workers] = weakref.WeakSet()
 
 
 def _name_killed_workers() -> None:
@@ -342,6 +351,8 @@ def _name_killed_workers() -> None:
             handler(number, frame)
         except RuntimeError as error:
             dead = "; ".join(filter(None, (workers.describe_dead() for workers in _running)))
+            if _closing and not dead:
+                return
             raise QueueError(f"a worker of the queue ended: {dead or error}") from error
 
     named.names_killed_workers = True  # type: ignore[attr-defined]

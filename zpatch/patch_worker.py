@@ -46,7 +46,7 @@ class Delivered:
     location: PatchLocation
     layout: SlotLayout
     affines: Sequence[Affine]
-    loose: Sequence[NDArray[Any] | torch.Tensor] | None = None
+    loose: Sequence[NDArray[Any]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +146,7 @@ class SubjectDraws(Dataset[Any]):
             for place, image in zip(layout.images, images, strict=True):
                 block.tensor(slot, place).copy_(image.data.detach())
         else:
-            loose = [_packed(image.data.detach()) for image in images]
+            loose = [packed(image.data) for image in images]
         return Delivered(patch.location, layout, [image.affine for image in images], loose)
 
     def patches(self, draw: Draw) -> Iterator[Patch]:
@@ -238,9 +238,16 @@ def start_worker(worker: int) -> None:
     end_with_parent()
 
 
-def _packed(data: torch.Tensor) -> NDArray[Any] | torch.Tensor:
-    """A tensor as a worker sends it: as an array, which takes no file descriptor."""
-    return data if data.dtype == torch.bfloat16 else data.contiguous().numpy()
+def packed(data: torch.Tensor) -> NDArray[Any]:
+    """A tensor as a worker sends it: as an array, which takes neither file descriptor nor thread."""
+    data = data.detach().contiguous()
+    return (data.view(torch.int16) if data.dtype == torch.bfloat16 else data).numpy()
+
+
+def unpacked(data: NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
+    """The tensor that was sent."""
+    tensor = torch.from_numpy(data)
+    return tensor.view(dtype) if dtype == torch.bfloat16 else tensor
 
 
 @contextlib.contextmanager
