@@ -6,7 +6,6 @@ replayed up to where it was without reading anything.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from zpatch.errors import OptionError
 from zpatch.randomness import Purpose, rng
+from zpatch.schema import new_digest
 
 Uneven = Literal["pad", "drop", "error"]
 UNEVEN = ("pad", "drop", "error")
@@ -61,7 +61,7 @@ class EpochPlan:
     def digest(self) -> str:
         """A digest of all that the stream depends on."""
         numbers = self.seed, self.epoch, self.total, self.group, self.buffer, self.shuffle
-        state = hashlib.blake2b(repr(numbers).encode(), digest_size=16)
+        state = new_digest(repr(numbers).encode())
         state.update(self.subjects.tobytes() + self.patches.tobytes())
         return state.hexdigest()
 

@@ -74,7 +74,6 @@ class Image:
         self._affine = np.array(self._opened.affine if affine is None else affine, dtype=np.float64)
         if self._affine.shape != (4, 4):
             raise OptionError(f"affine must be 4 x 4, not of shape {self._affine.shape}")
-
         self._remembered: dict[Any, Any] = {}
 
     @property
