@@ -232,12 +232,9 @@ class Queue(IterableDataset[Patch]):
 
     def upcoming(self, plan: EpochPlan) -> EpochPlan | None:
         """The epoch that workers may begin while the buffer drains, where it is known already."""
-        return self.plan(plan.epoch + 1) if self._knows_upcoming else None
-
-    @property
-    def _knows_upcoming(self) -> bool:
-        # Another sampler may give another order each time, and is asked only when it is time.
-        return self.subject_sampler is None or hasattr(self.subject_sampler, "set_epoch")
+        if self.subject_sampler is not None and not hasattr(self.subject_sampler, "set_epoch"):
+            return None  # it may give another order each time, and is asked only when it is time
+        return self.plan(plan.epoch + 1)
 
     def __iter__(self) -> Iterator[Patch]:
         """The patches of an epoch, each in memory of its own."""
@@ -259,7 +256,7 @@ class Queue(IterableDataset[Patch]):
         consumed = self._consumed if self._resumed else 0
         self._consumed, self._resumed = consumed, False
         plan = self.plan(self._epoch)
-        feed = self._running()
+        feed, reads_ahead = self._running(), self.upcoming(plan) is not None
         self._iteration += 1
         mine = self._iteration
         serial = feed.begin(plan, consumed)
@@ -278,9 +275,8 @@ class Queue(IterableDataset[Patch]):
                 raise QueueError(
                     "the queue was closed, or another iteration of it was begun; iterate it anew"
                 )
-            left = plan.total - self._consumed
-            room = self.max_length if self._knows_upcoming else min(self.max_length, left)
-            if self.num_workers and left and len(self._ready) < room:
+            room = self.max_length if reads_ahead else min(self.max_length, plan.total - self._consumed)
+            if self.num_workers and self._consumed < plan.total and len(self._ready) < room:
                 self._receive(feed, serial)
         self._epoch, self._consumed = plan.epoch + 1, 0
 
