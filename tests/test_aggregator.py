@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import math
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,16 +23,21 @@ import zpatch as zp
 import zpatch.store_writer
 from zpatch.errors import (
     IncompleteCoverageError,
+    MemoryLimitError,
     ModelError,
     OptionError,
     PatchLocationError,
+    PatchOverlapError,
+    StoreError,
     StoreExistsError,
     UnknownNameError,
     ZpatchError,
 )
 from zpatch.geometry import Triple
 from zpatch.padding import PADDING_MODES
+from zpatch.reduction import reduce_channels
 from zpatch.shards import close_shards
+from zpatch.volume_sink import ImageSink
 
 MODES = ["crop", "average", "hann", "gaussian"]
 Floats = NDArray[np.float64]
@@ -188,13 +195,11 @@ def test_windows_that_all_predict_one_field_give_that_field(
 
 @pytest.mark.parametrize("mode", MODES)
 @given(sampler=grids(), seed=st.integers(0, 2**32))
-def test_any_order_of_arrival_agrees(mode: str, sampler: zp.GridSampler, seed: int) -> None:
+def test_any_order_of_arrival_gives_the_same_bits(mode: str, sampler: zp.GridSampler, seed: int) -> None:
     rng = np.random.default_rng(seed)
     patches = random_patches(sampler, rng)
     order = rng.permutation(len(patches)).tolist()
-    np.testing.assert_allclose(
-        blended(sampler, mode, patches, order), blended(sampler, mode, patches), rtol=1e-6
-    )
+    assert torch.equal(blended(sampler, mode, patches, order), blended(sampler, mode, patches))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -322,18 +327,16 @@ def test_gradients_are_not_kept(sampler: zp.GridSampler, patches: list[Any]) -> 
 def test_tiles_are_freed_behind_the_front_of_a_sweep() -> None:
     n, p, o = (160, 48, 64), 32, 16
     sampler = grid_over(n, p, o)
-    for axis in range(3):
-        n0, (n1, n2) = n[axis], [length for other, length in enumerate(n) if other != axis]
-        front = o * n1 * n2 + (p - o) * o * n2 + (p - o) * (p - o) * p
-        aggregator = zp.PatchAggregator(n, "hann", grid=sampler)
-        most = 0
-        for location in sampler.grid.locations(axis):
-            aggregator.add_batch(torch.ones(1, 1, p, p, p), [location])
-            blend: Any = aggregator._blends[None][0]
-            most = max(most, sum(tensor.numel() for tensor, _ in blend._tiles.values()))
-        assert 0 < most <= front < n0 * n1 * n2
-        assert blend._tiles == {}
-        np.testing.assert_allclose(aggregator.get_output(), 1, rtol=1e-6)
+    front = o * n[1] * n[2] + (p - o) * o * n[2] + (p - o) * (p - o) * p
+    aggregator = zp.PatchAggregator(n, "hann", grid=sampler, max_memory=0)  # none comes before its turn
+    most = 0
+    for location in sampler.locations:
+        aggregator.add_batch(torch.ones(1, 1, p, p, p), [location])
+        blend: Any = aggregator._heads[None][0]
+        most = max(most, sum(tile.sums.numel() for tile in blend._tiles.values()))
+    assert 0 < most <= front < math.prod(n)
+    assert blend._tiles == {}
+    np.testing.assert_allclose(aggregator.get_output(), 1, rtol=1e-6)
 
 
 def test_patches_without_overlap_need_no_tiles() -> None:
@@ -341,8 +344,74 @@ def test_patches_without_overlap_need_no_tiles() -> None:
     aggregator = zp.PatchAggregator((64, 32, 32), "hann", grid=sampler)
     for location in sampler.locations:
         aggregator.add_batch(torch.ones(1, 1, 32, 32, 32), [location])
-        blend: Any = aggregator._blends[None][0]
+        blend: Any = aggregator._heads[None][0]
         assert blend._tiles == {}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_arbitrary_locations_in_bounded_memory_give_the_same_bits(
+    mode: str, on_disk: bool, target: Path, rng: np.random.Generator
+) -> None:
+    sampler = grid_over((140, 40, 80), (30, 30, 30), 10)
+    patches = random_patches(sampler, rng, channels=1)
+    outputs = []
+    for max_memory in (None, "1.5 MB"):  # a tile of 64 x 40 x 64 voxels takes 1.3 MB
+        output = target / str(max_memory) if on_disk else None
+        with zp.PatchAggregator(
+            (140, 40, 80), mode, sampler.patch_overlap, output=output, max_memory=max_memory
+        ) as aggregator:
+            for location, patch in zip(sampler.locations, patches, strict=True):
+                aggregator.add_batch(torch.from_numpy(patch)[None], [location])
+            blend: Any = aggregator._heads[None][0]
+            outputs.append(aggregator.get_output())
+    assert blend.tiles.peak_bytes <= 1.5e6
+    voxels = [output.data if isinstance(output, zp.Image) else output.numpy() for output in outputs]
+    np.testing.assert_array_equal(*voxels)
+    if on_disk:
+        assert sorted(path.name for path in target.iterdir()) == ["1.5 MB", "None"]
+
+
+def test_the_scratch_file_lies_beside_the_output(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = []
+    make = tempfile.TemporaryFile
+
+    def spy(**options: Any) -> Any:
+        folders.append(options["dir"])
+        return make(**options)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", spy)
+    for output in (None, target):
+        with zp.PatchAggregator(8, "hann", output=output, max_memory=0) as aggregator:
+            aggregator.add_batch(torch.ones(1, 1, 8, 8, 8), [zp.PatchLocation((0, 0, 0), (8, 8, 8))])
+            aggregator.get_output()
+    assert folders == [None, target.parent]
+
+
+def test_memory_is_divided_among_the_keys(rng: np.random.Generator) -> None:
+    batch = torch.ones(1, 1, 64, 64, 64)
+    location = zp.PatchLocation((0, 0, 0), (64, 64, 64))
+    with zp.PatchAggregator(64, "hann", max_memory="2 MiB") as aggregator:
+        aggregator.add_batch(batch, [location])
+        aggregator.add_batch(batch, [location])
+        blend: Any = aggregator._heads[None][0]
+        assert blend.tiles.bytes == 2 * 2**20
+    with zp.PatchAggregator(64, "hann", max_memory="2 MiB") as aggregator:
+        aggregator.add_batch({"a": batch, "b": batch}, [location])
+        held: list[Any] = [blend for blend, _ in aggregator._heads.values()]
+        assert [blend.tiles.bytes for blend in held] == [0, 0]
+        assert torch.equal(torch.as_tensor(aggregator.get_output("a")), batch[0])
+
+
+def test_patches_of_a_grid_that_wait_for_their_turn_are_bounded(
+    sampler: zp.GridSampler, patches: list[Any]
+) -> None:
+    batch = torch.from_numpy(np.stack(patches[::-1]))
+    with (
+        zp.PatchAggregator((70, 12, 13), "hann", grid=sampler, max_memory="2 kB") as aggregator,
+        pytest.raises(MemoryLimitError, match="before their turn"),
+    ):
+        aggregator.add_batch(batch, sampler.locations[::-1])
 
 
 # On disk
@@ -372,13 +441,12 @@ def test_an_image_on_disk_equals_the_tensor(
     assert sorted(target.parent.iterdir()) == [target]
 
 
+@pytest.mark.parametrize("known", [True, False])
 def test_each_shard_file_is_written_once(
-    sampler: zp.GridSampler,
-    patches: list[Any],
-    target: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    rng: np.random.Generator,
+    known: bool, target: Path, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
 ) -> None:
+    sampler = grid_over((70, 32, 33), (24, 20, 20), 4)
+    patches = random_patches(sampler, rng)
     written: Counter[Any] = Counter()
     write_shard = zpatch.store_writer.write_shard
 
@@ -388,7 +456,8 @@ def test_each_shard_file_is_written_once(
 
     monkeypatch.setattr(zpatch.store_writer, "write_shard", spy)
     order = rng.permutation(len(patches)).tolist()
-    with zp.PatchAggregator((70, 12, 13), "hann", grid=sampler, output=target) as aggregator:
+    grid = sampler if known else None
+    with zp.PatchAggregator((70, 32, 33), "hann", grid=grid, output=target) as aggregator:
         for number in order:
             aggregator.add_batch(torch.from_numpy(patches[number])[None], [sampler.locations[number]])
         aggregator.get_output()
@@ -403,6 +472,60 @@ def test_an_output_that_is_never_finished_leaves_nothing(
         aggregator.add_batch(torch.from_numpy(np.stack(patches[:-1])), sampler.locations[:-1])
         assert not target.exists()
     assert list(target.parent.iterdir()) == []
+
+
+def test_outputs_of_all_keys_appear_together_or_not_at_all(
+    sampler: zp.GridSampler, patches: list[Any], target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = torch.from_numpy(np.stack(patches))
+    finish = ImageSink.finish
+
+    def failing(sink: ImageSink) -> Any:
+        if sink.stage.folder.name == "edge":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return finish(sink)
+
+    monkeypatch.setattr(ImageSink, "finish", failing)
+    with zp.PatchAggregator((70, 12, 13), "hann", grid=sampler, output=target) as aggregator:
+        aggregator.add_batch({"seg": batch, "edge": batch}, sampler.locations)
+        with pytest.raises(StoreError, match=r"blended.zarr: it cannot be written to \(No space left"):
+            aggregator.get_output("seg")
+        with pytest.raises(OptionError, match="an earlier call failed half-way; make a new aggregator"):
+            aggregator.get_output("seg")
+    assert list(target.parent.iterdir()) == []
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_output(
+    sampler: zp.GridSampler, patches: list[Any], target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(zpatch.store_writer, "write_shard", full)
+    with (
+        zp.PatchAggregator((70, 12, 13), "hann", grid=sampler, output=target) as aggregator,
+        pytest.raises(StoreError, match=r"blended.zarr: it cannot be written to \(No space left"),
+    ):
+        aggregator.add_batch(torch.from_numpy(np.stack(patches)), sampler.locations)
+    assert list(target.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("reduce", "dtype"),
+    [(lambda v: v > 1.5, np.uint8), (torch.Tensor.half, np.float32), (torch.Tensor.bfloat16, np.float32)],
+    ids=["bool", "float16", "bfloat16"],
+)
+def test_what_a_reduction_makes_is_stored_in_a_type_of_nifti(
+    reduce: Any, dtype: Any, sampler: zp.GridSampler, patches: list[Any], target: Path
+) -> None:
+    outputs: list[Any] = []
+    for output in (None, target):
+        with zp.PatchAggregator((70, 12, 13), grid=sampler, reduce=reduce, output=output) as aggregator:
+            aggregator.add_batch(torch.from_numpy(np.stack(patches)), sampler.locations)
+            outputs.append(aggregator.get_output())
+    tensor, image = outputs
+    assert image.dtype == dtype
+    np.testing.assert_array_equal(image.data, tensor.float().numpy())
 
 
 def test_an_output_that_exists_is_refused(sampler: zp.GridSampler, target: Path) -> None:
@@ -463,6 +586,45 @@ def test_dicts_make_an_output_for_each_key(sampler: zp.GridSampler, patches: lis
     assert sorted(path.name for path in target.iterdir()) == ["edge", "seg"]
 
 
+def test_each_key_may_have_its_own_shape_reduction_type_and_fill(target: Path) -> None:
+    location = zp.PatchLocation((0, 0, 0), (8, 8, 8))
+    batch = {"seg": torch.ones(1, 3, 8, 8, 8), "depth": torch.full((1, 1, 4, 4, 4), 2.5)}
+    for output in (None, target):
+        with zp.PatchAggregator(
+            (8, 8, 10),
+            "average",
+            output_shape={"seg": (8, 8, 10), "depth": (4, 4, 5)},
+            reduce={"seg": "argmax", "depth": None},
+            dtype={"seg": torch.int16, "depth": torch.float64},
+            fill={"seg": 9, "depth": -1},
+            output=output,
+        ) as aggregator:
+            aggregator.add_batch(batch, [location])
+            outputs: list[Any] = [aggregator.get_output(key) for key in ("seg", "depth")]
+        if output:
+            assert [type(image) for image in outputs] == [zp.LabelMap, zp.ScalarImage]
+            np.testing.assert_allclose(outputs[1].spacing, 2)
+            outputs = [torch.from_numpy(image.data) for image in outputs]
+        seg, depth = outputs
+        assert (seg.dtype, seg.shape) == (torch.int16, (1, 8, 8, 10))
+        assert (depth.dtype, depth.shape) == (torch.float64, (1, 4, 4, 5))
+        assert seg[0, 0, 0].tolist() == [0] * 8 + [9] * 2
+        assert depth[0, 0, 0].tolist() == [2.5] * 4 + [-1]
+
+
+@pytest.mark.parametrize("option", ["output_shape", "reduce", "dtype", "fill"])
+@pytest.mark.parametrize("by_key", [True, False])
+def test_an_option_by_key_says_something_of_each_key(option: str, by_key: bool) -> None:
+    value = {"output_shape": 8, "reduce": "argmax", "dtype": torch.uint8, "fill": 0}[option]
+    options: dict[str, Any] = {option: {"seg": value}}
+    aggregator = zp.PatchAggregator(8, **options)
+    tensor: Any = torch.ones(1, 2, 8, 8, 8)
+    with pytest.raises(UnknownNameError, match=rf"no output '(edge|None)' in {option}.* seg"):
+        aggregator.add_batch(
+            {"seg": tensor, "edge": tensor} if by_key else tensor, [zp.PatchLocation((0, 0, 0), (8, 8, 8))]
+        )
+
+
 def test_an_output_of_an_unknown_key_is_an_error_with_those_that_there_are(
     sampler: zp.GridSampler, patches: list[Any]
 ) -> None:
@@ -472,12 +634,28 @@ def test_an_output_of_an_unknown_key_is_an_error_with_those_that_there_are(
         aggregator.get_output("sge")
 
 
-def test_tensors_and_dicts_do_not_mix(sampler: zp.GridSampler, patches: list[Any]) -> None:
-    batch = torch.from_numpy(patches[0])[None]
+@pytest.mark.parametrize("keys", [None, ["seg"], ["seg", "edge"]])
+def test_batches_of_other_keys_are_refused_and_change_nothing(
+    keys: list[str] | None, sampler: zp.GridSampler, patches: list[Any]
+) -> None:
+    def batch_of(part: slice, keys: list[str] | None) -> Any:
+        batch = torch.from_numpy(np.stack(patches[part]))
+        return batch if keys is None else dict.fromkeys(keys, batch)
+
+    first, rest = slice(0, 1), slice(1, None)
     aggregator = zp.PatchAggregator((70, 12, 13), grid=sampler)
-    aggregator.add_batch(batch, sampler.locations[:1])
-    with pytest.raises(OptionError, match="all tensors or all dicts"):
-        aggregator.add_batch({"seg": batch}, sampler.locations[:1])
+    aggregator.add_batch(batch_of(first, keys), sampler.locations[first])
+    for others in (None, [], ["seg"], ["edge"], ["seg", "edge"]):
+        if others != keys:
+            with pytest.raises(OptionError, match="all tensors or all dicts of the same keys: one has"):
+                aggregator.add_batch(batch_of(rest, others), sampler.locations[rest])
+    aggregator.add_batch(batch_of(rest, keys), sampler.locations[rest])
+    assert aggregator.get_output(keys[0] if keys else None) is not None
+
+
+def test_a_dict_without_keys_is_refused(sampler: zp.GridSampler) -> None:
+    with pytest.raises(OptionError, match="a dict without keys; it must hold a tensor for each output"):
+        zp.PatchAggregator((70, 12, 13), grid=sampler).add_batch({}, [])
 
 
 @pytest.mark.parametrize("key", ["../outside", "a/b", ""])
@@ -549,6 +727,39 @@ def test_a_voxel_that_no_patch_covers_is_an_error_with_its_box() -> None:
         match=r"covers 192 voxels, the first ones from \(0, 0, 5\) to \(8, 8, 8\); add the patches .*fill=",
     ):
         aggregator.get_output()
+
+
+@pytest.mark.parametrize("reduce", [None, "argmax", "softmax", ("threshold", 0.5), lambda v: v[:1] * 2])
+def test_fill_stands_after_the_reduction(reduce: Any) -> None:
+    aggregator = zp.PatchAggregator(8, reduce=reduce, fill=200)
+    batch = torch.rand(1, 3, 8, 8, 4)
+    aggregator.add_batch(batch, [zp.PatchLocation((0, 0, 0), (8, 8, 4))])
+    output = aggregator.get_output()
+    assert isinstance(output, torch.Tensor)
+    assert torch.equal(output[..., :4], reduce_channels(batch[0], reduce))
+    assert (output[..., 4:] == 200).all()
+
+
+def test_a_fill_that_is_no_class_is_refused_with_the_first_batch() -> None:
+    aggregator = zp.PatchAggregator(8, reduce="argmax", fill=-1)
+    with pytest.raises(OptionError, match=r"a fill of -1 does not fit the output, which is of torch.uint8"):
+        aggregator.add_batch(torch.ones(1, 3, 8, 8, 4), [zp.PatchLocation((0, 0, 0), (8, 8, 4))])
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_missing_patches_may_be_added_after_the_error(
+    known: bool, sampler: zp.GridSampler, patches: list[Any], target: Path
+) -> None:
+    batch = torch.from_numpy(np.stack(patches))
+    grid = sampler if known else None
+    with zp.PatchAggregator((70, 12, 13), "hann", grid=grid, output=target) as aggregator:
+        aggregator.add_batch({"a": batch[:-1], "b": batch[:-1]}, sampler.locations[:-1])
+        with pytest.raises(IncompleteCoverageError):
+            aggregator.get_output("a")
+        aggregator.add_batch({"a": batch[-1:], "b": batch[-1:]}, sampler.locations[-1:])
+        image = aggregator.get_output("a")
+        assert isinstance(image, zp.Image)
+        np.testing.assert_allclose(image.data, dense("hann", sampler, patches), rtol=1e-6)
 
 
 def test_an_aggregator_without_patches_says_so() -> None:
@@ -629,6 +840,39 @@ def test_a_location_that_is_not_of_the_grid_is_refused(
     assert f"the patch at {location.index} of size {location.size} is not of this grid" in str(error.value)
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_an_aggregator_whose_batch_failed_half_way_refuses_to_go_on(
+    known: bool, sampler: zp.GridSampler, target: Path
+) -> None:
+    with zp.PatchAggregator((70, 12, 13), grid=sampler if known else None, output=target) as aggregator:
+        batch = {"a": torch.ones(1, 1, 16, 8, 8), "b": torch.ones(1, 1, 15, 8, 8)}
+        with pytest.raises(ModelError, match="the patch at"):
+            aggregator.add_batch(batch, sampler.locations[:1])
+        for step in (lambda: aggregator.add_batch(batch, sampler.locations[:1]), aggregator.get_output):
+            with pytest.raises(OptionError, match="an earlier call failed half-way; make a new aggregator"):
+                step()
+    assert list(target.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_closed_aggregator_keeps_its_output_and_refuses_all_else(
+    known: bool, sampler: zp.GridSampler, patches: list[Any]
+) -> None:
+    batch = torch.from_numpy(np.stack(patches))
+    grid = sampler if known else None
+    finished, unfinished = (zp.PatchAggregator((70, 12, 13), grid=grid) for _ in range(2))
+    for aggregator in (finished, unfinished):
+        aggregator.add_batch(batch, sampler.locations)
+    output = finished.get_output()
+    for aggregator in (finished, unfinished):
+        aggregator.close()
+        aggregator.close()
+    assert finished.get_output() is output
+    for step in (lambda: unfinished.add_batch(batch, sampler.locations), unfinished.get_output):
+        with pytest.raises(OptionError, match="the aggregator is closed; make a new aggregator"):
+            step()
+
+
 def test_nothing_can_be_added_after_the_output_was_taken(sampler: zp.GridSampler, patches: list[Any]) -> None:
     aggregator = zp.PatchAggregator((70, 12, 13), grid=sampler)
     batch = torch.from_numpy(np.stack(patches))
@@ -646,6 +890,14 @@ def test_nothing_can_be_added_after_the_output_was_taken(sampler: zp.GridSampler
         ({"spatial_shape": (1, 2)}, r"spatial_shape must be one integer or three, not \(1, 2\)"),
         ({"output_shape": "big"}, "output_shape must be one integer or three, not 'big'"),
         ({"spatial_shape": (70, 12, 12)}, r"over a volume of \(70, 12, 13\), not of \(70, 12, 12\)"),
+        ({"spatial_shape": (70, 12, 0)}, r"spatial_shape must be at least 1 voxel on every axis, not .*0\)"),
+        ({"output_shape": {"seg": 0}}, "output_shape must be at least 1 voxel on every axis, not 0"),
+        ({"patch_overlap": 2}, r"patch_overlap is \(2, 2, 2\) where the grid's is \(4, 2, 2\); leave it out"),
+        ({"reduce": {"seg": "argmin"}}, "reduce must be 'argmax'"),
+        ({"dtype": np.float32}, "dtype must be one of torch's, such as torch.float32, not"),
+        ({"dtype": torch.float16, "output": "x"}, "cannot be of torch.float16; choose torch.float32"),
+        ({"max_memory": "much"}, "'much' is not a number of bytes"),
+        ({"max_memory": -1}, "max_memory must be at least 0 bytes, not -1"),
         ({"fill": 0}, "fill goes with arbitrary locations"),
     ],
 )
@@ -654,3 +906,9 @@ def test_options_that_mean_nothing_are_refused(
 ) -> None:
     with pytest.raises(OptionError, match=text):
         zp.PatchAggregator(**{"spatial_shape": (70, 12, 13), "grid": sampler, **options})
+
+
+@pytest.mark.parametrize("overlap", [3, -2])
+def test_an_overlap_that_cannot_be_halved_is_refused(overlap: int) -> None:
+    with pytest.raises(PatchOverlapError, match="even and at least 0"):
+        zp.PatchAggregator(8, "crop", overlap)

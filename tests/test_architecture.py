@@ -31,6 +31,8 @@ FLOORS = {
     ],
     "plans and records": [
         "grid",
+        "tiles",
+        "front",
         "layout",
         "schema",
         "memory",
@@ -62,8 +64,10 @@ FLOORS = {
         "exact_draws",
         "pyramid",
         "image_writer",
+        "unit_ledger",
         "gathering",
         "reader",
+        "chunk_cache",
         "image",
         "normalization",
         "voxel_maps",
@@ -90,7 +94,14 @@ FLOORS = {
         "reduction",
         "volume_sink",
         "accumulation",
+        "held_tiles",
+        "loose_blend",
         "aggregator",
+        "network",
+        "prediction_plan",
+        "prediction_regions",
+        "prediction_run",
+        "prediction_jobs",
         "inference",
     ],
     "edge": [
@@ -121,12 +132,13 @@ DOORS = {
     "google_crc32c": ["chunk_codec"],
     "dask": ["scheduling", "reader", "image"],
     "distributed": ["scheduling"],
+    "cloudpickle": ["prediction_jobs"],
     "click": COMMAND_LINE,
 }
 STANDARD_LIBRARY_DOORS = {
     "gzip": ["gzip_files"],
     "mmap": ["shards", "patch_slots"],
-    "importlib": ["__init__", "inference", *COMMAND_LINE],  # an import that no table can hold
+    "importlib": ["__init__", "network", *COMMAND_LINE],  # an import that no table can hold
 }
 HEAVY = [
     "zarr",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 import zpatch as zp
 from zpatch.errors import ModelError, OptionError, StoreError, StoreExistsError, UnknownNameError, ZpatchError
-from zpatch.inference import load_model
+from zpatch.network import load_model
 from zpatch.scaling import UNSCALED
 from zpatch.shards import close_shards
 from zpatch.voxel_index import read_label_table
@@ -227,7 +228,9 @@ def test_an_output_that_exists_is_refused_and_replaced_where_that_is_wanted(
 ) -> None:
     predict(cohort[:1], out)
     with pytest.raises(StoreExistsError, match=r"out.zarr: it exists already; say --overwrite"):
-        predict(cohort[:1], out)
+        predict(cohort[:1], out, resume=False)
+    with pytest.raises(StoreExistsError, match=r"out.zarr: .* differs in subjects: .*; say --overwrite"):
+        predict(cohort[1:2], out)
     again = predict(cohort[1:2], out, lambda batch: {"other": batch}, overwrite=True)
     assert (again.names, list(again[0].images)) == (["sub-02"], ["other"])
     assert zp.verify(out).ok
@@ -247,38 +250,43 @@ def test_the_store_that_is_read_is_never_overwritten(cohort_store: Path, out: Pa
 # Failures
 
 
-def test_a_model_that_fails_names_subject_and_location_and_leaves_no_half_image(
+def test_a_model_that_fails_names_subject_and_location_and_leaves_what_can_be_gone_on_with(
     cohort: zp.Cohort, out: Path
 ) -> None:
     patches = sum(len(zp.GridSampler(subject, 24, 8)) for subject in cohort[:2])
-    left = patches + 3
+    calls = itertools.count(-1)  # one more, to see what the model gives
+    failing = {patches + 2}
 
-    def model(batch: torch.Tensor) -> torch.Tensor:
-        nonlocal left
-        left -= 1
-        if not left:
-            raise ArithmeticError("too hard")
-        return batch
+    class Model:
+        def __call__(self, batch: torch.Tensor) -> torch.Tensor:
+            if next(calls) in failing:
+                raise ArithmeticError("too hard")
+            return batch
 
     with pytest.raises(ModelError) as error:
-        predict(cohort, out, model)
+        predict(cohort, out, Model())
     text = str(error.value)
     assert "the model failed on subject 'sub-03', patches at (0, " in text
     assert "given (1, 1, 24, 24, 24): ArithmeticError: too hard" in text
     report = zp.verify(out)
     assert not report.ok
-    assert (report.damages, report.leftovers) == ((), ())
+    assert (report.damages, report.leftovers) == ((), (".unfinished",))
     assert report.missing_subjects == ("sub-03", "sub-04")
     assert zp.Cohort(out).names == ["sub-01", "sub-02"]
+    failing.clear()
+    assert predict(cohort, out, Model()).names == cohort.names
+    assert next(calls) <= 2 + sum(len(zp.GridSampler(subject, 24, 8)) for subject in cohort) + 2
+    assert zp.verify(out).ok
+    assert not (out / ".unfinished").exists()
 
 
 @pytest.mark.parametrize(
     ("model", "text"),
     [
-        (lambda batch: batch[:, :, 1:], r"the patch at \(0, 0, 0\) is \(23, 24, 24\) where .*\(24, 24, 24\)"),
-        (lambda batch: batch[:, 0], r"a batch must be a tensor \(B, C, I, J, K\), not \(1, 24, 24, 24\)"),
-        (lambda batch: [batch], r"a batch must be a tensor \(B, C, I, J, K\), not list"),
-        (lambda batch: torch.cat([batch, batch]), "a batch of 2 patches came with 1 locations"),
+        (lambda batch: batch[:, :, 1:], r"made \(23, 24, 24\) of a patch of \(24, 24, 24\); it must keep"),
+        (lambda batch: batch[:, 0], r"must give a tensor \(B, C, I, J, K\) .*, not \(1, 24, 24, 24\)"),
+        (lambda batch: [batch], r"must give a tensor \(B, C, I, J, K\) .*, not list"),
+        (lambda batch: torch.cat([batch, batch]), r"not \(2, 1, 24, 24, 24\) for one patch"),
     ],
     ids=["shape", "dimensions", "type", "length"],
 )
@@ -287,7 +295,7 @@ def test_an_output_that_cannot_be_placed_names_subject_and_fault(
 ) -> None:
     with pytest.raises(ModelError, match=text) as error:
         predict(cohort, out, model)
-    assert zp.Cohort(out).names == []
+    assert not out.exists()
     assert "'sub-01'" in str(error.value)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,36 @@ def test_a_weight_index_sums_the_scaled_weights_of_each_chunk(
         builder.update(part, first)  # type: ignore[arg-type]
         expected.append((part.astype(np.float64) * 2 + 0.5).sum())
     np.testing.assert_allclose(builder.tables()["sum"], expected)
+
+
+@given(
+    shape=st.tuples(*[st.integers(1, 7)] * 3),
+    chunks=st.tuples(*[st.integers(1, 4)] * 3),
+    kind=st.sampled_from(["label", "labels of two channels", "sampling", "scalar"]),
+    owners=st.lists(st.integers(0, 2), min_size=1),
+)
+def test_an_index_merged_from_states_is_that_of_one_pass_in_any_order(
+    shape: tuple[int, ...], chunks: tuple[int, ...], kind: str, owners: list[int]
+) -> None:
+    voxels = np.random.default_rng(0).integers(0, 4, (2 if "two" in kind else 1, *shape)).astype(np.uint8)
+    record = record_of(voxels, (1, *chunks), "label" if "label" in kind else kind, slope=2)  # type: ignore[arg-type]
+    whole, merged, *parts = (index_builder(record, "map.nii") for _ in range(5))
+    for owner, (first, part) in zip(itertools.cycle(owners), chunks_of(voxels, (1, *chunks)), strict=False):
+        for builder in (whole, parts[owner]):
+            builder.update(part, first)  # type: ignore[arg-type]
+    for builder in reversed(parts):
+        merged.merge(builder.state())
+    assert merged.statistics() == whole.statistics()
+    assert merged.tables().keys() == whole.tables().keys()
+    for name, table in whole.tables().items():
+        np.testing.assert_array_equal(merged.tables()[name], table, strict=True)
+
+
+def test_a_table_lists_chunks_in_their_order_whenever_they_came(rng: np.random.Generator) -> None:
+    voxels = rng.integers(0, 3, (1, 6, 6, 6)).astype(np.uint8)
+    table = label_table(voxels, (1, 2, 2, 2))
+    for start, stop in itertools.pairwise(table.row_start):
+        assert (np.diff(table.chunk_id[start:stop]) > 0).all()
 
 
 def test_sums_of_small_integers_do_not_wrap() -> None:

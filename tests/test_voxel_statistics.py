@@ -68,13 +68,25 @@ def cuts(draw: st.DrawFn, arrays: st.SearchStrategy[Array]) -> tuple[Array, list
 def gathered(
     array: Array, boxes: list[tuple[slice, ...]] | None = None, slope: float = 1.0, inter: float = 0.0
 ) -> dict[str, Any]:
-    statistics = VoxelStatistics(array.dtype)
-    for box in boxes or [(slice(0, None),) * 4]:
-        z, y, x = (span.start for span in box[1:])
-        statistics.update(array[box], (z, y, x))
-    result = statistics.result(slope, inter)
+    result = one_pass(array, boxes or [(slice(0, None),) * 4]).result(slope, inter)
     compact_json(result)
     return result
+
+
+def one_pass(array: Array, boxes: list[tuple[slice, ...]]) -> VoxelStatistics:
+    statistics = VoxelStatistics(array.dtype)
+    for box in boxes:
+        z, y, x = (span.start for span in box[1:])
+        statistics.update(array[box], (z, y, x))
+    return statistics
+
+
+def merged(array: Array, boxes: list[tuple[slice, ...]]) -> VoxelStatistics:
+    """Each box gathered alone, and their states merged one after the other."""
+    statistics = VoxelStatistics(array.dtype)
+    for box in boxes:
+        statistics.merge(one_pass(array, [box]).state())
+    return statistics
 
 
 @dataclass(frozen=True)
@@ -251,3 +263,65 @@ def test_the_foreground_box_is_told_in_the_users_axes_and_spans_all_channels() -
     array = np.zeros((2, 5, 6, 7), dtype=np.uint8)
     array[0, 1, 2, 3] = array[1, 4, 2, 5] = 1
     assert gathered(array)["foreground_box"] == [[3, 2, 1], [6, 3, 5]]
+
+
+# Merged from states
+
+
+@given(cuts(integers() | floats()), SLOPES, INTERS)
+def test_states_merged_one_after_the_other_are_one_pass_to_the_last_bit(
+    cut: tuple[Array, list[tuple[slice, ...]]], slope: float, inter: float
+) -> None:
+    array, boxes = cut
+    found, expected = merged(array, boxes), one_pass(array, boxes)
+    assert found.result(slope, inter) == expected.result(slope, inter)
+    np.testing.assert_array_equal(found.histogram(slope, inter), expected.histogram(slope, inter))
+
+
+@given(cuts(integers() | floats()), st.randoms(use_true_random=False))
+def test_the_order_of_states_matters_to_nothing_but_the_last_digits_of_binned_moments(
+    cut: tuple[Array, list[tuple[slice, ...]]], random: Any
+) -> None:
+    array, boxes = cut
+    found, expected = (merged(array, order).result() for order in (random.sample(boxes, len(boxes)), boxes))
+    if array.dtype.kind == "f" or array.dtype.itemsize > 2:
+        size = float(np.abs(array[np.isfinite(array)].astype(np.float64)).max(initial=0))
+        for one, other in ((found, expected), (found["foreground"], expected["foreground"])):
+            for name, tolerance in (("mean", 1e-12), ("std", 1e-7)):
+                first, second = (float(stats.pop(name) or 0) for stats in (one, other))  # None of no voxels
+                assert first == pytest.approx(second, rel=1e-9, abs=tolerance * size)
+    assert found == expected
+
+
+@given(cuts(integers() | floats()))
+def test_a_state_merged_into_nothing_is_that_state(cut: tuple[Array, list[tuple[slice, ...]]]) -> None:
+    array, boxes = cut
+    state = one_pass(array, boxes).state()
+    again = VoxelStatistics(array.dtype)
+    again.merge(state)
+    again.merge(VoxelStatistics(array.dtype).state())
+    assert again.state().keys() == state.keys()
+    for name, values in state.items():
+        np.testing.assert_array_equal(again.state()[name], values, strict=True)
+
+
+def test_integers_that_prove_widely_spread_only_together_are_binned_as_in_one_pass() -> None:
+    array = np.arange(64, dtype=np.int32).reshape(1, 4, 4, 4)
+    array[0, 2:] += MAX_COUNTED_VALUES
+    slabs = [(slice(0, 1), slice(z, z + 2), slice(0, 4), slice(0, 4)) for z in (0, 2)]
+    assert "offset" in one_pass(array, slabs[:1]).state()
+    assert "offset" not in merged(array, slabs).state()
+    assert merged(array, slabs).result() == one_pass(array, slabs).result()
+
+
+def test_units_of_several_blocks_merge_to_what_numpy_says(rng: np.random.Generator) -> None:
+    array = rng.normal(1000, 30, (1, 80, 80, 100)).astype(np.float32)
+    slabs = [(slice(0, 1), slice(z, z + 40), slice(0, 80), slice(0, 100)) for z in (0, 40)]
+    assert array.size > 2 * BLOCK_VOXELS
+    Oracle(array.astype(np.float64).ravel()).check(merged(array, slabs).result(), exact=False)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i4", "f4"])
+def test_the_state_of_a_map_of_few_values_is_small(dtype: str, rng: np.random.Generator) -> None:
+    array = rng.integers(0, 4, (1, 40, 40, 40)).astype(dtype)
+    assert sum(values.nbytes for values in one_pass(array, [(slice(0, None),) * 4]).state().values()) < 400

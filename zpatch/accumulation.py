@@ -1,31 +1,26 @@
-"""Blending patches into voxels: over a known grid, tile by tile; at any locations, with weights beside.
+"""Blending the patches of a grid into voxels, tile by tile, as a front sweeps over the volume.
 
-Over a grid, weights are normalised beforehand, so an accumulator holds the answer as soon as its last patch
-has come. The volume is cut into tiles that become final at once; a tile is made when its first patch arrives
-and gone when it is final, so that memory is that of the front and not of the volume. Where only one patch
-covers a tile there is nothing to accumulate: its voxels go straight through.
+Weights are normalised beforehand, so sums hold the answer as soon as the last patch has come. A tile is made
+when its first patch arrives and gone when it is final, so that memory is that of the front and not of the
+volume. Where only one patch covers a tile there is nothing to sum: its voxels go straight through.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from zpatch import blending
-from zpatch.errors import IncompleteCoverageError, ModelError
+from zpatch.errors import IncompleteCoverageError, MemoryLimitError, ModelError
 from zpatch.geometry import PatchLocation, Triple
-from zpatch.grid import AxisTiles, PatchGrid
+from zpatch.memory import format_bytes
+from zpatch.tiles import Bools, Tiling
 from zpatch.volume_sink import VolumeSink
 
-SLAB_VOXELS = 32
-
 Finalise = Callable[[torch.Tensor], torch.Tensor]
+Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def accumulation_dtype(dtype: torch.dtype, mode: str) -> torch.dtype:
@@ -37,201 +32,244 @@ def accumulation_dtype(dtype: torch.dtype, mode: str) -> torch.dtype:
     return torch.float32
 
 
+class Skipped(NamedTuple):
+    """Patches of a grid that are never run: ``patches`` over its positions.
+
+    ``fill(shape)`` gives final voxels (C, I, J, K) for where no patch was run. Where some were, their
+    weights are summed too and divided out.
+    """
+
+    patches: Bools
+    fill: Callable[[Triple], torch.Tensor]
+
+
+class _Part(NamedTuple):
+    """What a patch adds to a tile: voxels (C, i, j, k), from ``first`` on in the tile, and its weights."""
+
+    voxels: torch.Tensor
+    first: Triple
+    weights: Weights
+
+    @property
+    def place(self) -> tuple[slice, ...]:
+        return tuple(slice(a, a + n) for a, n in zip(self.first, self.voxels.shape[1:], strict=True))
+
+    @property
+    def product(self) -> torch.Tensor:
+        """The weights of all voxels, (i, j, k)."""
+        i, j, k = self.weights
+        return i[:, None, None] * j[:, None] * k
+
+
+class _Tile:
+    """The sums of a tile that awaits further patches; ``turns`` says which, in the order of summing."""
+
+    __slots__ = ("done", "early", "sums", "turns", "weights")
+
+    def __init__(self, turns: Sequence[int]) -> None:
+        self.turns = turns
+        self.done = 0
+        self.early: dict[int, _Part] = {}
+        self.sums: torch.Tensor | None = None
+        self.weights: torch.Tensor | None = None
+
+    @property
+    def is_final(self) -> bool:
+        return self.done == len(self.turns)
+
+
 class SweptBlend:
-    """Blends the patches of a grid, in any order, and hands each tile on as soon as it is final."""
+    """Blends the patches of a grid, in any order, and hands each tile on as soon as it is final.
+
+    Only tiles in ``wanted`` write units (over their numbers) are made; all of them by default. Contributions
+    are summed in sweep order, so that the voxels do not depend on the order in which patches arrive; what
+    comes too early waits, and takes at most ``max_held_bytes``.
+    """
 
     def __init__(
         self,
-        grid: PatchGrid,
-        mode: str,
+        tiling: Tiling,
         sink: VolumeSink,
         finalise: Finalise,
         *,
-        output_shape: Triple | None = None,
+        wanted: Bools | None = None,
+        skipped: Skipped | None = None,
+        max_held_bytes: int | None = None,
     ) -> None:
-        blending.check_overlap_mode(mode)
-        lengths = output_shape or grid.spatial_shape
-        axes = zip(grid.starts, grid.patch_size, grid.patch_overlap, grid.spatial_shape, lengths, strict=True)
-        self._axes = [AxisTiles.cut(mode, s, p, o, n, output_length=m) for s, p, o, n, m in axes]
-        self._weights = [[torch.from_numpy(w) for w in axis.weights] for axis in self._axes]
-        self._grid = grid
-        self._mode = mode
+        self.channels: int | None = None
+        self.held_bytes = 0
+        self._tiling = tiling
         self._sink = sink
         self._finalise = finalise
-        self._seen = np.zeros(grid.counts, dtype=bool)
-        self.channels: int | None = None
-        self._tiles: dict[Triple, tuple[torch.Tensor, int]] = {}
+        self._wanted = np.ones(tiling.unit_counts, dtype=bool) if wanted is None else wanted
+        self._skipped = skipped
+        self._max_held_bytes = max_held_bytes
+        self._awaited = tiling.patches_for(self._wanted)
+        if skipped is not None:
+            self._awaited &= ~skipped.patches
+        self._seen = np.zeros(tiling.grid.counts, dtype=bool)
+        self._begun = np.zeros(tiling.unit_counts, dtype=bool)
+        self._tiles: dict[Triple, _Tile] = {}
+        self._weights = [[torch.from_numpy(w) for w in axis.weights] for axis in tiling.axes]
 
     def size_of(self, location: PatchLocation) -> Triple:
         """Extent of a patch in the output."""
-        position = self._grid.position_of(location)
-        i, j, k = (int(a.stops[n] - a.starts[n]) for a, n in zip(self._axes, position, strict=True))
+        position = self._tiling.grid.position_of(location)
+        i, j, k = (int(a.stops[n] - a.starts[n]) for a, n in zip(self._tiling.axes, position, strict=True))
         return i, j, k
 
     def add(self, patch: torch.Tensor, location: PatchLocation) -> None:
         """Take in a patch (C, I, J, K) of the grid."""
-        position = self._grid.position_of(location)
+        position = self._tiling.grid.position_of(location)
         if self._seen[position]:
             raise IncompleteCoverageError(f"the patch at {location.index} came twice")
         self._seen[position] = True
-        patch = patch.to(accumulation_dtype(patch.dtype, self._mode))
-        hit = (range(a.first_tile[n], a.stop_tile[n]) for a, n in zip(self._axes, position, strict=True))
-        for i, j, k in itertools.product(*hit):
-            self._add_to_tile((i, j, k), patch, position)
+        if not self._awaited[position]:
+            return
+        patch = patch.to(accumulation_dtype(patch.dtype, self._tiling.mode))
+        for tile in self._tiling.tiles_hit(position):
+            if self._wanted[self._tiling.unit_of(tile)]:
+                self._add_to_tile(tile, patch, position)
 
     def _add_to_tile(self, tile: Triple, patch: torch.Tensor, position: Triple) -> None:
-        axes = list(zip(self._axes, tile, position, strict=True))
-        edges = [(int(a.edges[t]), int(a.edges[t + 1])) for a, t, _ in axes]
-        low = [max(e, int(a.first[n])) for (e, _), (a, _, n) in zip(edges, axes, strict=True)]
-        high = [min(e, int(a.stop[n])) for (_, e), (a, _, n) in zip(edges, axes, strict=True)]
-        part = patch[:, *_span(low, high, [int(a.starts[n]) for a, _, n in axes])]
-        awaited = math.prod(int(a.awaited[t]) for a, t, _ in axes)
-        if awaited > 1:
-            tensor, left = self._tiles.pop(tile, (None, awaited))
-            if tensor is None:
-                tensor = patch.new_zeros((len(patch), *(b - a for a, b in edges)))
-            target = tensor[:, *_span(low, high, [a for a, _ in edges])]
-            weight = self._weight(axes, low, high)
-            target.add_(part) if weight is None else target.addcmul_(part, weight)
-            if left > 1:
-                self._tiles[tile] = tensor, left - 1
-                return
-            part = tensor
-        (i, _), (j, _), (k, _) = edges
-        self._sink.put((i, j, k), self._finalise(part))
+        part = self._part(tile, patch, position)
+        if self._tiling.awaited(tile) == 1:
+            self._hand_on(tile, part.voxels, None)
+            return
+        state = self._tiles.get(tile)
+        if state is None:
+            state = self._tiles[tile] = _Tile(self._turns(tile))
+        turn = self._tiling.turn(tile, position)
+        if state.turns[state.done] != turn:
+            self._hold(state, turn, part)
+            return
+        self._sum(state, part, tile)
+        while not state.is_final and (early := state.early.pop(state.turns[state.done], None)) is not None:
+            self.held_bytes -= early.voxels.nbytes
+            self._sum(state, early, tile)
+        if state.is_final:
+            del self._tiles[tile]
+            assert state.sums is not None
+            self._hand_on(tile, state.sums, state.weights)
 
-    def _weight(
-        self, axes: list[tuple[AxisTiles, int, int]], low: list[int], high: list[int]
-    ) -> torch.Tensor | None:
-        """The product of the axes' weights; None where all are 1."""
-        product: torch.Tensor | None = None
-        if self._mode == "crop":
-            return None
-        for axis, (tiles, tile, n) in enumerate(axes):
-            if tiles.awaited[tile] > 1:
-                offset = int(tiles.first[n])
-                weights = self._weights[axis][n][low[axis] - offset : high[axis] - offset]
-                weights = weights.reshape([-1 if axis == other else 1 for other in range(3)])
-                product = weights if product is None else product * weights
-        return product
+    def _part(self, tile: Triple, patch: torch.Tensor, position: Triple) -> _Part:
+        low, high = self._tiling.bounds(tile)
+        first, slices, weights = [], [], []
+        for a, axis in enumerate(self._tiling.axes):
+            n, kept = position[a], int(axis.first[position[a]])
+            start, stop = max(low[a], kept), min(high[a], int(axis.stop[n]))
+            first.append(start - low[a])
+            slices.append(slice(start - int(axis.starts[n]), stop - int(axis.starts[n])))
+            weights.append(self._weights[a][n][start - kept : stop - kept].to(patch.device))
+        (i, j, k), (u, v, w) = first, weights
+        return _Part(patch[:, *slices], (i, j, k), (u, v, w))
+
+    def _turns(self, tile: Triple) -> Sequence[int]:
+        if self._skipped is None:
+            return range(self._tiling.awaited(tile))
+        return self._tiling.turns(tile, self._skipped.patches)
+
+    def _hold(self, state: _Tile, turn: int, part: _Part) -> None:
+        self.held_bytes += part.voxels.nbytes
+        if self._max_held_bytes is not None and self.held_bytes > self._max_held_bytes:
+            raise MemoryLimitError(
+                f"patches that came before their turn take {format_bytes(self.held_bytes)}, more than "
+                f"{format_bytes(self._max_held_bytes)}; give them in the order of the grid"
+            )
+        state.early[turn] = part._replace(voxels=part.voxels.clone())
+
+    def _sum(self, state: _Tile, part: _Part, tile: Triple) -> None:
+        state.done += 1
+        if state.sums is None:
+            low, high = self._tiling.bounds(tile)
+            shape = tuple(b - a for a, b in zip(low, high, strict=True))
+            state.sums = _zeros_like(part.voxels, shape)
+            if len(state.turns) < self._tiling.awaited(tile):
+                state.weights = torch.zeros(shape, device=part.voxels.device)
+        target = state.sums[:, *part.place]
+        if self._tiling.mode == "crop":
+            target.add_(part.voxels)
+        else:
+            target.addcmul_(part.voxels, part.product)
+        if state.weights is not None:
+            state.weights[part.place] += part.product
+
+    def _hand_on(self, tile: Triple, voxels: torch.Tensor, weights: torch.Tensor | None) -> None:
+        first, _ = self._tiling.bounds(tile)
+        skipped = 0
+        if weights is None:
+            final = self._finalise(voxels)
+        else:
+            empty = weights == 0
+            exact = voxels if self._tiling.mode == "crop" else voxels / weights.masked_fill(empty, 1)
+            final = self._finalise(exact)
+            assert self._skipped is not None
+            final = torch.where(empty, self._skipped.fill(_extent(voxels)).to(final.device), final)
+            skipped = int(empty.sum())
+        self._sink.put(first, final.cpu(), skipped=skipped)
+        self._fill_unit(self._tiling.unit_of(tile))
+
+    def _fill_unit(self, unit: Triple) -> None:
+        """Hand on what no patch of a unit is run for, once."""
+        if self._begun[unit]:
+            return
+        self._begun[unit] = True
+        if self._skipped is None:
+            return
+        for tile in self._tiling.tiles_of(unit):
+            if not self._turns(tile):
+                low, high = self._tiling.bounds(tile)
+                i, j, k = (b - a for a, b in zip(low, high, strict=True))
+                self._sink.put(low, self._skipped.fill((i, j, k)), skipped=i * j * k)
 
     def finish(self) -> None:
-        """Make sure that every patch came."""
-        if self._seen.all():
-            return
-        i, j, k = (int(n) for n in np.unravel_index(self._seen.argmin(), self._seen.shape))
-        missing = self._grid.at((i, j, k))
-        raise IncompleteCoverageError(
-            f"{int((~self._seen).sum())} of {self._seen.size} patches are missing, the first one from "
-            f"{missing.index_ini} to {missing.index_fin}; add every patch of the grid once"
-        )
+        """Make sure that every patch came, and hand on what none is run for."""
+        missing = self._awaited & ~self._seen
+        if missing.any():
+            i, j, k = (int(n) for n in np.unravel_index(missing.argmax(), missing.shape))
+            first = self._tiling.grid.at((i, j, k))
+            raise IncompleteCoverageError(
+                f"{int(missing.sum())} of {int(self._awaited.sum())} patches are missing, the first one from "
+                f"{first.index_ini} to {first.index_fin}; add every patch of the grid once"
+            )
+        for i, j, k in np.argwhere(self._wanted & ~self._begun).tolist():
+            self._fill_unit((i, j, k))
 
 
-class LooseBlend:
-    """Blends patches at any locations: weights are summed beside the voxels, and divided out at the end."""
+def _extent(voxels: torch.Tensor) -> Triple:
+    _, i, j, k = voxels.shape
+    return i, j, k
 
-    def __init__(
-        self,
-        spatial_shape: Triple,
-        mode: str,
-        patch_overlap: Triple,
-        sink: VolumeSink,
-        finalise: Finalise,
-        *,
-        output_shape: Triple | None = None,
-        fill: float | None = None,
-    ) -> None:
-        blending.check_overlap_mode(mode)
-        self._shape = output_shape or spatial_shape
-        self._factors = [m / n for m, n in zip(self._shape, spatial_shape, strict=True)]
-        self._overlap = [int(o * f) for o, f in zip(patch_overlap, self._factors, strict=True)]
-        self._mode = mode
-        self._sink = sink
-        self._finalise = finalise
-        self._fill = fill
-        self._sums: torch.Tensor | None = None
-        self._weights = torch.zeros(self._shape)
-        self.channels: int | None = None
+
+def _zeros_like(patch: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Zeros (C, I, J, K) of another extent, in the order in which the patch's voxels lie in memory."""
+    extents = len(patch), *shape
+    strides = patch.stride()
+    order = sorted(range(4), key=lambda axis: -strides[axis])
+    zeros = patch.new_zeros([extents[axis] for axis in order])
+    return zeros.permute([order.index(axis) for axis in range(4)])
+
+
+class Blend(Protocol):
+    """Takes in patches; ``channels`` is how many the first one had."""
+
+    channels: int | None
 
     def size_of(self, location: PatchLocation) -> Triple:
         """Extent of a patch in the output."""
-        return location.scaled(self._factors).size
 
     def add(self, patch: torch.Tensor, location: PatchLocation) -> None:
         """Take in a patch (C, I, J, K)."""
-        if self._sums is None:
-            dtype = accumulation_dtype(patch.dtype, self._mode)
-            self._sums = torch.zeros((len(patch), *self._shape), dtype=dtype)
-        box = location.scaled(self._factors)
-        low, high = list(box.clipped(self._shape).index_ini), list(box.clipped(self._shape).index_fin)
-        if self._mode == "crop":
-            spans = zip(box.index_ini, box.index_fin, self._overlap, self._shape, strict=True)
-            kept = [blending.kept_by_crop(a, b, o, 0, n) for a, b, o, n in spans]
-            low = [max(a, b) for a, (b, _) in zip(low, kept, strict=True)]
-            high = [min(a, b) for a, (_, b) in zip(high, kept, strict=True)]
-        if any(a >= b for a, b in zip(low, high, strict=True)):
-            return
-        part = patch[:, *_span(low, high, box.index)].to(self._sums.dtype)
-        here = _span(low, high, (0, 0, 0))
-        if self._mode == "crop":
-            self._sums[:, *here] = part
-            self._weights[here] = 1
-            return
-        window = self._window(box.size)[_span(low, high, box.index)]
-        self._sums[:, *here].addcmul_(part, window.to(self._sums.dtype))
-        self._weights[here] += window
-
-    def _window(self, size: Triple) -> torch.Tensor:
-        i, j, k = (torch.from_numpy(blending.window(self._mode, n)).float() for n in size)
-        return i[:, None, None] * j[:, None] * k
-
-    def finish(self) -> None:
-        """Divide by the weights and hand everything on."""
-        missing = (self._weights == 0).numpy()
-        if self._sums is None or (self._fill is None and missing.any()):
-            first = _first_box(missing)
-            raise IncompleteCoverageError(
-                f"no patch covers {int(missing.sum())} voxels, the first ones from {first.index_ini} to "
-                f"{first.index_fin}; add the patches that do, or say fill="
-            )
-        for start in range(0, self._shape[0], SLAB_VOXELS):
-            slab = slice(start, start + SLAB_VOXELS)
-            voxels = self._sums[:, slab]
-            if self._mode != "crop":
-                voxels = voxels / self._weights[slab].clamp(min=torch.finfo(torch.float32).tiny)
-            final = self._finalise(voxels)
-            if self._fill is not None:
-                final[:, torch.from_numpy(missing[slab])] = self._fill
-            self._sink.put((start, 0, 0), final)
 
 
-def _span(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
-    return tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))
-
-
-def _first_box(missing: NDArray[Any]) -> PatchLocation:
-    """A box of missing voxels about the first one, grown along K, then J, then I."""
-    i, j, k = (int(n) for n in np.unravel_index(missing.argmax(), missing.shape))
-    r = _run(np.asarray(missing[i, j, k:]))
-    q = _run(np.asarray(missing[i, j:, k : k + r].all(axis=1)))
-    p = _run(np.asarray(missing[i:, j : j + q, k : k + r].all(axis=(1, 2))))
-    return PatchLocation((i, j, k), (p, q, r))
-
-
-def _run(line: NDArray[Any]) -> int:
-    return len(line) if line.all() else int(line.argmin())
-
-
-def add_checked(
-    blend: SweptBlend | LooseBlend, batch: torch.Tensor, locations: Sequence[PatchLocation]
-) -> None:
+def add_checked(blend: Blend, batch: torch.Tensor, locations: Sequence[PatchLocation]) -> None:
     """Add a batch once its length and the shapes of its patches fit the locations."""
     if not isinstance(batch, torch.Tensor) or batch.ndim != 5:
         got = tuple(batch.shape) if isinstance(batch, torch.Tensor) else type(batch).__name__
         raise ModelError(f"a batch must be a tensor (B, C, I, J, K), not {got}")
     if len(batch) != len(locations):
         raise ModelError(f"a batch of {len(batch)} patches came with {len(locations)} locations")
-    batch = batch.detach().cpu()
+    batch = batch.detach()
     if blend.channels not in (None, batch.shape[1]):
         raise ModelError(f"a batch has {batch.shape[1]} channels where those before had {blend.channels}")
     blend.channels = batch.shape[1]

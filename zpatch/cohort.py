@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self, overload
 
 from zpatch.discovery import matches
 from zpatch.errors import OptionError, UnknownNameError
 from zpatch.geometry import Triple
-from zpatch.image import Image, stored_image
-from zpatch.schema import HISTOGRAM, ImageRecord, Json, check_name
-from zpatch.store import Store, open_store, read_small_array
+from zpatch.image import Image, ScalarImage, stored_image
+from zpatch.schema import HISTOGRAM, ROOT_DOCUMENT, ImageRecord, Json, check_name
+from zpatch.store import Store, is_store, open_store, read_small_array
 from zpatch.voxel_statistics import merged_statistics
 
 
@@ -239,3 +241,18 @@ class Cohort(Sequence[Subject]):
 
     def __repr__(self) -> str:
         return f"Cohort({str(self.store.path)!r}: {len(self)} subjects)"
+
+
+def open_subjects(path: Path, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Sequence[Subject]:
+    """The subjects of a store that fit some patterns; or of an image by itself, OME-Zarr or a Zarr array,
+    the one subject that is called as it is, with the image ``image``."""
+    is_zarr = (path / ROOT_DOCUMENT).exists() or any(path.glob(".z*"))
+    if is_store(path) or not is_zarr:
+        return Cohort(path).matching(include, exclude)
+    parts = [path.parent.name, path.name] if path.name.isdecimal() else [path.name]
+    name = "-".join(re.sub(r"(\.ome)?\.zarr$", "", part) for part in parts)
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip("._-") or "image"
+    subject = Subject(name=name, image=ScalarImage(path))
+    if include or exclude:
+        raise OptionError(f"{path} is one image; patterns of subjects go with a store")
+    return [subject]

@@ -179,7 +179,7 @@ def run_conversion(
             on_case(outcomes[-1])
         failed = [Failure(outcome.subject, outcome.reason) for outcome in outcomes if outcome.reason]
         if not plan.done and len(failed) == len(outcomes):
-            if writer.is_new:
+            if not writer.records:
                 writer.abandon()
             raise nothing_converted(plan.source, failed)
     return ConversionReport(store, tuple(outcomes), plan.done)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ Voxels = NDArray[Any]
 _SHARD, _WITHIN, _BOX, _PARTS, _COLUMNS = 0, 1, 3, 4, 16
 _MAP, _EXTENT = 0, slice(1, 3)
 _COMPILED_ITEMSIZES = (1, 2, 4, 8)
+_COMPILED_CODECS = ("none", "blosc")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,9 +47,21 @@ class GatherPlan:
     @classmethod
     def of(cls, array: ShardedArray, first: NDArray[np.int64], stop: NDArray[np.int64]) -> GatherPlan:
         """The plan for some boxes inside an array, each given by first voxel and stop, (boxes, 4)."""
+        return cls.over(array.chunks, array.shard_grid, first, stop, array.chunks_per_shard)
+
+    @classmethod
+    def over(
+        cls,
+        chunk_shape: Sequence[int],
+        shard_grid: Sequence[int],
+        first: NDArray[np.int64],
+        stop: NDArray[np.int64],
+        per_shard: Sequence[int] = (1, 1, 1, 1),
+    ) -> GatherPlan:
+        """The plan for boxes inside a grid of shards, each of which packs ``per_shard`` chunks."""
         if not len(first):
             return cls(np.zeros((0, _COLUMNS), np.int64))
-        chunks, per_shard = np.array(array.chunks), array.chunks_per_shard
+        chunks = np.array(chunk_shape)
         low = first // chunks
         steps = ((stop - 1) // chunks - low).max(axis=0) + 1
         # For each box, step from its first chunk on, and axis: what a row's columns are made of.
@@ -58,7 +71,7 @@ class GatherPlan:
         extent = np.minimum(origin + chunks, stop[:, None]) - start
         shard, within = np.divmod(position, per_shard)
         table = np.stack(
-            [start - origin, extent, start - first[:, None], shard * _strides(array.shard_grid),
+            [start - origin, extent, start - first[:, None], shard * _strides(shard_grid),
              within * _strides(per_shard)], axis=-1,
         )  # fmt: skip
         touched = extent > 0
@@ -74,6 +87,11 @@ class GatherPlan:
         for axis, part in enumerate(parts):
             rows[:, _PARTS + 3 * axis : _PARTS + 3 * axis + 3] = part[:, :3]
         return cls(rows[np.argsort(place[:, 0] * math.prod(per_shard) + place[:, 1], kind="stable")])
+
+    @property
+    def shards(self) -> NDArray[np.int64]:
+        """The shards that are touched, by their numbers in C order."""
+        return np.unique(self.rows[:, _SHARD])
 
     @property
     def chunk_starts(self) -> NDArray[np.int64]:
@@ -114,14 +132,40 @@ def gather(
     """
     maps, rows = _located(array, plan)
     at = 0
-    if _compiled is not None and _is_compiled(array, outs, scaling) and len(rows):
-        while (at := _gather_compiled(array, plan, at, rows, maps, outs, scaling)) < len(rows):
+    if array.codec.compressor in _COMPILED_CODECS and _is_compiled(array, outs, scaling) and len(rows):
+        while (at := _gather_compiled(array, at, rows, maps, outs, scaling)) < len(rows):
             starts = np.append(plan.chunk_starts, len(rows))  # this chunk is one for numcodecs
             stop = int(starts[np.searchsorted(starts, at, side="right")])
             _gather_in_python(array, plan, slice(at, stop), maps, outs, scaling)
             at = stop
     else:
         _gather_in_python(array, plan, slice(None), maps, outs, scaling)
+
+
+def copy_chunks(
+    chunks: Mapping[int, Voxels], plan: GatherPlan, outs: Sequence[Voxels], scaling: Scaling = UNSCALED
+) -> None:
+    """As ``gather``, from chunks that lie unpacked in memory, each under the number of its shard.
+
+    They are C-contiguous and of one shape, those at the array's end too.
+    """
+    if not len(plan.rows):
+        return
+    numbers, places = np.unique(plan.rows[:, _SHARD], return_inverse=True)
+    memory = [chunks[number] for number in numbers.tolist()]
+    one = memory[0]
+    if _is_compiled(one, outs, scaling):
+        rows = plan.rows.copy()
+        rows[:, _MAP] = places
+        rows[:, _EXTENT] = 0, one.nbytes
+        c, z, y, x = one.shape
+        _compiled(
+            rows, 0, memory, outs, (c, z, y, x), one.itemsize, "none", _scaled_from(one, outs), *scaling
+        )
+        return
+    for row in plan.rows.tolist():
+        source, target = _slices(row)
+        scaling.write(chunks[row[_SHARD]][source], outs[row[_BOX]][target])
 
 
 def _located(array: ShardedArray, plan: GatherPlan) -> tuple[list[MappedShard], NDArray[np.int64]]:
@@ -151,16 +195,16 @@ def _located(array: ShardedArray, plan: GatherPlan) -> tuple[list[MappedShard], 
     return maps, rows
 
 
-def writes_directly(array: ShardedArray, dtype: np.dtype[Any], scaling: Scaling) -> bool:
+def writes_directly(array: ShardedArray | Voxels, dtype: np.dtype[Any], scaling: Scaling) -> bool:
     """Whether values of a type are best made as chunks are copied, and not of whole boxes afterwards."""
     if scaling == UNSCALED and dtype == array.dtype:
         return True
     return dtype == np.float32 and array.dtype.str[1:] in COMPILED_TYPES
 
 
-def _is_compiled(array: ShardedArray, outs: Sequence[Voxels], scaling: Scaling) -> bool:
+def _is_compiled(array: ShardedArray | Voxels, outs: Sequence[Voxels], scaling: Scaling) -> bool:
     return (
-        array.codec.compressor in ("none", "blosc")
+        _compiled is not None
         and array.dtype.isnative
         and array.dtype.itemsize in _COMPILED_ITEMSIZES
         and all(writes_directly(array, dtype, scaling) for dtype in {out.dtype for out in outs})
@@ -170,7 +214,6 @@ def _is_compiled(array: ShardedArray, outs: Sequence[Voxels], scaling: Scaling) 
 
 def _gather_compiled(
     array: ShardedArray,
-    plan: GatherPlan,
     start: int,
     rows: NDArray[np.int64],
     maps: Sequence[MappedShard],
@@ -189,10 +232,14 @@ def _gather_compiled(
         array.chunks,
         array.dtype.itemsize,
         array.codec.compressor,
-        "" if outs[0].dtype == array.dtype else array.dtype.str[1:],
+        _scaled_from(array, outs),
         *scaling,
     )
     return at
+
+
+def _scaled_from(array: ShardedArray | Voxels, outs: Sequence[Voxels]) -> str:
+    return "" if outs[0].dtype == array.dtype else array.dtype.str[1:]
 
 
 def _gather_in_python(

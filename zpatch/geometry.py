@@ -157,11 +157,23 @@ def check_patch_fits(patch_size: Triple, spatial_shape: Triple, subject: str) ->
             )
 
 
-def crop_affine(affine: Affine, index: Sequence[int]) -> Affine:
+def crop_affine(affine: Affine, index: Sequence[float] | Affine) -> Affine:
     """The affine of a patch whose first voxel is ``index``: the origin moves, the axes do not."""
     moved = np.array(affine, dtype=np.float64)
     moved[:3, 3] += moved[:3, :3] @ np.asarray(index, dtype=np.float64)
     return moved
+
+
+def resized_affine(affine: Affine, shape: Triple, new_shape: Triple) -> Affine:
+    """The affine of the same volume in another number of voxels, whose edges stay where they are.
+
+    >>> resized_affine(np.eye(4), (4, 4, 4), (2, 4, 4))[0].tolist()
+    [2.0, 0.0, 0.0, 0.5]
+    """
+    factors = np.array(shape) / new_shape
+    resized = crop_affine(affine, (factors - 1) / 2)
+    resized[:3, :3] *= factors
+    return resized
 
 
 def spacing_mm(affine: Affine) -> tuple[float, float, float]:

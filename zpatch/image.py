@@ -201,6 +201,10 @@ class Image:
             return plain.map(lambda array: array.astype(Scaling(2.0).dtype_of(array.dtype)))
         return type(self)(dataclasses.replace(self._opened, scaling=scaling), affine=self._affine)
 
+    def with_source(self, source: VoxelSource) -> Self:
+        """The same image, its unscaled voxels read from elsewhere."""
+        return type(self)(dataclasses.replace(self._opened, source=source), affine=self._affine)
+
     def remembered(self, key: Any, make: Callable[[], T]) -> T:
         """What was made of this image before under a key, or else is made now."""
         if key not in self._remembered:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +17,77 @@ from zpatch.grid import chunk_counts, covering_chunks
 from zpatch.schema import ImageRecord, Json, Source, padded_to_4d
 from zpatch.store_writer import StagedImage
 from zpatch.voxel_index import index_builder
-from zpatch.voxel_statistics import VoxelStatistics
+from zpatch.voxel_statistics import State, VoxelStatistics
 
 Shard = tuple[int, int, int, int]
+
+
+class ImageTally:
+    """What is learnt of an image from its shards, each seen once: statistics and index.
+
+    ``where`` names the image in errors.
+    """
+
+    def __init__(self, record: ImageRecord, where: str) -> None:
+        self._record = record
+        self._shards = padded_to_4d(record.shards)
+        self._statistics = VoxelStatistics(np.dtype(record.dtype))
+        self._index = index_builder(record, where)
+
+    def update(self, shard: Shard, voxels: NDArray[Any]) -> None:
+        """Take in a shard, whole: ``voxels`` is (c, z, y, x), clipped to the image."""
+        c, z, y, x = (n * s for n, s in zip(shard, self._shards, strict=True))
+        self._statistics.update(voxels, (z, y, x))
+        self._index.update(voxels, (c, z, y, x))
+
+    @contextlib.contextmanager
+    def counting(self, shard: Shard, voxels: NDArray[Any]) -> Iterator[None]:
+        """Take in a shard beside what the caller does with it.
+
+        Counting and compressing each leave the interpreter free for much of their time.
+        """
+        with ThreadPoolExecutor(1, thread_name_prefix="zpatch-statistics") as counter:
+            counted = counter.submit(self.update, shard, voxels)
+            yield
+            counted.result()
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """What was learnt so far, as small arrays to be kept."""
+        return self._statistics.state() | self._index.state()
+
+    def merge(self, state: State) -> None:
+        """Take in what was learnt elsewhere from other shards of the image."""
+        self._statistics.merge(state)
+        self._index.merge(state)
+
+    def finish(
+        self,
+        stage: StagedImage,
+        raw_header: bytes,
+        *,
+        warnings: Sequence[str] = (),
+        source: Source | None = None,
+        skipped: int = 0,
+    ) -> ImageRecord:
+        """Write all of an image but its voxels, and return its record with statistics and seals.
+
+        ``skipped`` is how many voxels were filled and not predicted.
+        """
+        record = self._record
+        stats = self._statistics.result(record.slope, record.inter) | self._index.statistics()
+        if skipped:
+            stats["skipped"] = skipped
+        stage.write_raw_header(raw_header)
+        stage.write_index(self._index.tables())
+        if record.kind != "label":
+            stage.write_histogram(self._statistics.histogram(record.slope, record.inter))
+        warned = (*warnings, *_voxel_warnings(stats))
+        return stage.finish(dataclasses.replace(record, stats=stats, warnings=warned, source=source))
+
+
+def _voxel_warnings(stats: Json) -> list[str]:
+    words = {"nan": "NaN", "inf": "infinite"}
+    return [f"{stats[key]} voxels are {word}" for key, word in words.items() if stats[key]]
 
 
 class ImageWriter:
@@ -29,46 +99,34 @@ class ImageWriter:
     def __init__(self, stage: StagedImage, record: ImageRecord, where: str) -> None:
         self.stage = stage
         self.record = record
-        self._shards = padded_to_4d(record.shards)
-        self._statistics = VoxelStatistics(np.dtype(record.dtype))
-        self._index = index_builder(record, where)
-        self._counter = ThreadPoolExecutor(1, thread_name_prefix="zpatch-statistics")
+        self._tally = ImageTally(record, where)
+        self._skipped = 0
 
-    def write_shard(self, shard: Shard, voxels: NDArray[Any]) -> None:
+    def write_shard(self, shard: Shard, voxels: NDArray[Any], *, skipped: int = 0) -> None:
         """Write one shard, whole: ``voxels`` is (c, z, y, x), clipped to the image."""
-        # Counting and compressing each leave the interpreter free for much of their time.
-        counted = self._counter.submit(self._count, shard, voxels)
-        try:
+        with self._tally.counting(shard, voxels):
             self.stage.write_shard(self.record, shard, voxels)
-        finally:
-            counted.result()
-
-    def _count(self, shard: Shard, voxels: NDArray[Any]) -> None:
-        c, z, y, x = (n * s for n, s in zip(shard, self._shards, strict=True))
-        self._statistics.update(voxels, (z, y, x))
-        self._index.update(voxels, (c, z, y, x))
+        self._skipped += skipped
 
     def finish(
         self, raw_header: bytes, warnings: Sequence[str] = (), source: Source | None = None
     ) -> ImageRecord:
         """Write all but the voxels, and return the record with statistics and seals."""
-        self._counter.shutdown()
-        stats = self._statistics.result(self.record.slope, self.record.inter)
-        stats |= self._index.statistics()
-        self.stage.write_raw_header(raw_header)
-        self.stage.write_index(self._index.tables())
-        if self.record.kind != "label":
-            self.stage.write_histogram(self._statistics.histogram(self.record.slope, self.record.inter))
-        warned = (*warnings, *_voxel_warnings(stats))
-        self.record = self.stage.finish(
-            dataclasses.replace(self.record, stats=stats, warnings=warned, source=source)
+        self.record = self._tally.finish(
+            self.stage, raw_header, warnings=warnings, source=source, skipped=self._skipped
         )
         return self.record
 
 
-def _voxel_warnings(stats: Json) -> list[str]:
-    words = {"nan": "NaN", "inf": "infinite"}
-    return [f"{stats[key]} voxels are {word}" for key, word in words.items() if stats[key]]
+class UnitWriter(Protocol):
+    """Writes whole shards of an image."""
+
+    @property
+    def record(self) -> ImageRecord:
+        """What is written."""
+
+    def write_shard(self, shard: Shard, voxels: NDArray[Any], *, skipped: int = 0) -> None:
+        """Write one shard, whole: ``voxels`` is (c, z, y, x), ``skipped`` of them not predicted."""
 
 
 class WriteUnits:
@@ -77,44 +135,61 @@ class WriteUnits:
     The boxes come in any order and must not overlap; memory is that of the shards begun and not complete.
     """
 
-    def __init__(self, writer: ImageWriter) -> None:
+    def __init__(self, writer: UnitWriter) -> None:
         self._writer = writer
         record = writer.record
         self._shape = record.shape_czyx
         self._shards = padded_to_4d(record.shards)
         self._dtype = np.dtype(record.dtype)
-        self._open: dict[Shard, tuple[NDArray[Any], int]] = {}
+        self._open: dict[Shard, _Unit] = {}
 
-    def put(self, first: tuple[int, int, int], voxels: NDArray[Any]) -> None:
-        """Take in final voxels (c, z, y, x), all channels, that start at ``first`` (z, y, x)."""
+    def put(self, first: tuple[int, int, int], voxels: NDArray[Any], *, skipped: int = 0) -> None:
+        """Take in final voxels (c, z, y, x), all channels, that start at ``first`` (z, y, x).
+
+        ``skipped`` of them were filled and not predicted; such boxes lie in one unit.
+        """
         low = np.array([(0, *first)], dtype=np.int64)
         high = low + np.array(voxels.shape)
         numbers, _ = covering_chunks(low, high, self._shape, self._shards)
         grid = chunk_counts(self._shape, self._shards)
         for number in numbers.tolist():
             c, z, y, x = (int(n) for n in np.unravel_index(number, grid))
-            self._fill((c, z, y, x), low[0], high[0], voxels)
+            self._fill((c, z, y, x), low[0], high[0], voxels, skipped)
 
     def _fill(
-        self, shard: Shard, low: NDArray[np.int64], high: NDArray[np.int64], voxels: NDArray[Any]
+        self,
+        shard: Shard,
+        low: NDArray[np.int64],
+        high: NDArray[np.int64],
+        voxels: NDArray[Any],
+        skipped: int,
     ) -> None:
         origin = np.multiply(shard, self._shards)
         extent = np.minimum(origin + self._shards, self._shape) - origin
         if shard not in self._open:
-            self._open[shard] = np.empty(extent, dtype=self._dtype), math.prod(extent.tolist())
-        unit, awaited = self._open[shard]
+            self._open[shard] = _Unit(np.empty(extent, dtype=self._dtype), math.prod(extent.tolist()))
+        unit = self._open[shard]
         a, b = np.maximum(low, origin), np.minimum(high, origin + extent)
-        unit[_slices(a - origin, b - origin)] = voxels[_slices(a - low, b - low)]
-        awaited -= math.prod((b - a).tolist())
-        self._open[shard] = unit, awaited
-        if awaited == 0:
-            self._writer.write_shard(shard, unit)
+        unit.voxels[_slices(a - origin, b - origin)] = voxels[_slices(a - low, b - low)]
+        unit.awaited -= math.prod((b - a).tolist())
+        unit.skipped += skipped
+        if unit.awaited == 0:
             del self._open[shard]
+            self._writer.write_shard(shard, unit.voxels, skipped=unit.skipped)
 
     @property
     def complete(self) -> bool:
         """Whether no shard is left begun."""
         return not self._open
+
+
+@dataclass(slots=True)
+class _Unit:
+    """A unit that awaits so many voxels."""
+
+    voxels: NDArray[Any]
+    awaited: int
+    skipped: int = 0
 
 
 def _slices(low: NDArray[np.int64], high: NDArray[np.int64]) -> tuple[slice, ...]:

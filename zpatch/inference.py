@@ -1,113 +1,39 @@
-"""A network over whole volumes: grid -> reader -> model -> blending -> store."""
+"""``predict``: a network over whole volumes, planned, resumable, on one machine or many.
+
+grid -> reader -> network -> blending -> write units -> store. Planning runs the network on one patch, to see
+what it gives; all else follows from shapes.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import itertools
+import math
 import os
-import sys
+import resource
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from zpatch import schema
-from zpatch.accumulation import SweptBlend, add_checked
-from zpatch.blending import check_overlap_mode
+from zpatch.accumulation import accumulation_dtype
+from zpatch.chunk_cache import CachedSource, cached
 from zpatch.cohort import Cohort, Subject
-from zpatch.errors import ModelError, OptionError, StoreExistsError, ZpatchError
-from zpatch.geometry import PatchLocation, Triple, patch_overlap_triple, patch_size_triple
-from zpatch.grid import PatchGrid
-from zpatch.image import Image
-from zpatch.padding import check_padding_mode
-from zpatch.reduction import Reduction, check_reduction, kind_of, reduce_channels
-from zpatch.scheduling import Progress, read_ahead
-from zpatch.store import read_small_array
-from zpatch.store_writer import StoreWriter, check_can_create
-from zpatch.volume_sink import ImageSink
+from zpatch.errors import ModelError, OptionError
+from zpatch.image import Image, read_together
+from zpatch.memory import parse_bytes
+from zpatch.network import Model, Network, torch_device
+from zpatch.normalization import Normalize
+from zpatch.prediction_jobs import run_prediction
+from zpatch.prediction_plan import Head, MaskFunction, PredictionPlan, PredictOptions
+from zpatch.prediction_regions import grid_over, plan_subject
+from zpatch.reduction import Reduction, reduce_channels
+from zpatch.scheduling import Progress
+from zpatch.store_writer import check_can_create
+from zpatch.tiles import Bools
 
-READ_TOGETHER = 8
-DEFAULT_OUTPUT = "prediction"
-
-Model = Callable[[torch.Tensor], Any]
-
-
-def load_model(spec: str) -> Model:
-    """A network by name, as ``zpatch predict --model`` takes it.
-
-    ``package.module:factory`` is called without arguments and gives the network; a ``.pt2`` file is one of
-    torch.export, any other file TorchScript.
-    """
-    module_name, colon, factory = spec.partition(":")
-    try:
-        if Path(spec).is_file():
-            if spec.endswith(".pt2"):
-                return torch.export.load(spec).module()
-            return torch.jit.load(spec, map_location="cpu")  # type: ignore[no-untyped-call, no-any-return]
-        if not colon:
-            raise ModelError(f"model {spec!r} is no file; name one, or a factory as package.module:factory")
-        sys.path.insert(0, os.getcwd())
-        model = getattr(importlib.import_module(module_name), factory)()
-    except ZpatchError:
-        raise
-    except Exception as error:  # a user's module may fail in any way
-        raise ModelError(f"model {spec!r} cannot be loaded: {type(error).__name__}: {error}") from error
-    if not callable(model):
-        raise ModelError(f"model {spec!r} gave {type(model).__name__}, which cannot be called")
-    return model  # type: ignore[no-any-return]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PredictionPlan:
-    """What a prediction will do to one subject. ``swept_axis`` is the longest, so that the front is small."""
-
-    subject: Subject
-    images: tuple[Image, ...]
-    grid: PatchGrid
-    swept_axis: int
-
-    @classmethod
-    def of(
-        cls, subject: Subject, names: Sequence[str], size: Triple, overlap: Triple, *, border: bool
-    ) -> PredictionPlan:
-        """Plan the patches of a subject; a volume smaller than the patch is padded up to it."""
-        images = tuple(subject[name] for name in names)
-        shapes = {image.spatial_shape for image in images}
-        if len(shapes) > 1:
-            raise OptionError(f"the images {', '.join(names)} of {subject.name!r} differ in shape: {shapes}")
-        shape = shapes.pop()
-        grid = PatchGrid.over(shape, size, overlap, border=border)
-        return cls(subject, images, grid, max(range(3), key=lambda axis: (shape[axis], axis)))
-
-
-def plan_prediction(
-    subjects: Sequence[Subject],
-    image: str | Sequence[str],
-    patch_size: int | Sequence[int],
-    patch_overlap: int | Sequence[int] = 0,
-    padding_mode: str | None = None,
-) -> list[PredictionPlan]:
-    """The plan of each subject; nothing is read or written."""
-    names = [image] if isinstance(image, str) else list(image)
-    if not names:
-        raise OptionError("image= names no image to predict from")
-    size = patch_size_triple(patch_size)
-    overlap = patch_overlap_triple(patch_overlap, size)
-    check_padding_mode(padding_mode)
-    if not len(subjects):
-        raise OptionError("there is no subject to predict")
-    for name, times in Counter(subject.name for subject in subjects).items():
-        if times > 1:
-            raise OptionError(f"{times} subjects are called {name!r}; give each a name of its own")
-    return [
-        PredictionPlan.of(subject, names, size, overlap, border=padding_mode is not None)
-        for subject in subjects
-    ]
+ROWS_OF_A_REGION = 4  # rows of patches along the swept axis, at least, where a cluster shares the work
 
 
 def predict(
@@ -123,184 +49,155 @@ def predict(
     batch_size: int = 1,
     device: str | torch.device = "auto",
     amp: bool = False,
+    tta: bool = False,
     padding_mode: str | None = None,
+    normalize: str | None = None,
+    mask: str | MaskFunction | None = None,
+    fill: float = 0,
+    max_memory: int | str | None = None,
+    jobs: int = 1,
+    scheduler: str | None = None,
+    resume: bool = True,
     overwrite: bool = False,
     progress: Progress = lambda patches: None,
 ) -> Cohort:
-    """Run a network over every subject and write its blended output into a new store.
+    """Run a network over every subject and write its blended output into a store.
 
-    The network takes (B, C, I, J, K) float32 and gives a tensor of the same spatial shape, kept as the image
-    ``prediction``, or a dict of such tensors, kept under their keys. Several names in ``image`` are
-    stacked as channels. A volume smaller than the patch is padded up to it by its edge and cropped back;
-    nothing else is padded unless ``padding_mode`` says so. ``device="auto"`` takes a GPU where there is one;
-    ``amp`` runs the network in torch's autocast. ``progress`` is told the patches done.
+    The network takes (B, C, I, J, K) float32 and gives a tensor, kept as the image ``prediction``, or a dict
+    of tensors, kept under their keys; one that makes patches smaller or larger gives an image as much smaller
+    or larger. Several names in ``image`` are stacked as channels; ``normalize`` (``zscore`` or ``clip``)
+    scales each by its stored statistics. A volume smaller than the patch is padded up to it by its edge and
+    cropped back; nothing else is padded unless ``padding_mode`` says so. ``device="auto"`` takes a GPU where
+    there is one; ``amp`` runs the network in torch's autocast, ``tta`` averages it over all flips.
 
-    Each chunk of the output is reduced and written once, when its last patch has come; memory is that of the
-    front, whatever the volume's size. Returns the predictions as a cohort.
+    ``mask`` names an image, or is a function ``(subject, location) -> bool``: patches that lie wholly outside
+    are not run, and voxels that no patch was run for get ``fill``; those inside the mask are as without it.
+
+    Each write unit of the output is reduced and written once, when its last patch has come. Memory is that of
+    the front, planned beforehand; ``max_memory`` (bytes, or as in "2 GiB") is kept, if need be by running
+    some patches twice, or refused with MemoryLimitError. ``jobs`` local processes, or the Dask cluster at
+    ``scheduler``, share the volumes out and give the same bytes as one. An output that was begun is gone on
+    with, and refused if model, options or inputs are others (``resume=False`` refuses any); ``overwrite``
+    starts over. ``progress`` is told the patches done. Returns the predictions as a cohort.
     """
-    check_overlap_mode(overlap_mode)
-    check_reduction(reduce)
-    if batch_size < 1:
-        raise OptionError(f"batch_size must be at least 1, not {batch_size}")
-    check_can_create(Path(output), overwrite=overwrite)
-    plans = plan_prediction(subjects, image, patch_size, patch_overlap, padding_mode)
-    _refuse_own_input(plans, Path(output))
-    target = _device(device)
-    attributes = {
-        "tool": "zpatch predict",
-        "expected_subjects": [plan.subject.name for plan in plans],
-        "prediction": {
-            "image": image if isinstance(image, str) else list(image),
-            "patch_size": list(plans[0].grid.patch_size),
-            "patch_overlap": list(plans[0].grid.patch_overlap),
-            "overlap_mode": overlap_mode,
-            "reduce": repr(reduce),
-        },
-    }
-    with (
-        _evaluating(model, target),
-        StoreWriter.create(Path(output), attributes, overwrite=overwrite) as writer,
-    ):
-        for plan in plans:
-            run = _Run(plan, writer, overlap_mode, reduce)
-            run.carry_out(model, batch_size, target, amp, padding_mode or "edge", progress)
-    return Cohort(output)
+    options = PredictOptions.of(
+        image=image,
+        patch_size=patch_size,
+        patch_overlap=patch_overlap,
+        overlap_mode=overlap_mode,
+        reduce=reduce,
+        batch_size=batch_size,
+        padding_mode=padding_mode,
+        normalize=normalize,
+        mask=mask,
+        fill=fill,
+        max_memory=max_memory,
+        jobs=jobs,
+        scheduler=scheduler,
+    )
+    check_can_create(Path(output), overwrite=overwrite, resume=resume)
+    network = Network(model, torch_device(device), amp=amp, tta=tta)
+    plans = plan_prediction(network, subjects, options)
+    return run_prediction(network, plans, output, options, overwrite=overwrite, progress=progress)
 
 
-def _refuse_own_input(plans: Sequence[PredictionPlan], output: Path) -> None:
-    target = output.resolve()
-    folders = {image.folder.resolve() for plan in plans for image in plan.images if image.folder}
-    if any(folder.is_relative_to(target) for folder in folders):
-        raise StoreExistsError(f"{output}: it is the store that is read; choose another output")
+def plan_prediction(
+    network: Network, subjects: Sequence[Subject], options: PredictOptions
+) -> list[PredictionPlan]:
+    """The plan of each subject; nothing is written. The network is run on one patch of the first subject."""
+    if not len(subjects):
+        raise OptionError("there is no subject to predict")
+    for name, times in Counter(subject.name for subject in subjects).items():
+        schema.check_name(name, "subject")
+        if times > 1:
+            raise OptionError(f"{times} subjects are called {name!r}; give each a name of its own")
+    heads = probe(network, subjects[0], options)
+    limit = None
+    if options.max_memory is not None:
+        processes = 1 + (options.jobs if options.jobs > 1 else 0)
+        limit = parse_bytes(options.max_memory) - processes * _resident_bytes()
+    plans = []
+    for subject in subjects:
+        images = _images(subject, options)
+        grid = grid_over(images[0].spatial_shape, options)
+        slabs = math.ceil(options.jobs / len(subjects))
+        if options.scheduler is not None and options.jobs == 1:
+            slabs = max(1, max(grid.counts) // ROWS_OF_A_REGION)
+        skipped = _outside_mask(subject, options)
+        plans.append(plan_subject(subject, images, heads, options, slabs=slabs, limit=limit, skipped=skipped))
+    return plans
 
 
-def _device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(device)
-    except RuntimeError:
+def _images(subject: Subject, options: PredictOptions) -> list[Image]:
+    images = [subject[name] for name in options.image]
+    shapes = {image.spatial_shape for image in images}
+    if len(shapes) > 1:
         raise OptionError(
-            f"device must be auto, cpu, cuda, cuda:1 or another of torch's, not {device!r}"
-        ) from None
-
-
-@contextlib.contextmanager
-def _evaluating(model: Model, device: torch.device) -> Iterator[None]:
-    """Put a network on the device and into evaluation mode, and back into its mode at the end."""
-    if not isinstance(model, torch.nn.Module):
-        yield
-        return
-    model.to(device)
-    modes = {module: module.training for module in model.modules()}
-    with contextlib.suppress(NotImplementedError):  # an exported program has its mode fixed
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-class _Run:
-    """One subject on its way through the network into the store."""
-
-    def __init__(
-        self, plan: PredictionPlan, writer: StoreWriter, overlap_mode: str, reduce: Reduction
-    ) -> None:
-        self._plan = plan
-        self._writer = writer
-        self._overlap_mode = overlap_mode
-        self._reduce = reduce
-        self._heads: dict[str, tuple[SweptBlend, ImageSink]] = {}
-
-    def carry_out(
-        self,
-        model: Model,
-        batch_size: int,
-        device: torch.device,
-        amp: bool,
-        padding_mode: str,
-        progress: Progress,
-    ) -> None:
-        try:
-            with torch.inference_mode(), torch.autocast(device.type, enabled=amp):
-                for locations, inputs in read_ahead(self._batches(batch_size, padding_mode)):
-                    outputs = self._apply(model, inputs.to(device), locations)
-                    self._add(outputs, locations)
-                    progress(len(locations))
-            for blend, _ in self._heads.values():
-                blend.finish()
-            self._writer.commit([(sink.stage.folder, sink.finish()) for _, sink in self._heads.values()])
-        finally:
-            for _, sink in self._heads.values():
-                sink.stage.discard()
-
-    def _batches(
-        self, batch_size: int, padding_mode: str
-    ) -> Iterator[tuple[list[PatchLocation], torch.Tensor]]:
-        """Batches in sweep order; patches of several batches are read together, as they share chunks."""
-        locations = self._plan.grid.locations(self._plan.swept_axis)
-        together = batch_size * max(1, READ_TOGETHER // batch_size)
-        while group := list(itertools.islice(locations, together)):
-            channels = [image.read_group(group, padding_mode=padding_mode) for image in self._plan.images]
-            for first in range(0, len(group), batch_size):
-                part = slice(first, first + batch_size)
-                stacked = [
-                    np.concatenate(images) for images in zip(*(c[part] for c in channels), strict=True)
-                ]
-                yield group[part], _batch_of(stacked)
-
-    def _apply(
-        self, model: Model, inputs: torch.Tensor, locations: Sequence[PatchLocation]
-    ) -> dict[str, torch.Tensor]:
-        try:
-            outputs = model(inputs)
-        except Exception as error:  # a network may fail in any way; say where it did
-            raise ModelError(
-                f"the model failed on subject {self._plan.subject.name!r}, patches at "
-                f"{', '.join(str(location.index) for location in locations)}, given {tuple(inputs.shape)}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        heads = dict(outputs) if isinstance(outputs, Mapping) else {DEFAULT_OUTPUT: outputs}
-        return {str(key): tensor for key, tensor in heads.items()}
-
-    def _add(self, outputs: Mapping[str, torch.Tensor], locations: Sequence[PatchLocation]) -> None:
-        try:
-            for key, tensor in outputs.items():
-                add_checked(self._head(key), tensor, locations)
-        except ModelError as error:
-            raise ModelError(f"subject {self._plan.subject.name!r}: {error}") from error
-
-    def _head(self, key: str) -> SweptBlend:
-        if key not in self._heads:
-            sink = self._sink(key)
-            blend = SweptBlend(
-                self._plan.grid, self._overlap_mode, sink, lambda v: reduce_channels(v, self._reduce)
-            )
-            self._heads[key] = blend, sink
-        return self._heads[key][0]
-
-    def _sink(self, key: str) -> ImageSink:
-        schema.check_name(key, "output")
-        first = self._plan.images[0]
-        header = None
-        if first.folder and first.record and first.record.orientation.is_identity:
-            header = read_small_array(first.folder, schema.RAW_HEADER, first.record.files).tobytes()
-        return ImageSink(
-            self._writer.stage(),
-            subject=self._plan.subject.name,
-            name=key,
-            kind=kind_of(self._reduce),
-            spatial_shape=first.spatial_shape,
-            affine=first.affine,
-            swept_axis=self._plan.swept_axis,
-            like_header=header,
-            like_record=first.record,
+            f"the images {', '.join(options.image)} of {subject.name!r} differ in shape: {shapes}"
         )
+    return images if options.normalize is None else list(map(Normalize(options.normalize), images))
 
 
-def _batch_of(patches: list[np.ndarray[Any, np.dtype[Any]]]) -> torch.Tensor:
-    """A float32 batch (B, C, I, J, K) of patches (C, I, J, K), stacked along their memory."""
-    stored = np.stack([patch.transpose(0, 3, 2, 1) for patch in patches]).astype(np.float32, copy=False)
-    return torch.from_numpy(stored).permute(0, 1, 4, 3, 2)
+def _resident_bytes() -> int:
+    """What this process holds already, beside mapped files."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def probe(network: Network, subject: Subject, options: PredictOptions) -> tuple[Head, ...]:
+    """What a network gives for the first patch of a subject: its heads, and what is kept of each."""
+    images = _images(subject, options)
+    location = grid_over(images[0].spatial_shape, options).at((0, 0, 0))
+    mode = options.padding_mode or "edge"
+    patches = [found[0].astype(np.float32) for found in read_together(images, [location], padding_mode=mode)]
+    with network.running():
+        outputs = network(torch.from_numpy(np.concatenate(patches)[None]), subject.name, [location])
+        try:
+            return tuple(_head(name, output, options) for name, output in outputs.items())
+        except ModelError as error:
+            raise ModelError(f"subject {subject.name!r}: {error}") from error
+
+
+def _head(name: str, output: torch.Tensor, options: PredictOptions) -> Head:
+    schema.check_name(name, "output")
+    if not isinstance(output, torch.Tensor) or output.ndim != 5 or len(output) != 1:
+        got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise ModelError(f"the model must give a tensor (B, C, I, J, K) for a batch, not {got} for one patch")
+    _, channels, i, j, k = output.shape
+    if any(q == 0 or (p % q and q % p) for p, q in zip(options.patch_size, (i, j, k), strict=True)):
+        raise ModelError(
+            f"the model made {(i, j, k)} of a patch of {options.patch_size}; it must keep the patch's "
+            f"shape, or make it smaller or larger by whole factors"
+        )
+    dtype = accumulation_dtype(output.dtype, options.overlap_mode)
+    kept = reduce_channels(output[0].to(dtype), options.reduce).cpu()
+    return Head(name, channels, dtype.itemsize, (i, j, k), len(kept), kept.numpy().dtype.str)
+
+
+def _outside_mask(subject: Subject, options: PredictOptions) -> Bools | None:
+    """Which patches lie wholly outside the mask."""
+    mask = options.mask
+    if mask is None:
+        return None
+    grid = grid_over(subject[options.image[0]].spatial_shape, options)
+    outside = np.ones(grid.counts, dtype=bool)
+    if callable(mask):
+        for position in np.ndindex(grid.counts):
+            outside[position] = not mask(subject, grid.at(position))
+        return outside
+    image = subject[mask]
+    if image.spatial_shape != grid.spatial_shape:
+        raise OptionError(
+            f"the mask {mask!r} of {subject.name!r} is {image.spatial_shape}, the image {grid.spatial_shape}"
+        )
+    i, j, k = map(range, grid.counts)
+    source = cached(image.source, grid, 0, (i, j, k))
+    image = image.with_source(source)
+    for position in np.ndindex(grid.counts):
+        outside[position] = not image.read(grid.at(position).clipped(grid.spatial_shape)).any()
+        if isinstance(source, CachedSource):
+            source.done(position)
+    return outside

@@ -115,20 +115,31 @@ def _tile_plane(
 
 
 def plan_output_layout(
-    shape: tuple[int, ...], itemsize: int, *, swept_axis: int, chunk: int = CHUNK_VOXELS
+    shape: tuple[int, ...],
+    itemsize: int,
+    *,
+    swept_axis: int,
+    chunk: int = CHUNK_VOXELS,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Layout:
     """Chunks and shards of an image that is written while a front sweeps along one spatial axis.
 
     ``shape`` is ``(c, z, y, x)``, ``swept_axis`` 0, 1 or 2 for z, y or x. A shard is one chunk thick along
-    it, so that it is complete soon after the front has passed.
+    it, so that it is complete soon after the front has passed. Chunks of a plane are wider, so that they
+    hold as many voxels as others.
+
+    >>> plan_output_layout((1, 1, 30000, 40000), 1, swept_axis=2).chunks
+    (1, 1, 256, 256)
     """
     channels, *spatial = shape
     size = [min(chunk, n) for n in spatial]
+    while math.prod(size) < chunk**3 and any(map(int.__lt__, size, spatial)):
+        size = [min(2 * s, n) for s, n in zip(size, spatial, strict=True)]
     shard = [
         c if axis == swept_axis else _round_up(n, c)
         for axis, (n, c) in enumerate(zip(spatial, size, strict=True))
     ]
-    while channels * math.prod(shard) * itemsize > SHARD_BYTES:
+    while channels * math.prod(shard) * itemsize > shard_bytes:
         widest = max(range(3), key=lambda axis: shard[axis] // size[axis])
         if shard[widest] == size[widest]:
             break

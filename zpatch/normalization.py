@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from zpatch.errors import OptionError
 from zpatch.image import Image
@@ -28,7 +28,7 @@ class Normalize:
 
     def __init__(
         self,
-        mode: Literal["zscore", "clip"] = "zscore",
+        mode: str = "zscore",
         *,
         statistics: Mapping[str, Any] | None = None,
         foreground: bool = False,

@@ -30,6 +30,7 @@ AXES = ("zyx", "czyx", "tzyx")
 ROOT_DOCUMENT = "zarr.json"
 MANIFEST = "manifest.jsonl"
 STAGING = ".staging"
+UNFINISHED = ".unfinished"
 LOCK = ".lock"
 RAW_HEADER = "nifti"
 INDEX = "index"
@@ -153,7 +154,8 @@ class ImageRecord:
     turn them into values. ``affine`` maps (I, J, K) to mm and came from ``affine_source``.
     ``source_dtype`` is the type in the source file where voxels were cast, ``colours`` how many channels
     are one voxel there (3 of RGB). ``orientation`` is how the volume was turned from its file. ``levels``
-    are coarser ones, each half of the one before. ``stats`` are of scaled values.
+    are coarser ones, each half of the one before. ``stats`` are of scaled values. ``inputs`` is a digest
+    of what a prediction was made from.
     ``files`` covers every file of the image's group, by its path in it.
     """
 
@@ -180,6 +182,7 @@ class ImageRecord:
     stats: Json = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     source: Source | None = None
+    inputs: str | None = None
     files: Mapping[str, FileSeal] = field(default_factory=dict)
 
     @property

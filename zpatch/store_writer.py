@@ -60,12 +60,13 @@ class StoreWriter:
         self,
         path: Path,
         lock: IO[str],
+        attributes: Json,
+        records: Mapping[Key, ImageRecord] = MappingProxyType({}),
         documents: Mapping[str, FileSeal] = MappingProxyType({}),
-        *,
-        is_new: bool = True,
     ) -> None:
         self.path = path.absolute()
-        self.is_new = is_new
+        self.attributes = attributes  # of the store's root
+        self.records = records  # what was committed before
         self.staging = self.path / schema.STAGING
         self._lock = lock
         self._manifest = self.path / schema.MANIFEST
@@ -80,9 +81,9 @@ class StoreWriter:
         try:
             with writing_to(path):
                 _clear(path)
-                writer = cls(path, lock)
                 created = datetime.now(UTC).isoformat(timespec="seconds")
-                writer._write_group("", {"format": schema.FORMAT, "created": created, **attributes})
+                writer = cls(path, lock, {"format": schema.FORMAT, "created": created, **attributes})
+                writer._write_group("", writer.attributes)
         except BaseException:
             lock.close()
             raise
@@ -99,15 +100,16 @@ class StoreWriter:
         if _is_vacant(path):
             return cls.create(path, attributes)
         own_attributes = root_attributes(path)
-        if "prediction" in own_attributes:
-            raise StoreExistsError(f"{path}: it holds predictions; to convert, choose another name")
+        if ("prediction" in own_attributes) != ("prediction" in attributes):
+            what = "predictions" if "prediction" in own_attributes else "images that were converted"
+            raise StoreExistsError(f"{path}: it holds {what}; choose another name, or say --overwrite")
         lock = take_lock(path)
         try:
             with writing_to(path):
                 manifest = read_manifest(path / schema.MANIFEST)
                 if manifest.whole_bytes < (path / schema.MANIFEST).stat().st_size:
                     os.truncate(path / schema.MANIFEST, manifest.whole_bytes)
-                writer = cls(path, lock, manifest.documents, is_new=not manifest.records)
+                writer = cls(path, lock, own_attributes, manifest.records, manifest.documents)
                 if schema.ROOT_DOCUMENT not in manifest.documents:  # its line, the first, was torn
                     writer._write_group("", own_attributes)
                 writer._put_back(manifest.records)
@@ -156,7 +158,7 @@ class StoreWriter:
                 aside[-1].parent.mkdir(parents=True, exist_ok=True)
                 target.rename(aside[-1])
             folder.rename(target)
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
         append_lines(self._manifest, *(record.to_json() for _, record in images))
         # First out of the place where _put_back looks: half an image is none to put back.
         for folder in aside:
@@ -195,17 +197,20 @@ class StoreWriter:
         partial.write_bytes(content)
         _sync_file(partial)
         partial.rename(document)
-        _sync_folder(folder)
+        sync_folder(folder)
         append_lines(self._manifest, {"document": key, "bytes": seal.bytes, "checksum": seal.checksum})
         self._documents[key] = seal
 
 
 class StagedImage:
-    """An image that is being written, in a folder of its own below ``.staging``."""
+    """An image that is being written, in a folder of its own.
 
-    def __init__(self, folder: Path) -> None:
+    ``seals`` are those of shards that are there already, by their path in the folder.
+    """
+
+    def __init__(self, folder: Path, seals: Mapping[str, FileSeal] = MappingProxyType({})) -> None:
         self.folder = folder
-        self._seals: dict[str, FileSeal] = {}
+        self._seals = dict(seals)
 
     @classmethod
     def below(cls, staging: Path) -> Self:
@@ -250,14 +255,14 @@ class StagedImage:
         (self.folder / schema.ROOT_DOCUMENT).write_bytes(_group_document(attributes))
         for file in sorted(self.folder.rglob("*")):
             if file.is_dir():
-                _sync_folder(file)
+                sync_folder(file)
                 continue
             key = file.relative_to(self.folder).as_posix()
             if key not in self._seals:
                 _sync_file(file)
                 content = file.read_bytes()
                 self._seals[key] = FileSeal(len(content), schema.digest(content))
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
         return dataclasses.replace(record, files=dict(sorted(self._seals.items())))
 
     def discard(self) -> None:
@@ -332,7 +337,8 @@ def _sync_file(path: Path) -> None:
         os.fsync(stream.fileno())
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
+    """Make sure that the names in a folder last."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -10,7 +10,7 @@ import torch
 from zpatch.errors import IncompleteCoverageError
 from zpatch.geometry import Affine, Triple
 from zpatch.image_writer import ImageWriter, WriteUnits
-from zpatch.layout import plan_output_layout
+from zpatch.layout import Layout, plan_output_layout
 from zpatch.nifti_writer import make_header
 from zpatch.schema import ImageRecord, Kind
 from zpatch.store_writer import StagedImage
@@ -19,8 +19,8 @@ from zpatch.store_writer import StagedImage
 class VolumeSink(Protocol):
     """Takes each voxel of a volume once, in boxes of any order."""
 
-    def put(self, first: Triple, voxels: torch.Tensor) -> None:
-        """Take in final voxels (C, I, J, K) that start at ``first``."""
+    def put(self, first: Triple, voxels: torch.Tensor, *, skipped: int = 0) -> None:
+        """Take in final voxels (C, I, J, K) that start at ``first``; no patch was run for ``skipped``."""
 
 
 class TensorSink:
@@ -30,7 +30,7 @@ class TensorSink:
         self._spatial_shape = spatial_shape
         self.tensor: torch.Tensor | None = None
 
-    def put(self, first: Triple, voxels: torch.Tensor) -> None:
+    def put(self, first: Triple, voxels: torch.Tensor, *, skipped: int = 0) -> None:
         """Take in final voxels."""
         if self.tensor is None:
             self.tensor = torch.empty((len(voxels), *self._spatial_shape), dtype=voxels.dtype)
@@ -41,8 +41,7 @@ class TensorSink:
 class ImageSink:
     """Writes final voxels into a staged image, shard by shard.
 
-    ``swept_axis`` (0, 1 or 2 for I, J or K) is the one along which boxes become final; shards are thin
-    along it. ``like_header`` is the raw NIfTI header whose geometry the image shares.
+    Shards are thin along the first axis, along which boxes are expected to come.
     """
 
     def __init__(
@@ -54,10 +53,6 @@ class ImageSink:
         kind: Kind,
         spatial_shape: Triple,
         affine: Affine,
-        swept_axis: int = 0,
-        codec: str = "lz4",
-        like_header: bytes | None = None,
-        like_record: ImageRecord | None = None,
     ) -> None:
         self.stage = stage
         self._subject = subject
@@ -65,14 +60,10 @@ class ImageSink:
         self._kind = kind
         self._spatial_shape = spatial_shape
         self._affine = affine
-        self._swept_axis = swept_axis
-        self._codec = codec
-        self._like_header = like_header
-        self._like_record = like_record
         self._writer: ImageWriter | None = None
         self._units: WriteUnits | None = None
 
-    def put(self, first: Triple, voxels: torch.Tensor) -> None:
+    def put(self, first: Triple, voxels: torch.Tensor, *, skipped: int = 0) -> None:
         """Take in final voxels."""
         stored = voxels.permute(0, 3, 2, 1).numpy()
         if self._units is None:
@@ -87,33 +78,44 @@ class ImageSink:
         if self._writer is None or self._units is None or not self._units.complete:
             raise IncompleteCoverageError(f"image {self._name!r} has shards that were never completed")
         record = self._writer.record
-        header = make_header(
-            self._spatial_shape,
-            record.shape_czyx[0],
-            np.dtype(record.dtype),
-            self._affine,
-            like=self._like_header,
+        return self._writer.finish(
+            make_header(self._spatial_shape, record.shape_czyx[0], np.dtype(record.dtype), self._affine)
         )
-        return self._writer.finish(header)
 
     def _describe(self, channels: int, dtype: np.dtype[np.generic]) -> ImageRecord:
         i, j, k = self._spatial_shape
-        layout = plan_output_layout((channels, k, j, i), dtype.itemsize, swept_axis=2 - self._swept_axis)
-        first = 0 if channels > 1 else 1
-        like = self._like_record
-        return ImageRecord(
-            subject=self._subject,
-            image=self._name,
-            kind=self._kind if dtype.kind in "iu" else "scalar",
-            shape=(channels, k, j, i)[first:],
-            dtype=dtype.newbyteorder("<").str,
-            axes="czyx"[first:],
-            chunks=layout.chunks[first:],
-            shards=layout.shards[first:],
-            codec=self._codec,
-            affine=tuple(map(tuple, self._affine.tolist())),
-            affine_source=like.affine_source if like else "none",
-            spatial_unit=like.spatial_unit if like else "millimeter",
-            split=like.split if like else None,
-            meta=like.meta if like else {},
-        )
+        layout = plan_output_layout((channels, k, j, i), dtype.itemsize, swept_axis=2)
+        shape = channels, i, j, k
+        return output_record(self._subject, self._name, self._kind, dtype, layout, shape, self._affine)
+
+
+def output_record(
+    subject: str,
+    name: str,
+    kind: Kind,
+    dtype: np.dtype[np.generic],
+    layout: Layout,
+    shape: tuple[int, int, int, int],
+    affine: Affine,
+    *,
+    like: ImageRecord | None = None,
+) -> ImageRecord:
+    """The record of an image (C, I, J, K) to be written; ``like`` is that of what it was made from."""
+    channels, i, j, k = shape
+    first = 0 if channels > 1 else 1
+    return ImageRecord(
+        subject=subject,
+        image=name,
+        kind=kind if dtype.kind in "iu" else "scalar",
+        shape=(channels, k, j, i)[first:],
+        dtype=dtype.newbyteorder("<").str,
+        axes="czyx"[first:],
+        chunks=layout.chunks[first:],
+        shards=layout.shards[first:],
+        codec="lz4",
+        affine=tuple(map(tuple, affine.tolist())),
+        affine_source=like.affine_source if like else "none",
+        spatial_unit=like.spatial_unit if like else "millimeter",
+        split=like.split if like else None,
+        meta=like.meta if like else {},
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -119,6 +120,13 @@ class IndexBuilder:
     def _add_chunk(self, chunk: int, voxels: NDArray[Any]) -> None:
         """Take in one chunk."""
 
+    def state(self) -> dict[str, NDArray[Any]]:
+        """What was gathered, as small arrays to be kept."""
+        return {}
+
+    def merge(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Take in the state of other chunks of the same image: the tables are as of one pass."""
+
     def tables(self) -> dict[str, NDArray[Any]]:
         """The index as tables to store."""
         return {}
@@ -147,12 +155,12 @@ class LabelIndexBuilder(IndexBuilder):
         if self._grid[0] > 1:
             spatial_chunks = self._grid[1] * self._grid[2] * self._grid[3]
             if present := int(np.count_nonzero(voxels)):
-                self._add(chunk // spatial_chunks, chunk, present)
+                self._add(chunk // spatial_chunks, [chunk], [present])
             return
         for value, count in zip(*_value_counts(voxels), strict=True):
-            self._add(value * self._slope + self._inter, chunk, count)
+            self._add(value * self._slope + self._inter, [chunk], [count])
 
-    def _add(self, value: int, chunk: int, count: int) -> None:
+    def _add(self, value: int, new_chunks: list[int], new_counts: list[int]) -> None:
         if not -(2**63) <= value < 2**63:
             raise SourceError(f"{self._where}: the label value {value} does not fit 64 bits; relabel it")
         if len(self._rows) >= MAX_LABELS and value not in self._rows:
@@ -161,17 +169,32 @@ class LabelIndexBuilder(IndexBuilder):
                 f"no label map"
             )
         chunks, counts = self._rows.setdefault(value, ([], []))
-        chunks.append(chunk)
-        counts.append(count)
+        chunks += new_chunks
+        counts += new_counts
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """The columns of the table so far."""
+        return self.tables()
+
+    def merge(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Take in the table of other chunks."""
+        chunks, counts = state["chunk_id"].tolist(), state["count"].tolist()
+        for value, (a, b) in zip(
+            state["values"].tolist(), itertools.pairwise(state["row_start"].tolist()), strict=True
+        ):
+            self._add(value, chunks[a:b], counts[a:b])
 
     def table(self) -> LabelTable:
-        """The index of all slabs."""
+        """The index of all chunks, in whichever order they came."""
         values = sorted(self._rows)
         columns = [self._rows[value] for value in values]
         starts = np.cumsum([0, *(len(chunks) for chunks, _ in columns)])
         ids = np.array([c for chunks, _ in columns for c in chunks], dtype=np.int64)
         counts = np.array([c for _, counts in columns for c in counts], dtype=np.int64)
-        return LabelTable(np.array(values, dtype=np.int64), starts.astype(np.int64), ids, counts)
+        order = np.lexsort((ids, np.repeat(np.arange(len(values)), np.diff(starts))))
+        return LabelTable(
+            np.array(values, dtype=np.int64), starts.astype(np.int64), ids[order], counts[order]
+        )
 
     def tables(self) -> dict[str, NDArray[Any]]:
         """The columns of the table."""
@@ -205,16 +228,29 @@ class WeightIndexBuilder(IndexBuilder):
         super().__init__(record, where)
         if self._grid[0] > 1:
             raise SamplingError(f"{where}: a sampling map has one channel, not {self._grid[0]}")
-        self._sums = np.zeros(math.prod(self._grid))
+        self._sums: dict[int, float] = {}
 
     def _add_chunk(self, chunk: int, voxels: NDArray[Any]) -> None:
         weights = voxels * np.float64(self._record.slope) + self._record.inter
         check_weights(weights, self._where)
-        self._sums[chunk] = weights.sum()
+        self._sums[chunk] = float(weights.sum())
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """The sums so far, and of which chunks they are."""
+        return {
+            "chunk_id": np.array([*self._sums], dtype=np.int64),
+            "sum": np.array([*self._sums.values()], dtype=np.float64),
+        }
+
+    def merge(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Take in the sums of other chunks."""
+        self._sums.update(zip(state["chunk_id"].tolist(), state["sum"].tolist(), strict=True))
 
     def tables(self) -> dict[str, NDArray[Any]]:
-        """The sums."""
-        return {"sum": self._sums}
+        """The sum of each chunk, in order."""
+        sums = np.zeros(math.prod(self._grid))
+        sums[[*self._sums]] = [*self._sums.values()]
+        return {"sum": sums}
 
 
 _BUILDERS: dict[str, type[IndexBuilder]] = {

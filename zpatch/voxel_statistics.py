@@ -1,4 +1,4 @@
-"""Statistics of an image's voxels, gathered slab by slab while they stream past.
+"""Statistics of an image's voxels, gathered slab by slab while they stream past, here or elsewhere.
 
 Integers are counted value by value, so their percentiles are exact (numpy's, linear interpolation). Floats,
 and integers spread over more than four million values, are counted by the leading 16 bits of their float32
@@ -9,7 +9,7 @@ form, which is within 0.5 % of the value. Mean and variance of those are merged 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ MAX_COUNTED_VALUES = 2**22
 BLOCK_VOXELS = 2**18
 
 Json = dict[str, Any]
+State = Mapping[str, NDArray[Any]]
 
 
 class VoxelStatistics:
@@ -44,6 +45,25 @@ class VoxelStatistics:
             if self._binned is not None:
                 self._binned.update(np.abs(block) if block.dtype.kind == "c" else block)
 
+    def state(self) -> dict[str, NDArray[Any]]:
+        """What was gathered, as small arrays to be kept: of counts and bins those in use."""
+        state = {"box": np.array(self._box, dtype=np.int64)}
+        for values in (self._counted, self._binned):
+            state |= values.state() if values is not None else {}
+        return state
+
+    def merge(self, state: State) -> None:
+        """Take in the state of other voxels of the same image.
+
+        Integers come out as in one pass, and so does everything else but mean and variance of what is
+        binned: these depend on the order in which states come, in the last digits.
+        """
+        self._include(state["box"].tolist())
+        if self._counted is not None and not self._counted.merge(state):
+            self._counted = None
+        if self._binned is not None:
+            self._binned.merge(state)
+
     def _widen_box(self, voxels: NDArray[Any], first: tuple[int, int, int]) -> None:
         for channel in voxels:
             foreground = channel != 0
@@ -51,9 +71,11 @@ class VoxelStatistics:
             if not columns.any():
                 continue
             lines = foreground.any(axis=(1, 2)), columns.any(axis=1), columns.any(axis=0)
-            new = [_extent(line, offset) for line, offset in zip(lines, first, strict=True)]
-            old = self._box or new
-            self._box = [(min(a, c), max(b, d)) for (a, b), (c, d) in zip(old, new, strict=True)]
+            self._include([_extent(line, offset) for line, offset in zip(lines, first, strict=True)])
+
+    def _include(self, box: list[tuple[int, int]]) -> None:
+        old, new = self._box or box, box or self._box
+        self._box = [(min(a, c), max(b, d)) for (a, b), (c, d) in zip(old, new, strict=True)]
 
     def result(self, slope: float = 1.0, inter: float = 0.0) -> Json:
         """The statistics of ``slope * voxel + inter``, as plain JSON; None where nothing was counted.
@@ -131,7 +153,35 @@ class _CountedValues:
 
     def update(self, block: NDArray[Any]) -> bool:
         """Count a block; False when the values are spread too widely to be counted."""
-        low, high = int(block.min()), int(block.max())
+        if not self._make_room(int(block.min()), int(block.max())):
+            return False
+        least = self._least
+        shifted = block.astype(np.int64) - least if block.dtype != np.uint64 else block - np.uint64(least)
+        self._counts += np.bincount(shifted.astype(np.int64), minlength=self._counts.size)
+        return True
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """How often each value occurs that does, by its offset from the least."""
+        used = np.flatnonzero(self._counts)
+        return {
+            "least": np.array(self._least),
+            "offset": used.astype(np.uint32),
+            "offset_count": self._counts[used],
+        }
+
+    def merge(self, state: State) -> bool:
+        """Add the counts of a state; False when the values are spread too widely, there or together."""
+        if "offset" not in state:
+            return False
+        least, offsets = int(state["least"]), state["offset"]
+        if offsets.size:
+            if not self._make_room(least, least + int(offsets[-1])):
+                return False
+            self._counts[offsets + (least - self._least)] += state["offset_count"]
+        return True
+
+    def _make_room(self, low: int, high: int) -> bool:
+        """Let the counts reach from ``low`` to ``high`` at least; False when they would be too many."""
         if self._counts.size:
             low, high = min(low, self._least), max(high, self._least + self._counts.size - 1)
         if high - low >= MAX_COUNTED_VALUES:
@@ -141,8 +191,6 @@ class _CountedValues:
             at = self._least - low if self._counts.size else 0
             counts[at : at + self._counts.size] = self._counts
             self._least, self._counts = low, counts
-        shifted = block.astype(np.int64) - low if block.dtype != np.uint64 else block - np.uint64(low)
-        self._counts += np.bincount(shifted.astype(np.int64), minlength=self._counts.size)
         return True
 
     def _present(self, *, foreground: bool) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -204,7 +252,8 @@ class _BinnedValues:
         if not values.size:
             return
         with np.errstate(over="ignore", invalid="ignore"):
-            self._merge_moments(values)
+            mean = values.mean()
+            self._merge_moments(values.size, mean, ((values - mean) ** 2).sum())
         self._low, self._high = min(self._low, values.min()), max(self._high, values.max())
         nonzero = values[values != 0]
         self._zeros += values.size - nonzero.size
@@ -215,12 +264,38 @@ class _BinnedValues:
         words = np.clip(nonzero, -limit, limit).astype(np.float32).view(np.uint32)
         self._bins += np.bincount(words >> 16, minlength=2**16)
 
-    def _merge_moments(self, values: NDArray[np.float64]) -> None:
-        mean = np.mean(values)
-        delta, total = mean - self._mean, self._count + values.size
-        self._m2 += ((values - mean) ** 2).sum() + delta**2 * self._count * values.size / total
-        self._mean += delta * values.size / total
+    def _merge_moments(self, count: int, mean: np.float64, m2: np.float64) -> None:
+        if not self._count:
+            self._count, self._mean, self._m2 = count, mean, m2
+            return
+        delta, total = mean - self._mean, self._count + count
+        self._m2 += m2 + delta**2 * self._count * count / total
+        self._mean += delta * count / total
         self._count = total
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Totals, moments, extremes, and the bins in use."""
+        used = np.flatnonzero(self._bins)
+        return {
+            "totals": np.array([self._count, self._zeros, self.nan, self.inf]),
+            "moments": np.array([self._mean, self._m2]),
+            "extremes": np.array([self._low, self._high, self._low_foreground, self._high_foreground]),
+            "bin": used.astype(np.uint16),
+            "bin_count": self._bins[used],
+        }
+
+    def merge(self, state: State) -> None:
+        """Take in a state as if it were one block."""
+        count, zeros, nan, inf = state["totals"].tolist()
+        if count:
+            with np.errstate(over="ignore", invalid="ignore"):
+                self._merge_moments(count, *state["moments"])
+        self._zeros, self.nan, self.inf = self._zeros + zeros, self.nan + nan, self.inf + inf
+        low, high, low_foreground, high_foreground = state["extremes"].tolist()
+        self._low, self._high = min(self._low, low), max(self._high, high)
+        self._low_foreground = min(self._low_foreground, low_foreground)
+        self._high_foreground = max(self._high_foreground, high_foreground)
+        self._bins[state["bin"]] += state["bin_count"]
 
     def summary(self, slope: float, inter: float, *, foreground: bool) -> Json:
         count = self._count - self._zeros if foreground else self._count

@@ -9,6 +9,7 @@ import click
 
 from zpatch.cli.options import (
     STORE,
+    Bytes,
     Voxels,
     exclude_option,
     include_option,
@@ -21,7 +22,7 @@ from zpatch.cli.options import (
 from zpatch.cli.progress import Progress
 
 if TYPE_CHECKING:
-    from zpatch.inference import PredictionPlan
+    from zpatch.cohort import Subject
     from zpatch.reduction import Reduction
 
 
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
     help="package.module:factory (called without arguments), a torch.export file (.pt2) or TorchScript.",
 )
 @click.option(
-    "--image", multiple=True, required=True, metavar="NAME",
-    help="The image to predict from; several are stacked as channels, in this order.",
+    "--image", multiple=True, metavar="NAME",
+    help="The image to predict from, if there are several; of those said all are stacked as channels.",
 )  # fmt: skip
 @click.option("--patch-size", type=Voxels(), required=True, help="One number or I,J,K, as 96 or 128,128,32.")
 @click.option("--overlap", type=Voxels(), default=0, show_default=True, help="Even, smaller than the patch.")
@@ -59,12 +60,30 @@ if TYPE_CHECKING:
     type=click.Choice(["constant", "edge", "reflect", "symmetric", "wrap"]),
     help="Pad half the overlap on each side; without it only volumes smaller than the patch are padded.",
 )
+@click.option(
+    "--normalize",
+    type=click.Choice(["zscore", "clip"]),
+    help="Scale each image by its statistics: (value - mean) / std, or percentiles 0.5, 99.5 to 0, 1.",
+)
+@click.option("--mask", metavar="NAME", help="An image: patches that lie wholly where it is 0 are not run.")
+@click.option("--fill", type=float, default=0, show_default=True, help="What is kept where no patch was run.")
+@click.option("--tta", is_flag=True, help="Average the network over all flips of each patch.")
 @click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Patches at a time.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto takes a GPU.")
 @click.option("--amp", is_flag=True, help="Run the network in torch's automatic mixed precision.")
+@click.option("-j", "--jobs", type=click.IntRange(1), default=1, show_default=True, help="Local processes.")
+@click.option("--scheduler", metavar="WHERE", help="Run on a Dask cluster: tcp://... or a scheduler file.")
+@click.option(
+    "--max-memory",
+    type=Bytes(),
+    help="Run some patches twice, or refuse, where more would be needed: '2 GiB'.",
+)
 @include_option
 @exclude_option
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@click.option(
+    "--no-resume", is_flag=True, help="Refuse an output that was begun, instead of going on with it."
+)
 @overwrite_option
 @json_option
 @talk_options
@@ -78,20 +97,29 @@ def predict_command(
     blend: str,
     reduce: str,
     padding_mode: str | None,
+    normalize: str | None,
+    mask: str | None,
+    fill: float,
+    tta: bool,
     batch_size: int,
     device: str,
     amp: bool,
+    jobs: int,
+    scheduler: str | None,
+    max_memory: int | None,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     dry_run: bool,
+    no_resume: bool,
     overwrite: bool,
     json: bool,
 ) -> None:
-    """Run a network over every subject of STORE and write its blended output into a new store OUTPUT.
+    """Run a network over every subject of STORE and write its blended output into a store OUTPUT.
 
-    The network takes a float32 batch (B, C, I, J, K) and gives one of the same spatial shape, kept as the
-    image 'prediction'; or a dict of such, kept under their keys. Nothing is ever loaded whole, and each
-    chunk of the output is written once.
+    STORE may also be one image, OME-Zarr or a Zarr array: a whole slide, say, or a level of its pyramid.
+    The network takes a float32 batch (B, C, I, J, K) and gives one, kept as the image 'prediction'; or a
+    dict of such, kept under their keys. Nothing is ever loaded whole, and each write unit of the output is
+    written once. Run the same command again after an interruption: only what is missing is done.
 
     \b
     Examples:
@@ -99,53 +127,57 @@ def predict_command(
           --patch-size 128 --overlap 32 --reduce argmax
       zpatch predict cohort.zarr out.zarr --model mypackage.nets:unet --image t1 --image flair \\
           --patch-size 96,96,64 --overlap 16 --blend gaussian --device cuda --amp
+      zpatch predict slide.ome.zarr out.zarr --model mypackage.nets:stain \\
+          --patch-size 1024,1024,1 --overlap 64,64,0 --jobs 4
     """
-    from zpatch.cohort import Cohort
-    from zpatch.inference import load_model, plan_prediction, predict
+    from zpatch.cohort import open_subjects
+    from zpatch.inference import plan_prediction
+    from zpatch.network import Network, load_model, torch_device
+    from zpatch.prediction_jobs import run_prediction
+    from zpatch.prediction_plan import PredictOptions
     from zpatch.store_writer import check_can_create
 
-    check_can_create(output, overwrite=overwrite)
-    cohort = Cohort(store)
-    chosen = cohort.matching(include, exclude)
-    plans = plan_prediction(chosen, image, patch_size, overlap, padding_mode)
-    patches = sum(len(plan.grid) for plan in plans)
-    say(f"{len(plans)} subjects, {patches} patches")
+    check_can_create(output, overwrite=overwrite, resume=not no_resume)
+    subjects = open_subjects(store, include, exclude)
+    options = PredictOptions.of(
+        image=image or _only_image(subjects[0]),
+        patch_size=patch_size,
+        patch_overlap=overlap,
+        overlap_mode=blend,
+        reduce=_reduction(reduce),
+        batch_size=batch_size,
+        padding_mode=padding_mode,
+        normalize=normalize,
+        mask=mask,
+        fill=fill,
+        max_memory=max_memory,
+        jobs=jobs,
+        scheduler=scheduler,
+    )
+    network = Network(load_model(model), torch_device(device), amp=amp, tta=tta)
+    plans = plan_prediction(network, subjects, options)
+    for plan in plans:
+        say(str(plan))
     if dry_run:
-        _print_plan(plans, json)
+        if json:
+            print_json([plan.to_json() for plan in plans])
         return
+    patches = sum(plan.patches_run for plan in plans)
     with Progress("predicting", patches, unit="patches") as progress:
-        predictions = predict(
-            load_model(model),
-            chosen,
-            output,
-            image=image,
-            patch_size=patch_size,
-            patch_overlap=overlap,
-            overlap_mode=blend,
-            reduce=_reduction(reduce),
-            batch_size=batch_size,
-            device=device,
-            amp=amp,
-            padding_mode=padding_mode,
-            overwrite=overwrite,
-            progress=progress,
-        )
+        predictions = run_prediction(network, plans, output, options, overwrite=overwrite, progress=progress)
     if json:
         print_json({"store": str(output), "subjects": predictions.names, "patches": patches})
     else:
         click.echo(output)
 
 
-def _print_plan(plans: list[PredictionPlan], json: bool) -> None:
-    rows = [
-        {"subject": plan.subject.name, "shape": plan.grid.spatial_shape, "patches": len(plan.grid)}
-        for plan in plans
-    ]
-    if json:
-        print_json(rows)
-        return
-    for row in rows:
-        click.echo(f"{row['subject']}: {row['shape']}, {row['patches']} patches")
+def _only_image(subject: Subject) -> str:
+    scalar = [name for name, image in subject.images.items() if image.kind == "scalar"]
+    if len(scalar) != 1:
+        raise click.UsageError(
+            f"say which --image to predict from; {subject.name} has {', '.join(subject.images)}"
+        )
+    return scalar[0]
 
 
 def _reduction(text: str) -> Reduction:

@@ -1,0 +1,214 @@
+"""Predictions in progress: which regions are left, who fills them, and when a subject is complete.
+
+Work in progress lies in ``.unfinished`` of the output, a folder for each subject, until all its units are
+written; then its images are committed at once. What its voxels depend on stands beside them, so that
+nothing is gone on with that was begun otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import shutil
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import torch
+
+from zpatch import schema
+from zpatch.cohort import Cohort
+from zpatch.errors import OptionError, StoreExistsError, WorkerError
+from zpatch.image import Image
+from zpatch.network import Network, identity
+from zpatch.prediction_plan import PredictionPlan, PredictOptions
+from zpatch.prediction_run import RunOptions, finish_subject, run_region
+from zpatch.scheduling import Progress, run_tasks
+from zpatch.schema import Json
+from zpatch.store_writer import StoreWriter
+from zpatch.unit_ledger import check_header, check_same
+
+
+def run_prediction(
+    network: Network,
+    plans: Sequence[PredictionPlan],
+    output: str | os.PathLike[str],
+    options: PredictOptions,
+    *,
+    overwrite: bool = False,
+    progress: Progress = lambda patches: None,
+) -> Cohort:
+    """Carry out the plans of some subjects, or go on with them."""
+    store = Path(output)
+    _refuse_own_input(plans, store)
+    if options.jobs > 1 and network.device.type != "cpu":
+        raise OptionError(f"jobs shares out processors; one process feeds {network.device}: leave jobs at 1")
+    header = _header(network, options)
+    expected = [plan.subject.name for plan in plans]
+    attributes = {"tool": "zpatch predict", "expected_subjects": expected, "prediction": header}
+    open_writer = (
+        functools.partial(StoreWriter.create, overwrite=overwrite) if overwrite else StoreWriter.resume
+    )
+    with open_writer(store, attributes) as writer:
+        check_same(writer.attributes["prediction"], header, store)
+        check_same({"subjects": writer.attributes["expected_subjects"]}, {"subjects": expected}, store)
+        unfinished = writer.path / schema.UNFINISHED
+        jobs = [_begun(plan, unfinished / plan.subject.name, store, writer) for plan in plans]
+        left = [job for job in jobs if job is not None]
+        run_options = RunOptions(options.reduce, options.padding_mode or "edge", options.fill)
+        for job in _carried_out(network, left, run_options, unfinished, options, progress):
+            writer.commit([
+                (folder, dataclasses.replace(record, inputs=job.inputs))
+                for folder, record in finish_subject(job.plan, job.folder)
+            ])  # fmt: skip
+            shutil.rmtree(job.folder)
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return Cohort(output)
+
+
+def _refuse_own_input(plans: Sequence[PredictionPlan], output: Path) -> None:
+    target = output.resolve()
+    folders = {image.folder.resolve() for plan in plans for image in plan.images if image.folder}
+    if any(folder.is_relative_to(target) for folder in folders):
+        raise StoreExistsError(f"{output}: it is the store that is read; choose another output")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Job:
+    """A subject that is to be predicted in a folder; ``inputs`` is a digest of all that it is made from."""
+
+    plan: PredictionPlan
+    folder: Path
+    inputs: str
+
+
+def _begun(plan: PredictionPlan, folder: Path, store: Path, writer: StoreWriter) -> _Job | None:
+    """The job of a subject; None where its predictions are committed."""
+    header = _subject_header(plan)
+    inputs = schema.digest(schema.compact_json(header).encode())
+    name = plan.subject.name
+    committed = [writer.records.get((name, head.head.name)) for head in plan.heads]
+    if any(committed):
+        if any(record is None or record.inputs != inputs for record in committed):
+            raise StoreExistsError(
+                f"{store}: the prediction of {name!r} was made from other inputs, mask or write units; "
+                f"say --overwrite to start over, or choose another output"
+            )
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    check_header(folder, header)
+    return _Job(plan, folder, inputs)
+
+
+def _header(network: Network, options: PredictOptions) -> Json:
+    """What all voxels depend on."""
+    return {
+        "model": identity(network.model),
+        "device": network.device.type,
+        "amp": network.amp,
+        "tta": network.tta,
+        "image": list(options.image),
+        "patch_size": list(options.patch_size),
+        "patch_overlap": list(options.patch_overlap),
+        "overlap_mode": options.overlap_mode,
+        "reduce": identity(options.reduce) if callable(options.reduce) else repr(options.reduce),
+        "batch_size": options.batch_size,
+        "padding_mode": options.padding_mode,
+        "normalize": options.normalize,
+        "mask": identity(options.mask) if callable(options.mask) else options.mask,
+        "fill": options.fill,
+    }
+
+
+def _subject_header(plan: PredictionPlan) -> Json:
+    """What the voxels of one subject depend on beside that."""
+    masked_out = "" if plan.skipped is None else schema.digest(plan.skipped.tobytes())
+    return {
+        "inputs": [_identity_of(image) for image in plan.images],
+        "patches_outside_mask": masked_out,
+        "heads": {
+            head.head.name: [head.record.dtype, *head.record.shape, *head.record.shards]
+            for head in plan.heads
+        },
+    }
+
+
+def _identity_of(image: Image) -> str:
+    """A digest of an image of a store; of others, of what is known without reading them."""
+    known: Json = {"shape": image.shape, "dtype": image.dtype.str, "affine": image.affine.tolist()}
+    if image.record is not None:
+        known = image.record.to_json()
+    return schema.digest(schema.compact_json({**known, "scaling": repr(image.scaling)}).encode())
+
+
+def _carried_out(
+    network: Network,
+    jobs: Sequence[_Job],
+    run_options: RunOptions,
+    unfinished: Path,
+    options: PredictOptions,
+    progress: Progress,
+) -> Iterator[_Job]:
+    """Run all regions of some jobs, and give each job when all its regions are done."""
+    tasks = [(number, region) for number, job in enumerate(jobs) for region in range(len(job.plan.regions))]
+    left = Counter(number for number, _ in tasks)
+    names = [f"predict-{jobs[number].plan.subject.name}-{region}" for number, region in tasks]
+    work = _Work(network, tuple(jobs), run_options)
+    shared = unfinished / f"work-{uuid.uuid4().hex}.pickle"
+    is_local = options.jobs == 1 and options.scheduler is None
+    try:
+        if not is_local and tasks:
+            shared.write_bytes(cloudpickle.dumps(work))
+        function = work.do if is_local else functools.partial(_do_shared, shared, options.jobs > 1)
+        for number, result in run_tasks(
+            function,
+            tasks,
+            folder=unfinished,
+            names=names,
+            jobs=options.jobs,
+            scheduler=options.scheduler,
+            progress=progress,
+        ):
+            if isinstance(result, WorkerError):
+                raise WorkerError(f"{names[number]}: {result}")
+            left[tasks[number][0]] -= 1
+            if not left[tasks[number][0]]:
+                yield jobs[tasks[number][0]]
+    finally:
+        shared.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Work:
+    """All that tasks need; a task is the numbers of a job and of its region."""
+
+    network: Network
+    jobs: tuple[_Job, ...]
+    options: RunOptions
+
+    def do(self, task: tuple[int, int], progress: Progress) -> None:
+        """Do a task here."""
+        job = self.jobs[task[0]]
+        run_region(job.plan, job.plan.regions[task[1]], self.network, job.folder, self.options, progress)
+
+
+def _do_shared(path: Path, alone: bool, task: tuple[int, int], progress: Progress) -> None:
+    """Do a task in another process; ``alone`` is one of as many as there are processors."""
+    if alone:
+        torch.set_num_threads(1)
+    _work_at(path).do(task, progress)
+
+
+@functools.lru_cache(maxsize=1)
+def _work_at(path: Path) -> _Work:
+    work: _Work = cloudpickle.loads(path.read_bytes())
+    model: Any = work.network.model
+    if isinstance(model, torch.nn.Module):
+        model.eval()  # once for all tasks: several may run in threads of this process
+    return work

@@ -1,0 +1,293 @@
+"""What a prediction will do, before it does anything: patches, write units, regions, and their memory.
+
+A region is a box of write units that one task fills: it runs every patch that adds to them. One region is
+the whole volume; more are made to share the work out, along the swept axis, or to fit a memory limit, across
+it. Patches that add to two regions are run for each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+
+from zpatch.blending import check_overlap_mode
+from zpatch.cohort import Subject
+from zpatch.errors import OptionError
+from zpatch.front import AxisLives, Held
+from zpatch.geometry import (
+    PatchLocation,
+    Triple,
+    patch_overlap_triple,
+    patch_size_triple,
+)
+from zpatch.grid import PatchGrid
+from zpatch.image import Image
+from zpatch.memory import format_bytes, parse_bytes
+from zpatch.normalization import Normalize
+from zpatch.padding import check_padding_mode
+from zpatch.reduction import Reduction, check_reduction
+from zpatch.schema import ImageRecord, Json
+from zpatch.tiles import AxisTiles, Bools, Tiling, sweep_order
+
+Ranges = tuple[range, range, range]
+MaskFunction = Callable[[Subject, PatchLocation], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class PredictOptions:
+    """What a user may choose; see ``predict``."""
+
+    image: tuple[str, ...]
+    patch_size: Triple
+    patch_overlap: Triple
+    overlap_mode: str = "hann"
+    reduce: Reduction = None
+    batch_size: int = 1
+    padding_mode: str | None = None
+    normalize: str | None = None
+    mask: str | MaskFunction | None = None
+    fill: float = 0
+    max_memory: int | str | None = None
+    jobs: int = 1
+    scheduler: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        image: str | Sequence[str],
+        patch_size: int | Sequence[int],
+        patch_overlap: int | Sequence[int] = 0,
+        **options: Any,
+    ) -> Self:
+        """Options in the forms that ``predict`` takes them in."""
+        size = patch_size_triple(patch_size)
+        return cls(
+            image=(image,) if isinstance(image, str) else tuple(image),
+            patch_size=size,
+            patch_overlap=patch_overlap_triple(patch_overlap, size),
+            **options,
+        )
+
+    def __post_init__(self) -> None:
+        check_overlap_mode(self.overlap_mode)
+        check_reduction(self.reduce)
+        check_padding_mode(self.padding_mode)
+        if self.normalize is not None:
+            Normalize(self.normalize)
+        if not self.image:
+            raise OptionError("image= names no image to predict from")
+        for name, count in (("batch_size", self.batch_size), ("jobs", self.jobs)):
+            if count < 1:
+                raise OptionError(f"{name} must be at least 1, not {count}")
+        if self.max_memory is not None:
+            parse_bytes(self.max_memory)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """One output of a network, as its first patch showed it.
+
+    ``channels`` are summed, ``sum_bytes`` each; ``patch_shape`` is what the network makes of a patch.
+    ``kept_channels`` of ``kept_dtype`` are what is kept of a voxel once it is reduced.
+    """
+
+    name: str
+    channels: int
+    sum_bytes: int
+    patch_shape: Triple
+    kept_channels: int
+    kept_dtype: str
+
+    def shape_for(self, spatial_shape: Triple, patch_size: Triple) -> Triple:
+        """The extent of the output for a whole volume: as the network scales a patch, rounded."""
+        scaled = zip(spatial_shape, self.patch_shape, patch_size, strict=True)
+        i, j, k = (max(1, math.floor(n * q / p + 0.5)) for n, q, p in scaled)
+        return i, j, k
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlannedHead:
+    """An output of one subject: the record of its image, and the tiles in which it becomes final."""
+
+    head: Head
+    record: ImageRecord
+    tiling: Tiling
+
+    @property
+    def unit_bytes(self) -> int:
+        """Size of a write unit in memory."""
+        return math.prod(self.tiling.unit_shape) * self._voxel_bytes
+
+    @property
+    def _voxel_bytes(self) -> int:
+        return self.head.kept_channels * np.dtype(self.head.kept_dtype).itemsize
+
+    def held(self, units: Ranges, patches: Ranges) -> Iterator[Held]:
+        """What is held of sums and of write units while patches sweep over some units."""
+        sums = self.head.channels * self.head.sum_bytes
+        tiles = [range(a.tiles_of(u[0]).start, a.tiles_of(u[-1]).stop) for a, u in self._along(units)]
+        along = list(zip(self.tiling.axes, tiles, patches, strict=True))
+        all_tiles = [_tile_lives(axis, list(some), run.start) for axis, some, run in along]
+        alone = [
+            _tile_lives(axis, [t for t in some if len(axis.touching[t]) == 1], run.start)
+            for axis, some, run in along
+        ]
+        filled = [
+            _unit_lives(axis, u, run.start)
+            for (axis, u), run in zip(self._along(units), patches, strict=True)
+        ]
+        for lives, voxel_bytes in ((all_tiles, sums), (alone, -sums), (filled, self._voxel_bytes)):
+            a, b, c = (lives[axis] for axis in self.tiling.order)
+            yield Held((a, b, c), voxel_bytes)
+
+    def _along(self, units: Ranges) -> list[tuple[AxisTiles, range]]:
+        return list(zip(self.tiling.axes, units, strict=True))
+
+
+def _tile_lives(axis: AxisTiles, tiles: Sequence[int], first: int) -> AxisLives:
+    births = np.array([axis.touching[t][0] for t in tiles], dtype=np.int64)
+    deaths = np.array([axis.touching[t][-1] for t in tiles], dtype=np.int64)
+    return AxisLives(births - first, deaths - first, np.diff(axis.edges)[list(tiles)])
+
+
+def _unit_lives(axis: AxisTiles, units: range, first: int) -> AxisLives:
+    tiles = [axis.tiles_of(unit) for unit in units]
+    births = np.array([axis.touching[of[0]][-1] for of in tiles], dtype=np.int64)
+    deaths = np.array([axis.touching[of[-1]][-1] for of in tiles], dtype=np.int64)
+    sizes = np.array([axis.edges[of[-1] + 1] - axis.edges[of[0]] for of in tiles], dtype=np.int64)
+    return AxisLives(births - first, deaths - first, sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Write units that one task fills: for each head a box of their numbers; and the patches that it runs."""
+
+    units: tuple[Ranges, ...]
+    patches: Ranges
+
+    def wanted(self, number: int, tiling: Tiling) -> Bools:
+        """Which of the units of head ``number`` are the region's."""
+        found = np.zeros(tiling.unit_counts, dtype=bool)
+        found[tuple(slice(r.start, r.stop) for r in self.units[number])] = True
+        return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PredictionPlan:
+    """What a prediction will do to one subject.
+
+    ``swept_axis`` is the longest, so that the front is small. ``skipped`` are patches that lie wholly outside
+    the mask. ``peak_bytes`` is what is held at most, of all jobs together, without the network's own.
+    """
+
+    subject: Subject
+    images: tuple[Image, ...]
+    grid: PatchGrid
+    swept_axis: int
+    batch_size: int
+    heads: tuple[PlannedHead, ...]
+    regions: tuple[Region, ...]
+    skipped: Bools | None
+    peak_bytes: int
+
+    @property
+    def patches(self) -> int:
+        """Patches to be run, each counted once."""
+        return len(self.grid) - (0 if self.skipped is None else int(self.skipped.sum()))
+
+    @property
+    def patches_run(self) -> int:
+        """Patches that all regions run together."""
+        runs = [tuple(slice(r.start, r.stop) for r in region.patches) for region in self.regions]
+        if self.skipped is None:
+            return sum(math.prod(len(r) for r in region.patches) for region in self.regions)
+        return sum(int((~self.skipped[run]).sum()) for run in runs)
+
+    @property
+    def redone_patches(self) -> int:
+        """Patches that are run again at most when a task was killed: those about its front."""
+        rows = 0
+        for head in self.heads:
+            axis = head.tiling.axes[self.swept_axis]
+            units = [axis.tiles_of(unit) for unit in range(axis.units)]
+            rows = max(rows, *(int(axis.touching[of[-1]][-1] - axis.touching[of[0]][0]) + 1 for of in units))
+        return rows * math.prod(n for a, n in enumerate(self.grid.counts) if a != self.swept_axis)
+
+    @property
+    def bytes_in(self) -> int:
+        """Size of the images that are read, as stored."""
+        return sum(
+            image.record.stored_bytes
+            if image.record
+            else math.prod(image.shape) * image.source.dtype.itemsize
+            for image in self.images
+        )
+
+    @property
+    def chunks_in(self) -> int:
+        """Chunks of the images that are read."""
+        return sum(
+            math.prod(-(-n // c) for n, c in zip(image.spatial_shape, image.source.chunk_shape, strict=True))
+            for image in self.images
+        )
+
+    @property
+    def bytes_out(self) -> int:
+        """Size of the output before it is compressed."""
+        return sum(head.record.voxel_bytes for head in self.heads)
+
+    @property
+    def units_out(self) -> int:
+        """Number of write units."""
+        return sum(math.prod(head.tiling.unit_counts) for head in self.heads)
+
+    def batches(self, needed: Bools) -> Iterator[list[Triple]]:
+        """Positions of the patches of each batch in sweep order, of the batches with any that is needed.
+
+        What is in a batch depends on the grid and the mask alone, so that a network gives a patch the same
+        output in whichever region it is run.
+        """
+        order = sweep_order(self.swept_axis)
+        run = np.ones(self.grid.counts, bool) if self.skipped is None else ~self.skipped
+        turned = np.argwhere(run.transpose(order))
+        is_needed = needed.transpose(order)[tuple(turned.T)]
+        back = np.argsort(order)
+        for first in range(0, len(turned), self.batch_size):
+            some = slice(first, first + self.batch_size)
+            if is_needed[some].any():
+                yield [(i, j, k) for i, j, k in turned[some][:, back].tolist()]
+
+    def to_json(self) -> Json:
+        """The plan's figures as plain JSON."""
+        return {
+            "subject": self.subject.name,
+            "shape": list(self.grid.spatial_shape),
+            "patches": self.patches,
+            "patches_skipped": len(self.grid) - self.patches,
+            "patches_run_twice": self.patches_run - self.patches,
+            "regions": len(self.regions),
+            "chunks_in": self.chunks_in,
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+            "units_out": self.units_out,
+            "peak_bytes": self.peak_bytes,
+            "patches_redone_at_most": self.redone_patches,
+        }
+
+    def __str__(self) -> str:
+        twice = self.patches_run - self.patches
+        masked = len(self.grid) - self.patches
+        notes = f", {masked} more are masked out" if masked else ""
+        notes += f", {twice} of them run twice" if twice else ""
+        return (
+            f"{self.subject.name}: {' x '.join(map(str, self.grid.spatial_shape))} voxels in "
+            f"{self.patches} patches{notes}; {self.chunks_in} chunks of {format_bytes(self.bytes_in)} in, "
+            f"{self.units_out} write units of {format_bytes(self.bytes_out)} out; "
+            f"at most {format_bytes(self.peak_bytes)} of memory beside the network's own; "
+            f"up to {self.redone_patches} patches again after a kill"
+        )

@@ -1,0 +1,221 @@
+"""Planning a prediction: into which regions a volume is cut, and how much memory they take.
+
+More regions than jobs ask for are made only to fit a memory limit: write units get smaller, and bands of them
+are filled one after the other, at the price of running the patches between two bands for both.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from zpatch.chunk_cache import lies_unpacked, patches_of_chunks
+from zpatch.cohort import Subject
+from zpatch.errors import MemoryLimitError
+from zpatch.front import AxisLives, Held, peak_bytes
+from zpatch.geometry import Triple, resized_affine
+from zpatch.grid import PatchGrid
+from zpatch.image import Image
+from zpatch.layout import SHARD_BYTES, plan_output_layout
+from zpatch.memory import format_bytes
+from zpatch.prediction_plan import Head, PlannedHead, PredictionPlan, PredictOptions, Ranges, Region
+from zpatch.reader import VoxelSource
+from zpatch.reduction import kind_of
+from zpatch.tiles import Bools, Tiling
+from zpatch.volume_sink import output_record
+
+BATCHES_READ = 3  # one with the network, one waiting, one being read
+BATCHES_BLENDED = 2  # one that the network gives, one being blended
+UNITS_WRITTEN = 2  # besides those that are being filled: one waiting, one being encoded
+SMALLEST_SHARD_BYTES = 2**16
+
+
+def plan_subject(
+    subject: Subject,
+    images: Sequence[Image],
+    heads: Sequence[Head],
+    options: PredictOptions,
+    *,
+    slabs: int = 1,
+    limit: int | None = None,
+    skipped: Bools | None = None,
+) -> PredictionPlan:
+    """The plan of a subject in ``slabs`` regions along the swept axis, and as many across it as memory asks
+    for: ``limit`` is what all jobs together may hold.
+
+    ``images`` are those to be read, normalised already. Raises MemoryLimitError, with what would fit.
+    """
+    grid = grid_over(images[0].spatial_shape, options)
+    swept_axis = max(range(3), key=lambda axis: (grid.spatial_shape[axis], axis))
+    least = None
+    for shard_bytes in itertools.takewhile(lambda n: n >= SMALLEST_SHARD_BYTES, _quarters(SHARD_BYTES)):
+        planned = [
+            _planned_head(head, subject, images[0], grid, options, swept_axis, shard_bytes) for head in heads
+        ]
+        for parts in _ways_to_part(planned[0].tiling, slabs):
+            regions = _regions(planned, parts)
+            fixed = _batch_bytes(images, heads, options) + UNITS_WRITTEN * sum(h.unit_bytes for h in planned)
+            peaks = [_region_bytes(region, images, planned, grid, swept_axis) for region in regions]
+            peak = options.jobs * (max(peaks) + fixed)
+            if limit is None or peak <= limit:
+                return PredictionPlan(
+                    subject=subject,
+                    images=tuple(images),
+                    grid=grid,
+                    swept_axis=swept_axis,
+                    batch_size=options.batch_size,
+                    heads=tuple(planned),
+                    regions=tuple(regions),
+                    skipped=skipped,
+                    peak_bytes=peak,
+                )
+            least = peak if least is None else min(least, peak)
+    assert least is not None
+    assert limit is not None
+    raise MemoryLimitError(
+        f"the prediction of {subject.name!r} needs {format_bytes(least)} beside the network, and "
+        f"{format_bytes(max(limit, 0))} are left of the limit; use a smaller patch_size, batch_size or "
+        f"number of jobs, or allow more"
+    )
+
+
+def grid_over(spatial_shape: Triple, options: PredictOptions) -> PatchGrid:
+    """The patches of a volume; one smaller than the patch is padded up to it."""
+    border = options.padding_mode is not None
+    return PatchGrid.over(spatial_shape, options.patch_size, options.patch_overlap, border=border)
+
+
+def _quarters(size: int) -> Iterator[int]:
+    while True:
+        yield size
+        size //= 4
+
+
+def _planned_head(
+    head: Head,
+    subject: Subject,
+    image: Image,
+    grid: PatchGrid,
+    options: PredictOptions,
+    swept_axis: int,
+    shard_bytes: int,
+) -> PlannedHead:
+    shape = head.shape_for(grid.spatial_shape, options.patch_size)
+    dtype = np.dtype(head.kept_dtype)
+    layout = plan_output_layout(
+        (head.kept_channels, *shape[::-1]), dtype.itemsize, swept_axis=2 - swept_axis, shard_bytes=shard_bytes
+    )
+    record = output_record(
+        subject.name,
+        head.name,
+        kind_of(options.reduce),
+        dtype,
+        layout,
+        (head.kept_channels, *shape),
+        resized_affine(image.affine, grid.spatial_shape, shape),
+        like=image.record,
+    )
+    _, k, j, i = layout.shards
+    tiling = Tiling.over(
+        grid, options.overlap_mode, swept_axis=swept_axis, output_shape=shape, unit_shape=(i, j, k)
+    )
+    return PlannedHead(head, record, tiling)
+
+
+def _ways_to_part(tiling: Tiling, slabs: int) -> Iterator[Triple]:
+    """In how many regions along I, J, K: as few across the sweep as may do, then ever more."""
+    most = tiling.unit_counts
+    parts = [1, 1, 1]
+    parts[tiling.swept_axis] = min(slabs, most[tiling.swept_axis])
+    across = tiling.order[1:]
+    while True:
+        i, j, k = parts
+        yield i, j, k
+        left = [axis for axis in across if parts[axis] < most[axis]]
+        if not left:
+            return
+        widest = max(left, key=lambda axis: tiling.shape[axis] / parts[axis])
+        parts[widest] = min(2 * parts[widest], most[widest])
+
+
+def _regions(heads: Sequence[PlannedHead], parts: Triple) -> list[Region]:
+    """The boxes of units, about as large as each other; of every head those that begin in the same part."""
+    first = heads[0].tiling
+    cuts = []  # where parts begin, as fractions of the volume
+    for axis in range(3):
+        begins = [units[0] for units in np.array_split(np.arange(first.unit_counts[axis]), parts[axis])]
+        cuts.append(np.array(begins) * first.unit_shape[axis] / first.shape[axis])
+    regions = []
+    for place in itertools.product(*map(range, parts)):
+        units = [_units_in(head.tiling, cuts, place) for head in heads]
+        if all(map(all, units)):
+            regions.append(Region(tuple(units), _patches_of(heads, units)))
+    return regions
+
+
+def _units_in(tiling: Tiling, cuts: Sequence[Any], place: Sequence[int]) -> Ranges:
+    ranges = []
+    for axis, (part, begins) in enumerate(zip(place, cuts, strict=True)):
+        starts = np.arange(tiling.unit_counts[axis]) * tiling.unit_shape[axis] / tiling.shape[axis]
+        of_part = np.flatnonzero(np.searchsorted(begins, starts + 1e-9, side="right") - 1 == part)
+        ranges.append(range(of_part[0], of_part[-1] + 1) if of_part.size else range(0))
+    i, j, k = ranges
+    return i, j, k
+
+
+def _patches_of(heads: Sequence[PlannedHead], units: Sequence[Ranges]) -> Ranges:
+    ranges = []
+    for axis in range(3):
+        touching = [
+            head.tiling.axes[axis].touching[tile]
+            for head, of in zip(heads, units, strict=True)
+            for unit in of[axis]
+            for tile in head.tiling.axes[axis].tiles_of(unit)
+        ]
+        ranges.append(range(min(int(t[0]) for t in touching), max(int(t[-1]) for t in touching) + 1))
+    i, j, k = ranges
+    return i, j, k
+
+
+def _batch_bytes(images: Sequence[Image], heads: Sequence[Head], options: PredictOptions) -> int:
+    """What batches take on their way in and out."""
+    voxels = options.batch_size * math.prod(options.patch_size)
+    read = voxels * sum(image.num_channels for image in images) * 4
+    given = options.batch_size * sum(h.channels * h.sum_bytes * math.prod(h.patch_shape) for h in heads)
+    return BATCHES_READ * read + BATCHES_BLENDED * given
+
+
+def _region_bytes(
+    region: Region, images: Sequence[Image], heads: Sequence[PlannedHead], grid: PatchGrid, swept_axis: int
+) -> int:
+    """The front of a region's sweep: sums and units, and the chunks that are read."""
+    order = heads[0].tiling.order
+    counts = [len(region.patches[axis]) for axis in order]
+    kept = [
+        held
+        for head, units in zip(heads, region.units, strict=True)
+        for held in head.held(units, region.patches)
+    ]
+    chunks = [
+        _held_chunks(image.source, grid, order, region.patches)
+        for image in images
+        if not lies_unpacked(image.source)
+    ]
+    return peak_bytes(kept, counts) + (peak_bytes(chunks, counts) if chunks else 0)
+
+
+def _held_chunks(source: VoxelSource, grid: PatchGrid, order: Triple, patches: Ranges) -> Held:
+    lives = []
+    for axis in order:
+        run, length = patches[axis], min(source.chunk_shape[axis], grid.spatial_shape[axis])
+        starts = grid.starts[axis][run.start : run.stop]
+        births, deaths = patches_of_chunks(starts, grid.patch_size[axis], length, grid.spatial_shape[axis])
+        touched = births <= deaths
+        sizes = np.full(int(touched.sum()), length)
+        lives.append(AxisLives(births[touched], deaths[touched], sizes))
+    slow, middle, fast = lives
+    return Held((slow, middle, fast), source.shape[0] * source.dtype.itemsize)

@@ -1,0 +1,223 @@
+"""Carrying out a prediction plan, one region at a time: read, run the network, blend, write.
+
+The four overlap: batches are read ahead in one thread, blended in another, and units are encoded in a third,
+while the network runs in this one. Each hands on one thing at a time, so that none runs away from the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from zpatch import schema, spare_memory
+from zpatch.accumulation import Skipped, SweptBlend, add_checked
+from zpatch.chunk_cache import CachedSource, cached
+from zpatch.errors import ModelError
+from zpatch.geometry import PatchLocation, Triple
+from zpatch.image import Image, read_together
+from zpatch.image_writer import Shard, WriteUnits
+from zpatch.network import Network, Outputs
+from zpatch.nifti_writer import make_header
+from zpatch.prediction_plan import PlannedHead, PredictionPlan, Region
+from zpatch.reduction import Reduction, reduce_channels
+from zpatch.scheduling import Progress, read_ahead
+from zpatch.schema import ImageRecord
+from zpatch.store import read_small_array
+from zpatch.store_lock import writing_to
+from zpatch.tiles import Bools
+from zpatch.unit_ledger import UnitLedger
+
+Batch = tuple[list[PatchLocation], torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RunOptions:
+    """What a region's run needs to know beside its plan."""
+
+    reduce: Reduction = None
+    padding_mode: str = "edge"
+    fill: float = 0
+
+
+def run_region(
+    plan: PredictionPlan,
+    region: Region,
+    network: Network,
+    folder: Path,
+    options: RunOptions,
+    progress: Progress,
+) -> None:
+    """Fill those write units of a region that are not written yet, below the subject's ``folder``.
+
+    ``progress`` is told the patches done. A region that is run twice gives the same bytes.
+    """
+    wanted = [_unwritten(head, region.wanted(n, head.tiling), folder) for n, head in enumerate(plan.heads)]
+    needed = np.zeros(plan.grid.counts, dtype=bool)
+    for head, units in zip(plan.heads, wanted, strict=True):
+        needed |= head.tiling.patches_for(units)
+    if plan.skipped is not None:
+        needed &= ~plan.skipped
+    with writing_to(folder.parent.parent), _Blender(plan, wanted, folder, options) as blender:
+        with network.running():
+            for locations, inputs in read_ahead(_batches(plan, region, needed, options)):
+                outputs = network(inputs, plan.subject.name, locations)
+                blender.add(outputs, locations)
+                progress(len(locations))
+        blender.finish()
+
+
+def _unwritten(head: PlannedHead, units: Bools, folder: Path) -> Bools:
+    left = units.copy()
+    for _, k, j, i in UnitLedger(folder / head.head.name).written():
+        left[i, j, k] = False
+    return left
+
+
+def _batches(plan: PredictionPlan, region: Region, needed: Bools, options: RunOptions) -> Iterator[Batch]:
+    """The batches to be run, as float32 (B, C, I, J, K), their memory in the order (b, c, k, j, i)."""
+    sources = [cached(image.source, plan.grid, plan.swept_axis, region.patches) for image in plan.images]
+    images = [image.with_source(source) for image, source in zip(plan.images, sources, strict=True)]
+    channels = np.cumsum([0, *(image.num_channels for image in images)]).tolist()
+    i, j, k = plan.grid.patch_size
+    for positions in plan.batches(needed):
+        locations = [plan.grid.at(position) for position in positions]
+        stored = spare_memory.empty((len(positions), channels[-1], k, j, i), np.float32)
+        batch = stored.transpose(0, 1, 4, 3, 2)
+        outs = [[patch[a:b] for patch in batch] for a, b in itertools.pairwise(channels)]
+        read_together(images, locations, padding_mode=options.padding_mode, outs=outs)
+        for source in sources:
+            if isinstance(source, CachedSource):
+                source.done(positions[-1])
+        yield locations, torch.from_numpy(batch)
+
+
+class _Blender:
+    """Blends batches in a thread of its own, one behind the network."""
+
+    def __init__(
+        self, plan: PredictionPlan, wanted: Sequence[Bools], folder: Path, options: RunOptions
+    ) -> None:
+        self._subject = plan.subject.name
+        self._sinks = [UnitSink(UnitLedger(folder / h.head.name), h.record) for h in plan.heads]
+        self._blends = {
+            head.head.name: SweptBlend(
+                head.tiling,
+                sink,
+                _finaliser(head.record, options.reduce),
+                wanted=units,
+                skipped=_skipped(plan, head, options.fill),
+            )
+            for head, units, sink in zip(plan.heads, wanted, self._sinks, strict=True)
+        }
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="zpatch-blend")
+        self._last: Future[None] | None = None
+
+    def add(self, outputs: Outputs, locations: Sequence[PatchLocation]) -> None:
+        """Have a batch blended, once the one before it is."""
+        self._wait()
+        self._last = self._pool.submit(self._add, outputs, locations)
+
+    def _add(self, outputs: Outputs, locations: Sequence[PatchLocation]) -> None:
+        if outputs.keys() != self._blends.keys():
+            raise ModelError(
+                f"subject {self._subject!r}: the network gave {', '.join(outputs)} where for its first patch "
+                f"it gave {', '.join(self._blends)}"
+            )
+        try:
+            with torch.inference_mode():
+                for key, tensor in outputs.items():
+                    add_checked(self._blends[key], tensor, locations)
+        except ModelError as error:
+            raise ModelError(f"subject {self._subject!r}: {error}") from error
+
+    def _wait(self) -> None:
+        if self._last is not None:
+            self._last.result()
+
+    def finish(self) -> None:
+        """Wait until all is blended and written; every patch must have come."""
+        self._wait()
+        for blend in self._blends.values():
+            blend.finish()
+        for sink in self._sinks:
+            sink.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        for sink in self._sinks:
+            sink.close()
+
+
+def _finaliser(record: ImageRecord, reduce: Reduction) -> Callable[[torch.Tensor], torch.Tensor]:
+    dtype = torch.from_numpy(np.empty(0, np.dtype(record.dtype))).dtype
+    return lambda voxels: reduce_channels(voxels, reduce, dtype)
+
+
+def _skipped(plan: PredictionPlan, head: PlannedHead, fill: float) -> Skipped | None:
+    if plan.skipped is None:
+        return None
+    channels, dtype = head.head.kept_channels, torch.from_numpy(np.empty(0, head.record.dtype)).dtype
+    return Skipped(plan.skipped, lambda shape: torch.full((channels, *shape), fill, dtype=dtype))
+
+
+class UnitSink:
+    """Writes final voxels into units of an image, and enters each in its ledger.
+
+    A unit is encoded in a thread of its own, while the next one is being filled; not more than one waits.
+    """
+
+    def __init__(self, ledger: UnitLedger, record: ImageRecord) -> None:
+        self.record = record
+        self._ledger = ledger
+        self._units = WriteUnits(self)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="zpatch-write")
+        self._last: Future[Any] | None = None
+
+    def put(self, first: Triple, voxels: torch.Tensor, *, skipped: int = 0) -> None:
+        """Take in final voxels (C, I, J, K) that start at ``first``."""
+        self._units.put(first[::-1], voxels.permute(0, 3, 2, 1).numpy(), skipped=skipped)
+
+    def write_shard(self, shard: Shard, voxels: np.ndarray[Any, np.dtype[Any]], *, skipped: int = 0) -> None:
+        """Write one unit, once the one before it is written."""
+        self.wait()
+        self._last = self._pool.submit(self._ledger.write, self.record, shard, voxels, skipped=skipped)
+
+    def wait(self) -> None:
+        """Until all units that are complete are written."""
+        if self._last is not None:
+            self._last.result()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+def finish_subject(plan: PredictionPlan, folder: Path) -> list[tuple[Path, ImageRecord]]:
+    """Write what makes images of the units of a subject, all of which are written: ready to be committed."""
+    return [
+        (folder / head.head.name, _finished(head, plan.images[0], folder / head.head.name))
+        for head in plan.heads
+    ]
+
+
+def _finished(head: PlannedHead, image: Image, folder: Path) -> ImageRecord:
+    record, like = head.record, None
+    source, keeps_grid = image.record, head.tiling.shape == image.spatial_shape
+    if keeps_grid and image.folder and source and source.orientation.is_identity:
+        like = read_small_array(image.folder, schema.RAW_HEADER, source.files).tobytes()
+    channels, dtype = record.shape_czyx[0], np.dtype(record.dtype)
+    header = make_header(record.spatial_shape, channels, dtype, record.affine_array, like=like)
+    return UnitLedger(folder).finish(record, header)
