@@ -321,6 +321,20 @@ def test_gradients_are_not_kept(sampler: zp.GridSampler, patches: list[Any]) -> 
     assert not output.requires_grad
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_batches_may_come_from_inference_mode(
+    known: bool, sampler: zp.GridSampler, patches: list[Any]
+) -> None:
+    aggregator = zp.PatchAggregator((70, 12, 13), "hann", grid=sampler if known else None, max_memory=0)
+    for patch, location in zip(patches, sampler.locations, strict=True):
+        with torch.inference_mode(sum(location.index) % 2 == 0):
+            aggregator.add_batch(torch.from_numpy(patch)[None] * 1, [location])
+    output = aggregator.get_output()
+    assert isinstance(output, torch.Tensor)
+    assert not output.is_inference()
+    np.testing.assert_allclose(output, dense("hann", sampler, patches), rtol=1e-6)
+
+
 # Memory
 
 
@@ -762,9 +776,14 @@ def test_missing_patches_may_be_added_after_the_error(
         np.testing.assert_allclose(image.data, dense("hann", sampler, patches), rtol=1e-6)
 
 
-def test_an_aggregator_without_patches_says_so() -> None:
+@pytest.mark.parametrize("fill", [None, 0])
+def test_an_aggregator_without_patches_says_so(fill: float | None) -> None:
+    aggregator = zp.PatchAggregator(8, fill=fill)
     with pytest.raises(IncompleteCoverageError, match="no patch was added"):
-        zp.PatchAggregator(8).get_output()
+        aggregator.get_output()
+    aggregator.add_batch(torch.ones(0, 1, 8, 8, 8), [])
+    with pytest.raises(IncompleteCoverageError, match="no patch was added"):
+        aggregator.get_output()
 
 
 def test_a_missing_patch_of_a_grid_is_an_error_with_its_box(

@@ -1,4 +1,4 @@
-"""Patches on a grid, the tiles they share, and the chunks a box touches, against their definitions."""
+"""Patches on a grid, and the chunks that a box touches, against their definitions."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
-from zpatch import blending
 from zpatch.errors import PatchLocationError
 from zpatch.geometry import PatchLocation, Triple
-from zpatch.grid import MIN_TILE_VOXELS, AxisTiles, PatchGrid, axis_starts, chunk_counts, covering_chunks
+from zpatch.grid import PatchGrid, axis_starts, chunk_counts, covering_chunks
 
 
 @st.composite
@@ -151,81 +149,6 @@ def test_a_volume_smaller_than_the_patch_is_padded_up_to_it_evenly_and_has_one_p
         assert n + before + after == p
     else:
         assert before == after == (o // 2 if border else 0)
-
-
-# Tiles
-
-
-@st.composite
-def tilings(
-    draw: st.DrawFn, *, scaled: bool
-) -> tuple[AxisTiles, list[PatchLocation], list[NDArray[np.float64]], int]:
-    """Tiles, the patches in the frame of the output, their weights there, and the length of the output."""
-    mode = draw(st.sampled_from(blending.OVERLAP_MODES))
-    n, p, o = draw(axes(may_be_small=True))
-    starts = grid_on_one_axis((n, p, o), border=draw(st.booleans())).starts[0]
-    m = draw(st.integers(1, 2 * n)) if scaled else n
-    patches = [PatchLocation((s, 0, 0), (p, 1, 1)).scaled(m / n) for s in starts.tolist()]
-    first, stop = (
-        np.array(ends)[:, 0] for ends in zip(*((b.index, b.index_fin) for b in patches), strict=True)
-    )
-    weights = blending.partition_of_unity(mode, first, stop, o * m // n)
-    return AxisTiles.cut(mode, starts, p, o, n, output_length=m), patches, weights, m
-
-
-def check_tiles(tiling: Any) -> None:
-    """Tiles part the volume, await the patches that weigh in them, and weights sum to one."""
-    tiles, patches, weights, length = tiling
-    weighs = np.zeros((len(patches), length), dtype=bool)
-    for row, patch, values in zip(weighs, patches, weights, strict=True):
-        for voxel, value in enumerate(values, start=patch.index[0]):
-            if value > 0 and 0 <= voxel < length:
-                row[voxel] = True
-    edges, lengths = tiles.edges.tolist(), np.diff(tiles.edges)
-    assert (edges[0], edges[-1]) == (0, length)
-    assert len(lengths) == 1 or lengths.min() >= MIN_TILE_VOXELS == 16
-    in_tile = np.array([weighs[:, a:b].any(axis=1) for a, b in itertools.pairwise(edges)])
-    assert tiles.awaited.tolist() == in_tile.sum(axis=1).tolist()
-
-    totals = np.zeros(length)
-    for n, patch in enumerate(patches):
-        first, stop = int(tiles.first[n]), int(tiles.stop[n])
-        assert (tiles.starts[n], tiles.stops[n]) == (patch.index[0], patch.index_fin[0])
-        assert np.flatnonzero(weighs[n]).tolist() == list(range(first, stop))
-        hit = range(int(tiles.first_tile[n]), int(tiles.stop_tile[n]))
-        assert np.flatnonzero(in_tile[:, n]).tolist() == list(hit)
-        assert tiles.weights[n].dtype == np.float32
-        totals[first:stop] += tiles.weights[n]
-    np.testing.assert_allclose(totals, 1, atol=1e-6)
-
-
-@given(tilings(scaled=False))
-def test_tiles_await_the_patches_that_weigh_in_them_and_weights_sum_to_one(tiling: Any) -> None:
-    check_tiles(tiling)
-
-
-@given(tilings(scaled=True))
-def test_tiles_of_an_output_of_another_resolution_keep_the_same_promises(tiling: Any) -> None:
-    check_tiles(tiling)
-
-
-def test_patches_far_apart_are_cut_into_tiles_at_their_borders() -> None:
-    tiles = AxisTiles.cut("average", np.array([0, 48, 96]), 64, 16, 160)
-    assert tiles.edges.tolist() == [0, 48, 64, 96, 112, 160]
-    assert tiles.awaited.tolist() == [1, 2, 1, 2, 1]
-
-
-def test_crop_leaves_each_tile_to_one_patch_where_tiles_need_no_merging() -> None:
-    tiles = AxisTiles.cut("crop", np.array([0, 48, 96]), 64, 16, 160)
-    assert tiles.edges.tolist() == [0, 56, 104, 160]
-    assert tiles.awaited.tolist() == [1, 1, 1]
-
-
-def test_a_flush_patch_whose_neighbour_keeps_nothing_at_half_resolution_is_no_error() -> None:
-    starts = axis_starts(41, 16, 8)
-    assert starts[-2:].tolist() == [24, 25]
-    tiles = AxisTiles.cut("crop", starts, 16, 8, 41, output_length=20)
-    assert tiles.edges[-1] == 20
 
 
 # Chunks

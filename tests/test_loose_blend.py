@@ -395,9 +395,9 @@ def test_room_in_a_scratch_file_is_used_again() -> None:
     larger = scratch.write(torch.ones(100, dtype=torch.float64))
     assert again.offset == freed.offset
     assert larger.offset == 2 * kept.nbytes
-    assert torch.equal(scratch.read(kept), first)
-    assert torch.equal(scratch.read(again), second + 1)
-    assert torch.equal(scratch.read(kept.last_channel), first[-1])
+    assert torch.equal(scratch.read(kept, torch.empty_like(first)), first)
+    assert torch.equal(scratch.read(again, torch.empty_like(second)), second + 1)
+    assert torch.equal(scratch.read(kept.last_channel, torch.empty_like(first[-1])), first[-1])
     scratch.close()
 
 
@@ -413,9 +413,7 @@ def test_a_full_disk_is_told_and_loses_no_tile(monkeypatch: pytest.MonkeyPatch, 
         tiles.put((0, 0, 1), values[1])
     assert f"the scratch file in {tmp_path} failed (No space left on device); free space" in str(error.value)
     for n, value in enumerate(values):
-        found = tiles.pop((0, 0, n))
-        assert found is not None
-        assert torch.equal(found, value)
+        assert torch.equal(tiles.pop((0, 0, n), (1, 2, 2, 1), torch.float32), value)
     tiles.close()
 
 
@@ -430,11 +428,31 @@ def test_a_folder_that_cannot_hold_a_scratch_file_is_told(tmp_path: Path) -> Non
 def test_tiles_that_were_touched_last_stay_in_memory() -> None:
     tiles = HeldTiles(max_bytes=8)
     places = [(0, 0, n) for n in range(3)]
+    one_voxel: Any = (1, 1, 1, 1), torch.float32
     for n in (0, 1, 2, 0, 2):
-        tile = tiles.pop(places[n])
-        tiles.put(places[n], torch.ones(1, 1, 1, 1) if tile is None else tile + 1)
+        tiles.put(places[n], tiles.pop(places[n], *one_voxel) + 1)
     assert list(tiles._held) == [places[0], places[2]]
-    assert [tiles.pop(place).item() for place in places] == [2, 1, 2]  # type: ignore[union-attr]
-    assert tiles.pop(places[0]) is None
+    assert [tiles.pop(place, *one_voxel).item() for place in places] == [2, 1, 2]
+    assert tiles.pop(places[0], *one_voxel).item() == 0
     assert tiles.last_channel(places[0]) is None
+    tiles.close()
+
+
+def test_tiles_of_different_shapes_and_types_share_a_scratch_file() -> None:
+    tiles = HeldTiles(max_bytes=0)
+    shapes = [(2, 3, 1, 1), (1, 1, 2, 3), (4, 1, 1, 3)]
+    dtypes = [torch.float64, torch.uint8, torch.float32, torch.complex64, torch.int64]
+    kept = {}
+    for n, (shape, dtype) in enumerate(itertools.product(shapes, dtypes)):
+        kept[0, 0, n] = torch.arange(n, n + math.prod(shape)).reshape(shape).to(dtype)
+        tiles.put((0, 0, n), kept[0, 0, n].clone())
+    for place in [*kept, *reversed(kept)]:
+        tile = tiles.pop(place, (1, 1, 1, 1), torch.float32)
+        assert tile.dtype == kept[place].dtype
+        assert torch.equal(tile, kept[place])
+        last = kept[place][-1]
+        tiles.put(place, tile)
+        found = tiles.last_channel(place)
+        assert found is not None
+        assert torch.equal(found, last)
     tiles.close()

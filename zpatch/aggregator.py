@@ -58,8 +58,8 @@ class PatchAggregator:
 
     ``max_memory`` ("2 GiB", or bytes) bounds what is held of patches, for all keys together. With a grid
     patches that come before their turn wait, and where those take more it is a MemoryLimitError. Without
-    one sums move to a scratch file beside the output, or in the system's temporary folder. The tile being
-    worked on, the shards being filled and a result that is a tensor come on top.
+    one sums move to a scratch file beside the output, or in the system's temporary folder. The batch, the
+    tile being worked on, the shards being filled and a result that is a tensor come on top.
 
     An error that stops a batch half-way leaves an aggregator that refuses all but ``close``. As a context
     manager it closes itself, which removes what was written of an output that is not complete.
@@ -234,9 +234,13 @@ class PatchAggregator:
 
     @contextlib.contextmanager
     def _at_work(self) -> Iterator[None]:
-        """Refuse to go on after whatever fails here; what the disk says names the output."""
+        """Refuse to go on after whatever fails here; what the disk says names the output.
+
+        The caller may be in inference mode now and not later: tensors made here are ordinary ones.
+        """
         self._refusal = "an earlier call failed half-way"
-        with writing_to(self._output) if self._output else contextlib.nullcontext():
+        disk = contextlib.nullcontext() if self._output is None else writing_to(self._output)
+        with disk, torch.inference_mode(False), torch.no_grad():
             yield
         self._refusal = None
 

@@ -1,4 +1,4 @@
-"""Patches on a regular grid, the tiles they share, and the chunks a box touches.
+"""Patches on a regular grid, and the chunks that a box touches.
 
 Starts on one axis of ``n`` voxels, patch ``p``, overlap ``o``: ``range(0, n - p + 1, p - o)``, and one
 more patch flush with the border where that leaves a rest::
@@ -24,11 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from zpatch import blending
 from zpatch.errors import PatchLocationError
 from zpatch.geometry import AXIS_NAMES, PatchLocation, Triple
-
-MIN_TILE_VOXELS = 16
 
 
 def axis_starts(axis_length: int, patch_length: int, overlap: int) -> NDArray[np.int64]:
@@ -120,84 +117,6 @@ class PatchGrid:
         for position in itertools.product(*(range(self.counts[a]) for a in order)):
             i, j, k = (position[order.index(a)] for a in range(3))
             yield self.at((i, j, k))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class AxisTiles:
-    """One axis of a grid cut into tiles, each of which is final when its patches have arrived.
-
-    Tile ``t`` is ``[edges[t], edges[t + 1])`` and awaits ``awaited[t]`` patches. Patch ``i`` covers
-    ``[starts[i], stops[i])``, has non-zero weights ``weights[i]`` on ``[first[i], stop[i])`` only, and hits
-    the tiles from ``first_tile[i]`` up to ``stop_tile[i]``. Where a tile lies between neighbouring patch
-    borders the same patches cover all of it; borders closer than 16 voxels are merged.
-    """
-
-    edges: NDArray[np.int64]
-    awaited: NDArray[np.int64]
-    starts: NDArray[np.int64]
-    stops: NDArray[np.int64]
-    first: NDArray[np.int64]
-    stop: NDArray[np.int64]
-    first_tile: NDArray[np.int64]
-    stop_tile: NDArray[np.int64]
-    weights: tuple[NDArray[np.float32], ...]
-
-    @classmethod
-    def cut(
-        cls,
-        mode: str,
-        starts: NDArray[np.int64],
-        patch_length: int,
-        overlap: int,
-        axis_length: int,
-        *,
-        output_length: int | None = None,
-    ) -> AxisTiles:
-        """Tiles of the volume's own extent ``[0, axis_length)``.
-
-        With an ``output_length`` everything is told on an axis of that many voxels instead: the ends of
-        patches are scaled and rounded alike, so that no gap and no overlap arises.
-        """
-        length = axis_length if output_length is None else output_length
-        ends = np.stack([starts, starts + patch_length])
-        if length != axis_length:
-            ends = np.floor(ends * (length / axis_length) + 0.5).astype(np.int64)
-        weights = blending.partition_of_unity(mode, ends[0], ends[1], overlap * length // axis_length)
-        inside = [
-            np.flatnonzero((w > 0) & (v >= 0) & (v < length))
-            for w, v in zip(weights, map(np.arange, *ends), strict=True)
-        ]
-        used = np.array([kept.size > 0 for kept in inside])  # rounding may leave a patch nothing to add
-        first = ends[0] + [kept[0] if kept.size else 0 for kept in inside]
-        stop = ends[0] + [kept[-1] + 1 if kept.size else 0 for kept in inside]
-        edges = _merge_close(np.unique(np.concatenate([first[used], stop[used]])), MIN_TILE_VOXELS)
-        first_tile = np.where(used, np.searchsorted(edges, first, side="right") - 1, 0)
-        stop_tile = np.where(used, np.searchsorted(edges, stop, side="left"), 0)
-        awaited = np.zeros(len(edges), dtype=np.int64)
-        np.add.at(awaited, first_tile, 1)
-        np.add.at(awaited, stop_tile, -1)
-        return cls(
-            edges=edges,
-            awaited=np.cumsum(awaited)[:-1],
-            starts=ends[0],
-            stops=ends[1],
-            first=first,
-            stop=stop,
-            first_tile=first_tile,
-            stop_tile=stop_tile,
-            weights=tuple(
-                w[a:b].astype(np.float32)
-                for w, a, b in zip(weights, first - ends[0], stop - ends[0], strict=True)
-            ),
-        )
-
-
-def _merge_close(edges: NDArray[np.int64], least: int) -> NDArray[np.int64]:
-    kept = [int(edges[0])]
-    for edge in edges[1:-1].tolist():
-        if edge - kept[-1] >= least and edges[-1] - edge >= least:
-            kept.append(edge)
-    return np.array([*kept, int(edges[-1])], dtype=np.int64)
 
 
 def chunk_counts(shape: tuple[int, ...], chunks: tuple[int, ...]) -> tuple[int, ...]:

@@ -22,8 +22,8 @@ from zpatch.geometry import Triple
 class HeldTiles:
     """Tensors (C, i, j, k) by their place in a grid of tiles, at most ``max_bytes`` of them in memory.
 
-    ``bytes`` is what is in memory, ``peak_bytes`` the most that was. The scratch file is made in
-    ``scratch_folder``, by default the system's folder of temporary files.
+    One tile more is in memory while it is taken out. ``bytes`` is what is held, ``peak_bytes`` the most that
+    was. The scratch file is made in ``scratch_folder``, by default the system's folder of temporary files.
     """
 
     def __init__(self, max_bytes: int | None = None, scratch_folder: Path | None = None) -> None:
@@ -49,8 +49,9 @@ class HeldTiles:
 
     def _memory(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         spare, self._spare = self._spare, None
-        fits = spare is not None and spare.shape == tuple(shape) and spare.dtype == dtype
-        return spare if spare is not None and fits else torch.empty(tuple(shape), dtype=dtype)
+        if spare is not None and spare.shape == tuple(shape) and spare.dtype == dtype:
+            return spare
+        return torch.empty(tuple(shape), dtype=dtype)
 
     def put(self, place: Triple, tile: torch.Tensor) -> None:
         """Keep a tile, as the one touched last. Where the disk is full, all tiles stay as they are."""

@@ -44,6 +44,7 @@ class _Opened:
     scaling: Scaling = UNSCALED
     record: ImageRecord | None = None
     folder: Path | None = None
+    unit: str | None = "millimeter"
 
 
 class Image:
@@ -126,6 +127,11 @@ class Image:
     def spacing(self) -> tuple[float, float, float]:
         """Voxel size along I, J, K in mm."""
         return spacing_mm(self._affine)
+
+    @property
+    def spatial_unit(self) -> str | None:
+        """What the affine maps to: millimeter, if the source says nothing else."""
+        return self._opened.unit
 
     @property
     def statistics(self) -> Json:
@@ -298,7 +304,8 @@ def stored_image(folder: Path, record: ImageRecord) -> Image:
 def _of_record(folder: Path, record: ImageRecord) -> _Opened:
     folder = folder.absolute()
     source = ShardSource(store.sharded_array(folder, record))
-    return _Opened(source, record.affine_array, Scaling(record.slope, record.inter), record, folder)
+    scaling = Scaling(record.slope, record.inter)
+    return _Opened(source, record.affine_array, scaling, record, folder, record.spatial_unit)
 
 
 def _open(data: Any, axes: str | None) -> _Opened:
@@ -333,7 +340,8 @@ def _of_nifti(file: nifti.NiftiFile) -> _Opened:
         offset=file.voxel_offset,
         shape=(1, *file.shape)[-4:],
     )
-    return _Opened(ArraySource(mapped.transpose(0, 3, 2, 1)), file.affine, Scaling(file.slope, file.inter))
+    source, scaling = ArraySource(mapped.transpose(0, 3, 2, 1)), Scaling(file.slope, file.inter)
+    return _Opened(source, file.affine, scaling, unit=file.spatial_unit)
 
 
 def _of_zarr(image: zarr_images.ZarrImage, axes: str | None) -> _Opened:
@@ -347,9 +355,10 @@ def _of_zarr(image: zarr_images.ZarrImage, axes: str | None) -> _Opened:
         if number is not None and image.translation:
             affine[row, 3] = image.translation[number]
     array = zarr_images.sharded_array_of(image.array, stored)
+    unit = image.unit if image.scale else "millimeter"
     if array is not None:
-        return _Opened(ShardSource(array, stored.names), affine)
-    return _Opened(DaskSource(_through_zarr(image.array, stored)), affine)
+        return _Opened(ShardSource(array, stored.names), affine, unit=unit)
+    return _Opened(DaskSource(_through_zarr(image.array, stored)), affine, unit=unit)
 
 
 def _through_zarr(array: Any, stored: zarr_images.StoredAxes) -> Any:

@@ -96,6 +96,8 @@ class LooseBlend:
 
     def check_coverage(self) -> None:
         """Make sure that patches cover every voxel, unless there is a fill."""
+        if self._dtype is None:
+            raise IncompleteCoverageError("no patch was added; nothing is there to be blended")
         if self._is_covered or self._fill is not None:
             return
         count, first = 0, self._shape
@@ -126,7 +128,7 @@ class LooseBlend:
         self.tiles.close()
 
     def _summed_dtype(self, patch: torch.Tensor) -> torch.dtype:
-        """What patches are summed in, as the first one says."""
+        """What patches are summed in; the first one decides."""
         dtype = accumulation_dtype(patch.dtype, self._mode)
         if self._dtype is None:
             if self._fill is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ _GEOMETRY_FIELDS = (
     *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
     *("sform_code", "srow_x", "srow_y", "srow_z", "xyzt_units"),
 )
+_UNITS: Mapping[str | None, str] = {"meter": "meter", "millimeter": "mm", "micrometer": "micron"}
 
 
 def header_of(raw_header: bytes) -> Any:
@@ -57,9 +58,12 @@ def make_header(
     dtype: np.dtype[Any],
     affine: Affine,
     *,
+    spatial_unit: str | None = "millimeter",
     like: bytes | None = None,
 ) -> bytes:
     """A raw header for an image that was no NIfTI file; NIfTI-2 where a side is over 32,767 voxels.
+
+    ``spatial_unit`` is what the affine maps to; NIfTI knows meters, millimeters and micrometers.
 
     ``like`` is the raw header of an image on the same grid, whose sform, qform and units are taken over.
     """
@@ -75,7 +79,7 @@ def make_header(
             header.set_qform(affine, code="scanner", strip_shears=False)
         except nib.spatialimages.HeaderDataError:
             header["qform_code"] = 0  # a sheared affine has no qform; nibabel has set its code by now
-        header.set_xyzt_units("mm")
+        header.set_xyzt_units(_UNITS.get(spatial_unit, "unknown"))
     else:
         source = header_of(like)
         for name in _GEOMETRY_FIELDS:

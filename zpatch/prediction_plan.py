@@ -283,11 +283,11 @@ class PredictionPlan:
         twice = self.patches_run - self.patches
         masked = len(self.grid) - self.patches
         notes = f", {masked} more are masked out" if masked else ""
-        notes += f", {twice} of them run twice" if twice else ""
+        notes += f", {twice} runs more where regions meet" if twice else ""
         return (
             f"{self.subject.name}: {' x '.join(map(str, self.grid.spatial_shape))} voxels in "
             f"{self.patches} patches{notes}; {self.chunks_in} chunks of {format_bytes(self.bytes_in)} in, "
             f"{self.units_out} write units of {format_bytes(self.bytes_out)} out; "
-            f"at most {format_bytes(self.peak_bytes)} of memory beside the network's own; "
+            f"at most {format_bytes(self.peak_bytes)} of memory; "
             f"up to {self.redone_patches} patches again after a kill"
         )

@@ -59,7 +59,7 @@ def plan_subject(
         for parts in _ways_to_part(planned[0].tiling, slabs):
             regions = _regions(planned, parts)
             fixed = _batch_bytes(images, heads, options) + UNITS_WRITTEN * sum(h.unit_bytes for h in planned)
-            peaks = [_region_bytes(region, images, planned, grid, swept_axis) for region in regions]
+            peaks = [_region_bytes(region, images, planned, grid, options.batch_size) for region in regions]
             peak = options.jobs * (max(peaks) + fixed)
             if limit is None or peak <= limit:
                 return PredictionPlan(
@@ -117,6 +117,7 @@ def _planned_head(
         layout,
         (head.kept_channels, *shape),
         resized_affine(image.affine, grid.spatial_shape, shape),
+        spatial_unit=image.spatial_unit,
         like=image.record,
     )
     _, k, j, i = layout.shards
@@ -190,7 +191,11 @@ def _batch_bytes(images: Sequence[Image], heads: Sequence[Head], options: Predic
 
 
 def _region_bytes(
-    region: Region, images: Sequence[Image], heads: Sequence[PlannedHead], grid: PatchGrid, swept_axis: int
+    region: Region,
+    images: Sequence[Image],
+    heads: Sequence[PlannedHead],
+    grid: PatchGrid,
+    batch_size: int,
 ) -> int:
     """The front of a region's sweep: sums and units, and the chunks that are read."""
     order = heads[0].tiling.order
@@ -200,12 +205,20 @@ def _region_bytes(
         for head, units in zip(heads, region.units, strict=True)
         for held in head.held(units, region.patches)
     ]
-    chunks = [
-        _held_chunks(image.source, grid, order, region.patches)
-        for image in images
-        if not lies_unpacked(image.source)
-    ]
-    return peak_bytes(kept, counts) + (peak_bytes(chunks, counts) if chunks else 0)
+    sources = [image.source for image in images if not lies_unpacked(image.source)]
+    chunks = [_held_chunks(source, grid, order, region.patches) for source in sources]
+    together = (batch_size - 1) * sum(_bytes_under(grid.patch_size, source) for source in sources)
+    return peak_bytes(kept, counts) + (peak_bytes(chunks, counts) + together if chunks else 0)
+
+
+def _bytes_under(patch_size: Triple, source: VoxelSource) -> int:
+    """The chunks that a patch touches at most, as it lies worst."""
+    extents = [(-(-(p - 1) // c) + 1) * c for p, c in zip(patch_size, source.chunk_shape, strict=True)]
+    return math.prod(min(n, e) for n, e in zip(source.shape[1:], extents, strict=True)) * _voxel_bytes(source)
+
+
+def _voxel_bytes(source: VoxelSource) -> int:
+    return source.shape[0] * source.dtype.itemsize
 
 
 def _held_chunks(source: VoxelSource, grid: PatchGrid, order: Triple, patches: Ranges) -> Held:
@@ -218,4 +231,4 @@ def _held_chunks(source: VoxelSource, grid: PatchGrid, order: Triple, patches: R
         sizes = np.full(int(touched.sum()), length)
         lives.append(AxisLives(births[touched], deaths[touched], sizes))
     slow, middle, fast = lives
-    return Held((slow, middle, fast), source.shape[0] * source.dtype.itemsize)
+    return Held((slow, middle, fast), _voxel_bytes(source))

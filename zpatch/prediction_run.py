@@ -219,5 +219,12 @@ def _finished(head: PlannedHead, image: Image, folder: Path) -> ImageRecord:
     if keeps_grid and image.folder and source and source.orientation.is_identity:
         like = read_small_array(image.folder, schema.RAW_HEADER, source.files).tobytes()
     channels, dtype = record.shape_czyx[0], np.dtype(record.dtype)
-    header = make_header(record.spatial_shape, channels, dtype, record.affine_array, like=like)
+    header = make_header(
+        record.spatial_shape,
+        channels,
+        dtype,
+        record.affine_array,
+        spatial_unit=record.spatial_unit,
+        like=like,
+    )
     return UnitLedger(folder).finish(record, header)

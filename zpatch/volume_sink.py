@@ -98,6 +98,7 @@ def output_record(
     shape: tuple[int, int, int, int],
     affine: Affine,
     *,
+    spatial_unit: str | None = "millimeter",
     like: ImageRecord | None = None,
 ) -> ImageRecord:
     """The record of an image (C, I, J, K) to be written; ``like`` is that of what it was made from."""
@@ -115,7 +116,7 @@ def output_record(
         codec="lz4",
         affine=tuple(map(tuple, affine.tolist())),
         affine_source=like.affine_source if like else "none",
-        spatial_unit=like.spatial_unit if like else "millimeter",
+        spatial_unit=spatial_unit,
         split=like.split if like else None,
         meta=like.meta if like else {},
     )

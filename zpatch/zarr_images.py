@@ -28,13 +28,15 @@ _COMPRESSORS: Mapping[str, Compressor] = {name: name for name in ("blosc", "zstd
 class ZarrImage:
     """An array that any Zarr library wrote, with what its metadata says of it.
 
-    ``axes`` are its dimension names or empty; ``scale`` and ``translation`` are per axis, from OME-Zarr.
+    ``axes`` are its dimension names or empty; ``scale`` and ``translation`` are per axis, in ``unit``, from
+    OME-Zarr.
     """
 
     array: Any
     axes: str = ""
     scale: tuple[float, ...] | None = None
     translation: tuple[float, ...] | None = None
+    unit: str | None = None
 
 
 def open_image_folder(path: Path) -> ImageRecord | ZarrImage:
@@ -67,7 +69,10 @@ def _level_of(group: Any, name: str | None) -> ZarrImage:
     dataset = multiscale["datasets"][0] if name is None else named[name]
     axes = "".join(axis["name"] for axis in multiscale["axes"])
     transforms = {t["type"]: tuple(t[t["type"]]) for t in dataset["coordinateTransformations"]}
-    return ZarrImage(group[dataset["path"]], axes, transforms.get("scale"), transforms.get("translation"))
+    units = {axis.get("unit") for axis in multiscale["axes"] if axis["name"] in "zyx"}
+    unit = units.pop() if len(units) == 1 else None
+    scale, translation = transforms.get("scale"), transforms.get("translation")
+    return ZarrImage(group[dataset["path"]], axes, scale, translation, unit)
 
 
 def zarr_image(array: Any) -> ZarrImage:

@@ -84,6 +84,7 @@ def _row(record: ImageRecord) -> tuple[str, ...]:
 
     channels, *_ = record.shape_czyx
     shape = "x".join(map(str, record.spatial_shape)) + (f" x{channels}" if channels > 1 else "")
+    unit = "" if record.spatial_unit == "millimeter" else f" {record.spatial_unit or 'unknown unit'}"
     values = [record.stats.get(name) for name in ("min", "mean", "max")]
     return (
         record.subject,
@@ -91,7 +92,7 @@ def _row(record: ImageRecord) -> tuple[str, ...]:
         record.kind,
         shape,
         np.dtype(record.dtype).name,
-        "x".join(f"{s:.3g}" for s in spacing_mm(record.affine_array)),
+        "x".join(f"{s:.3g}" for s in spacing_mm(record.affine_array)) + unit,
         format_bytes(record.stored_bytes),
         f"{record.voxel_bytes / max(record.stored_bytes, 1):.1f}",
         *("-" if value is None else f"{value:.4g}" for value in values),

@@ -20,6 +20,7 @@ from zpatch.cli.options import (
     talk_options,
 )
 from zpatch.cli.progress import Progress
+from zpatch.memory import format_bytes
 
 if TYPE_CHECKING:
     from zpatch.cohort import Subject
@@ -156,13 +157,14 @@ def predict_command(
     )
     network = Network(load_model(model), torch_device(device), amp=amp, tta=tta)
     plans = plan_prediction(network, subjects, options)
-    for plan in plans:
-        say(str(plan))
+    patches, peak = sum(plan.patches_run for plan in plans), max(plan.peak_bytes for plan in plans)
+    say(f"{len(plans)} subjects, {patches} patches, {format_bytes(peak)} of memory beside the network's own")
     if dry_run:
         if json:
             print_json([plan.to_json() for plan in plans])
+        else:
+            click.echo("\n".join(map(str, plans)))
         return
-    patches = sum(plan.patches_run for plan in plans)
     with Progress("predicting", patches, unit="patches") as progress:
         predictions = run_prediction(network, plans, output, options, overwrite=overwrite, progress=progress)
     if json:
