@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,8 +78,10 @@ def dense(tiling: Tiling, patches: Sequence[Array], skipped: Array | None = None
         place = [slice(*ends) for ends in zip(box.index - low, box.index_fin - low, strict=True)]
         if tiling.mode == "crop":
             cut = [
-                slice(0 if a == l else h, p if b == u else max(p - h, 0))
-                for a, b, p, l, u, h in zip(box.index, box.index_fin, box.size, low, high, half, strict=True)
+                slice(0 if a == start else h, p if b == stop else max(p - h, 0))
+                for a, b, p, start, stop, h in zip(
+                    box.index, box.index_fin, box.size, low, high, half, strict=True
+                )
             ]
             total[:, *place][:, *cut] = patch[:, *cut]
             weights[*place][*cut] = not is_gone
@@ -200,10 +201,11 @@ def test_integers_stay_exact_in_crop_mode(dtype: torch.dtype, rng: np.random.Gen
     patches = [torch.from_numpy(rng.integers(most // 2, most, (1, *s))).to(dtype) for s in sizes(tiling)]
     found = run(tiling, patches)
     assert found.voxels.dtype == patches[0].numpy().dtype
-    owner, _ = dense(tiling, [np.full((1, *s), n) for n, s in enumerate(sizes(tiling))])
-    for number, (patch, box) in enumerate(zip(patches, tiling.grid.locations(), strict=True)):
-        mine = owner[0, *box.slices] == number
-        assert np.array_equal(found.voxels[0, *box.slices][mine], patch[0].numpy()[mine])
+    owners = dense(tiling, [np.full((1, *s), n) for n, s in enumerate(sizes(tiling))])[0]
+    for voxel in np.ndindex(tiling.shape):
+        number = int(owners[0, *voxel])
+        inner = np.subtract(voxel, tiling.grid.location(number).index).tolist()
+        assert found.voxels[0, *voxel] == patches[number][0, *inner].item()
 
 
 @pytest.mark.parametrize(
@@ -301,7 +303,7 @@ def test_a_missing_patch_is_an_error_with_its_box_and_may_be_added_then(rng: np.
     for number in set(range(len(patches))) - {9, 20}:
         blend.add(patches[number], tiling.grid.location(number))
     box = tiling.grid.location(9)
-    with pytest.raises(IncompleteCoverageError, match="2 of 28 patches are missing") as caught:
+    with pytest.raises(IncompleteCoverageError, match="2 of 24 patches are missing") as caught:
         blend.finish()
     assert f"the first one from {box.index_ini} to {box.index_fin}; add every" in str(caught.value)
     for number in (20, 9):
@@ -324,3 +326,136 @@ def test_a_box_that_is_no_patch_of_the_grid_is_refused() -> None:
     blend = SweptBlend(tiling, Recorder(tiling), lambda voxels: voxels)
     with pytest.raises(PatchLocationError, match="not of this grid"):
         blend.add(torch.ones(1, 16, 8, 8), PatchLocation((1, 0, 0), (16, 8, 8)))
+
+
+# Some write units
+
+
+@given(tilings(), seeds)
+def test_only_wanted_write_units_are_made_each_voxel_once_and_as_ever(
+    tiling: Tiling, rng: np.random.Generator
+) -> None:
+    patches, wanted = random_patches(tiling, rng), rng.random(tiling.unit_counts) < 0.5
+    needed = tiling.patches_for(wanted).ravel()
+    i, j, k = (np.arange(n) // u for n, u in zip(tiling.shape, tiling.unit_shape, strict=True))
+    of_unit = wanted[np.ix_(i, j, k)]
+    for order in (range(len(patches)), rng.permutation(np.flatnonzero(needed)).tolist()):
+        found = run(tiling, patches, order, wanted=wanted)
+        assert np.array_equal(found.times, of_unit)
+        if wanted.any():
+            assert np.array_equal(found.voxels[:, of_unit], run(tiling, patches).voxels[:, of_unit])
+
+
+def test_only_patches_of_wanted_units_are_missed(rng: np.random.Generator) -> None:
+    tiling = simple()
+    wanted = np.array([False, False, False, True]).reshape(tiling.unit_counts)
+    blend = SweptBlend(tiling, Recorder(tiling), lambda voxels: voxels, wanted=wanted)
+    with pytest.raises(IncompleteCoverageError, match=r"8 of 8 .* from \(48, 0, 0\) to \(64, 8, 8\)"):
+        blend.finish()
+
+
+# Patches that are skipped
+
+
+def filled(shape: Triple) -> torch.Tensor:
+    return torch.full((2, *shape), FILL)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_of_skipped_patches_are_divided_out_and_voxels_of_no_other_are_filled(mode: str) -> None:
+    @given(tilings([mode]), seeds, st.sampled_from([0.1, 0.5, 0.9, 1.0]))
+    def check(tiling: Tiling, rng: np.random.Generator, share: float) -> None:
+        patches, gone = random_patches(tiling, rng), rng.random(tiling.grid.counts) < share
+        wanted, inside = dense(tiling, as_arrays(patches), gone)
+        numbers = np.flatnonzero(~gone)
+        found = run(tiling, patches, numbers.tolist(), skipped=Skipped(gone, filled))
+        assert (found.times == 1).all()
+        assert found.skipped == (~inside).sum()
+        assert np.array_equal((found.voxels == FILL).all(axis=0), ~inside)
+        np.testing.assert_allclose(found.voxels, wanted, rtol=1e-5)
+        again = run(tiling, patches, rng.permutation(numbers).tolist(), skipped=Skipped(gone, filled))
+        assert again.voxels.tobytes() == found.voxels.tobytes()
+
+    check()
+
+
+@given(tilings(scaled=False), seeds)
+def test_inside_a_mask_voxels_are_as_without_it(tiling: Tiling, rng: np.random.Generator) -> None:
+    patches = random_patches(tiling, rng)
+    mask = np.zeros(tiling.shape, dtype=bool)
+    mask[tuple(rng.integers(0, n, 2) for n in tiling.shape)] = True
+    gone = np.ones(tiling.grid.counts, dtype=bool)
+    for position in np.ndindex(gone.shape):
+        box = tiling.grid.at(position).clipped(tiling.grid.spatial_shape)
+        gone[position] = not mask[tuple(map(slice, box.index_ini, box.index_fin))].any()
+    found = run(tiling, patches, np.flatnonzero(~gone).tolist(), skipped=Skipped(gone, filled)).voxels
+    assert np.array_equal(found[:, mask], run(tiling, patches).voxels[:, mask])
+
+
+@given(tilings(), seeds)
+def test_wanted_units_and_skipped_patches_go_together(tiling: Tiling, rng: np.random.Generator) -> None:
+    patches, gone = random_patches(tiling, rng), rng.random(tiling.grid.counts) < 0.6
+    wanted = rng.random(tiling.unit_counts) < 0.5
+    i, j, k = (np.arange(n) // u for n, u in zip(tiling.shape, tiling.unit_shape, strict=True))
+    of_unit = wanted[np.ix_(i, j, k)]
+    needed = np.flatnonzero(tiling.patches_for(wanted) & ~gone).tolist()
+    found = run(tiling, patches, needed, wanted=wanted, skipped=Skipped(gone, filled))
+    assert np.array_equal(found.times, of_unit)
+    if wanted.any():
+        whole = run(tiling, patches, np.flatnonzero(~gone).tolist(), skipped=Skipped(gone, filled))
+        assert np.array_equal(found.voxels[:, of_unit], whole.voxels[:, of_unit])
+
+
+def test_a_skipped_patch_is_not_missed_and_not_added(rng: np.random.Generator) -> None:
+    tiling = simple()
+    patches, gone = random_patches(tiling, rng), rng.random(tiling.grid.counts) < 0.5
+    found = run(tiling, patches, skipped=Skipped(gone, filled))
+    without = run(tiling, patches, np.flatnonzero(~gone).tolist(), skipped=Skipped(gone, filled))
+    assert found.voxels.tobytes() == without.voxels.tobytes()
+
+
+# Batches
+
+
+def blend_of(tiling: Tiling) -> SweptBlend:
+    return SweptBlend(tiling, Recorder(tiling), lambda voxels: voxels)
+
+
+@pytest.mark.parametrize(
+    ("batch", "text"),
+    [
+        (torch.ones(1, 16, 8, 8), r"a batch must be a tensor \(B, C, I, J, K\), not \(1, 16, 8, 8\)"),
+        (np.ones((1, 1, 16, 8, 8)), "must be a tensor .* not ndarray"),
+        (torch.ones(2, 1, 16, 8, 8), "a batch of 2 patches came with 1 locations"),
+        (torch.ones(1, 1, 15, 8, 8), r"the patch at \(0, 0, 0\) is \(15, 8, 8\) .* room for \(16, 8, 8\)"),
+    ],
+)
+def test_a_batch_that_does_not_fit_its_locations_is_refused(batch: Any, text: str) -> None:
+    with pytest.raises(ModelError, match=text):
+        add_checked(blend_of(simple()), batch, [simple().grid.location(0)])
+
+
+def test_a_batch_of_other_channels_than_those_before_is_refused() -> None:
+    tiling = simple()
+    blend = blend_of(tiling)
+    add_checked(blend, torch.ones(1, 3, 16, 8, 8), [tiling.grid.location(0)])
+    with pytest.raises(ModelError, match="a batch has 2 channels where those before had 3"):
+        add_checked(blend, torch.ones(1, 2, 16, 8, 8), [tiling.grid.location(1)])
+
+
+@pytest.mark.parametrize("length", [4, 5, 6])
+def test_a_patch_one_voxel_off_by_rounding_is_cut_or_continued_by_its_edge(length: int) -> None:
+    tiling = Tiling.over(PatchGrid.over((9, 9, 9), (9, 9, 9)), "hann", output_shape=(5, 5, 5))
+    patch = torch.arange(length).expand(1, 1, length, length, length).float()
+    recorder = Recorder(tiling)
+    blend = SweptBlend(tiling, recorder, lambda voxels: voxels)
+    add_checked(blend, patch, [tiling.grid.location(0)])
+    blend.finish()
+    assert recorder.voxels[0, 0, 0].tolist() == np.arange(5).clip(max=length - 1).tolist()
+
+
+@pytest.mark.parametrize("length", [3, 7, 9])
+def test_a_patch_further_off_is_refused(length: int) -> None:
+    tiling = Tiling.over(PatchGrid.over((9, 9, 9), (9, 9, 9)), "hann", output_shape=(5, 5, 5))
+    with pytest.raises(ModelError, match="output_shape= must say how it scales"):
+        add_checked(blend_of(tiling), torch.ones(1, 1, length, 5, 5), [tiling.grid.location(0)])

@@ -594,9 +594,9 @@ def test_dicts_make_an_output_for_each_key(sampler: zp.GridSampler, patches: lis
     for output in (None, target):
         with zp.PatchAggregator((70, 12, 13), "hann", grid=sampler, output=output) as aggregator:
             aggregator.add_batch({"seg": batch, "edge": batch[:, :1] * 2}, sampler.locations)
-            seg, edge = aggregator.get_output("seg"), aggregator.get_output("edge")
-        seg, edge = (value if output is None else torch.from_numpy(value.data) for value in (seg, edge))  # type: ignore[union-attr]
-        assert torch.equal(seg[:1] * 2, edge)  # type: ignore[index]
+            outputs: list[Any] = [aggregator.get_output(key) for key in ("seg", "edge")]
+        seg, edge = (value if output is None else torch.from_numpy(value.data) for value in outputs)
+        assert torch.equal(seg[:1] * 2, edge)
     assert sorted(path.name for path in target.iterdir()) == ["edge", "seg"]
 
 

@@ -289,5 +289,6 @@ def _fitted(patch: torch.Tensor, size: Triple, location: PatchLocation) -> torch
             f"the network must keep the patch's shape, or output_shape= must say how it scales"
         )
     for axis, length in enumerate(size, start=1):
-        patch = patch.index_select(axis, torch.arange(length).clamp(max=patch.shape[axis] - 1))
+        nearest = torch.arange(length, device=patch.device).clamp(max=patch.shape[axis] - 1)
+        patch = patch.index_select(axis, nearest)
     return patch

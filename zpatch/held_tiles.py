@@ -116,7 +116,7 @@ class ScratchFile:
         stored = StoredTensor(free[-1] if free else self._end, tuple(tensor.shape), tensor.dtype)
         with self._told():
             if self._file is None:
-                self._file = tempfile.TemporaryFile(buffering=0, dir=self._folder)  # noqa: SIM115 - close() closes it
+                self._file = tempfile.TemporaryFile(buffering=0, dir=self._folder)  # noqa: SIM115
             self._file.seek(stored.offset)
             _transfer(self._file.write, tensor)
         if free:

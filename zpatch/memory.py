@@ -20,7 +20,7 @@ def parse_bytes(text: str | int) -> int:
     """
     if isinstance(text, int):
         return text
-    match = _BYTES.fullmatch(text)
+    match = _BYTES.fullmatch(text) if isinstance(text, str) else None
     if match is None or match[2].lower() not in _UNITS:
         raise OptionError(f"{text!r} is not a number of bytes; write it like '2 GiB' or '500 MB'")
     return int(Fraction(match[1]) * _UNITS[match[2].lower()])
