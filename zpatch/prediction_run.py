@@ -75,9 +75,9 @@ def run_region(
 
 
 def _unwritten(head: PlannedHead, units: Bools, folder: Path) -> Bools:
-    left = units.copy()
-    for _, k, j, i in UnitLedger(folder / head.head.name).written():
-        left[i, j, k] = False
+    ledger, left = UnitLedger(folder / head.head.name), units.copy()
+    for i, j, k in np.argwhere(units).tolist():
+        left[i, j, k] = not ledger.has((0, k, j, i))
     return left
 
 

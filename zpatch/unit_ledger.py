@@ -97,10 +97,9 @@ class UnitLedger:
         entry = _Entry(unit, file.relative_to(self.folder).as_posix(), seal, skipped, _packed(tally.state()))
         _write_sealed(self._entry_file(unit), entry.to_json())
 
-    def written(self) -> set[Unit]:
-        """The units that need not be written again: those with a sound record and a shard of its length."""
-        entries = map(self._read, self._entries.glob("*.json"))
-        return {entry.unit for entry in entries if entry is not None}
+    def has(self, unit: Unit) -> bool:
+        """Whether a unit need not be written again: it has a sound record and a shard of its length."""
+        return self._read(self._entry_file(unit)) is not None
 
     def finish(self, record: ImageRecord, raw_header: bytes, warnings: Sequence[str] = ()) -> ImageRecord:
         """Write all of the image but its voxels, and return its record with statistics and seals.
