@@ -123,6 +123,8 @@ DIFFERENT: dict[str, tuple[Any, Any]] = {
     "where one argument ends": (functools.partial(max, 1, 23), functools.partial(max, 12, 3)),
     "where one list ends": (with_bound([[1], [2]]), with_bound([[1, 2]])),
     "one of torch's functions": (torch.sigmoid, torch.tanh),
+    "a method of torch's": (torch.Tensor.sigmoid, torch.Tensor.tanh),
+    "one of numpy's functions": (np.sin, np.cos),
     "the object of a method": (Weighted(1).method, Weighted(2).method),
     "the method of an object": (Weighted(1).method, Weighted(1).__call__),
     "a value of an object": (Weighted(1), Weighted(2)),
@@ -277,6 +279,16 @@ def test_a_network_can_be_trained_on_after_it_ran() -> None:
         net(torch.ones(1, 1, 4, 6, 8), "ann", [HERE])
     model(torch.ones(2, 1, 4, 6, 8)).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_network_that_was_moved_can_be_trained_on_too() -> None:
+    class Moved(torch.nn.Identity):
+        def to(self, *args: Any, **options: Any) -> Any:
+            assert not torch.is_inference_mode_enabled()  # else its parameters would be bound to it
+            return super().to(*args, **options)
+
+    with Network(Moved(), CPU).running():
+        pass
 
 
 @pytest.mark.parametrize("amp", [False, True])

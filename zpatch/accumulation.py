@@ -7,6 +7,7 @@ volume. Where only one patch covers a tile there is nothing to sum: its voxels g
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -201,13 +202,26 @@ class SweptBlend:
             final = self._finalise(voxels)
         else:
             empty = weights == 0
-            exact = voxels if self._tiling.mode == "crop" else voxels / weights.masked_fill(empty, 1)
-            final = self._finalise(exact)
             assert self._skipped is not None
+            whole = empty | ~self._lacking(tile, self._skipped.patches).to(empty.device)
+            exact = voxels if self._tiling.mode == "crop" else voxels / weights.masked_fill(whole, 1)
+            final = self._finalise(exact)
             final = torch.where(empty, self._skipped.fill(_extent(voxels)).to(final.device), final)
             skipped = int(empty.sum())
         self._sink.put(first, final.cpu(), skipped=skipped)
         self._fill_unit(self._tiling.unit_of(tile))
+
+    def _lacking(self, tile: Triple, skipped: Bools) -> torch.Tensor:
+        """Where a skipped patch would have added to a tile, (i, j, k); elsewhere its weights sum to one."""
+        axes = self._tiling.axes
+        low, high = self._tiling.bounds(tile)
+        found = torch.zeros([b - a for a, b in zip(low, high, strict=True)], dtype=torch.bool)
+        touching = (axis.touching[n].tolist() for axis, n in zip(axes, tile, strict=True))
+        for position in itertools.product(*touching):
+            if skipped[position]:
+                ends = zip(axes, position, low, strict=True)
+                found[tuple(slice(max(x.first[n] - a, 0), x.stop[n] - a) for x, n, a in ends)] = True
+        return found
 
     def _fill_unit(self, unit: Triple) -> None:
         """Hand on what no patch of a unit is run for, once."""

@@ -9,12 +9,13 @@ import importlib
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FunctionType
+from types import CellType, CodeType, EllipsisType, FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 import torch
 
 from zpatch.errors import ModelError, OptionError, ZpatchError
@@ -65,42 +66,83 @@ def torch_device(device: str | torch.device) -> torch.device:
 
 
 def identity(model: Any) -> str:
-    """A digest of what a network or another function is: its structure, parameters and code.
+    """A digest of what a network or another function is: its structure, parameters, code and settings.
 
-    What a function reaches beyond its own code and the values bound in it is not seen.
+    Seen are a function's own code and the values bound in it, and what an object that is called holds; what
+    they reach beyond that, as by the names of global variables, is not.
     """
     state = new_digest()
-    for part in _parts(model):
+    for part in _parts(model, ()):
+        state.update(f"{len(part)} ".encode())  # so that it shows where a part ends
         state.update(part)
     return state.hexdigest()
 
 
-def _parts(value: Any) -> Iterator[bytes]:
-    if isinstance(value, torch.nn.Module):
-        yield f"{type(value).__qualname__} {value}".encode()
-        for name, parameter in value.state_dict().items():
-            yield name.encode()
-            yield from _parts(parameter)
-    elif isinstance(value, torch.Tensor):
-        stored = value.detach().cpu().contiguous()
-        yield f"{stored.dtype} {tuple(stored.shape)}".encode()
-        yield stored.reshape(-1).view(torch.uint8).numpy().tobytes()
-    elif isinstance(value, functools.partial):
-        yield from itertools.chain(_parts(value.func), _parts(value.args), _parts(value.keywords))
-    elif isinstance(value, FunctionType):
-        bound = [cell.cell_contents for cell in value.__closure__ or ()]
-        yield f"{value.__module__}.{value.__qualname__}".encode() + value.__code__.co_code
-        yield from _parts([c for c in value.__code__.co_consts if isinstance(c, int | float | str)])
-        yield from _parts([bound, value.__defaults__, value.__kwdefaults__])
-    elif isinstance(value, list | tuple):
-        yield from itertools.chain.from_iterable(map(_parts, value))
-    elif isinstance(value, Mapping):
-        yield from _parts(sorted(map(repr, value)))
-        yield from _parts(list(value.values()))
-    elif value is None or isinstance(value, bool | int | float | str | bytes | torch.dtype):
-        yield repr(value).encode()
+def _parts(value: Any, within: tuple[Any, ...]) -> Iterator[bytes]:
+    """What makes up a value; ``within`` holds it: one that holds itself would go on forever."""
+    if isinstance(value, bytes):
+        yield value
+    elif any(value is outer for outer in within):
+        yield b"itself"
     else:
-        yield f"{type(value).__module__}.{type(value).__qualname__}".encode()
+        yield type(value).__qualname__.encode()
+        for member in _members(value):
+            yield from _parts(member, (*within, value))
+
+
+def _members(value: Any) -> Iterable[Any]:
+    """What to look at in a value, down to bytes."""
+    match value:
+        case torch.nn.Module():
+            return str(value), value.state_dict(), *map(_own, value.modules())
+        case torch.Tensor():
+            stored = value.detach().cpu().contiguous()
+            return str(stored.dtype), *stored.shape, stored.reshape(-1).view(torch.uint8).numpy().tobytes()
+        case np.ndarray():
+            return str(value.dtype), *value.shape, value.tobytes()
+        case FunctionType():
+            bound = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
+            return _name(value), value.__code__, bound, value.__defaults__, value.__kwdefaults__
+        case CodeType():
+            return value.co_code, value.co_names, value.co_consts
+        case MethodType():
+            return value.__func__, object.__getstate__(value.__self__)
+        case functools.partial():
+            return value.func, value.args, value.keywords
+        case list() | tuple():
+            return len(value), *value
+        case set() | frozenset():
+            return sorted(map(repr, value))
+        case Mapping():
+            return [part for key in sorted(value, key=repr) for part in (repr(key), value[key])]
+        case None | bool() | int() | float() | complex() | str() | torch.dtype() | EllipsisType():
+            return (repr(value).encode(),)
+        case torch.jit.ScriptFunction():
+            return (value.code,)
+    if callable(value) and isinstance(type(value).__call__, FunctionType):
+        return _name(type(value)), type(value).__call__, object.__getstate__(value)
+    return (_name(value if hasattr(value, "__name__") else type(value)),)
+
+
+def _own(module: torch.nn.Module) -> tuple[Any, ...]:
+    """What a module is beside its parameters: code, settings, and buffers that are not stored."""
+    if isinstance(module, torch.jit.ScriptModule):
+        if not hasattr(module, "forward"):
+            return ()
+        code, constants = module.code_with_constants
+        return code, constants.const_mapping
+    settings = {
+        name: value
+        for name, value in vars(module).items()
+        if name != "training"
+        and not name.startswith("_")
+        and isinstance(value, bool | int | float | str | tuple | list | torch.Tensor | np.ndarray)
+    }
+    return type(module).forward, settings, dict(module.named_buffers(recurse=False))
+
+
+def _name(value: Any) -> str:
+    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value.__name__)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +157,12 @@ class Network:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Put the network on its device and into evaluation mode, and back into its mode at the end."""
+        if isinstance(self.model, torch.nn.Module):
+            self.model.to(self.device)  # not in inference mode: it could not be trained on afterwards
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=self.amp):
             if not isinstance(self.model, torch.nn.Module):
                 yield
                 return
-            self.model.to(self.device)
             modes = {module: module.training for module in self.model.modules()}
             with contextlib.suppress(NotImplementedError):  # an exported program has its mode fixed
                 self.model.eval()
@@ -151,7 +194,7 @@ class Network:
         sums: Outputs = {}
         for flip in flips:
             for key, output in _named(self.model(batch.flip(flip))).items():
-                back = output.flip(flip) if output.is_floating_point() else output.flip(flip).float()
+                back = output.flip(flip).to(torch.promote_types(output.dtype, torch.float32))
                 sums[key] = sums[key] + back if key in sums else back
         return {key: total / len(flips) for key, total in sums.items()}
 

@@ -17,7 +17,7 @@ import numpy as np
 from zpatch.blending import check_overlap_mode
 from zpatch.cohort import Subject
 from zpatch.errors import OptionError
-from zpatch.front import AxisLives, Held
+from zpatch.front import AxisLives, Held, Integers
 from zpatch.geometry import (
     PatchLocation,
     Triple,
@@ -32,6 +32,9 @@ from zpatch.padding import check_padding_mode
 from zpatch.reduction import Reduction, check_reduction
 from zpatch.schema import ImageRecord, Json
 from zpatch.tiles import AxisTiles, Bools, Tiling, sweep_order
+
+WEIGHT_BYTES = 4  # of a voxel's summed weights
+BATCHES_AHEAD = 2  # of the network, while a unit waits for the one before it to be written
 
 Ranges = tuple[range, range, range]
 MaskFunction = Callable[[Subject, PatchLocation], bool]
@@ -127,9 +130,12 @@ class PlannedHead:
     def _voxel_bytes(self) -> int:
         return self.head.kept_channels * np.dtype(self.head.kept_dtype).itemsize
 
-    def held(self, units: Ranges, patches: Ranges) -> Iterator[Held]:
-        """What is held of sums and of write units while patches sweep over some units."""
-        sums = self.head.channels * self.head.sum_bytes
+    def held(self, units: Ranges, patches: Ranges, *, masked: bool = False) -> Iterator[Held]:
+        """What is held of sums and of write units while patches sweep over some units.
+
+        Where patches are ``masked`` out weights are summed too, and a unit may begin with its first patch.
+        """
+        sums = self.head.channels * self.head.sum_bytes + (WEIGHT_BYTES if masked else 0)
         tiles = [range(a.tiles_of(u[0]).start, a.tiles_of(u[-1]).stop) for a, u in self._along(units)]
         along = list(zip(self.tiling.axes, tiles, patches, strict=True))
         all_tiles = [_tile_lives(axis, list(some), run.start) for axis, some, run in along]
@@ -138,7 +144,7 @@ class PlannedHead:
             for axis, some, run in along
         ]
         filled = [
-            _unit_lives(axis, u, run.start)
+            _unit_lives(axis, u, run.start, masked)
             for (axis, u), run in zip(self._along(units), patches, strict=True)
         ]
         for lives, voxel_bytes in ((all_tiles, sums), (alone, -sums), (filled, self._voxel_bytes)):
@@ -155,9 +161,9 @@ def _tile_lives(axis: AxisTiles, tiles: Sequence[int], first: int) -> AxisLives:
     return AxisLives(births - first, deaths - first, np.diff(axis.edges)[list(tiles)])
 
 
-def _unit_lives(axis: AxisTiles, units: range, first: int) -> AxisLives:
+def _unit_lives(axis: AxisTiles, units: range, first: int, masked: bool) -> AxisLives:
     tiles = [axis.tiles_of(unit) for unit in units]
-    births = np.array([axis.touching[of[0]][-1] for of in tiles], dtype=np.int64)
+    births = np.array([axis.touching[of[0]][0 if masked else -1] for of in tiles], dtype=np.int64)
     deaths = np.array([axis.touching[of[-1]][-1] for of in tiles], dtype=np.int64)
     sizes = np.array([axis.edges[of[-1] + 1] - axis.edges[of[0]] for of in tiles], dtype=np.int64)
     return AxisLives(births - first, deaths - first, sizes)
@@ -202,21 +208,25 @@ class PredictionPlan:
 
     @property
     def patches_run(self) -> int:
-        """Patches that all regions run together."""
-        runs = [tuple(slice(r.start, r.stop) for r in region.patches) for region in self.regions]
-        if self.skipped is None:
-            return sum(math.prod(len(r) for r in region.patches) for region in self.regions)
-        return sum(int((~self.skipped[run]).sum()) for run in runs)
+        """Patches that all regions run together, in whole batches."""
+        starts = [self._starts_of_batches(self.needed(region)) for region in self.regions]
+        return sum(int(np.minimum(self.batch_size, self.patches - some).sum()) for some in starts)
 
     @property
     def redone_patches(self) -> int:
-        """Patches that are run again at most when a task was killed: those about its front."""
+        """Patches that are run again at most when a task was killed: those about its front.
+
+        A unit may still be being written until the next one is complete.
+        """
         rows = 0
         for head in self.heads:
             axis = head.tiling.axes[self.swept_axis]
-            units = [axis.tiles_of(unit) for unit in range(axis.units)]
-            rows = max(rows, *(int(axis.touching[of[-1]][-1] - axis.touching[of[0]][0]) + 1 for of in units))
-        return rows * math.prod(n for a, n in enumerate(self.grid.counts) if a != self.swept_axis)
+            tiles = [axis.tiles_of(unit) for unit in range(axis.units)]
+            for unit, next_one in zip(tiles, [*tiles[1:], tiles[-1]], strict=True):
+                last, first = axis.touching[next_one[-1]][-1], axis.touching[unit[0]][0]
+                rows = max(rows, int(last - first) + 1)
+        of_row = math.prod(n for a, n in enumerate(self.grid.counts) if a != self.swept_axis)
+        return min(self.patches, rows * of_row + (1 + BATCHES_AHEAD) * self.batch_size)
 
     @property
     def bytes_in(self) -> int:
@@ -246,6 +256,13 @@ class PredictionPlan:
         """Number of write units."""
         return sum(math.prod(head.tiling.unit_counts) for head in self.heads)
 
+    def needed(self, region: Region) -> Bools:
+        """The patches that a region runs, over the positions of the grid."""
+        found = np.zeros(self.grid.counts, dtype=bool)
+        for number, head in enumerate(self.heads):
+            found |= head.tiling.patches_for(region.wanted(number, head.tiling))
+        return found & self._is_run
+
     def batches(self, needed: Bools) -> Iterator[list[Triple]]:
         """Positions of the patches of each batch in sweep order, of the batches with any that is needed.
 
@@ -253,14 +270,20 @@ class PredictionPlan:
         output in whichever region it is run.
         """
         order = sweep_order(self.swept_axis)
-        run = np.ones(self.grid.counts, bool) if self.skipped is None else ~self.skipped
-        turned = np.argwhere(run.transpose(order))
-        is_needed = needed.transpose(order)[tuple(turned.T)]
-        back = np.argsort(order)
-        for first in range(0, len(turned), self.batch_size):
-            some = slice(first, first + self.batch_size)
-            if is_needed[some].any():
-                yield [(i, j, k) for i, j, k in turned[some][:, back].tolist()]
+        positions = np.argwhere(self._is_run.transpose(order))[:, np.argsort(order)]
+        for first in self._starts_of_batches(needed).tolist():
+            yield [(i, j, k) for i, j, k in positions[first : first + self.batch_size].tolist()]
+
+    def _starts_of_batches(self, needed: Bools) -> Integers:
+        """Which of the patches that are run, in sweep order, begin a batch with any that is needed."""
+        order = sweep_order(self.swept_axis)
+        is_needed = needed.transpose(order)[self._is_run.transpose(order)]
+        starts = np.arange(0, len(is_needed), self.batch_size)
+        return starts[np.logical_or.reduceat(is_needed, starts)] if starts.size else starts
+
+    @property
+    def _is_run(self) -> Bools:
+        return np.ones(self.grid.counts, dtype=bool) if self.skipped is None else ~self.skipped
 
     def to_json(self) -> Json:
         """The plan's figures as plain JSON."""

@@ -59,7 +59,10 @@ def plan_subject(
         for parts in _ways_to_part(planned[0].tiling, slabs):
             regions = _regions(planned, parts)
             fixed = _batch_bytes(images, heads, options) + UNITS_WRITTEN * sum(h.unit_bytes for h in planned)
-            peaks = [_region_bytes(region, images, planned, grid, options.batch_size) for region in regions]
+            masked = skipped is not None
+            peaks = [
+                _region_bytes(region, images, planned, grid, options.batch_size, masked) for region in regions
+            ]
             peak = options.jobs * (max(peaks) + fixed)
             if limit is None or peak <= limit:
                 return PredictionPlan(
@@ -144,7 +147,10 @@ def _ways_to_part(tiling: Tiling, slabs: int) -> Iterator[Triple]:
 
 
 def _regions(heads: Sequence[PlannedHead], parts: Triple) -> list[Region]:
-    """The boxes of units, about as large as each other; of every head those that begin in the same part."""
+    """The boxes of units, about as large as each other; of every head those that begin in the same part.
+
+    A head whose units are larger has none in some parts.
+    """
     first = heads[0].tiling
     cuts = []  # where parts begin, as fractions of the volume
     for axis in range(3):
@@ -153,7 +159,7 @@ def _regions(heads: Sequence[PlannedHead], parts: Triple) -> list[Region]:
     regions = []
     for place in itertools.product(*map(range, parts)):
         units = [_units_in(head.tiling, cuts, place) for head in heads]
-        if all(map(all, units)):
+        if any(map(all, units)):
             regions.append(Region(tuple(units), _patches_of(heads, units)))
     return regions
 
@@ -174,6 +180,7 @@ def _patches_of(heads: Sequence[PlannedHead], units: Sequence[Ranges]) -> Ranges
         touching = [
             head.tiling.axes[axis].touching[tile]
             for head, of in zip(heads, units, strict=True)
+            if all(of)
             for unit in of[axis]
             for tile in head.tiling.axes[axis].tiles_of(unit)
         ]
@@ -196,6 +203,7 @@ def _region_bytes(
     heads: Sequence[PlannedHead],
     grid: PatchGrid,
     batch_size: int,
+    masked: bool,
 ) -> int:
     """The front of a region's sweep: sums and units, and the chunks that are read."""
     order = heads[0].tiling.order
@@ -203,7 +211,8 @@ def _region_bytes(
     kept = [
         held
         for head, units in zip(heads, region.units, strict=True)
-        for held in head.held(units, region.patches)
+        if all(units)
+        for held in head.held(units, region.patches, masked=masked)
     ]
     sources = [image.source for image in images if not lies_unpacked(image.source)]
     chunks = [_held_chunks(source, grid, order, region.patches) for source in sources]
