@@ -133,7 +133,7 @@ def as_arrays(patches: Sequence[torch.Tensor]) -> list[Array]:
 
 
 def simple(mode: str = "hann", **options: Any) -> Tiling:
-    """70 x 12 x 13 voxels in 7 x 2 x 2 patches and 4 write units."""
+    """70 x 12 x 13 voxels in 6 x 2 x 2 patches and 4 write units."""
     grid = PatchGrid.over((70, 12, 13), (16, 8, 8), (4, 2, 2))
     return Tiling.over(grid, mode, **{"unit_shape": (20, 12, 13), **options})
 

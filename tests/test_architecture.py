@@ -26,6 +26,7 @@ FLOORS = {
         "randomness",
         "_decode",
         "_gather",
+        "_count",
         "scaling",
         "blending",
     ],
@@ -152,7 +153,7 @@ HEAVY = [
 WORLD = (
     "os io shutil pathlib tempfile time datetime random secrets socket subprocess threading multiprocessing"
 )
-COMPILED = {"_gather": ".c", "_decode": ".h"}
+COMPILED = {"_gather": ".c", "_decode": ".h", "_count": ".c"}
 MAX_LINES = {".py": 400, ".c": 550, ".h": 400}
 
 

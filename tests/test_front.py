@@ -39,10 +39,8 @@ def held_at(patch: Triple, kinds: Sequence[Held]) -> int:
     for kind in kinds:
         for pieces in itertools.product(*(range(len(axis.size)) for axis in kind.axes)):
             chosen = list(zip(kind.axes, pieces, strict=True))
-            birth, death = (tuple(int(t[n]) for t, n in ends) for ends in (
-                [(axis.birth, n) for axis, n in chosen],
-                [(axis.death, n) for axis, n in chosen],
-            ))  # fmt: skip
+            birth = tuple(int(axis.birth[n]) for axis, n in chosen)
+            death = tuple(int(axis.death[n]) for axis, n in chosen)
             if birth <= patch <= death:
                 total += kind.voxel_bytes * math.prod(int(axis.size[n]) for axis, n in chosen)
     return total

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from numpy.typing import NDArray
 
+from zpatch import voxel_statistics
 from zpatch.schema import compact_json
 from zpatch.voxel_statistics import BLOCK_VOXELS, MAX_COUNTED_VALUES, VoxelStatistics
 
@@ -325,3 +326,38 @@ def test_units_of_several_blocks_merge_to_what_numpy_says(rng: np.random.Generat
 def test_the_state_of_a_map_of_few_values_is_small(dtype: str, rng: np.random.Generator) -> None:
     array = rng.integers(0, 4, (1, 40, 40, 40)).astype(dtype)
     assert sum(values.nbytes for values in one_pass(array, [(slice(0, None),) * 4]).state().values()) < 400
+
+
+@pytest.mark.parametrize("is_compiled", [True, False])
+@given(integers())
+def test_integers_are_counted_value_by_value_with_compiled_loops_and_without(
+    is_compiled: bool, voxels: Array
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if not is_compiled:
+            patch.setattr(voxel_statistics, "_compiled", None)
+        found = voxel_statistics.value_counts(voxels)
+    if int(voxels.max()) - int(voxels.min()) >= MAX_COUNTED_VALUES:
+        assert found is None
+        return
+    assert found is not None
+    least, counts = found
+    values, wanted = np.unique(voxels, return_counts=True)
+    offsets = np.flatnonzero(counts)
+    assert [least + n for n in offsets.tolist()] == values.tolist()
+    np.testing.assert_array_equal(counts[offsets], wanted)
+
+
+@pytest.mark.skipif(voxel_statistics._compiled is None, reason="no compiler was at hand")
+@pytest.mark.parametrize(
+    ("voxels", "counts"),
+    [
+        (np.zeros(4, "i4"), 256),
+        (np.zeros(4, "u1"), 255),
+        (np.zeros(4, "u2"), 256),
+        (np.zeros(4, "u1"), 65536),
+    ],
+)
+def test_compiled_loops_count_into_a_table_that_fits_only(voxels: Array, counts: int) -> None:
+    with pytest.raises(ValueError, match="integers of one or two bytes are counted"):
+        voxel_statistics._compiled(voxels, np.zeros(counts, np.int64))

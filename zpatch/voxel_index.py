@@ -17,6 +17,7 @@ from zpatch.geometry import PatchLocation, Triple
 from zpatch.grid import chunk_counts
 from zpatch.schema import INDEX, FileSeal, ImageRecord, Json, padded_to_4d
 from zpatch.store import read_small_array
+from zpatch.voxel_statistics import value_counts
 
 MAX_LABELS = 2**20  # an index of so many takes about 700 MiB to build
 
@@ -213,12 +214,15 @@ class LabelIndexBuilder(IndexBuilder):
 
 
 def _value_counts(voxels: NDArray[Any]) -> tuple[list[int], list[int]]:
-    if voxels.dtype.itemsize <= 2 and voxels.dtype.kind == "u":
-        counts = np.bincount(voxels.reshape(-1))
-        values = np.flatnonzero(counts)
-        return values.tolist(), counts[values].tolist()
-    values, counts = np.unique(voxels, return_counts=True)
-    return values.tolist(), counts.tolist()
+    if voxels.dtype.itemsize == 1 and (found := value_counts(voxels)) is not None:
+        least, counts = found
+    elif voxels.dtype.itemsize == 2 and voxels.min() >= 0:
+        least, counts = 0, np.bincount(voxels.reshape(-1))
+    else:
+        values, counts = np.unique(voxels, return_counts=True)
+        return values.tolist(), counts.tolist()
+    offsets = np.flatnonzero(counts)
+    return (offsets + least).tolist(), counts[offsets].tolist()
 
 
 class WeightIndexBuilder(IndexBuilder):

@@ -1,0 +1,3 @@
+from typing import Any
+
+def count(voxels: Any, counts: Any, /) -> None: ...
