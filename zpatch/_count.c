@@ -84,7 +84,8 @@ static PyObject *count(PyObject *module, PyObject *arguments)
         Py_RETURN_NONE;
     if (fits)
         return PyErr_NoMemory();
-    PyErr_SetString(PyExc_ValueError, "integers of one or two bytes are counted in as many int64 as they have values");
+    PyErr_SetString(PyExc_ValueError,
+                    "integers of one or two bytes are counted in as many int64 as they have values");
     return NULL;
 }
 
