@@ -73,7 +73,10 @@ def _contest(options: Options) -> str:
         name: times_as_long(found[name], found[ZPATCH]) for found in (slow_times, times) for name in found
     }
     taken = slow_times | times
-    held = {contender.name: _memory_of(contender.name, *files) for contender in there}
+    held = {}
+    for contender in there:
+        peak, base = _held_and_base(options, "memory_of", contender.name, *files)
+        held[contender.name] = peak - base
     rows = [
         (c, seconds(taken[c.name]), f"{ratios[c.name]:.2f}", mib(held[c.name]))
         if c in there
@@ -124,16 +127,11 @@ def _memory_goals(held: Mapping[str, int]) -> Iterable[Goal]:
         yield Goal(f"peak beside that of {SLIDING_WINDOW}", share, 0.25, "times")
 
 
-def _memory_of(name: str, *files: Path) -> int:
-    """Peak memory of a prediction above that of a process that only imports."""
-    held, base = _held_and_base("memory_of", name, *files)
-    return held - base
-
-
-def _held_and_base(function: str, *arguments: object) -> tuple[int, int]:
+def _held_and_base(options: Options, function: str, *arguments: object) -> tuple[int, int]:
     """Peak memory of a function, and what a process holds that has imported the same and does nothing."""
-    found = _fresh(function, *arguments)
-    return found["peak"], _fresh("memory_of_imports", *found["modules"])
+    modules = options.stores / "modules"
+    held = _fresh(function, modules, *arguments)
+    return held, _fresh("memory_of_imports", modules)
 
 
 def _fresh(function: str, *arguments: object) -> Any:
@@ -149,7 +147,7 @@ def _sweep(options: Options) -> str:
     rows, shares, peaks_mib = [], [], []
     for shape in shapes:
         store, output = _long_store(shape, options)
-        held, base = _held_and_base("memory_of_zpatch", store, output, PATCH, "")
+        held, base = _held_and_base(options, "memory_of_zpatch", store, output, PATCH, "")
         stated = _fresh("stated_bytes", store, PATCH)
         shares.append((held - base) / stated)
         peaks_mib.append((held - base) / MIB)
@@ -172,7 +170,7 @@ def _sweep(options: Options) -> str:
 def _limit(options: Options) -> str:
     shape = (256, 256, 512) if options.quick else (1024, 1024, 1024)
     store, output = _long_store(shape, options)
-    held, base = _held_and_base("memory_of_zpatch", store, output, PATCH, LIMIT_BYTES)
+    held, base = _held_and_base(options, "memory_of_zpatch", store, output, PATCH, LIMIT_BYTES)
     head_row = ("volume MiB", "`max_memory` MiB", "peak MiB", "of which imports MiB")
     row = (mib(2 * math.prod(shape)), mib(LIMIT_BYTES), mib(held), mib(base))
     return "\n\n".join(

@@ -17,6 +17,7 @@ import select
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -123,10 +124,11 @@ def in_fresh_process(function: str, *arguments: object, env: Mapping[str, str] |
     """Call ``module:function`` of this package in a new process; arguments arrive as text."""
     command = [sys.executable, "-m", "benchmarks.measure", function, *map(str, arguments)]
     begin = time.perf_counter()
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=_env(env)) as process:
-        tree_bytes = _peak_of_tree(process)
-        assert process.stdout is not None
-        lines = process.stdout.read().splitlines()
+    with tempfile.TemporaryFile("w+") as said:  # a pipe that nobody empties would stop it at 64 KiB
+        with subprocess.Popen(command, cwd=ROOT, stdout=said, text=True, env=_env(env)) as process:
+            tree_bytes = _peak_of_tree(process)
+        said.seek(0)
+        lines = said.read().splitlines()
     seconds = time.perf_counter() - begin
     if process.returncode:
         raise RuntimeError(f"{function} ended with {process.returncode} in a fresh process")

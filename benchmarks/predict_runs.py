@@ -75,21 +75,27 @@ def check(labels: Labels, voxels: NDArray[Any]) -> None:
 # Memory.
 
 
-def memory_of(name: str, head: str, store: str, output: str) -> dict[str, Any]:
-    """The most that this process and its descendants hold in a prediction, and what it has imported."""
+def memory_of(modules: str, name: str, head: str, store: str, output: str) -> int:
+    """The most that this process and its descendants hold in a prediction; the file ``modules`` will name
+    its imports, which are more than a pipe takes."""
     contender, target = contender_of(name), Path(output)
     peak = _most_held(lambda: contender.predict(Path(head), Path(store), target))
+    _name_imports(modules)
     remove(target)
-    return {"peak": peak, "modules": sorted(sys.modules)}
+    return peak
 
 
-def memory_of_zpatch(store: str, output: str, patch: str, limit: str) -> dict[str, Any]:
+def memory_of_zpatch(modules: str, store: str, output: str, patch: str, limit: str) -> int:
     """The same of zpatch on any store. What it predicts is compared."""
     options = zpatch_options(int(patch)) | {"max_memory": int(limit) if limit else None}
     peak = _most_held(lambda: predict_with_zpatch(network, Path(store), Path(output), **options))
-    modules = sorted(sys.modules)
+    _name_imports(modules)
     check(zpatch_labels(Path(output)), in_stored_order(zpatch_image(Path(store)).data))
-    return {"peak": peak, "modules": modules}
+    return peak
+
+
+def _name_imports(modules: str) -> None:
+    Path(modules).write_text("\n".join(sorted(sys.modules)))
 
 
 def stated_bytes(store: str, patch: str) -> int:
@@ -104,9 +110,9 @@ def stated_bytes(store: str, patch: str) -> int:
     return plan.peak_bytes
 
 
-def memory_of_imports(*names: str) -> int:
-    """What a process holds that has imported those modules and does nothing."""
-    import_only(*names)
+def memory_of_imports(modules: str) -> int:
+    """What a process holds that has imported the modules that a file names, and does nothing."""
+    import_only(*Path(modules).read_text().split())
     return held_bytes(tree_of(os.getpid()))
 
 

@@ -15,7 +15,7 @@ from benchmarks.measure import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results.md"
 PACKAGES = ("zpatch", "numpy", "zarr", "numcodecs", "isal", "nibabel", "dask", "torch")
-PEERS = ("nifti-zarr", "ngff-zarr", "blosc2", "tensorstore", "monai", "torchio")
+PEERS = ("nifti-zarr", "ngff-zarr", "blosc2", "tensorstore", "monai", "torchio", "patchly")
 
 TITLE = "# Results"
 LAST_HEADING = "## What the figures do not show"

@@ -27,6 +27,7 @@ FLOORS = {
         "_decode",
         "_gather",
         "_count",
+        "_blend",
         "scaling",
         "blending",
     ],
@@ -40,6 +41,8 @@ FLOORS = {
         "padding",
         "spare_memory",
         "voxel_statistics",
+        "markup",
+        "png",
     ],
     "doors": [
         "gzip_files",
@@ -55,6 +58,7 @@ FLOORS = {
         "store_lock",
         "store_writer",
         "scheduling",
+        "resident_memory",
         "cases",
         "listings",
         "conventions",
@@ -67,6 +71,7 @@ FLOORS = {
         "image_writer",
         "unit_ledger",
         "gathering",
+        "image_planes",
         "reader",
         "chunk_cache",
         "image",
@@ -80,6 +85,14 @@ FLOORS = {
         "conversion",
         "nifti_export",
         "verification",
+        "report_problems",
+        "report_pictures",
+        "report_facts",
+        "report_parts",
+        "report_subject",
+        "report_style",
+        "report_page",
+        "report",
         "reading_cost",
         "reading_speed",
         "store_benchmark",
@@ -115,6 +128,7 @@ FLOORS = {
         "cli/export",
         "cli/info",
         "cli/predict",
+        "cli/report",
         "cli/verify",
     ],
 }
@@ -153,7 +167,7 @@ HEAVY = [
 WORLD = (
     "os io shutil pathlib tempfile time datetime random secrets socket subprocess threading multiprocessing"
 )
-COMPILED = {"_gather": ".c", "_decode": ".h", "_count": ".c"}
+COMPILED = {"_gather": ".c", "_decode": ".h", "_count": ".c", "_blend": ".c"}
 MAX_LINES = {".py": 400, ".c": 550, ".h": 400}
 
 

@@ -143,6 +143,7 @@ def test_a_cohort_goes_through_every_command(run: Run, cohort_source: Path, here
         ("verify", "cohort.zarr"),
         ("verify", "cohort.zarr", "--quick"),
         ("export", "cohort.zarr", "nifti"),
+        ("report", "cohort.zarr"),
         ("bench", "cohort.zarr", *BENCH),
         ("predict", "cohort.zarr", "out.zarr", "--model", "nets_of_cli:doubling", *PREDICT),
         ("predict", "cohort.zarr", "out.zarr", "--model", "nets_of_cli:doubling", *PREDICT, "--dry-run"),
@@ -427,7 +428,7 @@ def test_a_model_that_cannot_be_loaded_is_refused_before_anything_is_written(
     assert not Path("out.zarr").exists()
 
 
-@pytest.mark.parametrize("command", ["info", "verify", "export", "predict", "bench"])
+@pytest.mark.parametrize("command", ["info", "verify", "export", "predict", "report", "bench"])
 def test_a_store_that_is_none_or_of_a_newer_format_is_refused(
     refused: Callable[..., str], store: Path, cohort_source: Path, command: str
 ) -> None:

@@ -145,3 +145,17 @@ def test_patches_of_other_shapes_do_not_make_a_batch(subject: zp.Subject) -> Non
     mixed = [next(zp.UniformSampler(size)(subject, 1, rng=0)) for size in (4, 5)]
     with pytest.raises(OptionError, match=r"one shape: 't1' has \(1, 4, 4, 4\), \(1, 5, 5, 5\)"):
         zp.collate(mixed)
+
+
+def test_a_batch_moves_to_a_device(patches: list[zp.Patch]) -> None:
+    batch = zp.collate(patches)
+    moved = batch.to("meta")
+    assert {image.data.device.type for image in moved.images.values()} == {"meta"}
+    assert (moved.patch_location, moved.subjects) == (batch.patch_location, batch.subjects)
+    assert torch.equal(batch.to(torch.device("cpu"), non_blocking=True).t1.data, batch.t1.data)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU to pin memory for")
+def test_a_dataloader_pins_a_batch(patches: list[zp.Patch]) -> None:
+    [batch] = torch.utils.data.DataLoader(patches, batch_size=3, collate_fn=zp.collate, pin_memory=True)
+    assert batch.t1.data.is_pinned()

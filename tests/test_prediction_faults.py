@@ -46,35 +46,49 @@ COUNT, FAIL_AT = Path("patches"), Path("fail-at")  # in the working folder of a 
 # A network that counts
 
 
-class Net(torch.nn.Module):
-    """A convolution; ``fail_at`` says after how many patches it gives up.
+@dataclass
+class Watch:
+    """What a network does beside its work, which is no part of what it is.
 
-    ``shares`` has all processes count together, by a file that they add to; another one says when to fail.
+    It gives up after ``fail_at`` patches. ``shares`` has all processes count together, by a file that they
+    add to; another one says when to fail.
     """
 
-    def __init__(
-        self, seed: int = 0, *, fail_at: int | None = None, pause_s: float = 0, shares: bool = False
-    ) -> None:
-        super().__init__()
-        self.conv = torch.nn.Conv3d(1, 2, 3, padding=1)
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in self.conv.parameters():
-            parameter.data = torch.rand(parameter.shape, generator=generator)
-        self.fail_at = fail_at
-        self.pause_s = pause_s
-        self.shares = shares
-        self.patches = 0
+    fail_at: int | None = None
+    pause_s: float = 0
+    shares: bool = False
+    patches: int = 0
 
-    def forward(self, batch: torch.Tensor) -> torch.Tensor:
-        self.patches += len(batch)
+    def __call__(self, patches: int) -> None:
+        self.patches += patches
         if self.shares:
             with COUNT.open("ab", buffering=0) as count:
-                count.write(b"." * len(batch))
+                count.write(b"." * patches)
             self.patches = COUNT.stat().st_size
             self.fail_at = int(FAIL_AT.read_text()) if FAIL_AT.exists() else None
         if self.fail_at is not None and self.patches > self.fail_at:
             raise ArithmeticError("too hard")
         time.sleep(self.pause_s)
+
+
+class Net(torch.nn.Module):
+    """A convolution that is watched."""
+
+    def __init__(self, seed: int = 0, **watched: Any) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv3d(1, 2, 3, padding=1)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.conv.parameters():
+            parameter.data = torch.rand(parameter.shape, generator=generator)
+        self.watch = Watch(**watched)
+
+    @property
+    def patches(self) -> int:
+        """Patches run so far."""
+        return self.watch.patches
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        self.watch(len(batch))
         found: torch.Tensor = self.conv(batch)
         return found
 
@@ -254,7 +268,8 @@ def serve() -> None:
         print(child, flush=True)  # noqa: T201 - it is the answer
         _, status = os.waitpid(child, 0)
         answer = {"code": os.waitstatus_to_exitcode(status), "steps": int(Path("steps").read_text())}
-        print(json.dumps({**answer, "out": Path("out").read_text(), "err": Path("err").read_text()}), flush=True)  # noqa: T201, E501
+        said = {"out": Path("out").read_text(), "err": Path("err").read_text()}
+        print(json.dumps(answer | said), flush=True)  # noqa: T201 - as above
 
 
 def _run(arguments: list[str], no_space_at: int) -> None:
@@ -363,10 +378,11 @@ def test_what_is_run_again_is_bounded_by_the_plan(
             raise OSError("lost")
         return real(*args)
 
-    with monkeypatch.context() as patch, pytest.raises((ModelError, StoreError)):
-        if slow_disk:
-            patch.setattr(unit_ledger, "write_shard", lose)
+    if slow_disk:
+        monkeypatch.setattr(unit_ledger, "write_shard", lose)
+    with pytest.raises((ModelError, StoreError)):
         predict(cohort, out, first)
+    monkeypatch.setattr(unit_ledger, "write_shard", real)
     second = Net()
     predict(cohort, out, second)
     done = min(first.patches, fail_at) - 1
@@ -490,9 +506,7 @@ def test_after_a_refusal_the_right_command_goes_on_where_it_was(cohort: zp.Cohor
     assert_whole(begun, undisturbed(cohort, begun))
 
 
-def test_without_resume_what_was_begun_is_refused_and_stays_as_it_was(
-    cohort: zp.Cohort, begun: Path
-) -> None:
+def test_without_resume_what_was_begun_is_refused_and_stays_as_it_was(cohort: zp.Cohort, begun: Path) -> None:
     before = bytes_below(begun)
     with pytest.raises(StoreExistsError, match=r"out.zarr: it exists already; say --overwrite"):
         predict(cohort, begun, Net(), resume=False)
@@ -578,9 +592,10 @@ def test_a_disk_that_fails_under_a_unit_is_a_store_error_that_names_the_store(
             raise OSError(28, "No space left on device")
         return real(*args)
 
-    with monkeypatch.context() as patch, pytest.raises(StoreError, match=r"out.zarr: .*No space left"):
-        patch.setattr(unit_ledger, "write_shard", fail)
+    monkeypatch.setattr(unit_ledger, "write_shard", fail)
+    with pytest.raises(StoreError, match=r"out.zarr: .*No space left"):
         predict(cohort, out, Net())
+    monkeypatch.setattr(unit_ledger, "write_shard", real)
     predict(cohort, out, Net())
     assert_whole(out, undisturbed(cohort, out))
 

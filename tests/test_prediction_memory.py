@@ -127,11 +127,19 @@ def out(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(tmp_path / "out.zarr", ignore_errors=True)
 
 
-def measured(folder: Path, store: str, out: Path, **wish: Any) -> dict[str, int]:
-    """What is stated and held in a fresh process."""
+def measured(
+    folder: Path, store: str, out: Path, *, returns_freed: bool = True, **wish: Any
+) -> dict[str, int]:
+    """What is stated and held in a fresh process, in which freed blocks go back to the system at once.
+
+    By itself the GNU C library keeps blocks up to the size of the largest one freed so far, which says more
+    about its habits than about what a prediction needs.
+    """
     arguments = [folder / "small.zarr", folder / store, out, json.dumps({"channels": 3, **wish})]
     command = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    if returns_freed:
+        environment["MALLOC_MMAP_THRESHOLD_"] = str(2**17)
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=110)
     assert ran.returncode == 0, ran.stderr
     figures: dict[str, int] = json.loads(ran.stdout)
@@ -172,21 +180,16 @@ def test_what_is_held_does_not_grow_with_the_swept_axis(folder: Path, out: Path)
     assert abs(long["measured"] - short["measured"]) < TOLERATED
 
 
-@pytest.mark.parametrize("share", [0.5, 0.3])
-def test_a_limit_is_kept_by_running_some_patches_twice(folder: Path, out: Path, share: float) -> None:
-    wish = {"patch_size": 64, "patch_overlap": 16, "overlap_mode": "hann", "channels": 4, "reduce": "argmax"}
-    options = PredictOptions.of(
-        image="image", patch_size=64, patch_overlap=16, overlap_mode="hann", reduce="argmax"
-    )
-    network = Network(lambda batch: batch.repeat(1, 4, 1, 1, 1), torch_device("cpu"))
-    [free] = plan_prediction(network, zp.Cohort(folder / "cube.zarr"), options)
+@pytest.mark.parametrize("free", [40, 50])
+def test_a_limit_is_kept_by_running_some_patches_twice(folder: Path, out: Path, free: int) -> None:
+    wish: dict[str, Any] = {"patch_size": 64, "patch_overlap": 16, "channels": 4, "reduce": "argmax"}
+    wish["returns_freed"] = False
     base = measured(folder, "small.zarr", out.with_name("base.zarr"), **wish)["base"]
-    limit = base + int(share * free.peak_bytes)
+    limit = base + free * MIB
     figures = measured(folder, "cube.zarr", out, **wish, max_memory=limit)
     assert figures["regions"] > 1
     assert figures["patches_run"] > figures["patches"]
-    assert figures["stated"] <= share * free.peak_bytes + TOLERATED
-    assert figures["base"] + figures["measured"] <= limit + TOLERATED
+    assert figures["base"] + figures["measured"] <= limit
 
 
 def test_a_limit_that_nothing_fits_is_refused_and_what_would_fit_is_told(folder: Path, out: Path) -> None:

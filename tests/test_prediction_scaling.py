@@ -9,6 +9,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,24 +35,34 @@ SHAPES = {"ann": (40, 36, 300), "bob": (24, 180, 30)}  # the longest axis differ
 OPTIONS: dict[str, Any] = {"image": "t1", "patch_size": 20, "patch_overlap": 8, "batch_size": 2}
 
 
+@dataclass
+class Watch:
+    """What a network does beside its work: it takes its time, and notes which process it is in."""
+
+    pause_s: float = 0
+    marks: Path | None = None
+
+    def __call__(self) -> None:
+        time.sleep(self.pause_s)
+        if self.marks is not None:
+            with self.marks.open("a") as marks:
+                marks.write(f"{os.getpid()}\n")
+
+
 class Conv(torch.nn.Module):
     """A small network whose sums of floats would show any change of order."""
 
-    def __init__(self, channels: int = 2, pause_s: float = 0, marks: Path | None = None) -> None:
+    def __init__(self, channels: int = 2, **watched: Any) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         layers = torch.nn.Conv3d(1, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv3d(4, channels, 1)
         self.layers = torch.nn.Sequential(*layers)
         for parameter in self.parameters():
             parameter.data = torch.rand(parameter.shape, generator=generator) - 0.5
-        self.pause_s = pause_s
-        self.marks = marks
+        self.watch = Watch(**watched)
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
-        time.sleep(self.pause_s)
-        if self.marks is not None:
-            with self.marks.open("a") as marks:
-                marks.write(f"{os.getpid()}\n")
+        self.watch()
         found: torch.Tensor = self.layers(batch)
         return found
 
@@ -323,7 +334,7 @@ def test_a_cluster_of_which_a_worker_is_killed_gives_the_same_bytes(
 
     def kill_one() -> None:
         eventually(lambda: marks.exists() and len(marked_by(marks)) > 2, "both workers at work")
-        eventually(lambda: len(marks.read_text().split()) > 20 + 40 * moment, "some patches")
+        eventually(lambda: len(marks.read_text().split()) > 20 + 25 * moment, "some patches")
         workers = [child for child in psutil.Process().children(recursive=True) if is_worker(child)]
         at_work = [worker for worker in workers if worker.pid in marked_by(marks)]
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -336,7 +347,7 @@ def test_a_cluster_of_which_a_worker_is_killed_gives_the_same_bytes(
         predict(cohort, out, model=Conv(pause_s=0.02, marks=marks), scheduler=cluster.scheduler_address)
         killer.join()
     assert killed
-    assert len(marked_by(marks)) == 4  # this process, the one that died, and two that went on
+    assert {os.getpid(), *killed} < set(marked_by(marks))  # and another went on
     assert_whole(out, expected)
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from zpatch.normalization import Normalize
     from zpatch.patch import Patch, PatchBatch, collate
     from zpatch.patch_queue import Queue
+    from zpatch.report import write_report
     from zpatch.samplers import GridSampler, LabelSampler, UniformSampler, WeightedSampler
     from zpatch.verification import verify
 
@@ -51,6 +52,7 @@ __all__ = [
     "export",
     "predict",
     "verify",
+    "write_report",
 ]
 
 _ROOMS = {
@@ -66,6 +68,7 @@ _ROOMS = {
     "normalization": ["Normalize"],
     "patch": ["Patch", "PatchBatch", "collate"],
     "patch_queue": ["Queue"],
+    "report": ["write_report"],
     "samplers": ["GridSampler", "LabelSampler", "UniformSampler", "WeightedSampler"],
     "verification": ["verify"],
 }

@@ -8,17 +8,24 @@ volume. Where only one patch covers a tile there is nothing to sum: its voxels g
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
+from zpatch import spare_memory
 from zpatch.errors import IncompleteCoverageError, MemoryLimitError, ModelError
 from zpatch.geometry import PatchLocation, Triple
 from zpatch.memory import format_bytes
 from zpatch.tiles import Bools, Tiling
 from zpatch.volume_sink import VolumeSink
+
+try:
+    from zpatch._blend import add as _compiled_add
+except ImportError:  # no compiler was there
+    _compiled_add = None  # type: ignore[assignment]
 
 Finalise = Callable[[torch.Tensor], torch.Tensor]
 Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -57,9 +64,12 @@ class _Part(NamedTuple):
 
     @property
     def product(self) -> torch.Tensor:
-        """The weights of all voxels, (i, j, k)."""
-        i, j, k = self.weights
-        return i[:, None, None] * j[:, None] * k
+        """The weights of all voxels, (i, j, k), in memory as the voxels lie."""
+        order = memory_order(self.voxels[0])
+        slow, middle, fast = (self.weights[axis] for axis in order)
+        return (slow[:, None, None] * middle[:, None] * fast).permute(
+            [order.index(axis) for axis in range(3)]
+        )
 
 
 class _Tile:
@@ -111,6 +121,7 @@ class SweptBlend:
         self._seen = np.zeros(tiling.grid.counts, dtype=bool)
         self._begun = np.zeros(tiling.unit_counts, dtype=bool)
         self._tiles: dict[Triple, _Tile] = {}
+        self._pool: spare_memory.Pool[torch.Tensor] = spare_memory.Pool()
         self._weights = [[torch.from_numpy(w) for w in axis.weights] for axis in tiling.axes]
 
     def size_of(self, location: PatchLocation) -> Triple:
@@ -152,6 +163,7 @@ class SweptBlend:
             del self._tiles[tile]
             assert state.sums is not None
             self._hand_on(tile, state.sums, state.weights)
+            self._give_back(state.sums)
 
     def _part(self, tile: Triple, patch: torch.Tensor, position: Triple) -> _Part:
         low, high = self._tiling.bounds(tile)
@@ -181,19 +193,47 @@ class SweptBlend:
 
     def _sum(self, state: _Tile, part: _Part, tile: Triple) -> None:
         state.done += 1
+        is_first = state.sums is None
         if state.sums is None:
             low, high = self._tiling.bounds(tile)
-            shape = tuple(b - a for a, b in zip(low, high, strict=True))
-            state.sums = _zeros_like(part.voxels, shape)
+            i, j, k = (b - a for a, b in zip(low, high, strict=True))
+            state.sums = self._new_sums(part.voxels, (i, j, k))
             if len(state.turns) < self._tiling.awaited(tile):
-                state.weights = torch.zeros(shape, device=part.voxels.device)
+                state.weights = torch.zeros((i, j, k), device=part.voxels.device)
+            if part.voxels.shape != state.sums.shape:  # the part does not cover all of the tile
+                state.sums.zero_()
+                is_first = False
         target = state.sums[:, *part.place]
         if self._tiling.mode == "crop":
-            target.add_(part.voxels)
+            target.copy_(part.voxels) if is_first else target.add_(part.voxels)
+        elif _is_compiled(target):
+            u, v, w = (weight.numpy() for weight in part.weights)
+            _compiled_add(target.numpy(), part.voxels.numpy(), u, v, w, is_first)
+        elif is_first:
+            torch.mul(part.voxels, part.product, out=target)
         else:
             target.addcmul_(part.voxels, part.product)
         if state.weights is not None:
             state.weights[part.place] += part.product
+
+    def _new_sums(self, patch: torch.Tensor, shape: Triple) -> torch.Tensor:
+        """Memory (C, I, J, K) of a tile's extent, in the order in which the patch's voxels lie in theirs."""
+        extents, order = (len(patch), *shape), memory_order(patch)
+        ordered = [extents[axis] for axis in order]
+        nbytes = math.prod(extents) * patch.dtype.itemsize
+
+        def make() -> torch.Tensor:
+            if patch.device.type == "cpu":
+                sums = torch.from_numpy(spare_memory.new_pages(nbytes)).view(patch.dtype).view(ordered)
+            else:
+                sums = patch.new_empty(ordered)
+            return sums.permute([order.index(axis) for axis in range(4)])
+
+        return self._pool.take((*ordered, *order), nbytes, make)
+
+    def _give_back(self, sums: torch.Tensor) -> None:
+        order = memory_order(sums)
+        self._pool.give_back((*(sums.shape[axis] for axis in order), *order), sums.nbytes, sums)
 
     def _hand_on(self, tile: Triple, voxels: torch.Tensor, weights: torch.Tensor | None) -> None:
         first, _ = self._tiling.bounds(tile)
@@ -255,13 +295,14 @@ def _extent(voxels: torch.Tensor) -> Triple:
     return i, j, k
 
 
-def _zeros_like(patch: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Zeros (C, I, J, K) of another extent, in the order in which the patch's voxels lie in memory."""
-    extents = len(patch), *shape
-    strides = patch.stride()
-    order = sorted(range(4), key=lambda axis: -strides[axis])
-    zeros = patch.new_zeros([extents[axis] for axis in order])
-    return zeros.permute([order.index(axis) for axis in range(4)])
+def _is_compiled(sums: torch.Tensor) -> bool:
+    return _compiled_add is not None and sums.dtype == torch.float32 and sums.device.type == "cpu"
+
+
+def memory_order(voxels: torch.Tensor) -> list[int]:
+    """The axes of some voxels, the one whose neighbours lie farthest apart first."""
+    strides = voxels.stride()
+    return sorted(range(voxels.ndim), key=lambda axis: -strides[axis])
 
 
 class Blend(Protocol):

@@ -230,15 +230,15 @@ class CachedSource:
         return self.source.dask(block_voxels)
 
 
-def lies_unpacked(source: VoxelSource) -> bool:
-    """Whether voxels of a source are only to be copied, from memory or from a mapped file."""
+def is_quick(source: VoxelSource) -> bool:
+    """Whether voxels of a source come as fast as a cache would give them: unpacked, or packed by LZ4."""
     if isinstance(source, ShardSource):
-        return source.array.codec.compressor == "none"
+        return source.array.codec.is_quick
     return isinstance(source, ArraySource)
 
 
 def cached(
     source: VoxelSource, grid: PatchGrid, swept_axis: int, ranges: tuple[range, range, range]
 ) -> VoxelSource:
-    """As ``CachedSource.of``, but a source whose voxels lie unpacked is given back as it is."""
-    return source if lies_unpacked(source) else CachedSource.of(source, grid, swept_axis, ranges)
+    """As ``CachedSource.of``, but a source that is quick anyway is given back as it is."""
+    return source if is_quick(source) else CachedSource.of(source, grid, swept_axis, ranges)

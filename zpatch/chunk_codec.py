@@ -30,10 +30,19 @@ blosc.use_threads = False
 
 @dataclass(frozen=True, slots=True)
 class ChunkCodec:
-    """How a chunk is packed: its compressor, and whether a crc32c of the packed bytes follows them."""
+    """How a chunk is packed: its compressor, and whether a crc32c of the packed bytes follows them.
+
+    ``within`` is what blosc packs with, where that is known.
+    """
 
     compressor: Compressor
     checksum: bool = True
+    within: str | None = None
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether a chunk is unpacked about as fast as it is copied."""
+        return self.compressor == "none" or self.within in ("lz4", "lz4hc")
 
     @property
     def crc_bytes(self) -> int:
@@ -70,7 +79,8 @@ class ChunkCodec:
 
 def codec_of(preset: str) -> ChunkCodec:
     """How chunks of a preset are packed."""
-    return ChunkCodec("none" if CODECS[preset] is None else "blosc")
+    settings = CODECS[preset]
+    return ChunkCodec("none") if settings is None else ChunkCodec("blosc", within=settings.compressor)
 
 
 def encode_chunk(voxels: Voxels, preset: str) -> tuple[bytes, bytes]:

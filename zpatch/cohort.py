@@ -243,16 +243,21 @@ class Cohort(Sequence[Subject]):
         return f"Cohort({str(self.store.path)!r}: {len(self)} subjects)"
 
 
-def open_subjects(path: Path, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Sequence[Subject]:
+def open_subjects(
+    path: Path, include: Sequence[str] = (), exclude: Sequence[str] = (), axes: str | None = None
+) -> Sequence[Subject]:
     """The subjects of a store that fit some patterns; or of an image by itself, OME-Zarr or a Zarr array,
-    the one subject that is called as it is, with the image ``image``."""
+    the one subject that is called as it is, with the image ``image``. ``axes`` name those of the array, as
+    in ``"yxc"``, where it does not say them itself."""
     is_zarr = (path / ROOT_DOCUMENT).exists() or any(path.glob(".z*"))
     if is_store(path) or not is_zarr:
+        if axes is not None:
+            raise OptionError(f"{path} is no image by itself; axes are those of a Zarr array")
         return Cohort(path).matching(include, exclude)
     parts = [path.parent.name, path.name] if path.name.isdecimal() else [path.name]
     name = "-".join(re.sub(r"(\.ome)?\.zarr$", "", part) for part in parts)
     name = re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip("._-") or "image"
-    subject = Subject(name=name, image=ScalarImage(path))
+    subject = Subject(name=name, image=ScalarImage(path, axes=axes))
     if include or exclude:
         raise OptionError(f"{path} is one image; patterns of subjects go with a store")
     return [subject]

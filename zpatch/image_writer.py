@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from zpatch.grid import chunk_counts, covering_chunks
+from zpatch import spare_memory
 from zpatch.schema import ImageRecord, Json, Source, padded_to_4d
 from zpatch.store_writer import StagedImage
 from zpatch.voxel_index import index_builder
@@ -148,30 +149,24 @@ class WriteUnits:
 
         ``skipped`` of them were filled and not predicted; such boxes lie in one unit.
         """
-        low = np.array([(0, *first)], dtype=np.int64)
-        high = low + np.array(voxels.shape)
-        numbers, _ = covering_chunks(low, high, self._shape, self._shards)
-        grid = chunk_counts(self._shape, self._shards)
-        for number in numbers.tolist():
-            c, z, y, x = (int(n) for n in np.unravel_index(number, grid))
-            self._fill((c, z, y, x), low[0], high[0], voxels, skipped)
+        low, ends = (0, *first), [a + n for a, n in zip((0, *first), voxels.shape, strict=True)]
+        touched = (range(a // s, (b - 1) // s + 1) for a, b, s in zip(low, ends, self._shards, strict=True))
+        for c, z, y, x in itertools.product(*touched):
+            self._fill((c, z, y, x), low, ends, voxels, skipped)
 
     def _fill(
-        self,
-        shard: Shard,
-        low: NDArray[np.int64],
-        high: NDArray[np.int64],
-        voxels: NDArray[Any],
-        skipped: int,
+        self, shard: Shard, low: Sequence[int], ends: Sequence[int], voxels: NDArray[Any], skipped: int
     ) -> None:
-        origin = np.multiply(shard, self._shards)
-        extent = np.minimum(origin + self._shards, self._shape) - origin
+        origin = [n * s for n, s in zip(shard, self._shards, strict=True)]
         if shard not in self._open:
-            self._open[shard] = _Unit(np.empty(extent, dtype=self._dtype), math.prod(extent.tolist()))
+            limits = zip(origin, self._shards, self._shape, strict=True)
+            extent = [min(o + s, n) - o for o, s, n in limits]
+            self._open[shard] = _Unit(spare_memory.empty(extent, self._dtype), math.prod(extent))
         unit = self._open[shard]
-        a, b = np.maximum(low, origin), np.minimum(high, origin + extent)
-        unit.voxels[_slices(a - origin, b - origin)] = voxels[_slices(a - low, b - low)]
-        unit.awaited -= math.prod((b - a).tolist())
+        first = [max(a, o) for a, o in zip(low, origin, strict=True)]
+        stop = [min(b, o + s) for b, o, s in zip(ends, origin, self._shards, strict=True)]
+        unit.voxels[_slices(first, stop, origin)] = voxels[_slices(first, stop, low)]
+        unit.awaited -= math.prod(b - a for a, b in zip(first, stop, strict=True))
         unit.skipped += skipped
         if unit.awaited == 0:
             del self._open[shard]
@@ -192,5 +187,5 @@ class _Unit:
     skipped: int = 0
 
 
-def _slices(low: NDArray[np.int64], high: NDArray[np.int64]) -> tuple[slice, ...]:
-    return tuple(map(slice, low.tolist(), high.tolist()))
+def _slices(first: Sequence[int], stop: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(a - o, b - o) for a, b, o in zip(first, stop, origin, strict=True))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import resource
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from zpatch.prediction_jobs import run_prediction
 from zpatch.prediction_plan import Head, MaskFunction, PredictionPlan, PredictOptions
 from zpatch.prediction_regions import grid_over, plan_subject
 from zpatch.reduction import Reduction, reduce_channels
+from zpatch.resident_memory import resident_bytes
 from zpatch.scheduling import Progress
 from zpatch.store_writer import check_can_create
 from zpatch.tiles import Bools
@@ -115,7 +115,7 @@ def plan_prediction(
     limit = None
     if options.max_memory is not None:
         processes = 1 + (options.jobs if options.jobs > 1 else 0)
-        limit = parse_bytes(options.max_memory) - processes * _resident_bytes()
+        limit = parse_bytes(options.max_memory) - processes * resident_bytes()
     plans = []
     for subject in subjects:
         images = _images(subject, options)
@@ -136,15 +136,6 @@ def _images(subject: Subject, options: PredictOptions) -> list[Image]:
             f"the images {', '.join(options.image)} of {subject.name!r} differ in shape: {shapes}"
         )
     return images if options.normalize is None else list(map(Normalize(options.normalize), images))
-
-
-def _resident_bytes() -> int:
-    """What this process holds already, beside mapped files."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def probe(network: Network, subject: Subject, options: PredictOptions) -> tuple[Head, ...]:

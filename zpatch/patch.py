@@ -123,6 +123,14 @@ class PatchBatch(_ByName):
     def __len__(self) -> int:
         return len(self.patch_location)
 
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
+        """The batch with its data on a device; Lightning and the like move batches by it."""
+        return self.map_data(lambda data: data.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """The batch in page-locked memory; torch's DataLoader pins batches by it."""
+        return self.map_data(torch.Tensor.pin_memory)
+
 
 def collate(patches: Sequence[Patch]) -> PatchBatch:
     """Stack patches into a batch, as ``collate_fn`` of any DataLoader."""

@@ -30,6 +30,7 @@ from zpatch.prediction_plan import PredictionPlan, PredictOptions
 from zpatch.prediction_run import RunOptions, finish_subject, run_region
 from zpatch.scheduling import Progress, run_tasks
 from zpatch.schema import Json
+from zpatch.store_lock import writing_to
 from zpatch.store_writer import StoreWriter
 from zpatch.unit_ledger import check_header, check_same
 
@@ -58,14 +59,16 @@ def run_prediction(
         check_same(writer.attributes["prediction"], header, store)
         check_same({"subjects": writer.attributes["expected_subjects"]}, {"subjects": expected}, store)
         unfinished = writer.path / schema.UNFINISHED
-        jobs = [_begun(plan, unfinished / plan.subject.name, store, writer) for plan in plans]
+        with writing_to(writer.path):
+            jobs = [_begun(plan, unfinished / plan.subject.name, store, writer) for plan in plans]
         left = [job for job in jobs if job is not None]
         run_options = RunOptions(options.reduce, options.padding_mode or "edge", options.fill)
         for job in _carried_out(network, left, run_options, unfinished, options, progress):
-            writer.commit([
-                (folder, dataclasses.replace(record, inputs=job.inputs))
-                for folder, record in finish_subject(job.plan, job.folder)
-            ])  # fmt: skip
+            with writing_to(writer.path):
+                finished = finish_subject(job.plan, job.folder)
+            writer.commit(
+                [(folder, dataclasses.replace(record, inputs=job.inputs)) for folder, record in finished]
+            )
             shutil.rmtree(job.folder)
         shutil.rmtree(unfinished, ignore_errors=True)
     return Cohort(output)
@@ -161,10 +164,11 @@ def _carried_out(
     names = [f"predict-{jobs[number].plan.subject.name}-{region}" for number, region in tasks]
     work = _Work(network, tuple(jobs), run_options)
     shared = unfinished / f"work-{uuid.uuid4().hex}.pickle"
-    is_local = options.jobs == 1 and options.scheduler is None
+    is_local = options.scheduler is None and min(options.jobs, len(tasks)) <= 1
     try:
         if not is_local and tasks:
-            shared.write_bytes(cloudpickle.dumps(work))
+            with writing_to(unfinished.parent):
+                shared.write_bytes(cloudpickle.dumps(work))
         function = work.do if is_local else functools.partial(_do_shared, shared, options.jobs > 1)
         for number, result in run_tasks(
             function,

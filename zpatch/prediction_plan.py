@@ -113,6 +113,11 @@ class Head:
         return i, j, k
 
 
+def outputs_bytes(heads: Sequence[Head], batch_size: int) -> int:
+    """What a network gives for a batch, as it is and as it is summed."""
+    return 2 * batch_size * sum(h.channels * h.sum_bytes * math.prod(h.patch_shape) for h in heads)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PlannedHead:
     """An output of one subject: the record of its image, and the tiles in which it becomes final."""
@@ -188,7 +193,7 @@ class PredictionPlan:
     """What a prediction will do to one subject.
 
     ``swept_axis`` is the longest, so that the front is small. ``skipped`` are patches that lie wholly outside
-    the mask. ``peak_bytes`` is what is held at most, of all jobs together, without the network's own.
+    the mask. ``region_bytes`` is what a region holds at most, without the network's own.
     """
 
     subject: Subject
@@ -199,7 +204,18 @@ class PredictionPlan:
     heads: tuple[PlannedHead, ...]
     regions: tuple[Region, ...]
     skipped: Bools | None
-    peak_bytes: int
+    region_bytes: int
+    jobs: int = 1
+
+    @property
+    def peak_bytes(self) -> int:
+        """What all jobs together hold at most, without the network's own."""
+        return self.jobs * self.region_bytes
+
+    @property
+    def outputs_bytes(self) -> int:
+        """What the network gives for a batch, as it is and as it is summed."""
+        return outputs_bytes([planned.head for planned in self.heads], self.batch_size)
 
     @property
     def patches(self) -> int:

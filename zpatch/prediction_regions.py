@@ -13,24 +13,33 @@ from typing import Any
 
 import numpy as np
 
-from zpatch.chunk_cache import lies_unpacked, patches_of_chunks
+from zpatch.chunk_cache import is_quick, patches_of_chunks
 from zpatch.cohort import Subject
-from zpatch.errors import MemoryLimitError
+from zpatch.errors import MemoryLimitError, PatchSizeError
 from zpatch.front import AxisLives, Held, peak_bytes
 from zpatch.geometry import Triple, resized_affine
 from zpatch.grid import PatchGrid
 from zpatch.image import Image
 from zpatch.layout import SHARD_BYTES, plan_output_layout
 from zpatch.memory import format_bytes
-from zpatch.prediction_plan import Head, PlannedHead, PredictionPlan, PredictOptions, Ranges, Region
+from zpatch.prediction_plan import (
+    Head,
+    PlannedHead,
+    PredictionPlan,
+    PredictOptions,
+    Ranges,
+    Region,
+    outputs_bytes,
+)
 from zpatch.reader import VoxelSource
 from zpatch.reduction import kind_of
+from zpatch.spare_memory import POOL_SLACK
 from zpatch.tiles import Bools, Tiling
 from zpatch.volume_sink import output_record
 
 BATCHES_READ = 3  # one with the network, one waiting, one being read
-BATCHES_BLENDED = 2  # one that the network gives, one being blended
 UNITS_WRITTEN = 2  # besides those that are being filled: one waiting, one being encoded
+SMALL_PIECES_BYTES = 2**23  # what the threads keep of small blocks
 SMALLEST_SHARD_BYTES = 2**16
 
 
@@ -59,6 +68,7 @@ def plan_subject(
         for parts in _ways_to_part(planned[0].tiling, slabs):
             regions = _regions(planned, parts)
             fixed = _batch_bytes(images, heads, options) + UNITS_WRITTEN * sum(h.unit_bytes for h in planned)
+            fixed += len(planned) * POOL_SLACK + SMALL_PIECES_BYTES
             masked = skipped is not None
             peaks = [
                 _region_bytes(region, images, planned, grid, options.batch_size, masked) for region in regions
@@ -74,7 +84,8 @@ def plan_subject(
                     heads=tuple(planned),
                     regions=tuple(regions),
                     skipped=skipped,
-                    peak_bytes=peak,
+                    region_bytes=max(peaks) + fixed,
+                    jobs=options.jobs,
                 )
             least = peak if least is None else min(least, peak)
     assert least is not None
@@ -88,6 +99,13 @@ def plan_subject(
 
 def grid_over(spatial_shape: Triple, options: PredictOptions) -> PatchGrid:
     """The patches of a volume; one smaller than the patch is padded up to it."""
+    for axis, (length, size) in enumerate(zip(spatial_shape, options.patch_size, strict=True)):
+        if length == 1 < size:
+            flat = [1 if n == 1 else p for n, p in zip(spatial_shape, options.patch_size, strict=True)]
+            raise PatchSizeError(
+                f"the image is one plane along {'IJK'[axis]}, of which a patch of {size} would be padding; "
+                f"use a patch_size of {','.join(map(str, flat))}"
+            )
     border = options.padding_mode is not None
     return PatchGrid.over(spatial_shape, options.patch_size, options.patch_overlap, border=border)
 
@@ -193,8 +211,7 @@ def _batch_bytes(images: Sequence[Image], heads: Sequence[Head], options: Predic
     """What batches take on their way in and out."""
     voxels = options.batch_size * math.prod(options.patch_size)
     read = voxels * sum(image.num_channels for image in images) * 4
-    given = options.batch_size * sum(h.channels * h.sum_bytes * math.prod(h.patch_shape) for h in heads)
-    return BATCHES_READ * read + BATCHES_BLENDED * given
+    return BATCHES_READ * read + outputs_bytes(heads, options.batch_size)
 
 
 def _region_bytes(
@@ -214,7 +231,7 @@ def _region_bytes(
         if all(units)
         for held in head.held(units, region.patches, masked=masked)
     ]
-    sources = [image.source for image in images if not lies_unpacked(image.source)]
+    sources = [image.source for image in images if not is_quick(image.source)]
     chunks = [_held_chunks(source, grid, order, region.patches) for source in sources]
     together = (batch_size - 1) * sum(_bytes_under(grid.patch_size, source) for source in sources)
     return peak_bytes(kept, counts) + (peak_bytes(chunks, counts) + together if chunks else 0)

@@ -1,7 +1,8 @@
 """Carrying out a prediction plan, one region at a time: read, run the network, blend, write.
 
-The four overlap: batches are read ahead in one thread, blended in another, and units are encoded in a third,
-while the network runs in this one. Each hands on one thing at a time, so that none runs away from the others.
+Batches are read ahead in one thread, and units are encoded and written in another, while the network runs
+and its outputs are blended in this one. Each hands on one thing at a time, so that none runs away from the
+others. What malloc keeps of freed memory goes back to the system where more is held than the plan says.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from zpatch.network import Network, Outputs
 from zpatch.nifti_writer import make_header
 from zpatch.prediction_plan import PlannedHead, PredictionPlan, Region
 from zpatch.reduction import Reduction, reduce_channels
+from zpatch.resident_memory import resident_bytes, return_freed
 from zpatch.scheduling import Progress, read_ahead
 from zpatch.schema import ImageRecord
 from zpatch.store import read_small_array
@@ -65,11 +67,13 @@ def run_region(
         needed |= head.tiling.patches_for(units)
     if plan.skipped is not None:
         needed &= ~plan.skipped
+    most = resident_bytes() + plan.region_bytes - plan.outputs_bytes  # between two batches
     with writing_to(folder.parent.parent), _Blender(plan, wanted, folder, options) as blender:
         with network.running():
             for locations, inputs in read_ahead(_batches(plan, region, needed, options)):
-                outputs = network(inputs, plan.subject.name, locations)
-                blender.add(outputs, locations)
+                blender.add(network(inputs, plan.subject.name, locations), locations)
+                if resident_bytes() > most:
+                    return_freed()
                 progress(len(locations))
         blender.finish()
 
@@ -100,7 +104,7 @@ def _batches(plan: PredictionPlan, region: Region, needed: Bools, options: RunOp
 
 
 class _Blender:
-    """Blends batches in a thread of its own, one behind the network."""
+    """Blends what the network gives into the units of each head."""
 
     def __init__(
         self, plan: PredictionPlan, wanted: Sequence[Bools], folder: Path, options: RunOptions
@@ -117,34 +121,22 @@ class _Blender:
             )
             for head, units, sink in zip(plan.heads, wanted, self._sinks, strict=True)
         }
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="zpatch-blend")
-        self._last: Future[None] | None = None
 
     def add(self, outputs: Outputs, locations: Sequence[PatchLocation]) -> None:
-        """Have a batch blended, once the one before it is."""
-        self._wait()
-        self._last = self._pool.submit(self._add, outputs, locations)
-
-    def _add(self, outputs: Outputs, locations: Sequence[PatchLocation]) -> None:
+        """Blend a batch."""
         if outputs.keys() != self._blends.keys():
             raise ModelError(
                 f"subject {self._subject!r}: the network gave {', '.join(outputs)} where for its first patch "
                 f"it gave {', '.join(self._blends)}"
             )
         try:
-            with torch.inference_mode():
-                for key, tensor in outputs.items():
-                    add_checked(self._blends[key], tensor, locations)
+            for key, tensor in outputs.items():
+                add_checked(self._blends[key], tensor, locations)
         except ModelError as error:
             raise ModelError(f"subject {self._subject!r}: {error}") from error
 
-    def _wait(self) -> None:
-        if self._last is not None:
-            self._last.result()
-
     def finish(self) -> None:
-        """Wait until all is blended and written; every patch must have come."""
-        self._wait()
+        """Wait until all is written; every patch must have come."""
         for blend in self._blends.values():
             blend.finish()
         for sink in self._sinks:
@@ -156,7 +148,6 @@ class _Blender:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pool.shutdown(cancel_futures=True)
         for sink in self._sinks:
             sink.close()
 

@@ -9,6 +9,11 @@ import torch
 from zpatch.errors import ModelError, OptionError
 from zpatch.schema import Kind
 
+try:
+    from zpatch._blend import classify as _compiled
+except ImportError:  # no compiler was there
+    _compiled = None  # type: ignore[assignment]
+
 Reduction = None | str | tuple[str, float] | Callable[[torch.Tensor], torch.Tensor]
 
 _NAMES = "'argmax', 'softmax', 'sigmoid', ('threshold', t), a function or None"
@@ -61,6 +66,15 @@ def _unchanged(voxels: torch.Tensor) -> torch.Tensor:
 def _argmax(voxels: torch.Tensor) -> torch.Tensor:
     classes = len(voxels)
     dtype = torch.uint8 if classes <= 256 else torch.int16 if classes <= 2**15 else torch.int32
+    if (
+        _compiled is not None
+        and voxels.dtype == torch.float32
+        and voxels.device.type == "cpu"
+        and classes <= 256
+    ):
+        winners = torch.empty_like(voxels[:1], dtype=dtype)
+        _compiled(voxels.numpy(), winners.numpy())
+        return winners
     # Channel by channel: five times as fast as torch's own over a channel axis in front.
     best, winner = voxels[0].clone(), torch.zeros_like(voxels[0], dtype=dtype)
     for number, channel in enumerate(voxels[1:], start=1):

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import math
+import mmap
 from collections import OrderedDict, deque
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+T = TypeVar("T")
+
 KEPT_SIZES = 6
 KEPT_BYTES = 32 * 2**20  # of each size
+POOL_SLACK = 2**23
 LEAST_BYTES = 2**17  # below that, malloc keeps memory itself
 
 _spare: OrderedDict[int, deque[NDArray[np.uint8]]] = OrderedDict()
@@ -32,11 +36,17 @@ class _Lease:
         try:
             self._memory = self._returns.pop()
         except IndexError:
-            self._memory = np.empty(nbytes, dtype=np.uint8)
+            self._memory = new_pages(nbytes)
         self.__array_interface__ = self._memory.__array_interface__
 
     def __del__(self) -> None:
         self._returns.append(self._memory)
+
+
+def new_pages(nbytes: int) -> NDArray[np.uint8]:
+    """Memory from the system itself, to which it goes back: malloc would keep it in pieces."""
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(pages, dtype=np.uint8)
 
 
 def _spare_of(nbytes: int) -> deque[NDArray[np.uint8]]:
@@ -63,3 +73,43 @@ def empty(shape: Sequence[int], dtype: Any) -> NDArray[Any]:
         return np.empty(shape, dtype=dtype)
     memory: NDArray[Any] = np.asarray(_Lease(nbytes)).view(dtype)
     return memory.reshape(shape)
+
+
+class Pool(Generic[T]):
+    """Boxes of memory that are said to be done with, for the next of their kind.
+
+    What is in use and what is kept are together at most ``POOL_SLACK`` more than was in use at once. The
+    boxes are kept as they are, views and all: making new ones leaves small pieces of malloc's about, in the
+    places of large ones.
+    """
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[Hashable, int], list[T]] = OrderedDict()  # last used last
+        self._in_use = self._most = self._spare = 0
+
+    def take(self, kind: Hashable, nbytes: int, make: Callable[[], T]) -> T:
+        """A box of a kind and size, of any contents: one that is kept, or one that is made now."""
+        self._in_use += nbytes
+        self._most = max(self._most, self._in_use)
+        kept = self._kept.get((kind, nbytes))
+        if kept:
+            self._spare -= nbytes
+            self._kept.move_to_end((kind, nbytes))
+            return kept.pop()
+        while self._in_use + self._spare > self._most + POOL_SLACK:
+            self._drop_one()
+        return make()
+
+    def _drop_one(self) -> None:
+        key, kept = next(iter(self._kept.items()))
+        if kept:
+            kept.pop()
+            self._spare -= key[1]
+        else:
+            del self._kept[key]
+
+    def give_back(self, kind: Hashable, nbytes: int, box: T) -> None:
+        """Take back what ``take`` gave, which nobody looks at any more."""
+        self._in_use -= nbytes
+        self._spare += nbytes
+        self._kept.setdefault((kind, nbytes), []).append(box)

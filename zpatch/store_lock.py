@@ -38,7 +38,8 @@ def take_lock(path: Path) -> IO[str]:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoreError(f"{path}: it cannot be made ({error.strerror})") from None
-    lock = (path / schema.LOCK).open("a+")
+    with writing_to(path):
+        lock = (path / schema.LOCK).open("a+")
     until = time.monotonic() + DYING_WORKERS_S
     while not _is_free(lock):
         lock.seek(0)

@@ -34,7 +34,7 @@ def is_counted_at_once(dtype: np.dtype[Any]) -> bool:
 
 
 def value_counts(voxels: NDArray[Any]) -> tuple[int, NDArray[np.int64]] | None:
-    """The least of some integers, and how often it and each that follows it occurs; None if spread too widely.
+    """The least of some integers, and how often it and each after it occurs; None if spread too widely.
 
     >>> value_counts(np.array([3, 5, 3], np.int16))
     (3, array([2, 0, 1]))

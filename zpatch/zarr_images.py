@@ -104,7 +104,7 @@ class StoredAxes:
         if not known or len(channels) > 1:
             raise OptionError(
                 f"the axes of a Zarr array of shape {shape} are {axes or 'not named'!r}; say axes= with one "
-                f"letter for each: y, x, perhaps z, and perhaps c (or t), as in axes='zyx' or 'yxc'"
+                f"letter for each: y, x, perhaps z, and perhaps c (or t), as in axes='zyx' or --axes yxc"
             )
         kept = {"c" if a in CHANNEL_AXES else a: n for n, a in enumerate(axes) if a in [*"zyx", *channels]}
         missing = [a for a in "czyx" if a not in kept]
@@ -162,7 +162,7 @@ def _of_v2(metadata: Json) -> _Found | None:
         return None
     chunks = tuple(metadata["chunks"])
     order = ">" if str(metadata["dtype"]).startswith(">") else "<"
-    codec = ChunkCodec(_COMPRESSORS.get(packed["id"], "none"), checksum=False)
+    codec = ChunkCodec(_COMPRESSORS.get(packed["id"], "none"), checksum=False, within=packed.get("cname"))
     return chunks, chunks, codec, order, ("", metadata["dimension_separator"], None, False)
 
 
@@ -199,4 +199,5 @@ def _packing(codecs: list[Json]) -> tuple[ChunkCodec, str] | None:
         return None
     endian = codecs[0].get("configuration", {}).get("endian") or "little"
     compressor = _COMPRESSORS[between[0]] if between else "none"
-    return ChunkCodec(compressor, checksum), "<" if endian == "little" else ">"
+    within = codecs[1].get("configuration", {}).get("cname") if between else None
+    return ChunkCodec(compressor, checksum, within), "<" if endian == "little" else ">"

@@ -13,7 +13,7 @@ import click
 from zpatch import __version__
 from zpatch.errors import ZpatchError, one_line
 
-COMMANDS = ("convert", "info", "verify", "export", "predict", "bench")
+COMMANDS = ("convert", "info", "verify", "export", "predict", "report", "bench")
 
 EXIT_ERROR = 1
 EXIT_SOME_FAILED = 3

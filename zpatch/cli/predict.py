@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     "--image", multiple=True, metavar="NAME",
     help="The image to predict from, if there are several; of those said all are stacked as channels.",
 )  # fmt: skip
+@click.option(
+    "--axes", metavar="LETTERS", help="Of a Zarr array that does not name its own, slowest first, as in yxc."
+)
 @click.option("--patch-size", type=Voxels(), required=True, help="One number or I,J,K, as 96 or 128,128,32.")
 @click.option("--overlap", type=Voxels(), default=0, show_default=True, help="Even, smaller than the patch.")
 @click.option(
@@ -93,6 +96,7 @@ def predict_command(
     output: Path,
     model: str,
     image: tuple[str, ...],
+    axes: str | None,
     patch_size: int | tuple[int, ...],
     overlap: int | tuple[int, ...],
     blend: str,
@@ -139,7 +143,7 @@ def predict_command(
     from zpatch.store_writer import check_can_create
 
     check_can_create(output, overwrite=overwrite, resume=not no_resume)
-    subjects = open_subjects(store, include, exclude)
+    subjects = open_subjects(store, include, exclude, axes)
     options = PredictOptions.of(
         image=image or _only_image(subjects[0]),
         patch_size=patch_size,

@@ -1,0 +1,183 @@
+"""zpatch among the tools of training: torch's DataLoader, torchdata, Lightning, torchrun."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from streams import items
+from torch import nn
+from torch.utils.data import DataLoader
+from unet import UNet
+
+import zpatch as zp
+
+PATCH_SIZE = 16
+TRAIN_DDP = Path(zp.__file__).parent.parent / "scripts" / "train_ddp.py"
+
+
+def queue_of(cohort: zp.Cohort, **options: Any) -> zp.Queue:
+    sampler = zp.LabelSampler(PATCH_SIZE, "seg", {0: 1, 1: 2, 2: 2})
+    return zp.Queue(cohort, sampler, max_length=8, patches_per_volume=4, seed=3, **options)
+
+
+def patches_in(batches: Any) -> list[Any]:
+    """Subject, place and voxels of each patch of some batches."""
+    return [
+        (subject, location, data.numpy().tobytes())
+        for batch in batches
+        for subject, location, data in zip(
+            batch.subjects, batch.patch_location, batch.t1.data.contiguous(), strict=True
+        )
+    ]
+
+
+# torch
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_plain_dataloader_gives_the_batches_of_the_own_loader(cohort: zp.Cohort, workers: int) -> None:
+    with queue_of(cohort, num_workers=workers) as queue:
+        plain = DataLoader(queue, batch_size=3, collate_fn=zp.collate)
+        assert len(plain) == 6
+        found = patches_in(plain)
+        queue.set_epoch(0)
+        assert found == patches_in(zp.SubjectsLoader(queue, 3))
+
+
+def test_a_grid_is_a_dataset_that_workers_of_a_dataloader_share(cohort: zp.Cohort) -> None:
+    grid = zp.GridSampler(cohort[0], PATCH_SIZE, 4)
+    loader = DataLoader(grid, batch_size=5, num_workers=2, collate_fn=zp.collate)
+    assert [place for batch in loader for place in batch.patch_location] == grid.locations
+    plain = [grid[n] for n in range(len(grid))]
+    assert items(plain) == items(grid)
+
+
+# torchdata
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # torchdata's own
+def test_a_stateful_dataloader_takes_an_epoch_up_where_it_was_left(cohort: zp.Cohort) -> None:
+    torchdata = pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata is not installed")
+
+    def loader_over(queue: zp.Queue) -> Any:
+        return torchdata.StatefulDataLoader(queue, batch_size=4, collate_fn=zp.collate)
+
+    with queue_of(cohort) as queue, queue_of(cohort, num_workers=2) as other:
+        loader = loader_over(queue)
+        batches = iter(loader)
+        begun = [next(batches), next(batches)]
+        state = pickle.dumps(loader.state_dict())
+        rest = list(batches)
+        resumed = loader_over(other)
+        resumed.load_state_dict(pickle.loads(state))
+        assert patches_in(resumed) == patches_in(rest)
+    with queue_of(cohort) as queue:
+        assert patches_in([*begun, *rest]) == patches_in(zp.SubjectsLoader(queue, 4))
+
+
+# Lightning
+
+
+@pytest.fixture
+def lightning() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("lightning", reason="Lightning is not installed")
+
+
+def test_a_lightning_module_trains_on_a_data_module(
+    lightning: Any, cohort_store: Path, tmp_path: Path
+) -> None:
+    class Brains(lightning.LightningDataModule):  # type: ignore[misc]
+        """Patches for training from all subjects but the last, and its whole grid for validation."""
+
+        def __init__(self, store: Path) -> None:
+            super().__init__()
+            self.store = store
+
+        def setup(self, stage: str) -> None:
+            cohort = zp.Cohort(self.store)
+            self.queue = queue_of(cohort[:-1], num_workers=2)
+            self.grid = zp.GridSampler(cohort[-1], 24)
+
+        def train_dataloader(self) -> zp.SubjectsLoader:
+            return zp.SubjectsLoader(self.queue, batch_size=6)
+
+        def val_dataloader(self) -> zp.SubjectsLoader:
+            return zp.SubjectsLoader(self.grid, batch_size=4)
+
+        def teardown(self, stage: str) -> None:
+            self.queue.close()
+
+    class Segmentation(lightning.LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = nn.Conv3d(1, 3, 3, padding=1)
+            self.places: list[list[Any]] = []
+            self.validated = 0
+
+        def training_step(self, batch: zp.PatchBatch, number: int) -> torch.Tensor:
+            self.places.append(list(zip(batch.subjects, batch.patch_location, strict=True)))
+            logits = self.network(batch.t1.data / 1000)
+            return nn.functional.cross_entropy(logits, batch.seg.data[:, 0].long())
+
+        def validation_step(self, batch: zp.PatchBatch, number: int) -> None:
+            self.validated += len(batch)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    module, brains = Segmentation(), Brains(cohort_store)
+    before = module.network.weight.detach().clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's advice about loggers and workers
+        trainer = lightning.Trainer(
+            max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+            default_root_dir=tmp_path,
+        )  # fmt: skip
+        trainer.fit(module, datamodule=brains)
+    assert trainer.global_step == len(module.places) == 4  # 12 patches in each epoch
+    assert module.validated == 2 * len(brains.grid)
+    assert not torch.equal(module.network.weight, before)
+    with queue_of(zp.Cohort(cohort_store)[:-1]) as queue:
+        epochs = [[(patch.subject, patch.location) for patch in queue] for _ in range(2)]
+    assert [module.places[0] + module.places[1], module.places[2] + module.places[3]] == epochs
+
+
+# torchrun
+
+
+def test_the_example_trains_on_two_ranks(cohort_store: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "unet.pt"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = ["--epochs", "2", "--patch-size", "16", "--workers", "1"]
+    process = subprocess.Popen(
+        [*torchrun, str(TRAIN_DDP), str(cohort_store), str(weights), *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, errors = process.communicate(timeout=100)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    assert process.returncode == 0, errors
+    losses = re.findall(r"epoch \d: 16 patches on each rank, loss (\d\.\d+)", output)
+    assert len(losses) == 2  # of 4 subjects, 2 to each rank, 8 patches from each; said by one rank only
+    assert float(losses[1]) < float(losses[0])
+    UNet().load_state_dict(torch.load(weights))

@@ -1,0 +1,64 @@
+"""``zpatch report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from zpatch.cli import EXIT_DAMAGED
+from zpatch.cli.options import (
+    STORE,
+    exclude_option,
+    include_option,
+    json_option,
+    print_json,
+    say,
+    talk_options,
+)
+from zpatch.cli.progress import Progress
+from zpatch.memory import format_bytes
+
+
+@click.command("report", short_help="Write a page with pictures of what a store holds.")
+@click.argument("store", type=STORE)
+@click.option(
+    "--output", "-o", type=click.Path(path_type=Path), default="report.html", show_default=True,
+    help="The page to write; a report that is there is replaced.",
+)  # fmt: skip
+@include_option
+@exclude_option
+@click.option(
+    "--limit", type=click.IntRange(0), default=25, show_default=True, help="Subjects to show with pictures."
+)
+@json_option
+@talk_options
+def report_command(
+    store: Path, output: Path, include: tuple[str, ...], exclude: tuple[str, ...], limit: int, json: bool
+) -> int:
+    """Write one HTML page about STORE: planes of each image with the outlines of labels, histograms,
+    statistics, and what is wrong.
+
+    The page is a single file that needs no network and no other file. Where files of the store are damaged
+    or missing the page says so, and the exit code is 4.
+
+    \b
+    Examples:
+      zpatch report cohort.zarr
+      zpatch report out.zarr --output predictions.html --include 'sub-0*' --limit 100
+    """
+    from zpatch.cohort import Cohort
+    from zpatch.report import write_report
+
+    subjects = min(limit, len(Cohort(store).matching(include, exclude)))
+    with Progress("drawing", subjects, unit="subjects") as progress:
+        report = write_report(store, output, include=include, exclude=exclude, limit=limit, progress=progress)
+    for problem in report.problems:
+        if problem.is_damage:
+            click.echo(problem.text, err=True)
+    if json:
+        print_json(report.to_json())
+    else:
+        click.echo(report.output)
+    say(f"{report.subjects} subjects, {len(report.problems)} problems, {format_bytes(report.bytes)}")
+    return EXIT_DAMAGED if report.damaged else 0

@@ -1,0 +1,1 @@
+"""The patch APIs of other libraries, on zpatch: scripts written for them run by changing one import."""

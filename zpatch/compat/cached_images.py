@@ -1,0 +1,101 @@
+"""NIfTI files as images that patches can be read from: each is converted once, into a cache.
+
+The cache is the folder ``ZPATCH_CACHE``, else ``zpatch`` in ``XDG_CACHE_HOME`` or in ``~/.cache``. It keeps
+what it holds: whatever is no longer wanted in it may be deleted. A cohort is better converted beforehand, by
+``zpatch convert``, in several processes and into one store.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import time
+from pathlib import Path
+from typing import IO
+
+from zpatch.cases import HEADER, VOXELS, is_image_name, stem_of, usable_name
+from zpatch.conversion import committed, run_conversion
+from zpatch.conversion_plan import ConvertOptions, plan_conversion
+from zpatch.errors import SourceError, StoreError, StoreLockedError
+from zpatch.image import IMAGE_CLASSES, Image, stored_image
+from zpatch.listings import SOLE_IMAGE
+from zpatch.nifti import read_header
+from zpatch.schema import Kind, digest
+from zpatch.store_lock import take_lock
+
+POLL_S = 0.1
+MAX_NAME = 64  # characters of a file's name that its subject is called by
+
+_log = logging.getLogger("zpatch")
+
+
+def cached_image(path: str | os.PathLike[str], kind: Kind = "scalar") -> Image:
+    """The image of a NIfTI file (.nii, .nii.gz, .hdr or .img), which is converted when it is first used.
+
+    The conversion is said once, to the logger ``zpatch``. A file that has changed since is converted again.
+    Several processes may ask at once: one converts, the others wait. Any other path, of an image in a
+    store, an OME-Zarr image or a Zarr array, is opened as it is. A file that cannot be converted is a
+    SourceError, as is a label map whose values are not whole numbers.
+    """
+    file = Path(os.path.abspath(os.path.expanduser(path)))
+    if not is_image_name(file.name) or file.is_dir():
+        return IMAGE_CLASSES[kind](file)
+    if file.suffix == VOXELS:
+        file = file.with_suffix(HEADER)
+    entry = cache_folder() / _key(file, kind)
+    store = entry / "store.zarr"
+    if not committed(store):
+        with _locked(entry):
+            if not committed(store):
+                _convert(file, kind, store)
+                _log.warning("converted %s once, into %s", file, entry)
+    [record] = committed(store).values()
+    return stored_image(store / record.subject / record.image, record)
+
+
+def cache_folder() -> Path:
+    """Where converted files are kept."""
+    chosen = os.environ.get("ZPATCH_CACHE")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "zpatch"
+
+
+def _key(file: Path, kind: Kind) -> str:
+    """A name for a file as it is now; of a pair both files count."""
+    files = [file]
+    if file.suffix == HEADER:
+        files += [f for f in (file.with_suffix(VOXELS), file.with_suffix(f"{VOXELS}.gz")) if f.exists()]
+    try:
+        states = [file.stat() for file in files]
+    except OSError as error:
+        raise SourceError(f"{error.filename}: it cannot be read ({error.strerror}); see to it") from None
+    told = [str(file), kind, *(f"{state.st_size} {state.st_mtime_ns}" for state in states)]
+    return digest("\n".join(told).encode(errors="surrogateescape"))
+
+
+def _locked(entry: Path) -> IO[str]:
+    """The lock of a file's place in the cache, waited for."""
+    while True:
+        try:
+            return take_lock(entry)
+        except StoreLockedError:
+            time.sleep(POLL_S)
+        except StoreError as error:
+            raise StoreError(f"{error}; set ZPATCH_CACHE to a folder that can be written to") from None
+
+
+def _convert(file: Path, kind: Kind, store: Path) -> None:
+    read_header(file)  # what is wrong with it is said of the file, not of the list
+    name = usable_name(stem_of(file))[:MAX_NAME].rstrip("-._") or SOLE_IMAGE
+    column = SOLE_IMAGE if kind == "scalar" else f"{kind}:{SOLE_IMAGE}"
+    listing = store.with_name("file.csv")
+    with listing.open("w", newline="") as stream:
+        csv.writer(stream).writerows([["subject", column], [name, str(file)]])
+    plan = plan_conversion(listing, ConvertOptions(format="csv"))
+    reasons: list[str] = []
+    try:
+        run_conversion(plan, store, on_case=lambda outcome: reasons.append(outcome.reason))
+    except SourceError:
+        raise SourceError(reasons[0]) from None

@@ -1,0 +1,229 @@
+"""Images, subjects and patches as TorchIO 0.18 to 1.x has them; see ``torchio1`` for the whole of it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from zpatch import cohort, image
+from zpatch.compat.cached_images import cached_image
+from zpatch.compat.transforms import PatchTransform, from_torchio
+from zpatch.errors import OptionError
+from zpatch.geometry import Triple
+from zpatch.patch import Patch as NativePatch
+from zpatch.patch import to_tensor
+
+DATA, AFFINE, TYPE, LOCATION = "data", "affine", "type", "location"
+INTENSITY, LABEL, SAMPLING_MAP = "intensity", "label", "sampling_map"
+NUM_SAMPLES = "num_samples"
+
+_TYPES = {"scalar": INTENSITY, "label": LABEL, "sampling": SAMPLING_MAP}
+
+
+class Image(image.Image):
+    """An image by its path, or by its voxels in ``tensor``, (C, I, J, K), with an ``affine``.
+
+    ``type`` is INTENSITY, LABEL or SAMPLING_MAP; ScalarImage and LabelMap say it by their names.
+    """
+
+    def __new__(cls, path: Any = None, type: str = INTENSITY, *_: Any, **__: Any) -> Any:  # noqa: A002, D102
+        if cls is Image and type not in _CLASSES:
+            raise OptionError(f"type must be one of {', '.join(_CLASSES)}, not {type!r}")
+        return super().__new__(_CLASSES[type] if cls is Image else cls)
+
+    def __init__(
+        self,
+        path: Any = None,
+        type: str | None = None,  # noqa: A002 - TorchIO's name
+        tensor: Any = None,
+        affine: Any = None,
+        *,
+        axes: str | None = None,
+    ) -> None:
+        if type not in (None, _TYPES[self.kind]):
+            raise OptionError(f"a {self.__class__.__name__} is not of type {type!r}")
+        if (path is None) == (tensor is None):
+            raise OptionError("an image is made of a path or of a tensor; give one of them")
+        data = path if tensor is None else np.asarray(tensor)
+        if isinstance(data, str) or hasattr(data, "__fspath__"):
+            data = cached_image(data, self.kind)
+        if isinstance(data, image.Image):
+            data, affine = data._opened, data.affine if affine is None else affine
+        super().__init__(data, affine=affine, axes=axes)
+
+    @property
+    def data(self) -> Any:
+        """The whole image as a tensor (C, I, J, K), for small volumes."""
+        return to_tensor(super().data)
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in (DATA, AFFINE, TYPE):
+            raise KeyError(key)
+        return _TYPES[self.kind] if key == TYPE else getattr(self, key)
+
+
+class ScalarImage(Image, image.ScalarImage):
+    """An image of intensities."""
+
+
+class LabelMap(Image, image.LabelMap):
+    """An image whose values are classes."""
+
+
+class SamplingMap(Image, image.SamplingMap):
+    """An image whose values say how often a voxel is to be the centre of a patch."""
+
+
+_CLASSES: Mapping[str, type[Image]] = {INTENSITY: ScalarImage, LABEL: LabelMap, SAMPLING_MAP: SamplingMap}
+
+
+class Subject(cohort.Subject, Mapping[str, Any]):
+    """Images by name, and whatever else is known of a subject: ``Subject(t1=ScalarImage(path), age=45)``.
+
+    A queue takes ``num_samples`` patches of a subject that has such an entry.
+    """
+
+    transform: PatchTransform | None = None  # of the dataset that gave the subject; runs on its patches
+
+    def __init__(self, *args: Mapping[str, Any], **items: Any) -> None:
+        if len(args) > 1:
+            raise OptionError("a Subject takes one dictionary, or items by their names")
+        items = dict(*args) | items
+        images = {name: item for name, item in items.items() if isinstance(item, image.Image)}
+        others = {name: item for name, item in items.items() if name not in images}
+        own = {n: i if isinstance(i, Image) else _CLASSES[_TYPES[i.kind]](i) for n, i in images.items()}
+        self._set(own, str(others.get("name", "subject")), None, others)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.metadata[name] if name in self.metadata else super().__getitem__(name)
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return itertools.chain(self.images, self.metadata)
+
+    def __len__(self) -> int:
+        return len(self.images) + len(self.metadata)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(C, I, J, K) of the first image."""
+        return self.get_first_image().shape
+
+    def get_images(self, intensity_only: bool = True) -> list[image.Image]:
+        """The images, all or only those of intensities."""
+        return [i for i in self.images.values() if i.kind == "scalar" or not intensity_only]
+
+    def get_first_image(self) -> image.Image:
+        """The first image."""
+        return next(iter(self.images.values()))
+
+
+def as_subject(subject: cohort.Subject) -> Subject:
+    """A subject of zpatch as one of these: its images and its name."""
+    if isinstance(subject, Subject):
+        return subject
+    if not isinstance(subject, cohort.Subject):
+        raise OptionError(f"a subject must be a Subject, not {type(subject).__name__}")
+    return Subject(subject.images, name=subject.name)
+
+
+class Entries(dict[str, Any]):
+    """A mapping with entries that are attributes too. It stays one when torch's DataLoader makes batches."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"no {name!r} here (there are: {', '.join(self)})") from None
+
+
+class Patch(Entries):
+    """A patch, or a batch of them: images by name, ``LOCATION``, and the other entries of the subject."""
+
+    @classmethod
+    def of(cls, patch: NativePatch, subject: Subject, offset: Triple) -> Self:
+        """A patch of zpatch as a mapping, its place told from ``offset``, the first voxel of padding."""
+        images = {
+            name: Entries({DATA: found.data, AFFINE: found.affine, TYPE: _TYPES[found.kind]})
+            for name, found in patch.images.items()
+        }
+        ini = [n - first for n, first in zip(patch.location.index, offset, strict=True)]
+        fin = [n + size for n, size in zip(ini, patch.location.size, strict=True)]
+        return cls({**images, **subject.metadata, LOCATION: torch.tensor(ini + fin)})
+
+
+class SubjectsDataset(Dataset[Subject]):
+    """Subjects, of a list or a cohort, with a transform that runs on each patch of them.
+
+    The transform is one of TorchIO, or any function of patches of zpatch: see ``zpatch.compat.transforms``.
+    ``load_getitem`` has no effect: images are read where a patch needs them.
+    """
+
+    def __init__(
+        self,
+        subjects: Sequence[cohort.Subject],
+        transform: Callable[[Any], Any] | None = None,
+        load_getitem: bool = True,
+    ) -> None:
+        if not len(subjects):
+            raise OptionError("a dataset needs at least one subject")
+        if getattr(subjects[0], "transform", None) is not None:
+            raise OptionError(
+                "these subjects are of a dataset that transforms them; split the list of subjects instead, "
+                "and make a dataset of each part"
+            )
+        self._subjects = subjects
+        self.set_transform(transform)
+
+    def __len__(self) -> int:
+        return len(self._subjects)
+
+    def __getitem__(self, index: int) -> Subject:
+        subject = as_subject(self._subjects[int(index)])
+        if self.transform is not None:
+            subject = Subject(subject)
+            subject.transform = self.transform
+        return subject
+
+    def set_transform(self, transform: Callable[[Any], Any] | None) -> None:
+        """Take another transform, or none."""
+        of_torchio = type(transform).__module__.partition(".")[0] == "torchio"
+        self.transform = from_torchio(transform) if transform and of_torchio else transform
+
+    def num_samples(self, default: int) -> list[int]:
+        """How many patches a queue is to take of each subject."""
+        given = [subject.metadata.get(NUM_SAMPLES) for subject in self._subjects]
+        for number, count in enumerate(given):
+            if count is not None and not (isinstance(count, int) and count > 0):
+                raise OptionError(f"num_samples of subject {number} must be at least 1, not {count!r}")
+        return [default if count is None else count for count in given]
+
+    def dry_iter(self) -> Sequence[cohort.Subject]:
+        """The subjects as they were given."""
+        return self._subjects
+
+
+class SubjectsLoader(DataLoader[Any]):
+    """A DataLoader; entries that are neither numbers nor tensors come as lists."""
+
+    def __init__(self, dataset: Any, collate_fn: Any = None, **options: Any) -> None:
+        super().__init__(dataset, collate_fn=collate_fn or _collate, **options)
+
+
+def _collate(patches: Sequence[Mapping[str, Any]]) -> Any:
+    first: Any = patches[0]
+    return type(first)({key: _stack([patch[key] for patch in patches]) for key in first})
+
+
+def _stack(values: list[Any]) -> Any:
+    if isinstance(values[0], Mapping):
+        return _collate(values)
+    is_stackable = isinstance(values[0], torch.Tensor | np.ndarray | int | float)
+    return default_collate(values) if is_stackable else values

@@ -1,0 +1,234 @@
+"""Transforms of TorchIO and MONAI, and plain functions of tensors, as the ``transform`` of a queue.
+
+Each adapter makes a function ``Patch -> Patch`` of a transform::
+
+    queue = zp.Queue(..., transform=from_torchio(tio.RandomAffine()))           # TorchIO 1 or 2
+    queue = zp.Queue(..., transform=from_monai(RandFlipd(["t1", "seg"], 0.5)))  # a dictionary transform
+    queue = zp.Queue(..., transform=on_tensors(torch.log1p, images=["t1"]))
+
+The library gets values (slope and intercept applied), the affine of the patch and, where it has one, the
+kind of the image. What comes back takes the affine that the library gives, and images that it adds or leaves
+out; label maps come back in the type in which they went in, or not at all. ``location`` and ``subject``
+stay: they say where the patch was taken.
+
+All random numbers follow from the global generators of torch, numpy and Python, which a queue seeds before
+each call. The transforms of MONAI that keep a generator of their own are seeded from numpy's each time, so
+that the stream is the same for any number of workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from types import FunctionType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from zpatch.errors import OptionError
+from zpatch.patch import Patch, PatchImage
+from zpatch.schema import Kind
+
+PatchTransform = Callable[[Patch], Patch]
+
+
+def from_torchio(transform: Callable[[Any], Any]) -> PatchTransform:
+    """The function of patches that a transform of TorchIO 1 or 2 (``Subject -> Subject``) is.
+
+    Images are ScalarImage, LabelMap, or a plain Image for sampling maps, as TorchIO's transforms tell them
+    apart. An OptionError where TorchIO is not installed.
+    """
+    torchio_library()
+    return partial(_through_torchio, transform, _with_own_generator(transform))
+
+
+def from_monai(transform: Callable[[Any], Any]) -> PatchTransform:
+    """The function of patches that a dictionary transform of MONAI is, or a Compose of such.
+
+    Its keys are the names of images, its values MetaTensors (C, I, J, K); of what it adds, only such are
+    kept. Lazy transforms are carried out at the end. One that makes several patches of one must make just one
+    (``num_samples=1``). An OptionError where MONAI is not installed.
+    """
+    composed = monai_library().transforms.Compose([transform])
+    return partial(_through_monai, composed, _with_own_generator(composed))
+
+
+def on_tensors(
+    function: Callable[[torch.Tensor], torch.Tensor], images: Sequence[str] | None = None
+) -> PatchTransform:
+    """The function of patches that applies ``function`` to the data (C, I, J, K) of some images.
+
+    ``images`` are their names; None means all but label maps. It is called for each image by itself, and
+    affines stay as they are: what moves voxels, and has to move them alike in all images, is a function of
+    patches.
+
+    >>> patch = Patch({"t1": PatchImage(torch.ones(1, 2, 2, 2), np.eye(4))}, None, "sub-01")
+    >>> on_tensors(torch.neg)(patch).t1.data.unique().tolist()
+    [-1.0]
+    """
+    names = None if images is None else tuple(images)
+    return partial(_through_function, function, names, _with_own_generator(function))
+
+
+def torchio_library() -> Any:
+    """The installed TorchIO, of any generation."""
+    try:
+        import torchio
+    except ImportError as error:
+        raise OptionError(
+            f"a TorchIO transform needs TorchIO ({error}); install it with 'pip install torchio'"
+        ) from error
+    return torchio
+
+
+def is_torchio_2(torchio: Any) -> bool:
+    """Whether that is TorchIO 2."""
+    return hasattr(torchio, "AffineMatrix")
+
+
+def monai_library() -> Any:
+    """The installed MONAI."""
+    try:
+        import monai.data
+        import monai.transforms
+    except ImportError as error:
+        raise OptionError(f"this needs MONAI ({error}); install it with 'pip install monai'") from error
+    return monai
+
+
+def meta_tensor(image: PatchImage) -> Any:
+    """An image of a patch as MONAI's MetaTensor (C, I, J, K), with its affine."""
+    meta = {"original_channel_dim": 0, "spatial_shape": np.array(image.data.shape[1:])}
+    affine = torch.from_numpy(image.affine.copy())
+    return monai_library().data.MetaTensor(_with_values(image).data, affine=affine, meta=meta)
+
+
+def _through_torchio(transform: Callable[[Any], Any], randomizables: Sequence[Any], patch: Patch) -> Patch:
+    torchio = torchio_library()
+    images = {name: _torchio_image(torchio, _with_values(image)) for name, image in patch.images.items()}
+    _seed(randomizables)
+    changed = transform(torchio.Subject(**images))
+    if not isinstance(changed, torchio.Subject):
+        raise TypeError(f"a TorchIO transform gives a Subject, not {type(changed).__name__}")
+    found = changed.images if is_torchio_2(torchio) else changed.get_images_dict(intensity_only=False)
+    made = {}
+    for name, image in found.items():
+        kind: Kind = "label" if isinstance(image, torchio.LabelMap) else "scalar"
+        if kind == "scalar" and type(image) is torchio.Image:
+            kind = "sampling"
+        made[name] = PatchImage(image.data, np.array(image.affine, dtype=np.float64), kind)
+    return _with_images(patch, made)
+
+
+def _torchio_image(torchio: Any, image: PatchImage) -> Any:
+    classes = {"scalar": torchio.ScalarImage, "label": torchio.LabelMap, "sampling": torchio.Image}
+    make = classes[image.kind]
+    if is_torchio_2(torchio):
+        return make(image.data, affine=image.affine)
+    kind = {"type": torchio.SAMPLING_MAP} if image.kind == "sampling" else {}
+    return make(tensor=image.data, affine=image.affine, **kind)
+
+
+def _through_monai(transform: Callable[[Any], Any], randomizables: Sequence[Any], patch: Patch) -> Patch:
+    _seed(randomizables)
+    changed = transform({name: meta_tensor(image) for name, image in patch.images.items()})
+    if isinstance(changed, list) and len(changed) == 1:
+        [changed] = changed
+    if not isinstance(changed, Mapping):
+        count = f"{len(changed)} patches" if isinstance(changed, list) else type(changed).__name__
+        raise TypeError(
+            f"a MONAI transform of a patch gives one dictionary, not {count}; "
+            f"say num_samples=1 there, and patches_per_volume= to the queue"
+        )
+    made = {}
+    for name, value in changed.items():
+        if isinstance(value, torch.Tensor | np.ndarray) and (name in patch.images or value.ndim == 4):
+            before = patch.images.get(name, next(iter(patch.images.values())))
+            affine = torch.as_tensor(getattr(value, "affine", before.affine)).double().numpy().copy()
+            made[name] = PatchImage(_plain(value), affine, before.kind if name in patch.images else "scalar")
+    return _with_images(patch, made)
+
+
+def _through_function(
+    function: Callable[[torch.Tensor], torch.Tensor],
+    names: Sequence[str] | None,
+    randomizables: Sequence[Any],
+    patch: Patch,
+) -> Patch:
+    if names is None:
+        names = [name for name, image in patch.images.items() if image.kind != "label"]
+    _seed(randomizables)
+    made = dict(patch.images)
+    for name in names:
+        image = _with_values(patch[name])
+        made[name] = replace(image, data=_plain(function(image.data)))
+    return _with_images(patch, made)
+
+
+def _with_values(image: PatchImage) -> PatchImage:
+    """The image with its slope and intercept applied, which other libraries know nothing of."""
+    if (image.slope, image.inter) == (1.0, 0.0):
+        return image
+    values = torch.empty_like(image.data, dtype=torch.float32)
+    image.write_values(values, torch.float32)
+    return replace(image, data=values, slope=1.0, inter=0.0)
+
+
+def _with_images(patch: Patch, made: Mapping[str, PatchImage]) -> Patch:
+    """The patch of those images, label maps in the type that they had."""
+    images = {}
+    for name, image in made.items():
+        before = patch.images.get(name)
+        if before is not None and before.kind == image.kind == "label":
+            image = replace(image, data=_in_type_of(before.data, image.data, name))
+        images[name] = image
+    return replace(patch, images=images)
+
+
+def _in_type_of(before: torch.Tensor, labels: torch.Tensor, name: str) -> torch.Tensor:
+    """Labels in the type that they had before; an OptionError where that would change one."""
+    if labels.dtype == before.dtype or before.is_floating_point():
+        return labels
+    if labels.is_floating_point() and before.numel():
+        largest = 2 / torch.finfo(labels.dtype).eps  # up to there each whole number has a float of its own
+        if max(int(before.max()), -int(before.min())) > largest:
+            raise OptionError(
+                f"the transform makes {labels.dtype} of the label map {name!r}, which does not tell labels "
+                f"above {largest:.0f} apart; renumber them"
+            )
+    cast = labels.to(before.dtype)
+    if not torch.equal(cast.to(labels.dtype), labels):
+        raise OptionError(
+            f"the transform gives the label map {name!r} values that {before.dtype} does not hold; use "
+            f"nearest neighbours for label maps, or make it a ScalarImage where fractions are meant"
+        )
+    return cast
+
+
+def _plain(value: Any) -> torch.Tensor:
+    """A tensor of no subclass, in the same memory."""
+    return torch.as_tensor(value).as_subclass(torch.Tensor)
+
+
+def _seed(randomizables: Sequence[Any]) -> None:
+    for one in randomizables:
+        one.set_random_state(seed=int(np.random.randint(2**32, dtype=np.uint32)))  # noqa: NPY002 - on purpose
+
+
+def _with_own_generator(transform: Any) -> list[Any]:
+    """The parts of a pipeline that draw from a generator of their own, as MONAI's Randomizable do."""
+    found, seen, waiting = [], set(), [transform]
+    while waiting:
+        part = waiting.pop()
+        if id(part) in seen or isinstance(part, type | FunctionType | ModuleType | torch.Tensor):
+            continue
+        seen.add(id(part))
+        if hasattr(part, "set_random_state"):
+            found.append(part)
+        if isinstance(part, list | tuple):
+            waiting += part
+        else:
+            waiting += (part if isinstance(part, dict) else getattr(part, "__dict__", {})).values()
+    return found
