@@ -27,7 +27,8 @@ from zpatch.grid import PatchGrid
 from zpatch.layout import plan_output_layout
 from zpatch.memory import format_bytes
 from zpatch.prediction_plan import Head, PlannedHead, PredictionPlan, PredictOptions
-from zpatch.prediction_regions import grid_over, plan_subject
+from zpatch.prediction_regions import SMALL_PIECES_BYTES, grid_over, plan_subject
+from zpatch.spare_memory import POOL_SLACK
 from zpatch.tiles import Tiling
 
 MODES = ["crop", "average", "hann", "gaussian"]
@@ -306,8 +307,10 @@ def test_a_limit_makes_bands_across_the_sweep_and_says_what_is_run_twice() -> No
     volume: dict[str, Any] = {"shape": (200, 100, 100), "patch_size": 12}
     free = planned(**volume)
     assert planned(**volume, limit=free.peak_bytes).regions == free.regions
-    tight = planned(**volume, limit=free.peak_bytes // 2)
-    assert tight.peak_bytes <= free.peak_bytes // 2
+    fixed = SMALL_PIECES_BYTES + POOL_SLACK
+    limit = fixed + (free.peak_bytes - fixed) // 2
+    tight = planned(**volume, limit=limit)
+    assert tight.peak_bytes <= limit
     assert len(tight.regions) > 1 == len(free.regions)
     assert {len(region.units[0][0]) for region in tight.regions} == {25}
     assert tight.patches == free.patches == free.patches_run < tight.patches_run

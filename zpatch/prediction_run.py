@@ -67,6 +67,7 @@ def run_region(
         needed |= head.tiling.patches_for(units)
     if plan.skipped is not None:
         needed &= ~plan.skipped
+    return_freed()  # what an earlier region has left
     most = resident_bytes() + plan.region_bytes - plan.outputs_bytes  # between two batches
     with writing_to(folder.parent.parent), _Blender(plan, wanted, folder, options) as blender:
         with network.running():
