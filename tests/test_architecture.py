@@ -130,6 +130,15 @@ FLOORS = {
         "cli/predict",
         "cli/report",
         "cli/verify",
+        "compat/__init__",
+        "compat/cached_images",
+        "compat/transforms",
+        "compat/monai",
+        "compat/counted_queue",
+        "compat/torchio1_subjects",
+        "compat/torchio1",
+        "compat/torchio0",
+        "compat/torchio2",
     ],
 }
 ROOMS = list(itertools.chain(*FLOORS.values()))
@@ -148,11 +157,13 @@ DOORS = {
     "dask": ["scheduling", "reader", "image"],
     "distributed": ["scheduling"],
     "cloudpickle": ["prediction_jobs"],
+    "monai": ["compat/transforms"],
+    "torchio": ["compat/transforms"],
     "click": COMMAND_LINE,
 }
 STANDARD_LIBRARY_DOORS = {
     "gzip": ["gzip_files"],
-    "mmap": ["shards", "patch_slots"],
+    "mmap": ["spare_memory", "shards", "patch_slots"],
     "importlib": ["__init__", "network", *COMMAND_LINE],  # an import that no table can hold
 }
 HEAVY = [
