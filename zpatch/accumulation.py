@@ -139,7 +139,8 @@ class SweptBlend:
         if not self._awaited[position]:
             return
         patch = patch.to(accumulation_dtype(patch.dtype, self._tiling.mode))
-        for tile in self._tiling.tiles_hit(position):
+        # As the patch lies in memory, so that what neighbouring tiles take of it is still in the cache.
+        for tile in self._tiling.tiles_hit(position, memory_order(patch[0])):
             if self._wanted[self._tiling.unit_of(tile)]:
                 self._add_to_tile(tile, patch, position)
 

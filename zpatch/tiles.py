@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -204,13 +204,15 @@ class Tiling:
         i, j, k = (axis.tiles_of(n) for axis, n in zip(self.axes, unit, strict=True))
         return itertools.product(i, j, k)
 
-    def tiles_hit(self, position: Triple) -> Iterator[Triple]:
-        """The tiles that the patch at a position of the grid adds to."""
-        i, j, k = (
+    def tiles_hit(self, position: Triple, order: Sequence[int] = (0, 1, 2)) -> Iterator[Triple]:
+        """The tiles that the patch at a position adds to, the axes in ``order`` from slow to fast."""
+        hit = [
             range(int(axis.first_tile[n]), int(axis.stop_tile[n]))
             for axis, n in zip(self.axes, position, strict=True)
-        )
-        return itertools.product(i, j, k)
+        ]
+        for tile in itertools.product(*(hit[axis] for axis in order)):
+            i, j, k = (tile[order.index(axis)] for axis in range(3))
+            yield i, j, k
 
     def bounds(self, tile: Triple) -> tuple[Triple, Triple]:
         """First voxel of a tile, and the one after its last."""
