@@ -30,7 +30,7 @@ from benchmarks.read_peers import convert
 from benchmarks.stage import MIB, Goal, Options, goals, mib, seconds, table
 
 ENV = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-SWEPT_PLANE, SWEPT = (256, 256), (256, 512, 1024)  # the longest axis is swept
+SWEPT_PLANE, SWEPT = (256, 256), (320, 608, 1184)  # the longest axis is swept; patches fit all
 LARGER = (512, 512, 512)
 SLOPE_MIB = 1.0  # of peak memory for 1,000 planes more, 500 MiB of scores: what counts as none
 LIMIT_BYTES = 512 * MIB

@@ -7,6 +7,7 @@ others. What malloc keeps of freed memory goes back to the system where more is 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -67,16 +68,43 @@ def run_region(
         needed |= head.tiling.patches_for(units)
     if plan.skipped is not None:
         needed &= ~plan.skipped
-    return_freed()  # what an earlier region has left
-    most = resident_bytes() + plan.region_bytes - plan.outputs_bytes  # between two batches
+    guard = _MemoryGuard(plan)
     with writing_to(folder.parent.parent), _Blender(plan, wanted, folder, options) as blender:
         with network.running():
             for locations, inputs in read_ahead(_batches(plan, region, needed, options)):
-                blender.add(network(inputs, plan.subject.name, locations), locations)
-                if resident_bytes() > most:
-                    return_freed()
+                with guard.network_at_work():
+                    outputs = network(inputs, plan.subject.name, locations)
+                blender.add(outputs, locations)
+                del outputs
+                guard.check()
                 progress(len(locations))
         blender.finish()
+
+
+class _MemoryGuard:
+    """Has freed memory given back where a region holds more between two batches than it should.
+
+    That is what its plan says, and what the network's first run has left for its next ones.
+    """
+
+    def __init__(self, plan: PredictionPlan) -> None:
+        return_freed()  # what an earlier region has left
+        self._most = resident_bytes() + plan.region_bytes - plan.outputs_bytes
+        self._knows_network = False
+
+    @contextlib.contextmanager
+    def network_at_work(self) -> Iterator[None]:
+        """Learn what the network takes for itself, the first time."""
+        before = resident_bytes()
+        yield
+        if not self._knows_network:
+            self._knows_network = True
+            self._most += max(0, resident_bytes() - before)
+
+    def check(self) -> None:
+        """Between two batches."""
+        if resident_bytes() > self._most:
+            return_freed()
 
 
 def _unwritten(head: PlannedHead, units: Bools, folder: Path) -> Bools:
