@@ -7,7 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+from numpy.typing import NDArray
 
+from zpatch import reduction
 from zpatch.errors import ModelError, OptionError
 from zpatch.reduction import check_reduction, kind_of, reduce_channels
 
@@ -106,3 +111,24 @@ def test_a_reduction_that_does_not_exist_is_refused_with_those_that_do(reduce: A
 def test_classes_and_marks_are_label_maps_and_all_else_images(reduce: Any, kind: str) -> None:
     check_reduction(reduce)
     assert kind_of(reduce) == kind
+
+
+@pytest.mark.parametrize("is_compiled", [True, False])
+@given(
+    npst.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 5), st.integers(1, 6)),
+        elements=st.sampled_from([-1.0, 0.0, 1.0, 2.5, np.nan, np.inf, -np.inf]),
+    ),
+    st.permutations(range(4)),
+)
+def test_classes_are_numpys_argmax_in_any_memory_order_with_compiled_loops_and_without(
+    is_compiled: bool, scores: NDArray[np.float32], order: list[int]
+) -> None:
+    voxels = torch.from_numpy(scores).permute(order).contiguous().permute(*np.argsort(order).tolist())
+    with pytest.MonkeyPatch.context() as patch:
+        if not is_compiled:
+            patch.setattr(reduction, "_compiled", None)
+        found = reduction.reduce_channels(voxels, "argmax")
+    assert found.dtype == torch.uint8
+    np.testing.assert_array_equal(found[0], scores.argmax(axis=0))

@@ -6,6 +6,7 @@ import contextlib
 import os
 import pickle
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from reading import random_voxels, stored
 
@@ -231,3 +234,44 @@ def test_padded_patches_share_no_memory_with_what_they_were_made_of(tmp_path: Pa
         for patch in image.read_group([box] * 2, padding_mode="edge"):
             patch[...] = 0
     np.testing.assert_array_equal(kept, before)
+
+
+# A pool
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 9), st.booleans()), max_size=60))
+def test_a_pool_never_keeps_much_more_than_was_in_use_at_once(steps: list[tuple[str, int, bool]]) -> None:
+    pool: spare_memory.Pool[list[int]] = spare_memory.Pool()
+    in_use: list[tuple[str, int, list[int]]] = []
+    alive: list[weakref.ref[Box]] = []
+    most = 0
+    for kind, mib, gives_back in steps:
+        nbytes = mib * 2**20
+        if gives_back and in_use:
+            pool.give_back(*in_use.pop(0))
+        else:
+            in_use.append((kind, nbytes, pool.take(kind, nbytes, lambda size=nbytes: Box(size, alive))))
+        most = max(most, sum(size for _, size, _ in in_use))
+        held = sum(box.nbytes for ref in alive if (box := ref()) is not None)
+        assert held <= most + spare_memory.POOL_SLACK
+        assert len({id(box) for *_, box in in_use}) == len(in_use)
+
+
+def test_a_pool_hands_on_what_is_of_the_same_kind_and_size_only() -> None:
+    pool: spare_memory.Pool[object] = spare_memory.Pool()
+    box = pool.take("a", 8, object)
+    pool.give_back("a", 8, box)
+    assert pool.take("b", 8, object) is not box
+    assert pool.take("a", 9, object) is not box
+    assert pool.take("a", 8, object) is box
+
+
+class Box(list[int]):
+    """Something that says how large it is, and is noted as long as it is alive."""
+
+    def __init__(self, nbytes: int, alive: list[weakref.ref[Box]]) -> None:
+        super().__init__()
+        self.nbytes = nbytes
+        alive.append(weakref.ref(self))
+
+    __hash__ = object.__hash__

@@ -7,7 +7,6 @@ others. What malloc keeps of freed memory goes back to the system where more is 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -72,8 +71,7 @@ def run_region(
     with writing_to(folder.parent.parent), _Blender(plan, wanted, folder, options) as blender:
         with network.running():
             for locations, inputs in read_ahead(_batches(plan, region, needed, options)):
-                with guard.network_at_work():
-                    outputs = network(inputs, plan.subject.name, locations)
+                outputs = guard.watch(network, inputs, plan.subject.name, locations)
                 blender.add(outputs, locations)
                 del outputs
                 guard.check()
@@ -92,14 +90,17 @@ class _MemoryGuard:
         self._most = resident_bytes() + plan.region_bytes - plan.outputs_bytes
         self._knows_network = False
 
-    @contextlib.contextmanager
-    def network_at_work(self) -> Iterator[None]:
-        """Learn what the network takes for itself, the first time."""
+    def watch(
+        self, network: Network, inputs: torch.Tensor, subject: str, locations: Sequence[PatchLocation]
+    ) -> Outputs:
+        """What the network gives; the first time, learn what it takes for itself beside that."""
         before = resident_bytes()
-        yield
+        outputs = network(inputs, subject, locations)
         if not self._knows_network:
             self._knows_network = True
-            self._most += max(0, resident_bytes() - before)
+            given = sum(tensor.nbytes for tensor in outputs.values() if tensor.device.type == "cpu")
+            self._most += max(0, resident_bytes() - before - given)
+        return outputs
 
     def check(self) -> None:
         """Between two batches."""
