@@ -204,7 +204,7 @@ def _tidied(options: Options) -> Path:
 
 
 def _processes(options: Options) -> str:
-    shape, turns = ((160, 160, 256), 1) if options.quick else ((160, 160, 1024), 3)
+    shape, turns = ((160, 160, 256), 1) if options.quick else ((160, 160, 2048), 3)
     store, output = _long_store(shape, options)
     times: dict[int, list[float]] = {1: [], 2: []}
     labels = set()

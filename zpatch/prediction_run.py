@@ -37,6 +37,8 @@ from zpatch.store_lock import writing_to
 from zpatch.tiles import Bools
 from zpatch.unit_ledger import UnitLedger
 
+BATCHES_TO_LEARN = 4
+
 Batch = tuple[list[PatchLocation], torch.Tensor]
 
 
@@ -82,29 +84,31 @@ def run_region(
 class _MemoryGuard:
     """Has freed memory given back where a region holds more between two batches than it should.
 
-    That is what its plan says, and what the network's first run has left for its next ones.
+    That is what its plan says, and what the network keeps for its next run. It is seen in the first few: at
+    first malloc gives back what it takes, until it finds that as much is wanted again and again.
     """
 
     def __init__(self, plan: PredictionPlan) -> None:
         return_freed()  # what an earlier region has left
         self._most = resident_bytes() + plan.region_bytes - plan.outputs_bytes
-        self._knows_network = False
+        self._of_network = 0
+        self._to_learn = BATCHES_TO_LEARN
 
     def watch(
         self, network: Network, inputs: torch.Tensor, subject: str, locations: Sequence[PatchLocation]
     ) -> Outputs:
-        """What the network gives; the first time, learn what it takes for itself beside that."""
+        """What the network gives."""
         before = resident_bytes()
         outputs = network(inputs, subject, locations)
-        if not self._knows_network:
-            self._knows_network = True
+        if self._to_learn:
+            self._to_learn -= 1
             given = sum(tensor.nbytes for tensor in outputs.values() if tensor.device.type == "cpu")
-            self._most += max(0, resident_bytes() - before - given)
+            self._of_network = max(self._of_network, resident_bytes() - before - given)
         return outputs
 
     def check(self) -> None:
         """Between two batches."""
-        if resident_bytes() > self._most:
+        if resident_bytes() > self._most + 2 * self._of_network:  # malloc leaves gaps about, of about as much
             return_freed()
 
 
