@@ -38,6 +38,7 @@ from zpatch.tiles import Bools
 from zpatch.unit_ledger import UnitLedger
 
 BATCHES_TO_LEARN = 4
+BATCHES_BETWEEN = 32
 
 Batch = tuple[list[PatchLocation], torch.Tensor]
 
@@ -93,6 +94,7 @@ class _MemoryGuard:
         self._most = resident_bytes() + plan.region_bytes - plan.outputs_bytes
         self._of_network = 0
         self._to_learn = BATCHES_TO_LEARN
+        self._since = 0  # batches, since memory was given back
 
     def watch(
         self, network: Network, inputs: torch.Tensor, subject: str, locations: Sequence[PatchLocation]
@@ -108,8 +110,12 @@ class _MemoryGuard:
 
     def check(self) -> None:
         """Between two batches."""
-        if resident_bytes() > self._most + 2 * self._of_network:  # malloc leaves gaps about, of about as much
+        self._since += 1
+        if resident_bytes() > self._most + 2 * self._of_network:  # malloc leaves gaps, of about as much
             return_freed()
+            if self._since < BATCHES_BETWEEN:  # to take it anew each time would cost more than it saves
+                self._of_network += self._of_network // 2
+            self._since = 0
 
 
 def _unwritten(head: PlannedHead, units: Bools, folder: Path) -> Bools:
