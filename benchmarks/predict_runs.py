@@ -150,16 +150,21 @@ def costly_network() -> torch.nn.Module:
     ).eval()
 
 
-def costly_prediction(store: str, output: str, jobs: str) -> dict[str, Any]:
-    """Seconds of a prediction with that network by so many processes, their start included; its voxels."""
+def costly_predictions(store: str, jobs: str) -> Callable[[str], dict[str, Any]]:
+    """Answers, for a place to write to, with the seconds of a prediction with that network by so many
+    processes, their start included, and a digest of its voxels."""
     torch.set_num_threads(1)
     model = costly_network()
-    begin = time.perf_counter()
-    options = zpatch_options(COSTLY_PATCH)
-    predict_with_zpatch(model, Path(store), Path(output), jobs=int(jobs), **options)
-    seconds = time.perf_counter() - begin
-    labels = zpatch_labels(Path(output)).tobytes()
-    return {"seconds": seconds, "labels": hashlib.sha256(labels).hexdigest()}
+
+    def answer(output: str) -> dict[str, Any]:
+        begin = time.perf_counter()
+        options = zpatch_options(COSTLY_PATCH)
+        predict_with_zpatch(model, Path(store), Path(output), jobs=int(jobs), **options)
+        seconds = time.perf_counter() - begin
+        labels = zpatch_labels(Path(output)).tobytes()
+        return {"seconds": seconds, "labels": hashlib.sha256(labels).hexdigest()}
+
+    return answer
 
 
 def costly_patches() -> Callable[[str], float]:
