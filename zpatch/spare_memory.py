@@ -36,7 +36,7 @@ class _Lease:
         try:
             self._memory = self._returns.pop()
         except IndexError:
-            self._memory = new_pages(nbytes)
+            self._memory = np.empty(nbytes, dtype=np.uint8)
         self.__array_interface__ = self._memory.__array_interface__
 
     def __del__(self) -> None:
