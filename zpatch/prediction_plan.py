@@ -225,7 +225,8 @@ class PredictionPlan:
     @property
     def patches_run(self) -> int:
         """Patches that all regions run together, in whole batches."""
-        starts = [self._starts_of_batches(self.needed(region)) for region in self.regions]
+        wanted = [[r.wanted(n, head.tiling) for n, head in enumerate(self.heads)] for r in self.regions]
+        starts = [self._starts_of_batches(self.needed(units)) for units in wanted]
         return sum(int(np.minimum(self.batch_size, self.patches - some).sum()) for some in starts)
 
     @property
@@ -272,11 +273,11 @@ class PredictionPlan:
         """Number of write units."""
         return sum(math.prod(head.tiling.unit_counts) for head in self.heads)
 
-    def needed(self, region: Region) -> Bools:
-        """The patches that a region runs, over the positions of the grid."""
+    def needed(self, wanted: Sequence[Bools]) -> Bools:
+        """The patches that are run for some write units of each head, over the positions of the grid."""
         found = np.zeros(self.grid.counts, dtype=bool)
-        for number, head in enumerate(self.heads):
-            found |= head.tiling.patches_for(region.wanted(number, head.tiling))
+        for head, units in zip(self.heads, wanted, strict=True):
+            found |= head.tiling.patches_for(units)
         return found & self._is_run
 
     def batches(self, needed: Bools) -> Iterator[list[Triple]]:

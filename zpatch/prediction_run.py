@@ -27,6 +27,7 @@ from zpatch.image import Image, read_together
 from zpatch.image_writer import Shard, WriteUnits
 from zpatch.network import Network, Outputs
 from zpatch.nifti_writer import make_header
+from zpatch.patch import torch_dtype
 from zpatch.prediction_plan import PlannedHead, PredictionPlan, Region
 from zpatch.reduction import Reduction, reduce_channels
 from zpatch.resident_memory import resident_bytes, return_freed
@@ -65,15 +66,10 @@ def run_region(
     ``progress`` is told the patches done. A region that is run twice gives the same bytes.
     """
     wanted = [_unwritten(head, region.wanted(n, head.tiling), folder) for n, head in enumerate(plan.heads)]
-    needed = np.zeros(plan.grid.counts, dtype=bool)
-    for head, units in zip(plan.heads, wanted, strict=True):
-        needed |= head.tiling.patches_for(units)
-    if plan.skipped is not None:
-        needed &= ~plan.skipped
     guard = _MemoryGuard(plan)
     with writing_to(folder.parent.parent), _Blender(plan, wanted, folder, options) as blender:
         with network.running():
-            for locations, inputs in read_ahead(_batches(plan, region, needed, options)):
+            for locations, inputs in read_ahead(_batches(plan, region, plan.needed(wanted), options)):
                 outputs = guard.watch(network, inputs, plan.subject.name, locations)
                 blender.add(outputs, locations)
                 del outputs
@@ -100,12 +96,13 @@ class _MemoryGuard:
         self, network: Network, inputs: torch.Tensor, subject: str, locations: Sequence[PatchLocation]
     ) -> Outputs:
         """What the network gives."""
+        if not self._to_learn:
+            return network(inputs, subject, locations)
+        self._to_learn -= 1
         before = resident_bytes()
         outputs = network(inputs, subject, locations)
-        if self._to_learn:
-            self._to_learn -= 1
-            given = sum(tensor.nbytes for tensor in outputs.values() if tensor.device.type == "cpu")
-            self._of_network = max(self._of_network, resident_bytes() - before - given)
+        given = sum(tensor.nbytes for tensor in outputs.values() if tensor.device.type == "cpu")
+        self._of_network = max(self._of_network, resident_bytes() - before - given)
         return outputs
 
     def check(self) -> None:
@@ -193,14 +190,14 @@ class _Blender:
 
 
 def _finaliser(record: ImageRecord, reduce: Reduction) -> Callable[[torch.Tensor], torch.Tensor]:
-    dtype = torch.from_numpy(np.empty(0, np.dtype(record.dtype))).dtype
+    dtype = torch_dtype(np.dtype(record.dtype), widen=False)
     return lambda voxels: reduce_channels(voxels, reduce, dtype)
 
 
 def _skipped(plan: PredictionPlan, head: PlannedHead, fill: float) -> Skipped | None:
     if plan.skipped is None:
         return None
-    channels, dtype = head.head.kept_channels, torch.from_numpy(np.empty(0, head.record.dtype)).dtype
+    channels, dtype = head.head.kept_channels, torch_dtype(np.dtype(head.record.dtype), widen=False)
     return Skipped(plan.skipped, lambda shape: torch.full((channels, *shape), fill, dtype=dtype))
 
 
