@@ -12,6 +12,7 @@ import hypothesis
 import numpy as np
 import psutil
 import pytest
+import torch
 
 import zpatch as zp
 from zpatch.shards import close_shards
@@ -60,6 +61,22 @@ def cohort_store(cohort_source: Path, tmp_path_factory: pytest.TempPathFactory) 
 def cohort(cohort_store: Path) -> zp.Cohort:
     """The small cohort, open."""
     return zp.Cohort(cohort_store)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Iterator[Path]:
+    """Where predictions go."""
+    yield tmp_path / "out.zarr"
+    close_shards(tmp_path)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch's convolution rounds differently with another number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ import zpatch as zp
 from zpatch.errors import ModelError, OptionError, StoreError, StoreExistsError, UnknownNameError, ZpatchError
 from zpatch.network import load_model
 from zpatch.scaling import UNSCALED
-from zpatch.shards import close_shards
 from zpatch.voxel_index import read_label_table
 
 MODES = ["crop", "average", "hann", "gaussian"]
@@ -40,12 +38,6 @@ def expected(subject: zp.Subject) -> NDArray[np.float32]:
     """The pointwise network on the whole volume."""
     volume = torch.from_numpy(subject["t1"].data.astype(np.float32))
     return np.asarray(pointwise(volume[None])[0])
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Iterator[Path]:
-    yield tmp_path / "out.zarr"
-    close_shards(tmp_path)
 
 
 def predict(cohort: Any, out: Path, model: Any = pointwise, **options: Any) -> zp.Cohort:

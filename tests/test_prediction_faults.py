@@ -36,6 +36,8 @@ from zpatch.network import Network, torch_device
 from zpatch.prediction_plan import PredictionPlan, PredictOptions
 from zpatch.shards import close_shards
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPE = (40, 36, 160)  # five write units along K
 PATCH, OVERLAP, BATCH = 20, 8, 2
 OPTIONS = {"image": "t1", "patch_size": PATCH, "patch_overlap": OVERLAP, "batch_size": BATCH}
@@ -132,21 +134,6 @@ def other_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture
 def cohort(store: Path) -> zp.Cohort:  # type: ignore[override]  # not the one that other files share
     return zp.Cohort(store)
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Iterator[Path]:
-    yield tmp_path / "out.zarr"
-    close_shards(tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Torch's convolution rounds differently with another number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def predict(cohort: Any, out: Path, model: Any, **options: Any) -> zp.Cohort:

@@ -31,6 +31,8 @@ from zpatch.prediction_plan import PredictionPlan, PredictOptions
 from zpatch.scheduling import run_tasks
 from zpatch.shards import close_shards
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPES = {"ann": (40, 36, 300), "bob": (24, 180, 30)}  # the longest axis differs
 OPTIONS: dict[str, Any] = {"image": "t1", "patch_size": 20, "patch_overlap": 8, "batch_size": 2}
 
@@ -99,21 +101,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture
 def cohort(store: Path) -> zp.Cohort:  # type: ignore[override]  # not the one that other files share
     return zp.Cohort(store)
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Iterator[Path]:
-    yield tmp_path / "out.zarr"
-    close_shards(tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Torch's convolution rounds differently with another number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def predict(cohort: Any, out: Path, *, model: Any, **options: Any) -> zp.Cohort:
