@@ -448,6 +448,20 @@ def begun(process: subprocess.Popen[str], store: Path, subjects: int = 3) -> Cal
     return is_begun
 
 
+def all_stopped(process: subprocess.Popen[str]) -> Callable[[], bool]:
+    """Whether each thread of it and of its workers is: the signal stops one only after its system call."""
+
+    def are_stopped() -> bool:
+        parent = psutil.Process(process.pid)
+        processes = (parent, *parent.children(recursive=True))
+        threads = [file for one in processes for file in Path(f"/proc/{one.pid}/task").glob("*/stat")]
+        with contextlib.suppress(FileNotFoundError):  # the thread ended just now
+            return all(file.read_text().rpartition(")")[2].split()[0] == "T" for file in threads)
+        return False
+
+    return are_stopped
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("round_", range(4))
 def test_ctrl_c_stops_all_workers_and_the_same_command_finishes(
@@ -496,7 +510,8 @@ def test_a_second_writer_is_refused_at_once_and_told_who_writes(
     scans = many_subjects(source, tmp_path / "scans")
     with command("convert", scans, store, *OPTIONS) as first:
         eventually(begun(first, store), "some subjects")
-        first.send_signal(signal.SIGSTOP)
+        os.killpg(first.pid, signal.SIGSTOP)
+        eventually(all_stopped(first), "all its processes stopped")
         try:
             for option in ((), ("--overwrite",)):
                 before = contents(store)
@@ -508,7 +523,7 @@ def test_a_second_writer_is_refused_at_once_and_told_who_writes(
                 assert line == f"zpatch: error: {store}: {who}\n"
                 assert contents(store) == before
         finally:
-            first.send_signal(signal.SIGCONT)
+            os.killpg(first.pid, signal.SIGCONT)
         out, err = first.communicate(timeout=60)
     assert (first.returncode, out, err) == (0, f"{store}\n", "")
     assert_whole(store, undisturbed(scans, store))
