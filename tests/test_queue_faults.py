@@ -578,6 +578,7 @@ def test_a_program_that_ends_without_closing_its_queue_says_nothing(
 
 def run_program(start_method: str, what: str) -> None:
     """Go through epochs until something happens; say which the workers are once they run."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
     transform = Deadly(Path("hung"), "hang") if what == "hang" else streams.slow
     queue = queue_of(num_workers=2, start_method=start_method, transform=transform, patches_per_volume=20)
     patches = iter(queue)
