@@ -4,47 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from zpatch import nifti, store, zarr_images
-from zpatch.errors import OptionError, PatchLocationError, SourceError
+from zpatch.errors import OptionError, PatchLocationError
 from zpatch.geometry import Affine, PatchLocation, Triple, spacing_mm
+from zpatch.origin import Origin, open_origin
 from zpatch.padding import PaddedBox, check_padding_mode
-from zpatch.reader import (
-    DERIVED_BLOCK_VOXELS,
-    ArraySource,
-    DaskSource,
-    Request,
-    ShardSource,
-    VoxelSource,
-    fulfil,
-    new_voxels,
-)
+from zpatch.reader import DERIVED_BLOCK_VOXELS, Request, VoxelSource, fulfil, new_voxels
 from zpatch.scaling import UNSCALED, Scaling
 from zpatch.scheduling import Scheduler
-from zpatch.schema import ImageRecord, Json, Kind
+from zpatch.schema import ImageRecord, Json, Kind, compact_json, digest
 
 Voxels = NDArray[Any]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Opened:
-    """What an image needs to know of where its voxels come from."""
-
-    source: VoxelSource
-    affine: Affine
-    scaling: Scaling = UNSCALED
-    record: ImageRecord | None = None
-    folder: Path | None = None
-    unit: str | None = "millimeter"
 
 
 class Image:
@@ -71,8 +48,8 @@ class Image:
         affine: Sequence[Sequence[float]] | Affine | None = None,
         axes: str | None = None,
     ) -> None:
-        self._opened = data if isinstance(data, _Opened) else _open(data, axes)
-        self._affine = np.array(self._opened.affine if affine is None else affine, dtype=np.float64)
+        self._origin = data if isinstance(data, Origin) else open_origin(data, axes)
+        self._affine = np.array(self._origin.affine if affine is None else affine, dtype=np.float64)
         if self._affine.shape != (4, 4):
             raise OptionError(f"affine must be 4 x 4, not of shape {self._affine.shape}")
         self._remembered: dict[Any, Any] = {}
@@ -80,17 +57,30 @@ class Image:
     @property
     def record(self) -> ImageRecord | None:
         """What the store's manifest says of the image; None for an image that is in no store."""
-        return self._opened.record
+        return self._origin.record
 
     @property
     def folder(self) -> Path | None:
         """The image's folder in its store; None for an image that is in no store."""
-        return self._opened.folder
+        return self._origin.path if self.record else None
+
+    def identity(self) -> str:
+        """A digest of what the values are, as far as that can be told without reading files.
+
+        Seen are the manifest's checksums, of other files their sizes and times, of arrays in memory all
+        voxels; of a Dask expression only where its image came from, if it was made by ``map``.
+        """
+        return digest(compact_json({**self._origin.identity(), "affine": self.affine.tolist()}).encode())
+
+    @property
+    def origin(self) -> Origin:
+        """All that is known of where the voxels come from."""
+        return self._origin
 
     @property
     def source(self) -> VoxelSource:
         """Where unscaled voxels are read from."""
-        return self._opened.source
+        return self._origin.source
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -111,7 +101,7 @@ class Image:
     @property
     def scaling(self) -> Scaling:
         """What turns unscaled voxels into values."""
-        return self._opened.scaling
+        return self._origin.scaling
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -131,7 +121,7 @@ class Image:
     @property
     def spatial_unit(self) -> str | None:
         """What the affine maps to: millimeter, if the source says nothing else."""
-        return self._opened.unit
+        return self._origin.unit
 
     @property
     def statistics(self) -> Json:
@@ -194,7 +184,7 @@ class Image:
                 f"the function given to map changed the spatial shape from {self.spatial_shape} to "
                 f"{tuple(mapped.shape[1:])}; only values and channels may change"
             )
-        return type(self)(mapped, affine=self._affine)
+        return type(self)(self._origin.derived(mapped), affine=self._affine)
 
     def rescaled(self, slope: float, inter: float, low: float = -math.inf, high: float = math.inf) -> Self:
         """The image of ``slope * value + inter``, each value first kept between ``low`` and ``high``.
@@ -203,13 +193,13 @@ class Image:
         """
         scaling = self.scaling.within(low, high).then(slope, inter)
         if scaling == UNSCALED:  # the values that are there, but in the type of scaled ones
-            plain = type(self)(dataclasses.replace(self._opened, scaling=UNSCALED), affine=self._affine)
+            plain = type(self)(dataclasses.replace(self._origin, scaling=UNSCALED), affine=self._affine)
             return plain.map(lambda array: array.astype(Scaling(2.0).dtype_of(array.dtype)))
-        return type(self)(dataclasses.replace(self._opened, scaling=scaling), affine=self._affine)
+        return type(self)(dataclasses.replace(self._origin, scaling=scaling), affine=self._affine)
 
     def with_source(self, source: VoxelSource) -> Self:
         """The same image, its unscaled voxels read from elsewhere."""
-        return type(self)(dataclasses.replace(self._opened, source=source), affine=self._affine)
+        return type(self)(dataclasses.replace(self._origin, source=source), affine=self._affine)
 
     def remembered(self, key: Any, make: Callable[[], T]) -> T:
         """What was made of this image before under a key, or else is made now."""
@@ -298,85 +288,4 @@ IMAGE_CLASSES: dict[str, type[Image]] = {cls.kind: cls for cls in (ScalarImage, 
 
 def stored_image(folder: Path, record: ImageRecord) -> Image:
     """The image of a record: a ScalarImage, LabelMap or SamplingMap. Touches no file."""
-    return IMAGE_CLASSES[record.kind](_of_record(folder, record))
-
-
-def _of_record(folder: Path, record: ImageRecord) -> _Opened:
-    folder = folder.absolute()
-    source = ShardSource(store.sharded_array(folder, record))
-    scaling = Scaling(record.slope, record.inter)
-    return _Opened(source, record.affine_array, scaling, record, folder, record.spatial_unit)
-
-
-def _open(data: Any, axes: str | None) -> _Opened:
-    if isinstance(data, str | os.PathLike):
-        return _open_path(Path(data), axes)
-    if type(data).__module__.startswith("zarr."):
-        return _of_zarr(zarr_images.zarr_image(data), axes)
-    if type(data).__module__.startswith("dask."):
-        return _Opened(DaskSource(_with_channels(data)), np.eye(4))
-    return _Opened(ArraySource(_with_channels(np.asarray(data))), np.eye(4))
-
-
-def _open_path(path: Path, axes: str | None) -> _Opened:
-    if path.name.endswith(".nii.gz"):
-        raise SourceError(
-            f"{path}: patches cannot be read from compressed NIfTI; convert it first with "
-            f"'zpatch convert {path.parent} STORE'"
-        )
-    if path.name.endswith(".nii"):
-        return _of_nifti(nifti.read_header(path))
-    found = zarr_images.open_image_folder(path)
-    return _of_record(path, found) if isinstance(found, ImageRecord) else _of_zarr(found, axes)
-
-
-def _of_nifti(file: nifti.NiftiFile) -> _Opened:
-    if file.compressed or file.colours > 1:
-        raise SourceError(f"{file.path}: only plain, uncompressed voxels can be mapped; convert it first")
-    mapped = np.memmap(
-        file.voxel_path,
-        mode="r",
-        dtype=file.dtype,
-        offset=file.voxel_offset,
-        shape=(1, *file.shape)[-4:],
-    )
-    source, scaling = ArraySource(mapped.transpose(0, 3, 2, 1)), Scaling(file.slope, file.inter)
-    return _Opened(source, file.affine, scaling, unit=file.spatial_unit)
-
-
-def _of_zarr(image: zarr_images.ZarrImage, axes: str | None) -> _Opened:
-    _check_dtype(image.array.dtype)
-    stored = zarr_images.StoredAxes.of(image.array, axes or image.axes)
-    affine = np.eye(4)
-    for row, name in enumerate("xyz"):
-        number = stored.kept[stored.names.index(name)]
-        if number is not None and image.scale:
-            affine[row, row] = image.scale[number]
-        if number is not None and image.translation:
-            affine[row, 3] = image.translation[number]
-    array = zarr_images.sharded_array_of(image.array, stored)
-    unit = image.unit if image.scale else "millimeter"
-    if array is not None:
-        return _Opened(ShardSource(array, stored.names), affine, unit=unit)
-    return _Opened(DaskSource(_through_zarr(image.array, stored)), affine, unit=unit)
-
-
-def _through_zarr(array: Any, stored: zarr_images.StoredAxes) -> Any:
-    import dask.array as da
-
-    left_out = tuple(0 if n not in stored.kept else slice(None) for n in range(array.ndim))
-    kept = da.from_zarr(array)[left_out]
-    four = kept[(None,) * stored.kept.count(None)]
-    return four.transpose([stored.names.index(name) for name in "cxyz"])
-
-
-def _with_channels(array: Any) -> Any:
-    if array.ndim not in (3, 4):
-        raise OptionError(f"an image is (I, J, K) or (C, I, J, K), not of shape {tuple(array.shape)}")
-    _check_dtype(array.dtype)
-    return array if array.ndim == 4 else array[None]
-
-
-def _check_dtype(dtype: np.dtype[Any]) -> None:
-    if dtype.kind not in "biufc":
-        raise OptionError(f"an image is of numbers, not of {dtype}")
+    return IMAGE_CLASSES[record.kind](Origin.of_record(folder, record))

@@ -116,13 +116,20 @@ class StoredAxes:
         return a, b, c, d
 
 
-def sharded_array_of(array: Any, axes: StoredAxes) -> ShardedArray | None:
-    """How an array's chunks are read from their files; None where only zarr itself knows that."""
+def folder_of(array: Any) -> Path | None:
+    """The folder of an array's files; None where they are not on this machine's file systems."""
     from zarr.storage import LocalStore
 
     if not isinstance(array.store, LocalStore):
         return None
-    path = (Path(array.store.root) / array.path).absolute()
+    return Path(array.store.root, array.path).absolute()
+
+
+def sharded_array_of(array: Any, axes: StoredAxes) -> ShardedArray | None:
+    """How an array's chunks are read from their files; None where only zarr itself knows that."""
+    path = folder_of(array)
+    if path is None:
+        return None
     metadata: Json = array.metadata.to_dict()
     fill = 0 if array.fill_value is None else array.fill_value
     found = _of_v2(metadata) if metadata["zarr_format"] == 2 else _of_v3(metadata)

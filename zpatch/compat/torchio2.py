@@ -86,7 +86,7 @@ class _Image(image.Image):
             source = cached_image(source, self.kind)
         if isinstance(source, image.Image):
             affine = source.affine if affine is None else affine
-            source = source._opened
+            source = source.origin
         super().__init__(source, affine=affine)
 
     @property
