@@ -335,7 +335,7 @@ def test_several_caches_are_read_in_one_graph() -> None:
     lazy = da.from_array(voxels, chunks=4)
     images = [ScalarImage(lazy + 1), ScalarImage(lazy * 2), ScalarImage(voxels)]
     sweep = sweep_of(images[0], 5, 2)
-    sources = [cached(image.source, sweep.grid, 2, sweep.ranges) for image in images]
+    sources = [cached(image.source, sweep.grid, 2, sweep.ranges)[0] for image in images]
     assert [isinstance(source, CachedSource) for source in sources] == [True, True, False]
     for position in sweep.positions:
         box = sweep.box(position)
@@ -394,5 +394,5 @@ def test_a_cache_says_of_itself_what_its_source_says() -> None:
 def test_what_is_quick_to_unpack_needs_no_cache(tmp_path: Path, codec: str) -> None:
     image = stored(tmp_path / "image", random_voxels((9, 10, 11), "<i2"), chunk=4, shard=2, codec=codec)
     sweep = sweep_of(image, 5, 2)
-    source = cached(image.source, sweep.grid, sweep.swept_axis, sweep.ranges)
+    source, _ = cached(image.source, sweep.grid, sweep.swept_axis, sweep.ranges)
     assert (source is image.source) == (codec != "zstd")

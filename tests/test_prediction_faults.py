@@ -483,6 +483,19 @@ def test_how_the_work_is_shared_out_may_change_between_runs(
     assert_whole(begun, undisturbed(cohort, begun))
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_what_was_done_before_is_told_too_when_an_output_is_gone_on_with(
+    cohort: zp.Cohort, begun: Path, jobs: int
+) -> None:
+    told: list[int] = []
+    again = Net()
+    predict(cohort, begun, again, progress=told.append, jobs=jobs)
+    ann, bob = plans_of(cohort, jobs=jobs)
+    assert told[0] == ann.patches_run
+    assert sum(told) == ann.patches_run + bob.patches_run
+    assert jobs > 1 or 1 + bob.patches - told[1] == again.patches
+
+
 def test_after_a_refusal_the_right_command_goes_on_where_it_was(cohort: zp.Cohort, begun: Path) -> None:
     with pytest.raises(StoreExistsError):
         predict(cohort, begun, Net(seed=1))

@@ -103,8 +103,8 @@ def plans(draw: st.DrawFn) -> PredictionPlan:
 def adds_to(plan: PredictionPlan, number: int) -> Bools:
     """The patches that add to the write units of a region, whether they are run or not."""
     found = np.zeros(plan.grid.counts, dtype=bool)
-    for n, planned_head in enumerate(plan.heads):
-        found |= planned_head.tiling.patches_for(plan.regions[number].wanted(n, planned_head.tiling))
+    for head, units in zip(plan.heads, plan.regions[number].wanted(plan.heads), strict=True):
+        found |= head.tiling.patches_for(units)
     return found
 
 
@@ -122,9 +122,8 @@ def in_sweep_order(plan: PredictionPlan) -> list[Triple]:
 
 @given(plans())
 def test_every_write_unit_of_every_head_is_in_one_region(plan: PredictionPlan) -> None:
-    for n, planned_head in enumerate(plan.heads):
-        times = sum(region.wanted(n, planned_head.tiling).astype(int) for region in plan.regions)
-        assert (times == 1).all()
+    for of_head in zip(*(region.wanted(plan.heads) for region in plan.regions), strict=True):
+        assert (sum(units.astype(int) for units in of_head) == 1).all()
 
 
 @given(plans())
@@ -368,9 +367,9 @@ def most_redone(plan: PredictionPlan) -> int:
         ranks[at] = n
     for region in plan.regions:
         heads = []  # of each head, its units as they are completed: rank of the last patch, patches
-        for number, planned_head in enumerate(plan.heads):
+        for planned_head, wanted in zip(plan.heads, region.wanted(plan.heads), strict=True):
             units = []
-            for unit in np.argwhere(region.wanted(number, planned_head.tiling)):
+            for unit in np.argwhere(wanted):
                 alone = np.zeros(planned_head.tiling.unit_counts, dtype=bool)
                 alone[tuple(unit)] = True
                 adds = planned_head.tiling.patches_for(alone)

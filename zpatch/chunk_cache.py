@@ -7,7 +7,7 @@ same chunks again. What is held between them are the unscaled voxels of those ch
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -239,6 +239,9 @@ def is_quick(source: VoxelSource) -> bool:
 
 def cached(
     source: VoxelSource, grid: PatchGrid, swept_axis: int, ranges: tuple[range, range, range]
-) -> VoxelSource:
-    """As ``CachedSource.of``, but a source that is quick anyway is given back as it is."""
-    return source if is_quick(source) else CachedSource.of(source, grid, swept_axis, ranges)
+) -> tuple[VoxelSource, Callable[[Triple], None]]:
+    """What to read a sweep's patches from, and its ``done``: ``CachedSource.of``; a quick source as it is."""
+    if is_quick(source):
+        return source, lambda position: None
+    cache = CachedSource.of(source, grid, swept_axis, ranges)
+    return cache, cache.done

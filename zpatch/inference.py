@@ -17,7 +17,7 @@ import torch
 
 from zpatch import schema
 from zpatch.accumulation import accumulation_dtype
-from zpatch.chunk_cache import CachedSource, cached
+from zpatch.chunk_cache import cached
 from zpatch.cohort import Cohort, Subject
 from zpatch.errors import ModelError, OptionError
 from zpatch.image import Image, read_together
@@ -185,10 +185,9 @@ def _outside_mask(subject: Subject, options: PredictOptions) -> Bools | None:
             f"the mask {mask!r} of {subject.name!r} is {image.spatial_shape}, the image {grid.spatial_shape}"
         )
     i, j, k = map(range, grid.counts)
-    source = cached(image.source, grid, 0, (i, j, k))
+    source, done = cached(image.source, grid, 0, (i, j, k))
     image = image.with_source(source)
     for position in np.ndindex(grid.counts):
         outside[position] = not image.read(grid.at(position).clipped(grid.spatial_shape)).any()
-        if isinstance(source, CachedSource):
-            source.done(position)
+        done(position)
     return outside

@@ -24,7 +24,6 @@ import torch
 from zpatch import schema
 from zpatch.cohort import Cohort
 from zpatch.errors import OptionError, StoreExistsError, WorkerError
-from zpatch.image import Image
 from zpatch.network import Network, identity
 from zpatch.prediction_plan import PredictionPlan, PredictOptions
 from zpatch.prediction_run import RunOptions, finish_subject, run_region
@@ -62,6 +61,8 @@ def run_prediction(
         with writing_to(writer.path):
             jobs = [_begun(plan, unfinished / plan.subject.name, store, writer) for plan in plans]
         left = [job for job in jobs if job is not None]
+        if done_before := sum(p.patches_run for p, job in zip(plans, jobs, strict=True) if job is None):
+            progress(done_before)
         run_options = RunOptions(options.reduce, options.padding_mode or "edge", options.fill)
         for job in _carried_out(network, left, run_options, unfinished, options, progress):
             with writing_to(writer.path):
@@ -133,21 +134,13 @@ def _subject_header(plan: PredictionPlan) -> Json:
     """What the voxels of one subject depend on beside that."""
     masked_out = "" if plan.skipped is None else schema.digest(plan.skipped.tobytes())
     return {
-        "inputs": [_identity_of(image) for image in plan.images],
+        "inputs": [image.identity() for image in plan.images],
         "patches_outside_mask": masked_out,
         "heads": {
             head.head.name: [head.record.dtype, *head.record.shape, *head.record.shards]
             for head in plan.heads
         },
     }
-
-
-def _identity_of(image: Image) -> str:
-    """A digest of an image of a store; of others, of what is known without reading them."""
-    known: Json = {"shape": image.shape, "dtype": image.dtype.str, "affine": image.affine.tolist()}
-    if image.record is not None:
-        known = image.record.to_json()
-    return schema.digest(schema.compact_json({**known, "scaling": repr(image.scaling)}).encode())
 
 
 def _carried_out(

@@ -181,10 +181,11 @@ class Region:
     units: tuple[Ranges, ...]
     patches: Ranges
 
-    def wanted(self, number: int, tiling: Tiling) -> Bools:
-        """Which of the units of head ``number`` are the region's."""
-        found = np.zeros(tiling.unit_counts, dtype=bool)
-        found[tuple(slice(r.start, r.stop) for r in self.units[number])] = True
+    def wanted(self, heads: Sequence[PlannedHead]) -> list[Bools]:
+        """Which of the units of each head are the region's."""
+        found = [np.zeros(head.tiling.unit_counts, dtype=bool) for head in heads]
+        for units, box in zip(found, self.units, strict=True):
+            units[tuple(slice(numbers.start, numbers.stop) for numbers in box)] = True
         return found
 
 
@@ -225,9 +226,7 @@ class PredictionPlan:
     @property
     def patches_run(self) -> int:
         """Patches that all regions run together, in whole batches."""
-        wanted = [[r.wanted(n, head.tiling) for n, head in enumerate(self.heads)] for r in self.regions]
-        starts = [self._starts_of_batches(self.needed(units)) for units in wanted]
-        return sum(int(np.minimum(self.batch_size, self.patches - some).sum()) for some in starts)
+        return sum(self.count_run(self.needed(region.wanted(self.heads))) for region in self.regions)
 
     @property
     def redone_patches(self) -> int:
@@ -290,6 +289,10 @@ class PredictionPlan:
         positions = np.argwhere(self._is_run.transpose(order))[:, np.argsort(order)]
         for first in self._starts_of_batches(needed).tolist():
             yield [(i, j, k) for i, j, k in positions[first : first + self.batch_size].tolist()]
+
+    def count_run(self, needed: Bools) -> int:
+        """Number of patches in all batches with any that is needed."""
+        return int(np.minimum(self.batch_size, self.patches - self._starts_of_batches(needed)).sum())
 
     def _starts_of_batches(self, needed: Bools) -> Integers:
         """Which of the patches that are run, in sweep order, begin a batch with any that is needed."""

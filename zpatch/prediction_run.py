@@ -20,7 +20,7 @@ import torch
 
 from zpatch import schema, spare_memory
 from zpatch.accumulation import Skipped, SweptBlend, add_checked
-from zpatch.chunk_cache import CachedSource, cached
+from zpatch.chunk_cache import cached
 from zpatch.errors import ModelError
 from zpatch.geometry import PatchLocation, Triple
 from zpatch.image import Image, read_together
@@ -63,13 +63,17 @@ def run_region(
 ) -> None:
     """Fill those write units of a region that are not written yet, below the subject's ``folder``.
 
-    ``progress`` is told the patches done. A region that is run twice gives the same bytes.
+    ``progress`` is told the patches done, now or before. A region that is run twice gives the same bytes.
     """
-    wanted = [_unwritten(head, region.wanted(n, head.tiling), folder) for n, head in enumerate(plan.heads)]
+    units = region.wanted(plan.heads)
+    wanted = [_unwritten(head, of, folder) for head, of in zip(plan.heads, units, strict=True)]
+    needed = plan.needed(wanted)
+    if done_before := plan.count_run(plan.needed(units)) - plan.count_run(needed):
+        progress(done_before)
     guard = _MemoryGuard(plan)
     with writing_to(folder.parent.parent), _Blender(plan, wanted, folder, options) as blender:
         with network.running():
-            for locations, inputs in read_ahead(_batches(plan, region, plan.needed(wanted), options)):
+            for locations, inputs in read_ahead(_batches(plan, region, needed, options)):
                 outputs = guard.watch(network, inputs, plan.subject.name, locations)
                 blender.add(outputs, locations)
                 del outputs
@@ -124,8 +128,8 @@ def _unwritten(head: PlannedHead, units: Bools, folder: Path) -> Bools:
 
 def _batches(plan: PredictionPlan, region: Region, needed: Bools, options: RunOptions) -> Iterator[Batch]:
     """The batches to be run, as float32 (B, C, I, J, K), their memory in the order (b, c, k, j, i)."""
-    sources = [cached(image.source, plan.grid, plan.swept_axis, region.patches) for image in plan.images]
-    images = [image.with_source(source) for image, source in zip(plan.images, sources, strict=True)]
+    caches = [cached(image.source, plan.grid, plan.swept_axis, region.patches) for image in plan.images]
+    images = [image.with_source(source) for image, (source, _) in zip(plan.images, caches, strict=True)]
     channels = np.cumsum([0, *(image.num_channels for image in images)]).tolist()
     i, j, k = plan.grid.patch_size
     for positions in plan.batches(needed):
@@ -134,9 +138,8 @@ def _batches(plan: PredictionPlan, region: Region, needed: Bools, options: RunOp
         batch = stored.transpose(0, 1, 4, 3, 2)
         outs = [[patch[a:b] for patch in batch] for a, b in itertools.pairwise(channels)]
         read_together(images, locations, padding_mode=options.padding_mode, outs=outs)
-        for source in sources:
-            if isinstance(source, CachedSource):
-                source.done(positions[-1])
+        for _, done in caches:
+            done(positions[-1])
         yield locations, torch.from_numpy(batch)
 
 

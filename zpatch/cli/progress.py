@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from types import TracebackType
 from typing import Self
 
@@ -14,12 +15,14 @@ from zpatch.memory import format_bytes
 REDRAW_S = 0.1
 PLAIN_LINE_S = 10.0
 BAR_CELLS = 24
+RATE_S = 30.0
 
 
 class Progress:
     """Counts what is done of ``total`` and shows it on stderr; call it with each amount done.
 
-    ``unit`` is ``"bytes"`` or the plural of what is counted.
+    ``unit`` is ``"bytes"`` or the plural of what is counted. The rate is that of the last half minute; the
+    first amount is not in it, as it may have been done by an earlier command.
     """
 
     def __init__(self, label: str, total: int, unit: str = "bytes") -> None:
@@ -29,7 +32,8 @@ class Progress:
         self._done = 0
         self._quiet = bool(click.get_current_context().ensure_object(dict).get("quiet"))
         self._terminal = sys.stderr.isatty()
-        self._started = self._shown = time.monotonic()
+        self._shown = time.monotonic()
+        self._marks: deque[tuple[float, int]] = deque()  # when so much was done
 
     def __enter__(self) -> Self:
         return self
@@ -44,22 +48,30 @@ class Progress:
     def __call__(self, amount: int) -> None:
         """So much more is done."""
         self._done += amount
+        now = time.monotonic()
+        if not self._marks:
+            self._marks.append((now, self._done))
         pause_s = REDRAW_S if self._terminal else PLAIN_LINE_S
-        if not self._quiet and time.monotonic() - self._shown >= pause_s:
+        if not self._quiet and now - self._shown >= pause_s:
             self._show()
 
     def _show(self) -> None:
-        self._shown = time.monotonic()
-        line = self._line(self._shown - self._started)
+        self._shown = now = time.monotonic()
+        while len(self._marks) > 1 and now - self._marks[0][0] > RATE_S:
+            self._marks.popleft()
+        line = self._line(now)
+        self._marks.append((now, self._done))
         click.echo(f"\r\x1b[K{line}" if self._terminal else line, err=True, nl=not self._terminal)
 
-    def _line(self, elapsed_s: float) -> str:
+    def _line(self, now: float) -> str:
         share = min(self._done / self._total, 1.0)
-        rate = self._done / max(elapsed_s, 1e-9)
+        since, before = self._marks[0] if self._marks else (now, self._done)
+        rate = (self._done - before) / max(now - since, 1e-9)
         left_s = (self._total - self._done) / rate if rate and share < 1 else 0.0
         filled = round(share * BAR_CELLS)
         bar = "#" * filled + "-" * (BAR_CELLS - filled)
-        counts = f"{self._amount(self._done)} of {self._amount(self._total)}"
+        done = self._amount(self._done).removesuffix(f" {self._unit}")
+        counts = f"{done} of {self._amount(self._total)}"
         return f"{self._label} [{bar}] {share:4.0%}  {counts}  {self._amount(rate)}/s  {_clock(left_s)} left"
 
     def _amount(self, count: float) -> str:
