@@ -354,7 +354,7 @@ def test_unknown_names_are_refused_with_the_nearest(refused: Callable[..., str],
 def test_a_benchmark_prints_speeds_packings_and_advice(run: Run, store: Path) -> None:
     code, out, err = run("bench", store, *BENCH, "--seconds", "0.05", "-j", "2")
     assert code == 0
-    assert "4 subjects: patches of 24x24x24, 10 together, of seg (uint8; lz4; 16x16x16), t1 (" in err
+    assert "4 subjects: patches of 24x24x24, 10 together, of seg (uint8; lz4hc; 16x16x16), t1 (" in err
     speeds, packings, lines = out.split("\n\n")
     assert [line.split()[0] for line in speeds.splitlines()] == ["processes", "1", "2"]
     assert [line.split()[0] for line in packings.splitlines()[2:]] == ["16", "32", "64"]

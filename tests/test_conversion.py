@@ -365,6 +365,23 @@ def test_every_codec_stores_the_same_voxels(source: Path, store: Path, codec: st
     np.testing.assert_array_equal(only_image(store).data[0], volume(9, 8, 7))
 
 
+@pytest.mark.parametrize(
+    ("codec", "of_labels"), [("lz4", "lz4hc"), ("lz4hc", "lz4hc"), ("zstd", "zstd"), ("none", "none")]
+)
+def test_label_maps_of_an_lz4_cohort_are_packed_with_lz4hc(
+    source: Path, store: Path, codec: str, of_labels: str
+) -> None:
+    save(source / "sub" / "ct.nii", volume(9, 8, 7))
+    save(source / "sub" / "seg.nii", volume(9, 8, 7).astype(np.uint8))
+    zp.convert(source, store, codec=codec)
+    subject = zp.Cohort(store)[0]
+    for image, packed in ((subject.ct, codec), (subject.seg, of_labels)):
+        assert image.record is not None
+        assert image.record.codec == packed
+    metadata = json.loads((store / "sub" / "seg" / "0" / "zarr.json").read_text())
+    assert (f'"cname": "{of_labels}"' in json.dumps(metadata)) == (codec != "none")
+
+
 def test_volumes_with_thick_slices_get_flat_chunks(source: Path, store: Path) -> None:
     save(source / "sub.nii", volume(40, 40, 10), np.diag([1, 1, 5, 1]))
     record = only(zp.convert(source, store, chunk=16))

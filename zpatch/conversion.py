@@ -36,7 +36,7 @@ from zpatch.nifti import NiftiFile, Warn
 from zpatch.orientation import Orientation
 from zpatch.pyramid import PyramidBuilder, plan_levels
 from zpatch.scheduling import Progress, read_ahead, run_tasks
-from zpatch.schema import MANIFEST, ImageRecord, Json, padded_to_4d
+from zpatch.schema import MANIFEST, ImageRecord, Json, codec_for, padded_to_4d
 from zpatch.store import open_store
 from zpatch.store_lock import writing_to
 from zpatch.store_writer import StagedImage, StoreWriter, check_can_create
@@ -266,7 +266,7 @@ def _record_of(image: PlannedImage, task: CaseTask, dtype: np.dtype[Any]) -> Ima
         axes=file.axes,
         chunks=chunks,
         shards=shards,
-        codec=task.options.codec,
+        codec=codec_for(task.options.codec, image.source.kind),
         affine=tuple(map(tuple, affine.tolist())),
         affine_source=file.affine_source,
         spatial_unit=file.spatial_unit,

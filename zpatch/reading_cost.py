@@ -29,7 +29,7 @@ from zpatch.grid import chunk_counts, covering_chunks
 from zpatch.image import Image, read_together
 from zpatch.layout import plan_layout
 from zpatch.reader import Request, ShardSource, fulfil, new_voxels
-from zpatch.schema import ImageRecord, padded_to_4d
+from zpatch.schema import CODECS, ImageRecord, codec_for, padded_to_4d
 from zpatch.shards import NO_CHUNK, ChunkFiles, ShardedArray, close_shards
 
 SAMPLE_BYTES = 2 * 2**20  # of each image of a group
@@ -131,7 +131,7 @@ class Packing:
 
     def codec_of(self, image: Image) -> str:
         """The codec that an image would have."""
-        return record_of(image).codec if self.codec is None else self.codec
+        return record_of(image).codec if self.codec is None else codec_for(self.codec, image.kind)
 
 
 STORED = Packing()
@@ -141,8 +141,9 @@ def stored_options(images: Sequence[Image], sides: Sequence[int]) -> Packing:
     """The options that the images were converted with; None for what no single option gives all of them."""
     chunks = [array_of(image).chunks for image in images]
     fits = (side for side in sides if [Packing(side).chunks_of(image) for image in images] == chunks)
-    codecs = {record_of(image).codec for image in images}
-    return Packing(next(fits, None), codecs.pop() if len(codecs) == 1 else None)
+    codecs = [record_of(image).codec for image in images]
+    presets = (name for name in CODECS if [codec_for(name, image.kind) for image in images] == codecs)
+    return Packing(next(fits, None), next(presets, None))
 
 
 def distinct_sides(images: Sequence[Image], sides: Sequence[int]) -> list[int]:

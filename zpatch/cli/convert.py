@@ -51,7 +51,8 @@ if TYPE_CHECKING:
     type=click.Choice(["lz4", "lz4hc", "zstd", "none"]),
     default="lz4",
     show_default=True,
-    help="lz4 is the fastest to write, lz4hc faster to read, zstd smaller, none for copies out of the map.",
+    help="lz4 is the fastest to write (label maps: lz4hc), lz4hc faster to read, zstd smaller, none for "
+    "copies out of the map.",
 )
 @click.option(
     "--chunk", type=click.IntRange(1, 512), default=32, show_default=True, help="Side of a chunk in voxels."
