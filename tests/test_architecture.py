@@ -25,6 +25,7 @@ FLOORS = {
         "orientation",
         "randomness",
         "_decode",
+        "_voxels",
         "_gather",
         "_count",
         "_blend",
@@ -179,7 +180,7 @@ HEAVY = [
 WORLD = (
     "os io shutil pathlib tempfile time datetime random secrets socket subprocess threading multiprocessing"
 )
-COMPILED = {"_gather": ".c", "_decode": ".h", "_count": ".c", "_blend": ".c"}
+COMPILED = {"_gather": ".c", "_decode": ".h", "_voxels": ".h", "_count": ".c", "_blend": ".c"}
 MAX_LINES = {".py": 400, ".c": 550, ".h": 400}
 
 

@@ -12,6 +12,7 @@
 #include <limits.h>
 
 #include "_decode.h"
+#include "_voxels.h"
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "voxels are stored in little-endian order; reading goes without this file here"
@@ -21,186 +22,11 @@ enum { ROW_FIELDS = 16 };
 enum { MAP, OFFSET, LENGTH, OUT, PARTS }; /* fields of a row; then (first, extent, target) per axis */
 
 typedef struct {
-    size_t count, voxels, step; /* rows; voxels in each; voxels in the chunk from one to the next */
-    ptrdiff_t out_step;         /* bytes from one to the next where they are written */
-    ptrdiff_t ahead;            /* bytes to the rows that are written next, which are fetched meanwhile */
-} Rows;
-
-/* Writes voxels whose bytes lie in planes, one for each byte of a voxel, from byte `at` of each on. */
-typedef void (*Join)(uint8_t *out, const uint8_t *const *planes, size_t at, const Rows *rows);
-
-typedef struct {
-    double slope, inter, low, high;
-} Scaling;
-
-/* Writes slope * voxel + inter of n voxels, kept between low and high; rounded as numpy does, each time. */
-typedef void (*Scale)(uint8_t *out, const uint8_t *voxels, size_t n, const Scaling *scaling);
-
-typedef struct {
     Join join, copy;      /* out of several planes; out of one, which holds whole voxels */
     Scale scale;          /* or NULL: voxels are written as they are stored */
     size_t item, written; /* bytes of a stored voxel and of a written one */
     Scaling scaling;
 } Writer;
-
-/* ---- voxels out of planes ---- */
-
-typedef uint8_t Bytes __attribute__((vector_size(16)));
-typedef uint16_t Pairs __attribute__((vector_size(16)));
-
-static Bytes bytes_at(const uint8_t *p)
-{
-    Bytes bytes;
-    memcpy(&bytes, p, sizeof bytes);
-    return bytes;
-}
-
-#define LOW_BYTES(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
-#define HIGH_BYTES(a, b) \
-    __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
-#define LOW_PAIRS(a, b) __builtin_shufflevector((Pairs)(a), (Pairs)(b), 0, 8, 1, 9, 2, 10, 3, 11)
-#define HIGH_PAIRS(a, b) __builtin_shufflevector((Pairs)(a), (Pairs)(b), 4, 12, 5, 13, 6, 14, 7, 15)
-
-static void put(uint8_t *p, Bytes bytes)
-{
-    memcpy(p, &bytes, sizeof bytes);
-}
-
-static Bytes eight_bytes_at(const uint8_t *p)
-{
-    Bytes bytes = {0};
-    memcpy(&bytes, p, 8);
-    return bytes;
-}
-
-/* All rows. Those of 16 voxels and more go in steps of 16, of which the last may go back over some that are
- * done; shorter ones in two halves that may overlap, and the shortest voxel by voxel. */
-#define FOR_EACH_ROW(SIXTEEN, EIGHT, ONE)                     \
-    for (size_t row = 0, n = rows->voxels; row < rows->count; \
-         row++, out += rows->out_step, at += rows->step) {    \
-        PREFETCH(out + rows->ahead);                          \
-        PREFETCH(out + rows->ahead + 64);                     \
-        if (n >= 16) {                                        \
-            for (size_t i = 0; i + 16 < n; i += 16)           \
-                SIXTEEN(i);                                   \
-            SIXTEEN(n - 16);                                  \
-        } else if (n >= 8) {                                  \
-            EIGHT((size_t)0);                                 \
-            EIGHT(n - 8);                                     \
-        } else {                                              \
-            for (size_t i = 0; i < n; i++)                    \
-                ONE(i);                                       \
-        }                                                     \
-    }
-#define PREFETCH(address) __builtin_prefetch(address, 1)
-
-#define COPY(ITEM)                                                                                   \
-    static void copy_##ITEM(uint8_t *out, const uint8_t *const *planes, size_t at, const Rows *rows) \
-    {                                                                                                \
-        const uint8_t *voxels = planes[0];                                                           \
-        FOR_EACH_ROW(COPY_##ITEM##_16, COPY_##ITEM##_8, COPY_##ITEM##_1)                             \
-    }
-#define COPY_SOME(ITEM, COUNT, i) memcpy(out + ITEM * (i), voxels + ITEM * (at + (i)), ITEM * COUNT)
-#define COPY_1_16(i) COPY_SOME(1, 16, i)
-#define COPY_1_8(i) COPY_SOME(1, 8, i)
-#define COPY_1_1(i) COPY_SOME(1, 1, i)
-#define COPY_2_16(i) COPY_SOME(2, 16, i)
-#define COPY_2_8(i) COPY_SOME(2, 8, i)
-#define COPY_2_1(i) COPY_SOME(2, 1, i)
-#define COPY_4_16(i) COPY_SOME(4, 16, i)
-#define COPY_4_8(i) COPY_SOME(4, 8, i)
-#define COPY_4_1(i) COPY_SOME(4, 1, i)
-#define COPY_8_16(i) COPY_SOME(8, 16, i)
-#define COPY_8_8(i) COPY_SOME(8, 8, i)
-#define COPY_8_1(i) COPY_SOME(8, 1, i)
-COPY(1)
-COPY(2)
-COPY(4)
-COPY(8)
-
-static void join_16_of_2(uint8_t *out, Bytes a, Bytes b)
-{
-    put(out, LOW_BYTES(a, b));
-    put(out + 16, HIGH_BYTES(a, b));
-}
-
-static void join_8_of_2(uint8_t *out, Bytes a, Bytes b)
-{
-    put(out, LOW_BYTES(a, b));
-}
-
-static void join_2(uint8_t *out, const uint8_t *const *planes, size_t at, const Rows *rows)
-{
-    const uint8_t *a = planes[0], *b = planes[1];
-#define SIXTEEN(i) join_16_of_2(out + 2 * (i), bytes_at(a + at + (i)), bytes_at(b + at + (i)))
-#define EIGHT(i) join_8_of_2(out + 2 * (i), eight_bytes_at(a + at + (i)), eight_bytes_at(b + at + (i)))
-#define ONE(i) out[2 * (i)] = a[at + (i)], out[2 * (i) + 1] = b[at + (i)]
-    FOR_EACH_ROW(SIXTEEN, EIGHT, ONE)
-#undef SIXTEEN
-#undef EIGHT
-#undef ONE
-}
-
-static void join_16_of_4(uint8_t *out, Bytes a, Bytes b, Bytes c, Bytes d)
-{
-    Bytes ab = LOW_BYTES(a, b), cd = LOW_BYTES(c, d), more_ab = HIGH_BYTES(a, b), more_cd = HIGH_BYTES(c, d);
-    put(out, (Bytes)LOW_PAIRS(ab, cd));
-    put(out + 16, (Bytes)HIGH_PAIRS(ab, cd));
-    put(out + 32, (Bytes)LOW_PAIRS(more_ab, more_cd));
-    put(out + 48, (Bytes)HIGH_PAIRS(more_ab, more_cd));
-}
-
-static void join_8_of_4(uint8_t *out, Bytes a, Bytes b, Bytes c, Bytes d)
-{
-    Bytes ab = LOW_BYTES(a, b), cd = LOW_BYTES(c, d);
-    put(out, (Bytes)LOW_PAIRS(ab, cd));
-    put(out + 16, (Bytes)HIGH_PAIRS(ab, cd));
-}
-
-static void join_4(uint8_t *out, const uint8_t *const *planes, size_t at, const Rows *rows)
-{
-    const uint8_t *a = planes[0], *b = planes[1], *c = planes[2], *d = planes[3];
-#define OF_PLANES(load, i) load(a + at + (i)), load(b + at + (i)), load(c + at + (i)), load(d + at + (i))
-#define SIXTEEN(i) join_16_of_4(out + 4 * (i), OF_PLANES(bytes_at, i))
-#define EIGHT(i) join_8_of_4(out + 4 * (i), OF_PLANES(eight_bytes_at, i))
-#define ONE(i)                                                                                  \
-    out[4 * (i)] = a[at + (i)], out[4 * (i) + 1] = b[at + (i)], out[4 * (i) + 2] = c[at + (i)], \
-            out[4 * (i) + 3] = d[at + (i)]
-    FOR_EACH_ROW(SIXTEEN, EIGHT, ONE)
-#undef OF_PLANES
-#undef SIXTEEN
-#undef EIGHT
-#undef ONE
-}
-
-static void join_8(uint8_t *out, const uint8_t *const *planes, size_t at, const Rows *rows)
-{
-    for (size_t row = 0; row < rows->count; row++, out += rows->out_step, at += rows->step)
-        for (size_t i = 0; i < rows->voxels; i++)
-            for (size_t p = 0; p < 8; p++)
-                out[8 * i + p] = planes[p][at + i];
-}
-
-#define SCALE(NAME, VOXEL)                                                            \
-    static void NAME(uint8_t *restrict out, const uint8_t *restrict voxels, size_t n, \
-                     const Scaling *scaling)                                          \
-    {                                                                                 \
-        const float slope = (float)scaling->slope, inter = (float)scaling->inter;     \
-        const float low = (float)scaling->low, high = (float)scaling->high;           \
-        for (size_t i = 0; i < n; i++) {                                              \
-            VOXEL voxel;                                                              \
-            memcpy(&voxel, voxels + i * sizeof voxel, sizeof voxel);                  \
-            float value = (float)voxel * slope;                                       \
-            value += inter;                                                           \
-            value = value < low ? low : value;                                        \
-            value = value > high ? high : value;                                      \
-            memcpy(out + i * sizeof value, &value, sizeof value);                     \
-        }                                                                             \
-    }
-SCALE(scale_u1, uint8_t)
-SCALE(scale_i1, int8_t)
-SCALE(scale_u2, uint16_t)
-SCALE(scale_i2, int16_t)
 
 static int choose_writer(Writer *writer, size_t item, const char *scaled_from)
 {
