@@ -35,6 +35,8 @@ from benchmarks.feed_batches import (
 )
 from benchmarks.read_peers import BLOSC, CHUNK, Voxels
 
+BLOSC_OF_LABELS = {**BLOSC, "cname": "lz4hc", "clevel": 4}  # as zpatch's preset packs label maps
+
 BLOSC2, MONAI = "DataLoader + blosc2 as in nnU-Net", "MONAI PersistentDataset"
 TENSORSTORE, TENSORSTORE_THREADS = "DataLoader + tensorstore", "tensorstore's own two threads"
 TORCHIO, TORCHIO_GZ = "TorchIO 1 Queue, .nii", "TorchIO 1 Queue, .nii.gz"
@@ -202,16 +204,17 @@ def _make_tensorstore(cohort: Path, store: Path) -> None:
     import tensorstore
 
     for name in names_of(cohort):
-        for voxels, what in zip(data.subject_voxels(cohort, name), ("ct", "seg"), strict=True):
+        image, labels = data.subject_voxels(cohort, name)
+        for what, voxels, packed in (("ct", image, BLOSC), ("seg", labels, BLOSC_OF_LABELS)):
             spec = _tensorstore_spec(store / f"{name}-{what}")
-            created = {**spec, "metadata": _zarr3_metadata(voxels)}
+            created = {**spec, "metadata": _zarr3_metadata(voxels, packed)}
             tensorstore.open(created, create=True).result().write(voxels).result()
 
 
-def _zarr3_metadata(voxels: Any) -> dict[str, Any]:
-    """Blosc as zpatch's preset, in shards of whole planes, as zpatch's."""
+def _zarr3_metadata(voxels: Any, packed: dict[str, Any]) -> dict[str, Any]:
+    """Blosc in shards of whole planes, as zpatch's."""
     little: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
-    blosc = {"name": "blosc", "configuration": {**BLOSC, "typesize": voxels.itemsize, "blocksize": 0}}
+    blosc = {"name": "blosc", "configuration": {**packed, "typesize": voxels.itemsize, "blocksize": 0}}
     sharding = {
         "chunk_shape": [CHUNK] * 3,
         "codecs": [little if voxels.itemsize > 1 else {"name": "bytes"}, blosc],
