@@ -274,8 +274,47 @@ def test_a_store_that_exists_is_gone_on_with_and_only_overwrite_starts_over(
     assert re.search(r"^converted +0 +0 +0 B", err, re.MULTILINE)
     assert re.search(r"^there already +4$", err, re.MULTILINE)
     assert {**everything_below(store), schema.LOCK: b""} == before
-    assert run("convert", cohort_source, store, "--overwrite", "--include", "sub-02")[0] == 0
-    assert zp.Cohort(store).names == ["sub-02"]
+    assert run("convert", cohort_source, store, "--overwrite", "--limit", "1")[0] == 0
+    assert zp.Cohort(store).names == ["sub-01"]
+
+
+def test_the_command_that_an_error_about_damage_names_mends_it_and_touches_nothing_else(
+    run: Run, cohort_source: Path, store: Path
+) -> None:
+    def others() -> dict[str, bytes]:
+        kept = everything_below(store)
+        return {name: content for name, content in kept.items() if name.startswith(("sub-01", "sub-03"))}
+
+    whole, before = zp.Cohort(store)["sub-02"].t1.data, others()
+    assert len(before) > 20
+    shard = next(file for file in (store / "sub-02" / "t1" / "0" / "c").rglob("*") if file.is_file())
+    shard.write_bytes(bytes(shard.stat().st_size))
+    (store / "sub-02" / "zarr.json").write_text("{}")
+    close_shards(store)
+    code, _, err = run("export", store, store.parent / "out")
+    found = re.search(r"'zpatch (convert) SOURCE (.*)' mends it", err)
+    assert code == 1
+    assert found is not None
+    assert run("verify", store)[0] == 4
+    command = [found[1], cohort_source, *found[2].split()]
+    assert run(*command)[0] == 0
+    assert run("verify", store)[0] == 0
+    assert zp.Cohort(store).names == ["sub-01", "sub-02", "sub-03", "sub-04"]
+    np.testing.assert_array_equal(zp.Cohort(store)["sub-02"].t1.data, whole)
+    assert others() == before
+
+
+def test_a_subject_that_cannot_be_replaced_stays_as_it_was(
+    run: Run, cohort_source: Path, store: Path, here: Path
+) -> None:
+    (here / "bad" / "sub-02").mkdir(parents=True)
+    for name in ("t1", "seg"):
+        (here / "bad" / "sub-02" / f"{name}.nii").write_text("a letter to my aunt")
+    before = everything_below(store)
+    code, _, err = run("convert", here / "bad", store, "--overwrite", "--include", "sub-02")
+    assert code == 1
+    assert "no case of" in err
+    assert {**everything_below(store), schema.LOCK: b""} == {**before, schema.LOCK: b""}
 
 
 def test_a_folder_that_is_no_store_is_never_overwritten(

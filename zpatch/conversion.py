@@ -128,9 +128,9 @@ def convert(
     """Convert a cohort of NIfTI files into a store, as ``zpatch convert`` does.
 
     ``options`` are the fields of ConvertOptions. A store that is there already is gone on with: only what is
-    missing or changed is converted; ``overwrite`` starts over. Cases are converted in local processes, or
-    on the Dask cluster at ``scheduler``. A case whose files are bad is left out and listed in the report; a
-    SourceError says that none is good.
+    missing or changed is converted; ``overwrite`` starts over, or with ``include`` or ``exclude`` replaces
+    those subjects only. Cases are converted in local processes, or on the Dask cluster at ``scheduler``. A
+    case whose files are bad is left out and listed in the report; a SourceError says that none is good.
     """
     chosen = ConvertOptions.of(**options)
     target = Path(store)
@@ -159,7 +159,7 @@ def run_conversion(
     for outcome in outcomes:
         on_case(outcome)
     attributes = {"tool": TOOL_VERSION, "source": str(plan.source)}
-    if overwrite:
+    if overwrite and not plan.options.chooses_subjects:
         opened = StoreWriter.create(store, attributes, overwrite=True)
     else:
         opened = StoreWriter.resume(store, attributes)

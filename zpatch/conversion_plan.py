@@ -59,6 +59,11 @@ class ConvertOptions:
     jobs: int = 1
     max_memory: int | str | None = None
 
+    @property
+    def chooses_subjects(self) -> bool:
+        """Whether patterns say which subjects are meant."""
+        return bool(self.include or self.exclude)
+
     def __post_init__(self) -> None:
         check_codec(self.codec)
         if self.max_memory is not None:

@@ -190,9 +190,9 @@ class StoreWriter:
         key = f"{name}/{schema.ROOT_DOCUMENT}".lstrip("/")
         content = _group_document({TOOL: attributes})
         seal = FileSeal(len(content), schema.digest(content))
-        if self._documents.get(key) == seal:
-            return
         document = folder / schema.ROOT_DOCUMENT
+        if self._documents.get(key) == seal and document.is_file() and document.read_bytes() == content:
+            return
         partial = document.with_name(f"{schema.ROOT_DOCUMENT}.partial")
         partial.write_bytes(content)
         _sync_file(partial)

@@ -16,7 +16,6 @@ from zpatch.cli.options import (
     exclude_option,
     include_option,
     json_option,
-    overwrite_option,
     print_json,
     say,
     table,
@@ -88,7 +87,9 @@ if TYPE_CHECKING:
     "--max-memory", type=Bytes(), help="Write smaller shards, or refuse, where more would be needed: '2 GiB'."
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
-@overwrite_option
+@click.option(
+    "--overwrite", is_flag=True, help="Start over; with --include or --exclude replace only those subjects."
+)
 @json_option
 @talk_options
 def convert_command(
