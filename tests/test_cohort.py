@@ -50,6 +50,14 @@ def test_a_subject_has_its_images_by_attribute_and_by_item(subject: zp.Subject) 
     assert repr(subject) == "Subject('anna': t1, seg)"
 
 
+def test_a_subject_iterates_over_the_names_of_its_images(subject: zp.Subject) -> None:
+    assert list(subject) == ["t1", "seg"]
+    assert len(subject) == 2
+    assert "t1" in subject
+    assert "t2" not in subject
+    assert {name: subject[name] for name in subject} == subject.images
+
+
 def test_the_images_of_a_subject_cannot_be_changed_by_accident(subject: zp.Subject) -> None:
     with pytest.raises(TypeError):
         subject.images["t2"] = subject.t1  # type: ignore[index]

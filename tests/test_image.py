@@ -132,13 +132,22 @@ def test_any_ome_zarr_image_is_opened_with_its_scale_and_translation(
     assert image.spacing == (2, 3, 4)
 
 
+@pytest.mark.parametrize(("name", "why"), [("a.nrrd", "save it as NIfTI"), ("A.NII.GZ", "convert it first")])
+def test_a_file_of_another_format_is_an_error_that_says_what_is_read(
+    tmp_path: Path, name: str, why: str
+) -> None:
+    (tmp_path / name).write_bytes(b"voxels")
+    with pytest.raises(SourceError, match=why):
+        zp.ScalarImage(tmp_path / name)
+
+
 def test_a_zarr_group_that_is_no_image_is_an_error(tmp_path: Path) -> None:
     zarr.open_group(tmp_path / "group", mode="w")
     with pytest.raises(NotAStoreError, match="group: it is a Zarr group but no OME-Zarr image; name an ima"):
         zp.ScalarImage(tmp_path / "group")
 
 
-@pytest.mark.parametrize("make", [lambda path: None, Path.touch, Path.mkdir])
+@pytest.mark.parametrize("make", [lambda path: None, Path.mkdir])
 def test_a_path_that_is_no_image_is_an_error(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "thing")
     with pytest.raises(NotAStoreError, match="thing: it is no Zarr array or OME-Zarr image"):

@@ -124,6 +124,11 @@ def test_what_is_in_memory_is_known_by_its_voxels_wherever_they_lie(voxels: Voxe
     assert zp.ScalarImage(copy, affine=np.diag([2, 2, 2, 1])).identity() != zp.ScalarImage(copy).identity()
 
 
+def test_an_affine_of_any_numbers_is_known(voxels: Voxels) -> None:
+    affines = [np.eye(4), np.full((4, 4), np.nan), np.diag([np.inf, 1, 1, 1])]
+    assert len({zp.ScalarImage(voxels, affine=affine).identity() for affine in affines}) == 3
+
+
 def test_an_image_of_another_axis_order_is_another(voxels: Voxels) -> None:
     cube = voxels[:9, :9, :9]
     turned = cube.transpose(2, 1, 0)

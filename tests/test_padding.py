@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,61 @@ def test_boxes_over_the_border_and_inside_may_come_together(tmp_path: Path) -> N
         assert_same_bytes(patch[0], voxels.T[:2, :2, :2])
     for patch in found[1::2]:
         assert (patch == voxels[7, 7, 7]).all()
+
+
+BOX = PatchLocation((-1, 0, 0), (2, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fill"),
+    [
+        ("|u1", -1024), ("|u1", -1024.0), ("|u1", 256), ("<i2", 0.5), ("<i2", np.nan), ("<i2", np.inf),
+        ("<i8", 2**63), ("<u8", 2**70), ("|b1", 2), ("<f2", 1e6), ("<f4", -1e300), (">i2", np.int64(2**15)),
+    ],
+)  # fmt: skip
+def test_a_fill_that_is_no_value_of_the_type_is_refused(dtype: str, fill: float) -> None:
+    image = ScalarImage(np.ones((2, 2, 2), dtype))
+    why = f"{image!r} cannot be padded with fill={fill}, which is no value of {image.dtype}; choose another"
+    with pytest.raises(OptionError, match=re.escape(why)):
+        image.read_group([BOX], padding_mode="constant", fill=fill)
+    for mode in PADDING_MODES[1:]:
+        assert (image.read_group([BOX], padding_mode=mode, fill=fill)[0] == 1).all()
+
+
+def test_the_refusal_of_a_fill_names_the_image(tmp_path: Path) -> None:
+    image = stored(tmp_path / "image", np.ones((2, 2, 2), np.uint8), chunk=2, shard=1)
+    with pytest.raises(
+        OptionError, match=r"^ScalarImage\(.+/.+, shape \(1, 2, 2, 2\), uint8\) cannot be padded"
+    ):
+        image.read_group([BOX], padding_mode="constant", fill=-1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fill"),
+    [
+        ("|u1", 255), ("|u1", 3.0), ("<i2", -1024), ("<u8", 2**64 - 1), ("|b1", 1), ("<f2", -1024),
+        ("<f4", 0.1), ("<f4", np.nan), (">f4", -np.inf), ("<f8", 1e300), ("<c8", 0.5),
+    ],
+)  # fmt: skip
+def test_a_fill_that_the_type_holds_stands_outside(dtype: str, fill: float) -> None:
+    volume = np.ones((2, 2, 2), dtype)
+    [found] = ScalarImage(volume).read_group([BOX], padding_mode="constant", fill=fill)
+    assert_same_bytes(found[0], np.concatenate([np.full((1, 2, 2), fill, dtype), volume[:1]]))
+
+
+def test_a_fill_may_be_a_value_of_the_memory_that_boxes_are_put_into() -> None:
+    out = np.zeros((1, 2, 2, 2), np.float32)
+    read_together(
+        [ScalarImage(np.ones((2, 2, 2), np.uint8))], [BOX], padding_mode="constant", fill=-0.5, outs=[[out]]
+    )
+    assert (out[0, :, 0, 0] == [-0.5, 1]).all()
+
+
+def test_each_image_may_have_a_fill_of_its_own() -> None:
+    images = [ScalarImage(np.ones((2, 2, 2), np.int16)), ScalarImage(np.ones((2, 2, 2), np.uint8))]
+    (one,), (other,) = read_together(images, [BOX], padding_mode="constant", fill=[-1024, 9])
+    assert (one[0, :, 0, 0] == [-1024, 1]).all()
+    assert (other[0, :, 0, 0] == [9, 1]).all()
 
 
 def test_without_a_padding_mode_nothing_is_padded() -> None:

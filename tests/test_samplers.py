@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 import random
 import shutil
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import zpatch as zp
+from zpatch import randomness
 from zpatch.errors import (
     OptionError,
     PatchOverlapError,
@@ -218,6 +220,52 @@ def test_negative_and_large_labels_are_classes(tmp_path: Path, source: str) -> N
     probabilities = {-5: 1, 614454277: 3, 1: 5}
     seen = centres(zp.LabelSampler(2, "seg", probabilities), subject_of(source, tmp_path, seg=labels))
     assert follows(seen, law_of(labels, probabilities, inside(2)))
+
+
+def often_rejected() -> NDArray[np.uint8]:
+    """One class, of which a twelfth lies where centres of 3-patches do, in a whole chunk of 3."""
+    labels = (~inside(3)).astype(np.uint8)
+    labels[3:6, 3:6, 3:6] = 1
+    return labels
+
+
+@pytest.mark.parametrize("source", ["dask", "stored"])
+@pytest.mark.parametrize(
+    "sampler", [zp.LabelSampler(3, "seg", {1: 1}), zp.WeightedSampler(3, "where")], ids=repr
+)
+def test_a_draw_is_the_same_whatever_was_drawn_before_it(
+    tmp_path: Path, sampler: RandomSampler, source: str
+) -> None:
+    labels = often_rejected()
+    used, fresh = (
+        subject_of(source, tmp_path / name, seg=labels, where=labels.astype(np.float32)) for name in "ab"
+    )
+    few, many = sampler.locations(used, 5, 1), sampler.locations(used, 1000, 2)
+    assert sampler.locations(used, 1000, 2) == many
+    assert sampler.locations(used, 5, 1) == few
+    assert sampler.locations(fresh, 1000, 2) == many
+    assert sampler.locations(fresh, 5, 1) == few
+    assert follows(centres(sampler, used), labels * inside(3))
+
+
+def test_all_patches_of_a_subject_in_an_epoch_come_from_one_draw(tmp_path: Path) -> None:
+    used, fresh = (subject_of("dask", tmp_path, seg=often_rejected()) for _ in range(2))
+    sampler = zp.LabelSampler(3, "seg", {1: 1})
+    with zp.Queue([used], sampler, patches_per_volume=100) as queue:
+        for epoch in (0, 1, 0):
+            queue.set_epoch(epoch)
+            rng = randomness.rng(0, epoch, 0, 0, purpose=randomness.Purpose.LOCATIONS)
+            drawn = sampler.locations(fresh, 100, rng)
+            assert sorted(p.location.index for p in queue) == sorted(location.index for location in drawn)
+
+
+@every_source
+def test_a_subject_that_was_drawn_from_can_be_sent_to_a_process(tmp_path: Path, source: str) -> None:
+    labels = often_rejected()
+    subject = subject_of(source, tmp_path, seg=labels, where=labels.astype(np.float32))
+    for sampler in (zp.LabelSampler(3, "seg"), zp.WeightedSampler(3, "where")):
+        drawn = sampler.locations(subject, 100, 1)
+        assert sampler.locations(pickle.loads(pickle.dumps(subject)), 100, 1) == drawn
 
 
 def test_a_label_map_of_a_plain_array_may_be_of_floats() -> None:
@@ -495,6 +543,21 @@ def test_a_padded_grid_is_the_grid_of_the_volume_padded_by_numpy(
     for number in {0, len(grid) // 2, len(grid) - 1}:
         box = tuple(slice(a, a + p) for a, p in zip(expected[number], patch, strict=True))
         np.testing.assert_array_equal(grid[number].t1.data[0], padded[box])
+
+
+def test_a_fill_is_an_intensity_and_maps_are_padded_with_zero() -> None:
+    ones = {name: np.ones((2, 2, 2), dtype) for name, dtype in (("t1", "i2"), ("seg", "u1"), ("where", "f4"))}
+    [patch] = zp.GridSampler(in_memory(**ones), (4, 2, 2), padding_mode="constant", fill=-1024)
+    for name, fill in (("t1", -1024), ("seg", 0), ("where", 0)):
+        assert patch[name].data[0, :, 0, 0].tolist() == [fill, 1, 1, fill]
+
+
+def test_a_fill_that_is_no_value_of_an_image_is_an_error() -> None:
+    grid = zp.GridSampler(in_memory(t1=np.ones((2, 2, 2), np.uint8)), 4, padding_mode="constant", fill=-1024)
+    with pytest.raises(
+        OptionError, match=r"uint8\) cannot be padded with fill=-1024, .* choose another fill"
+    ):
+        grid[0]
 
 
 def test_a_small_volume_is_padded_up_to_the_patch() -> None:

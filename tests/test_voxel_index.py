@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 import zpatch as zp
 from zpatch.errors import SamplingError
-from zpatch.exact_draws import Reach, draw_centres
+from zpatch.exact_draws import Reach, ReadChunks, draw_centres
 from zpatch.geometry import PatchLocation
 from zpatch.schema import ImageRecord, Kind
 from zpatch.voxel_index import (
@@ -238,13 +238,18 @@ def draws(
     masses: NDArray[Any], chunk: int, allowed: PatchLocation, *, count: int = DRAWS, seed: int = 0
 ) -> NDArray[np.int64] | None:
     """Centres drawn from masses (I, J, K) through an index of its chunks."""
+    reach, read = reach_of(masses, chunk, allowed)
+    return draw_centres([(reach, count)], read, np.random.default_rng(seed))[0]
+
+
+def reach_of(masses: NDArray[Any], chunk: int, allowed: PatchLocation) -> tuple[Reach, ReadChunks]:
+    """What is drawn from, and how its chunks are read."""
     grid = ChunkGrid(masses.shape, (chunk, chunk, chunk))  # type: ignore[arg-type]
 
     def read(boxes: Sequence[PatchLocation]) -> list[NDArray[Any]]:
         return [masses[None, *box.to_slices()] for box in boxes]
 
-    reach = Reach(sum_masses(grid, read, channel), grid, allowed, channel)
-    return draw_centres([(reach, count)], read, np.random.default_rng(seed))[0]
+    return Reach(sum_masses(grid, read, channel), grid, allowed, channel), read
 
 
 def channel(voxels: NDArray[Any]) -> NDArray[Any]:
@@ -328,6 +333,39 @@ def test_the_same_generator_gives_the_same_centres(rng: np.random.Generator) -> 
     one, same, other = (draws(masses, 3, WHOLE, count=50, seed=seed) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one, same)
     assert not np.array_equal(one, other)  # type: ignore[arg-type]
+
+
+def often_rejected() -> tuple[NDArray[Any], PatchLocation]:
+    """Masses of which an eighth lies inside a box, a part of it in whole chunks of 2: some hundreds of draws
+    have one that is rejected 32 times."""
+    masses, allowed = np.full((10, 10, 10), 7.0), PatchLocation((1, 1, 1), (8, 8, 8))
+    masses[allowed.to_slices()] = 1
+    return masses, allowed
+
+
+def test_what_was_drawn_before_does_not_change_a_draw() -> None:
+    masses, allowed = often_rejected()
+    reach, read = reach_of(masses, 2, allowed)
+
+    def drawn(count: int, seed: int) -> NDArray[np.int64] | None:
+        return draw_centres([(reach, count)], read, np.random.default_rng(seed))[0]
+
+    few, many = drawn(10, 1), drawn(DRAWS, 2)
+    np.testing.assert_array_equal(drawn(DRAWS, 2), many)
+    np.testing.assert_array_equal(drawn(10, 1), few)
+    np.testing.assert_array_equal(draws(masses, 2, allowed, seed=2), many)
+    assert follow(many, masses, allowed)
+
+
+def test_the_mass_inside_is_counted_once_for_all_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    masses, allowed = often_rejected()
+    reach, read = reach_of(masses, 2, allowed)
+    counted = []
+    count = Reach._count
+    monkeypatch.setattr(Reach, "_count", lambda self, read: counted.append(self) or count(self, read))
+    for seed in range(3):
+        draw_centres([(reach, 1000), (reach, 1000)], read, np.random.default_rng(seed))
+    assert counted == [reach]
 
 
 def test_a_chunk_that_draws_share_is_read_once(rng: np.random.Generator) -> None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
-from zpatch.errors import SourceError
+from zpatch.errors import SourceError, UnknownNameError
 from zpatch.nifti import SUFFIXES
 from zpatch.schema import Kind
 
@@ -79,6 +79,19 @@ def is_image_name(text: str) -> bool:
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Whether a name fits any of some glob patterns."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def chosen(
+    kind: str, names: Sequence[str], include: Sequence[str], exclude: Sequence[str], place: str
+) -> list[str]:
+    """Those of some names that fit a pattern of ``include``, if there is one, and none of ``exclude``.
+
+    A pattern that fits none is an UnknownNameError, which says what ``kind`` of thing in what ``place``.
+    """
+    for pattern in (*include, *exclude):
+        if not any(matches(name, [pattern]) for name in names):
+            raise UnknownNameError.among(kind, pattern, names, place)
+    return [name for name in names if matches(name, include or ["*"]) and not matches(name, exclude)]
 
 
 def kind_by_name(name: str) -> Kind:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self, overload
 
-from zpatch.discovery import matches
+from zpatch.cases import chosen
 from zpatch.errors import OptionError, UnknownNameError
 from zpatch.geometry import Triple
 from zpatch.image import Image, ScalarImage, stored_image
@@ -20,7 +20,7 @@ from zpatch.voxel_statistics import merged_statistics
 
 
 class Subject:
-    """The images of one subject, by name: ``subject.t1`` or ``subject["t1"]``.
+    """The images of one subject, by name: ``subject.t1`` or ``subject["t1"]``; iterating gives the names.
 
     Build one by hand from any images: ``Subject(t1=ScalarImage(array), seg=LabelMap(path))``.
     """
@@ -92,6 +92,12 @@ class Subject:
             return self._images[name]
         except KeyError:
             raise UnknownNameError.among("image", name, self._images, f"subject {self.name!r}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._images)
+
+    def __len__(self) -> int:
+        return len(self._images)
 
     def __getattr__(self, name: str) -> Image:
         if name.startswith("_") or "_images" not in self.__dict__:
@@ -185,12 +191,7 @@ class Cohort(Sequence[Subject]):
 
     def matching(self, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Self:
         """The subjects whose names fit a pattern of ``include`` and none of ``exclude``."""
-        for pattern in (*include, *exclude):
-            if not any(matches(name, [pattern]) for name in self._names):
-                raise UnknownNameError.among("subject", pattern, self._names, f"store {self.store.path}")
-        return self._only(
-            [n for n in self._names if matches(n, include or ["*"]) and not matches(n, exclude)]
-        )
+        return self._only(chosen("subject", self._names, include, exclude, f"store {self.store.path}"))
 
     def map(self, fn: Callable[[Subject], Subject]) -> Self:
         """The cohort of ``fn(subject)`` for each subject, made when a subject is asked for.

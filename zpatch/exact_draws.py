@@ -3,7 +3,8 @@
 Draw a chunk by the index's sums, read that one chunk, draw a voxel in it by its masses: exact, whatever the
 volume's size. A centre must also lie where the whole patch fits. Centres outside that box are rejected and
 drawn again, which leaves exactly the conditional distribution; after many rejections in a row the part of
-the sums inside the box is counted instead, once, and drawn from directly.
+the sums inside the box is counted instead, once, and drawn from directly. What has been counted is kept, but
+each draw goes the whole way: it depends on its generator alone, and not on the draws before it.
 """
 
 from __future__ import annotations
@@ -33,11 +34,18 @@ class Reach:
     """The mass of one class, or of a whole map, as far as the centres of patches reach.
 
     ``masses_of`` makes masses (I, J, K) of a chunk's voxels: numbers, or booleans for voxels that are alike.
-    It is made once for a map and a box of ``allowed`` centres, and drawn from often.
+    It is made once for a map and a box of ``allowed`` centres, drawn from often, and changed by no draw.
+    ``is_counted`` says that the masses of ``table`` are those inside the box.
     """
 
     def __init__(
-        self, table: MassTable, grid: ChunkGrid, allowed: PatchLocation, masses_of: MassesOf
+        self,
+        table: MassTable,
+        grid: ChunkGrid,
+        allowed: PatchLocation,
+        masses_of: MassesOf,
+        *,
+        is_counted: bool = False,
     ) -> None:
         first = grid.origins(table.chunk_id)
         stop = np.minimum(first + grid.chunk_shape, grid.spatial_shape)
@@ -47,14 +55,12 @@ class Reach:
         self._allowed = allowed
         self._masses_of = masses_of
         self._whole = whole[touched]
-        self._set(table.select(touched))
-        self.is_exact = bool(self._whole.all())
+        self._table = table.select(touched)
+        self._cumulative = np.cumsum(self._table.mass)
+        self._counted: Reach | None = None
+        self.is_exact = is_counted or bool(self._whole.all())
         inside = float((self._table.mass * self._whole).sum())
         self.is_hopeless = inside < MIN_INTERIOR_SHARE * self._table.mass.sum()
-
-    def _set(self, table: MassTable) -> None:
-        self._table = table
-        self._cumulative = np.cumsum(table.mass)
 
     @property
     def is_empty(self) -> bool:
@@ -84,17 +90,22 @@ class Reach:
         allowed = (drawn >= self._allowed.index_ini) & (drawn < self._allowed.index_fin)
         return drawn, np.asarray(allowed.all(axis=1))
 
-    def count(self, read: ReadChunks) -> None:
-        """Count the mass inside exactly: chunks that the border cuts are read."""
+    def counted(self, read: ReadChunks) -> Reach:
+        """The same reach by the mass inside alone; the first time, chunks that the border cuts are read."""
+        if self.is_exact:
+            return self
+        if self._counted is None:
+            self._counted = self._count(read)
+        return self._counted
+
+    def _count(self, read: ReadChunks) -> Reach:
         mass = self._table.mass.copy()
-        entries = np.flatnonzero(~self._whole)
-        for chunk, voxels in _read_in_turn(self.grid, self._table.chunk_id[entries], read):
-            inside = self._inside(self._masses_of(voxels), self.grid.box(chunk))
-            mass[entries[0]] = inside.sum(dtype=np.float64)
-            entries = entries[1:]
-        self._whole = self._whole[mass > 0]
-        self._set(MassTable(self._table.chunk_id, mass).select(mass > 0))
-        self.is_exact = True
+        cut = np.flatnonzero(~self._whole)
+        voxels_of = _read_in_turn(self.grid, self._table.chunk_id[cut], read)
+        for entry, (chunk, voxels) in zip(cut, voxels_of, strict=True):
+            mass[entry] = self._inside(self._masses_of(voxels), self.grid.box(chunk)).sum(dtype=np.float64)
+        table = MassTable(self._table.chunk_id, mass).select(mass > 0)
+        return Reach(table, self.grid, self._allowed, self._masses_of, is_counted=True)
 
     def _inside(self, masses: Masses, box: PatchLocation) -> Masses:
         """The part of a chunk's masses that lies in the allowed box."""
@@ -110,23 +121,23 @@ def draw_centres(
     ``read`` gives the voxels (C, I, J, K) of some chunks. Of each reach come (count, 3), or None where no
     allowed voxel has any mass.
     """
+    reaches = [reach for reach, _ in parts]
     centres = [np.empty((count, 3), dtype=np.int64) for _, count in parts]
     pending = [np.arange(count) for _, count in parts]
     for attempt in range(MAX_REJECTIONS + 1):
-        for n, (reach, _) in enumerate(parts):
-            last = attempt == MAX_REJECTIONS or reach.is_hopeless
-            if pending[n].size and last and not reach.is_exact:
-                reach.count(read)
-            if reach.is_empty:
+        for n, reach in enumerate(reaches):
+            if pending[n].size and (attempt == MAX_REJECTIONS or reach.is_hopeless):
+                reaches[n] = reach.counted(read)
+            if reaches[n].is_empty:
                 pending[n] = pending[n][:0]
         if not any(left.size for left in pending):
             break
-        _draw_round(parts, centres, pending, read, rng)
-    return [None if reach.is_empty else found for (reach, _), found in zip(parts, centres, strict=True)]
+        _draw_round(reaches, centres, pending, read, rng)
+    return [None if reach.is_empty else found for reach, found in zip(reaches, centres, strict=True)]
 
 
 def _draw_round(
-    parts: Sequence[tuple[Reach, int]],
+    reaches: Sequence[Reach],
     centres: list[NDArray[np.int64]],
     pending: list[NDArray[np.int64]],
     read: ReadChunks,
@@ -135,15 +146,15 @@ def _draw_round(
     """Draw once for all that is pending; what is rejected stays so."""
     picks = [
         reach.pick_chunks(left.size, rng) if left.size else left
-        for (reach, _), left in zip(parts, pending, strict=True)
+        for reach, left in zip(reaches, pending, strict=True)
     ]
     chunks, wanted = np.concatenate(picks), np.concatenate(pending)
-    owners = np.repeat(np.arange(len(parts)), [left.size for left in pending])
+    owners = np.repeat(np.arange(len(reaches)), [left.size for left in pending])
     order = np.lexsort((owners, chunks))
     chunks, owners, wanted = chunks[order], owners[order], wanted[order]
     borders = np.flatnonzero(np.diff(chunks) | np.diff(owners)) + 1
     rejected: list[list[NDArray[np.int64]]] = [[left[:0]] for left in pending]
-    voxels_of = _read_in_turn(parts[0][0].grid, np.unique(chunks), read)
+    voxels_of = _read_in_turn(reaches[0].grid, np.unique(chunks), read)
     chunk, voxels = next(voxels_of)
     for owner, mine, of in zip(
         owners[[0, *borders]].tolist(),
@@ -153,7 +164,7 @@ def _draw_round(
     ):
         while chunk != of:
             chunk, voxels = next(voxels_of)
-        drawn, allowed = parts[owner][0].draw_in(chunk, voxels, mine.size, rng)
+        drawn, allowed = reaches[owner].draw_in(chunk, voxels, mine.size, rng)
         centres[owner][mine[allowed]] = drawn[allowed]
         rejected[owner].append(mine[~allowed])
     pending[:] = [np.concatenate(left) for left in rejected]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from zpatch.errors import OptionError, PatchLocationError
 from zpatch.geometry import Affine, PatchLocation, Triple, spacing_mm
 from zpatch.origin import Origin, open_origin
-from zpatch.padding import PaddedBox, check_padding_mode
+from zpatch.padding import PaddedBox, check_fill, check_padding_mode
 from zpatch.reader import DERIVED_BLOCK_VOXELS, Request, VoxelSource, fulfil, new_voxels
 from zpatch.scaling import UNSCALED, Scaling
 from zpatch.scheduling import Scheduler
@@ -70,7 +70,9 @@ class Image:
         Seen are the manifest's checksums, of other files their sizes and times, of arrays in memory all
         voxels; of a Dask expression only where its image came from, if it was made by ``map``.
         """
-        return digest(compact_json({**self._origin.identity(), "affine": self.affine.tolist()}).encode())
+        return digest(
+            compact_json({**self._origin.identity(), "affine": self._affine.tobytes().hex()}).encode()
+        )
 
     @property
     def origin(self) -> Origin:
@@ -240,14 +242,14 @@ def read_together(
     *,
     scaled: bool | Sequence[bool] = True,
     padding_mode: str | None = None,
-    fill: float = 0,
+    fill: float | Sequence[float] = 0,
     scheduler: Scheduler = "sync",
     outs: Sequence[Sequence[Voxels]] | None = None,
 ) -> list[list[Voxels]]:
     """The same boxes of several images, in one graph; a list of voxels (C, I, J, K) for each image.
 
-    As ``Image.read_group``; ``scaled`` may be said for each. ``outs`` is memory to write to, of any strides,
-    for each image and box; values are cast to its type.
+    As ``Image.read_group``; ``scaled`` and ``fill`` may be said for each. ``outs`` is memory to write to, of
+    any strides, for each image and box; values are cast to its type.
     """
     check_padding_mode(padding_mode)
     requests, results, padded = [], [], []
@@ -255,6 +257,7 @@ def read_together(
         scaling = image.scaling if scaled is True or (scaled and scaled[number]) else UNSCALED
         dtype, spatial_shape = scaling.dtype_of(image.source.dtype), image.spatial_shape
         channels = image.num_channels
+        filled = fill[number] if isinstance(fill, Sequence) else fill
         boxes, targets, found = [], [], []
         for n, location in enumerate(locations):
             shape = (channels, *location.size)
@@ -270,16 +273,18 @@ def read_together(
                 targets.append(out)
                 continue
             assert padding_mode is not None
+            if padding_mode == "constant":
+                check_fill(filled, out.dtype, image)
             box = PaddedBox.of(location, spatial_shape, padding_mode)
             inner = new_voxels((channels, *box.inner.size), out.dtype)
             boxes.append(box.inner)
             targets.append(inner)
-            padded.append((box, inner, out))
+            padded.append((box, inner, filled, out))
         requests.append(Request(image.source, boxes, targets, scaling))
         results.append(found)
     fulfil(requests, scheduler)
-    for box, inner, out in padded:
-        box.fill_in(inner, fill, out)
+    for box, inner, filled, out in padded:
+        box.fill_in(inner, filled, out)
     return results
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zpatch import schema
-from zpatch.discovery import matches
+from zpatch.cases import chosen
 from zpatch.errors import OptionError, StoreExistsError, UnknownNameError
 from zpatch.gathering import read_region
 from zpatch.layout import SHARD_BYTES
@@ -72,17 +72,11 @@ def plan_export(
     """Which images go to which files; nothing is written."""
     if suffix not in SUFFIXES:
         raise OptionError(f"suffix must be one of {', '.join(SUFFIXES)}, not {suffix!r}")
-    known = {subject for subject, _ in store.records}, {image for _, image in store.records}
-    for kind, patterns, names in zip(("subject", "image"), (include, images), known, strict=True):
-        for pattern in patterns:
-            if not any(matches(name, [pattern]) for name in names):
-                raise UnknownNameError.among(kind, pattern, sorted(names), f"store {store.path}")
+    place = f"store {store.path}"
+    subjects = set(chosen("subject", sorted({key[0] for key in store.records}), include, exclude, place))
+    names = set(chosen("image", sorted({key[1] for key in store.records}), images, (), place))
     wanted = [
-        record
-        for (subject, image), record in store.records.items()
-        if matches(subject, include or ["*"])
-        and not matches(subject, exclude)
-        and matches(image, images or ["*"])
+        record for (subject, image), record in store.records.items() if subject in subjects and image in names
     ]
     if not wanted:
         raise UnknownNameError(f"no image of {store.path} fits --include, --exclude and --image")

@@ -73,13 +73,18 @@ def open_origin(data: Any, axes: str | None = None) -> Origin:
 
 
 def _open_path(path: Path, axes: str | None) -> Origin:
-    if path.name.endswith(".nii.gz"):
+    name = path.name.lower()
+    if name.endswith(".nii.gz"):
         raise SourceError(
             f"{path}: patches cannot be read from compressed NIfTI; convert it first with "
             f"'zpatch convert {path.parent} STORE'"
         )
-    if path.name.endswith(".nii"):
+    if name.endswith(".nii"):
         return _of_nifti(nifti.read_header(path))
+    if path.is_file():
+        raise SourceError(
+            f"{path}: images are read from .nii files and from folders of Zarr arrays; save it as NIfTI"
+        )
     found = zarr_images.open_image_folder(path)
     return Origin.of_record(path, found) if isinstance(found, ImageRecord) else _of_zarr(found, axes)
 

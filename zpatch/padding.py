@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,19 @@ def check_padding_mode(mode: str | None) -> None:
     """Refuse a padding that does not exist."""
     if mode is not None and mode not in PADDING_MODES:
         raise OptionError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, not {mode!r}")
+
+
+def check_fill(fill: float, dtype: np.dtype[Any], where: object) -> None:
+    """Refuse a fill that voxels of a type cannot hold; ``where`` is the image."""
+    held: Any = None
+    with contextlib.suppress(OverflowError, ValueError), np.errstate(all="ignore"):
+        held = dtype.type(fill)
+    is_whole = dtype.kind in "biu"
+    if held is None or (held != fill if is_whole else np.isfinite(held) != np.isfinite(fill)):
+        raise OptionError(
+            f"{where} cannot be padded with fill={fill}, which is no value of {dtype}; choose another fill, "
+            f"or give the image as float with image.map(lambda array: array.astype('float32'))"
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -42,9 +42,12 @@ def read_patches(
     locations: Sequence[PatchLocation],
     *,
     padding_mode: str | None = None,
-    fill: float = 0,
+    fill: float | Sequence[float] = 0,
 ) -> list[Patch]:
-    """The patches of a subject at some locations, each image read as one group."""
+    """The patches of a subject at some locations, all images read as one group.
+
+    ``fill`` may be said for each image.
+    """
     if not locations:
         return []
     found = read_together(list(subject.images.values()), locations, padding_mode=padding_mode, fill=fill)
@@ -234,8 +237,9 @@ class GridSampler(torch.utils.data.Dataset[Patch]):
     Starts on each axis are ``range(0, n - p + 1, p - o)``, and a last patch flush with the border where
     needed. ``padding_mode`` (constant with ``fill``, edge, reflect, symmetric, wrap: as numpy.pad) pads
     ``patch_overlap // 2`` voxels on each side and small volumes up to the patch, without copying
-    anything; locations stay in the volume's own frame, so padding starts below 0. Without a subject it
-    is a template, for a queue.
+    anything; locations stay in the volume's own frame, so padding starts below 0. ``fill`` is an intensity:
+    label maps and sampling maps are padded with 0, and a fill that is no value of the type of a patch is an
+    OptionError. Without a subject it is a template, for a queue.
 
     >>> from zpatch.image import ScalarImage
     >>> grid = GridSampler(Subject(t1=ScalarImage(np.zeros((10, 10, 10)))), patch_size=4, patch_overlap=2)
@@ -286,7 +290,12 @@ class GridSampler(torch.utils.data.Dataset[Patch]):
 
     def read(self, subject: Subject, locations: Sequence[PatchLocation]) -> list[Patch]:
         """The patches at some of the grid's locations, padded where they reach over the border."""
-        return read_patches(subject, locations, padding_mode=self.padding_mode, fill=self.fill)
+        fills = [self.fill_of(image) for image in subject.images.values()]
+        return read_patches(subject, locations, padding_mode=self.padding_mode, fill=fills)
+
+    def fill_of(self, image: Image) -> float:
+        """What pads an image where ``padding_mode`` is constant."""
+        return self.fill if image.kind == "scalar" else 0
 
     def __call__(self, subject: Subject) -> Iterator[Patch]:
         """All patches of a subject, in order."""

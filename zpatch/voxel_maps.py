@@ -10,6 +10,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -76,7 +77,7 @@ class LabelClasses(_Map):
         """The voxels of a class that centres of patches reach."""
         return self._kept(
             (label, allowed),
-            lambda: Reach(self._mass(label), self.grid, allowed, lambda v: self._members(label, v)),
+            lambda: Reach(self._mass(label), self.grid, allowed, partial(self._members, label)),
         )
 
     def _mass(self, label: int | None) -> MassTable:
@@ -87,7 +88,7 @@ class LabelClasses(_Map):
     def _make_mass(self, label: int | None) -> MassTable:
         one_channel = self._image.num_channels == 1
         if self._table is None or (label is None and not one_channel):
-            return sum_masses(self.grid, self.read, lambda voxels: self._members(label, voxels))
+            return sum_masses(self.grid, self.read, partial(self._members, label))
         values = [v for v in self._table.values.tolist() if v != 0] if label is None else [label]
         return self._table.table(values, len(self.grid))
 

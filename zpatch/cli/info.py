@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,15 +32,17 @@ def info_command(store: Path, include: tuple[str, ...], limit: int, json: bool) 
       zpatch info cohort.zarr
       zpatch info cohort.zarr --include 'sub-0*' --json
     """
-    from zpatch.discovery import matches
+    from zpatch.cases import chosen
     from zpatch.store import open_store
 
     opened = open_store(store)
-    records = [r for r in opened.records.values() if matches(r.subject, include or ["*"])]
+    subjects = sorted({subject for subject, _ in opened.records})
+    shown = set(chosen("subject", subjects, include, (), f"store {store}"))
+    records = [record for record in opened.records.values() if record.subject in shown]
     if json:
         print_json({"store": str(store), **opened.attributes, "images": [_as_json(r) for r in records]})
         return
-    click.echo(_headline(opened))
+    click.echo(_headline(opened, records))
     if records:
         click.echo()
         click.echo(table([_HEADING, *(_row(record) for record in records[:limit])]))
@@ -65,8 +68,7 @@ _HEADING = (
 )
 
 
-def _headline(store: Store) -> str:
-    records = list(store.records.values())
+def _headline(store: Store, records: Sequence[ImageRecord]) -> str:
     voxels = sum(record.voxel_bytes for record in records)
     stored = sum(record.stored_bytes for record in records)
     subjects = len({record.subject for record in records})
