@@ -21,11 +21,25 @@ from unet import UNet
 import zpatch as zp
 
 
+def check_side(context: click.Context, option: click.Parameter, side: int) -> int:
+    """Refuse patches that the network cannot halve as often as it does."""
+    if side % UNet.SIDE_MULTIPLE:
+        raise click.BadParameter(f"{side} is not a multiple of {UNet.SIDE_MULTIPLE}, as the U-Net needs it")
+    return side
+
+
 @click.command()
 @click.argument("store", type=click.Path(path_type=Path, exists=True))
 @click.argument("weights", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--epochs", type=click.IntRange(min=1), default=5, show_default=True)
-@click.option("--patch-size", type=click.IntRange(min=8), default=48, show_default=True)
+@click.option(
+    "--patch-size",
+    type=click.IntRange(min=8),
+    default=48,
+    show_default=True,
+    callback=check_side,
+    help=f"Voxels on each side, a multiple of {UNet.SIDE_MULTIPLE}.",
+)
 @click.option("--workers", type=click.IntRange(min=0), default=2, show_default=True, help="Of each rank.")
 def main(store: Path, weights: Path, epochs: int, patch_size: int, workers: int) -> None:
     """Train on STORE and save the network's WEIGHTS."""

@@ -27,7 +27,7 @@ import zarr
 from zarr.codecs import GzipCodec
 
 import zpatch as zp
-from zpatch.patch_slots import ImagePlace, SlotBlock, SlotLayout
+from zpatch.patch_slots import ImagePlace, Letter, SlotBlock, SlotLayout
 from zpatch.samplers import PatchSampler, RandomSampler
 
 START_METHODS = ["fork", "spawn", "forkserver"]
@@ -153,6 +153,12 @@ def write_slots(block: SlotBlock, layout: SlotLayout, slots: Iterable[int]) -> N
         block.watched[slot] = 100 + slot
 
 
+def copy_letter(letter: Letter, block: SlotBlock) -> None:
+    """What a worker does that is told of its work."""
+    values = letter.read()
+    block.watched[:2] = len(values), sum(values)
+
+
 # Transforms
 
 
@@ -210,6 +216,10 @@ def grown_in_bfloat16(patch: zp.Patch) -> zp.Patch:
     return in_bfloat16(doubled_but_the_first(patch))
 
 
+def grown_and_renamed(patch: zp.Patch) -> zp.Patch:
+    return renamed(doubled_but_the_first(patch))
+
+
 def nothing(patch: zp.Patch) -> Any:
     """Forgets to return."""
 
@@ -222,6 +232,35 @@ def as_array(patch: zp.Patch) -> zp.Patch:
 def slow(patch: zp.Patch) -> zp.Patch:
     time.sleep(0.01)
     return patch
+
+
+def threads(patch: zp.Patch) -> zp.Patch:
+    """How many threads torch may use: its sums depend on that."""
+    return patch.with_data(t1=torch.tensor([torch.get_num_threads()]))
+
+
+def renamed(patch: zp.Patch) -> zp.Patch:
+    """Gives each patch a name of its own."""
+    return dataclasses.replace(patch, subject=f"{patch.subject} at {patch.location.index}")
+
+
+def weighed(patch: zp.Patch) -> zp.Patch:
+    """Lets a parameter of a network change voxels, which leaves a gradient on them."""
+    return patch.with_data(t1=patch.t1.data * torch.nn.Parameter(torch.tensor(2.0)))
+
+
+@dataclass
+class Counted:
+    """Counts how often it is pickled."""
+
+    pickled: int = 0
+
+    def __call__(self, patch: zp.Patch) -> zp.Patch:
+        return patch
+
+    def __getstate__(self) -> dict[str, int]:
+        self.pickled += 1
+        return vars(self)
 
 
 @dataclass

@@ -105,6 +105,7 @@ FLOORS = {
         "patch_slots",
         "patch_worker",
         "patch_feed",
+        "patch_buffer",
         "patch_queue",
         "loader",
         "reduction",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 from collections import Counter
 from typing import Any
 
@@ -176,6 +177,18 @@ def test_draws_after_any_number_consumed_are_those_of_what_is_left(plan: EpochPl
         assert [arrival for draw in draws for arrival in draw.arrivals] == left
         assert list(read_by(draws).values()) == [whole[arrival] for arrival in left]
         assert all(1 <= len(draw.numbers) <= plan.group for draw in draws)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_an_epoch_that_is_taken_up_near_its_end_is_read_in_little_memory(shuffle: bool) -> None:
+    plan = plan_of([20] * 1000, shuffle=shuffle)
+    next(plan.draws(1))
+    tracemalloc.start()
+    draws = plan.draws(19_900)
+    assert next(draws).subject >= 990
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 200_000  # what was handed out would be 600 kB of integers and as much for their set
 
 
 @given(plans())

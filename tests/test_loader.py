@@ -220,9 +220,48 @@ def test_batches_go_to_the_device_asked_for(patches: list[zp.Patch]) -> None:
     assert_same(batch, zp.collate(patches[:2]))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_pin_memory_does_nothing_without_a_gpu_and_says_so_once(patches: list[zp.Patch]) -> None:
+    with pytest.warns(UserWarning, match="pin_memory=True does nothing here") as told:
+        loader = zp.SubjectsLoader(patches, 2, pin_memory=True)
+    assert [warning.filename for warning in told] == [__file__]
+    for _ in range(2):  # warnings are errors here
+        for number, batch in enumerate(loader):
+            assert_same(batch, zp.collate(patches[2 * number : 2 * number + 2]))
+
+
+@pytest.mark.parametrize("device", [None, "meta"])
+def test_contiguous_batches_are_put_into_page_locked_memory_too(
+    patches: list[zp.Patch], monkeypatch: pytest.MonkeyPatch, device: str | None
+) -> None:
+    """Said without a GPU: memory is asked for as page-locked, but for what is on the device already."""
+    empty, empty_like, asked = torch.empty, torch.empty_like, []
+
+    def empty_noted(*shape: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        asked.append(("empty", pin_memory))
+        return empty(*shape, **options)
+
+    def like_noted(data: torch.Tensor, *, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        asked.append(("like", pin_memory))
+        return empty_like(data, **options)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    loader = zp.SubjectsLoader(patches, 7, pin_memory=True, contiguous=True, device=device)
+    monkeypatch.setattr(torch, "empty", empty_noted)
+    monkeypatch.setattr(torch, "empty_like", like_noted)
+    [batch] = loader
+    pinned = [asked_for for asked_for in asked if asked_for != ("empty", False)]
+    images = len(batch.images)
+    assert pinned == [("empty", True)] * images + [("like", device is None)] * images
+    assert all(image.data.is_contiguous() for image in batch.images.values())
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs a GPU")
-def test_pin_memory_puts_every_image_into_page_locked_memory(patches: list[zp.Patch]) -> None:
-    batch = next(iter(zp.SubjectsLoader(patches, 2, pin_memory=True)))
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_pin_memory_puts_every_image_into_page_locked_memory(
+    patches: list[zp.Patch], contiguous: bool
+) -> None:
+    batch = next(iter(zp.SubjectsLoader(patches, 2, pin_memory=True, contiguous=contiguous)))
     assert all(image.data.is_pinned() for image in batch.images.values())
 
 

@@ -127,6 +127,13 @@ def test_a_batch_stacks_patches_in_their_order(patches: list[zp.Patch]) -> None:
     assert batch.seg.kind == "label"
 
 
+def test_a_batch_leaves_gradients_behind(patches: list[zp.Patch]) -> None:
+    grown = [patch.with_data(t1=(patch.t1.data * 1.0).requires_grad_()) for patch in patches]
+    batch = zp.collate(grown)
+    assert not batch.t1.data.requires_grad
+    assert torch.equal(batch.t1.data, zp.collate(patches).t1.data.float())
+
+
 def test_the_memory_of_a_batch_lies_in_the_order_of_the_store(patches: list[zp.Patch]) -> None:
     data = zp.collate(patches).t1.data
     assert data.permute(0, 1, 4, 3, 2).is_contiguous()  # (b, c, z, y, x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import gc
 import multiprocessing
 import random
 import re
@@ -31,7 +32,7 @@ from torch.utils.data import DataLoader
 import zpatch as zp
 from zpatch.errors import OptionError, QueueError
 from zpatch.patch_feed import Arrival, PatchFeed
-from zpatch.patch_slots import WATCH_BYTES
+from zpatch.patch_slots import WATCH_BYTES, SlotBlock
 from zpatch.samplers import PatchSampler
 from zpatch.shards import close_shards
 
@@ -167,6 +168,50 @@ def test_set_epoch_repeats_an_epoch_after_a_loop_that_was_left(cohort: zp.Cohort
                 break
         queue.set_epoch(4)
         assert items(queue) == whole
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_set_epoch_during_an_iteration_chooses_the_one_after_it(cohort: zp.Cohort, workers: int) -> None:
+    options: dict[str, Any] = {"patches_per_volume": 3, "num_workers": workers}
+    whole = {epoch: stream(cohort, zp.UniformSampler(8), [epoch], **options) for epoch in (0, 5, 7)}
+    with zp.Queue(cohort, zp.UniformSampler(8), **options) as queue:
+        found, places = [], []
+        for number, patch in enumerate(queue):
+            if number == 4:
+                queue.set_epoch(7)
+            found.append(item(patch))
+            state = queue.state_dict()
+            places.append((state["epoch"], state["consumed"]))
+        assert found == whole[0]
+        assert places == [*((0, number) for number in range(1, 12)), (7, 0)]
+        state = queue.state_dict()
+        assert (state["epoch"], state["consumed"]) == (7, 0)
+        for number, patch in enumerate(queue):
+            assert item(patch) == whole[7][number]
+            if number == 3:
+                queue.set_epoch(5)
+                break
+        state = queue.state_dict()
+        assert (state["epoch"], state["consumed"]) == (5, 0)
+        assert items(queue) == whole[5]
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_iterations_that_are_left_standing_hold_no_slot(cohort: zp.Cohort, workers: int) -> None:
+    options: dict[str, Any] = {"max_length": 3, "num_workers": workers}
+    with zp.Queue(cohort, zp.UniformSampler(8), **options) as queue:
+        held = []
+        for _ in range(9):
+            held.append(iter(queue))
+            next(held[-1])
+        queue.set_epoch(1)
+        whole = items(queue)
+        if workers:
+            assert sorted(slots_in_use(queue) + list(feed_of(queue)._free)) == list(range(queue._slots))
+        held.pop()
+        with pytest.raises(QueueError, match="another iteration of it was begun"):
+            next(held[0])
+    assert whole == stream(cohort, zp.UniformSampler(8), epochs=[1], max_length=3)
 
 
 def test_seeds_give_different_streams(cohort: zp.Cohort) -> None:
@@ -492,6 +537,55 @@ def test_each_of_the_three_generators_is_seeded(generator: str) -> None:
     assert len({t1[-1] for _, _, (t1, _) in first}) == len(first)
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """As many as torch may use in a training program with two processors."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("workers", WORKERS)
+def test_a_transform_computes_in_one_thread_wherever_it_runs(workers: int) -> None:
+    """With more of them sums of floats are rounded otherwise."""
+    options: dict[str, Any] = {"patches_per_volume": 2, "transform": streams.threads}
+    with zp.Queue(small_subjects(2), zp.UniformSampler(6), num_workers=workers, **options) as queue:
+        assert [patch.t1.data.tolist() for patch in queue] == [[1]] * 4
+    assert torch.get_num_threads() == 2
+    with (
+        pytest.raises(QueueError),
+        zp.Queue(
+            small_subjects(2), zp.UniformSampler(6), transform=streams.Failing("sub-01"), num_workers=workers
+        ) as queue,
+    ):
+        list(queue)
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.filterwarnings("ignore:some patches take:UserWarning")
+@pytest.mark.parametrize("grown", [False, True], ids=["in slots", "grown"])
+def test_a_transform_may_rename_the_subject_of_a_patch(grown: bool) -> None:
+    options: dict[str, Any] = {"max_length": 4, "patches_per_volume": 3, "shuffle_subjects": False}
+    options["transform"] = streams.grown_and_renamed if grown else streams.renamed
+    alone = stream(small_subjects(4), zp.UniformSampler(6), **options)
+    assert len({subject for subject, *_ in alone}) == 12
+    assert stream(small_subjects(4), zp.UniformSampler(6), num_workers=2, **options) == alone
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_a_gradient_that_a_transform_leaves_does_not_come_along(workers: int) -> None:
+    options: dict[str, Any] = {"patches_per_volume": 3, "transform": streams.weighed, "num_workers": workers}
+    with zp.Queue(small_subjects(2), zp.UniformSampler(6), **options) as queue:
+        singly = list(queue)
+        queue.set_epoch(0)
+        [batch] = zp.SubjectsLoader(queue, 6)
+    assert not any(patch.t1.data.requires_grad for patch in singly)
+    assert not batch.t1.data.requires_grad
+    assert torch.equal(batch.t1.data, torch.stack([patch.t1.data for patch in singly]))
+
+
 # The buffer
 
 
@@ -509,8 +603,7 @@ def test_max_memory_is_the_buffer_and_what_is_on_its_way(
         assert queue.max_memory == WATCH_BYTES + slots * (1472 + 768)
         if workers:
             next(iter(queue))
-            assert queue._feed is not None
-            assert queue._feed._block.nbytes == queue.max_memory
+            assert block_of(queue).nbytes == queue.max_memory
 
 
 def test_max_memory_counts_wider_label_maps_and_the_largest_subject() -> None:
@@ -529,6 +622,16 @@ def test_max_memory_is_of_what_a_transform_makes_of_the_first_patch() -> None:
     assert queue.max_memory == WATCH_BYTES + (5 + 2) * (4 * 8 * 8 * 4 + 8**3)
 
 
+def feed_of(queue: zp.Queue) -> PatchFeed:
+    assert queue._buffer is not None
+    return queue._buffer.feed
+
+
+def block_of(queue: zp.Queue) -> SlotBlock:
+    assert queue._draws.block is not None
+    return queue._draws.block
+
+
 class Watched(PatchFeed):
     """A feed that counts what comes in, and looks at the slots each time."""
 
@@ -537,7 +640,7 @@ class Watched(PatchFeed):
     def take(self) -> Arrival:
         arrival = super().take()
         self.received.append(arrival.serial)
-        assert self._workers is None or len(set(self._free)) == len(self._free) <= self._block.count
+        assert self._workers is None or len(set(self._free)) == len(self._free) <= self._draws.block.count  # type: ignore[union-attr]
         return arrival
 
 
@@ -556,19 +659,19 @@ def test_no_more_than_max_length_patches_wait(watched: list[int], max_length: in
         for epoch in range(3):
             for number, _ in enumerate(queue):
                 # The one in hand has left the buffer, and its slot is still taken.
-                assert len(queue._ready) <= max_length
+                assert len(queue._buffer or ()) <= max_length
                 assert len(watched) - 25 * epoch - number <= max_length + 1
-        assert queue._feed is not None
-        assert sorted(slots_in_use(queue) + list(queue._feed._free)) == list(range(queue._slots))
+        assert sorted(slots_in_use(queue) + list(feed_of(queue)._free)) == list(range(queue._slots))
 
 
 def slots_in_use(queue: zp.Queue) -> list[int]:
     """Those of patches that have come, and of tasks that are out."""
-    feed = queue._feed
-    assert feed is not None
+    feed = feed_of(queue)
     assert feed._workers is not None
-    waiting = [arrival.slot for arrival in (*queue._ready.values(), *feed._here) if arrival.slot is not None]
-    free, all_slots = set(feed._free), set(range(feed._block.count))
+    assert queue._buffer is not None
+    ready = queue._buffer._ready.values()
+    waiting = [arrival.slot for arrival in (*ready, *feed._here) if arrival.slot is not None]
+    free, all_slots = set(feed._free), set(range(block_of(queue).count))
     out = sorted(all_slots - free - set(waiting))
     loader_iterator: Any = feed._workers._results
     assert len(out) <= len(loader_iterator._task_info) * queue._group
@@ -619,13 +722,12 @@ def test_epochs_that_are_abandoned_or_chosen_give_their_streams_and_leak_no_slot
                 if len(found) >= stop:
                     break
             assert found == whole[epoch][: max(1, stop)]
-            assert queue._feed is not None
-            assert sorted(slots_in_use(queue) + list(queue._feed._free)) == list(range(queue._slots))
+            assert sorted(slots_in_use(queue) + list(feed_of(queue)._free)) == list(range(queue._slots))
         # When nothing is read ahead any more, and all has come, all slots are free.
         monkeypatch.setattr(queue, "upcoming", lambda plan: None)
         queue.set_epoch(8)
         assert items(queue) == whole[8]
-        assert sorted(queue._feed._free) == list(range(queue._slots))
+        assert sorted(feed_of(queue)._free) == list(range(queue._slots))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -637,8 +739,7 @@ def test_without_reading_ahead_all_slots_are_free_between_two_epochs(workers: in
                 if number == stop < 28:
                     break
             if stop == 28:
-                assert queue._feed is not None
-                assert sorted(queue._feed._free) == list(range(queue._slots))
+                assert sorted(feed_of(queue)._free) == list(range(queue._slots))
 
 
 def test_epochs_of_one_patch_run_ahead_no_further_than_their_tasks(watched: list[int]) -> None:
@@ -646,9 +747,8 @@ def test_epochs_of_one_patch_run_ahead_no_further_than_their_tasks(watched: list
     subjects = small_subjects(1)
     with zp.Queue(subjects, zp.UniformSampler(6), num_workers=2, **options) as queue:
         found = [item(patch) for _ in range(12) for patch in queue]
-        assert queue._feed is not None
-        assert queue._feed._begun <= 12 + 4 + 8
-        assert len(queue._feed._plans) <= 4 + 8 + 1
+        assert feed_of(queue)._begun <= 12 + 4 + 8
+        assert len(feed_of(queue)._plans) <= 4 + 8 + 1
     assert found == stream(subjects, zp.UniformSampler(6), epochs=range(12), **options)
 
 
@@ -710,6 +810,58 @@ def test_a_closed_queue_starts_again(cohort: zp.Cohort, workers: int) -> None:
         queue.close()
         queue.set_epoch(0)
         assert items(queue) == first
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+def test_what_workers_are_sent_is_pickled_once_for_all_of_them(start_method: str) -> None:
+    counted = streams.Counted()
+    options: dict[str, Any] = {"num_workers": 2, "start_method": start_method, "transform": counted}
+    with zp.Queue(small_subjects(2), zp.UniformSampler(6), **options) as queue:
+        assert len(list(queue)) == 20
+        assert counted.pickled == 1
+        assert queue._draws.letter is None  # nor is it kept
+
+
+def test_workers_are_forked_on_linux_whatever_pythons_own_way_is(cohort: zp.Cohort) -> None:
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        found = stream(cohort, zp.UniformSampler(8), num_workers=1, transform=lambda patch: patch)
+    finally:
+        multiprocessing.set_start_method(None, force=True)
+    assert found == stream(cohort, zp.UniformSampler(8))
+
+
+def slot_maps() -> list[str]:
+    with open("/proc/self/maps") as maps:
+        return [line for line in maps if "zpatch-queue" in line]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_closed_queue_keeps_no_memory_and_what_it_gave_stays_good(workers: int) -> None:
+    wanted = stream(small_subjects(3), zp.UniformSampler(6), patches_per_volume=4)
+    gc.collect()  # what earlier tests left
+    assert not slot_maps()
+    with zp.Queue(small_subjects(3), zp.UniformSampler(6), 300, 4, workers, dtype=None) as queue:
+        lent = queue.borrowed()
+        patch = next(lent)
+        held = item(patch)
+        assert slot_maps()
+        queue.close()
+        assert item(patch) == held
+        lent.close()  # type: ignore[attr-defined]
+        del patch
+        assert not slot_maps()
+        queue.set_epoch(0)
+        singly = list(zp.Queue(small_subjects(3), zp.UniformSampler(6), 300, 4, workers))
+        assert items(singly) == wanted
+
+
+def test_a_worker_that_fails_leaves_no_memory_behind_either() -> None:
+    with zp.Queue(small_subjects(3), zp.UniformSampler(6), num_workers=1, start_method="spawn") as queue:
+        queue._draws.transform = lambda patch: patch  # which cannot be sent
+        with pytest.raises(QueueError, match="cannot be sent"):
+            list(queue)
+        assert not slot_maps()
 
 
 # With torch's DataLoader

@@ -15,12 +15,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from streams import START_METHODS, numbered, stop_forkserver, write_slots
+from streams import START_METHODS, copy_letter, numbered, stop_forkserver, write_slots
 
 import zpatch as zp
 from zpatch.errors import QueueError
 from zpatch.patch import PatchImage
-from zpatch.patch_slots import ALIGNMENT, WATCH_BYTES, ImagePlace, SlotBlock, SlotLayout, new_tensor
+from zpatch.patch_slots import ALIGNMENT, WATCH_BYTES, ImagePlace, Letter, SlotBlock, SlotLayout, new_tensor
 
 DTYPES = [
     torch.uint8,
@@ -167,7 +167,39 @@ def test_a_block_goes_when_nobody_looks_at_it_any_more() -> None:
 
 def test_a_block_costs_memory_only_where_something_was_written() -> None:
     block = SlotBlock(2**10, 2**20)  # a GiB
-    assert os.fstat(block._handle).st_blocks * 512 <= WATCH_BYTES
+    assert os.fstat(block._file.handle).st_blocks * 512 <= WATCH_BYTES
+
+
+# A letter
+
+
+@pytest.mark.parametrize("start_method", START_METHODS)
+def test_a_letter_is_read_by_each_process_that_is_handed_it(start_method: str) -> None:
+    before = open_descriptors()
+    letter, blocks = (
+        Letter(list(range(10**5))),
+        [SlotBlock(1, 64) for _ in range(2)],
+    )  # more than a pipe holds
+    context: Any = multiprocessing.get_context(start_method)
+    processes = [context.Process(target=copy_letter, args=(letter, block)) for block in blocks]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        process.close()
+    assert [block.watched[:2].tolist() for block in blocks] == [[10**5, sum(range(10**5))]] * 2
+    assert letter.read() == list(range(10**5))
+    stop_forkserver()
+    del letter, blocks
+    gc.collect()
+    assert open_descriptors() <= before + 1  # Python's resource tracker
+
+
+def test_what_is_put_into_a_letter_is_what_it_was_then() -> None:
+    values = [1]
+    letter = Letter(values)
+    values.append(2)
+    assert letter.read() == [1]
 
 
 # Where memory cannot be had
@@ -223,6 +255,24 @@ def test_where_the_system_has_no_files_in_memory_a_temporary_one_serves(
     write_slots(block, SlotLayout((place,)), [1])
     assert torch.equal(block.tensor(1, place), numbered(place, 1))
     monkeypatch.setattr(os, "posix_fallocate", refuse(errno.ENOSPC))
+    before = open_descriptors()
+    with pytest.raises(QueueError, match=r"No space left on device.*smaller max_length"):
+        SlotBlock(2, place.nbytes)
+    assert open_descriptors() == before
+
+
+def test_where_space_cannot_be_set_aside_either_a_temporary_file_serves_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As under macOS."""
+    monkeypatch.delattr(os, "memfd_create")
+    monkeypatch.delattr(os, "posix_fallocate")
+    place = ImagePlace("t1", "scalar", (1, 4, 4, 4), torch.float32)
+    block = SlotBlock(2, place.nbytes)
+    write_slots(block, SlotLayout((place,)), [1])
+    assert torch.equal(block.tensor(1, place), numbered(place, 1))
+    assert Letter("dear worker").read() == "dear worker"
+    monkeypatch.setattr(os, "ftruncate", refuse(errno.ENOSPC))
     before = open_descriptors()
     with pytest.raises(QueueError, match=r"No space left on device.*smaller max_length"):
         SlotBlock(2, place.nbytes)

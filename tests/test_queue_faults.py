@@ -28,6 +28,7 @@ import pytest
 import streams
 from streams import START_METHODS, Deadly, item, items, small_subjects, stop_forkserver, stream
 from test_scheduling import eventually, is_running
+from torch.utils.data import DataLoader, Dataset
 
 import zpatch as zp
 from zpatch.errors import QueueError
@@ -182,6 +183,54 @@ def test_the_death_of_another_child_is_no_business_of_the_queue() -> None:
             if number in (2, 5):
                 assert subprocess.run(["sh", "-c", "kill -9 $$"]).returncode == -9
                 assert subprocess.run(["false"]).returncode == 1
+
+
+class Fatal(Dataset[int]):
+    """Kills the worker that reads it, once the other side has begun to wait."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, number: int) -> int:
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+        return number
+
+
+@lost_in_a_callback
+def test_the_death_of_another_loaders_worker_is_told_as_torch_tells_it() -> None:
+    with queue_of(num_workers=1) as queue:
+        before = items(queue)
+        other = iter(DataLoader(Fatal(), num_workers=1))
+        with pytest.raises(RuntimeError, match="is killed by signal") as told:
+            time.sleep(DEADLINE_S)
+        assert type(told.value) is RuntimeError
+        del other
+        queue.set_epoch(0)
+        assert items(queue) == before
+
+
+STILLBORN = """
+import os
+if __name__ != "__main__":
+    os._exit(7)
+import numpy as np
+import zpatch as zp
+image = zp.ScalarImage(np.zeros((64, 64, 64), np.float32))  # takes more than the 64 KiB of a pipe
+queue = zp.Queue([zp.Subject(t1=image)], zp.UniformSampler(6), num_workers=1, start_method="spawn")
+next(iter(queue))
+"""
+
+
+def test_a_worker_that_ends_before_it_knows_what_to_do_is_an_error_too(tmp_path: Path) -> None:
+    """As where the main module does all its work when it is imported."""
+    program = tmp_path / "stillborn.py"
+    program.write_text(STILLBORN)
+    environment = {**os.environ, "PYTHONPATH": str(Path(zp.__file__).parent.parent)}
+    done = subprocess.run(
+        [sys.executable, str(program)], env=environment, stderr=subprocess.PIPE, text=True, timeout=60
+    )
+    assert re.search(r"QueueError: a worker of the queue ended: worker \d+ ended with code 7\n", done.stderr)
 
 
 # A worker hangs
@@ -408,6 +457,28 @@ def test_a_full_shared_memory_folder_is_an_error_that_says_what_to_do(
         queue_of(num_workers=2) as queue,
     ):
         list(queue)
+
+
+@pytest.mark.parametrize("step", ["block", "worker"])
+def test_a_resumed_epoch_that_cannot_be_begun_keeps_its_place(
+    monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def full(*arguments: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    whole = stream(small_subjects(4), zp.UniformSampler(6), **OPTIONS)
+    with queue_of() as queue:
+        state = [queue.state_dict() for _ in queue][4]
+    with queue_of(num_workers=1) as queue:
+        queue.load_state_dict(state)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                *{"block": (os, "memfd_create"), "worker": (popen_fork.Popen, "_launch")}[step], full
+            )
+            with pytest.raises(QueueError, match="No space left"):
+                list(queue)
+        assert queue.state_dict() == state
+        assert items(queue) == whole[5:]
 
 
 # The loop ends

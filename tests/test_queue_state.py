@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import streams
@@ -317,6 +320,10 @@ OTHER_STREAMS: dict[str, tuple[str, Callable[[], zp.Queue]]] = {
     ),
     "type": ("cohort was", lambda: queue_of(small_subjects(3, dtype=np.int32))),
     "image": ("cohort was", lambda: queue_of(cohort_with(t2=zp.ScalarImage(np.zeros((12, 12, 12)))))),
+    "voxels": (
+        "cohort was",
+        lambda: queue_of(cohort_with(seg=zp.LabelMap(np.ones((12, 12, 12), np.uint8)))),
+    ),
     "kind": ("cohort was", lambda: queue_of(cohort_with(t1=zp.LabelMap(np.zeros((12, 12, 12), np.int16))))),
 }
 
@@ -352,6 +359,65 @@ def test_a_store_with_other_voxels_is_refused(cohort: zp.Cohort) -> None:
     renamed = zp.Subject.of(cohort["sub-04"].images, name="sub-02")
     with pytest.raises(OptionError, match="another stream: cohort was"):
         queue_of([cohort["sub-01"], renamed]).load_state_dict(state)
+
+
+def test_a_file_outside_a_store_that_was_written_anew_is_refused(tmp_path: Path) -> None:
+    def queue_after(voxels: int) -> zp.Queue:
+        nib.save(nib.Nifti1Image(np.full((9, 9, 9), voxels, np.uint8), np.eye(4)), tmp_path / "seg.nii")
+        os.utime(tmp_path / "seg.nii", (voxels, voxels))
+        return queue_of([zp.Subject(seg=zp.LabelMap(tmp_path / "seg.nii"))])
+
+    state = queue_after(1).state_dict()
+    queue_after(1).load_state_dict(state)
+    with pytest.raises(OptionError, match="another stream: cohort was"):
+        queue_after(2).load_state_dict(state)
+
+
+class TorchSampler(DistributedSampler[Any]):
+    """One of torch's for some subjects."""
+
+    def __init__(self, count: int, rank: int, replicas: int = 2, **options: Any) -> None:
+        super().__init__(range(count), replicas, rank, **options)  # type: ignore[arg-type]
+
+
+def queue_sampled_by(sampler: Any, **options: Any) -> zp.Queue:
+    return queue_of(small_subjects(6), subject_sampler=sampler, shuffle_subjects=False, **options)
+
+
+def test_the_state_of_one_rank_serves_all_ranks_of_a_distributed_sampler() -> None:
+    """As a training program saves it on rank 0."""
+    whole = [items(queue_sampled_by(TorchSampler(6, rank))) for rank in range(2)]
+    assert set(whole[0]).isdisjoint(whole[1])
+    state = states_of(queue_sampled_by(TorchSampler(6, 0)))[4]
+    for rank in range(2):
+        queue = queue_sampled_by(TorchSampler(6, rank))
+        queue.load_state_dict(state)
+        assert items(queue) == whole[rank][4:]
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [TorchSampler(6, 0, 3), TorchSampler(6, 0, seed=1), TorchSampler(6, 0, shuffle=False), [0, 1, 2]],
+    ids=["replicas", "seed", "shuffle", "list"],
+)
+def test_another_distributed_sampler_is_refused(sampler: Any) -> None:
+    state = queue_sampled_by(TorchSampler(6, 0)).state_dict()
+    with pytest.raises(
+        OptionError, match=r"another stream: subject_sampler was 'TorchSampler\(num_replicas=2"
+    ):
+        queue_sampled_by(sampler).load_state_dict(state)
+
+
+def test_of_a_subject_sampler_only_the_order_counts() -> None:
+    """What else has changed is named by its own name."""
+    state = queue_sampled_by([0, 1, 2]).state_dict()
+    queue_sampled_by((0, 1, 2)).load_state_dict(state)
+    with pytest.raises(OptionError, match=r"another stream: max_length was 7 and is 8$"):
+        queue_sampled_by([0, 1, 2], max_length=8).load_state_dict(state)
+    with pytest.raises(
+        OptionError, match=r"another stream: subject_sampler was '[0-9a-f]+' and is '[0-9a-f]+'$"
+    ):
+        queue_sampled_by([0, 2, 1]).load_state_dict(state)
 
 
 def test_all_that_changed_is_named() -> None:

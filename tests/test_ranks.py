@@ -13,13 +13,16 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import click.testing
 import pytest
 import streams
 import torch
 import torch.distributed
+import train_ddp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from streams import items, small_subjects
@@ -27,7 +30,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 import zpatch as zp
 from zpatch.epoch_plan import Uneven
-from zpatch.errors import OptionError
+from zpatch.errors import OptionError, QueueError
 
 COUNTS = (3, 5, 7)
 WORKERS = (0, 1, 2)
@@ -267,6 +270,48 @@ def test_the_rank_is_that_of_torch_distributed_where_there_is_one(monkeypatch: p
         queue_of(1)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_queue_that_was_made_before_torch_distributed_is_refused(
+    monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    options: dict[str, Any] = {"num_workers": workers}
+    found, told = queue_of(5, **options), queue_of(5, rank=0, world_size=1, **options)
+    sampled = queue_of(5, subject_sampler=[1, 2], shuffle_subjects=False, **options)
+    with found, told, sampled:
+        next(iter(found))
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        with pytest.raises(
+            QueueError, match=r"as rank 0 of 1, and this is rank 1 of 2; make the queue after"
+        ):
+            next(iter(found))
+        assert len(list(told)) == 15  # these were told what their share is
+        assert len(list(sampled)) == 6
+        with queue_of(5, **options) as late:
+            assert len(list(late)) == 9
+            monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+            assert len(list(late)) == 9  # the share stays when torch.distributed has gone
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_even_epoch_before_an_uneven_one_is_given_whole(workers: int) -> None:
+    subjects = [small_subjects(n + 1, size=8 + 4 * (n % 2))[n] for n in range(4)]
+    options: dict[str, Any] = {"rank": 0, "world_size": 2, "uneven": "error", "num_workers": workers}
+
+    def is_even(epoch: int) -> bool:
+        with suppress(OptionError):
+            return queue.plan(epoch).total > 0
+        return False
+
+    with zp.Queue(subjects, zp.GridSampler(patch_size=4), **options) as queue:
+        epoch = next(n for n in range(100) if is_even(n) and not is_even(n + 1))
+        queue.set_epoch(epoch)
+        assert len(list(queue)) == 8 + 27
+        with pytest.raises(OptionError, match=r"the ranks' subjects have 16 to 54 patches; say uneven="):
+            list(queue)
+
+
 def test_a_distributed_sampler_shares_subjects_out_and_shuffles_them_anew_each_epoch() -> None:
     shares = []
     for rank in range(2):
@@ -279,6 +324,18 @@ def test_a_distributed_sampler_shares_subjects_out_and_shuffles_them_anew_each_e
         assert len(one) == len(other) == 3
         assert not one & other
     assert shares[0][0] != shares[0][1] or shares[0][1] != shares[0][2]
+
+
+# The program that readers are given
+
+
+@pytest.mark.parametrize("side", ["30", "50"])
+def test_the_training_script_refuses_patches_that_its_network_cannot_halve(tmp_path: Path, side: str) -> None:
+    arguments = [str(tmp_path), str(tmp_path / "unet.pt"), "--patch-size", side]
+    answer = click.testing.CliRunner().invoke(train_ddp.main, arguments)
+    assert answer.exit_code == 2
+    assert "'--patch-size': " in answer.output
+    assert not isinstance(answer.exception, RuntimeError)
 
 
 if __name__ == "__main__":

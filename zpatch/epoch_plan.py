@@ -6,6 +6,7 @@ replayed up to where it was without reading anything.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -88,7 +89,7 @@ class EpochPlan:
 
     def draws(self, consumed: int = 0) -> Iterator[Draw]:
         """What is to be read, in order, for the patches after the first ``consumed`` that are handed out."""
-        handed_out = {arrival for arrival, _ in zip(self.order(), range(consumed), strict=False)}
+        waiting, unread = self._waiting(consumed), consumed + self.buffer
         visits: dict[int, int] = {}
         arrival = 0
         while arrival < self.total:
@@ -98,7 +99,7 @@ class EpochPlan:
                 wanted = [
                     number
                     for number in range(min(count, self.total - arrival))
-                    if arrival + number not in handed_out
+                    if arrival + number >= unread or arrival + number in waiting
                 ]
                 for first in range(0, len(wanted), self.group):
                     numbers = tuple(wanted[first : first + self.group])
@@ -106,6 +107,17 @@ class EpochPlan:
                 arrival += count
                 if arrival >= self.total:
                     return
+
+    def _waiting(self, consumed: int) -> set[int]:
+        """What is in the buffer when the first ``consumed`` patches were handed out."""
+        waiting = set(range(min(self.buffer, self.total)))
+        for arrival, following in zip(
+            itertools.islice(self.order(), consumed), itertools.count(self.buffer), strict=False
+        ):
+            waiting.remove(arrival)
+            if following < self.total:
+                waiting.add(following)
+        return waiting
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any, cast
 
@@ -18,7 +19,8 @@ class SubjectsLoader:
     ``batch.t1.data`` is (B, C, I, J, K); its memory is (b, c, z, y, x), the order of the store, so that a
     batch costs one copy. ``contiguous`` puts it into the order (b, c, i, j, k) instead, for operations that
     need that. ``drop_last`` leaves out a last batch that is not full. ``pin_memory`` puts batches into
-    page-locked memory, ``device`` copies them there, without waiting where the memory is pinned.
+    page-locked memory where there is a device that copies from that, ``device`` copies them there, without
+    waiting where the memory is pinned.
     ``state_dict`` and ``load_state_dict`` are those of the queue, between two batches.
     """
 
@@ -34,6 +36,11 @@ class SubjectsLoader:
     ) -> None:
         if batch_size < 1:
             raise OptionError(f"batch_size must be at least 1, not {batch_size}")
+        if pin_memory and not _can_pin():
+            pin_memory = False
+            warnings.warn(
+                "pin_memory=True does nothing here: there is no GPU that copies from it", stacklevel=2
+            )
         self.dataset = dataset
         self.batch_size = batch_size
         self.drop_last = drop_last
@@ -64,8 +71,16 @@ class SubjectsLoader:
         if self.device is not None:
             batch = batch.map_data(lambda data: data.to(self.device, non_blocking=self.pin_memory))
         if self.contiguous:
-            batch = batch.map_data(torch.Tensor.contiguous)
+            batch = batch.map_data(self._contiguous)
         return batch
+
+    def _contiguous(self, data: torch.Tensor) -> torch.Tensor:
+        """The same in the order of its axes, and page-locked where it was."""
+        if data.is_contiguous():
+            return data
+        pin_memory = self.pin_memory and data.device.type == "cpu"
+        memory = torch.empty_like(data, memory_format=torch.contiguous_format, pin_memory=pin_memory)
+        return memory.copy_(data)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the queue's stream is: past the batches that were given."""
@@ -75,3 +90,8 @@ class SubjectsLoader:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the next iteration go on where another one was."""
         cast(Any, self.dataset).load_state_dict(state)
+
+
+def _can_pin() -> bool:
+    """Whether there is a device that copies from page-locked memory; Apple's are none."""
+    return torch.cuda.is_available() or torch.xpu.is_available()

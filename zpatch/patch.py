@@ -53,11 +53,15 @@ class PatchImage:
     inter: Any = 0.0
 
     def write_values(self, out: torch.Tensor, dtype: torch.dtype | None) -> None:
-        """Write the values in a type to ``out`` of that type; with None the data, as it is."""
+        """Write the values in a type to ``out`` of that type; with None the data, as it is.
+
+        Of a gradient that a transform left on the data nothing goes along.
+        """
+        data = self.data.detach()
         if dtype is None or not self.is_pending(dtype):
-            out.copy_(self.data)
+            out.copy_(data)
         else:
-            Scaling(self.slope, self.inter).write(_stored(self.data).numpy(), _stored(out).numpy())
+            Scaling(self.slope, self.inter).write(_stored(data).numpy(), _stored(out).numpy())
 
     def is_pending(self, dtype: torch.dtype | None) -> bool:
         """Whether the data is not yet what images come in where they are asked for in a type."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -26,14 +27,15 @@ from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from zpatch.epoch_plan import Draw, EpochPlan
-from zpatch.errors import QueueError
+from zpatch.errors import OptionError, QueueError
 from zpatch.memory import format_bytes
 from zpatch.patch import Patch
-from zpatch.patch_slots import SlotBlock
+from zpatch.patch_slots import Letter, SlotBlock
 from zpatch.patch_worker import Delivery, FailedDraw, SubjectDraws, Task, start_worker, unpacked
 
 TASKS_PER_WORKER = 2
 WATCH_S = 0.5
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"  # whatever Python's own is
 
 Result = Delivery | FailedDraw
 
@@ -67,7 +69,7 @@ class PatchFeed:
         num_workers: int,
         slots: int,
         slot_bytes: int,
-        start_method: str | None,
+        start_method: str,
         timeout: float,
     ) -> None:
         self._draws = draws
@@ -79,9 +81,14 @@ class PatchFeed:
         self._told_of_loose = False
         self._workers: _Workers | None = None
         if num_workers:
-            draws.block = self._block = SlotBlock(slots, slot_bytes)
+            draws.block = SlotBlock(slots, slot_bytes)
             self._free = deque(range(slots))
             self._workers = _Workers(draws, self._tasks, num_workers, start_method, timeout)
+
+    @property
+    def has_workers(self) -> bool:
+        """Whether something comes without being asked for."""
+        return self._workers is not None
 
     def begin(self, plan: EpochPlan, consumed: int = 0) -> int:
         """Turn to a plan, of which some patches are consumed already; the serial of what will arrive.
@@ -134,7 +141,8 @@ class PatchFeed:
             yield Arrival(serial, draw.arrivals[0], None, failure=str(failed))
 
     def _unpack(self, result: Result) -> None:
-        task = result.task
+        task, block = result.task, self._draws.block
+        assert block is not None
         if task.serial not in self._plans:
             self._free.extend(task.slots)
         elif isinstance(result, FailedDraw):
@@ -143,20 +151,20 @@ class PatchFeed:
         else:
             for number, slot, sent in zip(task.draw.arrivals, task.slots, result.patches, strict=True):
                 if sent.loose is None:
-                    tensors = [self._block.tensor(slot, place) for place in sent.layout.images]
+                    tensors = [block.tensor(slot, place) for place in sent.layout.images]
                 else:
                     arrived = zip(sent.loose, sent.layout.images, strict=True)
                     tensors = [unpacked(data, place.dtype) for data, place in arrived]
-                    self._tell_of_loose(sent.layout.nbytes)
-                patch = sent.layout.patch(tensors, sent.affines, sent.location, result.subject)
+                    self._tell_of_loose(sent.layout.nbytes, block.slot_bytes)
+                patch = sent.layout.patch(tensors, sent.affines, sent.location, sent.subject)
                 self._here.append(Arrival(task.serial, number, patch, slot))
 
-    def _tell_of_loose(self, nbytes: int) -> None:
+    def _tell_of_loose(self, nbytes: int, slot_bytes: int) -> None:
         if not self._told_of_loose:
             self._told_of_loose = True
             warnings.warn(
                 f"some patches take {format_bytes(nbytes)} after the transform, more than the queue's slots "
-                f"of {format_bytes(self._block.slot_bytes)}; they travel a slower way",
+                f"of {format_bytes(slot_bytes)}; they travel a slower way",
                 stacklevel=2,
             )
 
@@ -173,9 +181,11 @@ class PatchFeed:
                 return
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers, and let go of the slots."""
         if self._workers is not None:
             self._workers.close()
+            self._draws.block = None
+            self._here.clear()
 
 
 class _Workers:
@@ -186,15 +196,15 @@ class _Workers:
         draws: SubjectDraws,
         tasks: Callable[[], Iterator[Task]],
         count: int,
-        start_method: str | None,
+        start_method: str,
         timeout: float,
     ) -> None:
         self._draws = draws
+        self._start_method = start_method
         self._timeout = timeout
         self._waiting_since: float | None = None
         self._hung: str | None = None  # which workers, once they were found to
         self._stopped = threading.Event()
-        _check_can_be_sent(draws, start_method)
         self._loader: DataLoader[Result] = DataLoader(
             draws,
             batch_size=None,
@@ -233,6 +243,8 @@ class _Workers:
     def _start(self) -> None:
         others = set(multiprocessing.active_children())
         try:
+            if self._start_method != "fork":
+                self._draws.letter = _letter_of(self._draws)
             self._results = iter(self._loader)
         except OSError as error:
             _end_half_started(error, others)
@@ -240,6 +252,8 @@ class _Workers:
                 f"the workers of the queue cannot be started ({error.strerror}); free some space in /dev/shm "
                 f"or memory, or use fewer num_workers"
             ) from error
+        finally:
+            self._draws.letter = None  # each worker holds its file
         self._processes = [p for p in multiprocessing.active_children() if p not in others]
         _running.add(self)
         _name_killed_workers()
@@ -264,8 +278,9 @@ class _Workers:
         )
 
     def _at(self, pid: int | None) -> str:
-        assert self._draws.block is not None
-        for worker, subject in self._draws.block.watched.reshape(-1, 2).tolist():
+        if (block := self._draws.block) is None:
+            return ""
+        for worker, subject in block.watched.reshape(-1, 2).tolist():
             if worker == pid and subject:
                 return f" over subject {self._draws.name_of(subject - 1)!r}"
         return ""
@@ -322,12 +337,19 @@ def _death(exit_code: int | None) -> str:
     return f"ended with code {exit_code}"
 
 
-def _check_can_be_sent(draws: SubjectDraws, start_method: str | None) -> None:
-    if multiprocessing.get_context(start_method).get_start_method() == "fork":
-        return
+def check_processes(start_method: str | None, timeout: float) -> None:
+    """Refuse how workers are to be started, or waited for, where that cannot be."""
+    methods = multiprocessing.get_all_start_methods()
+    if start_method is not None and start_method not in methods:
+        raise OptionError(f"start_method must be one of {', '.join(methods)}, not {start_method!r}")
+    if timeout <= 0:
+        raise OptionError(f"timeout must be above 0 seconds, not {timeout}")
+
+
+def _letter_of(draws: SubjectDraws) -> Letter:
     try:
-        pickle.dumps(draws.parts)
-    except (AttributeError, TypeError, pickle.PicklingError) as error:
+        return draws.as_letter()
+    except (AttributeError, TypeError, RuntimeError, pickle.PicklingError) as error:
         raise QueueError(
             f"subjects, sampler or transform cannot be sent to a worker ({error}); define them at the "
             f"top of a module, or use start_method='fork'"
@@ -351,9 +373,10 @@ def _name_killed_workers() -> None:
             handler(number, frame)
         except RuntimeError as error:
             dead = "; ".join(filter(None, (workers.describe_dead() for workers in _running)))
-            if _closing and not dead:
-                return
-            raise QueueError(f"a worker of the queue ended: {dead or error}") from error
+            if dead:
+                raise QueueError(f"a worker of the queue ended: {dead}") from error
+            if not _closing:
+                raise  # of another DataLoader
 
     named.names_killed_workers = True  # type: ignore[attr-defined]
     signal.signal(signal.SIGCHLD, named)

@@ -8,8 +8,6 @@ number of them, and can be taken up again at any patch.
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import multiprocessing
 import operator
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,10 +23,11 @@ from zpatch.epoch_plan import EpochPlan, Share, Uneven
 from zpatch.errors import OptionError, QueueError
 from zpatch.memory import format_bytes
 from zpatch.patch import Patch
-from zpatch.patch_feed import TASKS_PER_WORKER, Arrival, PatchFeed
+from zpatch.patch_buffer import PatchBuffer
+from zpatch.patch_feed import START_METHOD, TASKS_PER_WORKER, PatchFeed, check_processes
 from zpatch.patch_slots import WATCH_BYTES, SlotLayout, owned
 from zpatch.patch_worker import FailedDraw, SubjectDraws, Task, Transform
-from zpatch.queue_state import epoch_and_consumed, queue_state, subjects_digest
+from zpatch.queue_state import epoch_and_consumed, order_identity, queue_state, subjects_digest
 from zpatch.randomness import Purpose, rng
 from zpatch.samplers import GridSampler, PatchSampler
 from zpatch.schema import Json
@@ -96,7 +95,7 @@ class Queue(IterableDataset[Patch]):
             raise OptionError(f"dtype must be one of {', '.join(map(str, IMAGE_DTYPES))}, not {dtype}")
         if not len(subjects):
             raise OptionError("a queue needs at least one subject")
-        _check_processes(start_method, timeout)
+        check_processes(start_method, timeout)
         self.subjects = subjects
         self.patch_sampler = patch_sampler
         self.max_length = max_length
@@ -109,18 +108,19 @@ class Queue(IterableDataset[Patch]):
         self.dtype = dtype
         self.share = Share() if subject_sampler is not None else _share(rank, world_size, uneven)
         self.share.check(len(subjects))
+        self._rank_is_found = subject_sampler is None and rank is None  # in torch.distributed
         self._draws = SubjectDraws(subjects, patch_sampler, patches_per_volume, transform, dtype, self.seed)
         self._patches = self._count_patches()
         self._check_subject_sampler()
-        self._start_method = start_method
+        self._start_method = start_method or START_METHOD
         self._timeout = timeout
         self._slot_bytes: int | None = None
         self._subjects_digest: str | None = None
-        self._feed: PatchFeed | None = None
-        self._ready: dict[tuple[int, int], Arrival] = {}
+        self._buffer: PatchBuffer | None = None
         self._epoch, self._consumed = 0, 0  # what was handed out
         self._resumed = False  # whether the next iteration goes on from there
-        self._iteration = 0
+        self._iteration: object | None = None  # the one that runs,
+        self._chosen: int | None = None  # and the epoch that is to follow it
 
     def _count_patches(self) -> NDArray[np.int64]:
         if isinstance(self.patch_sampler, GridSampler):
@@ -199,11 +199,16 @@ class Queue(IterableDataset[Patch]):
         return self.dtype if self._draws.transform is None else None
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration gives; of a state that was loaded, go on in its epoch."""
+        """Choose the epoch that the next iteration gives; of a state that was loaded, go on in its epoch.
+
+        An iteration that runs goes on, and the state is of that until it ends.
+        """
         epoch = _integer("an epoch", epoch)
         if epoch < 0:
             raise OptionError(f"an epoch is at least 0, not {epoch}")
-        if not (self._resumed and epoch == self._epoch):
+        if self._iteration is not None:
+            self._chosen = epoch
+        elif not (self._resumed and epoch == self._epoch):
             self._epoch, self._consumed, self._resumed = epoch, 0, False
 
     def plan(self, epoch: int) -> EpochPlan:
@@ -234,7 +239,10 @@ class Queue(IterableDataset[Patch]):
         """The epoch that workers may begin while the buffer drains, where it is known already."""
         if self.subject_sampler is not None and not hasattr(self.subject_sampler, "set_epoch"):
             return None  # it may give another order each time, and is asked only when it is time
-        return self.plan(plan.epoch + 1)
+        try:
+            return self.plan(plan.epoch + 1)
+        except OptionError:  # its shares are uneven: to be refused when it is time
+            return None
 
     def __iter__(self) -> Iterator[Patch]:
         """The patches of an epoch, each in memory of its own."""
@@ -251,39 +259,52 @@ class Queue(IterableDataset[Patch]):
                 "a queue runs its own workers: give DataLoader num_workers=0, and the number of workers "
                 "to Queue(num_workers=...)"
             )
+        self._check_rank()
+        self._end_iteration()
         if not self._resumed and self._consumed == self.plan(self._epoch).total:
             self._epoch += 1  # all of it was received, though nobody asked for one more
-        consumed = self._consumed if self._resumed else 0
-        self._consumed, self._resumed = consumed, False
-        plan = self.plan(self._epoch)
-        feed, reads_ahead = self._running(), self.upcoming(plan) is not None
-        self._iteration += 1
-        mine = self._iteration
-        serial = feed.begin(plan, consumed)
-        self._let_go(but_from=serial)
-        for number in itertools.islice(plan.order(), consumed, None):
-            while (serial, number) not in self._ready:
-                self._receive(feed, serial)
-            arrival = self._ready.pop((serial, number))
-            assert arrival.patch is not None
-            self._consumed += 1
-            try:
-                yield arrival.patch
-            finally:
-                feed.free(arrival)
-            if mine != self._iteration:
-                raise QueueError(
-                    "the queue was closed, or another iteration of it was begun; iterate it anew"
-                )
-            room = self.max_length if reads_ahead else min(self.max_length, plan.total - self._consumed)
-            if self.num_workers and self._consumed < plan.total and len(self._ready) < room:
-                self._receive(feed, serial)
-        self._epoch, self._consumed = plan.epoch + 1, 0
+        if not self._resumed:
+            self._consumed = 0
+        mine = self._iteration = object()
+        try:
+            plan = self.plan(self._epoch)
+            buffer, reads_ahead = self._running(), self.upcoming(plan) is not None
+            for patch in buffer.lend(plan, self._consumed, reads_ahead=reads_ahead):
+                self._consumed, self._resumed = self._consumed + 1, False
+                yield patch
+                if mine is not self._iteration:
+                    raise QueueError(
+                        "the queue was closed, or another iteration of it was begun; iterate it anew"
+                    )
+            self._epoch, self._consumed, self._resumed = plan.epoch + 1, 0, False
+        finally:
+            if mine is self._iteration:
+                self._end_iteration()
 
-    def _running(self) -> PatchFeed:
-        if self._feed is None:
+    def _end_iteration(self) -> None:
+        """Let no iteration run any more, and the epoch that was chosen meanwhile be the next one."""
+        self._iteration = None
+        if self._buffer is not None:
+            self._buffer.take_back()
+        if self._chosen is not None:
+            self._epoch, self._consumed, self._resumed = self._chosen, 0, False
+            self._chosen = None
+
+    def _check_rank(self) -> None:
+        """Refuse to go on with all subjects where torch.distributed has dealt them out since."""
+        if not self._rank_is_found:
+            return
+        now = _share(None, None, self.share.uneven)
+        if now != self.share and now.world_size > 1:
+            raise QueueError(
+                f"the queue was made as rank {self.share.rank} of {self.share.world_size}, and this is rank "
+                f"{now.rank} of {now.world_size}; make the queue after init_process_group"
+            )
+
+    def _running(self) -> PatchBuffer:
+        if self._buffer is None or self._buffer.is_closed:
             queue = weakref.ref(self)  # workers end with the queue, which they must not keep alive
-            self._feed = PatchFeed(
+            feed = PatchFeed(
                 self._draws,
                 lambda plan: None if (alive := queue()) is None else alive.upcoming(plan),
                 num_workers=self.num_workers,
@@ -292,33 +313,14 @@ class Queue(IterableDataset[Patch]):
                 start_method=self._start_method,
                 timeout=self._timeout,
             )
-        return self._feed
-
-    def _receive(self, feed: PatchFeed, serial: int) -> None:
-        try:
-            arrival = feed.take()
-        except BaseException:  # Ctrl-C too: what was on its way may be lost
-            self.close()
-            raise
-        if arrival.failure is not None and arrival.serial == serial:
-            raise QueueError(arrival.failure)
-        self._ready[arrival.serial, arrival.number] = arrival
-
-    def _let_go(self, but_from: int) -> None:
-        """Forget what arrived for runs before one."""
-        for key in [key for key in self._ready if key[0] < but_from]:
-            arrival = self._ready.pop(key)
-            assert self._feed is not None
-            self._feed.free(arrival)
-        for arrival in self._ready.values():
-            if arrival.failure is not None and arrival.serial == but_from:
-                raise QueueError(arrival.failure)
+            self._buffer = PatchBuffer(feed, self.max_length)
+        return self._buffer
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is, as small JSON: what the caller has received, and of which stream."""
         epoch, consumed = self._epoch, self._consumed
         if consumed and consumed == self.plan(epoch).total:
-            epoch, consumed = epoch + 1, 0
+            epoch, consumed = epoch + 1 if self._chosen is None else self._chosen, 0
         return queue_state(self._fingerprint(), self.seed, epoch, consumed)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -329,14 +331,15 @@ class Queue(IterableDataset[Patch]):
         epoch, consumed = epoch_and_consumed(state, self._fingerprint(), self.seed)
         if consumed > self.plan(epoch).total:
             raise OptionError(f"the state has {consumed} patches of an epoch of {self.plan(epoch).total}")
-        self._iteration += 1
+        self._end_iteration()
         self._epoch, self._consumed, self._resumed = epoch, consumed, True
 
     def _fingerprint(self) -> Json:
         """All that the stream depends on but the seed."""
         if self._subjects_digest is None:
             self._subjects_digest = subjects_digest(self.subjects)
-        order = self.subject_sampler is not None and self.plan(0).digest  # the same, wherever the stream is
+        sampler = self.subject_sampler
+        order = sampler is not None and order_identity(sampler, self._subject_order(0))  # wherever it is
         return {
             "cohort": self._subjects_digest,
             "sampler": repr(self.patch_sampler),
@@ -351,14 +354,13 @@ class Queue(IterableDataset[Patch]):
 
     def close(self) -> None:
         """End the workers; the next iteration starts new ones."""
-        feed, self._feed = self._feed, None
-        self._ready = {}
-        self._iteration += 1
-        if feed is not None:
-            feed.close()
+        self._end_iteration()
+        buffer, self._buffer = self._buffer, None
+        if buffer is not None:
+            buffer.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_feed", None) is not None:
+        if getattr(self, "_buffer", None) is not None:
             self.close()
 
     def __enter__(self) -> Self:
@@ -373,14 +375,6 @@ def _integer(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise OptionError(f"{name} must be an integer, not {value!r}") from None
-
-
-def _check_processes(start_method: str | None, timeout: float) -> None:
-    methods = multiprocessing.get_all_start_methods()
-    if start_method is not None and start_method not in methods:
-        raise OptionError(f"start_method must be one of {', '.join(methods)}, not {start_method!r}")
-    if timeout <= 0:
-        raise OptionError(f"timeout must be above 0 seconds, not {timeout}")
 
 
 def _share(rank: int | None, world_size: int | None, uneven: Uneven) -> Share:

@@ -1,7 +1,8 @@
 """Memory that the queue and its workers share: one block of slots, one patch in each.
 
 A worker writes voxels where the training process reads them; only numbers and places pass between them. The
-block has no name: it goes with the last process that looks at it, however that one ends.
+block has no name: it goes with the last process that looks at it, however that one ends. So does the letter
+that tells workers what they are to work with.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import errno
 import math
 import mmap
 import os
+import pickle
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -112,6 +114,45 @@ class SlotLayout:
         return Patch(images, location, subject)
 
 
+class NamelessFile:
+    """A file without a name, in memory where the system has such files.
+
+    It can be handed to a process as it starts, forked or not.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.handle = _new_file(nbytes)
+
+    def __getstate__(self) -> Any:
+        return reduction.DupFd(self.handle)
+
+    def __setstate__(self, state: Any) -> None:
+        self.handle = state.detach()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):
+            os.close(self.handle)
+
+
+class Letter:
+    """Something that several processes are to get as they start, pickled once.
+
+    Python writes what a process starts with to a pipe, and waits for ever where the process dies before it
+    has read more than a pipe holds, 64 KiB. Of a letter only the file's number goes that way.
+    """
+
+    def __init__(self, content: Any) -> None:
+        pickled = pickle.dumps(content)
+        self._file = NamelessFile(len(pickled))
+        with mmap.mmap(self._file.handle, len(pickled)) as written:
+            written[:] = pickled
+
+    def read(self) -> Any:
+        """What was put into it."""
+        with mmap.mmap(self._file.handle, 0, access=mmap.ACCESS_READ) as written:
+            return pickle.loads(written)
+
+
 class SlotBlock:
     """``count`` slots of ``slot_bytes`` each, and a number that each worker keeps up to date.
 
@@ -121,7 +162,7 @@ class SlotBlock:
     def __init__(self, count: int, slot_bytes: int) -> None:
         nbytes = WATCH_BYTES + count * slot_bytes
         try:
-            self._open(_new_file(nbytes), count, slot_bytes)
+            self._open(NamelessFile(nbytes), count, slot_bytes)
         except (OSError, OverflowError) as error:
             number, reason = getattr(error, "errno", errno.ENOMEM), getattr(error, "strerror", error)
             full = number in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG)
@@ -130,10 +171,10 @@ class SlotBlock:
                 f"the queue's {format_bytes(nbytes)} of shared memory cannot be had ({reason}); {advice}"
             ) from error
 
-    def _open(self, handle: int, count: int, slot_bytes: int) -> None:
+    def _open(self, file: NamelessFile, count: int, slot_bytes: int) -> None:
         self.count, self.slot_bytes = count, slot_bytes
-        self._handle = handle
-        self._map = mmap.mmap(handle, self.nbytes)
+        self._file = file
+        self._map = mmap.mmap(file.handle, self.nbytes)
         self.watched: NDArray[np.int64] = np.frombuffer(self._map, np.int64, WATCH_BYTES // 8)
 
     @property
@@ -141,15 +182,11 @@ class SlotBlock:
         """Size of the whole block."""
         return WATCH_BYTES + self.count * self.slot_bytes
 
-    def __getstate__(self) -> tuple[Any, int, int]:
-        return reduction.DupFd(self._handle), self.count, self.slot_bytes
+    def __getstate__(self) -> tuple[NamelessFile, int, int]:
+        return self._file, self.count, self.slot_bytes
 
-    def __setstate__(self, state: tuple[Any, int, int]) -> None:
-        self._open(state[0].detach(), *state[1:])
-
-    def __del__(self) -> None:
-        with contextlib.suppress(OSError, AttributeError):
-            os.close(self._handle)
+    def __setstate__(self, state: tuple[NamelessFile, int, int]) -> None:
+        self._open(*state)
 
     def tensor(self, slot: int, place: ImagePlace) -> torch.Tensor:
         """An image of a slot, (C, I, J, K), as it lies there."""
@@ -185,7 +222,10 @@ def _new_file(nbytes: int) -> int:
     """A file without a name, in memory where the system has such files."""
     if not hasattr(os, "memfd_create"):
         with tempfile.TemporaryFile() as file:
-            os.posix_fallocate(file.fileno(), 0, nbytes)
+            if hasattr(os, "posix_fallocate"):  # which says at once that a disk is full
+                os.posix_fallocate(file.fileno(), 0, nbytes)
+            else:
+                os.ftruncate(file.fileno(), nbytes)
             return os.dup(file.fileno())
     handle = os.memfd_create("zpatch-queue", os.MFD_CLOEXEC)
     try:

@@ -21,7 +21,7 @@ from zpatch.epoch_plan import Draw
 from zpatch.geometry import Affine, PatchLocation, crop_affine
 from zpatch.image import Image, read_together
 from zpatch.patch import Patch, torch_dtype
-from zpatch.patch_slots import ImagePlace, SlotBlock, SlotLayout, new_tensor
+from zpatch.patch_slots import ImagePlace, Letter, SlotBlock, SlotLayout, new_tensor
 from zpatch.randomness import Purpose, rng
 from zpatch.samplers import GridSampler, PatchSampler
 from zpatch.scaling import UNSCALED
@@ -43,6 +43,7 @@ class Task:
 class Delivered:
     """A patch in its slot; one that does not fit there travels by itself."""
 
+    subject: str
     location: PatchLocation
     layout: SlotLayout
     affines: Sequence[Affine]
@@ -54,7 +55,6 @@ class Delivery:
     """What a worker gives for a task: a patch for each of its slots."""
 
     task: Task
-    subject: str
     patches: Sequence[Delivered]
 
 
@@ -83,7 +83,7 @@ class SubjectDraws(Dataset[Any]):
 
     ``dtype`` is what images come to a transform in. Without one, or with None, they keep their stored type,
     and slope and intercept stand beside: values are made of them once, where they go. ``block`` is where a
-    worker puts patches.
+    worker puts patches, ``letter`` what brings all else to workers that are not forked.
     """
 
     def __init__(
@@ -99,6 +99,7 @@ class SubjectDraws(Dataset[Any]):
         self.sampler = sampler
         self.transform = transform
         self.block: SlotBlock | None = None
+        self.letter: Letter | None = None
         self._patches_per_volume = patches_per_volume
         self._dtype = dtype
         self._seed = seed
@@ -111,16 +112,23 @@ class SubjectDraws(Dataset[Any]):
         self.block.watched[2 * number : 2 * number + 2] = os.getpid(), task.draw.subject + 1
         try:
             subject = self.subjects[task.draw.subject]
-            return Delivery(task, subject.name, self._delivered(subject, task, self.block))
+            return Delivery(task, self._delivered(subject, task, self.block))
         except (Exception, SystemExit) as error:  # whatever it is, it must reach the caller with its subject
             return FailedDraw.of(task, self.name_of(task.draw.subject), error)
         finally:
             self.block.watched[2 * number + 1] = 0
 
-    @property
-    def parts(self) -> tuple[Any, ...]:
-        """All that is sent to a worker but the block of slots."""
-        return self.subjects, self.sampler, self.transform
+    def as_letter(self) -> Letter:
+        """All that a worker needs but the block of slots."""
+        return Letter({name: part for name, part in vars(self).items() if name not in ("block", "letter")})
+
+    def __getstate__(self) -> tuple[Letter, SlotBlock | None]:
+        assert self.letter is not None
+        return self.letter, self.block
+
+    def __setstate__(self, state: tuple[Letter, SlotBlock | None]) -> None:
+        letter, self.block = state
+        vars(self).update(letter.read(), letter=None)
 
     def name_of(self, subject: int) -> str:
         """The name of a subject by its number."""
@@ -133,7 +141,9 @@ class SubjectDraws(Dataset[Any]):
             locations = self._locations(subject, task.draw)
             outs = [[block.tensor(slot, place) for slot in task.slots] for place in layout.images]
             affines = self._read(subject, locations, outs)
-            return [Delivered(at, layout, of) for at, of in zip(locations, affines, strict=True)]
+            return [
+                Delivered(subject.name, at, layout, of) for at, of in zip(locations, affines, strict=True)
+            ]
         return [
             self._sent(patch, slot, block)
             for patch, slot in zip(self.patches(task.draw), task.slots, strict=True)
@@ -147,7 +157,8 @@ class SubjectDraws(Dataset[Any]):
                 block.tensor(slot, place).copy_(image.data.detach())
         else:
             loose = [packed(image.data) for image in images]
-        return Delivered(patch.location, layout, [image.affine for image in images], loose)
+        affines = [image.affine for image in images]
+        return Delivered(patch.subject, patch.location, layout, affines, loose)
 
     def patches(self, draw: Draw) -> Iterator[Patch]:
         """The transformed patches of a draw, each in memory of its own."""
@@ -184,9 +195,10 @@ class SubjectDraws(Dataset[Any]):
         """Whether padding is of values, which stored voxels do not stand for."""
         if not isinstance(self.sampler, GridSampler) or self.sampler.padding_mode != "constant":
             return False
+        fill = self.sampler.fill_of(image)
         with np.errstate(all="ignore"):
-            stored = np.array(self.sampler.fill).astype(image.source.dtype)
-        return image.scaling != UNSCALED or stored != self.sampler.fill
+            stored = np.array(fill).astype(image.source.dtype)
+        return image.scaling != UNSCALED or stored != fill
 
     def _locations(self, subject: Subject, draw: Draw) -> list[PatchLocation]:
         if isinstance(self.sampler, GridSampler):
@@ -208,7 +220,7 @@ class SubjectDraws(Dataset[Any]):
             locations,
             scaled=scaled,
             padding_mode=None if grid is None else grid.padding_mode,
-            fill=0 if grid is None else grid.fill,
+            fill=0 if grid is None else [grid.fill_of(image) for image in images],
             outs=[[tensor.numpy() for tensor in of] for of in tensors],
         )
         return [[crop_affine(image.affine, at.index) for image in images] for at in locations]
@@ -219,7 +231,7 @@ class SubjectDraws(Dataset[Any]):
         place = draw.visit << 32 | number
         stream = rng(self._seed, draw.epoch, draw.subject, place, purpose=Purpose.TRANSFORM)
         try:
-            with seeded_globals(int(stream.integers(2**63))):
+            with seeded_globals(int(stream.integers(2**63))), one_thread():
                 changed: Any = self.transform(patch)
             if not isinstance(changed, Patch):
                 raise TypeError(f"a transform gives a Patch, not {type(changed).__name__}")
@@ -248,6 +260,19 @@ def unpacked(data: NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
     """The tensor that was sent."""
     tensor = torch.from_numpy(data)
     return tensor.view(dtype) if dtype == torch.bfloat16 else tensor
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute in one thread, as it does in a worker: the sums of several are rounded otherwise."""
+    before = torch.get_num_threads()
+    if before != 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

@@ -6,8 +6,12 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from zpatch.cohort import Subject
 from zpatch.errors import OptionError
+from zpatch.image import Image
 from zpatch.schema import Json, digest
 
 VERSION = 1
@@ -21,10 +25,26 @@ def subjects_digest(subjects: Sequence[Subject]) -> str:
 
 def _described(subject: Subject) -> str:
     images = (
-        f"{name} {image.kind} {image.shape} {image.record.contents if image.record else image.dtype}"
-        for name, image in subject.images.items()
+        f"{name} {image.kind} {image.shape} {_contents(image)}" for name, image in subject.images.items()
     )
     return f"{subject.name}: {', '.join(images)}"
+
+
+def _contents(image: Image) -> str:
+    """What the manifest says of an image's files, else all that is known of it."""
+    return image.record.contents if image.record and image.record.files else image.identity()
+
+
+def order_identity(sampler: Any, order: NDArray[np.int64]) -> str:
+    """What tells the order of a ``subject_sampler`` from others, the same on all ranks.
+
+    ``order`` is that of epoch 0; one that deals subjects out to ranks is told by how it does so.
+    """
+    if not hasattr(sampler, "num_replicas"):
+        return digest(order.tobytes())
+    options = ("num_replicas", "seed", "shuffle", "drop_last")
+    told = ", ".join(f"{name}={getattr(sampler, name)!r}" for name in options if hasattr(sampler, name))
+    return f"{type(sampler).__name__}({told})"
 
 
 def queue_state(fingerprint: Json, seed: int, epoch: int, consumed: int) -> Json:
