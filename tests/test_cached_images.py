@@ -16,8 +16,8 @@ import zarr
 
 import zpatch as zp
 from zpatch.compat import cached_images
-from zpatch.compat.cached_images import cache_folder, cached_image
-from zpatch.errors import NotAStoreError, SourceError, StoreError
+from zpatch.compat.cached_images import cache_folder, cached_image, save_image
+from zpatch.errors import NotAStoreError, OptionError, SourceError, StoreError
 from zpatch.schema import Kind
 
 VOXELS = np.arange(6 * 7 * 8, dtype=np.int16).reshape(6, 7, 8)
@@ -149,7 +149,10 @@ def test_other_images_are_opened_as_they_are(cohort: zp.Cohort, tmp_path: Path, 
 
 def test_a_label_map_of_other_than_whole_numbers_fails_with_its_name(tmp_path: Path) -> None:
     path = save(tmp_path / "seg.nii.gz", np.full((4, 4, 4), 0.5, np.float32))
-    with pytest.raises(SourceError, match=rf"^{path}: label values must be whole numbers, not 0\.5"):
+    advice = "say ScalarImage if this is no label map"  # not an option of the command line
+    with pytest.raises(
+        SourceError, match=rf"^{path}: label values must be whole numbers, not 0\.5; {advice}$"
+    ):
         cached_image(path, "label")
     assert cached_image(path).data.max() == 0.5
 
@@ -159,12 +162,40 @@ def test_a_file_that_is_missing_or_broken_fails_with_its_name(tmp_path: Path) ->
     with pytest.raises(SourceError, match=rf"^{path}: it cannot be read \(No such file"):
         cached_image(path)
     path.write_bytes(b"nothing")
-    with pytest.raises(SourceError, match=rf"^{path}: it is not a NIfTI file"):
+    with pytest.raises(
+        SourceError, match=rf"^{path}: it is not a NIfTI file .*; replace it, or leave it out$"
+    ):
         cached_image(path)
     whole = save(tmp_path / "whole.nii.gz", np.tile(VOXELS, (4, 4, 4))).read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(SourceError, match=rf"^{path}: "):
         cached_image(path)
+
+
+@pytest.mark.parametrize("name", ["t1.nii", "t1.nii.gz"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float32, np.float16, bool])
+def test_a_saved_image_is_a_nifti_file_of_its_voxels(tmp_path: Path, name: str, dtype: Any) -> None:
+    voxels = (np.stack([VOXELS, -VOXELS]) % 5).astype(dtype)
+    affine = np.array([[0, 2, 0, 5], [3, 0, 0, -7], [0, 0, -4, 9], [0, 0, 0, 1.0]])
+    for channels in (voxels, voxels[:1], voxels[::-1, ::2]):
+        save_image(tmp_path / "new" / name, channels, affine)
+        saved = nib.load(tmp_path / "new" / name)
+        assert np.array_equal(saved.affine, affine)
+        found = np.asarray(saved.dataobj).reshape(*channels.shape[1:], -1)
+        assert np.array_equal(np.moveaxis(found, -1, 0), channels)
+        again = cached_image(tmp_path / "new" / name)
+        assert np.array_equal(again.data, channels)
+    assert len(list((tmp_path / "new").iterdir())) == 1
+
+
+def test_what_is_no_image_or_would_be_no_nifti_file_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(
+        OptionError, match=r"t1\.png: images are saved as NIfTI; let the name end in \.nii or"
+    ):
+        save_image(tmp_path / "t1.png", VOXELS[None], AFFINE)
+    with pytest.raises(OptionError, match=r"t1\.nii: an image is \(C, I, J, K\), not \(1, 1, 6, 7, 8\)"):
+        save_image(tmp_path / "t1.nii", VOXELS[None, None], AFFINE)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_made_says_how_to_choose_another(

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 import zpatch as zp
 import zpatch.compat.torchio0 as torchio
-from zpatch.errors import IncompleteCoverageError, OptionError, PatchOverlapError, PatchSizeError
+from zpatch.errors import IncompleteCoverageError, ModelError, OptionError, PatchOverlapError, PatchSizeError
 
 CHANNELS_DIMENSION = 1
 PATCH = 8
@@ -206,6 +206,12 @@ def test_a_grid_that_does_not_fit_is_refused() -> None:
         aggregator.get_output_tensor()
 
 
+def test_patches_of_another_size_than_their_locations_are_refused() -> None:
+    aggregator = torchio.GridAggregator(np.zeros((9, 9, 9)), 1)
+    with pytest.raises(ModelError, match=r"the network must keep the patch's shape$"):
+        aggregator.add_batch(torch.ones(1, 1, 2, 4, 4), torch.tensor([[0, 0, 0, 4, 4, 4]]))
+
+
 # Samplers and queue
 
 
@@ -249,6 +255,26 @@ def test_the_last_place_of_a_patch_is_drawn_too() -> None:
     subject = torchio.Subject(torchio.Image("t1", np.zeros((5, 4, 4), np.uint8)))
     patches = itertools.islice(torchio.ImageSampler(subject, 4), 50)
     assert {int(patch["index_ini"][0]) for patch in patches} == {0, 1}
+
+
+def test_whole_subjects_come_out_of_a_dataloader(subjects: list[torchio.Subject]) -> None:
+    [batch] = DataLoader(torchio.ImagesDataset([subjects[0], subjects[0]]), batch_size=2)
+    for name in ("t1", "label"):
+        voxels = subjects[0][name].data
+        assert torch.equal(batch[name][torchio.DATA], torch.stack([voxels, voxels]))
+
+
+def test_transforms_are_those_of_torchio() -> None:
+    installed = pytest.importorskip("torchio")
+
+    class Mine(installed.RandomFlip):  # type: ignore[misc]
+        pass
+
+    assert torchio.RandomFlip is installed.RandomFlip
+    subject = torchio.Subject(torchio.Image("t1", np.arange(64).reshape(4, 4, 4)))
+    dataset = torchio.ImagesDataset([subject], transform=Mine(axes=0, flip_probability=1))
+    for patch in torchio.Queue(dataset, 5, 3, 4, torchio.ImageSampler):
+        assert torch.equal(patch["t1"].data, subject["t1"].data.flip(1))
 
 
 def test_images_of_a_subject_are_given_one_by_one_or_in_a_list() -> None:

@@ -15,12 +15,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 import zpatch as zp
 import zpatch.compat.torchio1 as tio
 from zpatch.compat.transforms import on_tensors
-from zpatch.errors import IncompleteCoverageError, OptionError, PatchSizeError
+from zpatch.errors import IncompleteCoverageError, ModelError, OptionError, PatchSizeError
 from zpatch.image import stored_image
 
 # Torch says so where there are more workers than processors.
@@ -59,7 +59,10 @@ def subjects(cohort_source: Path, cache: None) -> list[tio.Subject]:
 def brain(subjects: list[tio.Subject]) -> tio.Subject:
     """A subject with a map to sample by."""
     weights = np.random.default_rng(1).random(subjects[0].spatial_shape, np.float32)
-    return tio.Subject(subjects[0], sampling_map=tio.Image(tensor=weights, type=tio.SAMPLING_MAP))
+    affine = subjects[0].t1.affine
+    return tio.Subject(
+        subjects[0], sampling_map=tio.Image(tensor=weights, affine=affine, type=tio.SAMPLING_MAP)
+    )
 
 
 def in_memory(*shape: int, seed: int = 0, **more: Any) -> tio.Subject:
@@ -216,6 +219,35 @@ def test_a_patch_is_a_mapping_with_attributes(brain: tio.Subject) -> None:
         patch.flair  # noqa: B018 - the access is what is tested
 
 
+def test_a_patch_and_its_images_tell_their_shape_and_are_saved(brain: tio.Subject, tmp_path: Path) -> None:
+    [patch] = tio.LabelSampler((4, 5, 6), "seg")(brain, 1)
+    [batch] = DataLoader([patch, patch], batch_size=2)  # type: ignore[arg-type]
+    assert patch.shape == patch.t1.shape == (1, 4, 5, 6)
+    assert batch.shape == batch.seg.shape == (2, 1, 4, 5, 6)
+    for one in (patch, patch.seg, batch, batch.t1):
+        assert one.spatial_shape == (4, 5, 6)
+    for name, made in (("t1", tio.ScalarImage), ("seg", tio.LabelMap)):
+        for image in (patch[name], brain[name]):
+            image.save(tmp_path / f"{name}.nii.gz")
+            again = made(tmp_path / f"{name}.nii.gz")
+            assert torch.equal(again.data, image.data)
+            np.testing.assert_allclose(again.affine, image.affine, atol=1e-5)
+
+
+@pytest.mark.parametrize("loader", [DataLoader, tio.SubjectsLoader])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_whole_subjects_of_a_dataset_are_batched(loader: Any, workers: int) -> None:
+    subjects = [in_memory(5, 6, 7, seed=n, number=n, name=f"sub-{n}") for n in range(3)]
+    dataset = tio.SubjectsDataset(subjects, transform=on_tensors(torch.neg))
+    for whole in (dataset, Subset(dataset, [0, 1, 2])):
+        batches = list(loader(whole, batch_size=2, num_workers=workers))
+        assert [batch["name"] for batch in batches] == [["sub-0", "sub-1"], ["sub-2"]]
+        assert batches[0]["number"].tolist() == [0, 1]
+        assert torch.equal(batches[0]["t1"][tio.DATA], -torch.stack([s.t1.data for s in subjects[:2]]))
+        assert torch.equal(batches[1]["seg"][tio.DATA][0], subjects[2].seg.data)
+        assert batches[0].shape == (2, 1, 5, 6, 7)
+
+
 @pytest.mark.parametrize("loader", [DataLoader, tio.SubjectsLoader])
 def test_batches_are_mappings_with_attributes_too(brain: tio.Subject, loader: Any) -> None:
     queue = tio.Queue([brain], 6, 6, tio.UniformSampler(PATCH))
@@ -249,7 +281,7 @@ def test_a_subject_of_a_cohort_carries_its_images_and_its_name(cohort: zp.Cohort
 def test_the_number_of_samples_of_a_subject_is_its_own_where_it_says_one() -> None:
     subjects = [
         in_memory(10, 10, 10),
-        in_memory(10, 10, 10, num_samples=9),
+        in_memory(10, 10, 10, num_samples=np.int64(9)),
         in_memory(9, 9, 9, num_samples=1),
     ]
     for number, subject in enumerate(subjects):
@@ -259,7 +291,7 @@ def test_the_number_of_samples_of_a_subject_is_its_own_where_it_says_one() -> No
         found = [patch["number"] for patch in queue]
         assert [found.count(number) for number in range(3)] == [4, 9, 1]
     assert len(queue) == queue.iterations_per_epoch == 14
-    for wrong in (0, -1, 2.5):
+    for wrong in (0, -1, 2.5, "3", np.int64(0)):
         with pytest.raises(OptionError, match="num_samples of subject 0 must be at least 1"):
             tio.Queue([in_memory(9, 9, 9, num_samples=wrong)], 5, 4, tio.UniformSampler(PATCH))
 
@@ -421,6 +453,30 @@ def test_a_subject_is_a_mapping_of_images_and_all_else() -> None:
         tio.SubjectsDataset([])
 
 
+def test_name_and_split_of_a_subject_are_what_they_were_given_as() -> None:
+    subject = in_memory(9, 9, 9, split="train", name=7)
+    assert (subject.split, subject.name) == (subject["split"], subject["name"]) == ("train", 7)
+    patches = list(tio.Queue([subject], 5, 3, tio.UniformSampler(PATCH), num_workers=1))
+    assert [(patch.split, patch.name) for patch in patches] == [("train", 7)] * 3
+    assert (in_memory(9, 9, 9).split, in_memory(9, 9, 9).name) == (None, "subject")
+
+
+def test_images_of_a_subject_that_lie_elsewhere_are_not_sampled_together() -> None:
+    sampler = tio.UniformSampler(PATCH)
+
+    def subject_moved_by(millimetres: float) -> tio.Subject:
+        affine = np.diag([2.0, 2, 3, 1])
+        image = tio.ScalarImage(tensor=np.zeros((9, 9, 9)), affine=affine)
+        affine[0, 3] = millimetres
+        return tio.Subject(t1=image, seg=tio.LabelMap(tensor=np.zeros((9, 9, 9), np.uint8), affine=affine))
+
+    same, other = subject_moved_by(1e-7), subject_moved_by(0.1)
+    assert len(list(sampler(same, 2))) == len(list(tio.Queue([same], 5, 2, sampler))) == 2
+    for patches in (sampler(other, 2), tio.Queue([other], 5, 2, sampler)):
+        with pytest.raises(OptionError, match="'t1' and 'seg' of subject 'subject' have different affines"):
+            list(patches)
+
+
 def test_a_grid_without_a_subject_is_for_a_queue_only() -> None:
     grid = tio.GridSampler(patch_size=4)
     assert len(list(grid(in_memory(4, 4, 8)))) == 2
@@ -455,6 +511,14 @@ def test_a_network_that_makes_its_patches_smaller_gives_a_smaller_volume(
     output = aggregator.get_output_tensor()
     assert output.shape == (2, *(n // factor for n in shape))
     torch.testing.assert_close(output, torch.ones_like(output))
+
+
+def test_an_output_of_another_size_is_refused_with_the_advice_that_helps_here() -> None:
+    grid = tio.GridSampler(in_memory(8, 8, 8), 4)
+    for factor in (1, 2):
+        aggregator = tio.GridAggregator(grid, downsampling_factor=factor)
+        with pytest.raises(ModelError, match="or downsampling_factor= must say how it scales"):
+            aggregator.add_batch(torch.ones(1, 1, 3, 3, 3), grid[0][tio.LOCATION][None])
 
 
 def test_a_patch_that_is_missing_is_an_error() -> None:
@@ -593,6 +657,30 @@ def test_label_places_are_distributed_as_those_of_torchio(
     assert_drawn_from(found, centres_to_starts(exact, size))
 
 
+@pytest.mark.filterwarnings("ignore:Using TorchIO images without a SubjectsLoader")
+def test_whole_subjects_are_batched_as_torchio_does(torchio: Any) -> None:
+    subjects = [in_memory(5, 6, 7, seed=n) for n in range(2)]
+    theirs = torchio.SubjectsDataset([in_torchio(torchio, subject) for subject in subjects])
+    for ours, other in ((tio.SubjectsLoader, torchio.SubjectsLoader), (DataLoader, DataLoader)):
+        [found] = ours(tio.SubjectsDataset(subjects), batch_size=2)
+        [wanted] = other(theirs, batch_size=2)
+        for name in ("t1", "seg"):
+            assert torch.equal(found[name][tio.DATA], wanted[name][torchio.DATA])
+
+
+def test_torchio_refuses_images_that_lie_elsewhere_too(torchio: Any) -> None:
+    voxels = torch.zeros(1, 9, 9, 9)
+    moved = torchio.LabelMap(tensor=voxels, affine=np.diag([1.0, 1, 1.1, 1]))
+    with pytest.raises(RuntimeError, match="not in the same space"):
+        torchio.UniformSampler(4)(torchio.Subject(t1=torchio.ScalarImage(tensor=voxels), seg=moved))
+
+
+def test_the_constants_of_torchio_are_here(torchio: Any) -> None:
+    names = [name for name in tio.__all__ if name.isupper()]
+    assert {"DATA", "LOCATION", "CHANNELS_DIMENSION"} < set(names)
+    assert [getattr(tio, name) for name in names] == [getattr(torchio, name) for name in names]
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_transforms_of_torchio_run_on_patches(torchio: Any, workers: int) -> None:
     subject = in_memory(9, 9, 9)
@@ -604,6 +692,20 @@ def test_transforms_of_torchio_run_on_patches(torchio: Any, workers: int) -> Non
         box = tuple(slice(a, a + PATCH) for a in patch[tio.LOCATION].tolist()[:3])
         assert torch.equal(patch.seg.data, subject.seg.data[:, *box].flip(1))
         assert (patch.t1.data.min(), patch.t1.data.max()) == (0, 1)
+
+
+def test_a_transform_of_ones_own_that_is_made_from_torchios_runs_on_patches(torchio: Any) -> None:
+    class Doubled(torchio.Transform):  # type: ignore[misc]
+        def apply_transform(self, subject: Any) -> Any:
+            subject.t1.set_data(2 * subject.t1.data)
+            return subject
+
+    subject = in_memory(9, 9, 9)
+    dataset = tio.SubjectsDataset([subject], transform=Doubled())
+    for patch in [*tio.Queue(dataset, 5, 3, tio.UniformSampler(PATCH)), dataset[0].whole()]:
+        ini, fin = patch[tio.LOCATION].reshape(2, 3).tolist()
+        box = tuple(slice(a, b) for a, b in zip(ini, fin, strict=True))
+        assert torch.equal(patch.t1.data, 2 * subject.t1.data[:, *box])
 
 
 def test_names_that_are_no_transforms_are_attribute_errors(torchio: Any) -> None:

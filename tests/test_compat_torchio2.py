@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -256,7 +257,7 @@ def test_patches_have_torchios_names(subject: tio.Subject) -> None:
     grid = tio.GridSampler(subject, 8)
     for patch in (grid[0], next(iter(grid)), next(iter(tio.UniformSampler(subject, 8)))):
         assert patch.patch_location == patch.location
-        assert patch.spatial_shape == (8, 8, 8)
+        assert (patch.shape, patch.spatial_shape) == ((1, 8, 8, 8), (8, 8, 8))
         assert patch.metadata == {"age": 40}
 
 
@@ -314,6 +315,105 @@ def test_a_function_of_patches_is_a_transform_too(subjects: list[tio.Subject]) -
 def test_a_loader_stacks_by_itself(subjects: list[tio.Subject]) -> None:
     with pytest.raises(OptionError, match="SubjectsLoader sets collate_fn"):
         tio.SubjectsLoader(subjects, collate_fn=list)
+
+
+def test_each_iteration_is_an_epoch_also_after_one_that_was_broken_off(subjects: list[tio.Subject]) -> None:
+    sampler = tio.UniformSampler(subjects[0], 8)
+    with tio.Queue(subjects, sampler, 7, 3) as queue, tio.Queue(subjects, sampler, 7, 3) as same:
+        found = [items(itertools.islice(queue, 4)), items(queue)]
+        [batch] = itertools.islice(tio.SubjectsLoader(queue, batch_size=4), 1)
+        found += [items(queue), items(queue)]
+        for epoch, wanted in zip((0, 1, 3, 4), found, strict=True):
+            same.set_epoch(epoch)
+            assert wanted == items(same)[: len(wanted)]
+        same.set_epoch(2)
+        assert batch.patch_location == [patch.location for patch in itertools.islice(same, 4)]
+        running = iter(queue)
+        next(running)
+        queue.set_epoch(1)
+        assert items(queue) == found[1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_epoch_of_a_subject_sampler_is_the_one_that_was_set(
+    subjects: list[tio.Subject], workers: int
+) -> None:
+    order: Any = DistributedSampler(subjects, num_replicas=1, rank=0, shuffle=True)
+    sampler = tio.UniformSampler(subjects[0], 8)
+    found = []
+    with tio.Queue(subjects, sampler, 9, 1, workers, False, False, subject_sampler=order) as queue:
+        for epoch in (5, 2, 2):
+            order.set_epoch(epoch)
+            patches = list(queue)
+            assert [patch.metadata["age"] for patch in patches] == [40 + number for number in order]
+            found.append(sorted(items(patches)))
+        assert queue.subject_sampler is order
+    assert found[1] != found[2]  # other patches of the same subjects
+    with pytest.raises(OptionError, match="iterated anew for each epoch"):
+        tio.Queue(subjects, sampler, shuffle_subjects=False, subject_sampler=iter([0, 1]))
+
+
+def test_a_queue_goes_on_where_a_state_was_taken(subjects: list[tio.Subject]) -> None:
+    def start() -> tuple[Any, tio.Queue]:
+        order: Any = DistributedSampler(subjects, num_replicas=2, rank=1, shuffle=True)
+        sampler = tio.UniformSampler(subjects[0], 8)
+        return order, tio.Queue(subjects, sampler, 7, 3, shuffle_subjects=False, subject_sampler=order)
+
+    order, queue = start()
+    order.set_epoch(5)
+    patches = iter(queue)
+    items(itertools.islice(patches, 4))
+    state = json.loads(json.dumps(queue.state_dict()))
+    wanted = [items(patches)]
+    order.set_epoch(6)
+    wanted.append(items(queue))
+    order, queue = start()
+    queue.load_state_dict(state)
+    order.set_epoch(5)
+    found = [items(queue)]
+    order.set_epoch(6)
+    found.append(items(queue))
+    assert found == wanted
+    assert [len(part) for part in found] == [5, 9]
+    other = tio.Queue(subjects, queue.patch_sampler, 7, 3, shuffle_subjects=False, subject_sampler=[0])
+    with pytest.raises(OptionError, match="subject_sampler was"):
+        other.load_state_dict(state)
+
+
+def test_a_queue_takes_no_more_patches_of_a_subject_than_its_sampler_gives(
+    subjects: list[tio.Subject],
+) -> None:
+    for own, wanted in ((3, 3), (20, 10), (None, 10)):
+        with tio.Queue(subjects, tio.UniformSampler(subjects[0], 8, num_patches=own)) as queue:
+            assert Counter(patch.metadata["age"] for patch in queue) == dict.fromkeys(range(40, 45), wanted)
+            assert queue.patches_per_epoch == 5 * wanted
+
+
+def test_name_and_split_of_a_subject_are_what_they_were_given_as() -> None:
+    image = tio.ScalarImage(np.zeros((8, 8, 8)))
+    subject = tio.Subject(t1=image, split="train", name=7)
+    assert (subject.split, subject.name) == ("train", 7)
+    assert subject.metadata == {"split": "train", "name": 7}
+    with tio.Queue([subject], tio.UniformSampler(subject, 4), num_workers=1) as queue:
+        assert {patch.metadata["name"] for patch in queue} == {7}
+    assert (tio.Subject(t1=image).split, tio.Subject(t1=image).name) == (None, "subject")
+
+
+def test_an_image_is_saved_as_a_nifti_file(subject: tio.Subject, tmp_path: Path) -> None:
+    for name, suffix in (("t1", ".nii.gz"), ("seg", ".nii")):
+        image = getattr(subject, name)
+        image.save(tmp_path / f"{name}{suffix}")
+        again = type(image)(tmp_path / f"{name}{suffix}")
+        assert torch.equal(again.data, image.data)
+        np.testing.assert_allclose(again.affine, image.affine)
+
+
+def test_modules_of_torchio_are_imported_from_as_before() -> None:
+    program = "from zpatch.compat.torchio2.loader import SubjectsLoader as loader; print(loader.__module__)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.returncode) == ("zpatch.compat.torchio2", 0), done.stderr
+    assert tio.loader.SubjectsLoader is tio.SubjectsLoader
+    assert tio.data.UniformSampler is tio.UniformSampler
 
 
 # Where this is what the documentation of 2.x says, or other on purpose
@@ -392,6 +492,13 @@ def test_torchio_2_trains_with_the_transforms_of_its_example(
     assert epochs[0] == epochs[1]
     assert [place for _, place, _ in epochs[0]] == [patch.location.index for patch in plain]
     assert epochs[0] != items(plain)
+
+
+def test_torchio_2_takes_no_more_patches_than_the_sampler_gives(torchio_2: Any) -> None:
+    theirs = torchio_2.Subject(t1=torchio_2.ScalarImage(torch.zeros(1, 9, 9, 9)))
+    for own, wanted in ((3, 3), (20, 10), (None, 10)):
+        sampler = torchio_2.UniformSampler(theirs, 8, num_patches=own)
+        assert len(list(torchio_2.Queue([theirs], sampler))) == wanted
 
 
 def test_torchio_2_has_the_same_grid(torchio_2: Any) -> None:

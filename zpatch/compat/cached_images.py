@@ -1,4 +1,4 @@
-"""NIfTI files as images that patches can be read from: each is converted once, into a cache.
+"""NIfTI files as images that patches can be read from, each converted once into a cache; and written again.
 
 The cache is the folder ``ZPATCH_CACHE``, else ``zpatch`` in ``XDG_CACHE_HOME`` or in ``~/.cache``. It keeps
 what it holds: whatever is no longer wanted in it may be deleted. A cohort is better converted beforehand, by
@@ -11,21 +11,37 @@ import csv
 import logging
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from zpatch.cases import HEADER, VOXELS, is_image_name, stem_of, usable_name
 from zpatch.conversion import committed, run_conversion
-from zpatch.conversion_plan import ConvertOptions, plan_conversion
-from zpatch.errors import SourceError, StoreError, StoreLockedError
+from zpatch.conversion_plan import ConversionPlan, ConvertOptions, plan_conversion
+from zpatch.errors import OptionError, SourceError, StoreError, StoreLockedError
+from zpatch.geometry import Affine
 from zpatch.image import IMAGE_CLASSES, Image, stored_image
 from zpatch.listings import SOLE_IMAGE
 from zpatch.nifti import read_header
+from zpatch.nifti_export import SUFFIXES
+from zpatch.nifti_writer import make_header, write_nifti
 from zpatch.schema import Kind, digest
 from zpatch.store_lock import take_lock
 
 POLL_S = 0.1
 MAX_NAME = 64  # characters of a file's name that its subject is called by
+
+# Types that NIfTI does not have, and those that hold their values.
+SAVED_AS: Mapping[np.dtype[Any], np.dtype[Any]] = {
+    np.dtype(bool): np.dtype(np.uint8),
+    np.dtype(np.float16): np.dtype(np.float32),
+}
+
+# What the advice of the command line is called in Python.
+IN_PYTHON = {"--label-pattern": "ScalarImage", " with --exclude": ""}
 
 _log = logging.getLogger("zpatch")
 
@@ -52,6 +68,19 @@ def cached_image(path: str | os.PathLike[str], kind: Kind = "scalar") -> Image:
                 _log.warning("converted %s once, into %s", file, entry)
     [record] = committed(store).values()
     return stored_image(store / record.subject / record.image, record)
+
+
+def save_image(path: str | os.PathLike[str], voxels: NDArray[Any], affine: Affine) -> None:
+    """Write voxels (C, I, J, K) to a NIfTI file, .nii or .nii.gz, with channels as its fourth axis."""
+    file = Path(path).expanduser()
+    if not file.name.endswith(SUFFIXES):
+        raise OptionError(f"{file}: images are saved as NIfTI; let the name end in {' or '.join(SUFFIXES)}")
+    if voxels.ndim != 4:
+        raise OptionError(f"{file}: an image is (C, I, J, K), not {voxels.shape}; save one of the batch")
+    channels, i, j, k = voxels.shape
+    dtype = SAVED_AS.get(voxels.dtype, voxels.dtype)
+    header = make_header((i, j, k), channels, dtype, affine)
+    write_nifti(file, header, (channel.T for channel in voxels), dtype=dtype)
 
 
 def cache_folder() -> Path:
@@ -87,15 +116,21 @@ def _locked(entry: Path) -> IO[str]:
 
 
 def _convert(file: Path, kind: Kind, store: Path) -> None:
-    read_header(file)  # what is wrong with it is said of the file, not of the list
+    reasons: list[str] = []
+    try:
+        read_header(file)  # what is wrong with it is said of the file, not of the list
+        run_conversion(_plan(file, kind, store), store, on_case=lambda one: reasons.append(one.reason))
+    except SourceError as error:
+        told = reasons[0] if reasons else str(error)
+        for option, name in IN_PYTHON.items():
+            told = told.replace(option, name)
+        raise SourceError(told) from None
+
+
+def _plan(file: Path, kind: Kind, store: Path) -> ConversionPlan:
     name = usable_name(stem_of(file))[:MAX_NAME].rstrip("-._") or SOLE_IMAGE
     column = SOLE_IMAGE if kind == "scalar" else f"{kind}:{SOLE_IMAGE}"
     listing = store.with_name("file.csv")
     with listing.open("w", newline="") as stream:
         csv.writer(stream).writerows([["subject", column], [name, str(file)]])
-    plan = plan_conversion(listing, ConvertOptions(format="csv"))
-    reasons: list[str] = []
-    try:
-        run_conversion(plan, store, on_case=lambda outcome: reasons.append(outcome.reason))
-    except SourceError:
-        raise SourceError(reasons[0]) from None
+    return plan_conversion(listing, ConvertOptions(format="csv"))

@@ -1,14 +1,18 @@
-"""A queue whose subjects each give a number of patches of their own, and whose patches tell their subject."""
+"""Queues as TorchIO has them: each iteration is an epoch, and a subject sampler is the caller's own.
+
+``CountedQueue`` takes of each subject a number of patches of its own, and its patches tell their subject.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from zpatch.cohort import Subject
+from zpatch.epoch_plan import EpochPlan
 from zpatch.patch import Patch
 from zpatch.patch_queue import Queue
 from zpatch.samplers import GridSampler, PatchSampler
@@ -21,7 +25,30 @@ class Subjects(Protocol):
     def __getitem__(self, index: int, /) -> Subject: ...
 
 
-class CountedQueue(Queue):
+class EpochQueue(Queue):
+    """A queue that goes on to the next epoch in each iteration, also where the last one was broken off.
+
+    The epoch of a ``subject_sampler`` is set by its owner, also where the queue goes on from a state.
+    """
+
+    def borrowed(self) -> Iterator[Patch]:
+        """The patches of the next epoch, or of the rest of one; see ``Queue.borrowed``."""
+        self._end_iteration()  # if an epoch was chosen while it ran, that is the next one
+        if self._consumed and not self._resumed:
+            self.set_epoch(self._epoch + 1)
+        return super().borrowed()
+
+    def upcoming(self, plan: EpochPlan) -> EpochPlan | None:
+        """The epoch after one, where the order of its subjects is known already."""
+        return super().upcoming(plan) if self.subject_sampler is None else None
+
+    def _subject_order(self, epoch: int) -> NDArray[np.int64]:
+        if self.subject_sampler is None:
+            return super()._subject_order(epoch)
+        return np.array(list(self.subject_sampler), dtype=np.int64)
+
+
+class CountedQueue(EpochQueue):
     """A queue that takes ``counts[n]`` patches of subject ``n``; at most all of those of a grid."""
 
     def __init__(
@@ -64,13 +91,3 @@ class NumberedSubjects(Sequence[Subject]):
 def subject_number(patch: Patch) -> int:
     """The number of the subject of a patch."""
     return int(patch.subject.partition(":")[0])
-
-
-class CallersOrder:
-    """A subject sampler whose epoch the caller sets, not the queue."""
-
-    def __init__(self, numbers: Iterable[int]) -> None:
-        self._numbers = numbers
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._numbers)

@@ -20,6 +20,9 @@ And in these ways it is not TorchIO:
   called ``label``, or else the first.
 - Patches of a grid come in order, the first axis slowest, and none is added between the only two of an axis.
 - A border must leave something of a patch, and voxels that no patch covered are an error.
+- Samplers and queues refuse images of one subject whose affines differ.
+- Transforms have the names of TorchIO 1 (``RescaleIntensity`` was ``Rescale``), and a pipeline of them is its
+  ``Compose``, not torchvision's.
 """
 
 from __future__ import annotations
@@ -67,6 +70,7 @@ INDEX = "index_ini"
 LABEL_NAME = "label"
 
 data = inference = sampler = sys.modules[__name__]  # torchio.data.GridSampler is torchio.GridSampler
+__getattr__ = torchio1.__getattr__  # torchio.RandomFlip is TorchIO's
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -210,13 +214,13 @@ class GridAggregator:
         """Take in a batch (B, C, I, J, K) and where its patches lie, (B, 6)."""
         ends = np.asarray(locations.cpu() if isinstance(locations, torch.Tensor) else locations)
         sizes = ends[:, 3:] - ends[:, :3]
-        self._native.add_batch(
-            patches,
-            [
-                PatchLocation((i, j, k), (p, q, r))
-                for (i, j, k), (p, q, r) in zip(ends[:, :3].tolist(), sizes.tolist(), strict=True)
-            ],
-        )
+        places = [
+            PatchLocation((i, j, k), (p, q, r))
+            for (i, j, k), (p, q, r) in zip(ends[:, :3].tolist(), sizes.tolist(), strict=True)
+        ]
+        for place in places:
+            torchio1.check_size(patches, place.size)
+        self._native.add_batch(patches, places)
 
     def get_output_tensor(self) -> torch.Tensor:
         """The volume (I, J, K), or (C, I, J, K) of several channels."""

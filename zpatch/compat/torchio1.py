@@ -19,7 +19,9 @@ Where TorchIO does not do what it says, this does what it says:
 
 And in these ways it is not TorchIO:
 
-- Transforms run on patches, not on volumes, in whatever takes patches of a dataset's subjects.
+- Transforms run on patches, not on volumes, in whatever takes patches of a dataset's subjects. A subject that
+  a loader gives whole is one patch, with its LOCATION, and its images have one shape.
+- ``save`` of an image, or of that of a patch, writes .nii and .nii.gz only, with channels as a fourth axis.
 - Images come out of a queue as float32 (label maps in their own type), out of a sampler in their own type.
 - A queue is iterated, not indexed. A subject repeated by its sampler is drawn from anew.
 - A volume smaller than the patch is padded up to it where a GridSampler has a ``padding_mode``; modes are
@@ -43,9 +45,10 @@ from torch.utils.data import Dataset, IterableDataset
 
 from zpatch import cohort, samplers
 from zpatch.aggregator import PatchAggregator
-from zpatch.compat.counted_queue import CallersOrder, CountedQueue, subject_number
+from zpatch.compat.counted_queue import CountedQueue, subject_number
 from zpatch.compat.torchio1_subjects import (
     AFFINE,
+    CHANNELS_DIMENSION,
     DATA,
     INTENSITY,
     LABEL,
@@ -61,8 +64,8 @@ from zpatch.compat.torchio1_subjects import (
     SubjectsLoader,
     as_subject,
 )
-from zpatch.compat.transforms import is_torchio_2, torchio_library
-from zpatch.errors import OptionError
+from zpatch.compat.transforms import transform_class
+from zpatch.errors import ModelError, OptionError
 from zpatch.geometry import PatchLocation, Triple, triple
 from zpatch.memory import format_bytes
 from zpatch.patch import Patch as NativePatch
@@ -70,6 +73,7 @@ from zpatch.samplers import PatchSize
 
 __all__ = [
     "AFFINE",
+    "CHANNELS_DIMENSION",
     "DATA",
     "INTENSITY",
     "LABEL",
@@ -97,15 +101,7 @@ data = inference = sampler = sys.modules[__name__]  # tio.data.UniformSampler is
 
 def __getattr__(name: str) -> Any:
     """A transform of TorchIO 1, where that is installed."""
-    if name.startswith("_"):
-        raise AttributeError(name)
-    try:
-        torchio = torchio_library()
-    except OptionError as error:
-        raise AttributeError(f"no {name!r} here; {error}") from None
-    if is_torchio_2(torchio):
-        raise AttributeError(f"no {name!r} here; TorchIO 1 has its transforms, installed is a later one")
-    return getattr(torchio.transforms, name)
+    return transform_class(name, generation=1)
 
 
 class PatchSampler:
@@ -121,9 +117,9 @@ class PatchSampler:
 
     def __call__(self, subject: cohort.Subject, num_patches: int | None = None) -> Iterator[Patch]:
         """Patches of a subject, endless without a number."""
-        own = as_subject(subject)
+        own = as_subject(subject).in_one_space()
         for patch in self._draw(own, num_patches):
-            yield self.of(patch if own.transform is None else own.transform(patch), own)
+            yield self.of(own.transformed(patch), own)
 
     def of(self, patch: NativePatch, subject: Subject) -> Patch:
         """A patch of a subject as a mapping."""
@@ -201,7 +197,7 @@ class GridSampler(PatchSampler, Dataset[Patch]):
     def __getitem__(self, index: int) -> Patch:
         patch, subject = self.native[index], self.subject
         assert subject is not None
-        return self.of(patch if subject.transform is None else subject.transform(patch), subject)
+        return self.of(subject.transformed(patch), subject)
 
     def __call__(
         self, subject: cohort.Subject | None = None, num_patches: int | None = None
@@ -243,6 +239,7 @@ class GridAggregator:
 
     def add_batch(self, batch_tensor: torch.Tensor, locations: torch.Tensor) -> None:
         """Take in a batch (B, C, I, J, K) and where its patches lie, (B, 6)."""
+        check_size(batch_tensor, self._patch_size, ", or downsampling_factor= must say how it scales")
         starts = (np.asarray(locations.cpu())[:, :3] - self._first) // self._factor
         places = [PatchLocation((i, j, k), self._patch_size) for i, j, k in starts.tolist()]
         self._native.add_batch(batch_tensor, places)
@@ -252,6 +249,15 @@ class GridAggregator:
         output = self._native.get_output()
         assert isinstance(output, torch.Tensor)
         return output
+
+
+def check_size(batch: torch.Tensor, size: Triple, unless: str = "") -> None:
+    """Refuse the patches of a network that has not kept their size."""
+    if batch.ndim == 5 and batch.shape[2:] != size:
+        raise ModelError(
+            f"the patches are {tuple(batch.shape[2:])} where the output has room for {size}; "
+            f"the network must keep the patch's shape{unless}"
+        )
 
 
 class Queue(IterableDataset[Patch]):
@@ -290,20 +296,17 @@ class Queue(IterableDataset[Patch]):
         self.num_workers = num_workers
         self.shuffle_subjects = shuffle_subjects
         self.shuffle_patches = shuffle_patches
-        self._epoch = 0
-        order, ranks = None, {"rank": 0, "world_size": 1}
-        if subject_sampler is not None:
-            order, ranks = CallersOrder(subject_sampler), {}
+        ranks = {"rank": 0, "world_size": 1} if subject_sampler is None else {}
         self._native = CountedQueue(
             subjects_dataset,
             subjects_dataset.num_samples(samples_per_volume),
             sampler.native,
             max_length,
             num_workers=num_workers,
-            shuffle_subjects=shuffle_subjects and order is None,
+            shuffle_subjects=shuffle_subjects and subject_sampler is None,
             shuffle_patches=shuffle_patches,
             transform=subjects_dataset.transform,
-            subject_sampler=order,
+            subject_sampler=subject_sampler,
             seed=_drawn_seed(),
             **ranks,
         )
@@ -322,9 +325,7 @@ class Queue(IterableDataset[Patch]):
         return self.iterations_per_epoch
 
     def __iter__(self) -> Iterator[Patch]:
-        self._native.set_epoch(self._epoch)
-        self._epoch += 1
-        subject_of = functools.lru_cache(RECENT_SUBJECTS)(self.subjects_dataset.__getitem__)
+        subject_of = functools.lru_cache(RECENT_SUBJECTS)(lambda n: self.subjects_dataset[n].in_one_space())
         for patch in self._native:
             yield self.sampler.of(patch, subject_of(subject_number(patch)))
 

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import itertools
+import operator
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Self, SupportsIndex
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from zpatch import cohort, image
-from zpatch.compat.cached_images import cached_image
-from zpatch.compat.transforms import PatchTransform, from_torchio
+from zpatch.compat.cached_images import cached_image, save_image
+from zpatch.compat.transforms import PatchTransform, as_function
 from zpatch.errors import OptionError
-from zpatch.geometry import Triple
+from zpatch.geometry import PatchLocation, Triple
 from zpatch.patch import Patch as NativePatch
 from zpatch.patch import to_tensor
+from zpatch.samplers import read_patches
 
 DATA, AFFINE, TYPE, LOCATION = "data", "affine", "type", "location"
 INTENSITY, LABEL, SAMPLING_MAP = "intensity", "label", "sampling_map"
 NUM_SAMPLES = "num_samples"
+CHANNELS_DIMENSION = 1  # of a batch
+
+SPACE_TOLERANCE = 1e-5  # affines that differ by less are the same: files hold them as float32
 
 _TYPES = {"scalar": INTENSITY, "label": LABEL, "sampling": SAMPLING_MAP}
 
@@ -61,6 +67,10 @@ class Image(image.Image):
         """The whole image as a tensor (C, I, J, K), for small volumes."""
         return to_tensor(super().data)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the image to a NIfTI file."""
+        save_image(path, super().data, self.affine)
+
     def __getitem__(self, key: str) -> Any:
         if key not in (DATA, AFFINE, TYPE):
             raise KeyError(key)
@@ -97,7 +107,7 @@ class Subject(cohort.Subject, Mapping[str, Any]):
         images = {name: item for name, item in items.items() if isinstance(item, image.Image)}
         others = {name: item for name, item in items.items() if name not in images}
         own = {n: i if isinstance(i, Image) else _CLASSES[_TYPES[i.kind]](i) for n, i in images.items()}
-        self._set(own, str(others.get("name", "subject")), None, others)
+        self._set(own, others.get("name", "subject"), others.get("split"), others)
 
     def __getitem__(self, name: str) -> Any:
         return self.metadata[name] if name in self.metadata else super().__getitem__(name)
@@ -124,6 +134,27 @@ class Subject(cohort.Subject, Mapping[str, Any]):
         """The first image."""
         return next(iter(self.images.values()))
 
+    def transformed(self, patch: NativePatch) -> NativePatch:
+        """A patch of the subject, after the transform of its dataset."""
+        return patch if self.transform is None else self.transform(patch)
+
+    def whole(self) -> Patch:
+        """All voxels of the subject, as one patch."""
+        [patch] = read_patches(self, [PatchLocation((0, 0, 0), self.spatial_shape)])
+        return Patch.of(self.transformed(patch), self, (0, 0, 0))
+
+    def in_one_space(self) -> Self:
+        """The subject itself; an OptionError where its images have different affines."""
+        affines = {name: image.affine for name, image in self.images.items()}
+        (first, affine), *others = affines.items()
+        for name, other in others:
+            if not np.allclose(other, affine, rtol=SPACE_TOLERANCE, atol=SPACE_TOLERANCE):
+                raise OptionError(
+                    f"{first!r} and {name!r} of subject {self.name!r} have different affines; resample them "
+                    f"to one grid, or give the affine that is right to both"
+                )
+        return self
+
 
 def as_subject(subject: cohort.Subject) -> Subject:
     """A subject of zpatch as one of these: its images and its name."""
@@ -143,15 +174,38 @@ class Entries(dict[str, Any]):
         except KeyError:
             raise AttributeError(f"no {name!r} here (there are: {', '.join(self)})") from None
 
+    @property
+    def spatial_shape(self) -> tuple[int, ...]:
+        """Extent along I, J, K in voxels."""
+        return tuple(self.shape[-3:])
+
+
+class PatchImage(Entries):
+    """An image of a patch, or of a batch of them: ``DATA``, ``AFFINE`` and ``TYPE``."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, I, J, K), of a batch (B, C, I, J, K)."""
+        return tuple(self[DATA].shape)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the image to a NIfTI file."""
+        save_image(path, np.asarray(self[DATA]), self[AFFINE])
+
 
 class Patch(Entries):
     """A patch, or a batch of them: images by name, ``LOCATION``, and the other entries of the subject."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the first image."""
+        return next(entry.shape for entry in self.values() if isinstance(entry, PatchImage))
 
     @classmethod
     def of(cls, patch: NativePatch, subject: Subject, offset: Triple) -> Self:
         """A patch of zpatch as a mapping, its place told from ``offset``, the first voxel of padding."""
         images = {
-            name: Entries({DATA: found.data, AFFINE: found.affine, TYPE: _TYPES[found.kind]})
+            name: PatchImage({DATA: found.data, AFFINE: found.affine, TYPE: _TYPES[found.kind]})
             for name, found in patch.images.items()
         }
         ini = [n - first for n, first in zip(patch.location.index, offset, strict=True)]
@@ -192,18 +246,21 @@ class SubjectsDataset(Dataset[Subject]):
             subject.transform = self.transform
         return subject
 
+    def __getitems__(self, numbers: Sequence[int]) -> list[Patch]:
+        """Whole subjects: torch's DataLoader takes those of a batch from here."""
+        return [self[number].whole() for number in numbers]
+
     def set_transform(self, transform: Callable[[Any], Any] | None) -> None:
         """Take another transform, or none."""
-        of_torchio = type(transform).__module__.partition(".")[0] == "torchio"
-        self.transform = from_torchio(transform) if transform and of_torchio else transform
+        self.transform: PatchTransform | None = as_function(transform)
 
     def num_samples(self, default: int) -> list[int]:
         """How many patches a queue is to take of each subject."""
         given = [subject.metadata.get(NUM_SAMPLES) for subject in self._subjects]
         for number, count in enumerate(given):
-            if count is not None and not (isinstance(count, int) and count > 0):
+            if count is not None and not (isinstance(count, SupportsIndex) and operator.index(count) > 0):
                 raise OptionError(f"num_samples of subject {number} must be at least 1, not {count!r}")
-        return [default if count is None else count for count in given]
+        return [default if count is None else operator.index(count) for count in given]
 
     def dry_iter(self) -> Sequence[cohort.Subject]:
         """The subjects as they were given."""
@@ -211,7 +268,10 @@ class SubjectsDataset(Dataset[Subject]):
 
 
 class SubjectsLoader(DataLoader[Any]):
-    """A DataLoader; entries that are neither numbers nor tensors come as lists."""
+    """A DataLoader of patches, or of the whole subjects of a dataset.
+
+    Entries that are neither numbers nor tensors come as lists.
+    """
 
     def __init__(self, dataset: Any, collate_fn: Any = None, **options: Any) -> None:
         super().__init__(dataset, collate_fn=collate_fn or _collate, **options)

@@ -23,6 +23,9 @@ And this is otherwise on purpose::
     max_memory             is what the buffers take, not an estimate
     padding_mode           locations stay in the volume's own frame, and the aggregator crops: pass it
                            the shape of the volume, as without padding
+    state_dict of a Queue  does not hold the epoch of a subject_sampler: set that before the queue goes on
+    images of a patch      have data and affine only: save with ScalarImage(data, affine=affine).save(path)
+    save of an image       writes .nii and .nii.gz only
     errors                 a patch larger than the volume, and a voxel that no patch covered, are refused
     random numbers         samplers that are iterated follow torch.manual_seed, as before; maps are not
                            loaded, so the numbers are others than TorchIO's
@@ -31,6 +34,7 @@ And this is otherwise on purpose::
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,12 +43,14 @@ from typing import Any, cast
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from zpatch import cohort, image, loader, patch_queue, samplers
+from zpatch import cohort, image, samplers
 from zpatch.aggregator import PatchAggregator
-from zpatch.compat.cached_images import cached_image
-from zpatch.compat.transforms import from_torchio, is_torchio_2, torchio_library
+from zpatch.compat.cached_images import cached_image, save_image
+from zpatch.compat.counted_queue import EpochQueue
+from zpatch.compat.transforms import as_function, transform_class
 from zpatch.errors import OptionError
 from zpatch.geometry import PatchLocation, Triple
+from zpatch.loader import SubjectsLoader as NativeLoader
 from zpatch.patch import Patch, PatchBatch, collate, to_tensor
 from zpatch.samplers import PatchSampler, PatchSize, RandomSource, read_patches
 from zpatch.schema import Json
@@ -65,17 +71,13 @@ __all__ = [
 ]
 
 
+data = loader = sys.modules[__name__]  # tio.loader.SubjectsLoader is tio.SubjectsLoader
+sys.modules[f"{__name__}.loader"] = loader  # so that it can be imported from, as with os.path
+
+
 def __getattr__(name: str) -> Any:
     """A transform of TorchIO 2."""
-    if name.startswith("_"):
-        raise AttributeError(name)
-    try:
-        torchio = torchio_library()
-    except OptionError as error:
-        raise AttributeError(f"no {name!r} here; {error}") from None
-    if not is_torchio_2(torchio):
-        raise AttributeError(f"no {name!r} here; TorchIO 2 has its transforms, installed is an earlier one")
-    return getattr(torchio.transforms, name)
+    return transform_class(name, generation=2)
 
 
 class _Image(image.Image):
@@ -93,6 +95,10 @@ class _Image(image.Image):
     def data(self) -> torch.Tensor:  # type: ignore[override]
         """The whole image (C, I, J, K) in memory."""
         return to_tensor(super().data)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the image to a NIfTI file."""
+        save_image(path, super().data, self.affine)
 
 
 class ScalarImage(_Image, image.ScalarImage):
@@ -112,7 +118,7 @@ class Subject(cohort.Subject):
     def __init__(self, **entries: Any) -> None:
         images = {key: value for key, value in entries.items() if isinstance(value, image.Image)}
         metadata = {key: value for key, value in entries.items() if key not in images}
-        self._set(images, str(metadata.get("name", "subject")), None, metadata)
+        self._set(images, metadata.get("name", "subject"), metadata.get("split"), metadata)
 
     def __getattr__(self, name: str) -> Any:
         metadata = self.__dict__.get("metadata", {})
@@ -131,9 +137,15 @@ class SubjectPatch(Patch):
         return self.location
 
     @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(C, I, J, K) of the first image."""
+        c, i, j, k = next(iter(self.images.values())).data.shape
+        return c, i, j, k
+
+    @property
     def spatial_shape(self) -> Triple:
         """Extent along I, J, K in voxels."""
-        i, j, k = next(iter(self.images.values())).data.shape[-3:]
+        _, i, j, k = self.shape
         return i, j, k
 
 
@@ -250,9 +262,11 @@ class GridSampler(samplers.GridSampler):
             yield _named_patch(patch, metadata)
 
 
-class Queue(patch_queue.Queue):
+class Queue(EpochQueue):
     """Patches of many subjects, shuffled in a bounded buffer; see ``zpatch.Queue``.
 
+    Each iteration is an epoch, also where the last one was broken off; the epoch of a ``subject_sampler`` is
+    set by its owner. Of each subject come ``patches_per_volume``, or as few as the sampler's ``num_patches``.
     ``transform`` is one of TorchIO's, or a function of patches. ``seed`` chooses the stream.
     """
 
@@ -270,15 +284,16 @@ class Queue(patch_queue.Queue):
         *,
         seed: int = 0,
     ) -> None:
+        own_number = getattr(patch_sampler, "num_patches", None)
         super().__init__(
             _told_apart(subjects),
             patch_sampler,
             max_length,
-            patches_per_volume,
+            patches_per_volume if own_number is None else min(patches_per_volume, own_number),
             num_workers,
             shuffle_subjects,
             shuffle_patches,
-            from_torchio(transform) if _is_of_torchio(transform) else transform,
+            as_function(transform),
             subject_sampler,
             seed=seed,
         )
@@ -296,10 +311,6 @@ class Queue(patch_queue.Queue):
         """The patches of an epoch."""
         for patch in super().__iter__():
             yield _named_patch(patch, self.metadata_of(patch.subject))
-
-
-def _is_of_torchio(transform: Any) -> bool:
-    return any(base.__module__.partition(".")[0] == "torchio" for base in type(transform).__mro__)
 
 
 def _told_apart(subjects: Sequence[cohort.Subject]) -> Sequence[cohort.Subject]:
@@ -337,5 +348,5 @@ class SubjectsLoader(DataLoader[SubjectsBatch]):
 
     def _of_queue(self, queue: Queue, batch_size: int) -> Iterator[SubjectsBatch]:
         pinned = self.pin_memory and torch.cuda.is_available()
-        for batch in loader.SubjectsLoader(queue, batch_size, drop_last=self.drop_last, pin_memory=pinned):
+        for batch in NativeLoader(queue, batch_size, drop_last=self.drop_last, pin_memory=pinned):
             yield _named(batch, [queue.metadata_of(subject) for subject in batch.subjects])

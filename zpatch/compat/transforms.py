@@ -72,6 +72,33 @@ def on_tensors(
     return partial(_through_function, function, names, _with_own_generator(function))
 
 
+def as_function(transform: Any) -> Any:
+    """The function of patches that a transform is, whose class is TorchIO's or made from one of TorchIO's.
+
+    Anything else is taken for such a function already.
+    """
+    bases = {base.__module__.partition(".")[0] for base in type(transform).__mro__}
+    return from_torchio(transform) if "torchio" in bases else transform
+
+
+def transform_class(name: str, generation: int) -> Any:
+    """A transform of the installed TorchIO by its name: what a module that stands in for TorchIO 1 or 2 has.
+
+    An AttributeError where there is none, or where TorchIO is of the other generation or not installed.
+    """
+    if name.startswith("_"):
+        raise AttributeError(name)
+    try:
+        torchio = torchio_library()
+    except OptionError as error:
+        raise AttributeError(f"no {name!r} here; {error}") from None
+    if is_torchio_2(torchio) != (generation == 2):
+        raise AttributeError(
+            f"no {name!r} here; TorchIO {generation} has its transforms, and another one is installed"
+        )
+    return getattr(torchio.transforms, name)
+
+
 def torchio_library() -> Any:
     """The installed TorchIO, of any generation."""
     try:
