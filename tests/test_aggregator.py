@@ -266,12 +266,15 @@ def test_more_than_255_patches_may_lie_on_a_voxel_without_a_grid() -> None:
 
 
 @pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.int32, np.int64, np.bool_])
+@pytest.mark.parametrize(
+    "dtype",
+    [np.uint8, np.int8, np.int16, np.int32, np.int64, np.bool_, np.uint16, np.uint32, np.uint64],
+)
 def test_integers_stay_exact_in_crop_mode(known: bool, dtype: Any, sampler: zp.GridSampler) -> None:
     top = 1 if dtype is np.bool_ else int(np.iinfo(dtype).max)
     low = max(0, top - 50)
-    field = np.arange(math.prod((70, 12, 13))).reshape(1, 70, 12, 13) % (top - low + 1) + low
-    field = field.astype(dtype)
+    field = np.arange(math.prod((70, 12, 13))).reshape(1, 70, 12, 13) % (top - low + 1)
+    field = field.astype(dtype) + dtype(low)
     options: dict[str, Any] = {"grid": sampler} if known else {"patch_overlap": sampler.patch_overlap}
     aggregator = zp.PatchAggregator((70, 12, 13), "crop", **options)
     for location in sampler.locations:
@@ -684,6 +687,19 @@ def test_a_key_that_is_no_name_is_refused_before_anything_is_written(
     assert not target.parent.exists() or list(target.parent.iterdir()) == []
 
 
+def test_keys_that_differ_in_case_only_are_refused_on_disk(
+    sampler: zp.GridSampler, patches: list[Any], target: Path
+) -> None:
+    batch = torch.from_numpy(np.stack(patches))
+    with zp.PatchAggregator((70, 12, 13), grid=sampler) as aggregator:
+        aggregator.add_batch({"Seg": batch, "seg": batch}, sampler.locations)
+    with (
+        pytest.raises(ZpatchError, match="output names 'Seg' and 'seg' differ in case only"),
+        zp.PatchAggregator((70, 12, 13), grid=sampler, output=target) as aggregator,
+    ):
+        aggregator.add_batch({"Seg": batch, "seg": batch}, sampler.locations)
+
+
 # Other resolutions
 
 
@@ -719,6 +735,39 @@ def test_a_network_that_rounds_its_output_otherwise_is_fitted(mode: str) -> None
     for location in sampler.locations:
         aggregator.add_batch(torch.full((1, 1, 5, 5, 5), 3.0), [location])
     np.testing.assert_allclose(aggregator.get_output(), 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("shape", "factor"), [((3, 40, 40), 2), ((5, 40, 40), 2), ((6, 20, 20), 4), ((2, 20, 20), 16)]
+)
+def test_a_volume_smaller_than_the_patch_keeps_its_place_in_a_smaller_output(
+    shape: tuple[int, int, int], factor: int, mode: str, known: bool
+) -> None:
+    sampler = grid_over(shape, 16, 0, "edge")
+    output_shape = [max(1, int(n / factor + 0.5)) for n in shape]
+    options: dict[str, Any] = {"grid": sampler} if known else {}
+    aggregator = zp.PatchAggregator(shape, mode, output_shape=output_shape, **options)
+    for location in sampler.locations:
+        axes = zip(location.index, location.size, shape, strict=True)
+        ramps = np.meshgrid(*(np.arange(a, a + p).clip(0, n - 1.0) for a, p, n in axes), indexing="ij")
+        batch = torch.nn.functional.avg_pool3d(torch.from_numpy(np.stack(ramps))[None], factor)
+        aggregator.add_batch(batch, [location])
+    output = aggregator.get_output()
+    assert output.shape == (3, *output_shape)
+    centres = [(np.arange(m) + 0.5) * n / m - 0.5 for n, m in zip(shape, output_shape, strict=True)]
+    wanted = np.stack(np.meshgrid(*centres, indexing="ij"))
+    np.testing.assert_allclose(output, wanted, atol=factor / 2)  # half a voxel of the output
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_network_that_shrinks_its_patches_unasked_is_refused_of_a_small_volume_too(known: bool) -> None:
+    sampler = grid_over((3, 40, 40), 16, 0, "edge")
+    options: dict[str, Any] = {"grid": sampler} if known else {}
+    aggregator = zp.PatchAggregator((3, 40, 40), "hann", **options)
+    with pytest.raises(ModelError, match="output_shape= must say how it scales"):
+        aggregator.add_batch(torch.ones(1, 1, 8, 8, 8), [sampler.locations[0]])
 
 
 # Coverage

@@ -317,6 +317,23 @@ def test_a_subject_that_cannot_be_replaced_stays_as_it_was(
     assert {**everything_below(store), schema.LOCK: b""} == {**before, schema.LOCK: b""}
 
 
+def test_info_of_some_subjects_counts_those_and_refuses_names_of_none(
+    run: Run, refused: Callable[..., str], store: Path
+) -> None:
+    assert " 4 subjects, 8 images, " in run("info", store)[1]
+    assert " 1 subjects, 2 images, " in run("info", store, "--include", "sub-02")[1]
+    assert "no subject 'sub-2' in store" in refused("info", store, "--include", "sub-2")
+
+
+def test_a_prediction_of_no_subject_is_wrong_usage(run: Run, store: Path, here: Path) -> None:
+    code, _, err = run(
+        "predict", store, "o.zarr", "--model", "nets_of_cli:doubling", *PREDICT, "--exclude", "*"
+    )
+    assert code == 2
+    assert "is left to predict" in err
+    assert not (here / "o.zarr").exists()
+
+
 def test_a_folder_that_is_no_store_is_never_overwritten(
     refused: Callable[..., str], cohort_source: Path, here: Path
 ) -> None:

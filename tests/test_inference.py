@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ from numpy.typing import NDArray
 
 import zpatch as zp
 from zpatch.errors import ModelError, OptionError, StoreError, StoreExistsError, UnknownNameError, ZpatchError
-from zpatch.network import load_model
+from zpatch.inference import plan_prediction
+from zpatch.network import Network, load_model, torch_device
+from zpatch.prediction_plan import PredictOptions
 from zpatch.scaling import UNSCALED
 from zpatch.voxel_index import read_label_table
 
@@ -130,6 +134,81 @@ def test_reductions_are_those_of_the_whole_volume(
     np.testing.assert_allclose(found.data, on_dense(expected(cohort[0])), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("reduce", "dtype"),
+    [(lambda v: v > 300, np.uint8), (torch.Tensor.half, np.float32), (torch.Tensor.bfloat16, np.float32)],
+    ids=["bool", "float16", "bfloat16"],
+)
+def test_what_a_reduction_makes_is_kept_in_a_type_of_nifti(
+    cohort: zp.Cohort, out: Path, reduce: Any, dtype: Any
+) -> None:
+    found = predict(cohort[:1], out, reduce=reduce, overlap_mode="crop")[0].prediction
+    assert found.dtype == dtype
+    wanted = reduce(torch.from_numpy(expected(cohort[0])))
+    np.testing.assert_array_equal(found.data, wanted.float().numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.int16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_integers_stay_exact_in_crop_mode(out: Path, dtype: torch.dtype, masked: bool) -> None:
+    volume = np.arange(20 * 24 * 28).reshape(20, 24, 28)
+    mask = np.zeros(volume.shape, dtype=np.uint8)
+    mask[:7, :9, :11] = 1
+    subject = zp.Subject(t1=zp.ScalarImage(volume.astype(np.float32)), brain=zp.LabelMap(mask))
+    options: dict[str, Any] = {"patch_size": 8, "patch_overlap": 4, "overlap_mode": "crop"}
+    options |= {"mask": "brain", "fill": 30000} if masked else {}
+    found = predict([subject], out, lambda batch: batch.to(dtype), **options)[0].prediction
+    assert found.dtype == str(dtype).removeprefix("torch.")
+    wanted = np.where(found.data[0] == 30000, 30000, volume) if masked else volume
+    np.testing.assert_array_equal(found.data[0], wanted)
+    np.testing.assert_array_equal(found.data[0][mask > 0], volume[mask > 0])
+
+
+# Networks that change the resolution
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("shape", "patch_size", "factor"),
+    [((3, 40, 40), 16, 2), ((5, 40, 40), 16, 2), ((6, 64, 64), 32, 4), ((2, 50, 50), 16, 16)],
+)
+def test_a_smaller_output_of_a_volume_smaller_than_the_patch_lies_where_its_affine_says(
+    out: Path, shape: tuple[int, int, int], patch_size: int, factor: int, mode: str
+) -> None:
+    axes = [np.arange(n, dtype=np.float32) for n in shape]
+    ramps = np.stack(np.meshgrid(*axes, indexing="ij"))
+    subject = zp.Subject(t1=zp.ScalarImage(ramps))
+    options: dict[str, Any] = {"patch_size": patch_size, "patch_overlap": 0, "overlap_mode": mode}
+    shrink = torch.nn.AvgPool3d(factor)
+    found = predict([subject], out, shrink, **options)[0].prediction
+    assert found.spatial_shape == tuple(max(1, int(n / factor + 0.5)) for n in shape)
+    voxels = np.stack(np.meshgrid(*map(np.arange, found.spatial_shape), indexing="ij"), axis=-1)
+    centres = voxels @ found.affine[:3, :3].T + found.affine[:3, 3]
+    np.testing.assert_allclose(found.data, np.moveaxis(centres, -1, 0), atol=factor / 2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [(3, 20, 21), (5, 9, 40), (15, 16, 17)])
+@pytest.mark.parametrize("padding_mode", [None, "edge"])
+def test_a_larger_output_is_that_of_the_whole_volume(
+    out: Path, shape: tuple[int, int, int], mode: str, padding_mode: str | None, rng: np.random.Generator
+) -> None:
+    volume = rng.uniform(1, 2, shape).astype(np.float32)
+    options: dict[str, Any] = {"patch_size": 16, "patch_overlap": 8, "overlap_mode": mode}
+    found = predict(
+        [zp.Subject(t1=zp.ScalarImage(volume))],
+        out,
+        torch.nn.Upsample(scale_factor=2),
+        padding_mode=padding_mode,
+        **options,
+    )
+    wanted = volume.repeat(2, 0).repeat(2, 1).repeat(2, 2)
+    np.testing.assert_allclose(found[0].prediction.data[0], wanted, rtol=1e-6)
+
+
+# Running
+
+
 def test_a_network_is_run_in_evaluation_mode_and_given_back_as_it_was(cohort: zp.Cohort, out: Path) -> None:
     class Net(torch.nn.Module):
         def forward(self, batch: torch.Tensor) -> torch.Tensor:
@@ -141,6 +220,11 @@ def test_a_network_is_run_in_evaluation_mode_and_given_back_as_it_was(cohort: zp
     predict(cohort[:1], out, network)
     assert network.training
     assert not network.frozen.training
+
+
+def test_one_subject_where_several_are_wanted_is_refused(cohort: zp.Cohort, out: Path) -> None:
+    with pytest.raises(OptionError, match="is one subject; give a list of it"):
+        predict(cohort[0], out)  # type: ignore[arg-type]
 
 
 def test_progress_is_told_every_patch(cohort: zp.Cohort, out: Path) -> None:
@@ -213,6 +297,61 @@ def test_two_subjects_of_one_name_are_refused_before_anything_runs(out: Path) ->
     with pytest.raises(ZpatchError, match="'ann'"):
         predict(twins, out, model, patch_size=8, patch_overlap=0)
     assert not out.exists()
+
+
+def test_subjects_whose_names_differ_in_case_only_are_refused_before_anything_runs(out: Path) -> None:
+    twins = [zp.Subject(name=name, t1=zp.ScalarImage(np.zeros((8, 8, 8)))) for name in ("Ann", "ann")]
+
+    def model(batch: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("the model ran")
+
+    with pytest.raises(OptionError, match="subject names 'Ann' and 'ann' differ in case only; rename one"):
+        predict(twins, out, model, patch_size=8, patch_overlap=0)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        (("Seg", "seg"), "subject 'sub-01': output names 'Seg' and 'seg' differ in case only; rename one"),
+        (("seg", "a/b"), "subject 'sub-01': output name 'a/b' is not usable"),
+    ],
+)
+def test_outputs_whose_names_no_store_can_hold_are_refused_before_anything_is_written(
+    cohort: zp.Cohort, out: Path, names: tuple[str, str], text: str
+) -> None:
+    with pytest.raises(ModelError, match=text):
+        predict(cohort, out, lambda batch: dict.fromkeys(names, batch))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("fill", "reduce"),
+    [(-1, "argmax"), (0.5, "argmax"), (300, "argmax"), (math.nan, ("threshold", 1.0)), (1e39, None)],
+)
+def test_a_fill_that_the_output_cannot_hold_is_refused_before_anything_is_written(
+    cohort: zp.Cohort, out: Path, fill: float, reduce: Any
+) -> None:
+    with pytest.raises(OptionError, match=rf"a fill of {re.escape(str(fill))} does not fit the output"):
+        predict(cohort, out, fill=fill, reduce=reduce, mask="seg")
+    assert not out.exists()
+
+
+def test_a_fill_of_nan_fits_fractions(cohort: zp.Cohort) -> None:
+    options = PredictOptions.of(image="t1", patch_size=24, mask="seg", fill=math.nan)
+    assert plan_prediction(Network(pointwise, torch_device("cpu")), cohort[:1], options)
+
+
+def test_what_was_begun_is_planned_as_it_was_begun(cohort: zp.Cohort) -> None:
+    options = PredictOptions.of(image="t1", patch_size=24)
+    network = Network(lambda batch: {"once": batch, "twice": batch}, torch_device("cpu"), tta=True)
+    plans = plan_prediction(network, cohort[:2], options)
+    assert all(plan.tta for plan in plans)
+    first, _ = cohort.names[:2]
+    begun = {first: {head.head.name: head.record.chunks for head in plans[0].heads}}
+    again = plan_prediction(network, cohort[:2], options, begun=begun)
+    assert [head.record.shards for head in again[0].heads] == [h.record.chunks for h in plans[0].heads]
+    assert [head.record.shards for head in again[1].heads] == [h.record.shards for h in plans[1].heads]
 
 
 def test_an_output_that_exists_is_refused_and_replaced_where_that_is_wanted(

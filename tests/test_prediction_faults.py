@@ -34,6 +34,7 @@ from zpatch.errors import ModelError, StoreError, StoreExistsError
 from zpatch.inference import plan_prediction
 from zpatch.network import Network, torch_device
 from zpatch.prediction_plan import PredictionPlan, PredictOptions
+from zpatch.prediction_run import RunOptions, run_region
 from zpatch.shards import close_shards
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,7 +51,7 @@ COUNT, FAIL_AT = Path("patches"), Path("fail-at")  # in the working folder of a 
 
 @dataclass
 class Watch:
-    """What a network does beside its work, which is no part of what it is.
+    """What a network does beside its work, which is no part of what it is: it is hooked to it.
 
     It gives up after ``fail_at`` patches. ``shares`` has all processes count together, by a file that they
     add to; another one says when to fail.
@@ -61,7 +62,8 @@ class Watch:
     shares: bool = False
     patches: int = 0
 
-    def __call__(self, patches: int) -> None:
+    def __call__(self, network: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        patches = len(inputs[0])
         self.patches += patches
         if self.shares:
             with COUNT.open("ab", buffering=0) as count:
@@ -82,15 +84,16 @@ class Net(torch.nn.Module):
         generator = torch.Generator().manual_seed(seed)
         for parameter in self.conv.parameters():
             parameter.data = torch.rand(parameter.shape, generator=generator)
-        self.watch = Watch(**watched)
+        self.register_forward_pre_hook(Watch(**watched))
 
     @property
     def patches(self) -> int:
         """Patches run so far."""
-        return self.watch.patches
+        [watch] = self._forward_pre_hooks.values()
+        patches: int = watch.patches  # type: ignore[attr-defined]
+        return patches
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
-        self.watch(len(batch))
         found: torch.Tensor = self.conv(batch)
         return found
 
@@ -397,7 +400,7 @@ def begun(cohort: zp.Cohort, out: Path) -> Path:
     with pytest.raises(ModelError):
         predict(cohort, out, Net(fail_at=1 + plans_of(cohort)[0].patches + 80))
     assert zp.Cohort(out).names == ["ann"]
-    assert list((out / schema.UNFINISHED / "bob" / unit_ledger.LEDGER).glob("*/*.json"))
+    assert list((out / schema.UNFINISHED / "bob").glob(f"*/{unit_ledger.LEDGER}/*/*.json"))
     return out
 
 
@@ -417,7 +420,7 @@ def begun(cohort: zp.Cohort, out: Path) -> Path:
         ({"normalize": "zscore"}, 'normalize: null then, "zscore" now'),
         ({"mask": "mask"}, 'mask: null then, "mask" now'),
         ({"mask": lambda subject, location: location.index[2] < 80}, "mask: null then, "),
-        ({"fill": 1.5}, "fill: 0 then, 1.5 now"),
+        ({"fill": 1.5}, 'fill: "0.0" then, "1.5" now'),
         ({"image": "mask"}, r'image: \["t1"\] then, \["mask"\] now'),
         ({"amp": True}, "amp: false then, true now"),
         ({"tta": True}, "tta: false then, true now"),
@@ -494,6 +497,79 @@ def test_what_was_done_before_is_told_too_when_an_output_is_gone_on_with(
     assert told[0] == ann.patches_run
     assert sum(told) == ann.patches_run + bob.patches_run
     assert jobs > 1 or 1 + bob.patches - told[1] == again.patches
+
+
+def test_what_an_earlier_run_still_writes_is_never_taken_for_what_this_one_writes(
+    cohort: zp.Cohort, out: Path
+) -> None:
+    """A task of a cluster goes on when its client has gone, whatever then becomes of the output."""
+    expected = undisturbed(cohort, out)
+    plan = plans_of(cohort)[0]
+    with pytest.raises(ModelError):
+        predict(cohort, out, Net(seed=1, fail_at=60))
+    [left] = (folder for folder in (out / schema.UNFINISHED / "ann").iterdir() if folder.is_dir())
+    late = Network(Net(seed=1), torch_device("cpu"))
+    told: list[int] = []
+
+    def go_on(patches: int) -> None:
+        if not told:
+            run_region(plan, plan.regions[0], late, left, RunOptions(), lambda patches: None)
+            assert list(left.glob("prediction/0/c/**/0"))
+        told.append(patches)
+
+    shutil.rmtree(out)
+    predict(cohort, out, Net(), progress=go_on)
+    assert_whole(out, expected)
+    predict(cohort, out, Net(), overwrite=True)
+    run_region(plan, plan.regions[0], late, left, RunOptions(), lambda patches: None)
+    report = zp.verify(out)
+    assert (report.damages, report.leftovers) == ((), (schema.UNFINISHED,))
+
+
+@pytest.mark.parametrize("way", ["as it is", "mapped", "as a mask"])
+def test_the_store_that_is_read_is_never_written_to(store: Path, tmp_path: Path, way: str) -> None:
+    shutil.copytree(store, tmp_path / "own.zarr")
+    own = zp.Cohort(tmp_path / "own.zarr")
+    before = bytes_below(tmp_path / "own.zarr")
+    if way == "mapped":
+        own = own.map(lambda subject: subject.with_images(t1=subject.t1.map(lambda values: values + 1)))
+    options: dict[str, Any] = {}
+    subjects: Any = own
+    if way == "as a mask":
+        options["mask"] = "mask"
+        subjects = [s.with_images(t1=zp.ScalarImage(s.t1.data)) for s in own]
+    with pytest.raises(StoreExistsError, match="it is the store that is read"):
+        predict(subjects, tmp_path / "own.zarr", Net(), overwrite=True, **options)
+    assert bytes_below(tmp_path / "own.zarr") == before
+
+
+def test_an_input_that_fails_is_not_taken_for_an_output_that_does(cohort: zp.Cohort, out: Path) -> None:
+    def failing(values: Any) -> Any:
+        return values.map_blocks(lambda block: np.loadtxt("/nowhere/table.csv"), dtype=values.dtype)
+
+    mapped = cohort.map(lambda subject: subject.with_images(t1=subject.t1.map(failing)))
+    with pytest.raises(FileNotFoundError, match=r"table\.csv") as error:
+        predict(mapped, out, Net())
+    assert not isinstance(error.value, StoreError)
+
+
+def test_a_fill_of_nan_is_gone_on_with(cohort: zp.Cohort, out: Path) -> None:
+    with pytest.raises(ModelError):
+        predict(cohort, out, Net(fail_at=30), mask="mask", fill=float("nan"))
+    found = predict(cohort, out, Net(), mask="mask", fill=float("nan"))
+    assert np.isnan(found[0].prediction.data).any()
+
+
+def test_a_network_that_cannot_be_sent_is_refused_before_anything_is_touched(
+    cohort: zp.Cohort, out: Path
+) -> None:
+    predict(cohort, out, Net())
+    before = bytes_below(out)
+    network = Net()
+    network._lock = threading.Lock()  # type: ignore[assignment]
+    with pytest.raises(ModelError, match="the model cannot be sent to other processes"):
+        predict(cohort, out, network, jobs=2, overwrite=True)
+    assert bytes_below(out) == before
 
 
 def test_after_a_refusal_the_right_command_goes_on_where_it_was(cohort: zp.Cohort, begun: Path) -> None:

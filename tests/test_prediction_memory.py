@@ -60,11 +60,11 @@ def spread(batch):
 
 small, large, out, wish = sys.argv[1:]
 wish = json.loads(wish)
-channels = wish.pop("channels")
+channels, tta = wish.pop("channels"), wish.pop("tta", False)
 if wish.get("reduce") == "first":
     wish["reduce"] = lambda voxels: voxels[:1]
 options = PredictOptions.of(image="image", **wish)
-network = Network(spread, torch_device("cpu"))
+network = Network(spread, torch_device("cpu"), tta=tta)
 without_limit = {**wish, "max_memory": None, "patch_size": 16, "patch_overlap": 4}
 zp.predict(spread, zp.Cohort(small), out + ".small", image="image", **without_limit)
 [subject] = zp.Cohort(large)
@@ -156,6 +156,7 @@ def measured(
         {"patch_size": 64, "patch_overlap": 32, "overlap_mode": "crop", "reduce": "softmax"},
         {"patch_size": 96, "patch_overlap": 16, "channels": 1, "normalize": "zscore"},
         {"patch_size": 64, "patch_overlap": 32, "reduce": "first", "channels": 8},
+        {"patch_size": 128, "patch_overlap": 32, "reduce": "argmax", "tta": True},
     ],
     ids=lambda wish: " ".join(map(str, wish.values())),
 )

@@ -26,8 +26,8 @@ from zpatch.geometry import Triple
 from zpatch.grid import PatchGrid
 from zpatch.layout import plan_output_layout
 from zpatch.memory import format_bytes
-from zpatch.prediction_plan import Head, PlannedHead, PredictionPlan, PredictOptions
-from zpatch.prediction_regions import SMALL_PIECES_BYTES, grid_over, plan_subject
+from zpatch.prediction_plan import FLIPPED_OUTPUTS, Head, PlannedHead, PredictionPlan, PredictOptions
+from zpatch.prediction_regions import NOT_BEGUN, SMALL_PIECES_BYTES, Shards, grid_over, plan_subject
 from zpatch.spare_memory import POOL_SLACK
 from zpatch.tiles import Tiling
 
@@ -66,12 +66,15 @@ def planned(
     slabs: int = 1,
     limit: int | None = None,
     skipped: Bools | None = None,
+    tta: bool = False,
+    begun: Shards = NOT_BEGUN,
     **options: Any,
 ) -> PredictionPlan:
     subject = zp.Subject(name="ann", t1=zp.ScalarImage(np.broadcast_to(np.uint8(0), shape)))
     chosen = PredictOptions.of(image="t1", patch_size=patch_size, patch_overlap=patch_overlap, **options)
     heads = [head(chosen, scale, f"head-{n}") for n, scale in enumerate(scales)]
-    return plan_subject(subject, [subject["t1"]], heads, chosen, slabs=slabs, limit=limit, skipped=skipped)
+    how: dict[str, Any] = {"slabs": slabs, "limit": limit, "skipped": skipped, "tta": tta, "begun": begun}
+    return plan_subject(subject, [subject["t1"]], heads, chosen, **how)
 
 
 @st.composite
@@ -302,6 +305,14 @@ def test_larger_batches_take_more_memory() -> None:
     assert three - one >= 2 * (3 * patch_bytes + 2 * 2 * patch_bytes)
 
 
+def test_test_time_augmentation_takes_more_memory_for_what_it_flips() -> None:
+    patch_bytes, channels, batch_size = 16**3 * 4, 2, 3
+    plain, flipped = planned(batch_size=batch_size), planned(batch_size=batch_size, tta=True)
+    more = FLIPPED_OUTPUTS * batch_size * channels * patch_bytes
+    assert flipped.outputs_bytes - plain.outputs_bytes == more
+    assert flipped.peak_bytes - plain.peak_bytes == more + batch_size * patch_bytes
+
+
 def test_a_limit_makes_bands_across_the_sweep_and_says_what_is_run_twice() -> None:
     volume: dict[str, Any] = {"shape": (200, 100, 100), "patch_size": 12}
     free = planned(**volume)
@@ -350,6 +361,55 @@ def test_a_refusal_says_what_would_fit_and_what_to_do() -> None:
 def test_a_limit_that_this_process_exceeds_already_leaves_nothing() -> None:
     with pytest.raises(MemoryLimitError, match="and 0 B are left of the limit"):
         planned(limit=-5)
+
+
+# Going on
+
+
+def shards_of(plan: PredictionPlan) -> dict[str, tuple[int, ...]]:
+    return {head.head.name: head.record.shards for head in plan.heads}
+
+
+VOLUME: dict[str, Any] = {"shape": (200, 100, 100), "patch_size": 12, "scales": (1, 0.5)}
+
+
+def limited(share: float, **options: Any) -> PredictionPlan:
+    """With so much less for what is held besides that which nothing changes."""
+    free, fixed = planned(**VOLUME).peak_bytes, SMALL_PIECES_BYTES + 2 * POOL_SLACK
+    return planned(**VOLUME, limit=int(fixed + share * (free - fixed)), **options)
+
+
+def test_what_was_begun_is_planned_in_the_same_shards_under_any_limit() -> None:
+    first = limited(0.6)
+    begun = shards_of(first)
+    assert begun != shards_of(planned(**VOLUME)) == shards_of(limited(0.8))
+    for again in (planned(**VOLUME, begun=begun), limited(0.8, begun=begun), limited(0.35, begun=begun)):
+        assert shards_of(again) == begun
+    assert len(again.regions) > len(first.regions)
+
+
+def test_where_the_shards_that_were_begun_do_not_fit_the_limit_it_is_refused() -> None:
+    begun = shards_of(planned(**VOLUME))
+    assert shards_of(limited(0.25)) != begun
+    with pytest.raises(MemoryLimitError, match=r"'ann' needs .* was begun .*: allow more, or .* --overwrite"):
+        limited(0.25, begun=begun)
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [
+        {},
+        {"head-0": (8, 8, 8)},
+        {"head-0": (8, 8, 8), "head-1": (7, 8, 8)},
+        {"head-0": (8, 8, 8), "head-1": (2, 8, 8, 8)},
+        {"head-0": (8, 8, 8), "head-1": (1, 1, 8, 8, 8)},
+        {"head-0": (8, 8, 8), "head-1": ()},
+        {"head-0": (8, 8, 8), "head-1": (8, 8, 0)},
+    ],
+    ids=["none", "one", "no whole chunks", "other channels", "more dimensions", "no dimensions", "no voxels"],
+)
+def test_shards_that_are_not_those_of_all_heads_say_nothing(begun: Shards) -> None:
+    assert shards_of(planned(**VOLUME, begun=begun)) == shards_of(planned(**VOLUME))
 
 
 # What a kill costs

@@ -39,12 +39,12 @@ OPTIONS: dict[str, Any] = {"image": "t1", "patch_size": 20, "patch_overlap": 8, 
 
 @dataclass
 class Watch:
-    """What a network does beside its work: it takes its time, and notes which process it is in."""
+    """What is hooked to a network: it takes its time, and notes which process it is in."""
 
     pause_s: float = 0
     marks: Path | None = None
 
-    def __call__(self) -> None:
+    def __call__(self, network: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
         time.sleep(self.pause_s)
         if self.marks is not None:
             with self.marks.open("a") as marks:
@@ -61,10 +61,9 @@ class Conv(torch.nn.Module):
         self.layers = torch.nn.Sequential(*layers)
         for parameter in self.parameters():
             parameter.data = torch.rand(parameter.shape, generator=generator) - 0.5
-        self.watch = Watch(**watched)
+        self.register_forward_pre_hook(Watch(**watched))
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
-        self.watch()
         found: torch.Tensor = self.layers(batch)
         return found
 
@@ -293,8 +292,10 @@ def test_a_cluster_gives_the_bytes_of_one_process(cohort: zp.Cohort, out: Path, 
         address = cluster.scheduler_address
         for name, choice in CHOICES.items():
             expected = in_one_process(cohort, out.with_name(f"of-{name}") / "x", **choice)
-            predict(cohort, out, scheduler=address, overwrite=True, **choice)
+            told: list[int] = []
+            predict(cohort, out, scheduler=address, overwrite=True, progress=told.append, **choice)
             assert_whole(out, expected)
+            assert sum(told) == sum(p.patches_run for p in plans_of(cohort, scheduler=address, **choice))
         marks = tmp_path / "marks"
         predict(cohort, out, scheduler=address, model=Conv(marks=marks), overwrite=True)
     pids = marked_by(marks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from zpatch import reduction
 from zpatch.errors import ModelError, OptionError
-from zpatch.reduction import check_reduction, kind_of, reduce_channels
+from zpatch.reduction import as_stored, check_reduction, fitting_fill, kind_of, reduce_channels
 
 CHANNELS = 5
 
@@ -90,7 +91,52 @@ def test_a_function_that_changes_more_than_channels_is_refused(
         reduce_channels(voxels, function)
 
 
-@pytest.mark.parametrize("reduce", ["argmin", "", 3, ("threshold",), ("threshold", "high"), ("limit", 1.0)])
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.uint64])
+def test_unsigned_integers_that_torch_does_not_compare_are_compared(dtype: Any) -> None:
+    scores = np.array([[3, 40000, 7], [5, 39999, 7]], dtype=dtype).reshape(2, 3, 1, 1)
+    for reduce, wanted in (("argmax", [1, 0, 0]), (("threshold", 6), [0, 1, 1, 0, 1, 1])):
+        found = reduce_channels(torch.from_numpy(scores), reduce)  # type: ignore[arg-type]
+        assert found.dtype == torch.uint8
+        assert found.ravel().tolist() == wanted
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored"),
+    [
+        (torch.bool, torch.uint8),
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float64, torch.float64),
+        (torch.uint16, torch.uint16),
+    ],
+)
+def test_what_is_stored_is_of_a_type_that_an_image_can_have(dtype: torch.dtype, stored: torch.dtype) -> None:
+    assert as_stored(torch.ones(1, 2, 2, 2).to(dtype)).dtype == stored
+
+
+@pytest.mark.parametrize(
+    ("fill", "dtype", "kept"),
+    [(255.0, torch.uint8, 255), (1, torch.bool, 1), (-2.0, torch.int16, -2), (0.5, torch.float32, 0.5)],
+)
+def test_a_fill_that_fits_is_a_number_of_the_outputs_type(
+    fill: float, dtype: torch.dtype, kept: float
+) -> None:
+    found = fitting_fill(fill, dtype)
+    assert (found, type(found)) == (kept, type(kept))
+
+
+@pytest.mark.parametrize("fill", [math.nan, math.inf, -math.inf])
+def test_a_fill_that_is_no_number_fits_fractions_only(fill: float) -> None:
+    for dtype in (torch.float16, torch.float32, torch.complex64):
+        np.testing.assert_equal(fitting_fill(fill, dtype), fill)
+    for dtype in (torch.uint8, torch.int64, torch.bool):
+        with pytest.raises(OptionError, match=rf"a fill of {fill} does not fit .* {dtype}; choose another"):
+            fitting_fill(fill, dtype)
+
+
+@pytest.mark.parametrize(
+    "reduce", ["argmin", "", 3, ("threshold",), ("threshold", "high"), ("limit", 1.0), ["threshold", 0.5]]
+)
 def test_a_reduction_that_does_not_exist_is_refused_with_those_that_do(reduce: Any) -> None:
     with pytest.raises(OptionError, match=r"reduce must be 'argmax', .*threshold.*, not ") as error:
         check_reduction(reduce)

@@ -377,6 +377,13 @@ def test_a_cluster_gives_each_result_once_and_runs_every_task_on_its_workers(tmp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_progress_of_a_cluster_is_told_when_a_task_has_ended(tmp_path: Path) -> None:
+    told: list[int] = []
+    with local_cluster(1) as cluster:
+        run(double, range(4), scheduler=cluster.scheduler_address, folder=tmp_path, progress=told.append)
+    assert sorted(told) == [3, 6, 9]
+
+
 def test_a_cluster_is_found_by_its_scheduler_file(tmp_path: Path) -> None:
     file = tmp_path / "scheduler.json"
     with local_cluster(1) as cluster:

@@ -15,7 +15,7 @@ from zpatch import blending
 from zpatch.errors import OptionError
 from zpatch.geometry import PatchLocation, Triple
 from zpatch.grid import PatchGrid, axis_starts
-from zpatch.tiles import MIN_TILE_VOXELS, AxisTiles, Tiling, sweep_order
+from zpatch.tiles import MIN_TILE_VOXELS, AxisScale, AxisTiles, Tiling, sweep_order
 
 MODES = st.sampled_from(blending.OVERLAP_MODES)
 
@@ -205,6 +205,55 @@ def test_a_flush_patch_whose_neighbour_keeps_nothing_at_half_resolution_is_no_er
     idle = tiles.first_tile == tiles.stop_tile
     assert idle.any()
     assert not {int(n) for t in tiles.touching for n in t} & set(np.flatnonzero(idle).tolist())
+
+
+@st.composite
+def padded_axes(draw: st.DrawFn) -> tuple[AxisTiles, int, int, int]:
+    """An axis shorter than its patches: tiles and length, and what a network makes of a patch's length."""
+    p, q = draw(st.sampled_from([(16, 8), (32, 8), (16, 1), (30, 10), (8, 16), (12, 36), (12, 12)]))
+    n, o = draw(st.integers(1, p - 1)), 2 * draw(st.integers(0, (p - 1) // 2))
+    m = max(1, int(n * q / p + 0.5))
+    starts = PatchGrid.over((n, 1, 1), (p, 1, 1), (o, 0, 0), border=draw(st.booleans())).starts[0]
+    return AxisTiles.cut(draw(MODES), starts, p, o, n, output_length=m, made_length=q), n, p, q
+
+
+@given(padded_axes())
+def test_on_a_short_axis_a_patch_has_the_extent_that_the_network_gives_it_but_for_rounding(
+    axis: tuple[AxisTiles, int, int, int],
+) -> None:
+    tiles, _, p, q = axis
+    assert np.abs(tiles.stops - tiles.starts - q).max() <= (1 if q < p else 0)
+    totals = np.zeros(tiles.edges[-1])
+    for first, weights in zip(tiles.first, tiles.weights, strict=True):
+        totals[first : first + len(weights)] += weights
+    np.testing.assert_allclose(totals, 1, atol=1e-6)
+
+
+@given(padded_axes())
+def test_where_one_patch_covers_a_short_axis_it_lies_where_the_network_puts_it(
+    axis: tuple[AxisTiles, int, int, int],
+) -> None:
+    tiles, n, p, q = axis
+    if len(tiles.starts) == 1:
+        assert tiles.starts[0] <= 0
+        assert tiles.stops[0] >= tiles.edges[-1]
+        assert abs(tiles.starts[0] + (p - n) // 2 * q / p) <= 0.5
+
+
+@pytest.mark.parametrize(("n", "m", "p", "q", "o"), [(5, 3, 12, 6, 10), (7, 4, 20, 10, 18)])
+def test_crop_leaves_no_gap_where_patches_overlap_less_in_the_padding(
+    n: int, m: int, p: int, q: int, o: int
+) -> None:
+    starts = PatchGrid.over((n, 1, 1), (p, 1, 1), (o, 0, 0), border=True).starts[0]
+    tiles = AxisTiles.cut("crop", starts, p, o, n, output_length=m, made_length=q)
+    covered = [range(a, b) for a, b in zip(tiles.first, tiles.stop, strict=True)]
+    assert sorted(itertools.chain(*covered)) == list(range(m))
+
+
+def test_a_scale_that_the_output_does_not_have_says_nothing_of_its_padding() -> None:
+    for n, m, p, q in [(3, 2, 16, 11), (3, 3, 16, 8), (3, 2, 16, 16), (40, 16, 16, 8), (3, 2, 16, 0)]:
+        assert AxisScale.of(n, m, p, q) == AxisScale.of(n, m, p)
+    assert AxisScale.of(3, 2, 16, 11).place(np.array([-6, 10])).tolist() == [-4, 7]
 
 
 @pytest.mark.parametrize("output_length", [20, 40, 160])

@@ -26,14 +26,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from zpatch import schema
-from zpatch.errors import DamageError, IncompleteCoverageError, SamplingError, StoreExistsError
+from zpatch.errors import IncompleteCoverageError, SamplingError, StoreExistsError
 from zpatch.grid import chunk_counts
 from zpatch.image_writer import ImageWriter
 from zpatch.nifti_writer import make_header
 from zpatch.schema import ImageRecord, Kind, padded_to_4d
 from zpatch.store import sharded_array
 from zpatch.store_writer import StagedImage
-from zpatch.unit_ledger import HEADER, LEDGER, Unit, UnitLedger, check_header
+from zpatch.unit_ledger import HEADER, LEDGER, Unit, UnitLedger, begin, header_of
 
 STEPS = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
 HEADER_BYTES = make_header((20, 18, 25), 1, np.dtype("<f4"), np.eye(4))
@@ -500,10 +500,10 @@ HEADER_VALUES = {"model": "ab" * 16, "patch_size": [64, 64, 64], "reduce": "argm
 
 
 def test_a_header_is_entered_once_and_the_same_one_is_let_pass(tmp_path: Path) -> None:
-    check_header(tmp_path / "sub-01", HEADER_VALUES)
+    begin(tmp_path / "sub-01", HEADER_VALUES)
     before = contents(tmp_path)
     assert set(before) == {f"sub-01/{HEADER}"}
-    check_header(tmp_path / "sub-01", {**HEADER_VALUES, "patch_size": (64, 64, 64)})
+    begin(tmp_path / "sub-01", {**HEADER_VALUES, "patch_size": (64, 64, 64)})
     assert contents(tmp_path) == before
 
 
@@ -516,7 +516,7 @@ def test_a_header_is_entered_once_and_the_same_one_is_let_pass(tmp_path: Path) -
             'patch_size: [64,64,64] then, [96,96,96] now, reduce: "argmax" then, null now; say --overwrite',
         ),
         ({"tta": True}, "tta: null then, true now;"),
-        ({"patch_size": [64] * 99}, "[64,64,64] then, [64,64,64,64,64,64,64,64,64,64,64,64,... now;"),
+        ({"patch_size": [64] * 99}, "[64,64,64] then, [64,64,64,64,64,64,64,64,64,64,64,64,64,... now;"),
         ({f"input {n}": n for n in range(9)}, "input 4: null then, 4 now (and 4 more); say --overwrite"),
         ({"mask": "line\nline"}, r'mask: null then, "line\nline" now'),
     ],
@@ -524,16 +524,26 @@ def test_a_header_is_entered_once_and_the_same_one_is_let_pass(tmp_path: Path) -
 def test_another_header_is_refused_with_what_changed(
     tmp_path: Path, changes: dict[str, Any], text: str
 ) -> None:
-    check_header(tmp_path / "sub-01", HEADER_VALUES)
+    begin(tmp_path / "sub-01", HEADER_VALUES)
     before = contents(tmp_path)
     with pytest.raises(StoreExistsError) as refusal:
-        check_header(tmp_path / "sub-01", {**HEADER_VALUES, **changes})
+        begin(tmp_path / "sub-01", {**HEADER_VALUES, **changes})
     said = str(refusal.value)
     assert said.startswith(f"{tmp_path / 'sub-01'}: what was begun there differs in ")
     assert text in said
     assert said.endswith("; say --overwrite to start over, or choose another output")
     assert len(said.splitlines()) == 1
     assert contents(tmp_path) == before
+
+
+def test_of_long_values_that_part_is_shown_where_they_differ(tmp_path: Path) -> None:
+    before = {"heads": {"prediction": [3, *[256] * 20, 64, 128, 128, 128]}}
+    begin(tmp_path, before)
+    before["heads"]["prediction"][21] = 32
+    with pytest.raises(StoreExistsError) as refusal:
+        begin(tmp_path, before)
+    shown = "heads: ...6,256,256,64,128,128,128]} then, ...6,256,256,32,128,128,128]} now;"
+    assert shown in str(refusal.value)
 
 
 HEADER_HARMS: dict[str, Callable[[Path], Any]] = {
@@ -545,20 +555,26 @@ HEADER_HARMS: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("harm", HEADER_HARMS)
-def test_a_damaged_header_is_entered_anew_while_no_unit_is_written(tmp_path: Path, harm: str) -> None:
-    check_header(tmp_path, HEADER_VALUES)
+def test_a_damaged_header_is_entered_anew_and_the_units_of_the_same_one_still_count(
+    tmp_path: Path, harm: str
+) -> None:
+    folder = begin(tmp_path, HEADER_VALUES)
+    voxels = make_voxels("scalar")
+    record = record_of(voxels)
+    write_units(folder / "heart", record, voxels, units_of(record)[:1])
     before = contents(tmp_path)
     HEADER_HARMS[harm](tmp_path / HEADER)
-    check_header(tmp_path, HEADER_VALUES)
+    assert header_of(tmp_path) is None
+    assert begin(tmp_path, HEADER_VALUES) == folder
+    assert header_of(tmp_path) == HEADER_VALUES
     assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("harm", HEADER_HARMS)
-def test_a_damaged_header_is_refused_once_a_unit_is_written(tmp_path: Path, harm: str) -> None:
-    check_header(tmp_path, HEADER_VALUES)
+def test_where_the_header_is_lost_units_of_another_one_do_not_count(tmp_path: Path, harm: str) -> None:
     voxels = make_voxels("scalar")
-    record = record_of(voxels)
-    write_units(tmp_path / "heart", record, voxels, units_of(record)[:1])
+    record, unit = record_of(voxels), units_of(record_of(voxels))[0]
+    write_units(begin(tmp_path, HEADER_VALUES) / "heart", record, voxels, [unit])
     HEADER_HARMS[harm](tmp_path / HEADER)
-    with pytest.raises(DamageError, match=r"\.ledger\.json: it is missing or damaged, .*--overwrite"):
-        check_header(tmp_path, HEADER_VALUES)
+    folder = begin(tmp_path, {**HEADER_VALUES, "model": "cd" * 16})
+    assert not UnitLedger(folder / "heart").has(unit)

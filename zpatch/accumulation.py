@@ -206,7 +206,7 @@ class SweptBlend:
                 is_first = False
         target = state.sums[:, *part.place]
         if self._tiling.mode == "crop":
-            target.copy_(part.voxels) if is_first else target.add_(part.voxels)
+            target.copy_(part.voxels)  # no other patch gives these, and torch adds no uint16
         elif _is_compiled(target):
             u, v, w = (weight.numpy() for weight in part.weights)
             _compiled_add(target.numpy(), part.voxels.numpy(), u, v, w, is_first)

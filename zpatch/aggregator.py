@@ -21,9 +21,9 @@ from zpatch.geometry import PatchLocation, Triple, patch_overlap_triple, triple
 from zpatch.image import Image, stored_image
 from zpatch.loose_blend import LooseBlend
 from zpatch.memory import parse_bytes
-from zpatch.reduction import Reduction, check_reduction, kind_of, reduce_channels
+from zpatch.reduction import STORED_AS, Reduction, as_stored, check_reduction, kind_of, reduce_channels
 from zpatch.samplers import GridSampler
-from zpatch.schema import Kind, check_name
+from zpatch.schema import Kind, check_name, check_names_differ
 from zpatch.store_lock import writing_to
 from zpatch.store_writer import StagedImage
 from zpatch.tiles import Tiling
@@ -32,8 +32,6 @@ from zpatch.volume_sink import ImageSink, TensorSink
 T = TypeVar("T")
 Head = tuple[SweptBlend | LooseBlend, TensorSink | ImageSink]
 Output = torch.Tensor | Image
-
-STORED_AS = {torch.bool: torch.uint8, torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 
 class PatchAggregator:
@@ -125,7 +123,7 @@ class PatchAggregator:
         """Take in a batch (B, C, I, J, K), or one for each key, and where its patches lie."""
         self._check_usable()
         tensors: Mapping[Any, torch.Tensor] = batch if isinstance(batch, Mapping) else {None: batch}
-        self._heads = self._heads or self._start(tensors.keys())
+        self._heads = self._heads or self._start(tensors, locations)
         if tensors.keys() != self._heads.keys():
             raise OptionError(
                 f"batches must be all tensors or all dicts of the same keys: one has {_told(tensors)} "
@@ -135,16 +133,28 @@ class PatchAggregator:
             for key, tensor in tensors.items():
                 add_checked(self._heads[key][0], tensor, locations)
 
-    def _start(self, keys: Collection[str | None]) -> dict[str | None, Head]:
-        if not keys:
+    def _start(
+        self, tensors: Mapping[Any, torch.Tensor], locations: Sequence[PatchLocation]
+    ) -> dict[str | None, Head]:
+        if not tensors:
             raise OptionError("a batch is a dict without keys; it must hold a tensor for each output")
-        for key in keys:
-            if key is not None and self._output is not None:
-                check_name(key, "output")
-        share = None if self.max_bytes is None else self.max_bytes // len(keys)
-        return {key: self._head(key, share) for key in keys}
+        names = [key for key in tensors if key is not None and self._output is not None]
+        for name in names:
+            check_name(name, "output")
+        check_names_differ(names, "output")
+        share = None if self.max_bytes is None else self.max_bytes // len(tensors)
+        patch_size = locations[0].size if len(locations) else None
+        return {
+            key: self._head(key, patch_size, _patch_shape(tensor), share) for key, tensor in tensors.items()
+        }
 
-    def _head(self, key: str | None, max_bytes: int | None) -> Head:
+    def _head(
+        self,
+        key: str | None,
+        patch_size: Triple | None,
+        patch_shape: Triple | None,
+        max_bytes: int | None,
+    ) -> Head:
         shape = _for_key(self.output_shape, key, "output_shape")
         reduce = _for_key(self.reduce, key, "reduce")
         dtype = _for_key(self.dtype, key, "dtype")
@@ -153,10 +163,12 @@ class PatchAggregator:
 
         def finalise(voxels: torch.Tensor) -> torch.Tensor:
             final = reduce_channels(voxels, reduce, dtype)
-            return final if self._output is None else final.to(STORED_AS.get(final.dtype, final.dtype))
+            return final if self._output is None else as_stored(final)
 
         if self._grid is not None:
-            tiling = Tiling.over(self._grid.grid, self.overlap_mode, output_shape=shape)
+            tiling = Tiling.over(
+                self._grid.grid, self.overlap_mode, output_shape=shape, patch_shape=patch_shape
+            )
             return SweptBlend(tiling, sink, finalise, max_held_bytes=max_bytes), sink
         blend = LooseBlend(
             self.spatial_shape,
@@ -165,6 +177,8 @@ class PatchAggregator:
             sink,
             finalise,
             output_shape=shape,
+            patch_size=patch_size,
+            patch_shape=patch_shape,
             fill=fill,
             max_bytes=max_bytes,
             scratch_folder=self._output and self._output.parent,
@@ -267,6 +281,14 @@ def _extent(value: int | Sequence[int], name: str) -> Triple:
     if min(shape) < 1:
         raise OptionError(f"{name} must be at least 1 voxel on every axis, not {value!r}")
     return shape
+
+
+def _patch_shape(batch: torch.Tensor) -> Triple | None:
+    """The extent of the patches in a batch (B, C, I, J, K); of anything else None."""
+    if not isinstance(batch, torch.Tensor) or batch.ndim != 5:
+        return None
+    i, j, k = batch.shape[2:]
+    return i, j, k
 
 
 def _checked_reduction(reduce: Reduction) -> Reduction:

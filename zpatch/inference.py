@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,15 +21,15 @@ from zpatch import schema
 from zpatch.accumulation import accumulation_dtype
 from zpatch.chunk_cache import cached
 from zpatch.cohort import Cohort, Subject
-from zpatch.errors import ModelError, OptionError
+from zpatch.errors import ModelError, OptionError, SourceError, ZpatchError
 from zpatch.image import Image, read_together
 from zpatch.memory import parse_bytes
 from zpatch.network import Model, Network, torch_device
 from zpatch.normalization import Normalize
-from zpatch.prediction_jobs import run_prediction
+from zpatch.prediction_jobs import begun_shards, run_prediction
 from zpatch.prediction_plan import Head, MaskFunction, PredictionPlan, PredictOptions
-from zpatch.prediction_regions import grid_over, plan_subject
-from zpatch.reduction import Reduction, reduce_channels
+from zpatch.prediction_regions import NOT_BEGUN, Shards, grid_over, plan_subject
+from zpatch.reduction import Reduction, as_stored, fitting_fill, reduce_channels
 from zpatch.resident_memory import resident_bytes
 from zpatch.scheduling import Progress
 from zpatch.store_writer import check_can_create
@@ -97,20 +99,31 @@ def predict(
     )
     check_can_create(Path(output), overwrite=overwrite, resume=resume)
     network = Network(model, torch_device(device), amp=amp, tta=tta)
-    plans = plan_prediction(network, subjects, options)
+    begun = {} if overwrite else begun_shards(Path(output))
+    plans = plan_prediction(network, subjects, options, begun=begun)
     return run_prediction(network, plans, output, options, overwrite=overwrite, progress=progress)
 
 
 def plan_prediction(
-    network: Network, subjects: Sequence[Subject], options: PredictOptions
+    network: Network,
+    subjects: Sequence[Subject],
+    options: PredictOptions,
+    *,
+    begun: Mapping[str, Shards] = MappingProxyType({}),
 ) -> list[PredictionPlan]:
-    """The plan of each subject; nothing is written. The network is run on one patch of the first subject."""
+    """The plan of each subject; nothing is written. The network is run on one patch of the first subject.
+
+    ``begun`` says by subject and head in which shards an output was begun, that is to be gone on with.
+    """
+    given: Any = subjects
+    if isinstance(given, Subject):
+        raise OptionError("subjects= is one subject; give a list of it")
     if not len(subjects):
         raise OptionError("there is no subject to predict")
     for name, times in Counter(subject.name for subject in subjects).items():
-        schema.check_name(name, "subject")
         if times > 1:
             raise OptionError(f"{times} subjects are called {name!r}; give each a name of its own")
+    _check_names([subject.name for subject in subjects], "subject", OptionError)
     heads = probe(network, subjects[0], options)
     limit = None
     if options.max_memory is not None:
@@ -124,8 +137,30 @@ def plan_prediction(
         if options.scheduler is not None and options.jobs == 1:
             slabs = max(1, max(grid.counts) // ROWS_OF_A_REGION)
         skipped = _outside_mask(subject, options)
-        plans.append(plan_subject(subject, images, heads, options, slabs=slabs, limit=limit, skipped=skipped))
+        plans.append(
+            plan_subject(
+                subject,
+                images,
+                heads,
+                options,
+                slabs=slabs,
+                limit=limit,
+                skipped=skipped,
+                tta=network.tta,
+                begun=begun.get(subject.name, NOT_BEGUN),
+            )
+        )
     return plans
+
+
+def _check_names(names: Sequence[str], what: str, error: type[ZpatchError]) -> None:
+    """Refuse names that are no folders everywhere, or that some file system cannot tell apart."""
+    try:
+        for name in names:
+            schema.check_name(name, what)
+        schema.check_names_differ(names, what)
+    except SourceError as refusal:
+        raise error(str(refusal)) from None
 
 
 def _images(subject: Subject, options: PredictOptions) -> list[Image]:
@@ -147,13 +182,13 @@ def probe(network: Network, subject: Subject, options: PredictOptions) -> tuple[
     with network.running():
         outputs = network(torch.from_numpy(np.concatenate(patches)[None]), subject.name, [location])
         try:
+            _check_names(list(outputs), "output", ModelError)
             return tuple(_head(name, output, options) for name, output in outputs.items())
         except ModelError as error:
             raise ModelError(f"subject {subject.name!r}: {error}") from error
 
 
 def _head(name: str, output: torch.Tensor, options: PredictOptions) -> Head:
-    schema.check_name(name, "output")
     if not isinstance(output, torch.Tensor) or output.ndim != 5 or len(output) != 1:
         got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise ModelError(f"the model must give a tensor (B, C, I, J, K) for a batch, not {got} for one patch")
@@ -164,7 +199,8 @@ def _head(name: str, output: torch.Tensor, options: PredictOptions) -> Head:
             f"shape, or make it smaller or larger by whole factors"
         )
     dtype = accumulation_dtype(output.dtype, options.overlap_mode)
-    kept = reduce_channels(output[0].to(dtype), options.reduce).cpu()
+    kept = as_stored(reduce_channels(output[0].to(dtype), options.reduce)).cpu()
+    fitting_fill(options.fill, kept.dtype)
     return Head(name, channels, dtype.itemsize, (i, j, k), len(kept), kept.numpy().dtype.str)
 
 

@@ -7,7 +7,6 @@ The volume is cut into tiles, and a tile is made when a patch first touches it. 
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,10 +17,12 @@ from numpy.typing import NDArray
 
 from zpatch import blending
 from zpatch.accumulation import Finalise, accumulation_dtype
-from zpatch.errors import IncompleteCoverageError, ModelError, OptionError
+from zpatch.errors import IncompleteCoverageError, ModelError
 from zpatch.geometry import PatchLocation, Triple
 from zpatch.held_tiles import HeldTiles
 from zpatch.layout import CHUNK_VOXELS
+from zpatch.reduction import fitting_fill
+from zpatch.tiles import AxisScale
 from zpatch.volume_sink import VolumeSink
 
 TILE_VOXELS = 64**3
@@ -36,6 +37,7 @@ class LooseBlend:
     Where patches overlap, the last bits depend on the order in which they came; in ``crop`` mode the last
     patch that keeps a voxel wins. A tile that more than 256 patches touch is summed in float64.
 
+    An output of another shape is as for ``Tiling``: the network makes ``patch_shape`` of ``patch_size``.
     ``tiles`` are at most ``max_bytes`` in memory, and one that is worked on; the others wait in a scratch
     file in ``scratch_folder``. The result is the same, bit by bit.
     """
@@ -49,6 +51,8 @@ class LooseBlend:
         finalise: Finalise,
         *,
         output_shape: Triple | None = None,
+        patch_size: Triple | None = None,
+        patch_shape: Triple | None = None,
         fill: float | None = None,
         max_bytes: int | None = None,
         scratch_folder: Path | None = None,
@@ -59,9 +63,9 @@ class LooseBlend:
         self.tiles = HeldTiles(max_bytes, scratch_folder)
         self._shape = output_shape or spatial_shape
         self._tile_shape = tile_shape(self._shape, tile_voxels)
-        lengths = list(zip(self._shape, spatial_shape, strict=True))
-        self._factors = [m / n for m, n in lengths]
-        self._overlap = [o * m // n for o, (m, n) in zip(patch_overlap, lengths, strict=True)]
+        sizes = spatial_shape, self._shape, patch_size or spatial_shape, patch_shape or (None,) * 3
+        self._scales = list(map(AxisScale.of, *sizes))
+        self._overlap = [scale.overlap(o) for scale, o in zip(self._scales, patch_overlap, strict=True)]
         self._mode = mode
         self._sink = sink
         self._finalise = finalise
@@ -72,13 +76,13 @@ class LooseBlend:
 
     def size_of(self, location: PatchLocation) -> Triple:
         """Extent of a patch in the output."""
-        return location.scaled(self._factors).size
+        return self._box(location).size
 
     def add(self, patch: torch.Tensor, location: PatchLocation) -> None:
         """Take in a patch (C, I, J, K): the part of it that lies in the volume."""
         dtype = self._summed_dtype(patch)
         self._is_covered = False
-        box = location.scaled(self._factors)
+        box = self._box(location)
         kept = self._kept(box)
         if min(kept.size) < 1:
             return
@@ -133,7 +137,7 @@ class LooseBlend:
         if self._dtype is None:
             if self._fill is not None:
                 one_voxel = self._finalise(torch.zeros((len(patch), 1, 1, 1), dtype=dtype))
-                self._fill = _fitting_fill(self._fill, one_voxel.dtype)
+                self._fill = fitting_fill(self._fill, one_voxel.dtype)
             self._dtype, self.channels = dtype, len(patch)
         if dtype != self._dtype:
             raise ModelError(
@@ -141,6 +145,13 @@ class LooseBlend:
                 f"make them all of one type"
             )
         return dtype
+
+    def _box(self, location: PatchLocation) -> PatchLocation:
+        """Where a patch lies in the output."""
+        axes = zip(self._scales, location.index_ini, location.index_fin, strict=True)
+        ends = [scale.place(np.array(positions)).tolist() for scale, *positions in axes]
+        low, high = zip(*ends, strict=True)
+        return _box(low, high)
 
     def _kept(self, box: PatchLocation) -> PatchLocation:
         """The part of a patch's box that lies in the volume and, in crop mode, is not cut off."""
@@ -182,7 +193,9 @@ class LooseBlend:
         if self._mode != "crop":
             voxels = (voxels / (tile[-1] + missing)).to(self._dtype)
         final = self._finalise(voxels)
-        return final if self._fill is None else final.masked_fill(missing, self._fill)
+        if self._fill is None:
+            return final
+        return torch.where(missing, torch.tensor(self._fill, dtype=final.dtype), final)
 
     def _pop(self, place: Triple) -> torch.Tensor:
         assert self.channels is not None
@@ -257,15 +270,3 @@ def tile_shape(spatial_shape: Triple, voxels: int = TILE_VOXELS) -> Triple:
 def _box(low: Sequence[int], high: Sequence[int]) -> PatchLocation:
     (i, j, k), (p, q, r) = low, high
     return PatchLocation((i, j, k), (p - i, q - j, r - k))
-
-
-def _fitting_fill(fill: float, dtype: torch.dtype) -> float:
-    """The fill, once it is a number of the output's type."""
-    if dtype.is_floating_point or dtype.is_complex:
-        fits = not math.isfinite(fill) or abs(fill) <= torch.finfo(dtype).max
-    else:
-        limits = torch.iinfo(torch.uint8 if dtype == torch.bool else dtype)
-        fits = math.isfinite(fill) and fill % 1 == 0 and limits.min <= fill <= limits.max
-    if not fits:
-        raise OptionError(f"a fill of {fill} does not fit the output, which is of {dtype}; choose another")
-    return fill if dtype.is_floating_point or dtype.is_complex else int(fill)

@@ -1,8 +1,8 @@
 """Predictions in progress: which regions are left, who fills them, and when a subject is complete.
 
 Work in progress lies in ``.unfinished`` of the output, a folder for each subject, until all its units are
-written; then its images are committed at once. What its voxels depend on stands beside them, so that
-nothing is gone on with that was begun otherwise.
+written; then its images are committed at once. What its voxels depend on stands beside them, and in the name
+of their folder, so that nothing is gone on with that was begun otherwise.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ import torch
 
 from zpatch import schema
 from zpatch.cohort import Cohort
-from zpatch.errors import OptionError, StoreExistsError, WorkerError
+from zpatch.errors import ModelError, OptionError, StoreExistsError, WorkerError
 from zpatch.network import Network, identity
 from zpatch.prediction_plan import PredictionPlan, PredictOptions
 from zpatch.prediction_run import RunOptions, finish_subject, run_region
 from zpatch.scheduling import Progress, run_tasks
 from zpatch.schema import Json
+from zpatch.store import open_store
 from zpatch.store_lock import writing_to
 from zpatch.store_writer import StoreWriter
-from zpatch.unit_ledger import check_header, check_same
+from zpatch.unit_ledger import HEADER, begin, check_same, header_of
 
 
 def run_prediction(
@@ -45,9 +46,11 @@ def run_prediction(
 ) -> Cohort:
     """Carry out the plans of some subjects, or go on with them."""
     store = Path(output)
-    _refuse_own_input(plans, store)
+    _refuse_own_input(plans, options, store)
     if options.jobs > 1 and network.device.type != "cpu":
         raise OptionError(f"jobs shares out processors; one process feeds {network.device}: leave jobs at 1")
+    if options.jobs > 1 or options.scheduler is not None:
+        _check_can_be_sent(network, options)
     header = _header(network, options)
     expected = [plan.subject.name for plan in plans]
     attributes = {"tool": "zpatch predict", "expected_subjects": expected, "prediction": header}
@@ -59,7 +62,8 @@ def run_prediction(
         check_same({"subjects": writer.attributes["expected_subjects"]}, {"subjects": expected}, store)
         unfinished = writer.path / schema.UNFINISHED
         with writing_to(writer.path):
-            jobs = [_begun(plan, unfinished / plan.subject.name, store, writer) for plan in plans]
+            digest = schema.digest(schema.compact_json(header).encode())
+            jobs = [_begun(plan, digest, unfinished / plan.subject.name, writer) for plan in plans]
         left = [job for job in jobs if job is not None]
         if done_before := sum(p.patches_run for p, job in zip(plans, jobs, strict=True) if job is None):
             progress(done_before)
@@ -70,16 +74,45 @@ def run_prediction(
             writer.commit(
                 [(folder, dataclasses.replace(record, inputs=job.inputs)) for folder, record in finished]
             )
-            shutil.rmtree(job.folder)
+            shutil.rmtree(job.folder.parent)
         shutil.rmtree(unfinished, ignore_errors=True)
     return Cohort(output)
 
 
-def _refuse_own_input(plans: Sequence[PredictionPlan], output: Path) -> None:
+def begun_shards(output: Path) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The shapes of the shards of all predictions that are in an output, or were begun, by subject and name.
+
+    What is gone on with must be written in the same ones.
+    """
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    if (output / schema.MANIFEST).exists():
+        for (subject, name), record in open_store(output).records.items():
+            found.setdefault(subject, {})[name] = record.shards
+    for file in (output / schema.UNFINISHED).glob(f"*/{HEADER}"):
+        if (header := header_of(file.parent)) is not None:
+            shards = {name: tuple(head["shards"]) for name, head in header["heads"].items()}
+            found[file.parent.name] = shards
+    return found
+
+
+def _refuse_own_input(plans: Sequence[PredictionPlan], options: PredictOptions, output: Path) -> None:
     target = output.resolve()
-    folders = {image.folder.resolve() for plan in plans for image in plan.images if image.folder}
-    if any(folder.is_relative_to(target) for folder in folders):
+    images = [image for plan in plans for image in plan.images]
+    images += [plan.subject[options.mask] for plan in plans if isinstance(options.mask, str)]
+    if any(image.origin.path and image.origin.path.resolve().is_relative_to(target) for image in images):
         raise StoreExistsError(f"{output}: it is the store that is read; choose another output")
+
+
+def _check_can_be_sent(network: Network, options: PredictOptions) -> None:
+    """Refuse what no other process can have, before anything is touched."""
+    for what, value in (("model", network), ("reduce function", options.reduce)):
+        try:
+            cloudpickle.dumps(value)
+        except Exception as error:  # a user's class may fail in any way
+            raise ModelError(
+                f"the {what} cannot be sent to other processes ({type(error).__name__}: {error}); leave out "
+                f"jobs and scheduler, or give one that can be pickled"
+            ) from error
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,8 +124,9 @@ class _Job:
     inputs: str
 
 
-def _begun(plan: PredictionPlan, folder: Path, store: Path, writer: StoreWriter) -> _Job | None:
-    """The job of a subject; None where its predictions are committed."""
+def _begun(plan: PredictionPlan, prediction: str, folder: Path, writer: StoreWriter) -> _Job | None:
+    """The job of a subject; None where its predictions are committed. ``prediction`` is a digest of what all
+    subjects depend on."""
     header = _subject_header(plan)
     inputs = schema.digest(schema.compact_json(header).encode())
     name = plan.subject.name
@@ -100,20 +134,18 @@ def _begun(plan: PredictionPlan, folder: Path, store: Path, writer: StoreWriter)
     if any(committed):
         if any(record is None or record.inputs != inputs for record in committed):
             raise StoreExistsError(
-                f"{store}: the prediction of {name!r} was made from other inputs, mask or write units; "
+                f"{writer.path}: the prediction of {name!r} was made from other inputs, mask or write units; "
                 f"say --overwrite to start over, or choose another output"
             )
         shutil.rmtree(folder, ignore_errors=True)
         return None
-    folder.mkdir(parents=True, exist_ok=True)
-    check_header(folder, header)
-    return _Job(plan, folder, inputs)
+    return _Job(plan, begin(folder, {**header, "prediction": prediction}), inputs)
 
 
 def _header(network: Network, options: PredictOptions) -> Json:
     """What all voxels depend on."""
     return {
-        "model": identity(network.model),
+        "model": network.identity,
         "device": network.device.type,
         "amp": network.amp,
         "tta": network.tta,
@@ -126,7 +158,7 @@ def _header(network: Network, options: PredictOptions) -> Json:
         "padding_mode": options.padding_mode,
         "normalize": options.normalize,
         "mask": identity(options.mask) if callable(options.mask) else options.mask,
-        "fill": options.fill,
+        "fill": repr(float(options.fill)),
     }
 
 
@@ -137,7 +169,11 @@ def _subject_header(plan: PredictionPlan) -> Json:
         "inputs": [image.identity() for image in plan.images],
         "patches_outside_mask": masked_out,
         "heads": {
-            head.head.name: [head.record.dtype, *head.record.shape, *head.record.shards]
+            head.head.name: {
+                "dtype": head.record.dtype,
+                "shape": head.record.shape,
+                "shards": head.record.shards,
+            }
             for head in plan.heads
         },
     }
@@ -204,7 +240,12 @@ def _do_shared(path: Path, alone: bool, task: tuple[int, int], progress: Progres
 
 @functools.lru_cache(maxsize=1)
 def _work_at(path: Path) -> _Work:
-    work: _Work = cloudpickle.loads(path.read_bytes())
+    try:
+        work: _Work = cloudpickle.loads(path.read_bytes())
+    except (ImportError, AttributeError) as error:
+        raise ModelError(
+            f"the model cannot be had in another process ({error}); its code must be importable there"
+        ) from error
     model: Any = work.network.model
     if isinstance(model, torch.nn.Module):
         model.eval()  # once for all tasks: several may run in threads of this process

@@ -35,6 +35,7 @@ from zpatch.tiles import AxisTiles, Bools, Tiling, sweep_order
 
 WEIGHT_BYTES = 4  # of a voxel's summed weights
 BATCHES_AHEAD = 2  # of the network, while a unit waits for the one before it to be written
+FLIPPED_OUTPUTS = 1  # more than those of a batch, while they are summed over all its flips: the sums
 
 Ranges = tuple[range, range, range]
 MaskFunction = Callable[[Subject, PatchLocation], bool]
@@ -113,9 +114,10 @@ class Head:
         return i, j, k
 
 
-def outputs_bytes(heads: Sequence[Head], batch_size: int) -> int:
-    """What a network gives for a batch, as it is and as it is summed."""
-    return 2 * batch_size * sum(h.channels * h.sum_bytes * math.prod(h.patch_shape) for h in heads)
+def outputs_bytes(heads: Sequence[Head], batch_size: int, *, tta: bool = False) -> int:
+    """What a network gives for a batch, as it is and as it is summed; with ``tta`` also while it is made."""
+    buffers = 2 + (FLIPPED_OUTPUTS if tta else 0)
+    return buffers * batch_size * sum(h.channels * h.sum_bytes * math.prod(h.patch_shape) for h in heads)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -194,7 +196,8 @@ class PredictionPlan:
     """What a prediction will do to one subject.
 
     ``swept_axis`` is the longest, so that the front is small. ``skipped`` are patches that lie wholly outside
-    the mask. ``region_bytes`` is what a region holds at most, without the network's own.
+    the mask. ``region_bytes`` is what a region holds at most, without the network's own; with ``tta`` that is
+    run on all flips of a batch.
     """
 
     subject: Subject
@@ -207,6 +210,7 @@ class PredictionPlan:
     skipped: Bools | None
     region_bytes: int
     jobs: int = 1
+    tta: bool = False
 
     @property
     def peak_bytes(self) -> int:
@@ -216,7 +220,7 @@ class PredictionPlan:
     @property
     def outputs_bytes(self) -> int:
         """What the network gives for a batch, as it is and as it is summed."""
-        return outputs_bytes([planned.head for planned in self.heads], self.batch_size)
+        return outputs_bytes([planned.head for planned in self.heads], self.batch_size, tta=self.tta)
 
     @property
     def patches(self) -> int:

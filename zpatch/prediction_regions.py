@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from zpatch.front import AxisLives, Held, peak_bytes
 from zpatch.geometry import Triple, resized_affine
 from zpatch.grid import PatchGrid
 from zpatch.image import Image
-from zpatch.layout import SHARD_BYTES, plan_output_layout
+from zpatch.layout import SHARD_BYTES, Layout, plan_output_layout
 from zpatch.memory import format_bytes
 from zpatch.prediction_plan import (
     Head,
@@ -42,6 +43,9 @@ UNITS_WRITTEN = 2  # besides those that are being filled: one waiting, one being
 SMALL_PIECES_BYTES = 2**23  # what the threads keep of small blocks
 SMALLEST_SHARD_BYTES = 2**16
 
+Shards = Mapping[str, tuple[int, ...]]
+NOT_BEGUN: Shards = MappingProxyType({})
+
 
 def plan_subject(
     subject: Subject,
@@ -52,26 +56,30 @@ def plan_subject(
     slabs: int = 1,
     limit: int | None = None,
     skipped: Bools | None = None,
+    tta: bool = False,
+    begun: Shards = NOT_BEGUN,
 ) -> PredictionPlan:
     """The plan of a subject in ``slabs`` regions along the swept axis, and as many across it as memory asks
     for: ``limit`` is what all jobs together may hold.
 
-    ``images`` are those to be read, normalised already. Raises MemoryLimitError, with what would fit.
+    ``images`` are those to be read, normalised already. ``begun`` are the stored shapes of shards that an
+    output was begun with, by its name: where it says them of all heads, these and no others are taken.
+    Raises MemoryLimitError, with what would fit.
     """
     grid = grid_over(images[0].spatial_shape, options)
     swept_axis = max(range(3), key=lambda axis: (grid.spatial_shape[axis], axis))
     least = None
-    for shard_bytes in itertools.takewhile(lambda n: n >= SMALLEST_SHARD_BYTES, _quarters(SHARD_BYTES)):
+    for layouts in _layouts(heads, grid, options, swept_axis, begun):
         planned = [
-            _planned_head(head, subject, images[0], grid, options, swept_axis, shard_bytes) for head in heads
+            _planned_head(head, subject, images[0], grid, options, swept_axis, layout)
+            for head, layout in zip(heads, layouts, strict=True)
         ]
         for parts in _ways_to_part(planned[0].tiling, slabs):
             regions = _regions(planned, parts)
-            fixed = _batch_bytes(images, heads, options) + UNITS_WRITTEN * sum(h.unit_bytes for h in planned)
-            fixed += len(planned) * POOL_SLACK + SMALL_PIECES_BYTES
-            masked = skipped is not None
+            fixed = _fixed_bytes(images, planned, options, tta=tta)
             peaks = [
-                _region_bytes(region, images, planned, grid, options.batch_size, masked) for region in regions
+                _region_bytes(region, images, planned, grid, options.batch_size, skipped is not None)
+                for region in regions
             ]
             peak = options.jobs * (max(peaks) + fixed)
             if limit is None or peak <= limit:
@@ -86,14 +94,19 @@ def plan_subject(
                     skipped=skipped,
                     region_bytes=max(peaks) + fixed,
                     jobs=options.jobs,
+                    tta=tta,
                 )
             least = peak if least is None else min(least, peak)
     assert least is not None
     assert limit is not None
+    advice = "use a smaller patch_size, batch_size or number of jobs, or allow more"
+    if {head.head.name: head.record.shards for head in planned} == begun:
+        advice = (
+            "it was begun in these write units: allow more, or say --overwrite to start over in smaller ones"
+        )
     raise MemoryLimitError(
         f"the prediction of {subject.name!r} needs {format_bytes(least)} beside the network, and "
-        f"{format_bytes(max(limit, 0))} are left of the limit; use a smaller patch_size, batch_size or "
-        f"number of jobs, or allow more"
+        f"{format_bytes(max(limit, 0))} are left of the limit; {advice}"
     )
 
 
@@ -110,10 +123,41 @@ def grid_over(spatial_shape: Triple, options: PredictOptions) -> PatchGrid:
     return PatchGrid.over(spatial_shape, options.patch_size, options.patch_overlap, border=border)
 
 
-def _quarters(size: int) -> Iterator[int]:
-    while True:
-        yield size
-        size //= 4
+def _layouts(
+    heads: Sequence[Head], grid: PatchGrid, options: PredictOptions, swept_axis: int, begun: Shards
+) -> Iterator[list[Layout]]:
+    """How the outputs may be stored: as they were begun, or else in ever smaller shards."""
+
+    def layouts(shard_bytes: int) -> list[Layout]:
+        found = []
+        for head in heads:
+            i, j, k = head.shape_for(grid.spatial_shape, options.patch_size)
+            shape, itemsize = (head.kept_channels, k, j, i), np.dtype(head.kept_dtype).itemsize
+            found.append(
+                plan_output_layout(shape, itemsize, swept_axis=2 - swept_axis, shard_bytes=shard_bytes)
+            )
+        return found
+
+    pairs = list(zip(layouts(SHARD_BYTES), heads, strict=True))
+    if all(head.name in begun and _can_have(layout, begun[head.name]) for layout, head in pairs):
+        yield [Layout(layout.chunks, _with_channels(begun[head.name])) for layout, head in pairs]
+        return
+    shard_bytes = SHARD_BYTES
+    while shard_bytes >= SMALLEST_SHARD_BYTES:
+        yield layouts(shard_bytes)
+        shard_bytes //= 4
+
+
+def _can_have(layout: Layout, shards: tuple[int, ...]) -> bool:
+    """Whether an image could have other shards than its layout's."""
+    channels, *others = shards = _with_channels(shards)
+    if len(shards) != 4 or channels != layout.shards[0]:
+        return False
+    return all(s > 0 and s % c == 0 for s, c in zip(others, layout.chunks[1:], strict=True))
+
+
+def _with_channels(shards: tuple[int, ...]) -> tuple[int, ...]:
+    return (1,) * (4 - len(shards)) + shards
 
 
 def _planned_head(
@@ -123,13 +167,10 @@ def _planned_head(
     grid: PatchGrid,
     options: PredictOptions,
     swept_axis: int,
-    shard_bytes: int,
+    layout: Layout,
 ) -> PlannedHead:
     shape = head.shape_for(grid.spatial_shape, options.patch_size)
     dtype = np.dtype(head.kept_dtype)
-    layout = plan_output_layout(
-        (head.kept_channels, *shape[::-1]), dtype.itemsize, swept_axis=2 - swept_axis, shard_bytes=shard_bytes
-    )
     record = output_record(
         subject.name,
         head.name,
@@ -143,7 +184,12 @@ def _planned_head(
     )
     _, k, j, i = layout.shards
     tiling = Tiling.over(
-        grid, options.overlap_mode, swept_axis=swept_axis, output_shape=shape, unit_shape=(i, j, k)
+        grid,
+        options.overlap_mode,
+        swept_axis=swept_axis,
+        output_shape=shape,
+        patch_shape=head.patch_shape,
+        unit_shape=(i, j, k),
     )
     return PlannedHead(head, record, tiling)
 
@@ -207,11 +253,16 @@ def _patches_of(heads: Sequence[PlannedHead], units: Sequence[Ranges]) -> Ranges
     return i, j, k
 
 
-def _batch_bytes(images: Sequence[Image], heads: Sequence[Head], options: PredictOptions) -> int:
-    """What batches take on their way in and out."""
+def _fixed_bytes(
+    images: Sequence[Image], planned: Sequence[PlannedHead], options: PredictOptions, *, tta: bool
+) -> int:
+    """What is held in any region: batches on their way in and out, units being written, and spare pieces."""
     voxels = options.batch_size * math.prod(options.patch_size)
     read = voxels * sum(image.num_channels for image in images) * 4
-    return BATCHES_READ * read + outputs_bytes(heads, options.batch_size)
+    batches = (BATCHES_READ + (1 if tta else 0)) * read  # one more that is flipped
+    batches += outputs_bytes([h.head for h in planned], options.batch_size, tta=tta)
+    written = UNITS_WRITTEN * sum(h.unit_bytes for h in planned)
+    return batches + written + len(planned) * POOL_SLACK + SMALL_PIECES_BYTES
 
 
 def _region_bytes(

@@ -71,7 +71,7 @@ def run_region(
     if done_before := plan.count_run(plan.needed(units)) - plan.count_run(needed):
         progress(done_before)
     guard = _MemoryGuard(plan)
-    with writing_to(folder.parent.parent), _Blender(plan, wanted, folder, options) as blender:
+    with _Blender(plan, wanted, folder, options) as blender:
         with network.running():
             for locations, inputs in read_ahead(_batches(plan, region, needed, options)):
                 outputs = guard.watch(network, inputs, plan.subject.name, locations)
@@ -150,7 +150,8 @@ class _Blender:
         self, plan: PredictionPlan, wanted: Sequence[Bools], folder: Path, options: RunOptions
     ) -> None:
         self._subject = plan.subject.name
-        self._sinks = [UnitSink(UnitLedger(folder / h.head.name), h.record) for h in plan.heads]
+        store = folder.parents[2]  # .unfinished, the subject's, and what all depends on
+        self._sinks = [UnitSink(UnitLedger(folder / h.head.name), h.record, store) for h in plan.heads]
         self._blends = {
             head.head.name: SweptBlend(
                 head.tiling,
@@ -210,8 +211,9 @@ class UnitSink:
     A unit is encoded in a thread of its own, while the next one is being filled; not more than one waits.
     """
 
-    def __init__(self, ledger: UnitLedger, record: ImageRecord) -> None:
+    def __init__(self, ledger: UnitLedger, record: ImageRecord, store: Path) -> None:
         self.record = record
+        self._store = store
         self._ledger = ledger
         self._units = WriteUnits(self)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="zpatch-write")
@@ -224,7 +226,11 @@ class UnitSink:
     def write_shard(self, shard: Shard, voxels: np.ndarray[Any, np.dtype[Any]], *, skipped: int = 0) -> None:
         """Write one unit, once the one before it is written."""
         self.wait()
-        self._last = self._pool.submit(self._ledger.write, self.record, shard, voxels, skipped=skipped)
+        self._last = self._pool.submit(self._write, shard, voxels, skipped)
+
+    def _write(self, shard: Shard, voxels: np.ndarray[Any, np.dtype[Any]], skipped: int) -> None:
+        with writing_to(self._store):
+            self._ledger.write(self.record, shard, voxels, skipped=skipped)
 
     def wait(self) -> None:
         """Until all units that are complete are written."""

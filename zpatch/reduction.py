@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,9 @@ except ImportError:  # no compiler was there
     _compiled = None  # type: ignore[assignment]
 
 Reduction = None | str | tuple[str, float] | Callable[[torch.Tensor], torch.Tensor]
+
+STORED_AS = {torch.bool: torch.uint8, torch.float16: torch.float32, torch.bfloat16: torch.float32}
+COMPARED_AS = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.float64}
 
 _NAMES = "'argmax', 'softmax', 'sigmoid', ('threshold', t), a function or None"
 
@@ -46,16 +50,33 @@ def reduce_channels(
     return reduced if dtype is None else reduced.to(dtype)
 
 
+def as_stored(voxels: torch.Tensor) -> torch.Tensor:
+    """Voxels in a type that an image on disk can have."""
+    return voxels.to(STORED_AS.get(voxels.dtype, voxels.dtype))
+
+
+def fitting_fill(fill: float, dtype: torch.dtype) -> float:
+    """The value of voxels that no patch covers, once it is a number of the output's type."""
+    if dtype.is_floating_point or dtype.is_complex:
+        fits = not math.isfinite(fill) or abs(fill) <= torch.finfo(dtype).max
+    else:
+        limits = torch.iinfo(torch.uint8 if dtype == torch.bool else dtype)
+        fits = math.isfinite(fill) and fill % 1 == 0 and limits.min <= fill <= limits.max
+    if not fits:
+        raise OptionError(f"a fill of {fill} does not fit the output, which is of {dtype}; choose another")
+    return fill if dtype.is_floating_point or dtype.is_complex else int(fill)
+
+
 def _function_of(reduce: Reduction) -> Callable[[torch.Tensor], torch.Tensor]:
     if reduce is None:
         return _unchanged
     if callable(reduce):
         return reduce
-    if reduce in _FUNCTIONS and isinstance(reduce, str):
+    if isinstance(reduce, str) and reduce in _FUNCTIONS:
         return _FUNCTIONS[reduce]
     match reduce:
-        case ("threshold", float() | int() as limit):
-            return lambda voxels: (voxels > limit).to(torch.uint8)
+        case ("threshold", float() | int() as limit) if isinstance(reduce, tuple):
+            return lambda voxels: (_comparable(voxels) > limit).to(torch.uint8)
     raise OptionError(f"reduce must be {_NAMES}, not {reduce!r}")
 
 
@@ -63,7 +84,13 @@ def _unchanged(voxels: torch.Tensor) -> torch.Tensor:
     return voxels
 
 
+def _comparable(voxels: torch.Tensor) -> torch.Tensor:
+    """The same in a type that torch can compare, which it cannot of most unsigned integers."""
+    return voxels.to(COMPARED_AS.get(voxels.dtype, voxels.dtype))
+
+
 def _argmax(voxels: torch.Tensor) -> torch.Tensor:
+    voxels = _comparable(voxels)
     classes = len(voxels)
     dtype = torch.uint8 if classes <= 256 else torch.int16 if classes <= 2**15 else torch.int32
     if (

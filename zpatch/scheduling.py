@@ -100,7 +100,7 @@ def run_tasks(
     dies is run again, and after four deaths its result is a WorkerError.
     """
     if scheduler is not None:
-        yield from _on_cluster(function, tasks, names, folder, scheduler)
+        yield from _on_cluster(function, tasks, names, folder, scheduler, progress)
     elif jobs > 1 and len(tasks) > 1:
         yield from _in_processes(function, tasks, min(jobs, len(tasks)), progress)
     else:
@@ -214,6 +214,7 @@ def _on_cluster(
     names: Sequence[str],
     folder: Path,
     scheduler: str,
+    progress: Progress,
 ) -> Iterator[tuple[int, Result | WorkerError]]:
     try:
         from distributed import Client, KilledWorker, as_completed
@@ -230,6 +231,13 @@ def _on_cluster(
         run = uuid.uuid4().hex[:8]
         numbers: dict[Any, int] = {}
 
+        def result_of(future: Any) -> Result:
+            result: Result
+            result, amount = future.result()
+            if amount:
+                progress(amount)
+            return result
+
         def submit(number: int, attempt: str) -> Any:
             key = f"{names[number]}-{run}-{attempt}"
             future = client.submit(_on_worker, function, tasks[number], key=key, pure=False)
@@ -244,14 +252,14 @@ def _on_cluster(
         for future in completed:
             number = numbers.pop(future)
             try:
-                yield number, future.result()
+                yield number, result_of(future)
             except KilledWorker:
                 suspects.append(number)
             if waiting:
                 completed.add(submit(waiting.popleft(), "together"))
         for number in suspects:  # each alone: only now is a death its own fault
             try:
-                yield number, submit(number, "alone").result()
+                yield number, result_of(submit(number, "alone"))
             except KilledWorker:
                 yield number, _given_up()
 
@@ -268,8 +276,10 @@ def _check_answers(scheduler: str) -> None:
         socket.create_connection((place.hostname, place.port), CLUSTER_TIMEOUT_S).close()
 
 
-def _on_worker(function: TaskFunction[Task, Result], task: Task) -> Result:
-    return function(task, lambda amount: None)
+def _on_worker(function: TaskFunction[Task, Result], task: Task) -> tuple[Result, int]:
+    """The result, and how much was told to be done."""
+    amounts: list[int] = []
+    return function(task, amounts.append), sum(amounts)
 
 
 def _check_same_folder(client: Any, folder: Path) -> None:

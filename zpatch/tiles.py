@@ -19,6 +19,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,54 @@ MIN_TILE_VOXELS = 16
 
 Bools = NDArray[np.bool_]
 Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class AxisScale:
+    """Positions on one axis of a volume, told on an axis of its output.
+
+    They are scaled by the two lengths, and both ends of a patch are rounded alike, so that no gap and no
+    overlap arises. The length of an output is rounded too, which says much where the axis is short: where it
+    is known that the network makes ``made_length`` voxels of ``patch_length``, that is the scale of what lies
+    beyond the volume.
+
+    >>> AxisScale.of(3, 2, 16, 8).place(np.array([-6, 0, 3, 10])).tolist()
+    [-3, 0, 2, 6]
+    """
+
+    axis_length: int
+    output_length: int
+    patch_length: int
+    made_length: int | None
+
+    @classmethod
+    def of(
+        cls, axis_length: int, output_length: int, patch_length: int, made_length: int | None = None
+    ) -> AxisScale:
+        """The scale of an axis; what the network makes counts if by a whole factor, and the output's."""
+        n, m, p, q = axis_length, output_length, patch_length, made_length
+        fits = q and not (p % q and q % p) and abs(n * q - m * p) < p
+        return cls(n, m, p, q if fits else None)
+
+    def place(self, positions: Integers) -> Integers:
+        """Some positions, which may lie beyond the volume."""
+        factor = self.output_length / self.axis_length
+        if self.made_length is None:
+            return _rounded(positions * factor)
+        inside = np.clip(positions, 0, self.axis_length)
+        beyond = (positions - inside) * self.made_length / self.patch_length
+        return _rounded(inside * factor) + _rounded(beyond)
+
+    def overlap(self, voxels: int) -> int:
+        """The overlap of patches in the output, at least, wherever they lie."""
+        scaled = voxels * self.output_length // self.axis_length
+        if self.made_length is None:
+            return scaled
+        return min(scaled, voxels * self.made_length // self.patch_length)
+
+
+def _rounded(positions: NDArray[np.floating[Any]]) -> Integers:
+    return np.asarray(np.floor(positions + 0.5), dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,18 +113,18 @@ class AxisTiles:
         axis_length: int,
         *,
         output_length: int | None = None,
+        made_length: int | None = None,
         unit_length: int | None = None,
     ) -> AxisTiles:
         """Tiles of the volume's own extent ``[0, axis_length)``.
 
-        With an ``output_length`` everything is told on an axis of that many voxels instead: the ends of
-        patches are scaled and rounded alike, so that no gap and no overlap arises.
+        With an ``output_length`` everything is told on an axis of that many voxels instead; of a patch the
+        network makes ``made_length``.
         """
         length = axis_length if output_length is None else output_length
-        ends = np.stack([starts, starts + patch_length])
-        if length != axis_length:
-            ends = np.floor(ends * (length / axis_length) + 0.5).astype(np.int64)
-        weights = blending.partition_of_unity(mode, ends[0], ends[1], overlap * length // axis_length)
+        scale = AxisScale.of(axis_length, length, patch_length, made_length)
+        ends = scale.place(np.stack([starts, starts + patch_length]))
+        weights = blending.partition_of_unity(mode, ends[0], ends[1], scale.overlap(overlap))
         inside = [
             np.flatnonzero((w > 0) & (v >= 0) & (v < length))
             for w, v in zip(weights, map(np.arange, *ends), strict=True)
@@ -163,20 +212,25 @@ class Tiling:
         *,
         swept_axis: int = 0,
         output_shape: Triple | None = None,
+        patch_shape: Triple | None = None,
         unit_shape: Triple | None = None,
     ) -> Tiling:
-        """The tiles of a grid's volume, or of an output of another shape; without units it is one unit."""
+        """The tiles of a grid's volume, or of an output of another shape; without units it is one unit.
+
+        ``patch_shape`` is what the network makes of a patch.
+        """
         blending.check_overlap_mode(mode)
         shape = output_shape or grid.spatial_shape
         units = unit_shape or shape
         i, j, k = (
-            AxisTiles.cut(mode, s, p, o, n, output_length=m, unit_length=u)
-            for s, p, o, n, m, u in zip(
+            AxisTiles.cut(mode, s, p, o, n, output_length=m, made_length=q, unit_length=u)
+            for s, p, o, n, m, q, u in zip(
                 grid.starts,
                 grid.patch_size,
                 grid.patch_overlap,
                 grid.spatial_shape,
                 shape,
+                patch_shape or (None,) * 3,
                 units,
                 strict=True,
             )

@@ -3,9 +3,11 @@
 A unit is a shard, which is written whole. Beside the folder of the image lies the ledger, one record for each
 unit, so that nobody waits for anybody and no line is ever torn::
 
-    <subject>/.ledger.json                           what all voxels below depend on
-    <subject>/.ledger/<image>/<c>.<z>.<y>.<x>.json   one written unit: its seal and what was counted in it
-    <subject>/<image>/0/c/...                        the shards
+    <subject>/.ledger.json                      what all voxels below depend on
+    <subject>/<digest of that>/                 all that is written of them: whoever still works for something
+                                                else, as tasks on a cluster may, writes elsewhere
+        .ledger/<image>/<c>.<z>.<y>.<x>.json    one written unit: its seal and what was counted in it
+        <image>/0/c/...                         the shards
 
 A record is made after its shard is in place, and it is what counts: a shard without one proves nothing. Both
 are written under another name, synced and renamed, so that doing a unit twice is as good as once. Statistics
@@ -143,23 +145,25 @@ class UnitLedger:
         return entry if is_there and path == self._entry_file(entry.unit) else None
 
 
-def check_header(folder: Path, header: Json) -> None:
-    """Enter what all images below a folder depend on, or refuse to go on with what depends on something else.
+def begin(folder: Path, header: Json) -> Path:
+    """Enter what all images below a folder depend on, and give the folder to write them in.
 
-    ``header`` is flat JSON. One process calls this before any unit is written. Raises StoreExistsError where
-    it differs from what was entered before, and DamageError where that is lost though units were written.
+    ``header`` is flat JSON. Where units were written that depend on something else, that is refused with
+    StoreExistsError. Where the header is lost, those of another one are left alone.
     """
-    path = folder / HEADER
-    before = _read_sealed(path)
+    header = json.loads(schema.compact_json(header))
+    before = _read_sealed(folder / HEADER)
     if before is None:
-        if any((folder / LEDGER).glob("*/*.json")):
-            raise DamageError(
-                f"{path}: it is missing or damaged, and nothing else says what the units there depend on; "
-                f"say --overwrite to start over"
-            )
-        _write_sealed(path, {"header": header})
-        return
-    check_same(before["header"], header, folder)
+        _write_sealed(folder / HEADER, {"header": header})
+    else:
+        check_same(before["header"], header, folder)
+    return folder / schema.digest(schema.compact_json(header).encode())
+
+
+def header_of(folder: Path) -> Json | None:
+    """What all images below a folder depend on, if any were begun."""
+    begun = _read_sealed(folder / HEADER)
+    return None if begun is None else begun["header"]
 
 
 def check_same(before: Json, now: Json, place: Path) -> None:
@@ -175,12 +179,19 @@ def check_same(before: Json, now: Json, place: Path) -> None:
 
 def _changes(before: Json, now: Json) -> list[str]:
     changed = (key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key))
-    return [f"{key}: {_shown(before.get(key))} then, {_shown(now.get(key))} now" for key in changed]
+    return [f"{key}: {' then, '.join(_shown(before.get(key), now.get(key)))} now" for key in changed]
 
 
-def _shown(value: Any) -> str:
-    text = schema.compact_json({"": value})[4:-1]
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
+def _shown(before: Any, now: Any) -> tuple[str, str]:
+    """Both values, long ones from shortly before where they differ."""
+    texts = [schema.compact_json({"": value})[4:-1] for value in (before, now)]
+    alike = next((n for n, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
+    start = max(0, alike - SHOWN_CHARACTERS // 4) if max(map(len, texts)) > SHOWN_CHARACTERS else 0
+    stop = start + SHOWN_CHARACTERS
+    then, later = (
+        f"{'...' if start else ''}{text[start:stop]}{'...' if len(text) > stop else ''}" for text in texts
+    )
+    return then, later
 
 
 def _write_sealed(path: Path, value: Json) -> None:

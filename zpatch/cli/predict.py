@@ -138,12 +138,14 @@ def predict_command(
     from zpatch.cohort import open_subjects
     from zpatch.inference import plan_prediction
     from zpatch.network import Network, load_model, torch_device
-    from zpatch.prediction_jobs import run_prediction
+    from zpatch.prediction_jobs import begun_shards, run_prediction
     from zpatch.prediction_plan import PredictOptions
     from zpatch.store_writer import check_can_create
 
     check_can_create(output, overwrite=overwrite, resume=not no_resume)
     subjects = open_subjects(store, include, exclude, axes)
+    if not subjects:
+        raise click.UsageError(f"no subject of {store} is left to predict")
     options = PredictOptions.of(
         image=image or _only_image(subjects[0]),
         patch_size=patch_size,
@@ -160,7 +162,8 @@ def predict_command(
         scheduler=scheduler,
     )
     network = Network(load_model(model), torch_device(device), amp=amp, tta=tta)
-    plans = plan_prediction(network, subjects, options)
+    begun = {} if overwrite else begun_shards(output)
+    plans = plan_prediction(network, subjects, options, begun=begun)
     patches, peak = sum(plan.patches_run for plan in plans), max(plan.peak_bytes for plan in plans)
     say(f"{len(plans)} subjects, {patches} patches, {format_bytes(peak)} of memory beside the network's own")
     if dry_run:
