@@ -12,9 +12,9 @@ import hypothesis
 import numpy as np
 import psutil
 import pytest
-import torch
 
 import zpatch as zp
+from zpatch import patch_worker
 from zpatch.shards import close_shards
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
@@ -73,10 +73,8 @@ def out(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Torch's convolution rounds differently with another number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with patch_worker.one_thread():
+        yield
 
 
 @pytest.fixture

@@ -216,17 +216,9 @@ def _on_cluster(
     scheduler: str,
     progress: Progress,
 ) -> Iterator[tuple[int, Result | WorkerError]]:
-    try:
-        from distributed import Client, KilledWorker, as_completed
-    except ImportError:
-        raise OptionError("--scheduler needs dask.distributed; pip install 'zpatch[distributed]'") from None
-    where = {"scheduler_file": scheduler} if Path(scheduler).is_file() else {"address": scheduler}
-    try:
-        _check_answers(scheduler)
-        client = Client(**where, timeout=CLUSTER_TIMEOUT_S, set_as_default=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise OptionError(f"no Dask scheduler answers at {scheduler!r} ({error})") from None
-    with client:
+    with _client_of(scheduler) as client:
+        from distributed import KilledWorker, as_completed
+
         _check_same_folder(client, folder)
         run = uuid.uuid4().hex[:8]
         numbers: dict[Any, int] = {}
@@ -262,6 +254,20 @@ def _on_cluster(
                 yield number, result_of(submit(number, "alone"))
             except KilledWorker:
                 yield number, _given_up()
+
+
+def _client_of(scheduler: str) -> Any:
+    """A connection to a scheduler, by its address or its file."""
+    try:
+        from distributed import Client
+    except ImportError:
+        raise OptionError("--scheduler needs dask.distributed; pip install 'zpatch[distributed]'") from None
+    where = {"scheduler_file": scheduler} if Path(scheduler).is_file() else {"address": scheduler}
+    try:
+        _check_answers(scheduler)
+        return Client(**where, timeout=CLUSTER_TIMEOUT_S, set_as_default=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise OptionError(f"no Dask scheduler answers at {scheduler!r} ({error})") from None
 
 
 def _check_answers(scheduler: str) -> None:
