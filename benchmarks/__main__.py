@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import pkgutil
 import tempfile
 from pathlib import Path
 from types import ModuleType
@@ -12,8 +11,6 @@ from types import ModuleType
 import benchmarks
 from benchmarks.report import RESULTS, write_results
 from benchmarks.stage import Options
-
-PREFIX = "bench_"
 
 
 def main() -> None:
@@ -37,13 +34,10 @@ def main() -> None:
 
 
 def _stages() -> dict[str, ModuleType]:
-    """The stages by name: every ``bench_<stage>.py`` here."""
-    names = [found.name for found in pkgutil.iter_modules(benchmarks.__path__)]
-    return {
-        name.removeprefix(PREFIX): importlib.import_module(f"benchmarks.{name}")
-        for name in sorted(names)
-        if name.startswith(PREFIX)
-    }
+    """The stages by name: every folder here that has a ``bench.py``."""
+    folders = [Path(folder) for folder in benchmarks.__path__]
+    names = sorted(file.parent.name for folder in folders for file in folder.glob("*/bench.py"))
+    return {name: importlib.import_module(f"benchmarks.{name}.bench") for name in names}
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def cohort(folder: Path, shape: Shape, subjects: int) -> Path:
 
 def subject_voxels(source: Path, subject: str) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
     """Image and label map (z, y, x) of a subject of such a cohort, mapped from its uncompressed files."""
-    from zpatch.nifti import read_header
+    from zpatch.nifti.header import read_header
 
     folder = source / "nii" / subject
     stored = read_header(folder / "ct.nii").shape
@@ -87,7 +87,7 @@ def voxels_of(source: Path) -> NDArray[np.int16]:
 
 def voxel_bytes(source: Path) -> int:
     """Bytes of those voxels, by the header."""
-    from zpatch.nifti import read_header
+    from zpatch.nifti.header import read_header
 
     return read_header(file_of(source)).voxel_bytes
 
@@ -270,9 +270,9 @@ def _header(shape: Shape, dtype: str = "<i2") -> bytes:
 
 
 def _write_cohort(place: Path, subjects: int, with_folders: int) -> None:
-    from zpatch.conversion import convert
-    from zpatch.schema import MANIFEST, ROOT_DOCUMENT, sealed_line
-    from zpatch.store import open_store
+    from zpatch.conversion.conversion import convert
+    from zpatch.store.image_record import MANIFEST, ROOT_DOCUMENT, sealed_line
+    from zpatch.store.store import open_store
 
     source, one = place / "source", place / "one"
     _write_tiny_subject(source / "sub")
@@ -306,7 +306,7 @@ def _link_sources(subject: Path, folder: Path, names: list[str]) -> None:
 
 
 def _write_seal(stream: IO[str], document: str, seal: Any) -> None:
-    from zpatch.schema import sealed_line
+    from zpatch.store.image_record import sealed_line
 
     line = sealed_line({"document": document, "bytes": seal.bytes, "checksum": seal.checksum})
     stream.write(line + "\n")

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 import zpatch as zp
-from zpatch import patch_worker
-from zpatch.shards import close_shards
+from zpatch.chunks.mapped_shards import close_shards
+from zpatch.loading import worker
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
@@ -73,7 +73,7 @@ def out(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Torch's convolution rounds differently with another number of threads."""
-    with patch_worker.one_thread():
+    with worker.one_thread():
         yield
 
 

@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, is_hypothesis_test, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from zpatch import gathering
-from zpatch.geometry import PatchLocation
-from zpatch.image import Image, stored_image
-from zpatch.schema import ImageRecord
-from zpatch.store import sharded_array
-from zpatch.store_writer import StagedImage
+from zpatch.chunks import gather
+from zpatch.geometry.boxes import PatchLocation
+from zpatch.images.image import Image, stored_image
+from zpatch.store.image_record import ImageRecord
+from zpatch.store.store import sharded_array
+from zpatch.store.store_writer import StagedImage
 
 EYE = tuple(map(tuple, np.eye(4).tolist()))
 DTYPES = ["|b1", "|u1", "|i1", "<u2", "<i2", "<u4", "<i4", "<u8", "<i8", "<f2", "<f4", "<f8", "<c8", "<c16"]
@@ -30,7 +30,7 @@ many_examples = settings(max_examples=10 * settings().max_examples)
 Test = TypeVar("Test", bound=Callable[..., None])
 
 needs_compiled_loop = pytest.mark.skipif(
-    gathering._compiled is None, reason="the compiled loop was not built here"
+    gather._compiled is None, reason="the compiled loop was not built here"
 )
 
 
@@ -38,8 +38,8 @@ needs_compiled_loop = pytest.mark.skipif(
 def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which inner loop reads: the compiled one, or that of numpy and numcodecs alone."""
     if request.param == "numpy":
-        monkeypatch.setattr(gathering, "_compiled", None)
-    elif gathering._compiled is None:
+        monkeypatch.setattr(gather, "_compiled", None)
+    elif gather._compiled is None:
         pytest.skip("the compiled loop was not built here")
     return str(request.param)
 

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import zpatch as zp
-from zpatch.report import write_report
-from zpatch.schema import MANIFEST, digest
+from zpatch.report.report import write_report
+from zpatch.store.image_record import MANIFEST, digest
 
 PIXEL_TYPES = {0: 1, 2: 3, 3: 1}
 

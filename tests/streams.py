@@ -27,8 +27,8 @@ import zarr
 from zarr.codecs import GzipCodec
 
 import zpatch as zp
-from zpatch.patch_slots import ImagePlace, Letter, SlotBlock, SlotLayout
-from zpatch.samplers import PatchSampler, RandomSampler
+from zpatch.loading.shared_slots import ImagePlace, Letter, SlotBlock, SlotLayout
+from zpatch.sampling.samplers import PatchSampler, RandomSampler
 
 START_METHODS = ["fork", "spawn", "forkserver"]
 

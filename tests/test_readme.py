@@ -46,6 +46,5 @@ def test_every_file_the_readme_names_exists() -> None:
     for name in set(re.findall(r"`((?:tests|scripts)/[\w./]+)`", README.read_text())):
         assert (ROOT / name).exists(), name
     tree = README.read_text().split("## Where things are")[1]
-    told = set(re.findall(r"\w+", " ".join(re.findall(r"^      ([\w, ]+?)(?:  |$)", tree, re.MULTILINE))))
-    there = {file.stem for file in (ROOT / "zpatch").glob("*.py")} - {"__init__"}
-    assert there - told == set()
+    named = set(re.findall(r"^      (\w+)/ ", tree, re.MULTILINE))
+    assert named == {file.parent.name for file in (ROOT / "zpatch").glob("*/__init__.py")}

@@ -10,21 +10,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zpatch.aggregator import PatchAggregator
-    from zpatch.cohort import Cohort, Subject
-    from zpatch.conversion import convert
+    from zpatch.blending.aggregator import PatchAggregator
+    from zpatch.conversion.conversion import convert
+    from zpatch.conversion.nifti_export import export
     from zpatch.errors import ZpatchError
-    from zpatch.geometry import PatchLocation
-    from zpatch.image import Image, LabelMap, SamplingMap, ScalarImage
-    from zpatch.inference import predict
-    from zpatch.loader import SubjectsLoader
-    from zpatch.nifti_export import export
-    from zpatch.normalization import Normalize
-    from zpatch.patch import Patch, PatchBatch, collate
-    from zpatch.patch_queue import Queue
-    from zpatch.report import write_report
-    from zpatch.samplers import GridSampler, LabelSampler, UniformSampler, WeightedSampler
-    from zpatch.verification import verify
+    from zpatch.geometry.boxes import PatchLocation
+    from zpatch.images.cohort import Cohort, Subject
+    from zpatch.images.image import Image, LabelMap, SamplingMap, ScalarImage
+    from zpatch.images.normalization import Normalize
+    from zpatch.loading.patch_queue import Queue
+    from zpatch.loading.subjects_loader import SubjectsLoader
+    from zpatch.prediction.inference import predict
+    from zpatch.report.report import write_report
+    from zpatch.sampling.patch import Patch, PatchBatch, collate
+    from zpatch.sampling.samplers import GridSampler, LabelSampler, UniformSampler, WeightedSampler
+    from zpatch.store.verification import verify
 
 __version__ = "0.1.0"
 
@@ -56,21 +56,21 @@ __all__ = [
 ]
 
 _ROOMS = {
-    "aggregator": ["PatchAggregator"],
-    "cohort": ["Cohort", "Subject"],
-    "conversion": ["convert"],
+    "blending.aggregator": ["PatchAggregator"],
+    "images.cohort": ["Cohort", "Subject"],
+    "conversion.conversion": ["convert"],
     "errors": ["ZpatchError"],
-    "geometry": ["PatchLocation"],
-    "image": ["Image", "LabelMap", "SamplingMap", "ScalarImage"],
-    "inference": ["predict"],
-    "loader": ["SubjectsLoader"],
-    "nifti_export": ["export"],
-    "normalization": ["Normalize"],
-    "patch": ["Patch", "PatchBatch", "collate"],
-    "patch_queue": ["Queue"],
-    "report": ["write_report"],
-    "samplers": ["GridSampler", "LabelSampler", "UniformSampler", "WeightedSampler"],
-    "verification": ["verify"],
+    "geometry.boxes": ["PatchLocation"],
+    "images.image": ["Image", "LabelMap", "SamplingMap", "ScalarImage"],
+    "prediction.inference": ["predict"],
+    "loading.subjects_loader": ["SubjectsLoader"],
+    "conversion.nifti_export": ["export"],
+    "images.normalization": ["Normalize"],
+    "sampling.patch": ["Patch", "PatchBatch", "collate"],
+    "loading.patch_queue": ["Queue"],
+    "report.report": ["write_report"],
+    "sampling.samplers": ["GridSampler", "LabelSampler", "UniformSampler", "WeightedSampler"],
+    "store.verification": ["verify"],
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 

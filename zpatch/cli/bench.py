@@ -19,10 +19,10 @@ from zpatch.cli.options import (
     talk_options,
 )
 from zpatch.cli.progress import Progress
-from zpatch.memory import format_bytes
+from zpatch.runtime.byte_sizes import format_bytes
 
 if TYPE_CHECKING:
-    from zpatch.store_benchmark import BenchmarkReport, PackingFigures
+    from zpatch.bench.benchmark import BenchmarkReport, PackingFigures
 
 KEPT_SHARE = 0.01
 BUSY = 0.3  # processes on each core
@@ -74,9 +74,9 @@ def bench_command(
       zpatch bench cohort.zarr --patch-size 128,128,64 --patches-per-volume 4 -j 8
       zpatch bench cohort.zarr --image t1 --json
     """
-    from zpatch.benchmark_advice import advice
-    from zpatch.cohort import Cohort
-    from zpatch.store_benchmark import plan_benchmark, run_benchmark
+    from zpatch.bench.advice import advice
+    from zpatch.bench.benchmark import plan_benchmark, run_benchmark
+    from zpatch.images.cohort import Cohort
 
     plan = plan_benchmark(
         Cohort(store).matching(include),
@@ -117,7 +117,7 @@ def _notes(report: BenchmarkReport) -> Iterator[str]:
 
 def _speeds(report: BenchmarkReport) -> str:
     """A row for each number of processes that was measured, and for some in between."""
-    from zpatch.benchmark_advice import rate_text
+    from zpatch.bench.advice import rate_text
 
     rows: list[tuple[str, ...]] = [
         ("processes", "patches/s cold", "patches/s warm", "each", "voxels/s", "disk/s")
@@ -167,7 +167,7 @@ def _mark(text: str, is_stored: bool) -> str:
 
 
 def _cell(figures: PackingFigures | None) -> str:
-    from zpatch.benchmark_advice import rate_text
+    from zpatch.bench.advice import rate_text
 
     if figures is None or figures.patches_per_s is None or figures.size is None:
         return "-"

@@ -22,11 +22,11 @@ from zpatch.cli.options import (
     talk_options,
 )
 from zpatch.cli.progress import Progress
-from zpatch.memory import format_bytes
+from zpatch.runtime.byte_sizes import format_bytes
 
 if TYPE_CHECKING:
-    from zpatch.conversion import CaseOutcome, ConversionReport
-    from zpatch.conversion_plan import ConversionPlan
+    from zpatch.conversion.conversion import CaseOutcome, ConversionReport
+    from zpatch.conversion.conversion_plan import ConversionPlan
 
 
 @click.command("convert", short_help="Convert NIfTI files into a chunked Zarr store.")
@@ -138,9 +138,9 @@ def convert_command(
       zpatch convert scans/ cohort.zarr --label-pattern '*lesion*' --codec lz4hc
       zpatch convert cohort.csv cohort.zarr --dry-run
     """
-    from zpatch.conversion import committed, run_conversion
-    from zpatch.conversion_plan import ConvertOptions, plan_conversion
-    from zpatch.store_writer import check_can_create
+    from zpatch.conversion.conversion import committed, run_conversion
+    from zpatch.conversion.conversion_plan import ConvertOptions, plan_conversion
+    from zpatch.store.store_writer import check_can_create
 
     check_can_create(store, overwrite=overwrite, resume=True)
     options = ConvertOptions(

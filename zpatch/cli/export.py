@@ -17,7 +17,7 @@ from zpatch.cli.options import (
     talk_options,
 )
 from zpatch.cli.progress import Progress
-from zpatch.memory import format_bytes
+from zpatch.runtime.byte_sizes import format_bytes
 
 
 @click.command("export", short_help="Write images of a store as NIfTI.")
@@ -57,8 +57,8 @@ def export_command(
       zpatch export out.zarr results/ --image prediction --suffix .nii
       zpatch export out.zarr seg.nii.gz --include sub-01 --image prediction
     """
-    from zpatch.nifti_export import check_free, export_image, plan_export
-    from zpatch.store import open_store
+    from zpatch.conversion.nifti_export import check_free, export_image, plan_export
+    from zpatch.store.store import open_store
 
     opened = open_store(store)
     planned = plan_export(opened, dest, include=include, exclude=exclude, images=image, suffix=suffix)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from zpatch.cli.options import STORE, include_option, json_option, print_json, table, talk_options
-from zpatch.memory import format_bytes
+from zpatch.runtime.byte_sizes import format_bytes
 
 if TYPE_CHECKING:
-    from zpatch.schema import ImageRecord
-    from zpatch.store import Store
+    from zpatch.store.image_record import ImageRecord
+    from zpatch.store.store import Store
 
 
 @click.command("info", short_help="Show what a store holds.")
@@ -32,8 +32,8 @@ def info_command(store: Path, include: tuple[str, ...], limit: int, json: bool) 
       zpatch info cohort.zarr
       zpatch info cohort.zarr --include 'sub-0*' --json
     """
-    from zpatch.cases import chosen
-    from zpatch.store import open_store
+    from zpatch.conversion.cases import chosen
+    from zpatch.store.store import open_store
 
     opened = open_store(store)
     subjects = sorted({subject for subject, _ in opened.records})
@@ -82,7 +82,7 @@ def _headline(store: Store, records: Sequence[ImageRecord]) -> str:
 def _row(record: ImageRecord) -> tuple[str, ...]:
     import numpy as np
 
-    from zpatch.geometry import spacing_mm
+    from zpatch.geometry.boxes import spacing_mm
 
     channels, *_ = record.shape_czyx
     shape = "x".join(map(str, record.spatial_shape)) + (f" x{channels}" if channels > 1 else "")

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from zpatch.memory import parse_bytes
+from zpatch.runtime.byte_sizes import parse_bytes
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -20,11 +20,11 @@ from zpatch.cli.options import (
     talk_options,
 )
 from zpatch.cli.progress import Progress
-from zpatch.memory import format_bytes
+from zpatch.runtime.byte_sizes import format_bytes
 
 if TYPE_CHECKING:
-    from zpatch.cohort import Subject
-    from zpatch.reduction import Reduction
+    from zpatch.blending.reduction import Reduction
+    from zpatch.images.cohort import Subject
 
 
 @click.command("predict", short_help="Run a network over every subject, patch by patch.")
@@ -135,12 +135,12 @@ def predict_command(
       zpatch predict slide.ome.zarr out.zarr --model mypackage.nets:stain \\
           --patch-size 1024,1024,1 --overlap 64,64,0 --jobs 4
     """
-    from zpatch.cohort import open_subjects
-    from zpatch.inference import plan_prediction
-    from zpatch.network import Network, load_model, torch_device
-    from zpatch.prediction_jobs import begun_shards, run_prediction
-    from zpatch.prediction_plan import PredictOptions
-    from zpatch.store_writer import check_can_create
+    from zpatch.images.cohort import open_subjects
+    from zpatch.prediction.inference import plan_prediction
+    from zpatch.prediction.network import Network, load_model, torch_device
+    from zpatch.prediction.prediction_plan import PredictOptions
+    from zpatch.prediction.prediction_run import begun_shards, run_prediction
+    from zpatch.store.store_writer import check_can_create
 
     check_can_create(output, overwrite=overwrite, resume=not no_resume)
     subjects = open_subjects(store, include, exclude, axes)

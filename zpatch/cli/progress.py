@@ -10,7 +10,7 @@ from typing import Self
 
 import click
 
-from zpatch.memory import format_bytes
+from zpatch.runtime.byte_sizes import format_bytes
 
 REDRAW_S = 0.1
 PLAIN_LINE_S = 10.0

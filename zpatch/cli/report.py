@@ -17,7 +17,7 @@ from zpatch.cli.options import (
     talk_options,
 )
 from zpatch.cli.progress import Progress
-from zpatch.memory import format_bytes
+from zpatch.runtime.byte_sizes import format_bytes
 
 
 @click.command("report", short_help="Write a page with pictures of what a store holds.")
@@ -47,8 +47,8 @@ def report_command(
       zpatch report cohort.zarr
       zpatch report out.zarr --output predictions.html --include 'sub-0*' --limit 100
     """
-    from zpatch.cohort import Cohort
-    from zpatch.report import write_report
+    from zpatch.images.cohort import Cohort
+    from zpatch.report.report import write_report
 
     subjects = min(limit, len(Cohort(store).matching(include, exclude)))
     with Progress("drawing", subjects, unit="subjects") as progress:

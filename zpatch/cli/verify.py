@@ -9,7 +9,7 @@ import click
 from zpatch.cli import EXIT_DAMAGED
 from zpatch.cli.options import STORE, json_option, print_json, say, talk_options
 from zpatch.cli.progress import Progress
-from zpatch.memory import format_bytes
+from zpatch.runtime.byte_sizes import format_bytes
 
 
 @click.command("verify", short_help="Check every stored byte against the manifest.")
@@ -28,7 +28,7 @@ def verify_command(store: Path, quick: bool, json: bool) -> int:
       zpatch verify cohort.zarr
       zpatch verify cohort.zarr --quick
     """
-    from zpatch.verification import sealed_bytes, verify
+    from zpatch.store.verification import sealed_bytes, verify
 
     with Progress("verifying", 0 if quick else sealed_bytes(store)) as progress:
         report = verify(store, quick=quick, progress=progress)

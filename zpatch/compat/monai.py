@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zpatch.cohort import Subject
 from zpatch.compat.transforms import meta_tensor, monai_library
 from zpatch.errors import OptionError
-from zpatch.geometry import PatchLocation, crop_affine, triple
-from zpatch.image import Image, read_together
-from zpatch.samplers import GridSampler, PatchSize
+from zpatch.geometry.boxes import PatchLocation, crop_affine, triple
+from zpatch.images.cohort import Subject
+from zpatch.images.image import Image, read_together
+from zpatch.sampling.samplers import GridSampler, PatchSize
 
 FilePath = str | os.PathLike[str]
 

@@ -37,14 +37,15 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, IterableDataset
 
-from zpatch import cohort, image, samplers
-from zpatch.aggregator import PatchAggregator
+from zpatch.blending.aggregator import PatchAggregator
 from zpatch.compat import torchio1
 from zpatch.compat.torchio1 import AFFINE, DATA, INTENSITY, LABEL, LOCATION, SAMPLING_MAP, TYPE
 from zpatch.compat.torchio1_subjects import Patch, as_subject
 from zpatch.errors import OptionError
-from zpatch.geometry import PatchLocation, Triple, triple
-from zpatch.samplers import PatchSize
+from zpatch.geometry.boxes import PatchLocation, Triple, triple
+from zpatch.images import cohort, image
+from zpatch.sampling import samplers
+from zpatch.sampling.samplers import PatchSize
 
 __all__ = [
     "AFFINE",

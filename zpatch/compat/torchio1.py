@@ -43,9 +43,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, IterableDataset
 
-from zpatch import cohort, samplers
-from zpatch.aggregator import PatchAggregator
-from zpatch.compat.counted_queue import CountedQueue, subject_number
+from zpatch.blending.aggregator import PatchAggregator
+from zpatch.compat.epoch_queues import CountedQueue, subject_number
 from zpatch.compat.torchio1_subjects import (
     AFFINE,
     CHANNELS_DIMENSION,
@@ -66,10 +65,12 @@ from zpatch.compat.torchio1_subjects import (
 )
 from zpatch.compat.transforms import transform_class
 from zpatch.errors import ModelError, OptionError
-from zpatch.geometry import PatchLocation, Triple, triple
-from zpatch.memory import format_bytes
-from zpatch.patch import Patch as NativePatch
-from zpatch.samplers import PatchSize
+from zpatch.geometry.boxes import PatchLocation, Triple, triple
+from zpatch.images import cohort
+from zpatch.runtime.byte_sizes import format_bytes
+from zpatch.sampling import samplers
+from zpatch.sampling.patch import Patch as NativePatch
+from zpatch.sampling.samplers import PatchSize
 
 __all__ = [
     "AFFINE",

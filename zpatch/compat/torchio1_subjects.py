@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from zpatch import cohort, image
-from zpatch.compat.cached_images import cached_image, save_image
+from zpatch.compat.nifti_cache import cached_image, save_image
 from zpatch.compat.transforms import PatchTransform, as_function
 from zpatch.errors import OptionError
-from zpatch.geometry import PatchLocation, Triple
-from zpatch.patch import Patch as NativePatch
-from zpatch.patch import to_tensor
-from zpatch.samplers import read_patches
+from zpatch.geometry.boxes import PatchLocation, Triple
+from zpatch.images import cohort, image
+from zpatch.sampling.patch import Patch as NativePatch
+from zpatch.sampling.patch import to_tensor
+from zpatch.sampling.samplers import read_patches
 
 DATA, AFFINE, TYPE, LOCATION = "data", "affine", "type", "location"
 INTENSITY, LABEL, SAMPLING_MAP = "intensity", "label", "sampling_map"

@@ -43,17 +43,18 @@ from typing import Any, cast
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from zpatch import cohort, image, samplers
-from zpatch.aggregator import PatchAggregator
-from zpatch.compat.cached_images import cached_image, save_image
-from zpatch.compat.counted_queue import EpochQueue
+from zpatch.blending.aggregator import PatchAggregator
+from zpatch.compat.epoch_queues import EpochQueue
+from zpatch.compat.nifti_cache import cached_image, save_image
 from zpatch.compat.transforms import as_function, transform_class
 from zpatch.errors import OptionError
-from zpatch.geometry import PatchLocation, Triple
-from zpatch.loader import SubjectsLoader as NativeLoader
-from zpatch.patch import Patch, PatchBatch, collate, to_tensor
-from zpatch.samplers import PatchSampler, PatchSize, RandomSource, read_patches
-from zpatch.schema import Json
+from zpatch.geometry.boxes import PatchLocation, Triple
+from zpatch.images import cohort, image
+from zpatch.loading.subjects_loader import SubjectsLoader as NativeLoader
+from zpatch.sampling import samplers
+from zpatch.sampling.patch import Patch, PatchBatch, collate, to_tensor
+from zpatch.sampling.samplers import PatchSampler, PatchSize, RandomSource, read_patches
+from zpatch.store.image_record import Json
 
 __all__ = [
     "GridSampler",

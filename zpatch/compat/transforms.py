@@ -28,8 +28,8 @@ import numpy as np
 import torch
 
 from zpatch.errors import OptionError
-from zpatch.patch import Patch, PatchImage
-from zpatch.schema import Kind
+from zpatch.sampling.patch import Patch, PatchImage
+from zpatch.store.image_record import Kind
 
 PatchTransform = Callable[[Patch], Patch]
 

@@ -1,0 +1,218 @@
+"""What stage feed is about: batches, those that give epochs of them, zpatch among them, and the limits.
+
+The peers are in feed_peers.py. As in read_peers.py, a library is imported when its function runs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks import data
+from benchmarks.read.peers import PRESET, convert
+
+PATCH, BATCH, PER_SUBJECT, WORKERS, MAX_LENGTH = 96, 8, 10, 2, 100
+ZPATCH, ZPATCH_ALONE = f"zpatch, {PRESET}", f"zpatch, {PRESET}, no workers"
+ZPATCH_HC, ZPATCH_NONE = "zpatch, lz4hc", "zpatch, none"
+GROUPS = "zpatch's groups without a queue, two threads"
+GROUPS_FLOAT, LIMIT = f"{GROUPS}, as float32", "limit: memory maps, two threads"
+
+Box = tuple[slice, slice, slice]
+Pair = tuple[Any, Any]  # a subject's image and label map, (z, y, x)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Image (float32) and label (uint8), (B, 1, n, n, n), and the subject of each."""
+
+    image: torch.Tensor
+    label: torch.Tensor
+    subjects: Sequence[str]
+
+
+Epoch = Callable[[], Iterator[Any]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Contender:
+    """A way to feed: ``make(cohort, store)`` writes what ``open(cohort, store)`` gives epochs from.
+
+    ``cohort`` is a folder of ``data.cohort``; without ``store`` it is all there is. ``kind`` is what it may
+    compete with. ``transposed`` ones give (x, y, z); ``bare`` ones only numbers of patches.
+    """
+
+    name: str
+    store: str
+    make: Callable[[Path, Path], object]
+    open: Callable[[Path, Path], Epoch]
+    kind: str = "workers"
+    package: str = "zpatch"
+    folder: Path | None = None  # where the package is, if not with the others
+    transposed: bool = False
+    bare: bool = False
+
+    @property
+    def installed(self) -> bool:
+        """Whether its library is there."""
+        if self.folder is not None:
+            return (self.folder / self.package).is_dir()
+        return importlib.util.find_spec(self.package) is not None
+
+    def __str__(self) -> str:
+        if self.package == "zpatch" or not self.installed:
+            return self.name
+        return f"{self.name}, {_version(self)}"
+
+
+def _version(contender: Contender) -> str:
+    if contender.folder is None:
+        return version(contender.package)
+    found = next(contender.folder.glob(f"{contender.package}-*.dist-info"))
+    return found.name.removesuffix(".dist-info").rpartition("-")[2]
+
+
+def names_of(cohort: Path) -> list[str]:
+    """The subjects of a cohort."""
+    return sorted(folder.name for folder in (cohort / "nii").iterdir())
+
+
+def no_store(cohort: Path, store: Path) -> None:
+    """What it reads is there already."""
+
+
+# zpatch
+
+
+def zpatch_queue(store: Path, **options: Any) -> Any:
+    """The queue that is measured; options are further ones, or other ones."""
+    import zpatch as zp
+
+    patch = options.pop("patch", PATCH)
+    chosen = {"max_length": MAX_LENGTH, "patches_per_volume": PER_SUBJECT, "num_workers": WORKERS} | options
+    return zp.Queue(zp.Cohort(store), zp.UniformSampler(patch), **chosen)
+
+
+def _zpatch_of(name: str, codec: str, workers: int = WORKERS) -> Contender:
+    def open_it(cohort: Path, store: Path) -> Epoch:
+        import zpatch as zp
+
+        loader = zp.SubjectsLoader(zpatch_queue(store, num_workers=workers), batch_size=BATCH)
+
+        def epoch() -> Iterator[Batch]:
+            for batch in loader:
+                yield Batch(batch.ct.data, batch.seg.data, batch.subjects)
+
+        return epoch
+
+    kind = "workers" if workers else "threads"
+    return Contender(
+        name, f"zpatch-{codec}", _make_zpatch(codec), open_it, f"zpatch, {kind}", transposed=True
+    )
+
+
+def _make_zpatch(codec: str) -> Callable[[Path, Path], None]:
+    return lambda cohort, store: convert(cohort / "nii", store, codec=codec)
+
+
+def _groups_of(name: str, image_dtype: str) -> Contender:
+    """The reads of an epoch, by two threads, into memory that is nobody's batch."""
+
+    def open_it(cohort: Path, store: Path) -> Epoch:
+        import zpatch as zp
+        from zpatch.images.group_read import new_voxels
+        from zpatch.images.image import read_together
+
+        subjects, sampler = zp.Cohort(store), zp.UniformSampler(PATCH)
+        rng, pool = np.random.default_rng(0), ThreadPoolExecutor(WORKERS)
+        shape = 1, PATCH, PATCH, PATCH
+
+        def read(number: int, seed: int) -> int:
+            images = subjects[number].images
+            locations = sampler.locations(subjects[number], PER_SUBJECT, seed)
+            dtypes = image_dtype, "uint8"
+            outs = [[new_voxels(shape, np.dtype(dtype)) for _ in locations] for dtype in dtypes]
+            read_together([images["ct"], images["seg"]], locations, outs=outs)
+            return PER_SUBJECT
+
+        def epoch() -> Iterator[int]:
+            seeds = rng.integers(2**32, size=len(subjects)).tolist()
+            return pool.map(read, rng.permutation(len(subjects)).tolist(), seeds)
+
+        return epoch
+
+    return Contender(name, f"zpatch-{PRESET}", _make_zpatch(PRESET), open_it, kind="limit", bare=True)
+
+
+# Raw voxels, and tensorstore's own threads: batches are made ahead of the one that is taken.
+
+
+def _shuffled(names: Sequence[str], rng: np.random.Generator) -> Iterator[list[str]]:
+    """The subjects of each batch of an epoch."""
+    order = rng.permutation(np.repeat(names, PER_SUBJECT)).tolist()
+    return (order[n : n + BATCH] for n in range(0, len(order), BATCH))
+
+
+def random_box(shape: Sequence[int], rng: np.random.Generator) -> Box:
+    start = rng.integers(0, np.subtract(shape, PATCH) + 1).tolist()
+    z, y, x = (slice(a, a + PATCH) for a in start)
+    return z, y, x
+
+
+def _new_batch(subjects: Sequence[str]) -> Batch:
+    shape = len(subjects), 1, PATCH, PATCH, PATCH
+    return Batch(torch.empty(shape), torch.empty(shape, dtype=torch.uint8), subjects)
+
+
+def batches_ahead(pairs: dict[str, Pair], start: Callable[[Batch, list[Box]], Callable[[], object]]) -> Epoch:
+    """Epochs of batches that ``start`` begins to fill; what it returns waits until that is done."""
+    rng = np.random.default_rng(0)
+
+    def epoch() -> Iterator[Batch]:
+        begun: deque[tuple[Batch, Callable[[], object]]] = deque()
+        for subjects in itertools.chain(_shuffled(list(pairs), rng), itertools.repeat(None, WORKERS)):
+            if subjects is not None:
+                batch = _new_batch(subjects)
+                boxes = [random_box(pairs[subject][0].shape, rng) for subject in subjects]
+                begun.append((batch, start(batch, boxes)))
+            if begun and (len(begun) > WORKERS or subjects is None):
+                batch, wait = begun.popleft()
+                wait()
+                yield batch
+
+    return epoch
+
+
+def _open_limit(cohort: Path, store: Path) -> Epoch:
+    pairs = {name: data.subject_voxels(cohort, name) for name in names_of(cohort)}
+    pool = ThreadPoolExecutor(WORKERS)
+
+    def fill(image: NDArray[Any], label: NDArray[Any], boxes: list[Box], subjects: Sequence[str]) -> None:
+        for n, (box, subject) in enumerate(zip(boxes, subjects, strict=True)):
+            image[n, 0], label[n, 0] = (voxels[box] for voxels in pairs[subject])
+
+    def start(batch: Batch, boxes: list[Box]) -> Callable[[], object]:
+        return pool.submit(fill, batch.image.numpy(), batch.label.numpy(), boxes, batch.subjects).result
+
+    return batches_ahead(pairs, start)
+
+
+ZPATCHES = (
+    _zpatch_of(ZPATCH, PRESET),
+    _zpatch_of(ZPATCH_ALONE, PRESET, workers=0),
+    _zpatch_of(ZPATCH_HC, "lz4hc"),
+    _zpatch_of(ZPATCH_NONE, "none"),
+    _groups_of(GROUPS, "int16"),
+    _groups_of(GROUPS_FLOAT, "float32"),
+    Contender(LIMIT, "", no_store, _open_limit, kind="limit"),
+)

@@ -1,0 +1,196 @@
+"""What stage feed measures, each in a fresh process: epochs of one contender in turns, first batches, gaps,
+and memory."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks import data
+from benchmarks.feed.batches import (
+    BATCH,
+    MAX_LENGTH,
+    PATCH,
+    PER_SUBJECT,
+    WORKERS,
+    Batch,
+    Contender,
+    Epoch,
+    names_of,
+    zpatch_queue,
+)
+from benchmarks.feed.peers import contender_of
+from benchmarks.measure import ANONYMOUS, held_bytes, tree_of
+
+KEY = 8  # voxels by which a patch is found
+SLOWER = 1.5  # the consumer of ``gaps`` than what it consumes
+SHORT = 16  # subjects of a short epoch
+SETTLE_S = 0.02
+
+
+def make(cohort: str, stores: str, *names: str) -> None:
+    """Write those stores of some contenders that are not there."""
+    for contender in map(contender_of, names):
+        store = Path(stores, contender.store)
+        if not store.exists():
+            contender.make(Path(cohort), store)
+
+
+def epochs_of(name: str, cohort: str, stores: str) -> Callable[[str], Any]:
+    """Answers ``check`` with nothing, and ``turn`` with the seconds of an epoch that follows upon another."""
+    torch.set_num_threads(1)
+    contender, source = contender_of(name), Path(cohort)
+    epoch = contender.open(source, Path(stores, contender.store))
+
+    def answer(question: str) -> float | None:
+        if question == "check":
+            _check(contender, epoch, source)
+            return None
+        for _ in epoch():
+            pass
+        begin = time.perf_counter()
+        for _ in epoch():
+            pass
+        return time.perf_counter() - begin
+
+    return answer
+
+
+def _check(contender: Contender, epoch: Epoch, cohort: Path) -> None:
+    """Go through an epoch: voxels of the first batch, types of all, and how often each subject comes."""
+    names = names_of(cohort)
+    if contender.bare:
+        assert sum(epoch()) == PER_SUBJECT * len(names)
+        return
+    seen: Counter[str] = Counter()
+    for batch in epoch():
+        assert batch.image.dtype == torch.float32
+        assert batch.label.dtype == torch.uint8
+        assert batch.image.shape == batch.label.shape == (BATCH, 1, PATCH, PATCH, PATCH)
+        if not seen:
+            _check_voxels(contender, batch, cohort)
+        seen.update(batch.subjects)
+    assert seen == dict.fromkeys(names, PER_SUBJECT), f"{contender.name} gave {seen}"
+
+
+def _check_voxels(contender: Contender, batch: Batch, cohort: Path) -> None:
+    for n, subject in enumerate(batch.subjects):
+        voxels, labels = data.subject_voxels(cohort, subject)
+        image, label = (found[n, 0].numpy() for found in (batch.image, batch.label))
+        if contender.transposed:
+            image, label = image.T, label.T
+        assert any(
+            np.array_equal(voxels[box], image) and np.array_equal(labels[box], label)
+            for box in _places(image, voxels)
+        ), f"{contender.name} gave a patch that is nowhere in {subject}"
+
+
+def _places(patch: NDArray[Any], voxels: NDArray[Any]) -> Iterator[tuple[slice, ...]]:
+    """Boxes whose first voxels are those of a patch."""
+    last = [n - PATCH + 1 for n in voxels.shape]
+    fits = np.ones(last, dtype=bool)
+    for n, value in enumerate(patch[0, 0, :KEY]):
+        fits &= voxels[: last[0], : last[1], n : last[2] + n] == value
+    return (tuple(slice(a, a + PATCH) for a in start) for start in np.argwhere(fits).tolist())
+
+
+def gaps(name: str, cohort: str, stores: str) -> dict[str, Any]:
+    """Seconds from batch to batch where the consumer is slower than the feed: within an epoch, and from one
+    epoch to the next. ``pause`` is what the consumer takes for each.
+    """
+    torch.set_num_threads(1)
+    contender = contender_of(name)
+    epoch = contender.open(Path(cohort), Path(stores, contender.store))
+    batches = sum(1 for _ in epoch())
+    begin = time.perf_counter()
+    for _ in epoch():
+        pass
+    pause = SLOWER * (time.perf_counter() - begin) / batches
+    arrived: list[float] = []
+    for _ in range(2):
+        for _ in epoch():
+            arrived.append(time.perf_counter())
+            time.sleep(pause)
+    apart = np.diff(arrived)
+    within = np.delete(apart, batches - 1)
+    return {"pause": pause, "within": within.tolist(), "between": [apart[batches - 1]]}
+
+
+def first_batch(store: str, max_length: str, patch: str) -> float:
+    """Seconds from opening a cohort to the first batch of its queue, imports not counted."""
+    import zpatch as zp
+    import zpatch.loading.patch_queue
+
+    torch.set_num_threads(1)
+    begin = time.perf_counter()
+    queue = zpatch_queue(Path(store), max_length=int(max_length), patch=int(patch))
+    next(iter(zp.SubjectsLoader(queue, batch_size=BATCH)))
+    seconds = time.perf_counter() - begin
+    queue.close()
+    return seconds
+
+
+def group_seconds(store: str) -> list[float]:
+    """Seconds of one thread for the patches of each subject, its opening included."""
+    import zpatch as zp
+
+    torch.set_num_threads(1)
+    cohort, sampler = zp.Cohort(store), zp.UniformSampler(PATCH)
+    taken = []
+    for number in range(len(cohort)):
+        begin = time.perf_counter()
+        subject = cohort[number]
+        zp.samplers.read_patches(subject, sampler.locations(subject, PER_SUBJECT, number))
+        taken.append(time.perf_counter() - begin)
+    return taken
+
+
+def queue_in_memory(store: str, patch: str, batched: str) -> tuple[int, int]:
+    """The most that this process and its workers hold in two epochs of a queue, ``batched`` or patch by
+    patch, and what the queue states. Without a patch size it has only imported all and opened the cohort.
+    """
+    import zpatch as zp
+    import zpatch.loading.patch_queue
+
+    torch.set_num_threads(1)
+    cohort = zp.Cohort(store)
+    if not patch:
+        return held_bytes(tree_of(os.getpid())), len(cohort)
+    queue = zpatch_queue(Path(store), patch=int(patch))
+    source: Any = zp.SubjectsLoader(queue, batch_size=BATCH) if batched else queue
+    peak, each = 0, 1 if batched else BATCH
+    for _ in range(2):
+        for number, _ in enumerate(source):
+            if number % each == 0:
+                time.sleep(SETTLE_S)  # until workers have come to rest: each process is looked at by itself
+                peak = max(peak, held_bytes(tree_of(os.getpid())))
+    stated = queue.max_memory
+    queue.close()
+    return peak, stated
+
+
+def growth(store: str, epochs: str) -> dict[str, list[list[int]]]:
+    """Anonymous bytes of this process and of each worker after each of some short epochs."""
+    import zpatch as zp
+
+    torch.set_num_threads(1)
+    queue = zp.Queue(
+        zp.Cohort(store)[:SHORT], zp.UniformSampler(PATCH), MAX_LENGTH, PER_SUBJECT, num_workers=WORKERS
+    )
+    loader = zp.SubjectsLoader(queue, batch_size=BATCH)
+    held: list[list[int]] = []
+    for _ in range(int(epochs)):
+        for _ in loader:
+            pass
+        held.append([held_bytes([pid], [ANONYMOUS]) for pid in tree_of(os.getpid())])
+    mine, *workers = map(list, zip(*held, strict=True))
+    queue.close()
+    return {"mine": [mine], "workers": workers}

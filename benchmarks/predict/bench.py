@@ -1,0 +1,250 @@
+"""Predicting a volume patch by patch: beside peers and the floor, in what memory, and by two processes."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import data
+from benchmarks.measure import Server, in_fresh_process, times_as_long
+from benchmarks.predict.peers import (
+    CLASSES,
+    CONTENDERS,
+    FLOOR,
+    OVERLAP,
+    PATCH,
+    PATCHLY,
+    SLIDING_WINDOW,
+    ZARR_MERGER,
+    ZPATCH,
+)
+from benchmarks.predict.runs import COSTLY_PATCH
+from benchmarks.read.peers import convert
+from benchmarks.stage import MIB, Goal, Options, goals, mib, seconds, table
+
+ENV = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+SWEPT_PLANE, SWEPT = (256, 256), (320, 608, 1184)  # the longest axis is swept; patches fit all
+LARGER = (512, 512, 512)
+SLOPE_MIB = 1.0  # of peak memory for 1,000 planes more, 500 MiB of scores: what counts as none
+LIMIT_BYTES = 512 * MIB
+PATCHES_ALONE = 25
+
+NOT_SHOWN = (
+    "The network of the contest copies, negates and fills: it shows all that is not the model. With a real "
+    "model the differences are the same seconds, of many more.",
+    "Only zpatch reads compressed voxels, and writes them compressed, with checksums, statistics and fsync. "
+    "The others read a memory map of the raw volume, and write one plain file.",
+    "MONAI's windows all weigh alike and patchly's are Gaussian, as neither has Hann's: no more arithmetic. "
+    "Labels are compared at every voxel, scores are not.",
+    "The volume fits the grid of patches: no peer has to pad it, and no patch is moved back from its end.",
+    "Memory of processes is looked at every 20 ms, so that a shorter peak may be missed. It is anonymous and "
+    "shared pages, not those of mapped files.",
+)
+
+
+def run(options: Options) -> str:
+    """All figures, as Markdown."""
+    parts = _contest(options), _sweep(options), _limit(options), _processes(options)
+    shutil.rmtree(options.stores)
+    return "\n\n".join(parts)
+
+
+# zpatch, its peers and the floor on one volume: time and memory.
+
+
+def _contest(options: Options) -> str:
+    side = 320 if options.quick else 512  # three patches on an axis, or five
+    head, stores = data.plain_head(options.data, (side,) * 3), _tidied(options)
+    files = head, stores / "store", stores / "output"
+    convert(head / "source", stores / "store")
+    there = [contender for contender in CONTENDERS if contender.installed]
+    fast = [contender.name for contender in there if not contender.slow]
+    slow = [ZPATCH, *(contender.name for contender in there if contender.slow)]
+    slow_times = _turns(slow, 1 if options.quick else 3, files)
+    times = _turns(fast, 2 if options.quick else 7, files)
+    ratios = {
+        name: times_as_long(found[name], found[ZPATCH]) for found in (slow_times, times) for name in found
+    }
+    taken = slow_times | times
+    held = {}
+    for contender in there:
+        peak, base = _held_and_base(options, "memory_of", contender.name, *files)
+        held[contender.name] = peak - base
+    rows = [
+        (c, seconds(taken[c.name]), f"{ratios[c.name]:.2f}", mib(held[c.name]))
+        if c in there
+        else (c.name, "not installed", "", "")
+        for c in CONTENDERS
+    ]
+    heading = (
+        f"### {side}^3 int16, {PATCH}-patches, overlap {OVERLAP}, hann, {CLASSES} classes, argmax; "
+        "a network of negligible cost"
+    )
+    head_row = (
+        "one core, page cache warm",
+        "seconds: median (least to most)",
+        "time / zpatch's",
+        "peak above imports MiB",
+    )
+    return "\n\n".join(
+        [heading, table(head_row, rows), goals(*_time_goals(times, ratios), *_memory_goals(held))]
+    )
+
+
+def _turns(names: Sequence[str], turns: int, files: Sequence[Path]) -> dict[str, list[float]]:
+    """Seconds of a prediction by each, in turns, each in a process of its own, after one that is checked."""
+    servers = {name: Server("predict_runs:predictions_of", name, *files, env=ENV) for name in names}
+    try:
+        for server in servers.values():
+            server.ask("check")
+        times: dict[str, list[float]] = {name: [] for name in servers}
+        for _ in range(turns):
+            for name, server in servers.items():
+                times[name].append(server.ask("turn"))
+    finally:
+        for server in servers.values():
+            server.close()
+    return times
+
+
+def _time_goals(times: Mapping[str, Sequence[float]], ratios: Mapping[str, float]) -> Iterable[Goal]:
+    for name, bound in {SLIDING_WINDOW: 1.5, ZARR_MERGER: 8, PATCHLY: 2}.items():
+        if name in ratios:
+            yield Goal(f"as fast as {name}", ratios[name], bound, "times", at_least=True)
+    yield Goal("time beside the floor's", times_as_long(times[ZPATCH], times[FLOOR]), 1.3, "times")
+
+
+def _memory_goals(held: Mapping[str, int]) -> Iterable[Goal]:
+    if SLIDING_WINDOW in held:
+        share = held[ZPATCH] / held[SLIDING_WINDOW]
+        yield Goal(f"peak beside that of {SLIDING_WINDOW}", share, 0.25, "times")
+
+
+def _held_and_base(options: Options, function: str, *arguments: object) -> tuple[int, int]:
+    """Peak memory of a function, and what a process holds that has imported the same and does nothing."""
+    modules = options.stores / "modules"
+    held = _fresh(function, modules, *arguments)
+    return held, _fresh("memory_of_imports", modules)
+
+
+def _fresh(function: str, *arguments: object) -> Any:
+    return in_fresh_process(f"predict_runs:{function}", *arguments, env=ENV).value
+
+
+# Memory of zpatch: what the plan states, against the volume's length, and under a limit.
+
+
+def _sweep(options: Options) -> str:
+    lengths = SWEPT[:2] if options.quick else SWEPT
+    shapes = [(*SWEPT_PLANE, length) for length in lengths] + ([] if options.quick else [LARGER])
+    rows, shares, peaks_mib = [], [], []
+    for shape in shapes:
+        store, output = _long_store(shape, options)
+        held, base = _held_and_base(options, "memory_of_zpatch", store, output, PATCH, "")
+        stated = _fresh("stated_bytes", store, PATCH)
+        shares.append((held - base) / stated)
+        peaks_mib.append((held - base) / MIB)
+        rows.append((_text(shape), mib(stated), mib(held - base), f"{shares[-1]:.2f}"))
+    slope = 1000 * float(np.polyfit(lengths, peaks_mib[: len(lengths)], 1)[0])
+    head_row = ("", "the plan states MiB", "peak above imports MiB", "of what is stated")
+    return "\n\n".join(
+        [
+            f"### Memory against the length of the volume, {PATCH}-patches",
+            table(head_row, rows),
+            goals(
+                Goal("peak beside what the plan states, at most", max(shares), 1, "times"),
+                Goal("and at least", min(shares), 0.6, "times", at_least=True),
+                Goal("slope against the length (0, but for noise)", slope, SLOPE_MIB, "MiB for 1,000 planes"),
+            ),
+        ]
+    )
+
+
+def _limit(options: Options) -> str:
+    shape = (256, 256, 512) if options.quick else (1024, 1024, 1024)
+    store, output = _long_store(shape, options)
+    held, base = _held_and_base(options, "memory_of_zpatch", store, output, PATCH, LIMIT_BYTES)
+    head_row = ("volume MiB", "`max_memory` MiB", "peak MiB", "of which imports MiB")
+    row = (mib(2 * math.prod(shape)), mib(LIMIT_BYTES), mib(held), mib(base))
+    return "\n\n".join(
+        [
+            f"### Under a limit of memory, {_text(shape)}, {PATCH}-patches",
+            table(head_row, [row]),
+            goals(Goal("peak of the process", held / MIB, LIMIT_BYTES / MIB, "MiB")),
+        ]
+    )
+
+
+def _long_store(shape: data.Shape, options: Options) -> tuple[Path, Path]:
+    """A store of a long volume, alone in the folder for stores, and a place for what is predicted."""
+    stores = _tidied(options)
+    convert(data.long_volume(options.data, shape), stores / "store")
+    return stores / "store", stores / "output"
+
+
+def _text(shape: data.Shape) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _tidied(options: Options) -> Path:
+    """The folder for stores, empty."""
+    shutil.rmtree(options.stores, ignore_errors=True)
+    options.stores.mkdir(parents=True)
+    return options.stores
+
+
+# One process or two.
+
+
+def _processes(options: Options) -> str:
+    shape, turns = ((160, 160, 256), 1) if options.quick else ((160, 160, 2048), 3)
+    store, output = _long_store(shape, options)
+    times: dict[int, list[float]] = {1: [], 2: []}
+    labels = set()
+    for turn in range(turns):
+        for jobs, taken in times.items():
+            # Not watched: to look at the memory of two busy processes takes what they need.
+            server = Server("predict_runs:costly_predictions", store, jobs, env=ENV)
+            found = server.ask(f"{output}-{turn}-{jobs}")
+            server.close()
+            taken.append(found["seconds"])
+            labels.add(found["labels"])
+    assert len(labels) == 1, "two processes gave other voxels than one"
+    faster = times_as_long(times[1], times[2])
+    rows = [
+        ("one process", seconds(times[1]), ""),
+        ("two processes, their start included", seconds(times[2]), f"{faster:.2f}"),
+        ("what two processes can be here: the network alone", "", f"{_network_alone(turns):.2f}"),
+    ]
+    heading = f"### Two processes, {_text(shape)}, {COSTLY_PATCH}-patches, a small network of convolutions"
+    head_row = (
+        "two cores, a thread for each process",
+        "seconds: median (least to most)",
+        "times as fast as one",
+    )
+    goal = Goal("two processes as fast as one", faster, 1.7, "times", at_least=True)
+    return "\n\n".join([heading, table(head_row, rows), goals(goal)])
+
+
+def _network_alone(turns: int) -> float:
+    """How many times as much two processes do of the network as one, without anything around it."""
+    servers = [Server("predict_runs:costly_patches", env=ENV) for _ in range(2)]
+
+    def ask(server: Server) -> float:
+        taken: float = server.ask(str(PATCHES_ALONE))
+        return taken
+
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(ask, servers))
+            return 2 * statistics.median(ask(servers[0]) / max(pool.map(ask, servers)) for _ in range(turns))
+    finally:
+        for server in servers:
+            server.close()

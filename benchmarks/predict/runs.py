@@ -1,0 +1,182 @@
+"""What stage predict measures, each in a fresh process: predictions in turns, memory, one process or two."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.convert.bench import import_only
+from benchmarks.measure import POLL_S, Run, held_bytes, settle, tree_of
+from benchmarks.predict.peers import (
+    CLASSES,
+    Labels,
+    classes_of,
+    contender_of,
+    network,
+    predict_with_zpatch,
+    zpatch_labels,
+    zpatch_options,
+)
+from benchmarks.read.peers import in_stored_order, raw_voxels, zpatch_image
+
+SLAB = 64
+COSTLY_PATCH = 64
+
+
+def predictions_of(name: str, head: str, store: str, output: str) -> Callable[[str], float]:
+    """Answers ``turn`` with the seconds of a prediction, and ``check`` too, once its voxels are compared."""
+    settle(one_core=True)
+    torch.set_num_threads(1)
+    contender, target = contender_of(name), Path(output)
+
+    def answer(question: str) -> float:
+        remove(target)
+        os.sync()
+        begin = time.perf_counter()
+        contender.predict(Path(head), Path(store), target)
+        seconds = time.perf_counter() - begin
+        if question == "check":
+            check(contender.labels(target), raw_voxels(Path(head)))
+        remove(target)
+        return seconds
+
+    return answer
+
+
+def remove(output: Path) -> None:
+    """Remove a file or a store, if it is there."""
+    if output.is_dir():
+        shutil.rmtree(output)
+    else:
+        output.unlink(missing_ok=True)
+
+
+def check(labels: Labels, voxels: NDArray[Any]) -> None:
+    """Compare with the network on the whole volume: as it sees single voxels, blending changes no class."""
+    assert labels.shape == voxels.shape
+    assert labels.dtype == np.uint8
+    for start in range(0, len(voxels), SLAB):
+        slab = torch.from_numpy(voxels[start : start + SLAB].astype(np.float32))
+        expected = classes_of(network(slab[None, None])[0].numpy())
+        assert np.array_equal(labels[start : start + SLAB], expected), f"other labels from plane {start} on"
+
+
+# Memory.
+
+
+def memory_of(modules: str, name: str, head: str, store: str, output: str) -> int:
+    """The most that this process and its descendants hold in a prediction; the file ``modules`` will name
+    its imports, which are more than a pipe takes."""
+    contender, target = contender_of(name), Path(output)
+    peak = _most_held(lambda: contender.predict(Path(head), Path(store), target))
+    _name_imports(modules)
+    remove(target)
+    return peak
+
+
+def memory_of_zpatch(modules: str, store: str, output: str, patch: str, limit: str) -> int:
+    """The same of zpatch on any store. What it predicts is compared."""
+    options = zpatch_options(int(patch)) | {"max_memory": int(limit) if limit else None}
+    peak = _most_held(lambda: predict_with_zpatch(network, Path(store), Path(output), **options))
+    _name_imports(modules)
+    check(zpatch_labels(Path(output)), in_stored_order(zpatch_image(Path(store)).data))
+    return peak
+
+
+def _name_imports(modules: str) -> None:
+    Path(modules).write_text("\n".join(sorted(sys.modules)))
+
+
+def stated_bytes(store: str, patch: str) -> int:
+    """What the plan of such a prediction says that it needs."""
+    import zpatch as zp
+    from zpatch.prediction.inference import plan_prediction
+    from zpatch.prediction.network import Network
+    from zpatch.prediction.prediction_plan import PredictOptions
+
+    options = PredictOptions.of(**zpatch_options(int(patch)))
+    (plan,) = plan_prediction(Network(network, torch.device("cpu")), zp.Cohort(store), options)
+    return plan.peak_bytes
+
+
+def memory_of_imports(modules: str) -> int:
+    """What a process holds that has imported the modules that a file names, and does nothing."""
+    import_only(*Path(modules).read_text().split())
+    return held_bytes(tree_of(os.getpid()))
+
+
+def _most_held(run: Run) -> int:
+    """The most that this process and its descendants hold in a run, looked at every 20 ms."""
+    peak, over = 0, threading.Event()
+
+    def look() -> None:
+        nonlocal peak
+        while not over.wait(POLL_S):
+            peak = max(peak, held_bytes(tree_of(os.getpid())))
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        run()
+    finally:
+        over.set()
+        watcher.join()
+    return peak
+
+
+# One process or two.
+
+
+def costly_network() -> torch.nn.Module:
+    """A small network that takes much longer than all around it."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv3d(1, 16, 3, padding=1),
+        torch.nn.ReLU(),
+        torch.nn.Conv3d(16, 16, 3, padding=1),
+        torch.nn.ReLU(),
+        torch.nn.Conv3d(16, CLASSES, 1),
+    ).eval()
+
+
+def costly_predictions(store: str, jobs: str) -> Callable[[str], dict[str, Any]]:
+    """Answers, for a place to write to, with the seconds of a prediction with that network by so many
+    processes, their start included, and a digest of its voxels."""
+    torch.set_num_threads(1)
+    model = costly_network()
+
+    def answer(output: str) -> dict[str, Any]:
+        begin = time.perf_counter()
+        options = zpatch_options(COSTLY_PATCH)
+        predict_with_zpatch(model, Path(store), Path(output), jobs=int(jobs), **options)
+        seconds = time.perf_counter() - begin
+        labels = zpatch_labels(Path(output)).tobytes()
+        return {"seconds": seconds, "labels": hashlib.sha256(labels).hexdigest()}
+
+    return answer
+
+
+def costly_patches() -> Callable[[str], float]:
+    """Answers with the seconds that so many patches take in that network alone."""
+    torch.set_num_threads(1)
+    model, patch = costly_network(), torch.zeros((1, 1, *[COSTLY_PATCH] * 3))
+
+    def answer(count: str) -> float:
+        begin = time.perf_counter()
+        with torch.inference_mode():
+            for _ in range(int(count)):
+                model(patch)
+        return time.perf_counter() - begin
+
+    return answer

@@ -1,0 +1,180 @@
+"""What becomes of final voxels: classes, probabilities, or what a function makes of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+from numpy.typing import NDArray
+
+from zpatch.blending import reduction
+from zpatch.blending.reduction import as_stored, check_reduction, fitting_fill, kind_of, reduce_channels
+from zpatch.errors import ModelError, OptionError
+
+CHANNELS = 5
+
+
+@pytest.fixture
+def voxels(rng: np.random.Generator) -> torch.Tensor:
+    """(C, I, J, K)."""
+    return torch.from_numpy(rng.normal(size=(CHANNELS, 4, 3, 2)).astype(np.float32))
+
+
+def test_none_leaves_the_voxels_as_they_are(voxels: torch.Tensor) -> None:
+    assert torch.equal(reduce_channels(voxels, None), voxels)
+
+
+def test_argmax_gives_the_first_channel_of_the_largest_value(voxels: torch.Tensor) -> None:
+    voxels[3] = voxels[1]
+    classes = reduce_channels(voxels, "argmax")
+    np.testing.assert_array_equal(classes[0].numpy(), np.argmax(voxels.numpy(), axis=0))
+    assert classes.shape == (1, 4, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("classes", "dtype"), [(2, torch.uint8), (256, torch.uint8), (257, torch.int16), (2**15 + 1, torch.int32)]
+)
+def test_argmax_gives_the_smallest_integers_that_hold_the_classes(classes: int, dtype: torch.dtype) -> None:
+    voxels = torch.zeros(classes, 1, 1, 1)
+    voxels[-1] = 1
+    found = reduce_channels(voxels, "argmax")
+    assert (found.dtype, found.item()) == (dtype, classes - 1)
+
+
+def test_softmax_gives_probabilities_over_the_channels(voxels: torch.Tensor) -> None:
+    powers = np.exp(voxels.numpy().astype(np.float64))
+    np.testing.assert_allclose(reduce_channels(voxels, "softmax"), powers / powers.sum(axis=0), rtol=1e-5)
+
+
+def test_sigmoid_gives_a_probability_for_each_channel(voxels: torch.Tensor) -> None:
+    wanted = 1 / (1 + np.exp(-voxels.numpy().astype(np.float64)))
+    np.testing.assert_allclose(reduce_channels(voxels, "sigmoid"), wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [0.5, 0, -1])
+def test_threshold_marks_what_lies_above_the_limit(voxels: torch.Tensor, limit: float) -> None:
+    voxels[0, 0, 0, 0] = limit
+    marks = reduce_channels(voxels, ("threshold", limit))
+    assert marks.dtype == torch.uint8
+    np.testing.assert_array_equal(marks, voxels.numpy() > limit)
+    assert marks[0, 0, 0, 0] == 0
+
+
+def test_a_function_may_change_the_channels(voxels: torch.Tensor) -> None:
+    pairs = reduce_channels(voxels, lambda v: v[:2] * 3)
+    assert torch.equal(pairs, voxels[:2] * 3)
+
+
+def test_dtype_is_what_the_result_comes_in(voxels: torch.Tensor) -> None:
+    assert reduce_channels(voxels, "argmax", torch.int64).dtype == torch.int64
+    assert reduce_channels(voxels, None, torch.float16).dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (lambda v: v[:, :1], r"made \(5, 1, 3, 2\) of \(5, 4, 3, 2\); only the channels may change"),
+        (lambda v: v[0], r"made \(4, 3, 2\) of \(5, 4, 3, 2\)"),
+        (lambda v: v.numpy(), r"made ndarray of \(5, 4, 3, 2\)"),
+    ],
+)
+def test_a_function_that_changes_more_than_channels_is_refused(
+    voxels: torch.Tensor, function: Any, text: str
+) -> None:
+    with pytest.raises(ModelError, match=text):
+        reduce_channels(voxels, function)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.uint64])
+def test_unsigned_integers_that_torch_does_not_compare_are_compared(dtype: Any) -> None:
+    scores = np.array([[3, 40000, 7], [5, 39999, 7]], dtype=dtype).reshape(2, 3, 1, 1)
+    for reduce, wanted in (("argmax", [1, 0, 0]), (("threshold", 6), [0, 1, 1, 0, 1, 1])):
+        found = reduce_channels(torch.from_numpy(scores), reduce)  # type: ignore[arg-type]
+        assert found.dtype == torch.uint8
+        assert found.ravel().tolist() == wanted
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored"),
+    [
+        (torch.bool, torch.uint8),
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float64, torch.float64),
+        (torch.uint16, torch.uint16),
+    ],
+)
+def test_what_is_stored_is_of_a_type_that_an_image_can_have(dtype: torch.dtype, stored: torch.dtype) -> None:
+    assert as_stored(torch.ones(1, 2, 2, 2).to(dtype)).dtype == stored
+
+
+@pytest.mark.parametrize(
+    ("fill", "dtype", "kept"),
+    [(255.0, torch.uint8, 255), (1, torch.bool, 1), (-2.0, torch.int16, -2), (0.5, torch.float32, 0.5)],
+)
+def test_a_fill_that_fits_is_a_number_of_the_outputs_type(
+    fill: float, dtype: torch.dtype, kept: float
+) -> None:
+    found = fitting_fill(fill, dtype)
+    assert (found, type(found)) == (kept, type(kept))
+
+
+@pytest.mark.parametrize("fill", [math.nan, math.inf, -math.inf])
+def test_a_fill_that_is_no_number_fits_fractions_only(fill: float) -> None:
+    for dtype in (torch.float16, torch.float32, torch.complex64):
+        np.testing.assert_equal(fitting_fill(fill, dtype), fill)
+    for dtype in (torch.uint8, torch.int64, torch.bool):
+        with pytest.raises(OptionError, match=rf"a fill of {fill} does not fit .* {dtype}; choose another"):
+            fitting_fill(fill, dtype)
+
+
+@pytest.mark.parametrize(
+    "reduce", ["argmin", "", 3, ("threshold",), ("threshold", "high"), ("limit", 1.0), ["threshold", 0.5]]
+)
+def test_a_reduction_that_does_not_exist_is_refused_with_those_that_do(reduce: Any) -> None:
+    with pytest.raises(OptionError, match=r"reduce must be 'argmax', .*threshold.*, not ") as error:
+        check_reduction(reduce)
+    assert repr(reduce) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("reduce", "kind"),
+    [
+        ("argmax", "label"),
+        (("threshold", 0.5), "label"),
+        ("softmax", "scalar"),
+        ("sigmoid", "scalar"),
+        (None, "scalar"),
+        (torch.abs, "scalar"),
+    ],
+)
+def test_classes_and_marks_are_label_maps_and_all_else_images(reduce: Any, kind: str) -> None:
+    check_reduction(reduce)
+    assert kind_of(reduce) == kind
+
+
+@pytest.mark.parametrize("is_compiled", [True, False])
+@given(
+    npst.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 5), st.integers(1, 6)),
+        elements=st.sampled_from([-1.0, 0.0, 1.0, 2.5, np.nan, np.inf, -np.inf]),
+    ),
+    st.permutations(range(4)),
+)
+def test_classes_are_numpys_argmax_in_any_memory_order_with_compiled_loops_and_without(
+    is_compiled: bool, scores: NDArray[np.float32], order: list[int]
+) -> None:
+    voxels = torch.from_numpy(scores).permute(order).contiguous().permute(*np.argsort(order).tolist())
+    with pytest.MonkeyPatch.context() as patch:
+        if not is_compiled:
+            patch.setattr(reduction, "_compiled", None)
+        found = reduction.reduce_channels(voxels, "argmax")
+    assert found.dtype == torch.uint8
+    np.testing.assert_array_equal(found[0], scores.argmax(axis=0))

@@ -1,0 +1,935 @@
+"""The inner loop of reading: compiled it gives what numcodecs and numpy give, and withstands bad input."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import math
+import mmap
+import os
+import struct
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from numcodecs import blosc, lz4
+from numpy.typing import NDArray
+from reading import (
+    DTYPES,
+    assert_same_bytes,
+    both_loops,
+    draw_box,
+    many_examples,
+    needs_compiled_loop,
+    random_voxels,
+    stored,
+)
+from reading import loop as loop
+
+from zpatch.chunks import gather as gathering
+from zpatch.chunks.codec import ChunkCodec
+from zpatch.chunks.gather import GatherPlan, gather, read_region
+from zpatch.chunks.mapped_shards import ChunkFiles, MappedShard, ShardedArray, close_shards
+from zpatch.chunks.scaling import UNSCALED, Scaling
+from zpatch.images.group_read import ShardSource
+from zpatch.images.image import Image
+from zpatch.store.image_record import CODECS
+
+SPLIT_FLAG = 16  # of a frame's flags: each block is one stream
+STORED_FLAG = 2
+GUARD = 0xA5
+
+Draw = st.DataObject
+Voxels = NDArray[Any]
+Box = tuple[tuple[int, int], ...]  # start and stop along each axis
+
+
+# One chunk, given straight to the compiled loop
+
+
+def row_of(
+    box: Box,
+    at: Sequence[int] = (0, 0, 0, 0),
+    *,
+    offset: int = 0,
+    length: int = 0,
+    map_: int = 0,
+    out: int = 0,
+) -> list[int]:
+    """A row that copies a box of a chunk to a place in a box."""
+    parts = [(start, stop - start, target) for (start, stop), target in zip(box, at, strict=True)]
+    return [map_, offset, length, out, *(number for part in parts for number in part)]
+
+
+def run_loop(
+    rows: Any,
+    frames: Sequence[bytes],
+    outs: Sequence[Voxels],
+    chunk: Sequence[int],
+    dtype: Any,
+    *,
+    start: int = 0,
+    codec: str = "blosc",
+    scaled_from: str = "",
+    scaling: Scaling = UNSCALED,
+) -> tuple[int, bool]:
+    """The row at which the compiled loop stopped, and whether its chunk is damaged."""
+    assert gathering._compiled is not None
+    itemsize = np.dtype(dtype).itemsize
+    rows = np.array(rows, np.int64) if isinstance(rows, list) else rows
+    return gathering._compiled(
+        rows, start, frames, outs, tuple(chunk), itemsize, codec, scaled_from, *scaling
+    )
+
+
+def decoded_by_loop(frame: bytes, box: Box, chunk: Sequence[int], dtype: Any) -> Voxels:
+    """A box of the chunk in a frame."""
+    out = np.zeros([stop - start for start, stop in box], dtype)
+    assert run_loop([row_of(box, length=len(frame))], [frame], [out], chunk, dtype) == (1, False)
+    return out
+
+
+def decoded_by_numcodecs(frame: bytes, chunk: Sequence[int], dtype: Any) -> Voxels:
+    out = np.zeros(chunk, dtype)
+    ChunkCodec("blosc").decode(np.frombuffer(frame, np.uint8), out)
+    return out
+
+
+def whole(shape: Sequence[int]) -> Box:
+    return tuple((0, n) for n in shape)
+
+
+def draw_part(data: Draw, shape: Sequence[int]) -> Box:
+    ends = [sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n)))) for n in shape]
+    return tuple((a, b) if a < b else (0, n) for (a, b), n in zip(ends, shape, strict=True))
+
+
+def slices(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(*ends) for ends in box)
+
+
+def frame_of(
+    voxels: Voxels, compressor: str = "lz4", level: int = 5, shuffle: int = 1, block: int = 0
+) -> bytes:
+    frame: bytes = blosc.compress(voxels, compressor.encode(), level, shuffle, block)
+    return frame
+
+
+def frame_by_hand(
+    voxels: Voxels, block: int, *, split: bool, shuffled: bool, level: int = 1, stored: int = 0
+) -> bytes:
+    """A frame with blocks of so many voxels, that blosc itself would not choose.
+
+    Each block is one stream, or ``split`` one for each byte of a voxel; of the bits of ``stored`` each says
+    for some streams whether they are kept as they are.
+    """
+    item, data = voxels.itemsize, voxels.reshape(-1).view(np.uint8)
+    starts, streams, number = [], b"", 0
+    table = 16 + 4 * -(-len(data) // (block * item))
+    for first in range(0, len(data), block * item):
+        part = data[first : first + block * item]
+        content = part.reshape(-1, item).T.tobytes() if shuffled else part.tobytes()
+        # As the decoder has it: short blocks at the end, and those of fewer than 128 voxels, are never split.
+        count = item if split and len(part) == block * item and block >= 128 else 1
+        starts.append(table + len(streams))
+        for n in range(count):
+            stream = content[n * len(content) // count : (n + 1) * len(content) // count]
+            packed = lz4.compress(stream, level)[4:]  # numcodecs puts the length in front
+            kept = len(packed) >= len(stream) or stored >> number % 8 & 1
+            streams += struct.pack("<I", len(stream if kept else packed)) + (stream if kept else packed)
+            number += 1
+    flags = 1 << 5 | shuffled | (0 if split and block >= 128 else SPLIT_FLAG)
+    header = struct.pack("<BBBBIII", 2, 1, flags, item, len(data), block * item, table + len(streams))
+    return header + struct.pack(f"<{len(starts)}I", *starts) + streams
+
+
+def block_count(frame: bytes) -> int:
+    size, block = struct.unpack("<II", frame[4:12])
+    return -(-size // block)
+
+
+def repetition(size: int, distance: int, seed: int = 0) -> NDArray[np.uint8]:
+    """Bytes that repeat after a distance."""
+    pattern = np.random.default_rng(seed).permutation(256)[:distance].astype(np.uint8)
+    return np.resize(pattern, size)
+
+
+def runs(size: int, seed: int = 0) -> NDArray[np.uint8]:
+    """Runs of equal bytes, as label maps have them."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.geometric(0.02, size)
+    return np.repeat(rng.integers(0, 5, size).astype(np.uint8), lengths)[:size]
+
+
+def mixture(size: int, seed: int = 0) -> NDArray[np.uint8]:
+    """Noise, repetitions of all distances and runs, in turns."""
+    rng = np.random.default_rng(seed)
+    data = bytearray()
+    while len(data) < size:
+        length = int(rng.integers(1, 400))
+        data += rng.bytes(length)
+        data += repetition(length, int(rng.integers(1, 40)), int(rng.integers(99))).tobytes()
+        data += data[len(data) // 2 :][:length]  # what was there before, from far away
+        if len(data) > 2**16:
+            data *= 2
+    return np.frombuffer(bytes(data[:size]), np.uint8)
+
+
+CONTENTS: dict[str, Callable[[int, int], NDArray[np.uint8]]] = {
+    "zeros": lambda size, seed: np.zeros(size, np.uint8),
+    "noise": lambda size, seed: np.frombuffer(np.random.default_rng(seed).bytes(size), np.uint8),
+    "low noise": lambda size, seed: np.random.default_rng(seed).integers(0, 3, size).astype(np.uint8),
+    "runs": runs,
+    "mixture": mixture,
+    "ramp": lambda size, seed: (np.arange(size) // (seed % 7 + 1)).astype(np.uint8),
+    **{f"every {d}": lambda size, seed, d=d: repetition(size, d, seed) for d in (1, 2, 3, 5, 8, 13, 16, 20)},
+}
+
+
+@many_examples
+@needs_compiled_loop
+@given(
+    data=st.data(),
+    content=st.sampled_from(list(CONTENTS)),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(1, 30), st.integers(1, 40)),
+    dtype=st.sampled_from(DTYPES[:-1]),
+    compressor=st.sampled_from(["lz4", "lz4hc"]),
+    level=st.integers(0, 9),
+    shuffle=st.sampled_from([blosc.NOSHUFFLE, blosc.SHUFFLE]),
+    block=st.one_of(st.just(0), st.integers(1, 9000)),
+    seed=st.integers(0, 99),
+)
+def test_a_frame_is_decoded_as_numcodecs_decodes_it(
+    data: Draw, content: str, shape: tuple[int, ...], dtype: str, compressor: str, level: int, shuffle: int,
+    block: int, seed: int,
+) -> None:  # fmt: skip
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = CONTENTS[content](size, seed)
+    voxels = (raw % 2 == 1 if dtype == "|b1" else raw.view(dtype)).reshape(shape)
+    frame = frame_of(voxels, compressor, level, shuffle, block)
+    box = draw_part(data, shape)
+    expected = decoded_by_numcodecs(frame, shape, dtype)
+    assert expected.tobytes() == voxels.tobytes()
+    assert_same_bytes(decoded_by_loop(frame, box, shape, dtype), expected[slices(box)])
+
+
+@many_examples
+@needs_compiled_loop
+@given(
+    data=st.data(),
+    content=st.sampled_from(list(CONTENTS)),
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 12), st.integers(1, 20), st.integers(1, 40)),
+    dtype=st.sampled_from(["|u1", "<i2", "<f4", "<f8"]),
+    split=st.booleans(),
+    shuffled=st.booleans(),
+    stored=st.integers(0, 255),
+    seed=st.integers(0, 99),
+)
+def test_blocks_of_any_size_split_or_whole_are_decoded_as_numcodecs_decodes_them(
+    data: Draw, content: str, shape: tuple[int, ...], dtype: str, split: bool, shuffled: bool, stored: int,
+    seed: int,
+) -> None:  # fmt: skip
+    count = math.prod(shape)
+    voxels = CONTENTS[content](count * np.dtype(dtype).itemsize, seed).view(dtype).reshape(shape)
+    block = data.draw(st.one_of(st.integers(1, count), st.integers(min(128, count), count)))
+    frame = frame_by_hand(voxels, block, split=split, shuffled=shuffled, stored=stored)
+    assert decoded_by_numcodecs(frame, shape, dtype).tobytes() == voxels.tobytes()
+    box = draw_part(data, shape)
+    assert_same_bytes(decoded_by_loop(frame, box, shape, dtype), voxels[slices(box)])
+
+
+@needs_compiled_loop
+@pytest.mark.parametrize(
+    ("dtype", "shape", "compressor", "level", "block"),
+    [
+        ("<i2", (1, 64, 64, 64), "lz4", 5, 0),
+        ("<i2", (1, 72, 80, 65), "lz4", 5, 0),
+        ("<i2", (2, 64, 64, 64), "lz4", 1, 0),
+        ("<i2", (1, 64, 64, 64), "lz4hc", 9, 0),
+        ("<i2", (1, 96, 96, 96), "lz4hc", 5, 32**3 * 2),
+        ("<i2", (1, 64, 64, 64), "lz4", 5, 10_000),
+        ("|u1", (1, 96, 96, 96), "lz4", 5, 0),
+        ("<f4", (1, 64, 64, 65), "lz4", 5, 0),
+        ("<f4", (1, 50, 64, 64), "lz4", 9, 4 * 12_345),
+        ("<f8", (1, 33, 64, 64), "lz4", 5, 0),
+        ("<f8", (1, 33, 64, 64), "lz4hc", 9, 8 * 999),
+    ],
+)
+@pytest.mark.parametrize(("shuffle", "content"), [(1, "smooth"), (0, "mixture")])
+def test_frames_of_several_blocks_are_decoded_as_numcodecs_decodes_them(
+    dtype: str, shape: tuple[int, ...], compressor: str, level: int, block: int, shuffle: int, content: str
+) -> None:
+    rng = np.random.default_rng(0)
+    if content == "smooth":  # as a scan is: some planes of it are compressed, and some are stored as they are
+        smooth = 500 * np.sin(np.linspace(0, 20, math.prod(shape))) + rng.normal(0, 5, math.prod(shape))
+        voxels = smooth.astype(dtype).reshape(shape)
+    else:
+        voxels = mixture(math.prod(shape) * np.dtype(dtype).itemsize).view(dtype).reshape(shape)
+    frame = frame_of(voxels, compressor, level, shuffle, block)
+    whole_frame = decoded_by_numcodecs(frame, shape, dtype)
+    assert whole_frame.tobytes() == voxels.tobytes()
+    c, z, y, x = shape
+    for box in (
+        whole(shape),
+        ((0, 1), (0, 1), (0, 1), (0, 1)),
+        ((c - 1, c), (z - 1, z), (y - 1, y), (x - 1, x)),
+        ((0, c), (z // 3, z - 3), (5, y - 1), (7, x - 5)),
+        ((0, c), (z // 2, z), (0, y), (0, x)),
+        ((0, 1), (0, z), (3, 4), (0, x)),
+    ):
+        assert_same_bytes(decoded_by_loop(frame, box, shape, dtype), voxels[slices(box)])
+
+
+def test_the_frames_of_these_tests_are_of_every_sort() -> None:
+    rng = np.random.default_rng(0)
+    voxels = rng.integers(0, 50, (72, 80, 65), dtype=np.int16)
+    split, unsplit = (frame_by_hand(voxels, 999, split=split, shuffled=True) for split in (True, False))
+    assert block_count(frame_of(voxels, block=10_000)) > 10
+    assert voxels.size % 999
+    assert not split[2] & SPLIT_FLAG
+    assert unsplit[2] & SPLIT_FLAG
+    assert not frame_of(voxels)[2] & SPLIT_FLAG
+    assert frame_of(voxels[0, 0])[2] & SPLIT_FLAG
+    assert frame_of(np.frombuffer(rng.bytes(1000), "<i2"))[2] & STORED_FLAG
+
+
+# Streams written by hand, in which each sequence is as it is wanted
+
+
+def lz4_stream(sequences: Sequence[tuple[bytes, int, int]], last: bytes) -> bytes:
+    """An LZ4 block: for each sequence its literals, then a match of a distance and a length (4 and more)."""
+
+    def more(length: int) -> bytes:
+        return b"" if length < 15 else b"\xff" * ((length - 15) // 255) + bytes([(length - 15) % 255])
+
+    stream = b""
+    for literals, distance, length in [*sequences, (last, 0, 4)]:
+        stream += bytes([min(len(literals), 15) << 4 | min(length - 4, 15)]) + more(len(literals)) + literals
+        stream += struct.pack("<H", distance) + more(length - 4) if distance else b""
+    return stream
+
+
+def expanded(sequences: Sequence[tuple[bytes, int, int]], last: bytes) -> bytes:
+    """What such a block says, byte by byte."""
+    out = bytearray()
+    for literals, distance, length in sequences:
+        out += literals
+        for _ in range(length):
+            out.append(out[-distance])
+    return bytes(out + last)
+
+
+def lz4_frame(stream: bytes, size: int) -> bytes:
+    """A blosc frame of one block in one stream, not shuffled."""
+    header = struct.pack("<BBBBIII", 2, 1, 1 << 5 | SPLIT_FLAG, 1, size, size, 24 + len(stream))
+    return header + struct.pack("<II", 20, len(stream)) + stream
+
+
+def check_stream(sequences: Sequence[tuple[bytes, int, int]], stops: Sequence[int] = ()) -> None:
+    """A stream decodes to what it says, as a whole and up to some places in it."""
+    last = bytes(range(16))  # LZ4 ends in literals
+    content = expanded(sequences, last)
+    chunk = (1, 1, 1, len(content))
+    stream = lz4_stream(sequences, last)
+    if len(stream) == len(content):
+        return  # a stream as long as its contents is taken for stored
+    frame = lz4_frame(stream, len(content))
+    assert decoded_by_numcodecs(frame, chunk, "|u1").tobytes() == content
+    for stop in (len(content), *stops):
+        stop = min(stop, len(content))
+        box = (*whole((1, 1, 1)), (0, stop))
+        assert decoded_by_loop(frame, box, chunk, "|u1").tobytes() == content[:stop]
+
+
+@needs_compiled_loop
+@pytest.mark.parametrize("length", [*range(4, 40, 5), 63, 64, 65, 127, 128, 129, 273, 274, 275, 1000])
+def test_matches_of_every_distance_and_length_are_repeated_to_the_byte(length: int) -> None:
+    for distance in range(1, 41):
+        for longer in range(5 if length < 63 else 1):
+            match = (np.random.default_rng(distance).bytes(distance), distance, length + longer)
+            check_stream([match])
+            check_stream([match, (b"xyz", 3, 4), (b"", distance + 2, 5)])
+
+
+@needs_compiled_loop
+def test_a_stream_is_decoded_as_far_as_it_is_wanted_wherever_that_is() -> None:
+    for distance in range(1, 34):
+        literals = np.random.default_rng(distance).bytes(distance)
+        check_stream([(literals, distance, 70), (b"abcdefghijklmnopq", 9, 30), (b"", 40, 45)], range(1, 200))
+
+
+@many_examples
+@needs_compiled_loop
+@given(
+    sequences=st.lists(
+        st.tuples(st.binary(max_size=60), st.integers(1, 90), st.integers(4, 90)), min_size=1, max_size=20
+    ),
+    stop=st.integers(1, 1000),
+)
+@example(sequences=[(b"a" * 15, 1, 19), (b"", 1, 18), (b"b" * 270, 270, 274)], stop=600)
+@example(sequences=[(bytes(range(256)) * 256, 65535, 70_000), (b"", 65535, 19)], stop=70_000)
+def test_streams_of_any_sequences_decode_to_what_they_say(
+    sequences: list[tuple[bytes, int, int]], stop: int
+) -> None:
+    done, sound = 0, []
+    for literals, distance, length in sequences:
+        literals = literals or (b"!" if not done else b"")
+        done += len(literals)
+        sound.append((literals, min(distance, done), length))
+        done += length
+    check_stream(sound, [stop])
+
+
+@needs_compiled_loop
+@pytest.mark.parametrize(
+    "stream",
+    [
+        b"",
+        b"\x10",
+        b"\xf0",
+        b"\xf0\xff\xff",
+        b"\x10a\x00\x00",  # a distance of 0
+        b"\x10a\x02\x00",  # one that points before the beginning
+        b"\x1fa\x01\x00\xff\xff\xff\xff",  # a match without an end
+        b"\x1fa\x01\x00" + b"\xff" * 300 + b"\x00",  # one that is longer than the chunk
+        b"\x10a\x01",  # half a distance
+        b"\x50abcde",  # an end before the end
+        b"\xf0\x20" + b"x" * 47,
+    ],
+)
+def test_a_stream_that_does_not_say_all_of_a_chunk_is_damage(stream: bytes) -> None:
+    out = np.zeros((1, 1, 1, 64), np.uint8)
+    frame = lz4_frame(stream, 64)
+    assert run_loop([row_of(whole(out.shape), length=len(frame))], [frame], [out], out.shape, "|u1") == (
+        0,
+        True,
+    )
+
+
+@needs_compiled_loop
+def test_a_match_that_points_before_its_stream_is_damage() -> None:
+    for size in (40, 400):
+        for begun in (0, 1, 5, 16, 30):
+            literals, last = bytes(range(begun)), bytes(size - begun - 8)
+            for distance in range(1, begun + 12):
+                frame = lz4_frame(lz4_stream([(literals, distance, 8)], last), size)
+                out = np.zeros((1, 1, 1, size), np.uint8)
+                row = row_of(whole(out.shape), length=len(frame))
+                sound = distance <= begun
+                assert run_loop([row], [frame], [out], out.shape, "|u1") == (int(sound), not sound)
+
+
+# What is not known here, and what is damaged
+
+
+@needs_compiled_loop
+@pytest.mark.parametrize(
+    ("compressor", "shuffle"),
+    [(c, blosc.SHUFFLE) for c in ("blosclz", "zlib", "zstd")] + [("lz4", blosc.BITSHUFFLE)],
+)
+def test_frames_of_other_compressors_are_left_to_numcodecs(compressor: str, shuffle: int) -> None:
+    voxels = np.arange(4000, dtype=np.int16).reshape(1, 10, 20, 20) % 37
+    frames = [frame_of(voxels), frame_of(voxels, compressor, shuffle=shuffle)]
+    outs = [np.zeros_like(voxels), np.zeros_like(voxels)]
+    rows = [row_of(whole(voxels.shape), length=len(f), map_=n, out=n) for n, f in enumerate(frames)]
+    assert run_loop(rows, frames, outs, voxels.shape, "<i2") == (1, False)
+    assert_same_bytes(outs[0], voxels)
+    assert not outs[1].any()
+
+
+@needs_compiled_loop
+@pytest.mark.parametrize(
+    ("position", "value"),
+    [
+        (4, 2**31 + 5),
+        (4, 7999),
+        (12, 2**32 - 1),
+        (12, 9000),
+        (12, 15),
+        (8, 4),  # more blocks than the frame has room for
+        (16, 0),  # a block that begins in the header
+        (16, 2**32 - 1),
+        (16, 8000),
+        (20, 2**32 - 1),  # a stream without an end
+        (20, 2**31 - 1),
+    ],
+)
+def test_a_frame_that_lies_of_its_sizes_is_damage(position: int, value: int) -> None:
+    voxels = np.arange(4000, dtype=np.int16).reshape(1, 10, 20, 20) % 37
+    frame = bytearray(frame_of(voxels, "lz4hc"))
+    frame[position : position + 4] = struct.pack("<I", value)
+    out = np.zeros_like(voxels)
+    found = run_loop([row_of(whole(out.shape), length=len(frame))], [bytes(frame)], [out], out.shape, "<i2")
+    assert found == (0, True)
+
+
+def corrupted(frame: bytes, other: bytes, rng: np.random.Generator) -> bytes:
+    """A frame with some bytes changed, swapped, zeroed or cut off."""
+    data = bytearray(frame)
+    for _ in range(int(rng.integers(1, 4))):
+        place = int(rng.integers(len(data))) if rng.random() < 0.7 else int(rng.integers(min(len(data), 40)))
+        stop = place + int(rng.integers(1, 9))
+        match rng.integers(6):
+            case 0:
+                data[place] ^= 1 << int(rng.integers(8))
+            case 1:
+                data[place:stop] = rng.bytes(len(data[place:stop]))
+            case 2:
+                data[place:stop] = b"\xff" * len(data[place:stop])
+            case 3:
+                data[place:stop] = bytes(len(data[place:stop]))
+            case 4 if place > 0:
+                del data[place:]
+            case _:
+                data[place:stop] = other[place:stop]
+        if not data:
+            break
+    return bytes(data)
+
+
+def hostile_frames(seed: int, count: int) -> list[tuple[bytes, tuple[int, ...], str]]:
+    """Frames that were sound once, with the shape and type of their chunks."""
+    rng = np.random.default_rng(seed)
+    sound = []
+    for dtype, shape, block in (
+        ("<i2", (1, 9, 16, 17), 500), ("<f4", (2, 5, 16, 16), 130), ("|u1", (1, 20, 20, 20), 777),
+        ("<f8", (1, 4, 12, 11), 128), ("<i2", (1, 16, 16, 16), 90),
+    ):  # fmt: skip
+        voxels = mixture(math.prod(shape) * np.dtype(dtype).itemsize, seed).view(dtype).reshape(shape)
+        frames = [frame_of(voxels), frame_of(voxels, "lz4hc"), frame_of(voxels, shuffle=0)]
+        frames += [frame_by_hand(voxels, block, split=split, shuffled=True) for split in (True, False)]
+        sound += [(frame, shape, dtype) for frame in frames]
+    hostile = []
+    for number in range(count):
+        frame, shape, dtype = sound[number % len(sound)]
+        hostile.append((corrupted(frame, sound[(number + 1) % len(sound)][0], rng), shape, dtype))
+    return hostile
+
+
+@needs_compiled_loop
+@pytest.mark.parametrize("seed", range(5))
+def test_a_corrupted_frame_is_refused_or_decoded_as_numcodecs_does_and_nothing_else_is_written(
+    seed: int, full: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    outcomes: Counter[str] = Counter()
+    for frame, shape, dtype in hostile_frames(seed, 40_000 if full else 3000):
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        margin = 256
+        memory = np.full(size + 2 * margin, GUARD, np.uint8)
+        out = memory[margin : margin + size].view(dtype).reshape(shape)
+        box = whole(shape)
+        if rng.random() < 0.3:
+            box = tuple(
+                (int(a), int(rng.integers(a + 1, n + 1)))
+                for a, n in zip(rng.integers(shape), shape, strict=True)
+            )
+        at, damaged = run_loop([row_of(box, length=len(frame))], [frame], [out], shape, dtype)
+        assert (memory[:margin] == GUARD).all()
+        assert (memory[margin + size :] == GUARD).all()
+        if at == 1 and box == whole(shape):
+            try:
+                expected = decoded_by_numcodecs(frame, shape, dtype)
+            except ValueError:
+                outcomes["decoded here alone"] += 1
+            else:
+                assert out.tobytes() == expected.tobytes()
+                outcomes["decoded alike"] += 1
+        outcomes["damaged" if damaged else "unknown" if at == 0 else "done"] += 1
+    assert min(outcomes[what] for what in ("damaged", "unknown", "done", "decoded alike")) > 10
+
+
+@needs_compiled_loop
+def test_a_corrupted_frame_at_the_end_of_a_map_is_not_read_beyond_it() -> None:
+    flags = 1 << 5 | SPLIT_FLAG | blosc.SHUFFLE
+    headers = [struct.pack("<BBBBIII", 2, 1, flags, 2, 2 * 64**3, 1024, said) for said in range(20)]
+    frames = [(header, (1, 64, 64, 64), "<i2") for header in headers] + hostile_frames(9, 1000)
+    child = os.fork()  # reading beyond the map would kill it
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            page = mmap.PAGESIZE
+            memory = mmap.mmap(-1, 32 * page)
+            start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+            if ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + 31 * page), page, 0):
+                os._exit(1)
+            view = np.frombuffer(memory, np.uint8)
+            for frame, shape, dtype in frames:
+                view[31 * page - len(frame) : 31 * page] = np.frombuffer(frame, np.uint8)
+                rows = [row_of(whole(shape), offset=31 * page - len(frame), length=len(frame))]
+                run_loop(rows, [view], [np.zeros(shape, dtype)], shape, dtype)  # type: ignore[list-item]
+            os._exit(0)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@needs_compiled_loop
+@pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 19, 20, 23, 24, 40])
+def test_a_frame_cut_short_is_damage(length: int) -> None:
+    voxels = np.arange(4000, dtype=np.int16).reshape(1, 10, 20, 20) % 37
+    frame = frame_of(voxels)[:length]
+    out = np.zeros_like(voxels)
+    found = run_loop([row_of(whole(out.shape), length=length)], [frame], [out], out.shape, "<i2")
+    assert found == (0, True)
+
+
+# Rows and arguments
+
+
+@needs_compiled_loop
+@pytest.mark.parametrize("field", range(16))
+def test_a_row_outside_its_map_its_chunk_or_its_box_is_refused(field: int) -> None:
+    chunk = (1, 2, 3, 4)
+    good = row_of(whole(chunk), length=24)
+    map_, offset, length, out, extent, other = 0, 1, 2, 3, 5, 4
+    wrong = {
+        map_: [-1, 1],
+        offset: [1, 25],
+        length: [-1, 25],
+        out: [-1, 1],
+        extent: [-1, 0, 5],
+        other: [-1, 1, 4],
+    }
+    kind = field if field < 4 else extent if field % 3 == 2 else other
+    for value in [*wrong[kind], 2**62, 2**63 - 1, *([] if kind == offset else [-(2**63)])]:
+        bad = list(good)
+        bad[field] = value
+        for rows in ([bad], [good, bad]):
+            memory = np.full((3, *chunk), GUARD, np.uint8)
+            with pytest.raises(ValueError, match="lies outside its map, its chunk or its patch"):
+                run_loop(rows, [bytes(24)], [memory[1]], chunk, "|u1", codec="none")
+            assert (memory[::2] == GUARD).all()
+
+
+@needs_compiled_loop
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"start": -1},
+        {"chunk": (0, 2, 3, 4)},
+        {"chunk": (1, 2, 3, -4)},
+        {"chunk": (2**20, 2**20, 2**20, 2**20)},
+        {"chunk": (2**62, 2**62, 2**62, 2**62)},
+        {"dtype": "V3"},
+        {"dtype": "<c16"},
+        {"dtype": "<f4", "scaled_from": "f4"},
+        {"dtype": "<i2", "scaled_from": "i2"},  # the box is too narrow for float32
+        {"dtype": "<i4"},
+        {"rows": np.zeros(15, np.int64)},
+        {"rows": np.zeros((1, 16), np.int64)[:, ::2]},
+        {"rows": np.zeros((4, 16), np.int64)[::2]},
+        {"outs": [np.zeros((2, 3, 4), np.int16)]},
+        {"outs": [np.zeros((1, 1, 2, 3, 4), np.int16)]},
+        {"outs": [np.zeros((1, 2, 3, 4), np.int32)]},
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused(changes: dict[str, Any]) -> None:
+    shape = (1, 2, 3, 4)
+    arguments: dict[str, Any] = {
+        "rows": [row_of(whole(shape), length=48)], "frames": [bytes(48)], "outs": [np.zeros(shape, np.int16)],
+        "chunk": shape, "dtype": "<i2", "codec": "none",
+    }  # fmt: skip
+    assert run_loop(**arguments) == (1, False)
+    with pytest.raises((ValueError, BufferError)):
+        run_loop(**(arguments | changes))
+
+
+@needs_compiled_loop
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"frames": 3},
+        {"frames": [3]},
+        {"outs": [3]},
+        {"outs": None},
+        {"rows": None},
+        {"chunk": (1, 2, 3)},
+        {"outs": [memoryview(bytes(48)).cast("B")]},
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_refused(changes: dict[str, Any]) -> None:
+    shape = (1, 2, 3, 4)
+    arguments: dict[str, Any] = {
+        "rows": np.array([row_of(whole(shape), length=48)]), "frames": [bytes(48)],
+        "outs": [np.zeros(shape, np.int16)], "chunk": shape, "dtype": "<i2", "codec": "none",
+    }  # fmt: skip
+    with pytest.raises((TypeError, BufferError)):
+        run_loop(**(arguments | changes))
+
+
+@needs_compiled_loop
+def test_memory_that_may_not_be_written_is_refused() -> None:
+    out = np.zeros((1, 2, 3, 4), np.int16)
+    out.flags.writeable = False
+    with pytest.raises((ValueError, BufferError)):
+        run_loop([row_of(whole(out.shape), length=48)], [b"\x01" * 48], [out], out.shape, "<i2", codec="none")
+    assert not out.any()
+
+
+@needs_compiled_loop
+def test_no_rows_are_nothing_to_do() -> None:
+    rows = np.zeros((0, 16), np.int64)
+    assert run_loop(rows, [], [], (1, 1, 1, 1), "|u1") == (0, False)
+    assert run_loop(rows, [], [], (1, 1, 1, 1), "|u1", start=2**40)[0] >= 0
+
+
+@needs_compiled_loop
+@pytest.mark.parametrize("length", [0, 47, 49])
+def test_an_uncompressed_chunk_of_another_size_is_damage_to_the_loop(length: int) -> None:
+    out = np.zeros((1, 2, 3, 4), np.int16)
+    row = row_of(whole(out.shape), length=length)
+    assert run_loop([row], [bytes(60)], [out], out.shape, "<i2", codec="none") == (0, True)
+
+
+# Plans: each chunk once, each voxel once
+
+
+@given(
+    data=st.data(),
+    shape=st.tuples(*[st.integers(1, 9)] * 3),
+    chunk=st.tuples(*[st.integers(1, 4)] * 3),
+    shard=st.integers(1, 3),
+    parts=st.integers(1, 9),
+)
+def test_the_parts_of_a_plan_decode_each_chunk_once_and_write_every_voxel(
+    data: Draw, shape: tuple[int, ...], chunk: tuple[int, ...], shard: int, parts: int,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:  # fmt: skip
+    folder = tmp_path_factory.mktemp("plan") / "image"
+    voxels = np.arange(1, math.prod(shape) + 1, dtype=np.int32).reshape(shape)
+    array = array_of(stored(folder, voxels, chunk=chunk, shard=shard, codec="none"))
+    boxes = [draw_box(data, shape) for _ in range(data.draw(st.integers(0, 4)))]
+    first = np.array([(0, *box.index) for box in boxes], np.int64).reshape(-1, 4)
+    stop = np.array([(1, *box.index_fin) for box in boxes], np.int64).reshape(-1, 4)
+    outs = [np.zeros((1, *box.size), np.int32) for box in boxes]
+    decoded: Counter[tuple[Path, int]] = Counter()
+    decode = MappedShard.decode
+
+    def counting(mapped: MappedShard, number: int, out: Voxels) -> None:
+        decoded[mapped.file, number] += 1
+        decode(mapped, number, out)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gathering, "_compiled", None)
+        patch.setattr(MappedShard, "decode", counting)
+        plans = GatherPlan.of(array, first, stop).split(parts)
+        assert len(plans) <= parts
+        for plan in plans:
+            gather(array, plan, outs)
+    for box, out in zip(boxes, outs, strict=True):
+        np.testing.assert_array_equal(out[0], voxels[box.to_slices()])
+    assert set(decoded.values()) <= {1}
+    touched = {tuple(n // c for n, c in zip(voxel, chunk, strict=True)) for box in boxes
+               for voxel in np.argwhere(np.isin(voxels, voxels[box.to_slices()])).tolist()}  # fmt: skip
+    assert len(decoded) == len(touched)
+    close_shards(folder)
+
+
+def test_the_parts_of_a_plan_are_near_equal(tmp_path: Path) -> None:
+    voxels = np.zeros((12, 12, 12), np.uint8)
+    array = array_of(stored(tmp_path / "image", voxels, chunk=(2, 2, 2), shard=6))
+    plan = GatherPlan.of(array, np.array([[0, 0, 0, 0]]), np.array([[1, 12, 12, 12]]))
+    decoded = [Counter[str]() for _ in range(4)]
+    for part, counter in zip(plan.split(4), decoded, strict=True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gathering, "_compiled", None)
+            patch.setattr(MappedShard, "decode", lambda *_, c=counter: c.update(["chunk"]))
+            gather(array, part, [np.zeros((1, 12, 12, 12), np.uint8)])
+    assert [counter["chunk"] for counter in decoded] == [54] * 4
+
+
+def array_of(image: Image) -> ShardedArray:
+    assert isinstance(image.source, ShardSource)
+    return image.source.array
+
+
+@both_loops
+@pytest.mark.parametrize("codec", list(CODECS))
+def test_a_region_is_that_of_the_array(tmp_path: Path, codec: str) -> None:
+    voxels = random_voxels((3, 9, 10, 11), "<i2")
+    array = array_of(stored(tmp_path / "image", voxels, chunk=4, shard=2, codec=codec))
+    assert_same_bytes(read_region(array, (1, 2, 3, 4), (3, 9, 4, 11)), voxels[1:3, 2:9, 3:4, 4:11])
+
+
+# Boxes in memory of any layout and type
+
+LAYOUTS: dict[str, Callable[[Voxels], Voxels]] = {
+    "C order": lambda memory: memory,
+    "backwards": lambda memory: memory[:, ::-1, ::-1, ::-1],
+    "transposed": lambda memory: memory.transpose(3, 2, 1, 0).copy().transpose(3, 2, 1, 0),
+    "every second": lambda memory: np.repeat(memory, 2, axis=3)[..., ::2],
+    "rows backwards": lambda memory: memory[:, :, ::-1],
+    "in a wider box": lambda memory: np.pad(memory, [(1, 1)] * 4)[1:-1, 1:-1, 1:-1, 1:-1],
+    "unaligned": lambda memory: (
+        np.frombuffer(bytearray(memory.nbytes + 1), np.uint8)[1:].view(memory.dtype).reshape(memory.shape)
+    ),
+}
+
+
+@both_loops
+@pytest.mark.parametrize("dtype", ["|u1", "<i2", "<f4", "<f8", "<c16"])
+@pytest.mark.parametrize("codec", ["lz4", "none"])
+def test_voxels_are_written_to_memory_of_any_layout(tmp_path: Path, dtype: str, codec: str) -> None:
+    voxels = mixture(2 * 20 * 20 * 40 * np.dtype(dtype).itemsize).view(dtype).reshape(2, 20, 20, 40)
+    array = array_of(stored(tmp_path / "image", voxels, chunk=(8, 9, 25), shard=2, codec=codec))
+    plan = GatherPlan.of(array, np.array([[0, 3, 2, 5]]), np.array([[2, 18, 18, 38]]))
+    for layout in LAYOUTS.values():
+        out = layout(np.zeros((2, 15, 16, 33), dtype))
+        gather(array, plan, [out])
+        assert_same_bytes(np.ascontiguousarray(out), np.ascontiguousarray(voxels[:, 3:18, 2:18, 5:38]))
+
+
+SCALINGS = [
+    UNSCALED,
+    Scaling(0.1, -3.7),
+    Scaling(-1 / 3, 1e5),
+    Scaling(2.5e-5, 0.3, -0.25, 0.4),
+    Scaling(1.0, 0.0, 3.3, 100.1),
+    Scaling(0.0, 7.7),
+    Scaling(1e30, 1.0),
+    Scaling(1e-40, 1e-42),
+    Scaling(1.0, 0.0, -np.inf, 12.1),
+    Scaling(1.0, 0.0, 12.1, np.inf),
+    Scaling(3.0, 1.0, 50.0, 20.0),  # bounds that cross, as numpy.clip takes them
+]
+
+
+@both_loops
+@pytest.mark.parametrize("source", ["|u1", "|i1", "<u2", "<i2"])
+def test_every_value_is_scaled_to_float32_as_numpy_scales_it(tmp_path: Path, source: str) -> None:
+    dtype = np.dtype(source)
+    values = np.arange(256**dtype.itemsize).astype(f"<u{dtype.itemsize}").view(dtype)
+    voxels = values.reshape(1, -1, 16 ** (dtype.itemsize - 1) * 2)
+    array = array_of(stored(tmp_path / "image", voxels, chunk=(1, 30, 40), shard=8))
+    for scaling in SCALINGS:
+        out = np.zeros((1, *voxels.shape), np.float32)
+        gather(array, GatherPlan.of(array, np.zeros((1, 4), np.int64), np.array([out.shape])), [out], scaling)
+        slope, inter, low, high = np.array(scaling, np.float32)
+        expected = voxels.astype(np.float32)
+        if scaling != UNSCALED:
+            expected = np.clip(expected * slope + inter, low, high)
+        assert_same_bytes(out[0], expected)
+
+
+@many_examples
+@needs_compiled_loop
+@given(
+    slope=st.floats(-1e6, 1e6, width=32),
+    inter=st.floats(-1e6, 1e6),
+    bounds=st.tuples(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6)),
+    source=st.sampled_from(["|u1", "|i1", "<u2", "<i2"]),
+    codec=st.sampled_from(["none", "blosc"]),
+)
+def test_any_scaling_rounds_as_numpy_does(
+    slope: float, inter: float, bounds: tuple[float, float], source: str, codec: str
+) -> None:
+    scaling = Scaling(slope, inter, *bounds)
+    voxels = mixture(2 * 7 * 11 * 23 * np.dtype(source).itemsize).view(source).reshape(2, 7, 11, 23)
+    frame = frame_of(voxels) if codec == "blosc" else voxels.tobytes()
+    out = np.zeros(voxels.shape, np.float32)
+    rows = [row_of(whole(voxels.shape), length=len(frame))]
+    name = np.dtype(source).str[1:]
+    assert run_loop(
+        rows, [frame], [out], voxels.shape, source, codec=codec, scaled_from=name, scaling=scaling
+    ) == (1, False)
+    assert_same_bytes(out, scaling.apply(voxels))
+
+
+@both_loops
+def test_chunks_that_only_numcodecs_knows_may_stand_between_others(tmp_path: Path) -> None:
+    voxels = random_voxels((6, 8, 10), "<i2") % 50
+    array = ShardedArray(
+        tmp_path, (1, 6, 8, 10), np.dtype("<i2"), (1, 2, 4, 10), (1, 2, 4, 10), ChunkCodec("blosc", False),
+        ChunkFiles((1, 2, 3), index=None), fill=0,
+    )  # fmt: skip
+    packings = [("lz4", 1), ("zstd", 1), ("lz4", 2), ("lz4hc", 0), ("blosclz", 1)]
+    for number, (z, y) in enumerate(np.ndindex(3, 2)):
+        file = array.shard_file((0, z, y, 0))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if number == 4:  # a chunk that is not there
+            voxels[2 * z : 2 * z + 2, 4 * y : 4 * y + 4] = 0
+            continue
+        compressor, shuffle = packings[number % len(packings)]
+        part = np.ascontiguousarray(voxels[2 * z : 2 * z + 2, 4 * y : 4 * y + 4])
+        file.write_bytes(frame_of(part, compressor, shuffle=shuffle))
+    for dtype in ("<i2", "<f4"):
+        boxes = [((0, 0, 0), (6, 8, 10)), ((1, 1, 1), (6, 7, 9)), ((0, 0, 0), (6, 8, 10))]
+        first, stop = (np.array([(n, *box[n]) for box in boxes]) for n in (0, 1))
+        outs = [np.full(high - low, 99, dtype) for low, high in zip(first, stop, strict=True)]
+        gather(array, GatherPlan.of(array, first, stop), outs)
+        for (low, high), out in zip(boxes, outs, strict=True):
+            box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+            np.testing.assert_array_equal(out[0], voxels[box])
+
+
+@both_loops
+def test_frames_of_an_old_blosc_that_does_not_say_whether_blocks_are_split_are_read(tmp_path: Path) -> None:
+    # Before 1.14 a block was split where it had 128 voxels and more, and no flag said so.
+    voxels = np.arange(100, dtype="<i2").reshape(4, 5, 5) % 7
+    frame = bytearray(frame_of(voxels))
+    assert frame[2] & SPLIT_FLAG
+    frame[2] &= ~SPLIT_FLAG
+    assert_same_bytes(decoded_by_numcodecs(bytes(frame), voxels.shape, "<i2"), voxels)
+    array = ShardedArray(
+        tmp_path, (1, 4, 5, 5), np.dtype("<i2"), (1, 4, 5, 5), (1, 4, 5, 5), ChunkCodec("blosc", False),
+        ChunkFiles((1, 2, 3), index=None), fill=0,
+    )  # fmt: skip
+    file = array.shard_file((0, 0, 0, 0))
+    file.parent.mkdir(parents=True)
+    file.write_bytes(bytes(frame))
+    assert_same_bytes(read_region(array, (0, 0, 0, 0), (1, 4, 5, 5))[0], voxels)
+
+
+@needs_compiled_loop  # the other copies the chunk as a whole, and fills the memory
+def test_an_uncompressed_chunk_may_be_larger_than_what_blosc_can_pack(tmp_path: Path) -> None:
+    shape = (1, 1100, 1024, 2048)  # of bytes: more than 2 GiB, in a file of holes
+    array = ShardedArray(
+        tmp_path, shape, np.dtype("|u1"), shape, shape, ChunkCodec("none", False),
+        ChunkFiles((1, 2, 3), index=None), fill=0,
+    )  # fmt: skip
+    file = array.shard_file((0, 0, 0, 0))
+    file.parent.mkdir(parents=True)
+    with file.open("wb") as stream:
+        stream.truncate(math.prod(shape))
+        stream.seek(math.prod(shape) - 3)
+        stream.write(b"abc")
+    found = read_region(array, (0, 1099, 1023, 2040), (1, 1100, 1024, 2048))
+    assert found.tobytes() == bytes(5) + b"abc"
+
+
+@both_loops
+def test_threads_gather_at_the_same_time(tmp_path: Path) -> None:
+    voxels = mixture(2 * 40**3).view("<i2").reshape(40, 40, 40)
+    array = array_of(stored(tmp_path / "image", voxels, chunk=(8, 8, 8), shard=2))
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for _ in range(20):
+            first = rng.integers(0, 20, 3)
+            found = read_region(array, (0, *first), (1, *(first + 20)))
+            if not np.array_equal(found[0], voxels[tuple(slice(a, a + 20) for a in first)]):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@both_loops
+def test_big_endian_arrays_are_read_in_the_order_of_this_machine(tmp_path: Path) -> None:
+    voxels = random_voxels((6, 7, 8), "<i4")
+    array = array_of(stored(tmp_path / "image", voxels, chunk=4, shard=1, codec="none"))
+    swapped = dataclasses.replace(array, dtype=np.dtype(">i4"))
+    out = np.zeros((1, 6, 7, 8), np.int32)
+    gather(swapped, GatherPlan.of(swapped, np.zeros((1, 4), np.int64), np.array([out.shape])), [out])
+    assert_same_bytes(out[0], voxels.byteswap())

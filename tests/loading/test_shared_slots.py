@@ -1,0 +1,287 @@
+"""Slots of shared memory: patches lie side by side, any process sees them, and they go with the last one."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import math
+import mmap
+import multiprocessing
+import os
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from streams import START_METHODS, copy_letter, numbered, stop_forkserver, write_slots
+
+import zpatch as zp
+from zpatch.errors import QueueError
+from zpatch.loading.shared_slots import (
+    ALIGNMENT,
+    WATCH_BYTES,
+    ImagePlace,
+    Letter,
+    SlotBlock,
+    SlotLayout,
+    new_tensor,
+)
+from zpatch.sampling.patch import PatchImage
+
+DTYPES = [
+    torch.uint8,
+    torch.int16,
+    torch.uint16,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.int64,
+    torch.complex64,
+    torch.bool,
+]
+
+dtypes = st.sampled_from(DTYPES)
+shapes = st.lists(st.integers(0, 5), min_size=0, max_size=6).map(tuple)
+
+
+@st.composite
+def layouts(draw: Any) -> SlotLayout:
+    parts = draw(st.lists(st.tuples(shapes, dtypes), min_size=1, max_size=4))
+    return SlotLayout.of(
+        [ImagePlace(f"i{n}", "scalar", shape, dtype) for n, (shape, dtype) in enumerate(parts)]
+    )
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+# A layout
+
+
+@given(layouts())
+def test_images_lie_one_behind_the_other_each_where_memory_is_aligned(layout: SlotLayout) -> None:
+    end = 0
+    for place in layout.images:
+        assert place.offset == end
+        assert place.offset % ALIGNMENT == 0
+        end += place.nbytes
+        assert 0 <= place.nbytes - math.prod(place.shape) * place.dtype.itemsize < ALIGNMENT
+    assert layout.nbytes == end
+
+
+def test_the_layout_of_a_patch_says_what_its_images_are() -> None:
+    image = PatchImage(torch.zeros(2, 3, 4, 5, dtype=torch.int16), np.eye(4), "scalar", 0.5, -3.0)
+    label = PatchImage(torch.zeros(3, 4, 5, dtype=torch.uint8), np.eye(4), "label")
+    patch = zp.Patch({"t1": image, "seg": label}, zp.PatchLocation((1, 2, 3), (3, 4, 5)), "ann")
+    layout = SlotLayout.of_patch(patch)
+    assert layout.images == (
+        ImagePlace("t1", "scalar", (2, 3, 4, 5), torch.int16, 0.5, -3.0, 0),
+        ImagePlace("seg", "label", (3, 4, 5), torch.uint8, 1.0, 0.0, 256),
+    )
+    assert layout.nbytes == 256 + 64
+
+
+def test_a_layout_and_its_tensors_make_the_patch_again() -> None:
+    [patch] = zp.UniformSampler(4)(
+        zp.Subject(name="ann", t1=zp.ScalarImage(np.arange(512).reshape(8, 8, 8))), 1, rng=0
+    )
+    tensors = [image.data for image in patch.images.values()]
+    affines = [image.affine for image in patch.images.values()]
+    again = SlotLayout.of_patch(patch).patch(tensors, affines, patch.location, "ann")
+    assert (again.subject, again.location, list(again)) == ("ann", patch.location, ["t1"])
+    assert again.t1 == patch.t1
+
+
+# A block
+
+
+@given(layouts(), st.integers(1, 3))
+def test_what_is_written_to_a_slot_stays_there_and_touches_no_other(layout: SlotLayout, count: int) -> None:
+    block = SlotBlock(count, layout.nbytes)
+    write_slots(block, layout, range(count))
+    for slot in range(count):
+        for place in layout.images:
+            found = block.tensor(slot, place)
+            assert found.shape == place.shape
+            assert found.dtype == place.dtype
+            assert torch.equal(found, numbered(place, slot))
+    assert block.watched[:count].tolist() == [100 + slot for slot in range(count)]
+
+
+def test_a_block_takes_what_its_slots_take_and_the_watch() -> None:
+    block = SlotBlock(7, 640)
+    assert (block.count, block.slot_bytes, block.nbytes) == (7, 640, WATCH_BYTES + 7 * 640)
+    assert block.watched.nbytes == WATCH_BYTES
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_images_of_four_axes_lie_in_the_order_of_the_store(dtype: torch.dtype) -> None:
+    place = ImagePlace("t1", "scalar", (2, 3, 4, 5), dtype)
+    for tensor in (SlotBlock(1, place.nbytes).tensor(0, place), new_tensor(place)):
+        assert tensor.shape == (2, 3, 4, 5)
+        assert tensor.dtype == dtype
+        assert tensor.permute(0, 3, 2, 1).is_contiguous()  # (c, z, y, x)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (4, 5), (3, 4, 5), (2, 2, 3, 4, 5)])
+def test_images_of_another_number_of_axes_lie_in_the_order_of_their_own(shape: tuple[int, ...]) -> None:
+    place = ImagePlace("t1", "scalar", shape, torch.float32)
+    for tensor in (SlotBlock(1, place.nbytes).tensor(0, place), new_tensor(place)):
+        assert tensor.shape == shape
+        assert tensor.is_contiguous()
+
+
+@pytest.mark.parametrize("start_method", START_METHODS)
+def test_another_process_writes_where_this_one_reads(start_method: str) -> None:
+    layout = SlotLayout.of(
+        [
+            ImagePlace("t1", "scalar", (1, 3, 4, 5), torch.float32),
+            ImagePlace("seg", "label", (1, 3, 4, 5), torch.uint8),
+        ]
+    )
+    block = SlotBlock(4, layout.nbytes)
+    context: Any = multiprocessing.get_context(start_method)
+    process = context.Process(target=write_slots, args=(block, layout, [1, 3]))
+    process.start()
+    process.join(60)
+    stop_forkserver()
+    assert process.exitcode == 0
+    assert block.watched[:4].tolist() == [0, 101, 0, 103]
+    for slot in range(4):
+        for place in layout.images:
+            wanted = numbered(place, slot) if slot in (1, 3) else torch.zeros(place.shape, dtype=place.dtype)
+            assert torch.equal(block.tensor(slot, place), wanted)
+
+
+def test_a_block_goes_when_nobody_looks_at_it_any_more() -> None:
+    place = ImagePlace("t1", "scalar", (1, 4, 4, 4), torch.float32)
+    gc.collect()  # what earlier tests left
+    before = open_descriptors()
+    block = SlotBlock(2, place.nbytes)
+    tensor = block.tensor(1, place)
+    tensor.fill_(3)
+    del block
+    gc.collect()
+    assert (tensor == 3).all()  # a patch that is still held keeps its memory
+    del tensor
+    gc.collect()
+    assert open_descriptors() == before
+    with open("/proc/self/maps") as maps:
+        assert not [line for line in maps if "zpatch-queue" in line]
+
+
+def test_a_block_costs_memory_only_where_something_was_written() -> None:
+    block = SlotBlock(2**10, 2**20)  # a GiB
+    assert os.fstat(block._file.handle).st_blocks * 512 <= WATCH_BYTES
+
+
+# A letter
+
+
+@pytest.mark.parametrize("start_method", START_METHODS)
+def test_a_letter_is_read_by_each_process_that_is_handed_it(start_method: str) -> None:
+    before = open_descriptors()
+    letter, blocks = (
+        Letter(list(range(10**5))),
+        [SlotBlock(1, 64) for _ in range(2)],
+    )  # more than a pipe holds
+    context: Any = multiprocessing.get_context(start_method)
+    processes = [context.Process(target=copy_letter, args=(letter, block)) for block in blocks]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        process.close()
+    assert [block.watched[:2].tolist() for block in blocks] == [[10**5, sum(range(10**5))]] * 2
+    assert letter.read() == list(range(10**5))
+    stop_forkserver()
+    del letter, blocks
+    gc.collect()
+    assert open_descriptors() <= before + 1  # Python's resource tracker
+
+
+def test_what_is_put_into_a_letter_is_what_it_was_then() -> None:
+    values = [1]
+    letter = Letter(values)
+    values.append(2)
+    assert letter.read() == [1]
+
+
+# Where memory cannot be had
+
+
+def refuse(number: int) -> Any:
+    def refused(*arguments: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    return refused
+
+
+@pytest.mark.parametrize("step", ["memfd_create", "ftruncate"])
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "smaller max_length or patch_size"),
+        (errno.ENOMEM, "smaller max_length or patch_size"),
+        (errno.EMFILE, "num_workers=0 goes without it"),
+    ],
+)
+def test_no_memory_is_an_error_that_says_how_much_was_wanted_and_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, step: str, number: int, advice: str
+) -> None:
+    monkeypatch.setattr(os, step, refuse(number))
+    before = open_descriptors()
+    with pytest.raises(QueueError, match=f"10.0 MiB of shared memory .*{os.strerror(number)}.*{advice}"):
+        SlotBlock(10, 2**20)
+    assert open_descriptors() == before
+
+
+def test_no_room_to_map_the_block_is_the_same_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mmap, "mmap", refuse(errno.ENOMEM))
+    before = open_descriptors()
+    with pytest.raises(QueueError, match=r"shared memory cannot be had .*smaller max_length"):
+        SlotBlock(10, 2**20)
+    gc.collect()
+    assert open_descriptors() == before
+
+
+@pytest.mark.parametrize("count", [2**27, 10**12, 10**15])  # from what a process cannot address
+def test_more_memory_than_there_can_be_is_the_same_error(count: int) -> None:
+    with pytest.raises(QueueError, match=r"shared memory cannot be had .*smaller max_length"):
+        SlotBlock(count, 2**20)
+
+
+def test_where_the_system_has_no_files_in_memory_a_temporary_one_serves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(os, "memfd_create")
+    place = ImagePlace("t1", "scalar", (1, 4, 4, 4), torch.float32)
+    block = SlotBlock(2, place.nbytes)
+    write_slots(block, SlotLayout((place,)), [1])
+    assert torch.equal(block.tensor(1, place), numbered(place, 1))
+    monkeypatch.setattr(os, "posix_fallocate", refuse(errno.ENOSPC))
+    before = open_descriptors()
+    with pytest.raises(QueueError, match=r"No space left on device.*smaller max_length"):
+        SlotBlock(2, place.nbytes)
+    assert open_descriptors() == before
+
+
+def test_where_space_cannot_be_set_aside_either_a_temporary_file_serves_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As under macOS."""
+    monkeypatch.delattr(os, "memfd_create")
+    monkeypatch.delattr(os, "posix_fallocate")
+    place = ImagePlace("t1", "scalar", (1, 4, 4, 4), torch.float32)
+    block = SlotBlock(2, place.nbytes)
+    write_slots(block, SlotLayout((place,)), [1])
+    assert torch.equal(block.tensor(1, place), numbered(place, 1))
+    assert Letter("dear worker").read() == "dear worker"
+    monkeypatch.setattr(os, "ftruncate", refuse(errno.ENOSPC))
+    before = open_descriptors()
+    with pytest.raises(QueueError, match=r"No space left on device.*smaller max_length"):
+        SlotBlock(2, place.nbytes)
+    assert open_descriptors() == before

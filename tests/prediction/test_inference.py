@@ -1,0 +1,522 @@
+"""Prediction: a network over whole volumes gives what it would give on the volume in memory."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import zarr
+from numpy.typing import NDArray
+
+import zpatch as zp
+from zpatch.chunks.scaling import UNSCALED
+from zpatch.errors import ModelError, OptionError, StoreError, StoreExistsError, UnknownNameError, ZpatchError
+from zpatch.prediction.inference import plan_prediction
+from zpatch.prediction.network import Network, load_model, torch_device
+from zpatch.prediction.prediction_plan import PredictOptions
+from zpatch.store.voxel_index import read_label_table
+
+MODES = ["crop", "average", "hann", "gaussian"]
+JIT_IS_DEPRECATED = "ignore:`torch.jit:DeprecationWarning"
+
+
+def pointwise(batch: torch.Tensor) -> torch.Tensor:
+    """Two channels, each a function of the voxel alone."""
+    return torch.stack([batch.sum(dim=1) * 2 + 1, 500 - batch[:, 0]], dim=1)
+
+
+def of_neighbours(batch: torch.Tensor) -> torch.Tensor:
+    """What a voxel gets depends on the patch that it lies in."""
+    return batch - batch.mean(dim=(1, 2, 3, 4), keepdim=True)
+
+
+def expected(subject: zp.Subject) -> NDArray[np.float32]:
+    """The pointwise network on the whole volume."""
+    volume = torch.from_numpy(subject["t1"].data.astype(np.float32))
+    return np.asarray(pointwise(volume[None])[0])
+
+
+def predict(cohort: Any, out: Path, model: Any = pointwise, **options: Any) -> zp.Cohort:
+    return zp.predict(model, cohort, out, **{"image": "t1", "patch_size": 24, "patch_overlap": 8, **options})
+
+
+# The voxels
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_pointwise_network_gives_what_it_gives_on_the_whole_volume(
+    cohort: zp.Cohort, out: Path, mode: str, batch_size: int
+) -> None:
+    predictions = predict(cohort, out, overlap_mode=mode, batch_size=batch_size)
+    assert predictions.names == cohort.names
+    for subject in cohort:
+        found = predictions[subject.name].prediction
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found.data, expected(subject), rtol=1e-5, atol=1e-2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("padding_mode", [None, "reflect", "constant"])
+def test_a_prediction_is_what_the_aggregator_makes_of_the_grids_patches(
+    cohort: zp.Cohort, out: Path, mode: str, padding_mode: str | None
+) -> None:
+    options: dict[str, Any] = {"patch_overlap": (8, 0, 12), "padding_mode": padding_mode}
+    found = predict(cohort[:1], out, of_neighbours, overlap_mode=mode, batch_size=3, **options)
+    grid = zp.GridSampler(cohort[0], 24, **options)
+    aggregator = zp.PatchAggregator(cohort[0].spatial_shape, mode, grid=grid)
+    for batch in zp.SubjectsLoader(grid, 5):
+        aggregator.add_batch(of_neighbours(batch.t1.data.float()), batch.patch_location)
+    np.testing.assert_allclose(found[0].prediction.data, aggregator.get_output(), rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("patch_size", [64, (24, 64, 24)])
+def test_a_volume_smaller_than_the_patch_is_padded_and_cropped_back(
+    cohort: zp.Cohort, out: Path, patch_size: Any
+) -> None:
+    seen = set()
+
+    def model(batch: torch.Tensor) -> torch.Tensor:
+        seen.add(tuple(batch.shape[2:]))
+        return pointwise(batch)
+
+    predictions = predict(cohort, out, model, patch_size=patch_size)
+    assert seen == {(64, 64, 64) if patch_size == 64 else patch_size}
+    for subject in cohort:
+        found = predictions[subject.name].prediction
+        np.testing.assert_allclose(found.data, expected(subject), rtol=1e-5, atol=1e-2)
+
+
+def test_the_model_gets_float32_values_with_slope_and_intercept_applied(
+    cohort: zp.Cohort, cohort_source: Path, out: Path
+) -> None:
+    subject = next(subject for subject in cohort if subject["t1"].scaling != UNSCALED)
+    found = predict(cohort.select([subject.name]), out, lambda batch: batch)[0].prediction
+    wanted = nib.Nifti1Image.from_filename(cohort_source / subject.name / "t1.nii.gz").get_fdata()
+    np.testing.assert_allclose(found.data[0], wanted, rtol=1e-5, atol=1e-2)
+
+
+def test_several_images_are_stacked_as_channels_in_their_order(cohort: zp.Cohort, out: Path) -> None:
+    found = predict(cohort[:1], out, lambda batch: batch, image=["seg", "t1"])[0].prediction.data
+    seg, t1 = (cohort[0][name].data[0] for name in ("seg", "t1"))
+    np.testing.assert_allclose(found, [seg, t1], rtol=1e-6)
+
+
+def test_a_dict_makes_an_image_for_each_key(cohort: zp.Cohort, out: Path) -> None:
+    found = predict(cohort[:2], out, lambda batch: {"once": batch, "twice": batch * 2})
+    for subject in found:
+        assert list(subject.images) == ["once", "twice"]
+        np.testing.assert_allclose(subject["twice"].data, subject["once"].data * 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("reduce", "on_dense"),
+    [
+        ("argmax", lambda v: v.argmax(axis=0)[None]),
+        ("sigmoid", lambda v: 1 / (1 + np.exp(-v.astype(np.float64)))),
+        (("threshold", 300.0), lambda v: v > 300.0),
+    ],
+    ids=["argmax", "sigmoid", "threshold"],
+)
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+def test_reductions_are_those_of_the_whole_volume(
+    cohort: zp.Cohort, out: Path, reduce: Any, on_dense: Any
+) -> None:
+    found = predict(cohort[:1], out, reduce=reduce, overlap_mode="crop")[0].prediction
+    np.testing.assert_allclose(found.data, on_dense(expected(cohort[0])), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("reduce", "dtype"),
+    [(lambda v: v > 300, np.uint8), (torch.Tensor.half, np.float32), (torch.Tensor.bfloat16, np.float32)],
+    ids=["bool", "float16", "bfloat16"],
+)
+def test_what_a_reduction_makes_is_kept_in_a_type_of_nifti(
+    cohort: zp.Cohort, out: Path, reduce: Any, dtype: Any
+) -> None:
+    found = predict(cohort[:1], out, reduce=reduce, overlap_mode="crop")[0].prediction
+    assert found.dtype == dtype
+    wanted = reduce(torch.from_numpy(expected(cohort[0])))
+    np.testing.assert_array_equal(found.data, wanted.float().numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.int16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_integers_stay_exact_in_crop_mode(out: Path, dtype: torch.dtype, masked: bool) -> None:
+    volume = np.arange(20 * 24 * 28).reshape(20, 24, 28)
+    mask = np.zeros(volume.shape, dtype=np.uint8)
+    mask[:7, :9, :11] = 1
+    subject = zp.Subject(t1=zp.ScalarImage(volume.astype(np.float32)), brain=zp.LabelMap(mask))
+    options: dict[str, Any] = {"patch_size": 8, "patch_overlap": 4, "overlap_mode": "crop"}
+    options |= {"mask": "brain", "fill": 30000} if masked else {}
+    found = predict([subject], out, lambda batch: batch.to(dtype), **options)[0].prediction
+    assert found.dtype == str(dtype).removeprefix("torch.")
+    wanted = np.where(found.data[0] == 30000, 30000, volume) if masked else volume
+    np.testing.assert_array_equal(found.data[0], wanted)
+    np.testing.assert_array_equal(found.data[0][mask > 0], volume[mask > 0])
+
+
+# Networks that change the resolution
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("shape", "patch_size", "factor"),
+    [((3, 40, 40), 16, 2), ((5, 40, 40), 16, 2), ((6, 64, 64), 32, 4), ((2, 50, 50), 16, 16)],
+)
+def test_a_smaller_output_of_a_volume_smaller_than_the_patch_lies_where_its_affine_says(
+    out: Path, shape: tuple[int, int, int], patch_size: int, factor: int, mode: str
+) -> None:
+    axes = [np.arange(n, dtype=np.float32) for n in shape]
+    ramps = np.stack(np.meshgrid(*axes, indexing="ij"))
+    subject = zp.Subject(t1=zp.ScalarImage(ramps))
+    options: dict[str, Any] = {"patch_size": patch_size, "patch_overlap": 0, "overlap_mode": mode}
+    shrink = torch.nn.AvgPool3d(factor)
+    found = predict([subject], out, shrink, **options)[0].prediction
+    assert found.spatial_shape == tuple(max(1, int(n / factor + 0.5)) for n in shape)
+    voxels = np.stack(np.meshgrid(*map(np.arange, found.spatial_shape), indexing="ij"), axis=-1)
+    centres = voxels @ found.affine[:3, :3].T + found.affine[:3, 3]
+    np.testing.assert_allclose(found.data, np.moveaxis(centres, -1, 0), atol=factor / 2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [(3, 20, 21), (5, 9, 40), (15, 16, 17)])
+@pytest.mark.parametrize("padding_mode", [None, "edge"])
+def test_a_larger_output_is_that_of_the_whole_volume(
+    out: Path, shape: tuple[int, int, int], mode: str, padding_mode: str | None, rng: np.random.Generator
+) -> None:
+    volume = rng.uniform(1, 2, shape).astype(np.float32)
+    options: dict[str, Any] = {"patch_size": 16, "patch_overlap": 8, "overlap_mode": mode}
+    found = predict(
+        [zp.Subject(t1=zp.ScalarImage(volume))],
+        out,
+        torch.nn.Upsample(scale_factor=2),
+        padding_mode=padding_mode,
+        **options,
+    )
+    wanted = volume.repeat(2, 0).repeat(2, 1).repeat(2, 2)
+    np.testing.assert_allclose(found[0].prediction.data[0], wanted, rtol=1e-6)
+
+
+# Running
+
+
+def test_a_network_is_run_in_evaluation_mode_and_given_back_as_it_was(cohort: zp.Cohort, out: Path) -> None:
+    class Net(torch.nn.Module):
+        def forward(self, batch: torch.Tensor) -> torch.Tensor:
+            assert not self.training
+            return batch
+
+    network = Net()
+    network.frozen = torch.nn.Identity().eval()
+    predict(cohort[:1], out, network)
+    assert network.training
+    assert not network.frozen.training
+
+
+def test_one_subject_where_several_are_wanted_is_refused(cohort: zp.Cohort, out: Path) -> None:
+    with pytest.raises(OptionError, match="is one subject; give a list of it"):
+        predict(cohort[0], out)  # type: ignore[arg-type]
+
+
+def test_progress_is_told_every_patch(cohort: zp.Cohort, out: Path) -> None:
+    done: list[int] = []
+    predict(cohort, out, batch_size=3, progress=done.append)
+    assert sum(done) == sum(len(zp.GridSampler(subject, 24, 8)) for subject in cohort)
+
+
+# The store
+
+
+def test_a_prediction_is_a_store_that_verifies_and_that_zarr_opens(cohort: zp.Cohort, out: Path) -> None:
+    predictions = predict(cohort, out, reduce="argmax")
+    report = zp.verify(out)
+    assert report.ok
+    assert report.leftovers == ()
+    for subject in predictions:
+        stored = np.asarray(zarr.open_group(out, mode="r")[f"{subject.name}/prediction/0"])
+        np.testing.assert_array_equal(stored, subject.prediction.data[0].T)
+
+
+def test_affines_are_those_of_the_input_oblique_ones_too(cohort: zp.Cohort, out: Path) -> None:
+    predictions = predict(cohort, out)
+    oblique = [np.count_nonzero(np.abs(subject["t1"].affine[:3, :3]) > 1e-3) > 3 for subject in cohort]
+    assert any(oblique)
+    for subject in cohort:
+        np.testing.assert_array_equal(predictions[subject.name].prediction.affine, subject["t1"].affine)
+
+
+def test_an_exported_prediction_has_the_affine_and_the_shape_of_the_input(
+    cohort: zp.Cohort, cohort_source: Path, out: Path, tmp_path: Path
+) -> None:
+    predictions = predict(cohort, out, reduce="argmax")
+    zp.export(out, tmp_path / "nifti")
+    for name in cohort.names:
+        source = nib.Nifti1Image.from_filename(cohort_source / name / "t1.nii.gz")
+        written = nib.Nifti1Image.from_filename(tmp_path / "nifti" / name / "prediction.nii.gz")
+        assert written.shape == source.shape
+        np.testing.assert_allclose(written.affine, source.affine, atol=1e-5)
+        np.testing.assert_array_equal(np.asarray(written.dataobj), predictions[name].prediction.data[0])
+
+
+def test_a_predicted_label_map_has_an_index_and_feeds_a_label_sampler(cohort: zp.Cohort, out: Path) -> None:
+    subject = predict(cohort[:1], out, reduce="argmax")[0]
+    image = subject.prediction
+    assert isinstance(image, zp.LabelMap)
+    assert image.folder is not None
+    table = read_label_table(image.folder, image.record.files)
+    assert table is not None
+    assert set(table.values.tolist()) >= set(np.unique(image.data).tolist()) - {0}
+    for patch in zp.LabelSampler(9, "prediction", {1: 1})(subject, 20, rng=0):
+        assert patch.prediction.data[0, 4, 4, 4] == 1
+
+
+def test_subjects_made_by_hand_are_predicted_in_their_own_space(out: Path, rng: np.random.Generator) -> None:
+    volume = rng.normal(size=(20, 21, 22)).astype(np.float32)
+    affine = [[0, -2, 0, 5], [1, 0, 0.5, 6], [0, 0, 3, 7], [0, 0, 0, 1]]
+    subject = zp.Subject(name="ann", t1=zp.ScalarImage(volume, affine=affine))
+    found = predict([subject], out, lambda batch: batch, patch_size=16)["ann"].prediction
+    np.testing.assert_allclose(found.data[0], volume, atol=1e-5)
+    np.testing.assert_array_equal(found.affine, affine)
+
+
+def test_two_subjects_of_one_name_are_refused_before_anything_runs(out: Path) -> None:
+    twins = [zp.Subject(name="ann", t1=zp.ScalarImage(np.zeros((8, 8, 8)))) for _ in range(2)]
+
+    def model(batch: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("the model ran")
+
+    with pytest.raises(ZpatchError, match="'ann'"):
+        predict(twins, out, model, patch_size=8, patch_overlap=0)
+    assert not out.exists()
+
+
+def test_subjects_whose_names_differ_in_case_only_are_refused_before_anything_runs(out: Path) -> None:
+    twins = [zp.Subject(name=name, t1=zp.ScalarImage(np.zeros((8, 8, 8)))) for name in ("Ann", "ann")]
+
+    def model(batch: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("the model ran")
+
+    with pytest.raises(OptionError, match="subject names 'Ann' and 'ann' differ in case only; rename one"):
+        predict(twins, out, model, patch_size=8, patch_overlap=0)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        (("Seg", "seg"), "subject 'sub-01': output names 'Seg' and 'seg' differ in case only; rename one"),
+        (("seg", "a/b"), "subject 'sub-01': output name 'a/b' is not usable"),
+    ],
+)
+def test_outputs_whose_names_no_store_can_hold_are_refused_before_anything_is_written(
+    cohort: zp.Cohort, out: Path, names: tuple[str, str], text: str
+) -> None:
+    with pytest.raises(ModelError, match=text):
+        predict(cohort, out, lambda batch: dict.fromkeys(names, batch))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("fill", "reduce"),
+    [(-1, "argmax"), (0.5, "argmax"), (300, "argmax"), (math.nan, ("threshold", 1.0)), (1e39, None)],
+)
+def test_a_fill_that_the_output_cannot_hold_is_refused_before_anything_is_written(
+    cohort: zp.Cohort, out: Path, fill: float, reduce: Any
+) -> None:
+    with pytest.raises(OptionError, match=rf"a fill of {re.escape(str(fill))} does not fit the output"):
+        predict(cohort, out, fill=fill, reduce=reduce, mask="seg")
+    assert not out.exists()
+
+
+def test_a_fill_of_nan_fits_fractions(cohort: zp.Cohort) -> None:
+    options = PredictOptions.of(image="t1", patch_size=24, mask="seg", fill=math.nan)
+    assert plan_prediction(Network(pointwise, torch_device("cpu")), cohort[:1], options)
+
+
+def test_what_was_begun_is_planned_as_it_was_begun(cohort: zp.Cohort) -> None:
+    options = PredictOptions.of(image="t1", patch_size=24)
+    network = Network(lambda batch: {"once": batch, "twice": batch}, torch_device("cpu"), tta=True)
+    plans = plan_prediction(network, cohort[:2], options)
+    assert all(plan.tta for plan in plans)
+    first, _ = cohort.names[:2]
+    begun = {first: {head.head.name: head.record.chunks for head in plans[0].heads}}
+    again = plan_prediction(network, cohort[:2], options, begun=begun)
+    assert [head.record.shards for head in again[0].heads] == [h.record.chunks for h in plans[0].heads]
+    assert [head.record.shards for head in again[1].heads] == [h.record.shards for h in plans[1].heads]
+
+
+def test_an_output_that_exists_is_refused_and_replaced_where_that_is_wanted(
+    cohort: zp.Cohort, out: Path
+) -> None:
+    predict(cohort[:1], out)
+    with pytest.raises(StoreExistsError, match=r"out.zarr: it exists already; say --overwrite"):
+        predict(cohort[:1], out, resume=False)
+    with pytest.raises(StoreExistsError, match=r"out.zarr: .* differs in subjects: .*; say --overwrite"):
+        predict(cohort[1:2], out)
+    again = predict(cohort[1:2], out, lambda batch: {"other": batch}, overwrite=True)
+    assert (again.names, list(again[0].images)) == (["sub-02"], ["other"])
+    assert zp.verify(out).ok
+
+
+@pytest.mark.parametrize("way", ["out.zarr", "folder/../out.zarr", "link.zarr"])
+def test_the_store_that_is_read_is_never_overwritten(cohort_store: Path, out: Path, way: str) -> None:
+    shutil.copytree(cohort_store, out)
+    (out.parent / "folder").mkdir()
+    (out.parent / "link.zarr").symlink_to(out)
+    with pytest.raises(StoreError, match=way):
+        predict(zp.Cohort(out), out.parent / way, overwrite=True)
+    assert zp.verify(out).ok
+    assert len(zp.Cohort(out)) == 4
+
+
+# Failures
+
+
+def test_a_model_that_fails_names_subject_and_location_and_leaves_what_can_be_gone_on_with(
+    cohort: zp.Cohort, out: Path
+) -> None:
+    patches = sum(len(zp.GridSampler(subject, 24, 8)) for subject in cohort[:2])
+    calls = itertools.count(-1)  # one more, to see what the model gives
+
+    class Model:
+        def __call__(self, batch: torch.Tensor) -> torch.Tensor:
+            if next(calls) == patches + 2:
+                raise ArithmeticError("too hard")
+            return batch
+
+    with pytest.raises(ModelError) as error:
+        predict(cohort, out, Model())
+    text = str(error.value)
+    assert "the model failed on subject 'sub-03', patches at (0, " in text
+    assert "given (1, 1, 24, 24, 24): ArithmeticError: too hard" in text
+    report = zp.verify(out)
+    assert not report.ok
+    assert (report.damages, report.leftovers) == ((), (".unfinished",))
+    assert report.missing_subjects == ("sub-03", "sub-04")
+    assert zp.Cohort(out).names == ["sub-01", "sub-02"]
+    assert predict(cohort, out, Model()).names == cohort.names
+    assert next(calls) <= 2 + sum(len(zp.GridSampler(subject, 24, 8)) for subject in cohort) + 2
+    assert zp.verify(out).ok
+    assert not (out / ".unfinished").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        (lambda batch: batch[:, :, 1:], r"made \(23, 24, 24\) of a patch of \(24, 24, 24\); it must keep"),
+        (lambda batch: batch[:, 0], r"must give a tensor \(B, C, I, J, K\) .*, not \(1, 24, 24, 24\)"),
+        (lambda batch: [batch], r"must give a tensor \(B, C, I, J, K\) .*, not list"),
+        (lambda batch: torch.cat([batch, batch]), r"not \(2, 1, 24, 24, 24\) for one patch"),
+    ],
+    ids=["shape", "dimensions", "type", "length"],
+)
+def test_an_output_that_cannot_be_placed_names_subject_and_fault(
+    cohort: zp.Cohort, out: Path, model: Any, text: str
+) -> None:
+    with pytest.raises(ModelError, match=text) as error:
+        predict(cohort, out, model)
+    assert not out.exists()
+    assert "'sub-01'" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"image": "t9"}, UnknownNameError, r"no image 't9' in subject 'sub-01'; did you mean 't1'"),
+        ({"image": []}, OptionError, "image"),
+        ({"patch_overlap": 7}, ZpatchError, "must be even and at least 0, not 7 on axis I"),
+        ({"patch_overlap": 24}, ZpatchError, "not smaller than the patch .24.; use at most 22"),
+        ({"overlap_mode": "mean"}, OptionError, "overlap_mode must be one of"),
+        ({"reduce": "argmin"}, OptionError, "reduce must be"),
+        ({"padding_mode": "mirror"}, OptionError, "padding_mode must be .*'mirror'"),
+        ({"batch_size": 0}, OptionError, "batch_size must be at least 1, not 0"),
+        ({"device": "gpu"}, OptionError, "device .*'gpu'"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused_before_anything_is_written(
+    cohort: zp.Cohort, out: Path, options: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        predict(cohort, out, **options)
+    assert not out.exists()
+
+
+def test_images_of_different_shapes_cannot_be_stacked(out: Path) -> None:
+    shapes = [(8, 8, 8), (8, 8, 9)]
+    images = {name: zp.ScalarImage(np.zeros(n)) for name, n in zip(("a", "b"), shapes, strict=True)}
+    with pytest.raises(OptionError, match="images a, b of 'subject' differ in shape"):
+        predict([zp.Subject(**images)], out, image=["a", "b"])
+
+
+def test_a_prediction_of_no_subject_is_refused(cohort: zp.Cohort, out: Path) -> None:
+    with pytest.raises(OptionError, match="no subject to predict"):
+        predict(cohort[:0], out)
+
+
+# Models
+
+
+class Doubling(torch.nn.Module):
+    """A network that can be scripted and exported."""
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return batch * 2
+
+
+def check_doubles(model: Any, cohort: zp.Cohort, out: Path) -> None:
+    found = predict(cohort[:1], out, model)[0].prediction
+    np.testing.assert_allclose(found.data, cohort[0]["t1"].data * 2.0, rtol=1e-6)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder of its own, with ``sys.path`` put back afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def test_a_factory_is_found_from_the_working_folder(cohort: zp.Cohort, out: Path, here: Path) -> None:
+    (here / "nets_of_inference.py").write_text("def doubling():\n    return lambda batch: batch * 2\n")
+    check_doubles(load_model("nets_of_inference:doubling"), cohort, out)
+
+
+@pytest.mark.filterwarnings(JIT_IS_DEPRECATED)
+def test_a_torchscript_file_is_loaded(cohort: zp.Cohort, out: Path, tmp_path: Path) -> None:
+    torch.jit.script(Doubling()).save(tmp_path / "net.pt")
+    check_doubles(load_model(str(tmp_path / "net.pt")), cohort, out)
+
+
+def test_an_exported_program_is_loaded(cohort: zp.Cohort, out: Path, tmp_path: Path) -> None:
+    torch.export.save(torch.export.export(Doubling(), (torch.zeros(1, 1, 24, 24, 24),)), tmp_path / "net.pt2")
+    check_doubles(load_model(str(tmp_path / "net.pt2")), cohort, out)
+
+
+@pytest.mark.filterwarnings(JIT_IS_DEPRECATED)
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ("nosuch.pt", "model 'nosuch.pt' is no file; name one, or a factory as package.module:factory"),
+        ("nosuch_module:net", "cannot be loaded: ModuleNotFoundError: No module named 'nosuch_module'"),
+        ("math:nosuch", "cannot be loaded: AttributeError: .*'nosuch'"),
+        ("os:getcwd", "model 'os:getcwd' gave str, which cannot be called"),
+        (":", "model ':' cannot be loaded"),
+        ("garbage.pt", "model 'garbage.pt' cannot be loaded"),
+        ("garbage.pt2", "model 'garbage.pt2' cannot be loaded"),
+    ],
+)
+def test_a_model_that_cannot_be_loaded_is_one_clear_line(spec: str, text: str, here: Path) -> None:
+    for name in ("garbage.pt", "garbage.pt2"):
+        (here / name).write_bytes(b"this is no network")
+    with pytest.raises(ModelError, match=text) as error:
+        load_model(spec)
+    assert "\n" not in str(error.value)

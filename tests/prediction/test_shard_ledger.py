@@ -1,0 +1,580 @@
+"""An image written unit by unit is the same bytes whoever wrote which unit, and however often anyone died."""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from zpatch.errors import IncompleteCoverageError, SamplingError, StoreExistsError
+from zpatch.geometry.patch_grid import chunk_counts
+from zpatch.nifti.writer import make_header
+from zpatch.prediction.shard_ledger import HEADER, LEDGER, Unit, UnitLedger, begin, header_of
+from zpatch.store import image_record
+from zpatch.store.image_record import ImageRecord, Kind, padded_to_4d
+from zpatch.store.image_writer import ImageWriter
+from zpatch.store.store import sharded_array
+from zpatch.store.store_writer import StagedImage
+
+STEPS = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
+HEADER_BYTES = make_header((20, 18, 25), 1, np.dtype("<f4"), np.eye(4))
+
+Voxels = NDArray[Any]
+
+
+# Images
+
+
+def record_of(voxels: Voxels, kind: Kind = "scalar", *, shards: tuple[int, ...] = (8, 16, 24)) -> ImageRecord:
+    """A record of voxels (z, y, x) or (c, z, y, x)."""
+    channels = (1,) * (voxels.ndim - 3)
+    return ImageRecord(
+        subject="sub-01",
+        image="heart",
+        kind=kind,
+        shape=voxels.shape,
+        dtype=voxels.dtype.str,
+        axes="czyx"[-voxels.ndim :],
+        chunks=(*channels, 8, 8, 8),
+        shards=(*channels, *shards),
+        codec="lz4",
+        affine=tuple(map(tuple, np.eye(4).tolist())),
+    )
+
+
+def make_voxels(kind: str) -> Voxels:
+    rng = np.random.default_rng(7)
+    if kind == "label":
+        return rng.integers(0, 4, (25, 18, 20)).astype(np.uint8)
+    if kind == "sampling":
+        return rng.random((25, 18, 20)).astype("<f4")
+    return rng.normal(50, 20, (2, 25, 18, 20)).astype("<f4")
+
+
+def units_of(record: ImageRecord) -> list[Unit]:
+    return list(np.ndindex(chunk_counts(record.shape_czyx, padded_to_4d(record.shards))))  # type: ignore[arg-type]
+
+
+def part_of(record: ImageRecord, voxels: Voxels, unit: Unit) -> Voxels:
+    shards = padded_to_4d(record.shards)
+    box = tuple(slice(n * s, (n + 1) * s) for n, s in zip(unit, shards, strict=True))
+    return voxels.reshape(record.shape_czyx)[box]
+
+
+def skipped_in(unit: Unit) -> int:
+    return 100 * unit[0] + 10 * unit[1] + unit[2]
+
+
+def write_units(folder: Path, record: ImageRecord, voxels: Voxels, units: Sequence[Unit]) -> None:
+    for unit in units:
+        UnitLedger(folder).write(record, unit, part_of(record, voxels, unit), skipped=skipped_in(unit))
+
+
+def finish(folder: Path, record: ImageRecord) -> ImageRecord:
+    return UnitLedger(folder).finish(record, HEADER_BYTES, ["a warning"])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of an image, byte for byte."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def undisturbed(folder: Path, kind: Kind = "scalar") -> tuple[ImageRecord, dict[str, bytes]]:
+    """The record and the files of an image that one process wrote in order."""
+    voxels = make_voxels(kind)
+    record = record_of(voxels, kind)
+    write_units(folder, record, voxels, units_of(record))
+    return finish(folder, record), contents(folder)
+
+
+def entry_file(folder: Path, unit: Unit) -> Path:
+    return folder.parent / LEDGER / folder.name / f"{'.'.join(map(str, unit))}.json"
+
+
+def written(folder: Path) -> set[Unit]:
+    """The units that need not be written again."""
+    names = (entry.stem.split(".") for entry in entry_file(folder, (0, 0, 0, 0)).parent.glob("*.json"))
+    units: list[Unit] = [tuple(map(int, name)) for name in names]  # type: ignore[misc]
+    return {unit for unit in units if UnitLedger(folder).has(unit)}
+
+
+def shard_file(folder: Path, record: ImageRecord, unit: Unit) -> Path:
+    return sharded_array(folder, record).shard_file(unit)
+
+
+def assert_goes_on(folder: Path, kind: Kind, lost: set[Unit], expected: dict[str, bytes]) -> None:
+    """Only what was lost is written again, and then all is as expected."""
+    voxels = make_voxels(kind)
+    record = record_of(voxels, kind)
+    left = set(units_of(record)) - written(folder)
+    assert left == lost
+    write_units(folder, record, voxels, sorted(left))
+    finish(folder, record)
+    assert contents(folder) == expected
+
+
+# What is written
+
+
+@pytest.mark.parametrize("kind", ["scalar", "label", "sampling"])
+def test_an_image_is_byte_for_byte_that_of_a_writer_that_counts_in_one_pass(
+    tmp_path: Path, kind: Kind
+) -> None:
+    """Of floats too, as these units are small enough to be counted in one block."""
+    voxels = make_voxels(kind)
+    record = record_of(voxels, kind)
+    writer = ImageWriter(StagedImage.below(tmp_path), record, "heart")
+    for unit in units_of(record):
+        writer.write_shard(unit, part_of(record, voxels, unit))
+        UnitLedger(tmp_path / "heart").write(record, unit, part_of(record, voxels, unit))
+    assert finish(tmp_path / "heart", record) == writer.finish(HEADER_BYTES, ["a warning"])
+    assert contents(tmp_path / "heart") == contents(writer.stage.folder)
+
+
+def test_the_record_seals_every_file_and_tells_what_was_skipped(tmp_path: Path) -> None:
+    record, files = undisturbed(tmp_path / "heart")
+    assert record.stats["skipped"] == sum(map(skipped_in, units_of(record)))
+    seals = {key: (seal.bytes, seal.checksum) for key, seal in record.files.items()}
+    assert seals == {key: (len(data), image_record.digest(data)) for key, data in files.items()}
+    assert ImageRecord.from_json(json.loads(image_record.compact_json(record.to_json())), "line") == record
+
+
+@given(
+    order=st.permutations(range(16)),
+    twice=st.sets(st.integers(0, 15)),
+    kind=st.sampled_from(["scalar", "label"]),
+)
+def test_the_order_of_units_and_repeated_ones_change_no_byte(
+    order: list[int], twice: set[int], kind: Kind, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    expected = expected_files(kind, tmp_path_factory)
+    folder = tmp_path_factory.mktemp("any order") / "heart"
+    voxels = make_voxels(kind)
+    record = record_of(voxels, kind)
+    units = units_of(record)
+    write_units(folder, record, voxels, [units[n] for n in [*order, *twice] if n < len(units)])
+    assert written(folder) == set(units)
+    finish(folder, record)
+    assert contents(folder) == expected
+    shutil.rmtree(folder.parent)
+
+
+EXPECTED: dict[str, dict[str, bytes]] = {}
+
+
+def expected_files(kind: Kind, places: pytest.TempPathFactory) -> dict[str, bytes]:
+    if kind not in EXPECTED:
+        EXPECTED[kind] = undisturbed(places.mktemp("undisturbed") / "heart", kind)[1]
+    return EXPECTED[kind]
+
+
+@pytest.fixture
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of the image of floats, undisturbed."""
+    return expected_files("scalar", tmp_path_factory)
+
+
+def test_images_of_one_subject_keep_their_units_apart(tmp_path: Path) -> None:
+    voxels = make_voxels("scalar")
+    record = record_of(voxels)
+    write_units(tmp_path / "one", record, voxels, units_of(record)[:3])
+    assert written(tmp_path / "other") == set()
+    assert written(tmp_path / "one") == set(units_of(record)[:3])
+
+
+def test_an_image_with_units_missing_is_refused_and_told_how_many(tmp_path: Path) -> None:
+    voxels = make_voxels("scalar")
+    record = record_of(voxels)
+    units = units_of(record)
+    write_units(tmp_path / "heart", record, voxels, [*units[:3], *units[5:]])
+    before = contents(tmp_path)
+    text = (
+        r"^image 'heart' of subject 'sub-01': 2 of 16 units are not written, the first one \(0, 1, 1, 0\) "
+        r"along c, z, y, x; run the same command again$"
+    )
+    with pytest.raises(IncompleteCoverageError, match=text):
+        finish(tmp_path / "heart", record)
+    assert contents(tmp_path) == before
+
+
+def test_voxels_that_an_index_refuses_leave_nothing(tmp_path: Path) -> None:
+    voxels = -make_voxels("sampling")
+    record = record_of(voxels, "sampling")
+    with pytest.raises(SamplingError, match="image 'heart' of subject 'sub-01' holds negative weights"):
+        write_units(tmp_path / "heart", record, voxels, units_of(record)[:1])
+    assert contents(tmp_path) == {}
+    assert written(tmp_path / "heart") == set()
+
+
+def test_a_record_holds_plain_numbers_and_no_pickle(tmp_path: Path) -> None:
+    undisturbed(tmp_path / "heart", "label")
+    entry = image_record.unsealed(entry_file(tmp_path / "heart", (0, 1, 0, 0)).read_bytes(), "record")
+    with np.load(io.BytesIO(base64.b64decode(entry["state"])), allow_pickle=False) as state:
+        assert all(values.dtype.kind in "iuf" for values in state.values())
+    assert len(entry["state"]) < 4000
+
+
+# Torn, lost
+
+
+def cut(file: Path, length: int) -> None:
+    os.truncate(file, length)
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+UNIT = (1, 2, 0, 0)
+HARMS: dict[str, Callable[[Path, Path], Any]] = {
+    "an empty record": lambda record, shard: cut(record, 0),
+    "half a record": lambda record, shard: cut(record, record.stat().st_size // 2),
+    "a record without its last byte": lambda record, shard: cut(record, record.stat().st_size - 1),
+    "a flipped bit": lambda record, shard: flip(record),
+    "a shard without record": lambda record, shard: record.unlink(),
+    "a record without shard": lambda record, shard: shard.unlink(),
+    "a shard cut off": lambda record, shard: cut(shard, shard.stat().st_size - 1),
+    "an empty shard": lambda record, shard: cut(shard, 0),
+    "the record of another unit": lambda record, shard: shutil.copy(record.with_name("0.0.0.0.json"), record),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.parametrize("finished", [False, True])
+def test_what_is_damaged_is_written_again_and_nothing_else(
+    tmp_path: Path, harm: str, finished: bool, expected: dict[str, bytes]
+) -> None:
+    folder = tmp_path / "heart"
+    record, _ = undisturbed(folder)
+    if not finished:
+        for entry in folder.iterdir():
+            if entry.name != "0":
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    HARMS[harm](entry_file(folder, UNIT), shard_file(folder, record, UNIT))
+    with pytest.raises(IncompleteCoverageError, match=r"1 of 16 units .* \(1, 2, 0, 0\)"):
+        finish(folder, record_of(make_voxels("scalar")))
+    assert_goes_on(folder, "scalar", {UNIT}, expected)
+
+
+def test_what_killed_writers_left_under_other_names_is_not_counted_nor_kept(
+    tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    folder = tmp_path / "heart"
+    undisturbed(folder)
+    entry_file(folder, UNIT).with_name("0123.partial").write_text("{")
+    entry_file(folder, UNIT).with_name("0123.partial.0.0.0.0").write_bytes(b"half a shard")
+    for name in ("nifti/c/half", "index/half", "zarr.json.4567.partial", "0/zarr.json.4567.partial"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("half")
+    assert_goes_on(folder, "scalar", set(), expected)
+
+
+# Processes of their own, harmed
+
+
+def in_process(function: str, *arguments: Any) -> subprocess.Popen[str]:
+    """Run a function of this module, with arguments of plain JSON, in a process of its own."""
+    program = f"import sys, json, test_shard_ledger; test_shard_ledger.{function}(*json.loads(sys.argv[1]))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", program, json.dumps(arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def tell(value: Any) -> None:
+    """Answer from such a process."""
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
+
+
+def answer_of(process: subprocess.Popen[str]) -> Any:
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    return json.loads(out)
+
+
+def write_share(folder: str, share: int, shares: int) -> None:
+    """Say that all is ready, then write a share of the units."""
+    voxels = make_voxels("scalar")
+    record = record_of(voxels)
+    tell("ready")
+    write_units(Path(folder), record, voxels, units_of(record)[share::shares])
+
+
+def started(*writers: subprocess.Popen[str]) -> Sequence[subprocess.Popen[str]]:
+    """The writers, once all of them are about to write."""
+    for writer in writers:
+        assert writer.stdout is not None
+        assert writer.stdout.readline()
+    return writers
+
+
+@pytest.mark.slow
+def test_two_writers_killed_at_any_moment_lose_only_what_they_were_at(
+    tmp_path: Path, full: bool, expected: dict[str, bytes]
+) -> None:
+    moments = random.Random(3)
+    for round_ in range(20 if full else 3):
+        folder = tmp_path / str(round_) / "heart"
+        writers = started(*(in_process("write_share", str(folder), share, 2) for share in (0, 1)))
+        for writer in moments.sample(writers, 2):
+            time.sleep(moments.uniform(0, 0.02))
+            writer.kill()
+        for writer in writers:
+            writer.communicate()
+        there = written(folder)
+        assert_goes_on(folder, "scalar", set(units_of(record_of(make_voxels("scalar")))) - there, expected)
+
+
+@pytest.mark.slow
+def test_two_writers_of_the_same_units_at_once_do_no_harm(tmp_path: Path, expected: dict[str, bytes]) -> None:
+    folder = tmp_path / "heart"
+    for writer in started(*(in_process("write_share", str(folder), 0, 1) for _ in range(2))):
+        writer.communicate()
+        assert writer.returncode == 0
+    assert not list(tmp_path.rglob("*.partial*"))
+    assert_goes_on(folder, "scalar", set(), expected)
+
+
+def killed_at(steps: Sequence[int], folder: str, act: str) -> None:
+    """For each step, do a thing to a copy of the folder in a child that is killed at that step."""
+    import zarr.codecs  # noqa: F401 - before the forks, so that children start at once
+
+    tell([_killed_at(step, Path(folder), ACTS[act]) for step in steps])
+
+
+def _killed_at(step: int, folder: Path, act: Callable[[Path], Any]) -> int:
+    copy = folder.with_name(f"{folder.name}-{step}")
+    shutil.copytree(folder, copy)
+    if (child := os.fork()) == 0:
+        count = itertools.count(1)
+
+        def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+            def harmed(*args: Any, **options: Any) -> Any:
+                if next(count) == step:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*args, **options)
+
+            return harmed
+
+        try:
+            for name in STEPS:
+                setattr(os, name, counted(getattr(os, name)))
+            act(copy / "heart")
+        finally:
+            os._exit(min(next(count) - 1, 255))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _write_two(folder: Path) -> None:
+    voxels = make_voxels("scalar")
+    record = record_of(voxels)
+    write_units(folder, record, voxels, units_of(record)[4:6])
+
+
+ACTS: dict[str, Callable[[Path], Any]] = {
+    "write": _write_two,
+    "finish": lambda folder: finish(folder, record_of(make_voxels("scalar"))),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("act", ACTS)
+def test_whatever_is_killed_at_any_step_can_be_repeated(
+    tmp_path: Path, act: str, full: bool, expected: dict[str, bytes]
+) -> None:
+    folder = tmp_path / "whole" / "heart"
+    voxels = make_voxels("scalar")
+    record = record_of(voxels)
+    units = units_of(record)
+    begun = units if act == "finish" else units[:4]
+    write_units(folder, record, voxels, begun)
+    (count,) = answer_of(in_process("killed_at", [10**6], str(folder.parent), act))
+    assert 12 < count < 255
+    steps = [*range(1, count + 1)]
+    steps = steps if full else steps[:: max(1, len(steps) // 12)]
+    codes = answer_of(in_process("killed_at", steps, str(folder.parent), act))
+    assert codes == [-signal.SIGKILL] * len(steps)
+    for step in steps:
+        harmed = folder.parent.with_name(f"whole-{step}") / "heart"
+        there = written(harmed)
+        assert there >= set(begun)
+        assert_goes_on(harmed, "scalar", set(units) - there, expected)
+
+
+def written_on_a_full_disk(folder: str, limit: int) -> None:
+    """Write a unit where files may have so many bytes and no more."""
+    voxels = make_voxels("scalar")
+    record = record_of(voxels)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        write_units(Path(folder), record, voxels, [SMALL_UNIT])
+    except OSError as error:
+        tell(error.strerror)
+
+
+SMALL_UNIT = (0, 2, 1, 0)  # its shard is smaller than its record
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["nothing", "half a shard", "a shard and no record"])
+def test_a_disk_that_is_full_is_an_error_that_leaves_nothing_half_done(
+    tmp_path: Path, what: str, expected: dict[str, bytes]
+) -> None:
+    folder = tmp_path / "heart"
+    record = record_of(make_voxels("scalar"))
+    units = units_of(record)
+    write_units(folder, record, make_voxels("scalar"), [unit for unit in units if unit != SMALL_UNIT])
+    before = contents(tmp_path)
+    shard = str(shard_file(folder, record, SMALL_UNIT).relative_to(folder))
+    size = len(expected[shard])
+    limit = {"nothing": 0, "half a shard": size // 2, "a shard and no record": size}[what]
+    assert answer_of(in_process("written_on_a_full_disk", str(folder), limit)) == "File too large"
+    whole = {f"heart/{shard}": expected[shard]} if "and" in what else {}
+    assert contents(tmp_path) == before | whole
+    assert_goes_on(folder, "scalar", {SMALL_UNIT}, expected)
+
+
+# What is done to the disk
+
+
+def traced(folder: str) -> None:
+    """Write and finish an image, and tell what was opened and renamed on the way."""
+    events: list[tuple[str, ...]] = []
+
+    def note(event: str, args: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(args[0], str):
+            writes = bool(args[2] & (os.O_WRONLY | os.O_RDWR))
+            events.append(("write" if writes else "read", args[0]))
+        elif event == "os.rename":
+            events.append(("rename", str(args[0]), str(args[1])))
+
+    voxels = make_voxels("scalar")
+    record = record_of(voxels)
+    sys.addaudithook(note)
+    write_units(Path(folder), record, voxels, units_of(record))
+    written(Path(folder))
+    finish(Path(folder), record)
+    tell([event for event in events if event[1].startswith(folder.rpartition("/")[0])])
+
+
+def test_each_shard_is_written_once_and_none_is_ever_read(tmp_path: Path) -> None:
+    folder = tmp_path / "heart"
+    events = answer_of(in_process("traced", str(folder)))
+    record = record_of(make_voxels("scalar"))
+    units = units_of(record)
+    shards = {str(shard_file(folder, record, unit)) for unit in units}
+    renamed = Counter(event[2] for event in events if event[0] == "rename")
+    assert {name: times for name, times in renamed.items() if name in shards} == dict.fromkeys(shards, 1)
+    assert {str(entry_file(folder, unit)) for unit in units} <= renamed.keys()
+    sources = {event[1] for event in events if event[0] == "rename" and event[2] in shards}
+    opened = Counter(event[1] for event in events if event[0] != "rename")
+    assert {opened[name] for name in sources} == {1}
+    assert not shards & opened.keys()
+
+
+# What units depend on
+
+
+HEADER_VALUES = {"model": "ab" * 16, "patch_size": [64, 64, 64], "reduce": "argmax", "mask": None}
+
+
+def test_a_header_is_entered_once_and_the_same_one_is_let_pass(tmp_path: Path) -> None:
+    begin(tmp_path / "sub-01", HEADER_VALUES)
+    before = contents(tmp_path)
+    assert set(before) == {f"sub-01/{HEADER}"}
+    begin(tmp_path / "sub-01", {**HEADER_VALUES, "patch_size": (64, 64, 64)})
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"model": "cd" * 16}, f'model: "{"ab" * 16}" then, "{"cd" * 16}" now;'),
+        (
+            {"patch_size": [96, 96, 96], "reduce": None},
+            'patch_size: [64,64,64] then, [96,96,96] now, reduce: "argmax" then, null now; say --overwrite',
+        ),
+        ({"tta": True}, "tta: null then, true now;"),
+        ({"patch_size": [64] * 99}, "[64,64,64] then, [64,64,64,64,64,64,64,64,64,64,64,64,64,... now;"),
+        ({f"input {n}": n for n in range(9)}, "input 4: null then, 4 now (and 4 more); say --overwrite"),
+        ({"mask": "line\nline"}, r'mask: null then, "line\nline" now'),
+    ],
+)
+def test_another_header_is_refused_with_what_changed(
+    tmp_path: Path, changes: dict[str, Any], text: str
+) -> None:
+    begin(tmp_path / "sub-01", HEADER_VALUES)
+    before = contents(tmp_path)
+    with pytest.raises(StoreExistsError) as refusal:
+        begin(tmp_path / "sub-01", {**HEADER_VALUES, **changes})
+    said = str(refusal.value)
+    assert said.startswith(f"{tmp_path / 'sub-01'}: what was begun there differs in ")
+    assert text in said
+    assert said.endswith("; say --overwrite to start over, or choose another output")
+    assert len(said.splitlines()) == 1
+    assert contents(tmp_path) == before
+
+
+def test_of_long_values_that_part_is_shown_where_they_differ(tmp_path: Path) -> None:
+    before = {"heads": {"prediction": [3, *[256] * 20, 64, 128, 128, 128]}}
+    begin(tmp_path, before)
+    before["heads"]["prediction"][21] = 32
+    with pytest.raises(StoreExistsError) as refusal:
+        begin(tmp_path, before)
+    shown = "heads: ...6,256,256,64,128,128,128]} then, ...6,256,256,32,128,128,128]} now;"
+    assert shown in str(refusal.value)
+
+
+HEADER_HARMS: dict[str, Callable[[Path], Any]] = {
+    "lost": Path.unlink,
+    "empty": lambda path: cut(path, 0),
+    "torn": lambda path: cut(path, 40),
+    "a bit flipped": flip,
+}
+
+
+@pytest.mark.parametrize("harm", HEADER_HARMS)
+def test_a_damaged_header_is_entered_anew_and_the_units_of_the_same_one_still_count(
+    tmp_path: Path, harm: str
+) -> None:
+    folder = begin(tmp_path, HEADER_VALUES)
+    voxels = make_voxels("scalar")
+    record = record_of(voxels)
+    write_units(folder / "heart", record, voxels, units_of(record)[:1])
+    before = contents(tmp_path)
+    HEADER_HARMS[harm](tmp_path / HEADER)
+    assert header_of(tmp_path) is None
+    assert begin(tmp_path, HEADER_VALUES) == folder
+    assert header_of(tmp_path) == HEADER_VALUES
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("harm", HEADER_HARMS)
+def test_where_the_header_is_lost_units_of_another_one_do_not_count(tmp_path: Path, harm: str) -> None:
+    voxels = make_voxels("scalar")
+    record, unit = record_of(voxels), units_of(record_of(voxels))[0]
+    write_units(begin(tmp_path, HEADER_VALUES) / "heart", record, voxels, [unit])
+    HEADER_HARMS[harm](tmp_path / HEADER)
+    folder = begin(tmp_path, {**HEADER_VALUES, "model": "cd" * 16})
+    assert not UnitLedger(folder / "heart").has(unit)

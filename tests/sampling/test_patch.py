@@ -1,0 +1,168 @@
+"""Patches: images by name, affines at the patch's corner, types for torch, and stacking."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import DTypeLike, NDArray
+
+import zpatch as zp
+from zpatch.errors import OptionError, UnknownNameError
+from zpatch.sampling.patch import to_tensor
+
+
+@pytest.fixture
+def volume(rng: np.random.Generator) -> NDArray[np.int16]:
+    """(I, J, K)."""
+    return rng.integers(-1000, 1000, (9, 10, 11), dtype=np.int16)
+
+
+@pytest.fixture
+def subject(volume: NDArray[np.int16]) -> zp.Subject:
+    affine = [[0, -2, 0, 5], [1, 0, 0.5, 6], [0, 0, 3, 7], [0, 0, 0, 1]]
+    seg = (volume > 0).astype(np.uint8)
+    return zp.Subject(name="ann", t1=zp.ScalarImage(volume, affine=affine), seg=zp.LabelMap(seg))
+
+
+@pytest.fixture
+def patches(subject: zp.Subject) -> list[zp.Patch]:
+    return list(zp.UniformSampler((4, 5, 6))(subject, 3, rng=0))
+
+
+def test_a_patch_gives_its_images_by_attribute_and_by_item(patches: list[zp.Patch]) -> None:
+    patch = patches[0]
+    assert patch.t1 is patch["t1"]
+    assert list(patch) == ["t1", "seg"]
+    assert (patch.t1.kind, patch.seg.kind, patch.subject) == ("scalar", "label", "ann")
+
+
+def test_an_unknown_image_of_a_patch_is_an_error_with_the_nearest_name(patches: list[zp.Patch]) -> None:
+    with pytest.raises(UnknownNameError, match=r"no image 'sge' in the patch; did you mean 'seg'\?"):
+        patches[0]["sge"]
+    with pytest.raises(AttributeError, match=r"no 'sge' here .*t1, seg"):
+        patches[0].sge  # noqa: B018
+
+
+def test_a_patch_holds_the_voxels_of_its_location(patches: list[zp.Patch], volume: NDArray[np.int16]) -> None:
+    for patch in patches:
+        np.testing.assert_array_equal(patch.t1.data[0].numpy(), volume[patch.location.to_slices()])
+
+
+def test_the_affine_of_a_patch_puts_its_corner_where_the_volume_puts_it(
+    patches: list[zp.Patch], subject: zp.Subject
+) -> None:
+    for patch in patches:
+        corner = subject.t1.affine @ [*patch.location.index, 1]
+        np.testing.assert_allclose(patch.t1.affine @ [0, 0, 0, 1], corner)
+        np.testing.assert_array_equal(patch.t1.affine[:3, :3], subject.t1.affine[:3, :3])
+
+
+def test_a_patch_owns_its_memory(subject: zp.Subject, volume: NDArray[np.int16]) -> None:
+    before = volume.copy()
+    for patch in zp.UniformSampler(4)(subject, 2, rng=0):
+        patch.t1.data.zero_()
+        assert patch.t1.data.untyped_storage().nbytes() < volume.nbytes
+    np.testing.assert_array_equal(volume, before)
+
+
+def test_with_data_changes_one_image_and_leaves_the_patch_as_it_was(patches: list[zp.Patch]) -> None:
+    changed = patches[0].with_data(t1=torch.zeros(1, 4, 5, 6))
+    assert changed.t1.data.sum() == 0
+    assert patches[0].t1.data.any()
+    assert changed.seg is patches[0].seg
+    assert changed.location == patches[0].location
+
+
+def test_with_data_of_an_unknown_image_is_refused(patches: list[zp.Patch]) -> None:
+    with pytest.raises(UnknownNameError, match="no image 't9' in the patch"):
+        patches[0].with_data(t9=torch.zeros(1))
+
+
+def test_map_data_changes_every_image(patches: list[zp.Patch]) -> None:
+    doubled = patches[0].map_data(lambda data: data * 2)
+    for name in patches[0]:
+        assert torch.equal(doubled[name].data, patches[0][name].data * 2)
+
+
+def test_a_patch_and_a_batch_survive_pickling(patches: list[zp.Patch]) -> None:
+    for value in (patches[0], zp.collate(patches)):
+        copy = pickle.loads(pickle.dumps(value))
+        assert torch.equal(copy.t1.data, value.t1.data)
+
+
+@pytest.mark.parametrize(
+    ("stored", "computed"),
+    [
+        (np.uint16, torch.int32),
+        (np.uint32, torch.int64),
+        (np.uint64, torch.int64),
+        (np.uint8, torch.uint8),
+        (np.int16, torch.int16),
+        (np.float32, torch.float32),
+        (np.float64, torch.float64),
+    ],
+)
+def test_voxels_come_in_a_type_that_torch_computes_with(stored: DTypeLike, computed: torch.dtype) -> None:
+    limits: Any = np.iinfo if np.issubdtype(stored, np.integer) else np.finfo
+    top = min(int(limits(stored).max), 2**62)
+    tensor = to_tensor(np.array([0, top], dtype=stored))
+    assert tensor.dtype == computed
+    assert (tensor + tensor.new_zeros(())).tolist() == [0, top]
+
+
+def test_a_batch_stacks_patches_in_their_order(patches: list[zp.Patch]) -> None:
+    batch = zp.collate(patches)
+    assert batch.t1.data.shape == (3, 1, 4, 5, 6)
+    assert len(batch) == 3
+    for number, patch in enumerate(patches):
+        assert torch.equal(batch.t1.data[number], patch.t1.data)
+        assert torch.equal(batch.seg.data[number], patch.seg.data)
+        np.testing.assert_array_equal(batch.t1.affine[number], patch.t1.affine)
+    assert batch.patch_location == [patch.location for patch in patches]
+    assert batch.subjects == ["ann"] * 3
+    assert batch.seg.kind == "label"
+
+
+def test_a_batch_leaves_gradients_behind(patches: list[zp.Patch]) -> None:
+    grown = [patch.with_data(t1=(patch.t1.data * 1.0).requires_grad_()) for patch in patches]
+    batch = zp.collate(grown)
+    assert not batch.t1.data.requires_grad
+    assert torch.equal(batch.t1.data, zp.collate(patches).t1.data.float())
+
+
+def test_the_memory_of_a_batch_lies_in_the_order_of_the_store(patches: list[zp.Patch]) -> None:
+    data = zp.collate(patches).t1.data
+    assert data.permute(0, 1, 4, 3, 2).is_contiguous()  # (b, c, z, y, x)
+
+
+def test_patches_with_other_images_do_not_make_a_batch(
+    subject: zp.Subject, volume: NDArray[np.int16]
+) -> None:
+    bare = zp.Subject(name="bob", t1=zp.ScalarImage(volume))
+    mixed = [next(zp.UniformSampler(4)(s, 1, rng=0)) for s in (subject, bare)]
+    with pytest.raises(OptionError, match="same images in each patch: 'bob' has t1, 'ann' has t1, seg"):
+        zp.collate(mixed)
+
+
+def test_patches_of_other_shapes_do_not_make_a_batch(subject: zp.Subject) -> None:
+    mixed = [next(zp.UniformSampler(size)(subject, 1, rng=0)) for size in (4, 5)]
+    with pytest.raises(OptionError, match=r"one shape: 't1' has \(1, 4, 4, 4\), \(1, 5, 5, 5\)"):
+        zp.collate(mixed)
+
+
+def test_a_batch_moves_to_a_device(patches: list[zp.Patch]) -> None:
+    batch = zp.collate(patches)
+    moved = batch.to("meta")
+    assert {image.data.device.type for image in moved.images.values()} == {"meta"}
+    assert (moved.patch_location, moved.subjects) == (batch.patch_location, batch.subjects)
+    assert torch.equal(batch.to(torch.device("cpu"), non_blocking=True).t1.data, batch.t1.data)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU to pin memory for")
+def test_a_dataloader_pins_a_batch(patches: list[zp.Patch]) -> None:
+    [batch] = torch.utils.data.DataLoader(patches, batch_size=3, collate_fn=zp.collate, pin_memory=True)
+    assert batch.t1.data.is_pinned()

@@ -1,0 +1,622 @@
+"""Samplers: patches are drawn by the exact law that the documentation states, from any source of maps."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+import random
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import dask.array as da
+import nibabel as nib
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+import zpatch as zp
+from zpatch.errors import (
+    OptionError,
+    PatchOverlapError,
+    PatchSizeError,
+    SamplingError,
+    UnknownNameError,
+)
+from zpatch.sampling import randomness
+from zpatch.sampling.samplers import RandomSampler
+
+SHAPE = (9, 8, 7)
+DRAWS = 10_000
+KINDS: dict[str, type[zp.Image]] = {"t1": zp.ScalarImage, "seg": zp.LabelMap, "where": zp.SamplingMap}
+PATCHES = [1, 2, 3, (4, 3, 2), (5, 8, 3), SHAPE]
+
+every_patch = pytest.mark.parametrize("patch_size", PATCHES, ids=str)
+every_source = pytest.mark.parametrize("source", ["numpy", "dask", "stored"])
+
+
+def subject_of(source: str, folder: Path, **arrays: NDArray[Any]) -> zp.Subject:
+    """A subject of arrays (I, J, K) or (C, I, J, K): in memory, of dask blocks, or stored with an index."""
+    if source == "stored":
+        for name, array in arrays.items():
+            path = folder / "source" / "sub" / f"{name}.nii"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            voxels = np.moveaxis(array, 0, -1) if array.ndim == 4 else array
+            nib.Nifti1Image(voxels, np.eye(4), dtype=voxels.dtype).to_filename(path)
+        zp.convert(folder / "source", folder / "store", chunk=3, sampling_patterns=["where"])
+        return zp.Cohort(folder / "store")[0]
+    if source == "dask":
+        arrays = {name: da.from_array(array, chunks=3) for name, array in arrays.items()}
+    return zp.Subject(**{name: KINDS[name](array) for name, array in arrays.items()})
+
+
+def in_memory(**arrays: NDArray[Any]) -> zp.Subject:
+    return subject_of("numpy", Path(), **arrays)
+
+
+def inside(patch_size: Any, shape: tuple[int, ...] = SHAPE) -> NDArray[np.bool_]:
+    """The voxels that can be a centre: start + p // 2 for every start."""
+    size = np.broadcast_to(patch_size, 3)
+    mask = np.zeros(shape, bool)
+    for starts in itertools.product(*(range(n - p + 1) for n, p in zip(shape, size, strict=True))):
+        mask[tuple(starts + size // 2)] = True
+    return mask
+
+
+def centres(
+    sampler: RandomSampler, subject: zp.Subject, *, count: int = DRAWS, seed: int = 1
+) -> NDArray[Any]:
+    """How often each voxel is the centre of a patch."""
+    locations = sampler.locations(subject, count, seed)
+    assert {location.size for location in locations} == {sampler.patch_size}
+    found = np.array([location.index for location in locations]) + np.array(sampler.patch_size) // 2
+    flat = np.ravel_multi_index(tuple(found.T), subject.spatial_shape)
+    return np.bincount(flat, minlength=np.prod(subject.spatial_shape)).reshape(subject.spatial_shape)
+
+
+def follows(seen: NDArray[Any], weights: NDArray[Any]) -> bool:
+    """Whether counts follow a law, by a chi-square test; where it is zero there must be none."""
+    law = weights / weights.sum(dtype=np.float64)
+    assert not seen[law == 0].any()
+    if (law > 0).sum() == 1:
+        return True
+    return bool(scipy.stats.chisquare(seen[law > 0], law[law > 0] * seen.sum()).pvalue > 1e-3)
+
+
+@pytest.fixture
+def labels(rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Three classes of unequal size, each present at the volume's centre and elsewhere."""
+    labels = rng.choice(4, SHAPE, p=[0.6, 0.25, 0.1, 0.05]).astype(np.uint8)
+    labels[4, 4, 3] = 1
+    return labels
+
+
+@every_patch
+def test_uniform_patches_start_anywhere_alike(patch_size: Any) -> None:
+    subject = in_memory(t1=np.zeros(SHAPE))
+    assert follows(centres(zp.UniformSampler(patch_size), subject), inside(patch_size))
+
+
+@every_patch
+@every_source
+def test_weighted_centres_follow_the_map_where_patches_fit(
+    tmp_path: Path, rng: np.random.Generator, patch_size: Any, source: str
+) -> None:
+    weights = rng.uniform(0.3, 1, SHAPE).astype(np.float32)
+    weights[rng.random(SHAPE) < 0.4] = 0
+    weights[4, 4, 3] = 1
+    subject = subject_of(source, tmp_path, where=weights)
+    seen = centres(zp.WeightedSampler(patch_size, "where"), subject)
+    assert follows(seen, weights.astype(np.float64) * inside(patch_size))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float64, bool])
+@pytest.mark.parametrize("name", ["t1", "seg", "where"])
+def test_any_image_may_be_a_map_and_small_integers_do_not_wrap(name: str, dtype: Any) -> None:
+    weights = np.full(SHAPE, 200).astype(dtype)
+    weights[:2] = 0
+    subject = in_memory(**{name: weights})
+    assert follows(centres(zp.WeightedSampler(3, name), subject), (weights > 0) * inside(3))
+
+
+def test_a_stored_map_is_followed_by_its_scaled_values(tmp_path: Path, rng: np.random.Generator) -> None:
+    stored = rng.integers(0, 20, SHAPE, dtype=np.int16)
+    (tmp_path / "source").mkdir()
+    path = tmp_path / "source" / "where.nii"
+    nib.Nifti1Image(stored, np.eye(4)).to_filename(path)
+    data = bytearray(path.read_bytes())
+    data[112:120] = np.array([0.5, 2], "<f4").tobytes()
+    path.write_bytes(data)
+    zp.convert(tmp_path / "source", tmp_path / "store", chunk=3, sampling_patterns=["where"])
+    seen = centres(zp.WeightedSampler(3, "image"), zp.Cohort(tmp_path / "store")[0])
+    assert follows(seen, (stored * 0.5 + 2) * inside(3))
+
+
+def law_of(labels: NDArray[Any], probabilities: Mapping[int, float], allowed: NDArray[Any]) -> NDArray[Any]:
+    """Each class by its probability, each of its allowed voxels alike; absent classes left out."""
+    law = np.zeros(labels.shape)
+    for label, probability in probabilities.items():
+        mine = (labels == label) & allowed
+        if mine.any():
+            law[mine] = probability / mine.sum()
+    return law
+
+
+@every_patch
+@every_source
+def test_the_class_is_drawn_first_and_then_a_voxel_of_it(
+    tmp_path: Path, labels: NDArray[np.uint8], patch_size: Any, source: str
+) -> None:
+    probabilities = {0: 0, 1: 2, 2: 1, 3: 1}
+    subject = subject_of(source, tmp_path, seg=labels)
+    seen = centres(zp.LabelSampler(patch_size, "seg", probabilities), subject)
+    assert follows(seen, law_of(labels, probabilities, inside(patch_size)))
+
+
+def test_probabilities_of_two_one_and_one_are_a_half_and_two_quarters(labels: NDArray[np.uint8]) -> None:
+    sampler = zp.LabelSampler(3, "seg", {0: 0, 1: 2, 2: 1, 3: 1})
+    seen = centres(sampler, in_memory(seg=labels))
+    shares = [seen[labels == label].sum() for label in range(4)]
+    assert follows(np.array(shares), np.array([0, 0.5, 0.25, 0.25]))
+
+
+@every_source
+@pytest.mark.parametrize("corner", [(0, 0, 0), (8, 7, 6), (0, 4, 3), (8, 4, 3)])
+def test_a_class_in_the_border_alone_is_absent_and_the_others_share_its_part(
+    tmp_path: Path, source: str, corner: tuple[int, int, int]
+) -> None:
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[4, 4, 3], labels[4, 4, 4], labels[corner] = 1, 2, 3
+    probabilities = {1: 1, 2: 3, 3: 96}
+    subject = subject_of(source, tmp_path, seg=labels)
+    seen = centres(zp.LabelSampler(6, "seg", probabilities), subject)
+    assert seen[4, 4, 3] + seen[4, 4, 4] == DRAWS
+    assert follows(seen, law_of(labels, probabilities, inside(6)))
+
+
+@every_source
+def test_a_class_with_one_allowed_voxel_left_is_drawn_there(tmp_path: Path, source: str) -> None:
+    labels = np.ones(SHAPE, np.uint8)
+    labels[inside(5)] = 2
+    labels[5, 4, 3] = 1
+    subject = subject_of(source, tmp_path, seg=labels)
+    seen = centres(zp.LabelSampler(5, "seg", {1: 1}), subject, count=100)
+    assert seen[5, 4, 3] == 100
+
+
+@every_source
+def test_without_probabilities_all_that_is_not_zero_is_one_class(
+    tmp_path: Path, labels: NDArray[np.uint8], source: str
+) -> None:
+    subject = subject_of(source, tmp_path, t1=np.zeros(SHAPE, np.int16), seg=labels)
+    assert follows(centres(zp.LabelSampler(3), subject), (labels > 0) * inside(3))
+
+
+@every_source
+@pytest.mark.parametrize("probabilities", [{0: 1, 2: 3}, None])
+def test_in_a_map_of_channels_the_keys_are_channels_and_what_is_not_zero_is_present(
+    tmp_path: Path, rng: np.random.Generator, source: str, probabilities: dict[int, float] | None
+) -> None:
+    channels = (rng.random((3, *SHAPE)) < 0.2).astype(np.int16) * 7
+    if probabilities:
+        law = sum(
+            p * (channels[c] * inside(3)) / (channels[c] * inside(3)).sum() for c, p in probabilities.items()
+        )
+    else:
+        law = channels.any(axis=0) * inside(3)
+    subject = subject_of(source, tmp_path, seg=channels)
+    assert follows(centres(zp.LabelSampler(3, "seg", probabilities), subject), law)
+
+
+@every_source
+def test_negative_and_large_labels_are_classes(tmp_path: Path, source: str) -> None:
+    labels = np.resize(np.array([-5, 0, 614454277], np.int32), SHAPE)
+    probabilities = {-5: 1, 614454277: 3, 1: 5}
+    seen = centres(zp.LabelSampler(2, "seg", probabilities), subject_of(source, tmp_path, seg=labels))
+    assert follows(seen, law_of(labels, probabilities, inside(2)))
+
+
+def often_rejected() -> NDArray[np.uint8]:
+    """One class, of which a twelfth lies where centres of 3-patches do, in a whole chunk of 3."""
+    labels = (~inside(3)).astype(np.uint8)
+    labels[3:6, 3:6, 3:6] = 1
+    return labels
+
+
+@pytest.mark.parametrize("source", ["dask", "stored"])
+@pytest.mark.parametrize(
+    "sampler", [zp.LabelSampler(3, "seg", {1: 1}), zp.WeightedSampler(3, "where")], ids=repr
+)
+def test_a_draw_is_the_same_whatever_was_drawn_before_it(
+    tmp_path: Path, sampler: RandomSampler, source: str
+) -> None:
+    labels = often_rejected()
+    used, fresh = (
+        subject_of(source, tmp_path / name, seg=labels, where=labels.astype(np.float32)) for name in "ab"
+    )
+    few, many = sampler.locations(used, 5, 1), sampler.locations(used, 1000, 2)
+    assert sampler.locations(used, 1000, 2) == many
+    assert sampler.locations(used, 5, 1) == few
+    assert sampler.locations(fresh, 1000, 2) == many
+    assert sampler.locations(fresh, 5, 1) == few
+    assert follows(centres(sampler, used), labels * inside(3))
+
+
+def test_all_patches_of_a_subject_in_an_epoch_come_from_one_draw(tmp_path: Path) -> None:
+    used, fresh = (subject_of("dask", tmp_path, seg=often_rejected()) for _ in range(2))
+    sampler = zp.LabelSampler(3, "seg", {1: 1})
+    with zp.Queue([used], sampler, patches_per_volume=100) as queue:
+        for epoch in (0, 1, 0):
+            queue.set_epoch(epoch)
+            rng = randomness.rng(0, epoch, 0, 0, purpose=randomness.Purpose.LOCATIONS)
+            drawn = sampler.locations(fresh, 100, rng)
+            assert sorted(p.location.index for p in queue) == sorted(location.index for location in drawn)
+
+
+@every_source
+def test_a_subject_that_was_drawn_from_can_be_sent_to_a_process(tmp_path: Path, source: str) -> None:
+    labels = often_rejected()
+    subject = subject_of(source, tmp_path, seg=labels, where=labels.astype(np.float32))
+    for sampler in (zp.LabelSampler(3, "seg"), zp.WeightedSampler(3, "where")):
+        drawn = sampler.locations(subject, 100, 1)
+        assert sampler.locations(pickle.loads(pickle.dumps(subject)), 100, 1) == drawn
+
+
+def test_a_label_map_of_a_plain_array_may_be_of_floats() -> None:
+    labels = np.resize(np.array([0, 1, 2], np.float32), SHAPE)
+    seen = centres(zp.LabelSampler(2, "t1", {1: 1}), in_memory(t1=labels))
+    assert follows(seen, (labels == 1) * inside(2))
+
+
+def test_the_first_label_map_is_taken_where_none_is_named(labels: NDArray[np.uint8]) -> None:
+    subject = zp.Subject(
+        t1=zp.ScalarImage(np.ones(SHAPE)), one=zp.LabelMap(labels), two=zp.LabelMap(np.ones(SHAPE))
+    )
+    assert not centres(zp.LabelSampler(3), subject)[labels == 0].any()
+
+
+def test_locations_are_drawn_without_reading_the_images(cohort_store: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(cohort_store, tmp_path / "copy.zarr"))
+    subject = zp.Cohort(copy)[0]
+    shutil.rmtree(subject.t1.folder / "0" / "c")
+    assert len(zp.LabelSampler(8).locations(subject, 10, 0)) == 10
+    shutil.rmtree(subject.seg.folder / "0" / "c")
+    assert len(zp.UniformSampler(8).locations(subject, 10, 0)) == 10
+
+
+def constant(value: float, dtype: Any = np.float32) -> NDArray[Any]:
+    return np.full(SHAPE, value, dtype)
+
+
+def border() -> NDArray[Any]:
+    weights = np.zeros(SHAPE, np.float32)
+    weights[0, 0, 0] = weights[-1, -1, -1] = 1
+    return weights
+
+
+def some(value: float) -> NDArray[Any]:
+    weights = np.ones(SHAPE, np.float32)
+    weights[4, 4, 3] = value
+    return weights
+
+
+@pytest.mark.parametrize("source", ["numpy", "dask"])
+@pytest.mark.parametrize(
+    ("weights", "why"),
+    [
+        (some(-1), "negative weights; a sampling map must be at least 0"),
+        (some(np.nan), "NaN or infinite weights; a sampling map must be finite"),
+        (some(np.inf), "NaN or infinite weights; a sampling map must be finite"),
+        (constant(0), "is zero everywhere; nothing can be drawn from it"),
+        (
+            border(),
+            r"is zero wherever a patch of \(5, 5, 5\) fits; all of its weight lies in the border; use a",
+        ),
+        (np.ones((2, *SHAPE)), "has 2 channels; a map has one"),
+    ],
+)
+def test_a_map_that_cannot_be_drawn_from_is_an_error(
+    tmp_path: Path, source: str, weights: NDArray[Any], why: str
+) -> None:
+    subject = subject_of(source, tmp_path, where=weights)
+    with pytest.raises(SamplingError, match=f"the map 'where' of subject 'subject'.*{why}"):
+        zp.WeightedSampler(5, "where").locations(subject, 10, 0)
+
+
+@pytest.mark.parametrize(
+    ("weights", "why"),
+    [
+        (constant(0), "the map 'where' of subject 'sub' is zero everywhere"),
+        (border(), "the map 'where' of subject 'sub' is zero wherever a patch .* lies in the border"),
+    ],
+)
+def test_a_stored_map_that_cannot_be_drawn_from_is_an_error(
+    tmp_path: Path, weights: NDArray[Any], why: str
+) -> None:
+    subject = subject_of("stored", tmp_path, where=weights)
+    with pytest.raises(SamplingError, match=why):
+        zp.WeightedSampler(5, "where").locations(subject, 10, 0)
+
+
+@every_source
+@pytest.mark.parametrize(
+    ("probabilities", "wanted"), [({3: 1, 1: 1}, "3, 1"), ({7: 1, 0: 0}, "7"), (None, "all but 0")]
+)
+def test_classes_that_can_be_nowhere_are_an_error_that_names_them(
+    tmp_path: Path, source: str, probabilities: dict[int, float] | None, wanted: str
+) -> None:
+    subject = subject_of(source, tmp_path, seg=border().astype(np.uint8))
+    with pytest.raises(
+        SamplingError, match=rf"wanted classes \({wanted}\) of 'seg' of subject .* patch of \(5, 5, 5\); use"
+    ):
+        zp.LabelSampler(5, "seg", probabilities).locations(subject, 10, 0)
+
+
+@pytest.mark.parametrize("probabilities", [{}, {1: 0}, {1: -1, 2: 2}, {1: np.nan}, {1: np.inf}])
+def test_probabilities_that_are_none_are_an_error(probabilities: dict[int, float]) -> None:
+    with pytest.raises(OptionError, match="label_probabilities must be at least 0, finite, and not all 0"):
+        zp.LabelSampler(3, "seg", probabilities)
+
+
+SAMPLERS = [zp.UniformSampler(3), zp.WeightedSampler(3, "where"), zp.LabelSampler(3, "seg", {1: 1, 2: 2})]
+every_sampler = pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
+
+
+@pytest.fixture
+def subject(rng: np.random.Generator, labels: NDArray[np.uint8]) -> zp.Subject:
+    return in_memory(t1=rng.random(SHAPE), seg=labels, where=rng.random(SHAPE))
+
+
+@every_sampler
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_patch_larger_than_the_volume_is_an_error_that_names_the_axis(
+    sampler: RandomSampler, subject: zp.Subject, axis: int
+) -> None:
+    size = [3, 3, 3]
+    size[axis] = SHAPE[axis] + 1
+    larger = copy.copy(sampler)
+    larger.patch_size = tuple(size)  # type: ignore[assignment]
+    with pytest.raises(
+        PatchSizeError,
+        match=rf"patch of {size[axis]} voxels does not fit axis {'IJK'[axis]} of 'subject' "
+        rf"\({SHAPE[axis]} voxels\); use a smaller patch_size, or .*padding_mode",
+    ):
+        larger.locations(subject, 1, 0)
+
+
+@pytest.mark.parametrize("size", [0, -1, (3, 0, 3)])
+def test_a_patch_of_nothing_is_an_error(size: Any) -> None:
+    with pytest.raises(PatchSizeError, match="patch_size must be at least 1 on every axis, not"):
+        zp.UniformSampler(size)
+
+
+@pytest.mark.parametrize("size", [2.5, (2, 3), (1, 2, 3, 4), "large", None])
+def test_a_patch_size_that_is_no_size_is_an_error(size: Any) -> None:
+    with pytest.raises(OptionError, match="patch_size must be one integer or three, not"):
+        zp.UniformSampler(size)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "why"),
+    [
+        (zp.WeightedSampler(3, "wher"), "no image 'wher' in subject 'subject'; did you mean 'where'"),
+        (zp.LabelSampler(3, "segg"), "no image 'segg' in subject 'subject'; did you mean 'seg'"),
+    ],
+)
+def test_an_unknown_map_is_an_error_with_the_nearest_names(
+    subject: zp.Subject, sampler: RandomSampler, why: str
+) -> None:
+    with pytest.raises(UnknownNameError, match=why):
+        sampler.locations(subject, 1, 0)
+
+
+def test_a_subject_without_a_label_map_is_an_error_that_lists_its_images() -> None:
+    with pytest.raises(UnknownNameError, match=r"'subject' has no label map \(it has: t1\); say label_name="):
+        zp.LabelSampler(3).locations(in_memory(t1=np.zeros(SHAPE)), 1, 0)
+
+
+def test_a_negative_number_of_patches_is_an_error(subject: zp.Subject) -> None:
+    with pytest.raises(OptionError, match="num_patches must be at least 0, not -1"):
+        zp.UniformSampler(3).locations(subject, -1)
+
+
+@every_sampler
+def test_a_sampler_yields_as_many_patches_as_it_is_asked_for(
+    sampler: RandomSampler, subject: zp.Subject
+) -> None:
+    for count in (0, 1, 16, 17, 40):
+        assert len(list(sampler(subject, count))) == count
+    assert len(list(itertools.islice(sampler(subject), 50))) == 50
+    assert sampler.locations(subject, 0) == []
+
+
+@every_sampler
+@every_source
+def test_a_patch_holds_the_voxels_at_its_location(
+    sampler: RandomSampler, tmp_path: Path, rng: np.random.Generator, labels: NDArray[np.uint8], source: str
+) -> None:
+    arrays = {"t1": rng.random((2, *SHAPE)).astype(np.float32), "seg": labels, "where": rng.random(SHAPE)}
+    for patch in sampler(subject_of(source, tmp_path, **arrays), 5, rng=3):
+        for name, array in arrays.items():
+            box = (slice(None), *patch.location.to_slices())
+            np.testing.assert_array_equal(patch[name].data, array.reshape(-1, *SHAPE)[box])
+            assert patch[name].kind == KINDS[name].kind
+
+
+@every_sampler
+def test_an_integer_seeds_the_draw_and_none_is_fresh(sampler: RandomSampler, subject: zp.Subject) -> None:
+    def draw(source: Any) -> list[zp.PatchLocation]:
+        return sampler.locations(subject, 30, source)
+
+    assert draw(7) == draw(7)
+    assert draw(7) != draw(8)
+    assert draw(None) != draw(None)
+    generator = np.random.default_rng(7)
+    assert draw(generator) != draw(generator)
+    assert draw(np.random.default_rng(7)) == draw(np.random.default_rng(7))
+    drawn = [[patch.location for patch in sampler(subject, 30, rng=7)] for _ in range(2)]
+    assert drawn[0] == drawn[1]
+
+
+@every_sampler
+def test_the_global_generators_are_neither_read_nor_written(
+    sampler: RandomSampler, subject: zp.Subject
+) -> None:
+    def state() -> tuple[str, str, str]:
+        return repr(np.random.get_state()), repr(torch.get_rng_state().tolist()), repr(random.getstate())  # noqa: NPY002
+
+    before = state()
+    list(sampler(subject, 5))
+    list(sampler(subject, 5, rng=1))
+    assert state() == before
+
+
+@every_source
+def test_a_patch_owns_its_memory(tmp_path: Path, source: str) -> None:
+    volume = np.zeros(SHAPE, np.float32)
+    subject = subject_of(source, tmp_path, t1=volume)
+    for patch in [*zp.UniformSampler(3)(subject, 4, rng=0), zp.GridSampler(subject, 3)[0]]:
+        assert patch.t1.data.untyped_storage().nbytes() == 27 * 4
+        patch.t1.data[...] = 1
+    assert not volume.any()
+    assert not subject.t1.data.any()
+
+
+def test_the_affine_of_a_patch_puts_its_corner_where_it_is_in_the_volume(subject: zp.Subject) -> None:
+    affine = np.array([[0, 2, 0.5, 10], [3, 0, 0, 20], [0, 0.1, 4, 30], [0, 0, 0, 1]])
+    oblique = zp.Subject(t1=zp.ScalarImage(np.zeros(SHAPE), affine=affine))
+    for patch in zp.UniformSampler(3)(oblique, 5, rng=0):
+        np.testing.assert_allclose(patch.t1.affine[:3, 3], (affine @ [*patch.location.index, 1])[:3])
+        np.testing.assert_array_equal(patch.t1.affine[:3, :3], affine[:3, :3])
+
+
+def starts(n: int, p: int, o: int) -> list[int]:
+    regular = list(range(0, n - p + 1, p - o))
+    return regular if regular[-1] == n - p else [*regular, n - p]
+
+
+@st.composite
+def grids(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Shape, patch and overlap of a grid without padding."""
+    shape = draw(st.tuples(*[st.integers(1, 8)] * 3))
+    patch = tuple(draw(st.integers(1, n)) for n in shape)
+    overlap = tuple(2 * draw(st.integers(0, (p - 1) // 2)) for p in patch)
+    return shape, patch, overlap
+
+
+@given(grids())
+def test_a_grid_has_the_patches_of_the_formula_in_lexicographic_order(
+    given_grid: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
+) -> None:
+    shape, patch, overlap = given_grid
+    volume = np.arange(np.prod(shape)).reshape(shape)
+    grid = zp.GridSampler(in_memory(t1=volume), patch, overlap)
+    expected = list(itertools.product(*map(starts, shape, patch, overlap)))
+    assert [location.index for location in grid.locations] == expected
+    assert len(grid) == len(expected)
+    for number in {0, len(grid) // 2, len(grid) - 1}:
+        box = tuple(slice(a, a + p) for a, p in zip(expected[number], patch, strict=True))
+        np.testing.assert_array_equal(grid[number].t1.data[0], volume[box])
+        assert grid[number - len(grid)].location == grid[number].location == grid.locations[number]
+
+
+@given(grids(), st.sampled_from(["constant", "edge", "reflect", "symmetric", "wrap"]))
+def test_a_padded_grid_is_the_grid_of_the_volume_padded_by_numpy(
+    given_grid: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]], mode: str
+) -> None:
+    shape, patch, overlap = given_grid
+    half = [o // 2 for o in overlap]
+    volume = np.arange(np.prod(shape)).reshape(shape)
+    choice = {"constant_values": -5} if mode == "constant" else {}
+    padded = np.pad(volume, [(h, h) for h in half], mode=mode, **choice)  # type: ignore[call-overload]
+    grid = zp.GridSampler(in_memory(t1=volume), patch, overlap, padding_mode=mode, fill=-5)
+    expected = list(itertools.product(*map(starts, padded.shape, patch, overlap)))
+    assert [location.index for location in grid.locations] == [
+        tuple(np.subtract(index, half).tolist()) for index in expected
+    ]
+    for number in {0, len(grid) // 2, len(grid) - 1}:
+        box = tuple(slice(a, a + p) for a, p in zip(expected[number], patch, strict=True))
+        np.testing.assert_array_equal(grid[number].t1.data[0], padded[box])
+
+
+def test_a_fill_is_an_intensity_and_maps_are_padded_with_zero() -> None:
+    ones = {name: np.ones((2, 2, 2), dtype) for name, dtype in (("t1", "i2"), ("seg", "u1"), ("where", "f4"))}
+    [patch] = zp.GridSampler(in_memory(**ones), (4, 2, 2), padding_mode="constant", fill=-1024)
+    for name, fill in (("t1", -1024), ("seg", 0), ("where", 0)):
+        assert patch[name].data[0, :, 0, 0].tolist() == [fill, 1, 1, fill]
+
+
+def test_a_fill_that_is_no_value_of_an_image_is_an_error() -> None:
+    grid = zp.GridSampler(in_memory(t1=np.ones((2, 2, 2), np.uint8)), 4, padding_mode="constant", fill=-1024)
+    with pytest.raises(
+        OptionError, match=r"uint8\) cannot be padded with fill=-1024, .* choose another fill"
+    ):
+        grid[0]
+
+
+def test_a_small_volume_is_padded_up_to_the_patch() -> None:
+    volume = np.arange(3 * 4 * 5).reshape(3, 4, 5)
+    grid = zp.GridSampler(in_memory(t1=volume), (6, 4, 8), padding_mode="edge")
+    assert [location.index for location in grid.locations] == [(-1, 0, -1)]
+    expected = np.pad(volume, [(1, 2), (0, 0), (1, 2)], mode="edge")
+    np.testing.assert_array_equal(grid[0].t1.data[0], expected)
+
+
+def test_a_grid_can_be_read_by_a_torch_loader_in_order(subject: zp.Subject) -> None:
+    grid = zp.GridSampler(subject, 4, 2)
+    batches = list(torch.utils.data.DataLoader(grid, batch_size=5, collate_fn=zp.collate))
+    assert [loc for batch in batches for loc in batch.patch_location] == grid.locations
+    assert batches[0].t1.data.shape == (5, 1, 4, 4, 4)
+    assert [patch.location for patch in grid] == grid.locations
+
+
+def test_a_grid_without_a_subject_is_a_template(subject: zp.Subject) -> None:
+    template = zp.GridSampler(patch_size=4, patch_overlap=2, padding_mode="edge")
+    found = [patch.location for patch in template(subject)]
+    assert found == zp.GridSampler(subject, 4, 2, "edge").locations
+    for use in (len, list, lambda grid: grid[0], lambda grid: grid.locations):
+        with pytest.raises(OptionError, match="this GridSampler is a template without a subject; give it on"):
+            use(template)
+
+
+@pytest.mark.parametrize(
+    ("overlap", "why"),
+    [
+        (1, "patch_overlap must be even and at least 0, not 1 on axis I; half of it is cut from each side"),
+        ((0, 3, 0), "must be even and at least 0, not 3 on axis J"),
+        (-2, "must be even and at least 0, not -2 on axis I"),
+        (4, r"patch_overlap of 4 voxels on axis I is not smaller than the patch \(4\); use at most 2"),
+        (
+            (0, 0, 6),
+            r"patch_overlap of 6 voxels on axis K is not smaller than the patch \(4\); use at most 2",
+        ),
+    ],
+)
+def test_an_overlap_that_is_odd_or_too_large_is_an_error(subject: zp.Subject, overlap: Any, why: str) -> None:
+    with pytest.raises(PatchOverlapError, match=why):
+        zp.GridSampler(subject, 4, overlap)
+
+
+@pytest.mark.parametrize("index", [64, -65, 1000])
+def test_a_patch_beyond_the_end_of_a_grid_is_an_error(index: int) -> None:
+    grid = zp.GridSampler(in_memory(t1=np.zeros((10, 10, 10))), 4, 2)
+    with pytest.raises(IndexError, match=f"patch {index} of a grid of 64 patches"):
+        grid[index]
+
+
+def test_a_grid_patch_larger_than_the_volume_is_an_error_that_names_the_padding(subject: zp.Subject) -> None:
+    with pytest.raises(PatchSizeError, match=r"does not fit axis K .*\(7 voxels\); .*padding_mode"):
+        zp.GridSampler(subject, 8)
+
+
+def test_a_grid_needs_a_patch_size_and_a_padding_that_exists(subject: zp.Subject) -> None:
+    with pytest.raises(OptionError, match="patch_size is missing; say"):
+        zp.GridSampler(subject)
+    with pytest.raises(OptionError, match=r"padding_mode must be one of constant, edge, .*, not 'mirror'"):
+        zp.GridSampler(subject, 4, padding_mode="mirror")

@@ -1,0 +1,1 @@
+"""How fast a store is read, and what would be faster."""

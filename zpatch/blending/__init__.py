@@ -1,0 +1,1 @@
+"""Overlapping patches into one volume."""

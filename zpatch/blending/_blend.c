@@ -1,0 +1,240 @@
+/* The inner loops of the sweep: adding weighted patches, and the class of each voxel.
+
+Voxels are float32 in any strides, on four axes of which the first is the channel; the loops run along the
+axis whose neighbours lie closest. The weight of a voxel is a product over the three others, never stored. */
+
+#define Py_LIMITED_API 0x030B0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdint.h>
+
+#define AXES 3
+#define BLOCK 512 /* voxels whose best score is kept at hand */
+
+typedef struct {
+    char *data;
+    Py_ssize_t channels, channel_stride;
+    Py_ssize_t shape[AXES], stride[AXES];
+} Volume;
+
+static int is_volume(const Py_buffer *view, Py_ssize_t item)
+{
+    return view->ndim == AXES + 1 && view->itemsize == item && view->strides;
+}
+
+static Volume volume_of(const Py_buffer *view, const int *order)
+{
+    Volume volume = {view->buf, view->shape[0], view->strides[0], {0}, {0}};
+    for (int axis = 0; axis < AXES; axis++) {
+        volume.shape[axis] = view->shape[1 + order[axis]];
+        volume.stride[axis] = view->strides[1 + order[axis]];
+    }
+    return volume;
+}
+
+/* The axes of a volume, the one whose neighbours lie farthest apart first. */
+static void order_of(const Py_buffer *view, int *order)
+{
+    for (int axis = 0; axis < AXES; axis++)
+        order[axis] = axis;
+    for (int a = 0; a < AXES; a++)
+        for (int b = a + 1; b < AXES; b++)
+            if (view->strides[1 + order[b]] > view->strides[1 + order[a]]) {
+                int swapped = order[a];
+                order[a] = order[b];
+                order[b] = swapped;
+            }
+}
+
+static int same_shape(const Py_buffer *a, const Py_buffer *b, int first)
+{
+    for (int axis = first; axis <= AXES; axis++)
+        if (a->shape[axis] != b->shape[axis])
+            return 0;
+    return 1;
+}
+
+static void add_line(float *restrict sums, const float *restrict part, const float *restrict weights,
+                     float weight, Py_ssize_t count)
+{
+    for (Py_ssize_t n = 0; n < count; n++)
+        sums[n] += weight * weights[n] * part[n];
+}
+
+static void set_line(float *restrict sums, const float *restrict part, const float *restrict weights,
+                     float weight, Py_ssize_t count)
+{
+    for (Py_ssize_t n = 0; n < count; n++)
+        sums[n] = weight * weights[n] * part[n];
+}
+
+static void add_strided(char *sums, Py_ssize_t sum_stride, const char *part, Py_ssize_t part_stride,
+                        const float *weights, float weight, Py_ssize_t count, int is_first)
+{
+    for (Py_ssize_t n = 0; n < count; n++) {
+        float *sum = (float *)(sums + n * sum_stride);
+        float product = weight * weights[n] * *(const float *)(part + n * part_stride);
+        *sum = is_first ? product : *sum + product;
+    }
+}
+
+static void add_volume(const Volume *sums, const Volume *part, const float *const *weights, int is_first)
+{
+    const Py_ssize_t *shape = sums->shape;
+    int is_dense = sums->stride[2] == sizeof(float) && part->stride[2] == sizeof(float);
+    for (Py_ssize_t c = 0; c < sums->channels; c++)
+        for (Py_ssize_t a = 0; a < shape[0]; a++)
+            for (Py_ssize_t b = 0; b < shape[1]; b++) {
+                char *to = sums->data + c * sums->channel_stride + a * sums->stride[0] + b * sums->stride[1];
+                const char *from =
+                    part->data + c * part->channel_stride + a * part->stride[0] + b * part->stride[1];
+                float weight = weights[0][a] * weights[1][b];
+                if (!is_dense)
+                    add_strided(to, sums->stride[2], from, part->stride[2], weights[2], weight, shape[2],
+                                is_first);
+                else if (is_first)
+                    set_line((float *)to, (const float *)from, weights[2], weight, shape[2]);
+                else
+                    add_line((float *)to, (const float *)from, weights[2], weight, shape[2]);
+            }
+}
+
+static PyObject *add(PyObject *module, PyObject *arguments)
+{
+    (void)module;
+    PyObject *objects[2 + AXES];
+    int is_first, problem = 1, held = 0, order[AXES];
+    if (!PyArg_ParseTuple(arguments, "OOOOOp:add", &objects[0], &objects[1], &objects[2], &objects[3],
+                          &objects[4], &is_first))
+        return NULL;
+    Py_buffer views[2 + AXES];
+    for (; held < 2 + AXES; held++) {
+        int flags = held == 0   ? PyBUF_STRIDES | PyBUF_WRITABLE
+                    : held == 1 ? PyBUF_STRIDES
+                                : PyBUF_C_CONTIGUOUS;
+        if (PyObject_GetBuffer(objects[held], &views[held], flags))
+            goto done;
+    }
+    problem = !is_volume(&views[0], sizeof(float)) || !is_volume(&views[1], sizeof(float)) ||
+              !same_shape(&views[0], &views[1], 0);
+    for (int axis = 0; !problem && axis < AXES; axis++)
+        problem = views[2 + axis].len != views[0].shape[1 + axis] * (Py_ssize_t)sizeof(float);
+    if (problem) {
+        PyErr_SetString(PyExc_ValueError, "sums, part and weights do not fit each other");
+        goto done;
+    }
+    order_of(&views[1], order);
+    Volume sums = volume_of(&views[0], order), part = volume_of(&views[1], order);
+    const float *weights[AXES];
+    for (int axis = 0; axis < AXES; axis++)
+        weights[axis] = views[2 + order[axis]].buf;
+    Py_BEGIN_ALLOW_THREADS add_volume(&sums, &part, weights, is_first);
+    Py_END_ALLOW_THREADS done : while (held) PyBuffer_Release(&views[--held]);
+    if (problem)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+/* The number of the greatest channel, the first of those alike; NaN is greater than all. */
+static void classify_block(const Volume *voxels, const char *from, char *to, Py_ssize_t to_stride,
+                           Py_ssize_t count)
+{
+    float best[BLOCK];
+    uint8_t winner[BLOCK];
+    Py_ssize_t stride = voxels->stride[2];
+    int is_dense = stride == sizeof(float);
+    for (Py_ssize_t n = 0; n < count; n++) {
+        best[n] = *(const float *)(from + n * stride);
+        winner[n] = 0;
+    }
+    for (Py_ssize_t c = 1; c < voxels->channels; c++) {
+        const char *scores = from + c * voxels->channel_stride;
+        if (is_dense) {
+            const float *score = (const float *)scores;
+            for (Py_ssize_t n = 0; n < count; n++) {
+                int wins = (score[n] > best[n]) | ((score[n] != score[n]) & (best[n] == best[n]));
+                winner[n] = wins ? (uint8_t)c : winner[n];
+                best[n] = wins ? score[n] : best[n];
+            }
+            continue;
+        }
+        for (Py_ssize_t n = 0; n < count; n++) {
+            float score = *(const float *)(scores + n * stride);
+            int wins = (score > best[n]) | ((score != score) & (best[n] == best[n]));
+            winner[n] = wins ? (uint8_t)c : winner[n];
+            best[n] = wins ? score : best[n];
+        }
+    }
+    for (Py_ssize_t n = 0; n < count; n++)
+        to[n * to_stride] = (char)winner[n];
+}
+
+static void classify_volume(const Volume *voxels, const Volume *classes)
+{
+    const Py_ssize_t *shape = voxels->shape;
+    for (Py_ssize_t a = 0; a < shape[0]; a++)
+        for (Py_ssize_t b = 0; b < shape[1]; b++)
+            for (Py_ssize_t c = 0; c < shape[2]; c += BLOCK) {
+                Py_ssize_t count = shape[2] - c < BLOCK ? shape[2] - c : BLOCK;
+                const char *from =
+                    voxels->data + a * voxels->stride[0] + b * voxels->stride[1] + c * voxels->stride[2];
+                char *to =
+                    classes->data + a * classes->stride[0] + b * classes->stride[1] + c * classes->stride[2];
+                classify_block(voxels, from, to, classes->stride[2], count);
+            }
+}
+
+static PyObject *classify(PyObject *module, PyObject *arguments)
+{
+    (void)module;
+    PyObject *voxel_object, *class_object;
+    int order[AXES];
+    if (!PyArg_ParseTuple(arguments, "OO:classify", &voxel_object, &class_object))
+        return NULL;
+    Py_buffer voxels, classes;
+    if (PyObject_GetBuffer(voxel_object, &voxels, PyBUF_STRIDES))
+        return NULL;
+    if (PyObject_GetBuffer(class_object, &classes, PyBUF_STRIDES | PyBUF_WRITABLE)) {
+        PyBuffer_Release(&voxels);
+        return NULL;
+    }
+    int fits = is_volume(&voxels, sizeof(float)) && is_volume(&classes, 1) && classes.shape[0] == 1 &&
+               voxels.shape[0] >= 1 && voxels.shape[0] <= 256 && same_shape(&voxels, &classes, 1);
+    if (fits) {
+        order_of(&voxels, order);
+        Volume from = volume_of(&voxels, order), to = volume_of(&classes, order);
+        Py_BEGIN_ALLOW_THREADS classify_volume(&from, &to);
+        Py_END_ALLOW_THREADS
+    } else {
+        PyErr_SetString(PyExc_ValueError, "scores and classes do not fit each other");
+    }
+    PyBuffer_Release(&voxels);
+    PyBuffer_Release(&classes);
+    if (!fits)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+    {"add", add, METH_VARARGS,
+     "add(sums, part, i, j, k, is_first)\n--\n\n"
+     "Add a part (C, I, J, K), weighted by three vectors, to sums; the first part takes their place."},
+    {"classify", classify, METH_VARARGS,
+     "classify(scores, classes)\n--\n\n"
+     "Write the number of the greatest channel of scores (C, I, J, K) into uint8 classes (1, I, J, K)."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    "zpatch.blending._blend",
+    "The inner loops of the sweep.",
+    0,
+    methods,
+    NULL,
+    NULL,
+    NULL,
+    NULL,
+};
+
+PyMODINIT_FUNC PyInit__blend(void) { return PyModuleDef_Init(&definition); }

@@ -1,0 +1,363 @@
+/* The inner loop of a group read: encoded chunks in memory-mapped shards -> parts of patches.
+ *
+ * Each chunk is decoded as far as its patches need it, and its voxels go from the decoded planes of bytes
+ * straight to where they belong. A chunk that is packed in a way not known here is reported, and gathering.py
+ * decodes it with numcodecs: same voxels, slower.
+ */
+
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030B0000
+#include <Python.h>
+
+#include <limits.h>
+
+#include "_decode.h"
+#include "_voxels.h"
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "voxels are stored in little-endian order; reading goes without this file here"
+#endif
+
+enum { ROW_FIELDS = 16 };
+enum { MAP, OFFSET, LENGTH, OUT, PARTS }; /* fields of a row; then (first, extent, target) per axis */
+
+typedef struct {
+    Join join, copy;      /* out of several planes; out of one, which holds whole voxels */
+    Scale scale;          /* or NULL: voxels are written as they are stored */
+    size_t item, written; /* bytes of a stored voxel and of a written one */
+    Scaling scaling;
+} Writer;
+
+static int choose_writer(Writer *writer, size_t item, const char *scaled_from)
+{
+    static const struct {
+        const char *scaled_from;
+        size_t item, written;
+        Join join, copy;
+        Scale scale;
+    } known[] = {
+        {"", 1, 1, copy_1, copy_1, NULL},       {"", 2, 2, join_2, copy_2, NULL},
+        {"", 4, 4, join_4, copy_4, NULL},       {"", 8, 8, join_8, copy_8, NULL},
+        {"u1", 1, 4, copy_1, copy_1, scale_u1}, {"i1", 1, 4, copy_1, copy_1, scale_i1},
+        {"u2", 2, 4, join_2, copy_2, scale_u2}, {"i2", 2, 4, join_2, copy_2, scale_i2},
+    };
+    for (size_t k = 0; k < sizeof known / sizeof *known; k++)
+        if (known[k].item == item && !strcmp(known[k].scaled_from, scaled_from)) {
+            writer->join = known[k].join;
+            writer->copy = known[k].copy;
+            writer->scale = known[k].scale;
+            writer->item = item;
+            writer->written = known[k].written;
+            return 1;
+        }
+    return 0;
+}
+
+/* Writes rows of voxels that lie in one block, from voxel `at` of it on. */
+static void write_rows(const Writer *writer, const uint8_t *const *planes, size_t plane_count, uint8_t *out,
+                       size_t at, const Rows *rows, uint8_t *spare)
+{
+    Join join = plane_count > 1 ? writer->join : writer->copy;
+    if (!writer->scale) {
+        join(out, planes, at, rows);
+        return;
+    }
+    Rows one = {1, rows->voxels, 0, 0, 0};
+    for (size_t row = 0; row < rows->count; row++, out += rows->out_step, at += rows->step) {
+        const uint8_t *voxels = spare;
+        if (plane_count > 1)
+            join(spare, planes, at, &one);
+        else
+            voxels = planes[0] + at * writer->item;
+        writer->scale(out, voxels, rows->voxels, &writer->scaling);
+    }
+}
+
+/* Writes rows of voxels from voxel `at` of a chunk on, whatever blocks they lie in. */
+static void write_from(const Writer *writer, const Decoded *chunk, uint8_t *out, size_t at, const Rows *rows,
+                       uint8_t *spare)
+{
+    size_t block = at / chunk->block_voxels, last = at + (rows->count - 1) * rows->step + rows->voxels - 1;
+    if (last / chunk->block_voxels == block) {
+        write_rows(writer, chunk->start + block * chunk->planes, chunk->planes, out,
+                   at - block * chunk->block_voxels, rows, spare);
+        return;
+    }
+    for (size_t row = 0; row < rows->count; row++, out += rows->out_step, at += rows->step) {
+        size_t done = 0;
+        while (done < rows->voxels) {
+            size_t left = rows->voxels - done, within = (at + done) % chunk->block_voxels;
+            size_t step = chunk->block_voxels - within < left ? chunk->block_voxels - within : left;
+            Rows one = {1, step, 0, 0, 0};
+            block = (at + done) / chunk->block_voxels;
+            write_rows(writer, chunk->start + block * chunk->planes, chunk->planes,
+                       out + done * writer->written, within, &one, spare);
+            done += step;
+        }
+    }
+}
+
+static void write_part(const Writer *writer, const Decoded *chunk, const Chunks *chunks, const int64_t *part,
+                       const Py_buffer *out, uint8_t *line, uint8_t *spare)
+{
+    const int64_t *c = part + PARTS, *z = c + 3, *y = z + 3, *x = y + 3;
+    const size_t *shape = chunks->shape;
+    const Py_ssize_t *strides = out->strides;
+    int dense = strides[3] == (Py_ssize_t)writer->written;
+    Rows rows = {dense ? (size_t)y[1] : 1, (size_t)x[1], shape[3], strides[2], strides[1]};
+    for (int64_t i = 0; i < c[1]; i++)
+        for (int64_t j = 0; j < z[1]; j++) {
+            size_t plane = ((size_t)(c[0] + i) * shape[1] + (size_t)(z[0] + j)) * shape[2];
+            size_t at = (plane + (size_t)y[0]) * shape[3] + (size_t)x[0];
+            uint8_t *to = (uint8_t *)out->buf + (c[2] + i) * strides[0] + (z[2] + j) * strides[1] +
+                          y[2] * strides[2] + x[2] * strides[3];
+            if (dense)
+                write_from(writer, chunk, to, at, &rows, spare);
+            for (int64_t k = 0; !dense && k < y[1]; k++, at += shape[3], to += strides[2]) {
+                write_from(writer, chunk, line, at, &rows, spare);
+                for (int64_t l = 0; l < x[1]; l++)
+                    memcpy(to + l * strides[3], line + (size_t)l * writer->written, writer->written);
+            }
+        }
+}
+
+/* ---- rows ---- */
+
+static int row_is_sound(const int64_t *row, const Chunks *chunks, const Py_buffer *maps, Py_ssize_t map_count,
+                        const Py_buffer *outs, Py_ssize_t out_count)
+{
+    if (row[MAP] < 0 || row[MAP] >= map_count || row[OUT] < 0 || row[OUT] >= out_count)
+        return 0;
+    int64_t map_bytes = maps[row[MAP]].len;
+    if (row[OFFSET] < 0 || row[LENGTH] < 0 || row[OFFSET] > map_bytes ||
+        row[LENGTH] > map_bytes - row[OFFSET])
+        return 0;
+    for (int a = 0; a < AXES; a++) {
+        const int64_t *part = row + PARTS + 3 * a;
+        int64_t in_chunk = (int64_t)chunks->shape[a], in_out = outs[row[OUT]].shape[a];
+        if (part[0] < 0 || part[1] < 1 || part[2] < 0 || part[1] > in_chunk || part[1] > in_out)
+            return 0;
+        if (part[0] > in_chunk - part[1] || part[2] > in_out - part[1])
+            return 0;
+    }
+    return 1;
+}
+
+static size_t voxel_number(const int64_t *row, const Chunks *chunks, int past_the_end)
+{
+    size_t number = 0;
+    for (int a = 0; a < AXES; a++) {
+        const int64_t *part = row + PARTS + 3 * a;
+        number = number * chunks->shape[a] + (size_t)(past_the_end ? part[0] + part[1] - 1 : part[0]);
+    }
+    return number + (past_the_end ? 1 : 0);
+}
+
+/* All rows; what became of the last one looked at, whose number is left in `at`. */
+static int gather_rows(const int64_t *rows, size_t count, const Chunks *chunks, const Writer *writer,
+                       const Py_buffer *maps, Py_ssize_t map_count, const Py_buffer *outs,
+                       Py_ssize_t out_count, size_t *at)
+{
+    int state = FINE;
+    Decoded chunk = {0};
+    chunk.capacity = MAX_ITEM;
+    chunk.start = malloc(chunk.capacity * sizeof *chunk.start);
+    chunk.scratch = malloc(chunks->blosc ? chunks->bytes + SLACK : SLACK);
+    uint8_t *line = malloc(2 * chunks->shape[3] * MAX_ITEM);
+    if (!chunk.start || !chunk.scratch || !line)
+        state = NO_MEMORY;
+    for (size_t end; state == FINE && *at < count; *at = end) {
+        const int64_t *row = rows + *at * ROW_FIELDS;
+        size_t first = SIZE_MAX, stop = 0;
+        if (row[OFFSET] < 0) { /* no such chunk is stored */
+            state = UNKNOWN;
+            break;
+        }
+        for (end = *at; end < count; end++) {
+            const int64_t *next = rows + end * ROW_FIELDS;
+            if (next[MAP] != row[MAP] || next[OFFSET] != row[OFFSET])
+                break;
+            if (!row_is_sound(next, chunks, maps, map_count, outs, out_count)) {
+                state = BAD_ROW;
+                break;
+            }
+            size_t low = voxel_number(next, chunks, 0), high = voxel_number(next, chunks, 1);
+            first = low < first ? low : first;
+            stop = high > stop ? high : stop;
+        }
+        if (state == FINE)
+            state = decode_chunk(&chunk, (const uint8_t *)maps[row[MAP]].buf + row[OFFSET],
+                                 (size_t)row[LENGTH], chunks, first, stop);
+        if (state != FINE)
+            break;
+        for (size_t r = *at; r < end; r++) {
+            const int64_t *part = rows + r * ROW_FIELDS;
+            write_part(writer, &chunk, chunks, part, outs + part[OUT], line,
+                       line + chunks->shape[3] * MAX_ITEM);
+        }
+    }
+    free(chunk.start);
+    free(chunk.scratch);
+    free(line);
+    return state;
+}
+
+/* ---- Python ---- */
+
+static void release(Py_buffer *buffers, Py_ssize_t count)
+{
+    for (Py_ssize_t i = 0; i < count; i++)
+        PyBuffer_Release(buffers + i);
+    PyMem_Free(buffers);
+}
+
+static Py_buffer *acquire(PyObject *objects, int flags, Py_ssize_t *count)
+{
+    Py_ssize_t size = PySequence_Size(objects);
+    if (size < 0)
+        return NULL;
+    Py_buffer *buffers = PyMem_Calloc((size_t)size + 1, sizeof *buffers);
+    if (!buffers)
+        return (Py_buffer *)PyErr_NoMemory();
+    for (*count = 0; *count < size; ++*count) {
+        PyObject *object = PySequence_GetItem(objects, *count);
+        int failed = !object || PyObject_GetBuffer(object, buffers + *count, flags);
+        Py_XDECREF(object);
+        if (failed) {
+            release(buffers, *count);
+            return NULL;
+        }
+    }
+    return buffers;
+}
+
+static const char *problem_with(const Chunks *chunks, const Py_buffer *rows, const Py_buffer *outs,
+                                Py_ssize_t out_count, const Writer *writer)
+{
+    size_t bytes = chunks->item, limit = chunks->blosc ? INT_MAX : PTRDIFF_MAX / (4 * MAX_ITEM);
+    for (int a = 0; a < AXES; a++) {
+        if (chunks->shape[a] < 1 || bytes > limit / chunks->shape[a])
+            return "a chunk must have 1 byte to 2 GiB, or more where it is not compressed";
+        bytes *= chunks->shape[a];
+    }
+    if (rows->len % (Py_ssize_t)(ROW_FIELDS * sizeof(int64_t)))
+        return "rows must have 16 fields of int64";
+    for (Py_ssize_t i = 0; i < out_count; i++)
+        if (outs[i].ndim != AXES || outs[i].itemsize != (Py_ssize_t)writer->written)
+            return "outs must have 4 axes and voxels of the size that is written";
+    return NULL;
+}
+
+static PyObject *gather(PyObject *module, PyObject *arguments)
+{
+    (void)module;
+    PyObject *row_object, *map_objects, *out_objects;
+    Py_ssize_t start, c, z, y, x, item;
+    const char *codec, *scaled_from;
+    Scaling scaling;
+    Writer writer;
+    if (!PyArg_ParseTuple(arguments, "OnOO(nnnn)nssdddd:gather", &row_object, &start, &map_objects,
+                          &out_objects, &c, &z, &y, &x, &item, &codec, &scaled_from, &scaling.slope,
+                          &scaling.inter, &scaling.low, &scaling.high))
+        return NULL;
+    if (start < 0 || c < 1 || z < 1 || y < 1 || x < 1 || item < 1 ||
+        !choose_writer(&writer, (size_t)item, scaled_from)) {
+        PyErr_SetString(PyExc_ValueError, "no chunks of such a shape or of such voxels are known");
+        return NULL;
+    }
+    writer.scaling = scaling;
+    Chunks chunks = {{(size_t)c, (size_t)z, (size_t)y, (size_t)x}, (size_t)item, 0, !strcmp(codec, "blosc")};
+    Py_buffer rows;
+    if (PyObject_GetBuffer(row_object, &rows, PyBUF_C_CONTIGUOUS))
+        return NULL;
+    PyObject *answer = NULL;
+    Py_ssize_t map_count = 0, out_count = 0;
+    Py_buffer *maps = acquire(map_objects, PyBUF_SIMPLE, &map_count);
+    Py_buffer *outs = maps ? acquire(out_objects, PyBUF_WRITABLE | PyBUF_STRIDES, &out_count) : NULL;
+    if (!outs)
+        goto done;
+    const char *problem = problem_with(&chunks, &rows, outs, out_count, &writer);
+    if (problem) {
+        PyErr_SetString(PyExc_ValueError, problem);
+        goto done;
+    }
+    chunks.bytes = chunks.item * chunks.shape[0] * chunks.shape[1] * chunks.shape[2] * chunks.shape[3];
+    size_t count = (size_t)rows.len / (ROW_FIELDS * sizeof(int64_t)), at = (size_t)start;
+    int state;
+    Py_BEGIN_ALLOW_THREADS state =
+        gather_rows(rows.buf, count, &chunks, &writer, maps, map_count, outs, out_count, &at);
+    Py_END_ALLOW_THREADS if (state == NO_MEMORY) PyErr_NoMemory();
+    else if (state == BAD_ROW)
+        PyErr_Format(PyExc_ValueError, "row %zu lies outside its map, its chunk or its patch", at);
+    else answer = Py_BuildValue("nO", (Py_ssize_t)at, state == DAMAGED ? Py_True : Py_False);
+done:
+    if (outs)
+        release(outs, out_count);
+    if (maps)
+        release(maps, map_count);
+    PyBuffer_Release(&rows);
+    return answer;
+}
+
+static PyObject *scale(PyObject *module, PyObject *arguments)
+{
+    (void)module;
+    PyObject *voxel_object, *out_object;
+    const char *scaled_from;
+    Scaling scaling;
+    Writer writer = {0};
+    if (!PyArg_ParseTuple(arguments, "OOsdddd:scale", &voxel_object, &out_object, &scaled_from, &scaling.slope,
+                          &scaling.inter, &scaling.low, &scaling.high))
+        return NULL;
+    Py_buffer voxels, out;
+    if (PyObject_GetBuffer(voxel_object, &voxels, PyBUF_C_CONTIGUOUS))
+        return NULL;
+    if (PyObject_GetBuffer(out_object, &out, PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE)) {
+        PyBuffer_Release(&voxels);
+        return NULL;
+    }
+    Py_ssize_t count = voxels.itemsize ? voxels.len / voxels.itemsize : 0;
+    int fits = choose_writer(&writer, (size_t)voxels.itemsize, scaled_from) && writer.scale &&
+               out.itemsize == (Py_ssize_t)writer.written && out.len == count * out.itemsize;
+    if (fits) {
+        Py_BEGIN_ALLOW_THREADS
+        writer.scale(out.buf, voxels.buf, (size_t)count, &scaling);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&voxels);
+    PyBuffer_Release(&out);
+    if (fits)
+        Py_RETURN_NONE;
+    PyErr_SetString(PyExc_ValueError, "no voxels of such a type are known, or there are not as many of both");
+    return NULL;
+}
+
+static PyMethodDef methods[] = {
+    {"gather", gather, METH_VARARGS,
+     "gather(rows, start, maps, outs, chunk_shape, itemsize, codec, scaled_from, slope, inter, low, "
+     "high)\n--\n\n"
+     "Copy parts of chunks into patches, from row ``start`` on.\n\n"
+     "Gives the row at which it stopped, past the last one where all is done, and whether that row's chunk\n"
+     "is damaged; else it is not there, or packed in a way that is not known here."},
+    {"scale", scale, METH_VARARGS,
+     "scale(voxels, out, scaled_from, slope, inter, low, high)\n--\n\n"
+     "Write the scaled values of voxels, as float32; both are contiguous."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    "zpatch.chunks._gather",
+    "The inner loop of a group read.",
+    0,
+    methods,
+    NULL,
+    NULL,
+    NULL,
+    NULL,
+};
+
+PyMODINIT_FUNC PyInit__gather(void)
+{
+    return PyModuleDef_Init(&definition);
+}

@@ -1,0 +1,137 @@
+"""Bytes of a chunk -> voxels, and back: the only place that compresses or decompresses voxels."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import google_crc32c
+import numpy as np
+from numcodecs import blosc, zstd
+from numpy.typing import NDArray
+
+from zpatch.store.image_record import CODECS
+
+CRC_BYTES = 4
+BLOSC_HEADER_BYTES = 16
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+
+Compressor = Literal["none", "blosc", "zstd", "gzip", "zlib"]
+Voxels = NDArray[Any]
+Bytes = NDArray[np.uint8]
+
+_WINDOW_BITS = {"gzip": 31, "zlib": 15}
+
+# Decoding and encoding run in our own threads and processes; blosc's pool is neither fork-safe nor free
+# of the GIL. zarr-python sets the same.
+blosc.use_threads = False
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkCodec:
+    """How a chunk is packed: its compressor, and whether a crc32c of the packed bytes follows them.
+
+    ``within`` is what blosc packs with, where that is known.
+    """
+
+    compressor: Compressor
+    checksum: bool = True
+    within: str | None = None
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether a chunk is unpacked about as fast as it is copied."""
+        return self.compressor == "none" or self.within in ("lz4", "lz4hc")
+
+    @property
+    def crc_bytes(self) -> int:
+        """How many bytes the checksum takes."""
+        return CRC_BYTES if self.checksum else 0
+
+    def decode(self, data: Bytes, out: Voxels) -> None:
+        """Unpack a chunk, without its checksum, into ``out``, C-contiguous and of the chunk's shape.
+
+        A ValueError says what is wrong with them. How much they unpack to is compared with the chunk
+        first, so that a few bytes cannot fill the memory.
+        """
+        expected = out.nbytes
+        if self.compressor == "none":
+            if len(data) != expected:
+                raise ValueError(f"has {len(data)} bytes instead of {expected}")
+            out.reshape(-1).view(np.uint8)[:] = data
+        elif self.compressor == "blosc":
+            # The first 16 bytes of a frame say how many bytes it decodes to.
+            if len(data) < BLOSC_HEADER_BYTES or _little(data[4:8]) != expected:
+                raise ValueError(f"does not decode to the {expected} bytes of a chunk")
+            # blosc itself believes the frame's header, and would read on behind the end.
+            if _little(data[12:16]) > len(data):
+                raise ValueError("cannot be decoded (it is cut short)")
+            try:
+                blosc.decompress(data, out)
+            except RuntimeError as error:
+                raise ValueError(f"cannot be decoded ({error})") from error
+        elif self.compressor == "zstd":
+            _decode_zstd(data, out)
+        else:
+            _inflate(data, out, _WINDOW_BITS[self.compressor])
+
+
+def codec_of(preset: str) -> ChunkCodec:
+    """How chunks of a preset are packed."""
+    settings = CODECS[preset]
+    return ChunkCodec("none") if settings is None else ChunkCodec("blosc", within=settings.compressor)
+
+
+def encode_chunk(voxels: Voxels, preset: str) -> tuple[bytes, bytes]:
+    """A C-contiguous chunk, packed as a preset says, and its crc32c."""
+    settings = CODECS[preset]
+    if settings is None:
+        data = voxels.tobytes()
+    else:
+        shuffle = blosc.SHUFFLE if settings.shuffle else blosc.NOSHUFFLE
+        data = blosc.compress(voxels, settings.compressor.encode(), settings.level, shuffle)
+    return data, crc32c(data)
+
+
+def crc32c(data: bytes | Bytes) -> bytes:
+    """The crc32c of some bytes, little-endian."""
+    return int(google_crc32c.value(data)).to_bytes(CRC_BYTES, "little")
+
+
+def _little(data: Bytes) -> int:
+    return int.from_bytes(data.tobytes(), "little")
+
+
+def _decode_zstd(data: Bytes, out: Voxels) -> None:
+    size = _zstd_content_size(data)
+    if size is not None and size != out.nbytes:
+        raise ValueError(f"does not decode to the {out.nbytes} bytes of a chunk")
+    try:
+        zstd.decompress(data, out)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"cannot be decoded ({error})") from error
+
+
+def _zstd_content_size(data: Bytes) -> int | None:
+    """What a zstd frame's header says of its contents' size (RFC 8878, 3.1.1.1); None where nothing."""
+    if data[:4].tobytes() != ZSTD_MAGIC or len(data) < 18:
+        return None
+    descriptor = int(data[4])
+    single_segment = bool(descriptor & 0x20)
+    size_bytes = (int(single_segment), 2, 4, 8)[descriptor >> 6]
+    if not size_bytes:
+        return None
+    first = 5 + (not single_segment) + (0, 1, 2, 4)[descriptor & 3]
+    return _little(data[first : first + size_bytes]) + (256 if size_bytes == 2 else 0)
+
+
+def _inflate(data: Bytes, out: Voxels, window_bits: int) -> None:
+    stream = zlib.decompressobj(window_bits)
+    try:
+        voxels = stream.decompress(data.tobytes(), out.nbytes + 1)
+    except zlib.error as error:
+        raise ValueError(f"cannot be decoded ({error})") from error
+    if len(voxels) != out.nbytes or not stream.eof:
+        raise ValueError(f"does not decode to the {out.nbytes} bytes of a chunk")
+    out.reshape(-1).view(np.uint8)[:] = np.frombuffer(voxels, np.uint8)

@@ -1,0 +1,151 @@
+"""How a stored array is cut into chunks, and how these are packed into shards.
+
+A chunk is what is decoded at once; a shard is a file, and what is written at once. Shards are full-plane
+slabs of the slowest spatial axis, because that is the order in which a NIfTI file arrives, so that a
+conversion holds two of them and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from zpatch.geometry.patch_grid import chunk_counts
+
+CHUNK_VOXELS = 32
+SHARD_BYTES = 32 * 2**20
+MAX_SHARD_BYTES = 128 * 2**20
+ANISOTROPIC_RATIO = 3.0
+MAX_CHUNKS_IN_SHARD = 2**18
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Chunk and shard shape of an array, both in stored axis order, a shard whole chunks."""
+
+    chunks: tuple[int, ...]
+    shards: tuple[int, ...]
+
+    def shard_counts(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """How many shards cover an array of that shape along each axis."""
+        return chunk_counts(shape, self.shards)
+
+
+def plan_layout(
+    shape: tuple[int, ...],
+    itemsize: int,
+    *,
+    spacing: Sequence[float] = (1, 1, 1),
+    chunk: int = CHUNK_VOXELS,
+    shard_bytes: int = SHARD_BYTES,
+    colours: int = 1,
+) -> Layout:
+    """Chunks and shards of a stored array ``(z, y, x)`` or ``(c, z, y, x)``.
+
+    ``spacing`` is (z, y, x). Where one axis is over three times as coarse as the finest, chunks are a
+    quarter as deep on it and twice as wide on the others: as many voxels, nearer to a cube in mm.
+    ``colours`` is how many channels of a voxel arrive together (3 of RGB).
+
+    >>> plan_layout((189, 233, 197), 1)
+    Layout(chunks=(32, 32, 32), shards=(192, 256, 224))
+    """
+    *channels, nz, ny, nx = shape
+    cz, cy, cx = _chunk_shape((nz, ny, nx), spacing, chunk)
+    plane_bytes = colours * _round_up(ny, cy) * _round_up(nx, cx) * itemsize
+    while cz > 1 and cz * plane_bytes > MAX_SHARD_BYTES:
+        cz = -(-cz // 2)
+    width_y, width_x = _tile_plane((ny, nx), (cy, cx), cz * colours * itemsize, colours)
+    layer = _Layer(cz, cz * plane_bytes, colours * (width_y // cy) * (width_x // cx))
+    depth = _shard_depth(nz, layer, shard_bytes)
+    if not channels:
+        return Layout((cz, cy, cx), (depth, width_y, width_x))
+    together = colours
+    if colours == 1 and depth >= nz:
+        layers = depth // cz
+        most = min(shard_bytes // (layers * layer.bytes), MAX_CHUNKS_IN_SHARD // (layers * layer.chunks))
+        together = max(1, min(channels[0], most))
+    return Layout((1, cz, cy, cx), (together, depth, width_y, width_x))
+
+
+class _Layer(NamedTuple):
+    """One layer of chunks over a plane: its planes, the bytes of all, and the chunks of one shard."""
+
+    planes: int
+    bytes: int
+    chunks: int
+
+
+def _chunk_shape(shape: tuple[int, int, int], spacing: Sequence[float], chunk: int) -> tuple[int, int, int]:
+    finest = min(spacing)
+    coarse = [finest > 0 and s > ANISOTROPIC_RATIO * finest for s in spacing]
+    sizes = [chunk] * 3
+    if sum(coarse) == 1:
+        sizes = [max(1, chunk // 4) if c else chunk * 2 for c in coarse]
+    z, y, x = (min(size, n) for size, n in zip(sizes, shape, strict=True))
+    return z, y, x
+
+
+def _shard_depth(planes: int, layer: _Layer, shard_bytes: int) -> int:
+    """Planes of a shard: near ``shard_bytes``, all shards about as deep as each other."""
+    layers = -(-planes // layer.planes)
+    per_shard = max(1, min(shard_bytes // layer.bytes, MAX_CHUNKS_IN_SHARD // layer.chunks))
+    shards = -(-layers // per_shard)
+    return -(-layers // shards) * layer.planes
+
+
+def _tile_plane(
+    plane: tuple[int, int], chunk: tuple[int, int], bytes_per_column: int, colours: int
+) -> tuple[int, int]:
+    """Extent of a shard in the plane: all of it, or tiles where even one layer of chunks is too large."""
+    (ny, nx), (cy, cx) = plane, chunk
+    wide_y, wide_x = _round_up(ny, cy), _round_up(nx, cx)
+
+    def too_large() -> bool:
+        many_chunks = colours * (wide_y // cy) * (wide_x // cx) > MAX_CHUNKS_IN_SHARD
+        return wide_y * wide_x * bytes_per_column > MAX_SHARD_BYTES or many_chunks
+
+    while too_large() and max(wide_y // cy, wide_x // cx) > 1:
+        if wide_y // cy >= wide_x // cx:
+            wide_y = _round_up(-(-wide_y // 2), cy)
+        else:
+            wide_x = _round_up(-(-wide_x // 2), cx)
+    return wide_y, wide_x
+
+
+def plan_output_layout(
+    shape: tuple[int, ...],
+    itemsize: int,
+    *,
+    swept_axis: int,
+    chunk: int = CHUNK_VOXELS,
+    shard_bytes: int = SHARD_BYTES,
+) -> Layout:
+    """Chunks and shards of an image that is written while a front sweeps along one spatial axis.
+
+    ``shape`` is ``(c, z, y, x)``, ``swept_axis`` 0, 1 or 2 for z, y or x. A shard is one chunk thick along
+    it, so that it is complete soon after the front has passed. Chunks of a plane are wider, so that they
+    hold as many voxels as others.
+
+    >>> plan_output_layout((1, 1, 30000, 40000), 1, swept_axis=2).chunks
+    (1, 1, 256, 256)
+    """
+    channels, *spatial = shape
+    size = [min(chunk, n) for n in spatial]
+    while math.prod(size) < chunk**3 and any(map(int.__lt__, size, spatial)):
+        size = [min(2 * s, n) for s, n in zip(size, spatial, strict=True)]
+    shard = [
+        c if axis == swept_axis else _round_up(n, c)
+        for axis, (n, c) in enumerate(zip(spatial, size, strict=True))
+    ]
+    while channels * math.prod(shard) * itemsize > shard_bytes:
+        widest = max(range(3), key=lambda axis: shard[axis] // size[axis])
+        if shard[widest] == size[widest]:
+            break
+        shard[widest] = _round_up(-(-shard[widest] // 2), size[widest])
+    return Layout((1, *size), (channels, *shard))
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

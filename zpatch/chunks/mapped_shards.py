@@ -1,0 +1,280 @@
+"""Chunks in memory-mapped files: which file holds a chunk, where in it, and whether its bytes are sound.
+
+A shard file is the chunks of one write unit, one after the other, and an index: for each chunk, in C
+order, its offset and length as little-endian uint64, both 2**64 - 1 for none; then the index's crc32c
+(Zarr v3, sharding_indexed). In stores of zpatch the index stands at the end, and each chunk ends in a
+crc32c of its own. Of an array without shards each file is one chunk.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import stat
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zpatch.chunks.codec import CRC_BYTES, Bytes, ChunkCodec, Voxels, crc32c
+from zpatch.errors import DamageError
+from zpatch.geometry.patch_grid import chunk_counts
+
+NO_CHUNK = 2**64 - 1
+OPEN_MAPS = 128
+
+Index = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkFiles:
+    """How the files of an array are named, and what is in them.
+
+    ``axes`` says for each number in a file's name which of the array's four axes it counts; None for an
+    axis of length 1 that the array leaves out. Numbers follow ``prefix``, with ``separator`` between.
+    ``index`` is where a shard's index stands, or None where each file is one chunk.
+    """
+
+    axes: tuple[int | None, ...]
+    prefix: str = "c"
+    separator: str = "/"
+    index: str | None = "end"
+    index_checksum: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ShardedArray:
+    """Where the voxels of one array lie and how they are packed; shapes are in stored order, 4 axes.
+
+    Without shards a shard is one chunk. ``fill`` stands for chunks that are not there; None where a missing
+    chunk is damage, as it is in stores of zpatch. ``name`` and ``remedy`` are for errors. ``contents`` tells
+    arrays apart that stood at the same place one after the other, so that an open map of the one is never
+    taken for the other.
+    """
+
+    path: Path
+    shape: Index
+    dtype: np.dtype[Any]
+    chunks: Index
+    shards: Index
+    codec: ChunkCodec
+    files: ChunkFiles
+    name: str = ""
+    remedy: str = "restore the file from a copy"
+    fill: Any = None
+    contents: str = ""
+
+    @property
+    def chunk_grid(self) -> tuple[int, ...]:
+        """How many chunks cover the array along each axis."""
+        return chunk_counts(self.shape, self.chunks)
+
+    @property
+    def shard_grid(self) -> tuple[int, ...]:
+        """How many shards cover the array along each axis."""
+        return chunk_counts(self.shape, self.shards)
+
+    @property
+    def chunks_per_shard(self) -> tuple[int, ...]:
+        """How many chunks a shard packs along each axis."""
+        return tuple(s // c for s, c in zip(self.shards, self.chunks, strict=True))
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Size of a chunk, unpacked."""
+        return math.prod(self.chunks) * self.dtype.itemsize
+
+    def shard_file(self, shard: tuple[int, ...]) -> Path:
+        """The file of a shard."""
+        numbers = ["0" if axis is None else str(shard[axis]) for axis in self.files.axes]
+        named = [self.files.prefix, *numbers] if self.files.prefix else numbers
+        return self.path / self.files.separator.join(named)
+
+    def __str__(self) -> str:
+        return self.name or str(self.path)
+
+
+class MappedShard:
+    """One file of chunks, memory-mapped, its index parsed and checked once.
+
+    ``extents`` holds offset and length of each chunk's packed bytes without their checksum, (chunks, 2);
+    both are -1 for a chunk that is not there.
+    """
+
+    def __init__(self, array: ShardedArray, shard: tuple[int, ...]) -> None:
+        self._array = array
+        self._shard = shard
+        self.file = array.shard_file(shard)
+        folder = self.file.parent
+        own = array.fill is None
+        if own and folder.resolve() != array.path.resolve() / folder.relative_to(array.path):
+            raise self._damage("it lies behind a link to elsewhere")
+        self._identity = _identity(self.file) if array.fill is not None else None
+        self._map, self.bytes = self._mapped()
+        self.extents = self._read_index()
+        self._checked = np.zeros(len(self.extents), dtype=bool)
+
+    def is_current(self) -> bool:
+        """Whether the file is still the one that was mapped; in stores of zpatch none is ever changed."""
+        return self._array.fill is None or self._identity == _identity(self.file)
+
+    def _mapped(self) -> tuple[mmap.mmap | None, Bytes]:
+        try:
+            # A store is data from anywhere: no links, and no waiting for a pipe that stands for a file.
+            # Arrays of others may well be links, as git-annex makes them.
+            links = os.O_NOFOLLOW if self._array.fill is None else 0
+            handle = os.open(self.file, os.O_RDONLY | links | os.O_NONBLOCK)
+        except FileNotFoundError:
+            if self._array.fill is not None:
+                return None, np.zeros(0, np.uint8)
+            raise self._damage("it is missing") from None
+        except OSError as error:
+            raise self._damage(f"it cannot be opened ({error.strerror})") from None
+        try:
+            status = os.fstat(handle)
+            if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
+                raise self._damage("it is empty or no regular file")
+            view = mmap.mmap(handle, 0, access=mmap.ACCESS_READ)
+        finally:
+            os.close(handle)
+        return view, np.frombuffer(view, np.uint8)
+
+    def _read_index(self) -> NDArray[np.int64]:
+        array, files = self._array, self._array.files
+        chunks = math.prod(array.chunks_per_shard)
+        if self._map is None:
+            return np.full((chunks, 2), -1, dtype=np.int64)
+        if files.index is None:
+            offsets, lengths = np.zeros(1, np.uint64), np.full(1, len(self.bytes), np.uint64)
+            first, stop = 0, len(self.bytes)
+        else:
+            index_bytes = 16 * chunks + files.index_checksum * CRC_BYTES
+            if len(self.bytes) < index_bytes:
+                raise self._damage(f"it has {len(self.bytes)} bytes, less than its own index")
+            at_end = files.index == "end"
+            index = self.bytes[-index_bytes:] if at_end else self.bytes[:index_bytes]
+            if files.index_checksum and crc32c(index[:-CRC_BYTES]) != index[-CRC_BYTES:].tobytes():
+                raise self._damage("its index does not match its checksum")
+            offsets, lengths = index[: 16 * chunks].view("<u8").reshape(chunks, 2).T.astype(np.uint64)
+            first, stop = (0, len(self.bytes) - index_bytes) if at_end else (index_bytes, len(self.bytes))
+        present = offsets != NO_CHUNK
+        longest = np.uint64(2**62)
+        ends = np.minimum(offsets, longest) + np.minimum(lengths, longest)
+        outside = (ends > stop) | (offsets < first) | (lengths <= array.codec.crc_bytes)
+        if np.any(outside & present):
+            raise self._damage("its index points outside the file")
+        extents = np.stack([offsets, lengths - np.uint64(array.codec.crc_bytes)], axis=1)
+        extents[~present] = NO_CHUNK
+        return extents.astype(np.int64)
+
+    def unchecked(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Those of some chunks that were never touched."""
+        fresh = numbers[~self._checked[numbers]]
+        return np.unique(fresh) if fresh.size else fresh
+
+    def fetch(self, numbers: NDArray[np.int64]) -> None:
+        """Ask the system to read some chunks all at once, and not page by page as they are touched."""
+        if self._map is None or not hasattr(self._map, "madvise"):
+            return
+        for offset, length in self.extents[numbers].tolist():
+            if offset >= 0:
+                start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+                self._map.madvise(mmap.MADV_WILLNEED, start, offset + length - start)
+
+    def check(self, numbers: NDArray[np.int64]) -> None:
+        """Compare some chunks with their checksums; a missing one is damage where nothing stands for it."""
+        for number, (offset, length) in zip(numbers.tolist(), self.extents[numbers].tolist(), strict=True):
+            if offset < 0:
+                if self._array.fill is None:
+                    raise self.damaged(number, "is missing")
+            elif self._array.codec.checksum:
+                end = offset + length
+                if crc32c(self.bytes[offset:end]) != self.bytes[end : end + CRC_BYTES].tobytes():
+                    raise self.damaged(number, "does not match its checksum")
+        self._checked[numbers] = True
+
+    def decode(self, number: int, out: Voxels) -> None:
+        """Decode a chunk into ``out``, C-contiguous and of exactly the chunk's shape."""
+        if not self._checked[number]:
+            self.check(np.array([number]))
+        offset, length = self.extents[number].tolist()
+        if offset < 0:
+            out[...] = self._array.fill
+            return
+        try:
+            self._array.codec.decode(self.bytes[offset : offset + length], out)
+        except ValueError as error:
+            raise self.damaged(number, str(error)) from error
+
+    def damaged(self, number: int, what: str) -> DamageError:
+        """The error for a chunk by its number in the shard."""
+        within = np.unravel_index(number, self._array.chunks_per_shard)
+        per_shard = self._array.chunks_per_shard
+        place = [int(s * n + w) for s, n, w in zip(self._shard, per_shard, within, strict=True)]
+        named = "/".join(str(place[axis]) for axis in self._array.files.axes if axis is not None)
+        return self._damage(f"chunk {number} of the file ({named} of the array) {what}")
+
+    def _damage(self, what: str) -> DamageError:
+        return DamageError(f"damaged: {self._array}: {self.file}: {what}; {self._array.remedy}")
+
+
+def _identity(file: Path) -> tuple[int, int, int] | None:
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+class _OpenMaps:
+    """The most recently used shards of this process.
+
+    Maps survive a fork and may be read by any thread; the lock is only held to look one up. A dropped
+    map is unmapped when the last array that views it goes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._maps: OrderedDict[tuple[Path, str, tuple[int, ...]], MappedShard] = OrderedDict()
+        os.register_at_fork(after_in_child=self._renew_lock)
+
+    def _renew_lock(self) -> None:
+        self._lock = threading.Lock()
+
+    def get(self, array: ShardedArray, shard: tuple[int, ...]) -> MappedShard:
+        key = (array.path, array.contents, shard)
+        with self._lock:
+            mapped = self._maps.get(key)
+            if mapped is not None and mapped.is_current():
+                self._maps.move_to_end(key)
+                return mapped
+        mapped = MappedShard(array, shard)
+        with self._lock:
+            self._maps[key] = mapped
+            while len(self._maps) > self._limit:
+                self._maps.popitem(last=False)
+        return mapped
+
+    def forget(self, folder: Path) -> None:
+        with self._lock:
+            for key in [key for key in self._maps if key[0].is_relative_to(folder)]:
+                del self._maps[key]
+
+
+_open_maps = _OpenMaps(OPEN_MAPS)
+
+
+def open_shard(array: ShardedArray, shard: tuple[int, ...]) -> MappedShard:
+    """The mapped shard, from the cache of open maps where it is there."""
+    return _open_maps.get(array, shard)
+
+
+def close_shards(folder: Path) -> None:
+    """Let go of all maps below a folder, before it is replaced."""
+    _open_maps.forget(folder.absolute())

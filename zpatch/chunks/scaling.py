@@ -1,0 +1,81 @@
+"""What turns stored voxels into values: slope, intercept and bounds."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+try:
+    from zpatch.chunks._gather import scale as _compiled
+except ImportError:  # no compiler was there
+    _compiled = None  # type: ignore[assignment]
+
+Voxels = NDArray[Any]
+
+COMPILED_TYPES = ("u1", "i1", "u2", "i2")  # what is scaled to float32 by compiled loops
+
+
+class Scaling(NamedTuple):
+    """Values are ``slope * voxel + inter``, and where bounds are given kept between ``low`` and ``high``."""
+
+    slope: float = 1.0
+    inter: float = 0.0
+    low: float = -math.inf
+    high: float = math.inf
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether any value may be cut off."""
+        return self.low > -math.inf or self.high < math.inf
+
+    def then(self, slope: float, inter: float) -> Self:
+        """Scale the values of this scaling once more."""
+        slope, inter = float(slope), float(inter)  # a numpy scalar would widen what it is multiplied with
+        low, high = sorted((self.low * slope + inter, self.high * slope + inter)) if slope else (inter, inter)
+        return type(self)(self.slope * slope, self.inter * slope + inter, low, high)
+
+    def within(self, low: float, high: float) -> Self:
+        """Put values that lie outside two bounds on them."""
+        low, high = float(low), float(high)
+        return self._replace(low=min(max(self.low, low), high), high=max(min(self.high, high), low))
+
+    def dtype_of(self, stored: np.dtype[Any]) -> np.dtype[Any]:
+        """What values come in: the stored type, or once scaled float32, float64 from 32 bits on."""
+        if self == UNSCALED:
+            return stored
+        if stored.kind == "c":
+            return np.dtype(np.complex64 if stored.itemsize <= 8 else np.complex128)
+        return np.dtype(np.float32 if stored.itemsize < 4 else np.float64)
+
+    def apply(self, voxels: Voxels) -> Voxels:
+        """The values of some voxels, in a new array of the same memory order."""
+        values = voxels.astype(self.dtype_of(voxels.dtype.newbyteorder("=")), order="K", copy=True)
+        if self != UNSCALED:
+            values *= self.slope
+            values += self.inter
+            if self.is_bounded:
+                np.clip(values, self.low, self.high, out=values)
+        return values
+
+    def write(self, voxels: Voxels, out: Voxels) -> None:
+        """The values of some voxels, cast to the type of ``out`` and written there."""
+        if _compiled is not None and _is_compiled(voxels, out):
+            _compiled(voxels, out, voxels.dtype.str[1:], *self)
+            return
+        np.copyto(out, voxels if self == UNSCALED else self.apply(voxels), casting="unsafe")
+
+
+def _is_compiled(voxels: Voxels, out: Voxels) -> bool:
+    return (
+        out.dtype == np.float32
+        and voxels.dtype.isnative
+        and voxels.dtype.str[1:] in COMPILED_TYPES
+        and voxels.flags.c_contiguous
+        and out.flags.c_contiguous
+    )
+
+
+UNSCALED = Scaling()

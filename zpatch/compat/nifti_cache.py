@@ -1,0 +1,136 @@
+"""NIfTI files as images that patches can be read from, each converted once into a cache; and written again.
+
+The cache is the folder ``ZPATCH_CACHE``, else ``zpatch`` in ``XDG_CACHE_HOME`` or in ``~/.cache``. It keeps
+what it holds: whatever is no longer wanted in it may be deleted. A cohort is better converted beforehand, by
+``zpatch convert``, in several processes and into one store.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zpatch.conversion.case_lists import SOLE_IMAGE
+from zpatch.conversion.cases import HEADER, VOXELS, is_image_name, stem_of, usable_name
+from zpatch.conversion.conversion import committed, run_conversion
+from zpatch.conversion.conversion_plan import ConversionPlan, ConvertOptions, plan_conversion
+from zpatch.conversion.nifti_export import SUFFIXES
+from zpatch.errors import OptionError, SourceError, StoreError, StoreLockedError
+from zpatch.geometry.boxes import Affine
+from zpatch.images.image import IMAGE_CLASSES, Image, stored_image
+from zpatch.nifti.header import read_header
+from zpatch.nifti.writer import make_header, write_nifti
+from zpatch.store.image_record import Kind, digest
+from zpatch.store.lock import take_lock
+
+POLL_S = 0.1
+MAX_NAME = 64  # characters of a file's name that its subject is called by
+
+# Types that NIfTI does not have, and those that hold their values.
+SAVED_AS: Mapping[np.dtype[Any], np.dtype[Any]] = {
+    np.dtype(bool): np.dtype(np.uint8),
+    np.dtype(np.float16): np.dtype(np.float32),
+}
+
+# What the advice of the command line is called in Python.
+IN_PYTHON = {"--label-pattern": "ScalarImage", " with --exclude": ""}
+
+_log = logging.getLogger("zpatch")
+
+
+def cached_image(path: str | os.PathLike[str], kind: Kind = "scalar") -> Image:
+    """The image of a NIfTI file (.nii, .nii.gz, .hdr or .img), which is converted when it is first used.
+
+    The conversion is said once, to the logger ``zpatch``. A file that has changed since is converted again.
+    Several processes may ask at once: one converts, the others wait. Any other path, of an image in a
+    store, an OME-Zarr image or a Zarr array, is opened as it is. A file that cannot be converted is a
+    SourceError, as is a label map whose values are not whole numbers.
+    """
+    file = Path(os.path.abspath(os.path.expanduser(path)))
+    if not is_image_name(file.name) or file.is_dir():
+        return IMAGE_CLASSES[kind](file)
+    if file.suffix == VOXELS:
+        file = file.with_suffix(HEADER)
+    entry = cache_folder() / _key(file, kind)
+    store = entry / "store.zarr"
+    if not committed(store):
+        with _locked(entry):
+            if not committed(store):
+                _convert(file, kind, store)
+                _log.warning("converted %s once, into %s", file, entry)
+    [record] = committed(store).values()
+    return stored_image(store / record.subject / record.image, record)
+
+
+def save_image(path: str | os.PathLike[str], voxels: NDArray[Any], affine: Affine) -> None:
+    """Write voxels (C, I, J, K) to a NIfTI file, .nii or .nii.gz, with channels as its fourth axis."""
+    file = Path(path).expanduser()
+    if not file.name.endswith(SUFFIXES):
+        raise OptionError(f"{file}: images are saved as NIfTI; let the name end in {' or '.join(SUFFIXES)}")
+    if voxels.ndim != 4:
+        raise OptionError(f"{file}: an image is (C, I, J, K), not {voxels.shape}; save one of the batch")
+    channels, i, j, k = voxels.shape
+    dtype = SAVED_AS.get(voxels.dtype, voxels.dtype)
+    header = make_header((i, j, k), channels, dtype, affine)
+    write_nifti(file, header, (channel.T for channel in voxels), dtype=dtype)
+
+
+def cache_folder() -> Path:
+    """Where converted files are kept."""
+    chosen = os.environ.get("ZPATCH_CACHE")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "zpatch"
+
+
+def _key(file: Path, kind: Kind) -> str:
+    """A name for a file as it is now; of a pair both files count."""
+    files = [file]
+    if file.suffix == HEADER:
+        files += [f for f in (file.with_suffix(VOXELS), file.with_suffix(f"{VOXELS}.gz")) if f.exists()]
+    try:
+        states = [file.stat() for file in files]
+    except OSError as error:
+        raise SourceError(f"{error.filename}: it cannot be read ({error.strerror}); see to it") from None
+    told = [str(file), kind, *(f"{state.st_size} {state.st_mtime_ns}" for state in states)]
+    return digest("\n".join(told).encode(errors="surrogateescape"))
+
+
+def _locked(entry: Path) -> IO[str]:
+    """The lock of a file's place in the cache, waited for."""
+    while True:
+        try:
+            return take_lock(entry)
+        except StoreLockedError:
+            time.sleep(POLL_S)
+        except StoreError as error:
+            raise StoreError(f"{error}; set ZPATCH_CACHE to a folder that can be written to") from None
+
+
+def _convert(file: Path, kind: Kind, store: Path) -> None:
+    reasons: list[str] = []
+    try:
+        read_header(file)  # what is wrong with it is said of the file, not of the list
+        run_conversion(_plan(file, kind, store), store, on_case=lambda one: reasons.append(one.reason))
+    except SourceError as error:
+        told = reasons[0] if reasons else str(error)
+        for option, name in IN_PYTHON.items():
+            told = told.replace(option, name)
+        raise SourceError(told) from None
+
+
+def _plan(file: Path, kind: Kind, store: Path) -> ConversionPlan:
+    name = usable_name(stem_of(file))[:MAX_NAME].rstrip("-._") or SOLE_IMAGE
+    column = SOLE_IMAGE if kind == "scalar" else f"{kind}:{SOLE_IMAGE}"
+    listing = store.with_name("file.csv")
+    with listing.open("w", newline="") as stream:
+        csv.writer(stream).writerows([["subject", column], [name, str(file)]])
+    return plan_conversion(listing, ConvertOptions(format="csv"))

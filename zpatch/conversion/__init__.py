@@ -1,0 +1,1 @@
+"""NIfTI -> store -> NIfTI."""

@@ -1,0 +1,363 @@
+"""What a conversion will do, before it does anything: which cases, which layout, how much memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Self
+
+import numpy as np
+
+from zpatch.chunks.layout import CHUNK_VOXELS, SHARD_BYTES, Layout, plan_layout
+from zpatch.conversion.discovery import Case, SourceImage, discover
+from zpatch.errors import OptionError, SourceError, one_line
+from zpatch.geometry.boxes import max_corner_distance, spacing_mm
+from zpatch.geometry.orientation import AS_STORED, Orientation
+from zpatch.nifti import header
+from zpatch.nifti.header import NiftiFile
+from zpatch.runtime.byte_sizes import format_bytes, parse_bytes, refuse_above
+from zpatch.store.image_record import ImageRecord, Json, check_codec, padded_to_4d
+from zpatch.store.manifest import Key
+
+BASE_BYTES = 64 * 2**20
+LIVE_SLABS = 2
+PYRAMID_SLABS = 2
+WARN_AFFINE_VOXELS = 1e-3
+MAX_AFFINE_VOXELS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertOptions:
+    """What a user may choose.
+
+    ``format`` forces a convention; ``codec`` is a preset; ``chunk`` the side of a chunk in voxels;
+    ``affine`` is taken where a header has both, sform or qform; ``pyramid`` adds coarser levels;
+    ``orient`` turns volumes to point there, as RAS. Patterns are globs: of file names for
+    ``label_patterns`` and ``sampling_patterns``, of subjects for ``include`` and ``exclude``. ``limit``
+    takes so many cases at most, ``strict`` fails a case for a warning. ``jobs`` cases are in work at a time;
+    with ``max_memory`` (bytes) shards are made as small as it takes, or the plan is refused.
+    """
+
+    format: str = "auto"
+    codec: str = "lz4"
+    chunk: int = CHUNK_VOXELS
+    affine: str = "sform"
+    pyramid: bool = False
+    orient: str | None = None
+    label_patterns: Sequence[str] = ()
+    sampling_patterns: Sequence[str] = ()
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    limit: int | None = None
+    strict: bool = False
+    jobs: int = 1
+    max_memory: int | str | None = None
+
+    @property
+    def chooses_subjects(self) -> bool:
+        """Whether patterns say which subjects are meant."""
+        return bool(self.include or self.exclude)
+
+    def __post_init__(self) -> None:
+        check_codec(self.codec)
+        if self.max_memory is not None:
+            parse_bytes(self.max_memory)
+        if self.jobs < 1:
+            raise OptionError(f"jobs must be at least 1, not {self.jobs}")
+        if self.affine not in ("sform", "qform"):
+            raise OptionError(f"affine must be sform or qform, not {self.affine!r}")
+        if self.orient is not None:
+            header.orientation_to(np.eye(4), self.orient)
+        if self.orient is not None and self.pyramid:
+            raise OptionError("orient and pyramid do not go together yet; convert again with one of them")
+        if self.chunk < 1:
+            raise OptionError(f"chunk must be at least 1 voxel, not {self.chunk}")
+
+    @classmethod
+    def of(cls, **options: Any) -> Self:
+        """Options by name; one that does not exist is an OptionError."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                raise OptionError(f"convert has no option {name!r}; it has {', '.join(known)}")
+        return cls(**options)
+
+    @property
+    def max_memory_bytes(self) -> int | None:
+        """The memory limit in bytes."""
+        return None if self.max_memory is None else parse_bytes(self.max_memory)
+
+    @property
+    def live_slabs(self) -> int:
+        """How many slabs are in memory at a time."""
+        return self.jobs * (LIVE_SLABS + (PYRAMID_SLABS if self.pyramid else 0))
+
+    @property
+    def shard_bytes(self) -> int:
+        """How large shards are to be: as usual, or less where the memory limit asks for it."""
+        if self.max_memory_bytes is None:
+            return SHARD_BYTES
+        return max(1, min(SHARD_BYTES, (self.max_memory_bytes - self.base_bytes) // self.live_slabs))
+
+    @property
+    def base_bytes(self) -> int:
+        """Memory of what works on the slabs."""
+        return self.jobs * BASE_BYTES
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlannedImage:
+    """One file to convert: where it is, what its header says, and how it will be stored."""
+
+    subject: str
+    source: SourceImage
+    file: NiftiFile
+    layout: Layout
+    orientation: Orientation = AS_STORED
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def slab_bytes(self) -> int:
+        """Bytes of one slab in memory."""
+        _, _, ny, nx = padded_to_4d(self.file.shape)
+        together, depth, _, _ = padded_to_4d(self.layout.shards)
+        return together * depth * ny * nx * self.file.channel_dtype.itemsize
+
+    @property
+    def shard_files(self) -> int:
+        """Number of shard files it becomes."""
+        return int(np.prod(self.layout.shard_counts(self.file.shape)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlannedCase:
+    """One subject to convert: a unit that is converted whole or not at all."""
+
+    case: Case
+    images: tuple[PlannedImage, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A case that cannot be converted, and why in one line."""
+
+    subject: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ConversionPlan:
+    """What a conversion will do; printing it says so.
+
+    ``format`` is the convention that was found, ``folder`` what source paths are told from. ``failures``
+    cannot be converted; ``done`` are in the store already; ``notes`` say what
+    else lies in the source and is left out.
+    """
+
+    source: Path
+    folder: Path
+    format: str
+    options: ConvertOptions
+    cases: tuple[PlannedCase, ...]
+    failures: tuple[Failure, ...]
+    done: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def images(self) -> list[PlannedImage]:
+        """All files to convert."""
+        return [image for case in self.cases for image in case.images]
+
+    @property
+    def bytes_in(self) -> int:
+        """Bytes of the source files."""
+        return sum(os.path.getsize(image.source.path) for image in self.images)
+
+    @property
+    def voxel_bytes(self) -> int:
+        """Bytes of all voxels, uncompressed."""
+        return sum(image.file.voxel_bytes for image in self.images)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Predicted peak memory above that of the interpreter and its libraries: two slabs and what works
+        on them."""
+        largest = max((image.slab_bytes for image in self.images), default=0)
+        return self.options.live_slabs * largest + self.options.base_bytes
+
+    def to_json(self) -> Json:
+        """The plan as plain JSON."""
+        return {
+            "source": str(self.source),
+            "format": self.format,
+            "already_there": list(self.done),
+            "notes": list(self.notes),
+            "bytes_in": self.bytes_in,
+            "voxel_bytes": self.voxel_bytes,
+            "peak_bytes": self.peak_bytes,
+            "images": [
+                {
+                    "subject": image.subject,
+                    "image": image.source.name,
+                    "kind": image.source.kind,
+                    "file": str(image.source.path),
+                    "shape": image.file.dims,
+                    "shards": image.shard_files,
+                    "warnings": image.warnings,
+                }
+                for image in self.images
+            ],
+            "failures": [dataclasses.asdict(failure) for failure in self.failures],
+        }
+
+    def __str__(self) -> str:
+        shards = sum(image.shard_files for image in self.images)
+        done = f"{len(self.done)} subjects are there already; " if self.done else ""
+        return (
+            f"{self.format}: {done}"
+            f"{len(self.cases)} subjects, {len(self.images)} images, {format_bytes(self.bytes_in)} in files "
+            f"-> {format_bytes(self.voxel_bytes)} of voxels in {shards} shards, "
+            f"peak {format_bytes(self.peak_bytes)} above start-up"
+        )
+
+
+def plan_conversion(
+    source: Path, options: ConvertOptions, *, done: Mapping[Key, ImageRecord] = MappingProxyType({})
+) -> ConversionPlan:
+    """Find the cases of a source and read their headers; nothing is written.
+
+    ``done`` are the images that are in the store: a case whose files have not changed since is left alone.
+    """
+    found = discover(
+        source,
+        format=options.format,
+        label_patterns=options.label_patterns,
+        sampling_patterns=options.sampling_patterns,
+        include=options.include,
+        exclude=options.exclude,
+        limit=options.limit,
+    )
+    planned, failures, unchanged = [], [], []
+    for case in found.cases:
+        if _is_unchanged(case, done, found.folder):
+            unchanged.append(case.subject)
+            continue
+        try:
+            planned.append(_plan_case(case, options))
+        except SourceError as error:
+            failures.append(Failure(case.subject, one_line(error)))
+        except Exception as error:  # a header may be odd in a way that nobody has seen: the others go on
+            failures.append(unexpected(case, error))
+    plan = ConversionPlan(
+        source=source,
+        folder=found.folder,
+        format=found.format,
+        options=options,
+        cases=tuple(planned),
+        failures=tuple(failures),
+        done=tuple(unchanged),
+        notes=found.notes,
+    )
+    if failures and not (planned or unchanged):
+        raise nothing_converted(source, failures)
+    refuse_above(
+        options.max_memory_bytes,
+        plan.peak_bytes,
+        "converting",
+        "choose a smaller --chunk, fewer --jobs, or allow more",
+    )
+    return plan
+
+
+def _is_unchanged(case: Case, done: Mapping[Key, ImageRecord], folder: Path) -> bool:
+    """Whether all images of a case are in the store, as what they are now, from files as they are now."""
+    for image in case.images:
+        if (case.subject, image.name) not in done:
+            return False
+        record = done[case.subject, image.name]
+        if record.kind != image.kind or record.source is None or record.split != case.split:
+            return False
+        if record.meta != json.loads(json.dumps(case.meta)):
+            return False
+        if not header.has_fingerprint(image.path, record.source, folder):
+            return False
+    return True
+
+
+def unexpected(case: Case, error: Exception) -> Failure:
+    """The failure of a case by an error that nobody foresaw."""
+    files = ", ".join(str(image.path) for image in case.images)
+    what = f"unexpected {type(error).__name__}: {one_line(error)}"
+    return Failure(case.subject, f"{files}: {what}; leave the case out with --exclude, and report it")
+
+
+def nothing_converted(source: Path, failures: Sequence[Failure]) -> SourceError:
+    """The error for a source of which no case is good."""
+    more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+    return SourceError(f"no case of {source} can be converted: {failures[0].reason}{more}")
+
+
+def _plan_case(case: Case, options: ConvertOptions) -> PlannedCase:
+    images = [_plan_image(case.subject, image, options) for image in case.images]
+    _check_labels_fit(case, images)
+    for image in images:
+        if options.strict and image.warnings:
+            raise SourceError(f"{image.source.path}: {image.warnings[0]} (--strict)")
+    return PlannedCase(case, tuple(images))
+
+
+def _plan_image(subject: str, image: SourceImage, options: ConvertOptions) -> PlannedImage:
+    file = header.read_header(image.path, affine=options.affine)
+    layout = plan_layout(
+        file.shape,
+        file.channel_dtype.itemsize,
+        spacing=spacing_mm(file.affine)[::-1],
+        chunk=options.chunk,
+        shard_bytes=options.shard_bytes,
+        colours=file.colours,
+    )
+    turn = AS_STORED if options.orient is None else header.orientation_to(file.affine, options.orient)
+    file = dataclasses.replace(file, raw_header=b"")  # up to 64 MiB each; read again when its turn comes
+    return PlannedImage(subject, image, file, layout, turn, file.warnings)
+
+
+def _check_labels_fit(case: Case, images: list[PlannedImage]) -> None:
+    """Refuse a label or sampling map that lies on the grid of none of its subject's images."""
+    scalars = [image for image in images if image.source.kind == "scalar"]
+    for position, image in enumerate(images):
+        if image.source.kind != "scalar" and scalars:
+            apart, nearest = min(((_voxels_apart(image, other), other) for other in scalars), key=_first)
+            if not apart <= MAX_AFFINE_VOXELS:
+                raise SourceError(_misfit(image, nearest, apart))
+            if apart > WARN_AFFINE_VOXELS:
+                warning = f"its affine differs from that of {nearest.source.name} by {apart:.2g} voxels"
+                images[position] = dataclasses.replace(image, warnings=(*image.warnings, warning))
+
+
+def _first(pair: tuple[float, PlannedImage]) -> float:
+    return pair[0]
+
+
+def _voxels_apart(image: PlannedImage, other: PlannedImage) -> float:
+    """How far a map's voxels lie from those of an image; infinitely far where their shapes differ."""
+    k, j, i = image.file.shape[-3:]
+    if other.file.shape[-3:] != (k, j, i):
+        return math.inf
+    apart = max_corner_distance(other.file.affine, image.file.affine, (i, j, k))
+    return math.inf if math.isnan(apart) else apart
+
+
+def _misfit(image: PlannedImage, nearest: PlannedImage, apart: float) -> str:
+    shape, other = (planned.file.shape[-3:][::-1] for planned in (image, nearest))
+    what = (
+        f"its shape {shape} is not that of {nearest.source.path}, {other}"
+        if shape != other
+        else f"its affine puts voxels {apart:.2g} voxels away from those of {nearest.source.path}"
+    )
+    return f"{image.source.path}: {what}; resample one to the grid of the other"

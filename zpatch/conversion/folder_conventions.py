@@ -1,0 +1,235 @@
+"""What the names in a folder mean: one function a convention, from a folder to its cases.
+
+None opens a NIfTI file: a case whose file is missing or bad fails on its own, when its header is read.
+Conventions that list their files instead stand in `listings.py`; `discovery.py` chooses among all.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zpatch.conversion.case_lists import DATASET, SOLE_IMAGE, Row, case_of_row, read_json, read_table
+from zpatch.conversion.cases import (
+    Case,
+    FoundFile,
+    Note,
+    SourceImage,
+    counted,
+    kind_by_name,
+    listed_file,
+    nifti_files,
+    stem_of,
+    usable_name,
+)
+from zpatch.errors import SourceError
+from zpatch.store.image_record import Kind
+
+SOLE_LABEL = "label"
+PARTICIPANTS = "participants.tsv"
+DERIVATIVES = "derivatives"
+
+_NNUNET_SPLITS = {"imagesTr": "train", "imagesTs": "test", "labelsTr": "train", "labelsTs": "test"}
+_BIDS_NAMES = {"t1w": "t1", "t2w": "t2"}
+_NATIVE_SPACES = {"orig", "native", "individual", "scanner", "T1w", "T2w", "FLAIR"}
+
+_CHANNEL_STEM = re.compile(r"(.+)_(\d{4})")
+_IMAGE_FOLDER = re.compile(r"(images|labels).*", re.IGNORECASE)
+
+ImagesByCase = dict[str, list[SourceImage]]
+
+
+def glob(folder: Path, note: Note, *, guess_labels: bool = True) -> list[Case]:
+    """``<subject>/<image>``, or flat: ``<subject>_<image>`` where several files share a ``<subject>``,
+    else one subject a file; files in ``images*/`` and ``labels*/`` are flat files of their stems."""
+    files = nifti_files(folder, note)
+    sharing = Counter(file.stem.rpartition("_")[0] for file in files if len(file.parts) == 1)
+    subjects: ImagesByCase = defaultdict(list)
+    for file in files:
+        subject, name = _glob_names(file, sharing)
+        kind: Kind = _glob_kind(file) if guess_labels else "scalar"
+        subjects[subject].append(SourceImage(name, kind, file.path))
+    return [Case(subject, tuple(images)) for subject, images in subjects.items()]
+
+
+def _glob_names(file: FoundFile, sharing: Mapping[str, int]) -> tuple[str, str]:
+    match file.parts[:-1]:
+        case ():
+            subject, _, image = file.stem.rpartition("_")
+            shared = subject and image and sharing[subject] > 1
+            return (subject, image) if shared else (file.stem, SOLE_IMAGE)
+        case (only,) if _IMAGE_FOLDER.fullmatch(only):
+            return file.stem, SOLE_LABEL if only.lower().startswith("labels") else SOLE_IMAGE
+        case (*_, subject, inner) if _IMAGE_FOLDER.fullmatch(inner):
+            return subject, file.stem
+    return file.parts[-2], file.stem
+
+
+def _glob_kind(file: FoundFile) -> Kind:
+    folders = [part.lower() for part in file.parts[:-1]]
+    if any(folder.startswith("labels") for folder in folders):
+        return "label"
+    return "scalar" if len(folders) == 1 and folders[0].startswith("images") else kind_by_name(file.stem)
+
+
+@dataclass(frozen=True, slots=True)
+class _BidsFile:
+    """A file of a BIDS dataset: ``entities`` by their keys, each whole (``run`` -> ``run-2``)."""
+
+    case: str
+    participant: str
+    name: str
+    kind: Kind
+    entities: dict[str, str]
+    derived: bool
+    file: FoundFile
+
+
+def bids(folder: Path, note: Note) -> list[Case]:
+    """BIDS, raw or derived: one case a subject and session.
+
+    Names are suffixes (``T1w`` -> ``t1``). Where a case has several files of one suffix, the entities that
+    tell them apart are added, in every case alike, so that a name means the same throughout. Of the
+    derivatives of a raw dataset only label maps on the grids of raw images are taken.
+    """
+    found = nifti_files(folder, note, top=lambda name: name.startswith("sub-") or name == DERIVATIVES)
+    files = _without_strays([_bids_file(file) for file in found if _in_subject(file)], note)
+    files.sort(key=lambda file: (file.case, file.derived))
+    telling = _telling_entities(files)
+    cases: ImagesByCase = defaultdict(list)
+    for file in files:
+        added = [text for key, text in file.entities.items() if key in telling[file.name]]
+        cases[file.case].append(SourceImage("_".join([file.name, *added]), file.kind, file.file.path))
+    people = _participants(folder / PARTICIPANTS)
+    participant_of = {file.case: file.participant for file in files}
+    return [case_of_row(case, images, people.get(participant_of[case], {})) for case, images in cases.items()]
+
+
+def _in_subject(file: FoundFile) -> bool:
+    return any(part.startswith("sub-") for part in file.parts[:-1])
+
+
+def _bids_file(file: FoundFile) -> _BidsFile:
+    at = next(place for place, part in enumerate(file.parts) if part.startswith("sub-"))
+    participant, *below = file.parts[at:-1]
+    *tokens, suffix = file.stem.split("_")
+    if "-" in suffix:
+        tokens, suffix = [*tokens, suffix], SOLE_IMAGE
+    sessions = [part for part in (*below[:1], *tokens) if part.startswith("ses-")]
+    entities = {t.partition("-")[0]: t for t in tokens if not t.startswith(("sub-", "ses-"))}
+    if pipeline := usable_name("/".join(file.parts[1:at])):
+        entities["pipeline"] = f"pipeline-{pipeline}"
+    name = _BIDS_NAMES.get(suffix.lower(), suffix.lower())
+    case = "_".join([participant, *sessions[:1]])
+    return _BidsFile(case, participant, name, kind_by_name(suffix), entities, at > 0, file)
+
+
+def _without_strays(files: list[_BidsFile], note: Note) -> list[_BidsFile]:
+    """Beside raw images, of derivatives only label maps, and only those on a raw image's grid."""
+    raw_spaces = {file.entities.get("space") for file in files if not file.derived}
+    if not raw_spaces:
+        return files
+
+    def fits(file: _BidsFile) -> bool:
+        space = file.entities.get("space")
+        native = space is None or (
+            space.removeprefix("space-") in _NATIVE_SPACES and "func" not in file.file.parts
+        )
+        return not file.derived or (file.kind == "label" and (native or space in raw_spaces))
+
+    if strays := ["/".join(file.file.parts) for file in files if not fits(file)]:
+        note(
+            f"{counted(strays, 'derived image')} left out: no label map on the grid of a raw image; "
+            f"convert a pipeline's own folder to have all of its images"
+        )
+    return [file for file in files if fits(file)]
+
+
+def _telling_entities(files: Iterable[_BidsFile]) -> dict[str, set[str]]:
+    """For each image name the entities that differ between files of one case."""
+    groups: dict[tuple[str, str], list[_BidsFile]] = defaultdict(list)
+    for file in files:
+        groups[file.case, file.name].append(file)
+    telling: dict[str, set[str]] = defaultdict(set)
+    for (_, name), group in groups.items():
+        keys = {key for file in group for key in file.entities}
+        telling[name] |= {key for key in keys if len({file.entities.get(key) for file in group}) > 1}
+    return telling
+
+
+def _participants(file: Path) -> dict[str, Row]:
+    """The rows of participants.tsv, by participant."""
+    if not os.path.lexists(file):
+        return {}
+    people: dict[str, Row] = {}
+    columns, rows = read_table(file)
+    if "participant_id" not in columns:
+        raise SourceError(f"{file}: no column participant_id (it has: {', '.join(columns)}); add it")
+    for line, row in rows:
+        name = f"sub-{row.pop('participant_id').removeprefix('sub-')}"
+        if name in people:
+            raise SourceError(f"{file}, line {line}: {name} has a row already; keep one a participant")
+        people[name] = row
+    return people
+
+
+def nnunet(folder: Path, note: Note) -> list[Case]:
+    """nnU-Net 2 raw (and 1): ``imagesTr/<case>_0000``, named by the channel, with ``labelsTr/<case>``."""
+    file = folder / DATASET
+    dataset = read_json(file)
+    channels = _channel_names(dataset, file)
+    if isinstance(listed := dataset.get("dataset"), dict):
+        return [_nnunet_listed(folder, subject, value, channels) for subject, value in listed.items()]
+    cases: dict[tuple[str, str], list[SourceImage]] = defaultdict(list)
+    for found in nifti_files(folder, note, top=_NNUNET_SPLITS.__contains__):
+        if len(found.parts) != 2:
+            continue
+        split = _NNUNET_SPLITS[found.parts[0]]
+        if found.parts[0].startswith("labels"):
+            cases[split, found.stem].append(SourceImage("seg", "label", found.path))
+        else:
+            subject, channel = _channel_of(found.path)
+            image = SourceImage(_channel(channels, channel, str(found.path)), "scalar", found.path)
+            cases[split, subject].append(image)
+    return [Case(subject, tuple(images), split) for (split, subject), images in cases.items()]
+
+
+def _nnunet_listed(folder: Path, subject: str, value: Any, channels: Mapping[int, str]) -> Case:
+    """A case of ``dataset.json`` that lists its files itself, in the order of the channels."""
+    where = f"{folder / DATASET}: dataset[{subject!r}]"
+    match value:
+        case {"images": [*images], "label": str(label)} if all(isinstance(image, str) for image in images):
+            scalars = [
+                SourceImage(_channel(channels, n, where), "scalar", listed_file(folder, image, where))
+                for n, image in enumerate(images)
+            ]
+            seg = SourceImage("seg", "label", listed_file(folder, label, where))
+            return Case(subject, (*scalars, seg), "train")
+    raise SourceError(f"{where} is not of the form {{'images': [...], 'label': ...}}; correct it")
+
+
+def _channel_names(dataset: Any, file: Path) -> dict[int, str]:
+    given = dataset.get("channel_names", dataset.get("modality")) if isinstance(dataset, dict) else None
+    if not isinstance(given, dict) or not all(key.isdecimal() for key in given):
+        raise SourceError(f"{file}: no channel_names of the form {{'0': 'CT'}}; add them")
+    names = {int(key): usable_name(str(name)) or f"channel-{int(key)}" for key, name in given.items()}
+    times = Counter(names.values())
+    return {n: f"{name}-{n}" if times[name] > 1 else name for n, name in names.items()}
+
+
+def _channel_of(path: Path) -> tuple[str, int]:
+    if not (parts := _CHANNEL_STEM.fullmatch(stem_of(path))):
+        raise SourceError(f"{path}: its name does not end in a channel as in case_0000.nii.gz; rename it")
+    return parts[1], int(parts[2])
+
+
+def _channel(channels: Mapping[int, str], number: int, where: str) -> str:
+    if number not in channels:
+        known = ", ".join(map(str, channels))
+        raise SourceError(f"{where}: channel {number} has no name in {DATASET} (it names {known}); add it")
+    return channels[number]

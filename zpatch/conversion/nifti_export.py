@@ -1,0 +1,136 @@
+"""A store -> NIfTI files: the same voxels, header, affine, slope and extensions that came in."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zpatch.chunks.gather import read_region
+from zpatch.chunks.layout import SHARD_BYTES
+from zpatch.conversion.cases import chosen
+from zpatch.errors import OptionError, StoreExistsError, UnknownNameError
+from zpatch.nifti.writer import header_of, single_file_header, write_nifti
+from zpatch.runtime.tasks import Progress
+from zpatch.store import image_record
+from zpatch.store.image_record import ImageRecord
+from zpatch.store.store import Store, open_store, read_small_array, sharded_array
+
+SUFFIXES = (".nii", ".nii.gz")
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedImage:
+    """One image and the file that it goes to."""
+
+    record: ImageRecord
+    path: Path
+
+
+def export(
+    store: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    images: Sequence[str] = (),
+    suffix: str = ".nii.gz",
+    overwrite: bool = False,
+    progress: Progress = lambda voxel_bytes: None,
+) -> list[Path]:
+    """Write images of a store as NIfTI, as ``zpatch export`` does, and return the files.
+
+    They go to ``destination/<subject>/<image>.nii.gz``, or to ``destination`` itself where it ends in
+    ``.nii`` or ``.nii.gz``. ``include`` and ``exclude`` are patterns for subjects, ``images`` for images.
+    """
+    opened = open_store(store)
+    planned = plan_export(
+        opened, Path(destination), include=include, exclude=exclude, images=images, suffix=suffix
+    )
+    check_free(planned, overwrite=overwrite)
+    for image in planned:
+        export_image(opened, image.record, image.path, progress=progress)
+    return [image.path for image in planned]
+
+
+def plan_export(
+    store: Store,
+    destination: Path,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    images: Sequence[str] = (),
+    suffix: str = ".nii.gz",
+) -> list[ExportedImage]:
+    """Which images go to which files; nothing is written."""
+    if suffix not in SUFFIXES:
+        raise OptionError(f"suffix must be one of {', '.join(SUFFIXES)}, not {suffix!r}")
+    place = f"store {store.path}"
+    subjects = set(chosen("subject", sorted({key[0] for key in store.records}), include, exclude, place))
+    names = set(chosen("image", sorted({key[1] for key in store.records}), images, (), place))
+    wanted = [
+        record for (subject, image), record in store.records.items() if subject in subjects and image in names
+    ]
+    if not wanted:
+        raise UnknownNameError(f"no image of {store.path} fits --include, --exclude and --image")
+    if not destination.name.endswith(SUFFIXES):
+        return [
+            ExportedImage(record, destination / record.subject / f"{record.image}{suffix}")
+            for record in wanted
+        ]
+    if len(wanted) > 1:
+        raise OptionError(
+            f"{destination} is one file, and {len(wanted)} images are to go there; "
+            f"choose one with --include and --image, or name a folder"
+        )
+    return [ExportedImage(wanted[0], destination)]
+
+
+def check_free(planned: Sequence[ExportedImage], *, overwrite: bool) -> None:
+    """Refuse to replace files unless it is wanted."""
+    for image in planned:
+        if image.path.exists() and not overwrite:
+            raise StoreExistsError(f"{image.path}: it exists already; say --overwrite to replace it")
+
+
+def export_image(
+    store: Store,
+    record: ImageRecord,
+    path: Path,
+    *,
+    progress: Progress = lambda voxel_bytes: None,
+) -> None:
+    """Write one image, streaming; the file appears whole or not at all."""
+    folder = store.image_path(record)
+    raw_header = read_small_array(folder, image_record.RAW_HEADER, record.files).tobytes()
+    dtype = np.dtype(np.uint8) if record.colours > 1 else header_of(raw_header).get_data_dtype()
+    write_nifti(path, single_file_header(raw_header), _in_file_order(store, record, progress), dtype=dtype)
+
+
+def _in_file_order(store: Store, record: ImageRecord, progress: Progress) -> Iterator[NDArray[Any]]:
+    """The stored voxels as a NIfTI file has them: x fastest, channels slowest unless they are colours."""
+    array = sharded_array(store.image_path(record), record)
+    channels = array.shape[0]
+    turn, together = record.orientation, record.colours
+    axis = 1 + turn.slowest
+    planes, plane_bytes = array.shape[axis], array.dtype.itemsize * together
+    plane_bytes *= math.prod(array.shape[1:]) // planes
+    depth = _slab_depth(array.chunks[axis], plane_bytes)
+    for c, start in itertools.product(range(0, channels, together), range(0, planes, depth)):
+        first, stop = [c, 0, 0, 0], [c + together, *array.shape[1:]]
+        ends = start, min(start + depth, planes)
+        first[axis], stop[axis] = (planes - ends[1], planes - ends[0]) if turn.flips[2] else ends
+        voxels = turn.turn_back(read_region(array, first, stop))
+        yield np.moveaxis(voxels, 0, -1) if together > 1 else voxels
+        progress(voxels.nbytes)
+
+
+def _slab_depth(chunk_depth: int, plane_bytes: int) -> int:
+    return max(1, SHARD_BYTES // (plane_bytes * chunk_depth)) * chunk_depth

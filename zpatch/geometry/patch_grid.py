@@ -1,0 +1,151 @@
+"""Patches on a regular grid, and the chunks that a box touches.
+
+Starts on one axis of ``n`` voxels, patch ``p``, overlap ``o``: ``range(0, n - p + 1, p - o)``, and one
+more patch flush with the border where that leaves a rest::
+
+    n = 10, p = 4, o = 2        n = 11, p = 4, o = 2         n = 3, p = 4, padded up to the patch
+    0123456789                  0123456789A                  .012
+    ====                        ====                         ====
+      ====                        ====
+        ====                        ====
+          ====                        ====
+                                       ====   <- flush
+
+With ``border=True`` the grid covers ``o // 2`` voxels more on each side, so starts begin below 0; the
+frame stays the volume's own.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zpatch.errors import PatchLocationError
+from zpatch.geometry.boxes import AXIS_NAMES, PatchLocation, Triple
+
+
+def axis_starts(axis_length: int, patch_length: int, overlap: int) -> NDArray[np.int64]:
+    """First voxels of the patches on one axis.
+
+    >>> axis_starts(11, 4, 2)
+    array([0, 2, 4, 6, 7])
+    """
+    last = axis_length - patch_length
+    starts = np.arange(0, last + 1, patch_length - overlap, dtype=np.int64)
+    return starts if starts[-1] == last else np.append(starts, last)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PatchGrid:
+    """All patches of a volume, in lexicographic order, I slowest.
+
+    ``starts`` holds the first voxels per axis, in the volume's own frame; ``pad_before`` and
+    ``pad_after`` say how far the grid reaches over the volume on each side.
+    """
+
+    spatial_shape: Triple
+    patch_size: Triple
+    patch_overlap: Triple
+    pad_before: Triple
+    pad_after: Triple
+    starts: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+
+    @classmethod
+    def over(
+        cls,
+        spatial_shape: Triple,
+        patch_size: Triple,
+        patch_overlap: Triple = (0, 0, 0),
+        *,
+        border: bool = False,
+    ) -> PatchGrid:
+        """The grid over a volume; a volume smaller than the patch counts as padded up to it.
+
+        ``border`` pads ``patch_overlap // 2`` voxels on each side of every axis.
+        """
+        before, after, starts = [], [], []
+        for n, p, o in zip(spatial_shape, patch_size, patch_overlap, strict=True):
+            wanted = o // 2 if border else 0
+            missing = max(p - n - 2 * wanted, 0)
+            before.append(wanted + missing // 2)
+            after.append(wanted + missing - missing // 2)
+            starts.append(axis_starts(n + before[-1] + after[-1], p, o) - before[-1])
+        (a, b, c), (d, e, f), (x, y, z) = before, after, starts
+        return cls(spatial_shape, patch_size, patch_overlap, (a, b, c), (d, e, f), (x, y, z))
+
+    @property
+    def counts(self) -> Triple:
+        """Number of patches along I, J, K."""
+        i, j, k = map(len, self.starts)
+        return i, j, k
+
+    def __len__(self) -> int:
+        i, j, k = self.counts
+        return i * j * k
+
+    def location(self, number: int) -> PatchLocation:
+        """The patch of that number."""
+        if not 0 <= number < len(self):
+            raise PatchLocationError(f"patch {number} of a grid of {len(self)} patches")
+        _, j, k = self.counts
+        return self.at((number // (j * k), number // k % j, number % k))
+
+    def at(self, position: Triple) -> PatchLocation:
+        """The patch at a position of the grid."""
+        i, j, k = (int(s[n]) for s, n in zip(self.starts, position, strict=True))
+        return PatchLocation((i, j, k), self.patch_size)
+
+    def position_of(self, location: PatchLocation) -> Triple:
+        """Where a patch stands in the grid; an error for a box that is none of its patches."""
+        position = [int(np.searchsorted(s, v)) for s, v in zip(self.starts, location.index, strict=True)]
+        for axis, s, n, v in zip(AXIS_NAMES, self.starts, position, location.index, strict=True):
+            if n == len(s) or s[n] != v or location.size != self.patch_size:
+                raise PatchLocationError(
+                    f"the patch at {location.index} of size {location.size} is not of this grid "
+                    f"(axis {axis}; patches of {self.patch_size} voxels)"
+                )
+        i, j, k = position
+        return i, j, k
+
+    def locations(self, slowest_axis: int = 0) -> Iterator[PatchLocation]:
+        """All patches, with that axis slowest and the others in their own order."""
+        order = [slowest_axis, *(a for a in range(3) if a != slowest_axis)]
+        for position in itertools.product(*(range(self.counts[a]) for a in order)):
+            i, j, k = (position[order.index(a)] for a in range(3))
+            yield self.at((i, j, k))
+
+
+def chunk_counts(shape: tuple[int, ...], chunks: tuple[int, ...]) -> tuple[int, ...]:
+    """How many chunks cover an array along each axis."""
+    return tuple(-(-n // c) for n, c in zip(shape, chunks, strict=True))
+
+
+def covering_chunks(
+    first: NDArray[np.int64],
+    stop: NDArray[np.int64],
+    shape: tuple[int, ...],
+    chunks: tuple[int, ...],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which chunks some boxes touch: pairs (chunk number, box number), ordered by chunk.
+
+    ``first`` and ``stop`` are ``(number of boxes, ndim)``; chunks are numbered in C order.
+
+    >>> covering_chunks(np.array([[0], [3]]), np.array([[2], [9]]), (10,), (4,))
+    (array([0, 0, 1, 2]), array([0, 1, 1, 1]))
+    """
+    counts = chunk_counts(shape, chunks)
+    low, high = first // chunks, (stop - 1) // chunks + 1
+    numbers = []
+    for a, b in zip(low.tolist(), high.tolist(), strict=True):
+        number = np.zeros(1, dtype=np.int64)
+        for start, end, count in zip(a, b, counts, strict=True):
+            number = (number[:, None] * count + np.arange(start, end)).ravel()
+        numbers.append(number)
+    boxes = np.repeat(np.arange(len(numbers)), [len(n) for n in numbers])
+    chunk = np.concatenate(numbers) if numbers else np.zeros(0, dtype=np.int64)
+    order = np.argsort(chunk, kind="stable")
+    return chunk[order], boxes[order]

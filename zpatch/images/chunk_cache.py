@@ -1,0 +1,247 @@
+"""The chunks about a sweep's front, in memory: each is read once, and let go after its last patch.
+
+Patches of a grid overlap, and do not end where chunks do, so neighbours, rows and planes of patches want the
+same chunks again. What is held between them are the unscaled voxels of those chunks, and of no others.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zpatch.chunks.gather import GatherPlan, copy_chunks
+from zpatch.chunks.scaling import UNSCALED, Scaling
+from zpatch.geometry.boxes import PatchLocation, Triple
+from zpatch.geometry.patch_grid import PatchGrid
+from zpatch.images.group_read import ArraySource, Graph, Shape, ShardSource, VoxelSource
+
+Voxels = NDArray[Any]
+Integers = NDArray[np.int64]
+
+NEVER = 2**60  # more than any rank, and three of them fit into 64 bits
+
+
+def patches_of_chunks(
+    starts: Integers, patch_length: int, chunk_length: int, axis_length: int
+) -> tuple[Integers, Integers]:
+    """The first and the last patch on one axis that touch each chunk; the last is before the first for none.
+
+    >>> patches_of_chunks(np.array([0, 2, 4, 6]), 4, 4, 12)
+    (array([0, 1, 3]), array([1, 3, 3]))
+    """
+    chunks = np.arange(-(-axis_length // chunk_length))
+    low = np.maximum(starts, 0) // chunk_length
+    high = (np.minimum(starts + patch_length, axis_length) - 1) // chunk_length
+    return np.searchsorted(high, chunks), np.searchsorted(low, chunks, side="right") - 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChunkLives:
+    """From which patch of a sweep up to which one each chunk is wanted.
+
+    Patches have ranks in the order of the sweep, ``steps`` from one to the next along I, J, K. Those that
+    touch a chunk are a box of the grid, so the ranks of its first and its last patch are sums of what
+    ``first`` and ``last`` say of its place along each axis: ``NEVER`` where no patch touches it.
+    """
+
+    steps: Triple
+    first: tuple[Integers, Integers, Integers]
+    last: tuple[Integers, Integers, Integers]
+
+    @classmethod
+    def of(
+        cls,
+        chunk_shape: Triple,
+        grid: PatchGrid,
+        swept_axis: int,
+        ranges: tuple[range, range, range],
+    ) -> Self:
+        """The lives of chunks under those patches of a grid whose numbers along I, J, K are in ``ranges``."""
+        slow, middle, fast = swept_axis, *(axis for axis in range(3) if axis != swept_axis)
+        step = {fast: 1, middle: grid.counts[fast], slow: grid.counts[fast] * grid.counts[middle]}
+        tables = []
+        for axis, patches in enumerate(ranges):
+            starts = grid.starts[axis][patches.start : patches.stop]
+            lengths = grid.patch_size[axis], chunk_shape[axis], grid.spatial_shape[axis]
+            first, last = patches_of_chunks(starts, *lengths)
+            ranks = (np.stack([first, last]) + patches.start) * step[axis]
+            tables.append(np.where(first > last, NEVER, ranks))
+        (a, p), (b, q), (c, r) = tables
+        return cls((step[0], step[1], step[2]), (a, b, c), (p, q, r))
+
+    def rank(self, position: Triple) -> int:
+        """The rank of the patch at a position of the grid."""
+        return sum(n * step for n, step in zip(position, self.steps, strict=True))
+
+    @property
+    def stored_grid(self) -> Triple:
+        """How many chunks cover the volume along the stored axes z, y, x."""
+        i, j, k = map(len, self.first)
+        return k, j, i
+
+    def places(self, numbers: Sequence[int]) -> Integers:
+        """Places along I, J, K (3, n) of chunks, which are numbered in C order of the stored axes."""
+        return np.stack(np.unravel_index(np.array(numbers, np.int64), self.stored_grid)[::-1])
+
+    def ranks(self, numbers: Sequence[int]) -> tuple[Integers, Integers]:
+        """The ranks of the first and of the last patch of chunks."""
+        i, j, k = self.places(numbers)
+        (a, b, c), (p, q, r) = self.first, self.last
+        return a[i] + b[j] + c[k], p[i] + q[j] + r[k]
+
+
+class CachedSource:
+    """Voxels of another source, read chunk by chunk and held for as long as patches of a sweep want them.
+
+    Boxes are read as ever, and ``done`` says how far the sweep is. Any box inside may be asked for: a chunk
+    that the sweep does not want now is held until the next ``done``, and read again when it is wanted.
+    What a graph reads is held once it has run; graphs run one after the other.
+    """
+
+    def __init__(self, source: VoxelSource, lives: ChunkLives) -> None:
+        self.source = source
+        self._lives = lives
+        channels, *spatial_shape = source.shape
+        i, j, k = map(min, spatial_shape, source.chunk_shape)
+        self._chunk = channels, k, j, i  # as stored: (c, z, y, x)
+        self._held: dict[int, Voxels] = {}  # by number, in C order of the stored axes
+        self._spare: list[Voxels] = []
+        self._fresh: set[int] = set()  # read since the last call of done
+        self._ends: list[tuple[int, int]] = []  # a heap of (rank of the last patch, number)
+
+    @classmethod
+    def of(
+        cls,
+        source: VoxelSource,
+        grid: PatchGrid,
+        swept_axis: int,
+        ranges: tuple[range, range, range],
+    ) -> Self:
+        """For a sweep of a grid, that axis slowest and the others in their own order.
+
+        ``ranges`` are the numbers along I, J, K of the patches that will be read; some may be left out.
+        """
+        return cls(source, ChunkLives.of(source.chunk_shape, grid, swept_axis, ranges))
+
+    @property
+    def shape(self) -> Shape:
+        """Extent (C, I, J, K)."""
+        return self.source.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the unscaled voxels."""
+        return self.source.dtype
+
+    @property
+    def chunk_shape(self) -> Triple:
+        """Extent of what is held as one."""
+        return self.source.chunk_shape
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Memory of a chunk with all channels; one at the volume's end takes as much."""
+        c, z, y, x = self._chunk
+        return c * z * y * x * self.dtype.itemsize
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of the chunks that are held now."""
+        return len(self._held) * self.chunk_bytes
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Memory taken so far, of chunks that are held and for those to come: the most ever held at once."""
+        return (len(self._held) + len(self._spare)) * self.chunk_bytes
+
+    def graph(
+        self, boxes: Sequence[PatchLocation], outs: Sequence[Voxels], scaling: Scaling, parts: int
+    ) -> Graph:
+        """The source's own tasks for chunks that are not held, then about ``parts`` tasks that copy."""
+        channels = self.shape[0]
+        low = np.array([(0, *box.index[::-1]) for box in boxes], dtype=np.int64).reshape(-1, 4)
+        high = np.array([(channels, *box.index_fin[::-1]) for box in boxes], dtype=np.int64).reshape(-1, 4)
+        plan = GatherPlan.over(self._chunk, (1, *self._lives.stored_grid), low, high)
+        views = [out.transpose(0, 3, 2, 1) for out in outs]
+        numbers = plan.shards.tolist()
+        chunks = {number: self._held[number] for number in numbers if number in self._held}
+        fresh = {number: self._memory() for number in numbers if number not in chunks}
+        chunks |= fresh
+        reads = self.source.graph(*self._places(fresh), UNSCALED, parts) if fresh else {}
+        graph: Graph = {key: task for key, task in reads.items() if not isinstance(key, int)}
+        ends = {(id(chunks), key): task for key, task in reads.items() if isinstance(key, int)}
+        copies = {
+            number: (partial(self._copy, chunks, fresh, part, views, scaling), list(ends))
+            for number, part in enumerate(plan.split(parts))
+        }
+        return graph | ends | copies
+
+    def _memory(self) -> Voxels:
+        return self._spare.pop() if self._spare else np.empty(self._chunk, self.dtype)
+
+    def _places(self, chunks: Mapping[int, Voxels]) -> tuple[list[PatchLocation], list[Voxels]]:
+        """Which box of the volume chunks are, and their memory for it (C, I, J, K)."""
+        length = np.array(self._chunk[:0:-1])
+        index = self._lives.places(list(chunks)).T * length
+        size = np.minimum(length, self.shape[1:] - index)
+        boxes, outs = [], []
+        for (i, j, k), (p, q, r), memory in zip(index.tolist(), size.tolist(), chunks.values(), strict=True):
+            boxes.append(PatchLocation((i, j, k), (p, q, r)))
+            outs.append(memory[:, :r, :q, :p].transpose(0, 3, 2, 1))
+        return boxes, outs
+
+    def _copy(
+        self,
+        chunks: Mapping[int, Voxels],
+        fresh: Mapping[int, Voxels],
+        plan: GatherPlan,
+        outs: Sequence[Voxels],
+        scaling: Scaling,
+        _reads: Any,
+    ) -> None:
+        self._held |= fresh  # only now: what could not be read is not there
+        self._fresh |= fresh.keys()
+        copy_chunks(chunks, plan, outs, scaling)
+
+    def done(self, position: Triple) -> None:
+        """Let go of chunks that no patch after the grid's ``position``, in sweep order, wants.
+
+        To be called when the patches up to there are read, and before any after it is.
+        """
+        rank = self._lives.rank(position)
+        fresh = list(self._fresh)
+        first, last = self._lives.ranks(fresh)
+        for entry in zip(np.where(first > rank, rank, last).tolist(), fresh, strict=True):
+            heapq.heappush(self._ends, entry)
+        self._fresh.clear()
+        while self._ends and self._ends[0][0] <= rank:
+            _, number = heapq.heappop(self._ends)
+            if number in self._held:
+                self._spare.append(self._held.pop(number))
+
+    def dask(self, block_voxels: int | None = None) -> Any:
+        """The source's own dask array; nothing is held of what it reads."""
+        return self.source.dask(block_voxels)
+
+
+def is_quick(source: VoxelSource) -> bool:
+    """Whether voxels of a source come as fast as a cache would give them: unpacked, or packed by LZ4."""
+    if isinstance(source, ShardSource):
+        return source.array.codec.is_quick
+    return isinstance(source, ArraySource)
+
+
+def cached(
+    source: VoxelSource, grid: PatchGrid, swept_axis: int, ranges: tuple[range, range, range]
+) -> tuple[VoxelSource, Callable[[Triple], None]]:
+    """What to read a sweep's patches from, and its ``done``: ``CachedSource.of``; a quick source as it is."""
+    if is_quick(source):
+        return source, lambda position: None
+    cache = CachedSource.of(source, grid, swept_axis, ranges)
+    return cache, cache.done

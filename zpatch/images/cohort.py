@@ -1,0 +1,264 @@
+"""Subjects and cohorts: which images belong together, opened from the manifest alone."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Self, overload
+
+from zpatch.conversion.cases import chosen
+from zpatch.errors import OptionError, UnknownNameError
+from zpatch.geometry.boxes import Triple
+from zpatch.images.image import Image, ScalarImage, stored_image
+from zpatch.store.image_record import HISTOGRAM, ROOT_DOCUMENT, ImageRecord, Json, check_name
+from zpatch.store.store import Store, is_store, open_store, read_small_array
+from zpatch.store.voxel_statistics import merged_statistics
+
+
+class Subject:
+    """The images of one subject, by name: ``subject.t1`` or ``subject["t1"]``; iterating gives the names.
+
+    Build one by hand from any images: ``Subject(t1=ScalarImage(array), seg=LabelMap(path))``.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str = "subject",
+        split: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        **images: Image,
+    ) -> None:
+        self._set(images, name, split, metadata)
+
+    @classmethod
+    def of(
+        cls,
+        images: Mapping[str, Image],
+        *,
+        name: str = "subject",
+        split: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """The subject of a mapping: its images may have any names, ``name`` and ``split`` too."""
+        subject = cls.__new__(cls)
+        subject._set(images, name, split, metadata)
+        return subject
+
+    def _set(
+        self, images: Mapping[str, Image], name: str, split: str | None, metadata: Mapping[str, Any] | None
+    ) -> None:
+        for key, image in images.items():
+            check_name(key, "image")
+            if not isinstance(image, Image):
+                raise OptionError(
+                    f"{key}= must be a ScalarImage, LabelMap or SamplingMap, not {type(image).__name__}"
+                )
+        if not images:
+            raise OptionError(f"subject {name!r} has no images; give it some, as in t1=ScalarImage(...)")
+        self.name = name
+        self.split = split
+        self.metadata: Json = dict(metadata or {})
+        self._images = dict(images)
+
+    @property
+    def images(self) -> Mapping[str, Image]:
+        """All images by name."""
+        return MappingProxyType(self._images)
+
+    def with_images(self, **images: Image | None) -> Self:
+        """The same subject with some images added or replaced, and without those that are None."""
+        changed = {name: image for name, image in (self._images | images).items() if image is not None}
+        return self.of(changed, name=self.name, split=self.split, metadata=self.metadata)
+
+    @property
+    def spatial_shape(self) -> Triple:
+        """Extent along I, J, K in voxels, which all images must share."""
+        shapes = {image.spatial_shape for image in self._images.values()}
+        if len(shapes) > 1:
+            listed = ", ".join(f"{k} {image.spatial_shape}" for k, image in self._images.items())
+            raise OptionError(
+                f"the images of subject {self.name!r} differ in shape ({listed}); "
+                f"resample them to one grid, or make subjects of those that agree"
+            )
+        return shapes.pop()
+
+    def __getitem__(self, name: str) -> Image:
+        try:
+            return self._images[name]
+        except KeyError:
+            raise UnknownNameError.among("image", name, self._images, f"subject {self.name!r}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._images)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getattr__(self, name: str) -> Image:
+        if name.startswith("_") or "_images" not in self.__dict__:
+            raise AttributeError(name)
+        try:
+            return self[name]
+        except UnknownNameError as error:
+            raise AttributeError(str(error)) from None
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *self._images]
+
+    def __repr__(self) -> str:
+        return f"Subject({self.name!r}: {', '.join(self._images)})"
+
+
+class Cohort(Sequence[Subject]):
+    """All subjects of a store, in the order of their names; nothing but the manifest is read.
+
+    ``cohort[0]``, ``cohort["sub-01"]``, ``cohort[2:5]`` and ``cohort.split("train")``; the last two are
+    cohorts again.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | Store) -> None:
+        self.store = path if isinstance(path, Store) else open_store(path)
+        self._images: dict[str, list[str]] = {}
+        for subject, image in self.store.records:
+            self._images.setdefault(subject, []).append(image)
+        self._names = sorted(self._images)
+        self._changes: tuple[Callable[[Subject], Subject], ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the subjects."""
+        return list(self._names)
+
+    @property
+    def splits(self) -> dict[str, list[str]]:
+        """Names of the subjects of each split."""
+        splits: dict[str, list[str]] = {}
+        for name in self._names:
+            split = self._split_of(name)
+            if split is not None:
+                splits.setdefault(split, []).append(name)
+        return splits
+
+    @property
+    def metadata(self) -> dict[str, Json]:
+        """Metadata of each subject, by name."""
+        return {name: self[name].metadata for name in self._names}
+
+    @property
+    def statistics(self) -> dict[str, Json]:
+        """Statistics of each image over all subjects, by its name: what lazy normalisation needs.
+
+        Of an image: count, min, max, mean, std, percentiles, the same of its foreground. Of a label map:
+        how many voxels each value has.
+        """
+        records: dict[str, list[ImageRecord]] = {}
+        for name in self._names:
+            for image in self._images[name]:
+                records.setdefault(image, []).append(self.store.records[name, image])
+        return {image: self._statistics_of(found) for image, found in records.items()}
+
+    def _statistics_of(self, records: Sequence[ImageRecord]) -> Json:
+        if all(record.kind == "label" for record in records):
+            counts: Counter[str] = Counter()
+            for record in records:
+                counts.update(record.stats["labels"])
+            return {"labels": dict(counts)}
+        records = [record for record in records if record.kind != "label"]
+        histograms = [
+            read_small_array(self.store.image_path(record), HISTOGRAM, record.files) for record in records
+        ]
+        zeros = [record.inter for record in records]
+        return merged_statistics([record.stats for record in records], histograms, zeros)
+
+    def split(self, name: str) -> Self:
+        """The subjects of a split."""
+        splits = self.splits
+        if name not in splits:
+            raise UnknownNameError.among("split", name, splits, f"store {self.store.path}")
+        return self._only(splits[name])
+
+    def select(self, names: Sequence[str]) -> Self:
+        """The subjects of those names, in that order."""
+        for name in names:
+            if name not in self._names:
+                raise UnknownNameError.among("subject", name, self._names, f"store {self.store.path}")
+        return self._only(list(names))
+
+    def matching(self, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Self:
+        """The subjects whose names fit a pattern of ``include`` and none of ``exclude``."""
+        return self._only(chosen("subject", self._names, include, exclude, f"store {self.store.path}"))
+
+    def map(self, fn: Callable[[Subject], Subject]) -> Self:
+        """The cohort of ``fn(subject)`` for each subject, made when a subject is asked for.
+
+        ``fn`` may change images, as in ``lambda s: s.with_images(t1=zp.Normalize()(s.t1))``, but not the
+        subject's name. For worker processes that do not fork it must be a function that pickles.
+        """
+        changed = self._only(self._names)
+        changed._changes = (*self._changes, fn)
+        return changed
+
+    def _only(self, names: list[str]) -> Self:
+        part = type(self)(self.store)
+        part._names = names
+        part._changes = self._changes
+        return part
+
+    def _split_of(self, name: str) -> str | None:
+        return self.store.records[name, self._images[name][0]].split
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @overload
+    def __getitem__(self, key: int | str) -> Subject: ...
+    @overload
+    def __getitem__(self, key: slice) -> Self: ...
+    def __getitem__(self, key: int | str | slice) -> Subject | Self:
+        if isinstance(key, slice):
+            return self._only(self._names[key])
+        if isinstance(key, str):
+            return self.select([key])[0]
+        return self._subject(self._names[key])
+
+    def _subject(self, name: str) -> Subject:
+        records = [self.store.records[name, image] for image in self._images[name]]
+        images = {r.image: stored_image(self.store.image_path(r), r) for r in records}
+        subject = Subject.of(images, name=name, split=records[0].split, metadata=records[0].meta)
+        for change in self._changes:
+            subject = change(subject)
+        return subject
+
+    def __iter__(self) -> Iterator[Subject]:
+        return map(self._subject, self._names)
+
+    def __contains__(self, item: object) -> bool:
+        return item in self._names if isinstance(item, str) else False
+
+    def __repr__(self) -> str:
+        return f"Cohort({str(self.store.path)!r}: {len(self)} subjects)"
+
+
+def open_subjects(
+    path: Path, include: Sequence[str] = (), exclude: Sequence[str] = (), axes: str | None = None
+) -> Sequence[Subject]:
+    """The subjects of a store that fit some patterns; or of an image by itself, OME-Zarr or a Zarr array,
+    the one subject that is called as it is, with the image ``image``. ``axes`` name those of the array, as
+    in ``"yxc"``, where it does not say them itself."""
+    is_zarr = (path / ROOT_DOCUMENT).exists() or any(path.glob(".z*"))
+    if is_store(path) or not is_zarr:
+        if axes is not None:
+            raise OptionError(f"{path} is no image by itself; axes are those of a Zarr array")
+        return Cohort(path).matching(include, exclude)
+    parts = [path.parent.name, path.name] if path.name.isdecimal() else [path.name]
+    name = "-".join(re.sub(r"(\.ome)?\.zarr$", "", part) for part in parts)
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip("._-") or "image"
+    subject = Subject(name=name, image=ScalarImage(path, axes=axes))
+    if include or exclude:
+        raise OptionError(f"{path} is one image; patterns of subjects go with a store")
+    return [subject]

@@ -1,0 +1,191 @@
+"""Where an image's voxels come from: a store, any OME-Zarr or Zarr array, a NIfTI file, or an array."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zpatch.chunks.scaling import UNSCALED, Scaling
+from zpatch.errors import OptionError, SourceError
+from zpatch.geometry.boxes import Affine
+from zpatch.images import zarr_images
+from zpatch.images.group_read import ArraySource, DaskSource, ShardSource, VoxelSource
+from zpatch.nifti import header
+from zpatch.store import store
+from zpatch.store.image_record import ImageRecord, Json, new_digest
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Origin:
+    """What is known of voxels: how to read them, where they lie in space, and where in files.
+
+    ``path`` is their file or folder, in a store or not; None for an array in memory. ``record`` is what the
+    manifest says, of an image in a store.
+    """
+
+    source: VoxelSource
+    affine: Affine
+    scaling: Scaling = UNSCALED
+    record: ImageRecord | None = None
+    path: Path | None = None
+    unit: str | None = "millimeter"
+
+    @classmethod
+    def of_record(cls, folder: Path, record: ImageRecord) -> Self:
+        """That of an image in a store. Touches no file."""
+        folder = folder.absolute()
+        source = ShardSource(store.sharded_array(folder, record))
+        scaling = Scaling(record.slope, record.inter)
+        return cls(source, record.affine_array, scaling, record, folder, record.spatial_unit)
+
+    def derived(self, array: Any) -> Self:
+        """That of a dask array (C, I, J, K) of values which was made of these voxels."""
+        return dataclasses.replace(
+            self, source=DaskSource(_with_channels(array)), scaling=UNSCALED, record=None
+        )
+
+    def identity(self) -> Json:
+        """What tells the values from others, as far as it is known without reading files."""
+        known: Json = {"shape": self.source.shape, "dtype": self.source.dtype.str}
+        if self.record is not None:
+            known |= self.record.to_json()
+        if self.path is not None and not (self.record and self.record.files):
+            known["files"] = _identity_of_files(self.path)
+        elif isinstance(self.source, ArraySource):
+            known["voxels"] = _identity_of_array(self.source.array)
+        return {**known, "scaling": repr(self.scaling)}
+
+
+def open_origin(data: Any, axes: str | None = None) -> Origin:
+    """Open whatever ``Image`` takes."""
+    if isinstance(data, str | os.PathLike):
+        return _open_path(Path(data), axes)
+    if type(data).__module__.startswith("zarr."):
+        return _of_zarr(zarr_images.zarr_image(data), axes)
+    if type(data).__module__.startswith("dask."):
+        return Origin(DaskSource(_with_channels(data)), np.eye(4))
+    return Origin(ArraySource(_with_channels(np.asarray(data))), np.eye(4))
+
+
+def _open_path(path: Path, axes: str | None) -> Origin:
+    name = path.name.lower()
+    if name.endswith(".nii.gz"):
+        raise SourceError(
+            f"{path}: patches cannot be read from compressed NIfTI; convert it first with "
+            f"'zpatch convert {path.parent} STORE'"
+        )
+    if name.endswith(".nii"):
+        return _of_nifti(header.read_header(path))
+    if path.is_file():
+        raise SourceError(
+            f"{path}: images are read from .nii files and from folders of Zarr arrays; save it as NIfTI"
+        )
+    found = zarr_images.open_image_folder(path)
+    return Origin.of_record(path, found) if isinstance(found, ImageRecord) else _of_zarr(found, axes)
+
+
+def _of_nifti(file: header.NiftiFile) -> Origin:
+    if file.compressed or file.colours > 1:
+        raise SourceError(f"{file.path}: only plain, uncompressed voxels can be mapped; convert it first")
+    mapped = np.memmap(
+        file.voxel_path,
+        mode="r",
+        dtype=file.dtype,
+        offset=file.voxel_offset,
+        shape=(1, *file.shape)[-4:],
+    )
+    return Origin(
+        ArraySource(mapped.transpose(0, 3, 2, 1)),
+        file.affine,
+        Scaling(file.slope, file.inter),
+        path=file.voxel_path,
+        unit=file.spatial_unit,
+    )
+
+
+def _of_zarr(image: zarr_images.ZarrImage, axes: str | None) -> Origin:
+    _check_dtype(image.array.dtype)
+    stored = zarr_images.StoredAxes.of(image.array, axes or image.axes)
+    affine = np.eye(4)
+    for row, name in enumerate("xyz"):
+        number = stored.kept[stored.names.index(name)]
+        if number is not None and image.scale:
+            affine[row, row] = image.scale[number]
+        if number is not None and image.translation:
+            affine[row, 3] = image.translation[number]
+    array = zarr_images.sharded_array_of(image.array, stored)
+    source: VoxelSource
+    if array is not None:
+        source = ShardSource(array, stored.names)
+    else:
+        source = DaskSource(_through_zarr(image.array, stored))
+    unit = image.unit if image.scale else "millimeter"
+    return Origin(source, affine, path=zarr_images.folder_of(image.array), unit=unit)
+
+
+def _through_zarr(array: Any, stored: zarr_images.StoredAxes) -> Any:
+    import dask.array as da
+
+    left_out = tuple(0 if n not in stored.kept else slice(None) for n in range(array.ndim))
+    kept = da.from_zarr(array)[left_out]
+    four = kept[(None,) * stored.kept.count(None)]
+    return four.transpose([stored.names.index(name) for name in "cxyz"])
+
+
+def _with_channels(array: Any) -> Any:
+    if array.ndim not in (3, 4):
+        raise OptionError(f"an image is (I, J, K) or (C, I, J, K), not of shape {tuple(array.shape)}")
+    _check_dtype(array.dtype)
+    return array if array.ndim == 4 else array[None]
+
+
+def _check_dtype(dtype: np.dtype[Any]) -> None:
+    if dtype.kind not in "biufc":
+        raise OptionError(f"an image is of numbers, not of {dtype}")
+
+
+def _identity_of_files(path: Path) -> str:
+    """A digest of names, sizes and times of change of a file, or of all files below a folder."""
+    state = new_digest()
+    for file in sorted(_files_below(path)):
+        status = os.stat(file)
+        state.update(f"{os.path.relpath(file, path)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return state.hexdigest()
+
+
+def _files_below(path: Path) -> Iterator[str]:
+    if not path.is_dir():
+        yield str(path)
+    for folder, _, names in os.walk(path):
+        yield from (os.path.join(folder, name) for name in names)
+
+
+def _identity_of_array(array: NDArray[Any]) -> str:
+    """A digest of the voxels of an array; of one that is mapped from a file, of that and its place in it."""
+    if (mapped := _map_of(array)) is not None:
+        at = array.__array_interface__["data"][0] - mapped.__array_interface__["data"][0] + mapped.offset
+        return f"{_identity_of_files(Path(mapped.filename))} at {at}, strides {array.strides}"
+    state = new_digest()
+    strides = [abs(step) if n > 1 else 0 for step, n in zip(array.strides, array.shape, strict=True)]
+    slowest_first = np.argsort(strides, kind="stable")[::-1]
+    ordered = array.transpose(slowest_first)
+    for place in np.ndindex(ordered.shape[:2]):  # a plane at a time, as each is copied
+        state.update(ordered[place].tobytes())
+    return f"{state.hexdigest()}, axes {slowest_first.tolist()}"
+
+
+def _map_of(array: Any) -> Any:
+    """The map of a file that an array is a view of, if it is."""
+    found = None
+    while array is not None:
+        if isinstance(array, np.memmap) and array.filename is not None:
+            found = array
+        array = getattr(array, "base", None)
+    return found

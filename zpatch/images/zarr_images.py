@@ -1,0 +1,210 @@
+"""Images that others wrote: any OME-Zarr image or Zarr array, of either version of the format.
+
+Arrays on local files, packed in the usual ways, are read as those of our own stores are: straight from
+mapped files. All others go through zarr itself, slower, with the same voxels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zpatch.chunks.codec import ChunkCodec, Compressor
+from zpatch.chunks.mapped_shards import ChunkFiles, ShardedArray
+from zpatch.errors import NotAStoreError, OptionError
+from zpatch.store.image_record import ImageRecord, Json
+from zpatch.store.store import TOOL
+
+CHANNEL_AXES = "ct"
+_COMPRESSORS: Mapping[str, Compressor] = {name: name for name in ("blosc", "zstd", "gzip", "zlib")}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ZarrImage:
+    """An array that any Zarr library wrote, with what its metadata says of it.
+
+    ``axes`` are its dimension names or empty; ``scale`` and ``translation`` are per axis, in ``unit``, from
+    OME-Zarr.
+    """
+
+    array: Any
+    axes: str = ""
+    scale: tuple[float, ...] | None = None
+    translation: tuple[float, ...] | None = None
+    unit: str | None = None
+
+
+def open_image_folder(path: Path) -> ImageRecord | ZarrImage:
+    """An image by its folder: one of zpatch, any OME-Zarr image or level of one, or any Zarr array."""
+    import zarr
+
+    try:
+        node: Any = zarr.open(path, mode="r")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # all that zarr raises
+        raise NotAStoreError(f"{path}: it is no Zarr array or OME-Zarr image ({error})") from None
+    if isinstance(node, zarr.Array):
+        with contextlib.suppress(OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
+            return _level_of(zarr.open_group(path.parent, mode="r"), path.name)
+        return zarr_image(node)
+    if "image" in (own := node.attrs.get(TOOL, {})):
+        return ImageRecord.from_json({**own, "files": {}}, str(path))
+    try:
+        return _level_of(node, None)
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise NotAStoreError(
+            f"{path}: it is a Zarr group but no OME-Zarr image; name an image or an array in it"
+        ) from None
+
+
+def _level_of(group: Any, name: str | None) -> ZarrImage:
+    """A level of an OME-Zarr image by its name, or the finest."""
+    attributes: Json = dict(group.attrs)
+    multiscale = attributes.get("ome", attributes)["multiscales"][0]
+    named = {dataset["path"]: dataset for dataset in multiscale["datasets"]}
+    dataset = multiscale["datasets"][0] if name is None else named[name]
+    axes = "".join(axis["name"] for axis in multiscale["axes"])
+    transforms = {t["type"]: tuple(t[t["type"]]) for t in dataset["coordinateTransformations"]}
+    units = {axis.get("unit") for axis in multiscale["axes"] if axis["name"] in "zyx"}
+    unit = units.pop() if len(units) == 1 else None
+    scale, translation = transforms.get("scale"), transforms.get("translation")
+    return ZarrImage(group[dataset["path"]], axes, scale, translation, unit)
+
+
+def zarr_image(array: Any) -> ZarrImage:
+    """An open Zarr array, with what it says of itself."""
+    names = getattr(array.metadata, "dimension_names", None) or ()
+    return ZarrImage(array, "".join(n or "?" for n in names))
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAxes:
+    """Which of an array's axes is which: ``kept[n]`` is the number of the array's axis called ``names[n]``.
+
+    ``names`` are c, z, y and x in stored order, those that the array does not have in front; their number is
+    None. Axes that are left out have length 1.
+    """
+
+    names: str
+    kept: tuple[int | None, ...]
+
+    @classmethod
+    def of(cls, array: Any, axes: str) -> StoredAxes:
+        """The axes of an array, named by ``axes``, slowest first: x and y, and perhaps z, and c or t."""
+        shape = tuple(array.shape)
+        channels = [a for a in axes if a in CHANNEL_AXES]
+        if len(channels) > 1:  # the first of length 1 is left out
+            alone = [a for a in channels if shape[axes.index(a)] == 1] if len(axes) == len(shape) else []
+            channels = [a for a in channels if a not in alone[:1]]
+        known = len(axes) == len(shape) == len(set(axes)) and set("yx") <= set(axes) <= set("tczyx")
+        if not known or len(channels) > 1:
+            raise OptionError(
+                f"the axes of a Zarr array of shape {shape} are {axes or 'not named'!r}; say axes= with one "
+                f"letter for each: y, x, perhaps z, and perhaps c (or t), as in axes='zyx' or --axes yxc"
+            )
+        kept = {"c" if a in CHANNEL_AXES else a: n for n, a in enumerate(axes) if a in [*"zyx", *channels]}
+        missing = [a for a in "czyx" if a not in kept]
+        return cls("".join([*missing, *kept]), (None,) * len(missing) + tuple(kept.values()))
+
+    def four(self, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+        """A shape of the array with its four axes, those that it does not have of length 1."""
+        a, b, c, d = (1 if number is None else int(shape[number]) for number in self.kept)
+        return a, b, c, d
+
+
+def folder_of(array: Any) -> Path | None:
+    """The folder of an array's files; None where they are not on this machine's file systems."""
+    from zarr.storage import LocalStore
+
+    if not isinstance(array.store, LocalStore):
+        return None
+    return Path(array.store.root, array.path).absolute()
+
+
+def sharded_array_of(array: Any, axes: StoredAxes) -> ShardedArray | None:
+    """How an array's chunks are read from their files; None where only zarr itself knows that."""
+    path = folder_of(array)
+    if path is None:
+        return None
+    metadata: Json = array.metadata.to_dict()
+    fill = 0 if array.fill_value is None else array.fill_value
+    found = _of_v2(metadata) if metadata["zarr_format"] == 2 else _of_v3(metadata)
+    if found is None or np.dtype(array.dtype).kind not in "biufc":
+        return None
+    chunks, shards, codec, order, (prefix, separator, index, index_checksum) = found
+    if any((chunks[n], shards[n]) != (1, 1) for n in range(array.ndim) if n not in axes.kept):
+        return None  # a chunk would have voxels along an axis that is left out
+    places = {number: axis for axis, number in enumerate(axes.kept) if number is not None}
+    return ShardedArray(
+        path=path,
+        shape=axes.four(array.shape),
+        dtype=np.dtype(array.dtype).newbyteorder(order),
+        chunks=axes.four(chunks),
+        shards=axes.four(shards),
+        codec=codec,
+        files=ChunkFiles(
+            tuple(places.get(number) for number in range(array.ndim)),
+            prefix,
+            separator,
+            index,
+            index_checksum,
+        ),
+        name=str(path),
+        fill=fill,
+        contents=repr((array.shape, chunks, shards, array.dtype, order, codec, fill)),
+    )
+
+
+_Names = tuple[str, str, str | None, bool]  # prefix, separator, where the index is, whether it has a checksum
+_Found = tuple[tuple[int, ...], tuple[int, ...], ChunkCodec, str, _Names]
+
+
+def _of_v2(metadata: Json) -> _Found | None:
+    packed = metadata["compressor"] or {"id": "none"}
+    if metadata["order"] != "C" or metadata["filters"] or packed["id"] not in ("none", *_COMPRESSORS):
+        return None
+    chunks = tuple(metadata["chunks"])
+    order = ">" if str(metadata["dtype"]).startswith(">") else "<"
+    codec = ChunkCodec(_COMPRESSORS.get(packed["id"], "none"), checksum=False, within=packed.get("cname"))
+    return chunks, chunks, codec, order, ("", metadata["dimension_separator"], None, False)
+
+
+def _of_v3(metadata: Json) -> _Found | None:
+    keys = metadata["chunk_key_encoding"]
+    if metadata["chunk_grid"]["name"] != "regular" or metadata.get("storage_transformers"):
+        return None
+    separator = keys.get("configuration", {}).get("separator", "/" if keys["name"] == "default" else ".")
+    prefix = "c" if keys["name"] == "default" else ""
+    shards = tuple(metadata["chunk_grid"]["configuration"]["chunk_shape"])
+    codecs = list(metadata["codecs"])
+    if keys["name"] not in ("default", "v2") or codecs[0]["name"] != "sharding_indexed":
+        packed = _packing(codecs) if keys["name"] in ("default", "v2") else None
+        return packed and (shards, shards, *packed, (prefix, separator, None, False))
+    sharding = codecs[0]["configuration"]
+    packed, index = _packing(list(sharding["codecs"])), _packing(list(sharding["index_codecs"]))
+    if len(codecs) > 1 or packed is None or index is None:
+        return None
+    (index_codec, index_order) = index
+    if index_codec.compressor != "none" or index_order != "<":
+        return None
+    where = (prefix, separator, str(sharding.get("index_location", "end")), index_codec.checksum)
+    return tuple(sharding["chunk_shape"]), shards, *packed, where
+
+
+def _packing(codecs: list[Json]) -> tuple[ChunkCodec, str] | None:
+    """Codec and byte order of a chain: bytes, perhaps a compressor, perhaps crc32c; None for any other."""
+    names = [codec["name"] for codec in codecs]
+    if names[:1] != ["bytes"]:
+        return None
+    checksum = names[-1] == "crc32c"
+    between = names[1 : len(names) - checksum]
+    if len(between) > 1 or not set(between) <= {"blosc", "zstd", "gzip"}:
+        return None
+    endian = codecs[0].get("configuration", {}).get("endian") or "little"
+    compressor = _COMPRESSORS[between[0]] if between else "none"
+    within = codecs[1].get("configuration", {}).get("cname") if between else None
+    return ChunkCodec(compressor, checksum, within), "<" if endian == "little" else ">"

@@ -1,0 +1,1 @@
+"""Patches to torch: the queue, its workers, batches."""

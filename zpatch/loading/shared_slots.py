@@ -1,0 +1,236 @@
+"""Memory that the queue and its workers share: one block of slots, one patch in each.
+
+A worker writes voxels where the training process reads them; only numbers and places pass between them. The
+block has no name: it goes with the last process that looks at it, however that one ends. So does the letter
+that tells workers what they are to work with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import math
+import mmap
+import os
+import pickle
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing import reduction
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from zpatch.errors import QueueError
+from zpatch.geometry.boxes import Affine, PatchLocation
+from zpatch.runtime import buffer_pool
+from zpatch.runtime.byte_sizes import format_bytes
+from zpatch.sampling.patch import Patch, PatchImage
+from zpatch.store.image_record import Kind
+
+ALIGNMENT = 64
+WATCH_BYTES = 4096  # before the slots: what each worker is at
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePlace:
+    """An image of a patch, and where it begins in a slot.
+
+    ``shape`` is (C, I, J, K) in memory order (c, z, y, x); with another number of axes, as a transform may
+    make, in the order of its own.
+    """
+
+    name: str
+    kind: Kind
+    shape: Shape
+    dtype: torch.dtype
+    slope: float = 1.0
+    inter: float = 0.0
+    offset: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in a slot."""
+        return -(-math.prod(self.shape) * self.dtype.itemsize // ALIGNMENT) * ALIGNMENT
+
+    @property
+    def stored_shape(self) -> Shape:
+        """The shape of the memory, (c, z, y, x)."""
+        return (self.shape[0], *self.shape[:0:-1]) if len(self.shape) == 4 else self.shape
+
+    def in_user_order(self, stored: torch.Tensor) -> torch.Tensor:
+        """The memory (c, z, y, x) as a tensor (C, I, J, K)."""
+        return stored.permute(0, 3, 2, 1) if len(self.shape) == 4 else stored
+
+
+@dataclass(frozen=True, slots=True)
+class SlotLayout:
+    """The images of a patch, one after the other in a slot."""
+
+    images: tuple[ImagePlace, ...]
+
+    @classmethod
+    def of(cls, images: Sequence[ImagePlace]) -> SlotLayout:
+        """The images, each placed behind the ones before it."""
+        places: list[ImagePlace] = []
+        offset = 0
+        for image in images:
+            places.append(dataclasses.replace(image, offset=offset))
+            offset += image.nbytes
+        return cls(tuple(places))
+
+    @classmethod
+    def of_patch(cls, patch: Patch) -> SlotLayout:
+        """The layout of a patch that is there."""
+        return cls.of(
+            [
+                ImagePlace(name, i.kind, tuple(i.data.shape), i.data.dtype, i.slope, i.inter)
+                for name, i in patch.images.items()
+            ]
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """What a patch takes in a slot."""
+        return sum(place.nbytes for place in self.images)
+
+    def patch(
+        self,
+        tensors: Sequence[torch.Tensor],
+        affines: Sequence[Affine],
+        location: PatchLocation,
+        subject: str,
+    ) -> Patch:
+        """The patch of some tensors, one for each image."""
+        images = {
+            place.name: PatchImage(tensor, affine, place.kind, place.slope, place.inter)
+            for place, tensor, affine in zip(self.images, tensors, affines, strict=True)
+        }
+        return Patch(images, location, subject)
+
+
+class NamelessFile:
+    """A file without a name, in memory where the system has such files.
+
+    It can be handed to a process as it starts, forked or not.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.handle = _new_file(nbytes)
+
+    def __getstate__(self) -> Any:
+        return reduction.DupFd(self.handle)
+
+    def __setstate__(self, state: Any) -> None:
+        self.handle = state.detach()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):
+            os.close(self.handle)
+
+
+class Letter:
+    """Something that several processes are to get as they start, pickled once.
+
+    Python writes what a process starts with to a pipe, and waits for ever where the process dies before it
+    has read more than a pipe holds, 64 KiB. Of a letter only the file's number goes that way.
+    """
+
+    def __init__(self, content: Any) -> None:
+        pickled = pickle.dumps(content)
+        self._file = NamelessFile(len(pickled))
+        with mmap.mmap(self._file.handle, len(pickled)) as written:
+            written[:] = pickled
+
+    def read(self) -> Any:
+        """What was put into it."""
+        with mmap.mmap(self._file.handle, 0, access=mmap.ACCESS_READ) as written:
+            return pickle.loads(written)
+
+
+class SlotBlock:
+    """``count`` slots of ``slot_bytes`` each, and a number that each worker keeps up to date.
+
+    It can be handed to a process as it starts, forked or not.
+    """
+
+    def __init__(self, count: int, slot_bytes: int) -> None:
+        nbytes = WATCH_BYTES + count * slot_bytes
+        try:
+            self._open(NamelessFile(nbytes), count, slot_bytes)
+        except (OSError, OverflowError) as error:
+            number, reason = getattr(error, "errno", errno.ENOMEM), getattr(error, "strerror", error)
+            full = number in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG)
+            advice = "use a smaller max_length or patch_size" if full else "num_workers=0 goes without it"
+            raise QueueError(
+                f"the queue's {format_bytes(nbytes)} of shared memory cannot be had ({reason}); {advice}"
+            ) from error
+
+    def _open(self, file: NamelessFile, count: int, slot_bytes: int) -> None:
+        self.count, self.slot_bytes = count, slot_bytes
+        self._file = file
+        self._map = mmap.mmap(file.handle, self.nbytes)
+        self.watched: NDArray[np.int64] = np.frombuffer(self._map, np.int64, WATCH_BYTES // 8)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the whole block."""
+        return WATCH_BYTES + self.count * self.slot_bytes
+
+    def __getstate__(self) -> tuple[NamelessFile, int, int]:
+        return self._file, self.count, self.slot_bytes
+
+    def __setstate__(self, state: tuple[NamelessFile, int, int]) -> None:
+        self._open(*state)
+
+    def tensor(self, slot: int, place: ImagePlace) -> torch.Tensor:
+        """An image of a slot, (C, I, J, K), as it lies there."""
+        voxels = math.prod(place.shape)
+        if not voxels:
+            return torch.empty(place.shape, dtype=place.dtype)
+        start = WATCH_BYTES + slot * self.slot_bytes + place.offset
+        flat = torch.frombuffer(self._map, dtype=place.dtype, count=voxels, offset=start)
+        return place.in_user_order(flat.reshape(place.stored_shape))
+
+
+def new_tensor(place: ImagePlace) -> torch.Tensor:
+    """Memory of its own for an image, (C, I, J, K), of any contents."""
+    if place.dtype == torch.bfloat16:  # numpy has no such type
+        return place.in_user_order(torch.empty(place.stored_shape, dtype=place.dtype))
+    dtype = torch.empty(0, dtype=place.dtype).numpy().dtype
+    return place.in_user_order(torch.from_numpy(buffer_pool.empty(place.stored_shape, dtype)))
+
+
+def owned(patch: Patch, dtype: torch.dtype | None) -> Patch:
+    """A patch in memory of its own, with values of a type."""
+    images = {}
+    for place, image in zip(SlotLayout.of_patch(patch).images, patch.images.values(), strict=True):
+        if dtype is not None and image.is_pending(dtype):
+            place = dataclasses.replace(place, dtype=dtype, slope=1.0, inter=0.0)
+        tensor = new_tensor(place)
+        image.write_values(tensor, dtype)
+        images[place.name] = PatchImage(tensor, image.affine, image.kind, place.slope, place.inter)
+    return Patch(images, patch.location, patch.subject)
+
+
+def _new_file(nbytes: int) -> int:
+    """A file without a name, in memory where the system has such files."""
+    if not hasattr(os, "memfd_create"):
+        with tempfile.TemporaryFile() as file:
+            if hasattr(os, "posix_fallocate"):  # which says at once that a disk is full
+                os.posix_fallocate(file.fileno(), 0, nbytes)
+            else:
+                os.ftruncate(file.fileno(), nbytes)
+            return os.dup(file.fileno())
+    handle = os.memfd_create("zpatch-queue", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(handle, nbytes)
+    except (OSError, OverflowError):
+        os.close(handle)
+        raise
+    return handle

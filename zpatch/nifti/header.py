@@ -1,0 +1,370 @@
+"""The door to NIfTI files: headers read without touching voxels, and voxels streamed slab by slab."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zpatch.chunks.layout import Layout
+from zpatch.errors import NiftiError, OptionError
+from zpatch.geometry.boxes import Affine
+from zpatch.geometry.orientation import Orientation
+from zpatch.nifti.gzip_streams import is_gzip, open_bytes
+from zpatch.nifti.header_affine import best_affine
+from zpatch.runtime.byte_sizes import format_bytes
+from zpatch.store.image_record import Source, new_digest, padded_to_4d
+
+SUFFIXES = (".nii", ".nii.gz", ".hdr")
+MAX_HEADER_BYTES = 64 * 2**20
+MAX_TRAILING_BYTES = 64 * 2**20
+MAX_GZIP_RATIO = 1032  # of deflate: 258 bytes from 2 bits
+READ_BYTES = 2**20
+
+_NIFTI1_BYTES, _NIFTI2_BYTES = 348, 540
+_EXTENSION_FLAG_BYTES = 4
+_SPATIAL_UNITS = {1: "meter", 2: "millimeter", 3: "micrometer"}  # xyzt_units modulo 8
+_TIME_UNITS = (8, 16, 24)
+_MAGICS = {_NIFTI1_BYTES: (b"n+1", b"ni1"), _NIFTI2_BYTES: (b"n+2", b"ni2")}
+_LINE_ENDS = ([13, 10, 26, 10], [0, 0, 0, 0])
+_SIGNATURES = {
+    b"": ("it is empty", "copy the file again"),
+    b"/annex/objects/": ("it is a git-annex pointer", "fetch the file with 'git annex get'"),
+    b"version https://git-lfs": ("it is a git-lfs pointer", "fetch the file with 'git lfs pull'"),
+}
+_LEAVE_OUT = "replace it, or leave it out with --exclude"
+_REPAIR = "repair its header, or copy the file again"
+_TRAILING = "{} trailing bytes after the last voxel"
+
+Warn = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Slab:
+    """Some planes of a volume as they arrive: ``voxels`` is (c, z, y, x), ``shard`` its place in units
+    of the layout's shards along c and z."""
+
+    shard: tuple[int, int]
+    voxels: NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class NiftiFile:
+    """What the header of a NIfTI file says.
+
+    Voxels start at ``voxel_offset`` in ``voxel_path``, which is another file only in a .hdr/.img pair.
+    ``raw_header`` is everything before the first voxel, extensions included. ``shape`` is that of the
+    array to store: ``(z, y, x)`` or, where the file has more than three axes or RGB voxels,
+    ``(c, z, y, x)`` with all further axes in one. ``dtype`` is the file's own, ``channel_dtype`` that
+    of one channel in little-endian order.
+    """
+
+    path: Path
+    voxel_path: Path
+    voxel_offset: int
+    compressed: bool
+    raw_header: bytes
+    dims: tuple[int, ...]
+    dtype: np.dtype[Any]
+    affine: Affine
+    affine_source: str
+    slope: float
+    inter: float
+    has_time: bool
+    spatial_unit: str | None
+    warnings: tuple[str, ...]
+
+    @property
+    def colours(self) -> int:
+        """How many bytes of colour a voxel has: 3 or 4; 1 where voxels are numbers."""
+        return len(self.dtype.names) if self.dtype.names else 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the stored array."""
+        nx, ny, nz = (*self.dims[:3], 1, 1)[:3]
+        channels = math.prod(self.dims[3:]) * self.colours
+        return (channels, nz, ny, nx) if len(self.dims) > 3 or self.colours > 1 else (nz, ny, nx)
+
+    @property
+    def axes(self) -> str:
+        """Names of the stored axes."""
+        return ("" if len(self.shape) == 3 else "t" if self.has_time else "c") + "zyx"
+
+    @property
+    def channel_dtype(self) -> np.dtype[Any]:
+        """Little-endian type of one stored value."""
+        return np.dtype(np.uint8 if self.colours > 1 else self.dtype.newbyteorder("<"))
+
+    @property
+    def voxel_bytes(self) -> int:
+        """Bytes of all voxels, uncompressed."""
+        return math.prod(self.dims) * self.dtype.itemsize
+
+    def slabs(
+        self, layout: Layout, warn: Warn = lambda text: None, *, backwards: bool = False
+    ) -> Iterator[Slab]:
+        """Stream the voxels in file order, one row of shards at a time.
+
+        ``layout`` is of the file's own axes. With ``backwards`` rows are counted and cut from the last
+        plane, as they are where the slowest axis is to be flipped.
+
+        The gzip stream is drained to its end, where its checksum is compared; until the iterator is
+        exhausted nothing that it gave may be trusted. ``warn`` is told what was odd.
+        """
+        channels, nz, ny, nx = padded_to_4d(self.shape)
+        together, depth, _, _ = padded_to_4d(layout.shards)
+        with open_bytes(self.voxel_path, compressed=self.compressed) as stream:
+            _skip(stream, self.voxel_offset)
+            rows = _rows(nz, depth, backwards=backwards)
+            for c, (row, planes) in itertools.product(range(0, channels, together), rows):
+                volumes = min(together, channels - c) // self.colours
+                flat = self._read_voxels(stream, volumes * planes * ny * nx)
+                voxels = flat.reshape(volumes, planes, ny, nx, self.colours)
+                voxels = np.moveaxis(voxels, -1, 1).reshape(-1, planes, ny, nx)
+                yield Slab((c // together, row), voxels)
+            self._drain(stream, warn)
+
+    def _read_voxels(self, stream: IO[bytes], count: int) -> NDArray[Any]:
+        raw = np.empty(count, dtype=self.dtype)
+        view = raw.view(np.uint8).data.cast("B")
+        filled = 0
+        while filled < len(view):
+            got = stream.readinto(view[filled : filled + READ_BYTES])  # type: ignore[attr-defined]
+            if not got:
+                raise NiftiError(
+                    f"{self.voxel_path}: it ends before its last voxel (the header declares "
+                    f"{format_bytes(self.voxel_bytes)}); copy the file again"
+                )
+            filled += got
+        if self.colours > 1:
+            return raw.view(np.uint8)
+        if not raw.dtype.isnative:
+            raw = raw.byteswap(inplace=True).view(self.channel_dtype)
+        return raw
+
+    def _drain(self, stream: IO[bytes], warn: Warn) -> None:
+        """Read gzip data to their end, but not without end."""
+        trailing, limit = 0, max(self.voxel_bytes, MAX_TRAILING_BYTES)
+        while self.compressed and (rest := stream.read(2**20)):
+            trailing += len(rest)
+            if trailing > limit:
+                raise NiftiError(
+                    f"{self.voxel_path}: its gzip data go on for over {format_bytes(limit)} after its last "
+                    f"voxel; make the file anew"
+                )
+        if trailing:
+            warn(_TRAILING.format(trailing))
+
+
+def _rows(planes: int, depth: int, *, backwards: bool) -> list[tuple[int, int]]:
+    """Number and planes of each row of shards, in the order of the file."""
+    rows = [(start // depth, min(depth, planes - start)) for start in range(0, planes, depth)]
+    return rows[::-1] if backwards else rows
+
+
+def orientation_to(affine: Affine, codes: str) -> Orientation:
+    """How to turn a volume so that its axes point to ``codes``, as RAS or LPS (nibabel's meaning)."""
+    if sorted("RLAPSI".find(code) // 2 for code in codes) != [0, 1, 2]:
+        raise OptionError(f"orient must be three letters as RAS, LPS or PIR, not {codes!r}")
+    orientations = nibabel_module().orientations
+    wanted = orientations.axcodes2ornt(tuple(codes))
+    turned = orientations.ornt_transform(orientations.io_orientation(affine), wanted)
+    (i, a), (j, b), (k, c) = turned.astype(int).tolist()
+    return Orientation((i, j, k), (a < 0, b < 0, c < 0))
+
+
+def nibabel_module() -> Any:
+    """nibabel, imported when the first header is read: opening a store needs none."""
+    import nibabel
+
+    return nibabel
+
+
+def read_header(path: Path, *, affine: str = "sform") -> NiftiFile:
+    """Read and check the header of a ``.nii``, ``.nii.gz`` or ``.hdr``, by its first bytes.
+
+    ``affine`` says which is taken where a header has both: ``sform`` or ``qform``.
+    """
+    compressed = is_gzip(path)
+    with open_bytes(path, compressed=compressed) as stream:
+        header, raw = _parse(path, stream)
+    if bytes(header["magic"].tobytes())[:2] == b"ni":
+        voxel_path, offset = _image_of_pair(path), int(header["vox_offset"])
+        return _described(path, header, raw, voxel_path, offset, is_gzip(voxel_path), affine)
+    return _described(path, header, raw, path, len(raw), compressed, affine)
+
+
+def _parse(path: Path, stream: IO[bytes]) -> tuple[Any, bytes]:
+    """The header, and all bytes before the voxels; of a pair's header file, all of them."""
+    raw = stream.read(_NIFTI1_BYTES)
+    little, big = (int.from_bytes(raw[:4], order) for order in ("little", "big"))
+    nib = nibabel_module()
+    kinds = {_NIFTI1_BYTES: nib.Nifti1Header, _NIFTI2_BYTES: nib.Nifti2Header}
+    kind = kinds.get(little) or kinds.get(big)
+    if kind is None or len(raw) < _NIFTI1_BYTES:
+        raise _not_nifti(path, raw, cut=kind is not None)
+    length = little if little in kinds else big
+    raw += stream.read(length - len(raw))
+    if len(raw) < length:
+        raise NiftiError(f"{path}: it ends inside its header; copy the file again")
+    header: Any = kind(raw, endianness="<" if little in kinds else ">", check=False)
+    magic = bytes(header["magic"].tobytes()).rstrip(b"\0")[:3]
+    if magic not in _MAGICS[length]:
+        raise NiftiError(f"{path}: it is not a NIfTI file (its magic is {magic!r}); {_LEAVE_OUT}")
+    if length == _NIFTI2_BYTES and header["eol_check"].tolist() not in _LINE_ENDS:
+        raise NiftiError(f"{path}: it was copied as text, which changes bytes; copy it again as binary")
+    is_pair = magic[:2] == b"ni"
+    offset = float(header["vox_offset"])
+    least = 0 if is_pair else length + _EXTENSION_FLAG_BYTES
+    if not least <= offset <= MAX_HEADER_BYTES or offset % 1:
+        raise NiftiError(f"{path}: its voxels cannot start at byte {offset:g}, as its header says; {_REPAIR}")
+    if is_pair:
+        raw += stream.read(MAX_HEADER_BYTES)
+        if stream.read(1):
+            raise NiftiError(f"{path}: its header is over {format_bytes(MAX_HEADER_BYTES)} long; {_REPAIR}")
+        return header, raw
+    raw += stream.read(int(offset) - length)
+    if len(raw) < offset:
+        raise NiftiError(f"{path}: it ends before its first voxel; copy the file again")
+    return header, raw
+
+
+def _not_nifti(path: Path, raw: bytes, *, cut: bool) -> NiftiError:
+    """The error for a file that does not begin as NIfTI does, with what it is where that is known."""
+    if cut and len(raw) > 4:
+        return NiftiError(f"{path}: it ends inside its header; copy the file again")
+    for start, (what, advice) in _SIGNATURES.items():
+        if raw.startswith(start) and (start or not raw):
+            return NiftiError(f"{path}: {what}, so it is not a NIfTI file; {advice}")
+    return NiftiError(f"{path}: it is not a NIfTI file (its first bytes are no NIfTI header); {_LEAVE_OUT}")
+
+
+def _image_of_pair(path: Path) -> Path:
+    stem = path.name.removesuffix(".gz").removesuffix(".hdr").removesuffix(".nii")
+    for suffix in (".img", ".img.gz"):
+        if (image := path.with_name(stem + suffix)).exists():
+            return image
+    raise NiftiError(f"{path}: its voxels, {stem}.img, are not beside it; copy both files of the pair")
+
+
+def _described(
+    path: Path,
+    header: Any,
+    raw: bytes,
+    voxel_path: Path,
+    voxel_offset: int,
+    compressed: bool,
+    preferred_affine: str,
+) -> NiftiFile:
+    warnings: list[str] = []
+    dims = tuple(int(n) for n in header["dim"][1 : 1 + max(int(header["dim"][0]), 0)])
+    if not 1 <= int(header["dim"][0]) <= 7 or min(dims) < 1:
+        raise NiftiError(f"{path}: it declares impossible dimensions {header['dim'].tolist()}; {_REPAIR}")
+    dtype = _voxel_type(path, header)
+    needed = voxel_offset + math.prod(dims) * dtype.itemsize
+    present = os.path.getsize(voxel_path)
+    if present * (MAX_GZIP_RATIO if compressed else 1) < needed:
+        raise NiftiError(
+            f"{voxel_path}: it has {format_bytes(present)}{' of gzip data' if compressed else ''} where its "
+            f"header declares {format_bytes(needed)}; copy the file again"
+        )
+    if present > needed and not compressed:
+        warnings.append(_TRAILING.format(present - needed))
+    if compressed != (voxel_path.suffix == ".gz"):
+        warnings.append("its name does not fit its compression")
+    if int(header["bitpix"]) != dtype.itemsize * 8:
+        warnings.append(f"bitpix is {int(header['bitpix'])} for voxels of {dtype.itemsize * 8} bits")
+    affine, affine_source = best_affine(path, header, preferred_affine, warnings)
+    slope, inter = _scaling(path, header, warnings)
+    units = int(header["xyzt_units"])
+    return NiftiFile(
+        path=path,
+        voxel_path=voxel_path,
+        voxel_offset=voxel_offset,
+        compressed=compressed,
+        raw_header=raw,
+        dims=dims,
+        dtype=dtype,
+        affine=affine,
+        affine_source=affine_source,
+        slope=slope,
+        inter=inter,
+        has_time=units - units % 8 in _TIME_UNITS and len(dims) == 4,
+        spatial_unit=_SPATIAL_UNITS.get(units % 8),
+        warnings=tuple(warnings),
+    )
+
+
+def _voxel_type(path: Path, header: Any) -> np.dtype[Any]:
+    try:
+        dtype: np.dtype[Any] = np.dtype(header.get_data_dtype())
+    except (nibabel_module().spatialimages.HeaderDataError, KeyError):
+        raise NiftiError(f"{path}: unknown voxel type {int(header['datatype'])}; {_REPAIR}") from None
+    if dtype.names is None and (dtype.kind not in "iufc" or dtype.itemsize > 8 * (1 + (dtype.kind == "c"))):
+        raise NiftiError(f"{path}: voxels of type {dtype} are not supported; save it as float64")
+    return dtype
+
+
+def _scaling(path: Path, header: Any, warnings: list[str]) -> tuple[float, float]:
+    slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
+    if slope == 0 or not math.isfinite(slope):
+        return 1.0, 0.0  # as the standard says: no scaling
+    if not math.isfinite(inter):
+        raise NiftiError(f"{path}: its scl_inter is {inter}; repair its header")
+    return slope, inter
+
+
+def _skip(stream: IO[bytes], count: int) -> None:
+    while count:
+        count -= len(stream.read(min(count, 2**20))) or count
+
+
+def fingerprint(path: Path, folder: Path) -> Source:
+    """What tells a source file from another or a later one; its path is told from ``folder``.
+
+    Of a .hdr/.img pair both files count.
+    """
+    checksum = new_digest()
+    try:
+        files = _files_of(path)
+        for file in files:
+            with file.open("rb") as stream:
+                while block := stream.read(2**20):
+                    checksum.update(block)
+        size, mtime_ns = _size_and_time(files)
+    except OSError as error:
+        raise NiftiError(f"{path}: it cannot be read ({error.strerror}); restore the file") from None
+    return Source(_told_from(folder, path), size, mtime_ns, checksum.hexdigest())
+
+
+def has_fingerprint(path: Path, source: Source, folder: Path) -> bool:
+    """Whether a file is the one that a fingerprint was taken of; its bytes are read only in doubt."""
+    try:
+        size, mtime_ns = _size_and_time(_files_of(path))
+        if _told_from(folder, path) != source.path or size != source.bytes:
+            return False
+        return mtime_ns == source.mtime_ns or fingerprint(path, folder).checksum == source.checksum
+    except (OSError, NiftiError):
+        return False
+
+
+def _files_of(path: Path) -> list[Path]:
+    is_pair = path.name.removesuffix(".gz").endswith(".hdr")
+    return [path, _image_of_pair(path)] if is_pair else [path]
+
+
+def _size_and_time(files: list[Path]) -> tuple[int, int]:
+    statuses = [file.stat() for file in files]
+    return sum(s.st_size for s in statuses), max(s.st_mtime_ns for s in statuses)
+
+
+def _told_from(folder: Path, path: Path) -> str:
+    return Path(os.path.relpath(path, folder)).as_posix()

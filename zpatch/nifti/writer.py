@@ -1,0 +1,113 @@
+"""Writing NIfTI files: raw headers, kept or made, and voxels streamed after them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zpatch.geometry.boxes import Affine, Triple
+from zpatch.nifti.gzip_streams import gzip_writer
+from zpatch.nifti.header import nibabel_module
+
+_NIFTI1_BYTES, _NIFTI2_BYTES = 348, 540
+_EXTENSION_FLAG_BYTES = 4
+_GEOMETRY_FIELDS = (
+    *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+    *("sform_code", "srow_x", "srow_y", "srow_z", "xyzt_units"),
+)
+_UNITS: Mapping[str | None, str] = {"meter": "meter", "millimeter": "mm", "micrometer": "micron"}
+
+
+def header_of(raw_header: bytes) -> Any:
+    """The nibabel header of raw header bytes, in its own byte order; its extensions stay behind, as
+    nibabel refuses a header whose extensions do not state their right size."""
+    nib = nibabel_module()
+    kind, length = nib.Nifti1Header, _NIFTI1_BYTES
+    if _is_nifti2(raw_header):
+        kind, length = nib.Nifti2Header, _NIFTI2_BYTES
+    little = int.from_bytes(raw_header[:4], "little") == length
+    return kind(raw_header[:length], endianness="<" if little else ">", check=False)
+
+
+def single_file_header(raw_header: bytes) -> bytes:
+    """The raw header of a .hdr/.img pair, as it has to be in one .nii file; that of a .nii as it is."""
+    header = header_of(raw_header)
+    if header["magic"].tobytes().rstrip(b"\0") not in (b"ni1", b"ni2"):
+        return raw_header
+    length = _NIFTI2_BYTES if _is_nifti2(raw_header) else _NIFTI1_BYTES
+    extensions = raw_header[length:] or bytes(_EXTENSION_FLAG_BYTES)
+    header["magic"] = header.single_magic
+    header["vox_offset"] = length + len(extensions)
+    return bytes(header.binaryblock) + extensions
+
+
+def _is_nifti2(raw_header: bytes) -> bool:
+    sizes = {int.from_bytes(raw_header[:4], order) for order in ("little", "big")}
+    return _NIFTI2_BYTES in sizes
+
+
+def make_header(
+    spatial_shape: Triple,
+    channels: int,
+    dtype: np.dtype[Any],
+    affine: Affine,
+    *,
+    spatial_unit: str | None = "millimeter",
+    like: bytes | None = None,
+) -> bytes:
+    """A raw header for an image that was no NIfTI file; NIfTI-2 where a side is over 32,767 voxels.
+
+    ``spatial_unit`` is what the affine maps to; NIfTI knows meters, millimeters and micrometers.
+
+    ``like`` is the raw header of an image on the same grid, whose sform, qform and units are taken over.
+    """
+    nib = nibabel_module()
+    dims = (*spatial_shape, channels) if channels > 1 else spatial_shape
+    kind = nib.Nifti2Header if max(dims) > np.iinfo(np.int16).max else nib.Nifti1Header
+    header: Any = kind()
+    header.set_data_dtype(dtype)
+    header.set_data_shape(dims)
+    if like is None:
+        header.set_sform(affine, code="scanner")
+        try:
+            header.set_qform(affine, code="scanner", strip_shears=False)
+        except nib.spatialimages.HeaderDataError:
+            header["qform_code"] = 0  # a sheared affine has no qform; nibabel has set its code by now
+        header.set_xyzt_units(_UNITS.get(spatial_unit, "unknown"))
+    else:
+        source = header_of(like)
+        for name in _GEOMETRY_FIELDS:
+            header[name] = source[name]
+        header["pixdim"][:4] = source["pixdim"][:4]
+    header["vox_offset"] = header.single_vox_offset
+    header["magic"] = header.single_magic
+    header["scl_slope"], header["scl_inter"] = 1, 0
+    return bytes(header.binaryblock) + bytes(_EXTENSION_FLAG_BYTES)
+
+
+def write_nifti(
+    path: Path, raw_header: bytes, slabs: Iterator[NDArray[Any]], *, dtype: np.dtype[Any]
+) -> None:
+    """Write raw header bytes, then the slabs in file order as ``dtype``; gzip where the name says so.
+
+    The file appears whole or not at all.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as raw, contextlib.ExitStack() as stack:
+            stream: Any = raw
+            if path.name.endswith(".gz"):
+                stream = stack.enter_context(gzip_writer(raw))
+            stream.write(raw_header)
+            for slab in slabs:
+                stream.write(np.ascontiguousarray(slab, dtype=dtype).data.cast("B"))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""A network over whole volumes: planned, resumable, on many machines."""

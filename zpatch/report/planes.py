@@ -1,0 +1,213 @@
+"""Planes of stored images, as pictures show them: which ones, which way round, and read in little memory.
+
+Pictures follow the radiological convention: the patient's right is on the left of axial and coronal planes,
+and sagittal planes face left. Planes lie along the axes of the voxels; nothing is resampled to the world's.
+Where nobody said how voxels lie in the world, columns, rows and planes are I, J and K as they come.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zpatch.chunks.gather import read_region
+from zpatch.chunks.mapped_shards import ShardedArray
+from zpatch.errors import MemoryLimitError
+from zpatch.geometry.boxes import AXIS_NAMES, Triple, spacing_mm
+from zpatch.geometry.orientation import AS_STORED
+from zpatch.nifti.header import orientation_to
+from zpatch.store.image_record import ImageRecord, padded_to_4d
+from zpatch.store.store import sharded_array
+
+TILE_SIDE = 1024  # voxels of a plane that are held at once, along each side
+MAX_BLOCK_SIDE = 2048  # voxels of a plane that become one pixel
+MIN_VOLUME = 1e-6  # that directions of axes span
+
+Voxels = NDArray[Any]
+Size = tuple[int, int]
+
+# The axes of pictures point to the patient's left, to his back and to his feet. Of each plane: its name, the
+# axis that it stands on, that of its columns' numbers and that of its rows'.
+_DIRECTIONS = "LPI"
+_OPPOSITE = {"L": "R", "P": "A", "I": "S"}
+_PLANES = (("axial", 2, 0, 1), ("coronal", 1, 0, 2), ("sagittal", 0, 1, 2))
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A direction to look at a volume from.
+
+    ``normal`` is the axis (0, 1, 2 for I, J, K) that is looked along, ``across`` and ``down`` those along a
+    picture's width and height, reversed where ``flips`` (across, down) says so. ``edges`` is what stands at
+    the left, right, top and bottom of a picture.
+    """
+
+    name: str
+    normal: int
+    across: int
+    down: int
+    flips: tuple[bool, bool]
+    edges: tuple[str, str, str, str]
+
+    def size(self, spatial_shape: Triple) -> Size:
+        """Height and width of a plane in voxels."""
+        return spatial_shape[self.down], spatial_shape[self.across]
+
+    def size_mm(self, record: ImageRecord) -> tuple[float, float]:
+        """Height and width of a plane in mm; of a voxel size that is none, in voxels."""
+        spacing = [s if _is_size(s) else 1.0 for s in spacing_mm(record.affine_array)]
+        height, width = self.size(record.spatial_shape)
+        return height * spacing[self.down], width * spacing[self.across]
+
+    def pixels(self, record: ImageRecord, longest: int) -> Size:
+        """Height and width of a picture that is at most ``longest`` pixels, and has no more than voxels."""
+        extents_mm = self.size_mm(record)
+        wanted = [math.ceil(longest * extent / max(extents_mm)) for extent in extents_mm]
+        height, width = (
+            max(1, min(n, w)) for n, w in zip(self.size(record.spatial_shape), wanted, strict=True)
+        )
+        return height, width
+
+
+def views_of(record: ImageRecord) -> list[View]:
+    """The three views of an image; of one that is flat only that which shows it."""
+    is_placed = record.affine_source in ("sform", "qform") and _is_regular(record)
+    turned = orientation_to(record.affine_array, _DIRECTIONS) if is_placed else AS_STORED
+    views = []
+    for name, *axes in _PLANES:
+        normal, across, down = (turned.axes.index(axis) for axis in axes)
+        if is_placed:
+            right, bottom = (_DIRECTIONS[axis] for axis in axes[1:])
+            edges = (_OPPOSITE[right], right, _OPPOSITE[bottom], bottom)
+        else:
+            name = f"{AXIS_NAMES[across]}{AXIS_NAMES[down]}"
+            edges = ("", AXIS_NAMES[across], "", AXIS_NAMES[down])
+        views.append(View(name, normal, across, down, (turned.flips[across], turned.flips[down]), edges))
+    return [view for view in views if min(view.size(record.spatial_shape)) > 1] or views[:1]
+
+
+def _is_regular(record: ImageRecord) -> bool:
+    sizes = spacing_mm(record.affine_array)
+    return all(map(_is_size, sizes)) and abs(np.linalg.det(record.affine_array[:3, :3] / sizes)) > MIN_VOLUME
+
+
+def _is_size(spacing: float) -> bool:
+    """Whether a voxel size is one, and not a number that means nothing."""
+    return 1e-9 < spacing < 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """One plane of some channels of a stored image, at place ``at`` along the view's normal."""
+
+    folder: Path
+    record: ImageRecord
+    view: View
+    at: int
+    channels: range
+
+    def means(self, size: Size, shade: Callable[[Voxels], Voxels]) -> Voxels:
+        """Pixels (C, height, width), each the mean of ``shade(voxels)`` over its part of the plane."""
+        values = self._blocks(size, shade, _block_means)
+        for axis, pixels in enumerate(size, start=1):
+            values = _area_means(values, pixels, axis)
+        return self._turned(values)
+
+    def nearest(self, size: Size) -> Voxels:
+        """Pixels (C, height, width), each the voxel next to its middle."""
+        values = self._blocks(size, lambda voxels: voxels, _block_middles)
+        for axis, pixels in enumerate(size, start=1):
+            number = values.shape[axis]
+            values = values.take(((np.arange(pixels) + 0.5) * number / pixels).astype(int), axis)
+        return self._turned(values)
+
+    def _turned(self, values: Voxels) -> Voxels:
+        across, down = self.view.flips
+        return np.flip(values, tuple(axis for axis, flip in ((1, down), (2, across)) if flip))
+
+    def _blocks(
+        self, size: Size, shade: Callable[[Voxels], Voxels], shrink: Callable[[Voxels, Size], Voxels]
+    ) -> Voxels:
+        """The plane (C, rows, columns) with whole blocks of voxels shrunk to one, not below ``size``.
+
+        Read tile by tile, from the coarsest level that has as many voxels.
+        """
+        array, at = self._level(size)
+        _, nz, ny, nx = array.shape
+        rows, columns = self.view.size((nx, ny, nz))
+        block = max(1, rows // size[0]), max(1, columns // size[1])
+        if max(block) > MAX_BLOCK_SIDE:
+            raise MemoryLimitError(
+                f"{array}: a plane of {rows} x {columns} voxels is too large for a picture; "
+                f"convert it with --pyramid"
+            )
+        bands = [
+            np.concatenate([shrink(shade(self._read(array, at, part)), block) for part in band], axis=2)
+            for band in _tiles((rows, columns), block)
+        ]
+        return np.concatenate(bands, axis=1)
+
+    def _level(self, size: Size) -> tuple[ShardedArray, int]:
+        """The coarsest level of the image whose plane has ``size`` voxels, and the plane's place in it."""
+        found = 0
+        for number, level in enumerate(self.record.levels, start=1):
+            _, nz, ny, nx = padded_to_4d(level.shape)
+            if all(n >= s for n, s in zip(self.view.size((nx, ny, nz)), size, strict=True)):
+                found = number
+        array = sharded_array(self.folder, self.record, found)
+        return array, min(self.at >> found, array.shape[3 - self.view.normal] - 1)
+
+    def _read(self, array: ShardedArray, at: int, part: tuple[slice, slice]) -> Voxels:
+        """Voxels (C, rows, columns) of a part of the plane."""
+        first, stop = [self.channels.start, 0, 0, 0], [self.channels.stop, 1, 1, 1]
+        places = {self.view.normal: slice(at, at + 1), self.view.down: part[0], self.view.across: part[1]}
+        for axis, place in places.items():
+            first[3 - axis], stop[3 - axis] = place.start, place.stop
+        voxels = read_region(array, first, stop).squeeze(3 - self.view.normal)
+        return voxels if self.view.down > self.view.across else voxels.swapaxes(1, 2)
+
+
+def _tiles(size: Size, block: Size) -> Iterator[list[tuple[slice, slice]]]:
+    """The tiles of a plane, row by row: whole blocks, but at its ends."""
+    rows, columns = (
+        [slice(a, min(a + max(1, TILE_SIDE // b) * b, n)) for a in range(0, n, max(1, TILE_SIDE // b) * b)]
+        for n, b in zip(size, block, strict=True)
+    )
+    for row in rows:
+        yield [(row, column) for column in columns]
+
+
+def _block_means(values: Voxels, block: Size) -> Voxels:
+    for axis, side in enumerate(block, start=1):
+        starts = np.arange(0, values.shape[axis], side)
+        counts = np.diff(np.append(starts, values.shape[axis]))
+        values = np.add.reduceat(values, starts, axis)
+        values = values / (counts[:, None] if axis == 1 else counts)
+    return values
+
+
+def _block_middles(values: Voxels, block: Size) -> Voxels:
+    for axis, side in enumerate(block, start=1):
+        number = values.shape[axis]
+        starts = np.arange(0, number, side)
+        values = values.take(np.minimum(starts + side // 2, number - 1), axis)
+    return values
+
+
+def _area_means(values: Voxels, pixels: int, axis: int) -> Voxels:
+    """Fewer samples along an axis, each the exact mean over its share of the line."""
+    number = values.shape[axis]
+    if number == pixels:
+        return values
+    lines = np.moveaxis(values, axis, -1)
+    sums = np.concatenate([np.zeros_like(lines[..., :1]), np.cumsum(lines, axis=-1)], axis=-1)
+    edges = np.linspace(0, number, pixels + 1)
+    below = np.minimum(edges.astype(int), number - 1)
+    at_edges = sums[..., below] + (edges - below) * lines[..., below]
+    return np.moveaxis(np.diff(at_edges, axis=-1) * (pixels / number), -1, axis)

@@ -1,0 +1,1 @@
+"""Where work runs and the memory it takes: threads, processes, Dask."""

@@ -1,0 +1,168 @@
+"""Label maps and sampling maps as things to draw centres from: which image, which index, which chunks.
+
+What a draw needs of a map is kept for the next one: of stored images in this process's memory for the most
+recent ones, of images made by hand with the image.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zpatch.errors import SamplingError
+from zpatch.geometry.boxes import PatchLocation
+from zpatch.images.image import Image
+from zpatch.sampling.centre_draws import Reach
+from zpatch.store.voxel_index import (
+    ChunkGrid,
+    MassTable,
+    check_weights,
+    read_label_table,
+    read_weight_sums,
+    sum_masses,
+    sum_table,
+)
+
+RECENT_MAPS = 64
+MAX_REACHES = 256
+
+Voxels = NDArray[Any]
+Key = TypeVar("Key")
+Map = TypeVar("Map", bound="_Map")
+
+
+class _Map:
+    """An image to draw from, and what is known of it."""
+
+    def __init__(self, image: Image) -> None:
+        self._image = image
+        i, j, k = (min(n, c) for n, c in zip(image.spatial_shape, image.source.chunk_shape, strict=True))
+        self.grid = ChunkGrid(image.spatial_shape, (i, j, k))
+        self._reaches: dict[Any, Reach] = {}
+
+    def read(self, boxes: Sequence[PatchLocation]) -> list[Voxels]:
+        """The values (C, I, J, K) of some chunks."""
+        return self._image.read_group(boxes)
+
+    def _kept(self, key: Any, make: Callable[[], Reach]) -> Reach:
+        if key not in self._reaches:
+            if len(self._reaches) >= MAX_REACHES:
+                self._reaches.clear()
+            self._reaches[key] = make()
+        return self._reaches[key]
+
+
+class LabelClasses(_Map):
+    """The classes of a label map: a value each, or a channel where there are several; None is all but 0."""
+
+    def __init__(self, image: Image) -> None:
+        super().__init__(image)
+        self._table = None
+        if image.kind == "label" and image.folder and image.record:
+            self._table = read_label_table(image.folder, image.record.files)
+        self._masses: dict[int | None, MassTable] = {}
+
+    def has(self, label: int | None) -> bool:
+        """Whether any voxel is of a class."""
+        return bool(self._mass(label).mass.sum() > 0)
+
+    def reach(self, label: int | None, allowed: PatchLocation) -> Reach:
+        """The voxels of a class that centres of patches reach."""
+        return self._kept(
+            (label, allowed),
+            lambda: Reach(self._mass(label), self.grid, allowed, partial(self._members, label)),
+        )
+
+    def _mass(self, label: int | None) -> MassTable:
+        if label not in self._masses:
+            self._masses[label] = self._make_mass(label)
+        return self._masses[label]
+
+    def _make_mass(self, label: int | None) -> MassTable:
+        one_channel = self._image.num_channels == 1
+        if self._table is None or (label is None and not one_channel):
+            return sum_masses(self.grid, self.read, partial(self._members, label))
+        values = [v for v in self._table.values.tolist() if v != 0] if label is None else [label]
+        return self._table.table(values, len(self.grid))
+
+    def _members(self, label: int | None, voxels: Voxels) -> NDArray[np.bool_]:
+        """Which voxels (I, J, K) belong to a class; an index that says otherwise is damage."""
+        if label is None:
+            return np.asarray((voxels != 0).any(axis=0))
+        if self._image.num_channels == 1:
+            return np.asarray(voxels[0] == label)
+        if 0 <= label < self._image.num_channels:
+            return np.asarray(voxels[label] != 0)
+        return np.zeros(voxels.shape[1:], dtype=bool)
+
+
+class WeightMap(_Map):
+    """A map of weights, at least 0 and finite; ``where`` names it in errors."""
+
+    def __init__(self, image: Image, where: str) -> None:
+        super().__init__(image)
+        if image.num_channels != 1:
+            raise SamplingError(f"{where} has {image.num_channels} channels; a map has one")
+        self._where = where
+        if image.kind == "sampling" and image.folder and image.record:
+            self._mass = sum_table(read_weight_sums(image.folder, image.record.files))
+        else:
+            self._mass = sum_masses(self.grid, self.read, self._weights)
+        if not self._mass.mass.sum() > 0:
+            raise SamplingError(f"{where} is zero everywhere; nothing can be drawn from it")
+
+    def reach(self, allowed: PatchLocation) -> Reach:
+        """The weights that centres of patches reach."""
+        return self._kept(allowed, lambda: Reach(self._mass, self.grid, allowed, self._weights))
+
+    def _weights(self, voxels: Voxels) -> Voxels:
+        check_weights(voxels, self._where)
+        return np.asarray(voxels[0])
+
+
+class _RecentMaps:
+    """The maps of stored images that were drawn from last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._maps: OrderedDict[Any, Any] = OrderedDict()
+        os.register_at_fork(after_in_child=self._renew_lock)
+
+    def _renew_lock(self) -> None:
+        self._lock = threading.Lock()
+
+    def get(self, key: Any, make: Callable[[], Map]) -> Map:
+        with self._lock:
+            found: Map | None = self._maps.pop(key, None)
+        found = make() if found is None else found
+        with self._lock:
+            self._maps[key] = found
+            while len(self._maps) > RECENT_MAPS:
+                self._maps.popitem(last=False)
+        return found
+
+
+_recent = _RecentMaps()
+
+
+def label_classes(image: Image) -> LabelClasses:
+    """The classes of an image, from memory where they are there."""
+    return _map_of(image, LabelClasses, lambda: LabelClasses(image))
+
+
+def weight_map(image: Image, where: str) -> WeightMap:
+    """The weights of an image, from memory where they are there."""
+    return _map_of(image, WeightMap, lambda: WeightMap(image, where))
+
+
+def _map_of(image: Image, kind: type[Map], make: Callable[[], Map]) -> Map:
+    if image.folder and image.record:
+        return _recent.get((kind, image.folder, image.record.contents, image.scaling), make)
+    return image.remembered(kind, make)

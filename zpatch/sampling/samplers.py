@@ -1,0 +1,330 @@
+"""Where patches are taken: on a grid, uniformly, by weight, or by class.
+
+A sampler decides locations; reading voxels is the images' business.
+"""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from zpatch.errors import OptionError, SamplingError, UnknownNameError
+from zpatch.geometry.boxes import (
+    PatchLocation,
+    allowed_centres,
+    check_patch_fits,
+    crop_affine,
+    patch_overlap_triple,
+    patch_size_triple,
+)
+from zpatch.geometry.padding import check_padding_mode
+from zpatch.geometry.patch_grid import PatchGrid
+from zpatch.images.cohort import Subject
+from zpatch.images.image import Image, LabelMap, read_together
+from zpatch.sampling.centre_draws import draw_centres
+from zpatch.sampling.centre_maps import label_classes, weight_map
+from zpatch.sampling.patch import Patch, PatchImage, to_tensor
+from zpatch.sampling.randomness import as_generator
+
+READ_TOGETHER = 16
+
+PatchSize = int | Sequence[int]
+RandomSource = np.random.Generator | int | None
+
+
+def read_patches(
+    subject: Subject,
+    locations: Sequence[PatchLocation],
+    *,
+    padding_mode: str | None = None,
+    fill: float | Sequence[float] = 0,
+) -> list[Patch]:
+    """The patches of a subject at some locations, all images read as one group.
+
+    ``fill`` may be said for each image.
+    """
+    if not locations:
+        return []
+    found = read_together(list(subject.images.values()), locations, padding_mode=padding_mode, fill=fill)
+    voxels = dict(zip(subject.images, found, strict=True))
+    patches = []
+    for n, location in enumerate(locations):
+        images = {
+            name: PatchImage(
+                to_tensor(voxels[name][n]), crop_affine(image.affine, location.index), image.kind
+            )
+            for name, image in subject.images.items()
+        }
+        patches.append(Patch(images, location, subject.name))
+    return patches
+
+
+class RandomSampler(ABC):
+    """A sampler that draws; ``sampler(subject, num_patches)`` yields patches.
+
+    ``patch_size`` is in voxels, one integer or three (I, J, K), and must fit in the volume.
+    """
+
+    def __init__(self, patch_size: PatchSize) -> None:
+        self.patch_size = patch_size_triple(patch_size)
+
+    def __call__(
+        self, subject: Subject, num_patches: int | None = None, *, rng: RandomSource = None
+    ) -> Iterator[Patch]:
+        """Patches of a subject, endless without a number.
+
+        ``rng`` is a numpy Generator or an integer seed; None draws a fresh one from the system.
+        """
+        generator = as_generator(rng)
+        left = num_patches
+        while left is None or left > 0:
+            group = READ_TOGETHER if left is None else min(left, READ_TOGETHER)
+            yield from read_patches(subject, self.locations(subject, group, generator))
+            left = None if left is None else left - group
+
+    def locations(self, subject: Subject, num_patches: int, rng: RandomSource = None) -> list[PatchLocation]:
+        """Where the patches of a draw lie: the part without reading any image but the map."""
+        if num_patches < 0:
+            raise OptionError(f"num_patches must be at least 0, not {num_patches}")
+        check_patch_fits(self.patch_size, subject.spatial_shape, subject.name)
+        starts = self._starts(subject, num_patches, as_generator(rng))
+        return [PatchLocation((i, j, k), self.patch_size) for i, j, k in starts.tolist()]
+
+    @abstractmethod
+    def _starts(self, subject: Subject, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        """First voxels (count, 3) of the patches."""
+
+    def _start_of(self, centres: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.asarray(centres - np.array(self.patch_size) // 2)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(patch_size={self.patch_size})"
+
+
+class UniformSampler(RandomSampler):
+    """Each start from 0 to n - p of each axis is equally likely.
+
+    >>> from zpatch.images.image import ScalarImage
+    >>> subject = Subject(t1=ScalarImage(np.zeros((8, 8, 8))))
+    >>> [tuple(patch.t1.data.shape) for patch in UniformSampler(4)(subject, 2, rng=0)]
+    [(1, 4, 4, 4), (1, 4, 4, 4)]
+    """
+
+    def _starts(self, subject: Subject, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        allowed = allowed_centres(subject.spatial_shape, self.patch_size)
+        return rng.integers(0, allowed.size, size=(count, 3))
+
+
+class WeightedSampler(RandomSampler):
+    """P(centre = v) is proportional to the value at v of the image ``probability_map``.
+
+    Centres are those voxels around which the whole patch fits: all but the first ``p // 2`` and the last
+    ``(p - 1) // 2`` of each axis. Negative, NaN or all-zero maps are a SamplingError.
+    """
+
+    def __init__(self, patch_size: PatchSize, probability_map: str) -> None:
+        super().__init__(patch_size)
+        self.probability_map = probability_map
+
+    def _starts(self, subject: Subject, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        image = subject[self.probability_map]
+        where = f"the map {self.probability_map!r} of subject {subject.name!r}"
+        weights = weight_map(image, where)
+        allowed = allowed_centres(subject.spatial_shape, self.patch_size)
+        [centres] = draw_centres([(weights.reach(allowed), count)], weights.read, rng)
+        if centres is None:
+            raise SamplingError(
+                f"{where} is zero wherever a patch of {self.patch_size} fits; all of its weight lies "
+                f"in the border; use a smaller patch_size"
+            )
+        return self._start_of(centres)
+
+    def __repr__(self) -> str:
+        return f"WeightedSampler(patch_size={self.patch_size}, probability_map={self.probability_map!r})"
+
+
+class LabelSampler(RandomSampler):
+    """The class of a patch's centre is drawn first, then the centre among that class's voxels.
+
+    A class has probability ``label_probabilities[c] / sum`` over the classes present among the allowed
+    centres (those of WeightedSampler). None means every non-zero value as one class. In a label map of
+    several channels the keys are channel numbers, and a channel is present where it is not zero.
+    ``label_name=None`` takes the subject's first label map.
+    """
+
+    def __init__(
+        self,
+        patch_size: PatchSize,
+        label_name: str | None = None,
+        label_probabilities: Mapping[int, float] | None = None,
+    ) -> None:
+        super().__init__(patch_size)
+        self.label_name = label_name
+        if label_probabilities is not None:
+            _check_probabilities(label_probabilities)
+        self.label_probabilities = label_probabilities
+        self._wanted: dict[int | None, float] = {None: 1.0}  # None: all but 0 together
+        if label_probabilities is not None:
+            self._wanted = {label: float(p) for label, p in label_probabilities.items()}
+
+    def _starts(self, subject: Subject, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        name, image = self._label_map(subject)
+        classes = label_classes(image)
+        allowed = allowed_centres(subject.spatial_shape, self.patch_size)
+        left = {c: p for c, p in self._wanted.items() if p > 0 and classes.has(c)}
+        centres = np.empty((count, 3), dtype=np.int64)
+        pending = np.arange(count)
+        while pending.size and left:
+            shares = np.array(list(left.values())) / sum(left.values())
+            drawn = rng.choice(len(left), size=pending.size, p=shares)
+            mine = [pending[drawn == number] for number in range(len(left))]
+            parts = [(classes.reach(c, allowed), len(some)) for c, some in zip(left, mine, strict=True)]
+            missed = [pending[:0]]
+            for label, some, found in zip(
+                list(left), mine, draw_centres(parts, classes.read, rng), strict=True
+            ):
+                if found is not None:
+                    centres[some] = found
+                elif some.size:  # none of the class is allowed: it is not present
+                    missed.append(some)
+                    del left[label]
+            pending = np.concatenate(missed)
+        if pending.size:
+            raise SamplingError(
+                f"no voxel of the wanted classes ({self._wanted_names()}) of {name!r} of subject "
+                f"{subject.name!r} can be the centre of a patch of {self.patch_size}; "
+                f"use a smaller patch_size or other label_probabilities"
+            )
+        return self._start_of(centres)
+
+    def _wanted_names(self) -> str:
+        return ", ".join("all but 0" if c is None else str(c) for c, p in self._wanted.items() if p > 0)
+
+    def _label_map(self, subject: Subject) -> tuple[str, Image]:
+        if self.label_name is not None:
+            return self.label_name, subject[self.label_name]
+        for name, image in subject.images.items():
+            if isinstance(image, LabelMap):
+                return name, image
+        raise UnknownNameError(
+            f"subject {subject.name!r} has no label map (it has: {', '.join(subject.images)}); "
+            f"say label_name="
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"LabelSampler(patch_size={self.patch_size}, label_name={self.label_name!r}, "
+            f"label_probabilities={self.label_probabilities})"
+        )
+
+
+def _check_probabilities(probabilities: Mapping[int, float]) -> None:
+    values = np.array(list(probabilities.values()), dtype=np.float64)
+    if not np.isfinite(values).all() or (values < 0).any() or not values.sum() > 0:
+        raise OptionError(
+            f"label_probabilities must be at least 0, finite, and not all 0: {dict(probabilities)}"
+        )
+
+
+class GridSampler(torch.utils.data.Dataset[Patch]):
+    """All patches of a regular grid, as a map-style dataset; lexicographic order, I slowest.
+
+    Starts on each axis are ``range(0, n - p + 1, p - o)``, and a last patch flush with the border where
+    needed. ``padding_mode`` (constant with ``fill``, edge, reflect, symmetric, wrap: as numpy.pad) pads
+    ``patch_overlap // 2`` voxels on each side and small volumes up to the patch, without copying
+    anything; locations stay in the volume's own frame, so padding starts below 0. ``fill`` is an intensity:
+    label maps and sampling maps are padded with 0, and a fill that is no value of the type of a patch is an
+    OptionError. Without a subject it is a template, for a queue.
+
+    >>> from zpatch.images.image import ScalarImage
+    >>> grid = GridSampler(Subject(t1=ScalarImage(np.zeros((10, 10, 10)))), patch_size=4, patch_overlap=2)
+    >>> len(grid), grid[0].location.index, grid[63].location.index
+    (64, (0, 0, 0), (6, 6, 6))
+    """
+
+    def __init__(
+        self,
+        subject: Subject | None = None,
+        patch_size: PatchSize | None = None,
+        patch_overlap: PatchSize = 0,
+        padding_mode: str | None = None,
+        fill: float = 0,
+    ) -> None:
+        if patch_size is None:
+            raise OptionError("patch_size is missing; say GridSampler(subject, patch_size=64)")
+        self.patch_size = patch_size_triple(patch_size)
+        self.patch_overlap = patch_overlap_triple(patch_overlap, self.patch_size)
+        check_padding_mode(padding_mode)
+        self.padding_mode = padding_mode
+        self.fill = fill
+        self.subject = subject
+        self._grid = None if subject is None else self.grid_of(subject)
+
+    def grid_of(self, subject: Subject) -> PatchGrid:
+        """The grid over a subject."""
+        if self.padding_mode is None:
+            check_patch_fits(self.patch_size, subject.spatial_shape, subject.name)
+        return PatchGrid.over(
+            subject.spatial_shape,
+            self.patch_size,
+            self.patch_overlap,
+            border=self.padding_mode is not None,
+        )
+
+    @property
+    def grid(self) -> PatchGrid:
+        """The grid over the sampler's own subject."""
+        self._own_subject()
+        assert self._grid is not None
+        return self._grid
+
+    def _own_subject(self) -> Subject:
+        if self.subject is None:
+            raise OptionError("this GridSampler is a template without a subject; give it one")
+        return self.subject
+
+    def read(self, subject: Subject, locations: Sequence[PatchLocation]) -> list[Patch]:
+        """The patches at some of the grid's locations, padded where they reach over the border."""
+        fills = [self.fill_of(image) for image in subject.images.values()]
+        return read_patches(subject, locations, padding_mode=self.padding_mode, fill=fills)
+
+    def fill_of(self, image: Image) -> float:
+        """What pads an image where ``padding_mode`` is constant."""
+        return self.fill if image.kind == "scalar" else 0
+
+    def __call__(self, subject: Subject) -> Iterator[Patch]:
+        """All patches of a subject, in order."""
+        return iter(GridSampler(subject, self.patch_size, self.patch_overlap, self.padding_mode, self.fill))
+
+    @property
+    def locations(self) -> list[PatchLocation]:
+        """Where the patches lie."""
+        return list(self.grid.locations())
+
+    def __len__(self) -> int:
+        return len(self.grid)
+
+    def __getitem__(self, index: int) -> Patch:
+        grid = self.grid
+        if not -len(grid) <= index < len(grid):
+            raise IndexError(f"patch {index} of a grid of {len(grid)} patches")
+        return self.read(self._own_subject(), [grid.location(index % len(grid))])[0]
+
+    def __iter__(self) -> Iterator[Patch]:
+        subject, locations = self._own_subject(), self.grid.locations()
+        while group := list(itertools.islice(locations, READ_TOGETHER)):
+            yield from self.read(subject, group)
+
+    def __repr__(self) -> str:
+        return (
+            f"GridSampler(patch_size={self.patch_size}, patch_overlap={self.patch_overlap}, "
+            f"padding_mode={self.padding_mode!r}, fill={self.fill})"
+        )
+
+
+PatchSampler = RandomSampler | GridSampler

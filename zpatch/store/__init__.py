@@ -1,0 +1,1 @@
+"""The Zarr store: its records, how it is written, committed and verified."""

@@ -1,0 +1,191 @@
+"""Writing one image shard by shard: statistics and index are gathered from the shards as they pass."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zpatch.runtime import buffer_pool
+from zpatch.store.image_record import ImageRecord, Json, Source, padded_to_4d
+from zpatch.store.store_writer import StagedImage
+from zpatch.store.voxel_index import index_builder
+from zpatch.store.voxel_statistics import State, VoxelStatistics
+
+Shard = tuple[int, int, int, int]
+
+
+class ImageTally:
+    """What is learnt of an image from its shards, each seen once: statistics and index.
+
+    ``where`` names the image in errors.
+    """
+
+    def __init__(self, record: ImageRecord, where: str) -> None:
+        self._record = record
+        self._shards = padded_to_4d(record.shards)
+        self._statistics = VoxelStatistics(np.dtype(record.dtype))
+        self._index = index_builder(record, where)
+
+    def update(self, shard: Shard, voxels: NDArray[Any]) -> None:
+        """Take in a shard, whole: ``voxels`` is (c, z, y, x), clipped to the image."""
+        c, z, y, x = (n * s for n, s in zip(shard, self._shards, strict=True))
+        self._statistics.update(voxels, (z, y, x))
+        self._index.update(voxels, (c, z, y, x))
+
+    @contextlib.contextmanager
+    def counting(self, shard: Shard, voxels: NDArray[Any]) -> Iterator[None]:
+        """Take in a shard beside what the caller does with it.
+
+        Counting and compressing each leave the interpreter free for much of their time.
+        """
+        with ThreadPoolExecutor(1, thread_name_prefix="zpatch-statistics") as counter:
+            counted = counter.submit(self.update, shard, voxels)
+            yield
+            counted.result()
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """What was learnt so far, as small arrays to be kept."""
+        return self._statistics.state() | self._index.state()
+
+    def merge(self, state: State) -> None:
+        """Take in what was learnt elsewhere from other shards of the image."""
+        self._statistics.merge(state)
+        self._index.merge(state)
+
+    def finish(
+        self,
+        stage: StagedImage,
+        raw_header: bytes,
+        *,
+        warnings: Sequence[str] = (),
+        source: Source | None = None,
+        skipped: int = 0,
+    ) -> ImageRecord:
+        """Write all of an image but its voxels, and return its record with statistics and seals.
+
+        ``skipped`` is how many voxels were filled and not predicted.
+        """
+        record = self._record
+        stats = self._statistics.result(record.slope, record.inter) | self._index.statistics()
+        if skipped:
+            stats["skipped"] = skipped
+        stage.write_raw_header(raw_header)
+        stage.write_index(self._index.tables())
+        if record.kind != "label":
+            stage.write_histogram(self._statistics.histogram(record.slope, record.inter))
+        warned = (*warnings, *_voxel_warnings(stats))
+        return stage.finish(dataclasses.replace(record, stats=stats, warnings=warned, source=source))
+
+
+def _voxel_warnings(stats: Json) -> list[str]:
+    words = {"nan": "NaN", "inf": "infinite"}
+    return [f"{stats[key]} voxels are {word}" for key, word in words.items() if stats[key]]
+
+
+class ImageWriter:
+    """Writes the shards of a staged image, each once, in any order.
+
+    ``where`` names the image in errors.
+    """
+
+    def __init__(self, stage: StagedImage, record: ImageRecord, where: str) -> None:
+        self.stage = stage
+        self.record = record
+        self._tally = ImageTally(record, where)
+        self._skipped = 0
+
+    def write_shard(self, shard: Shard, voxels: NDArray[Any], *, skipped: int = 0) -> None:
+        """Write one shard, whole: ``voxels`` is (c, z, y, x), clipped to the image."""
+        with self._tally.counting(shard, voxels):
+            self.stage.write_shard(self.record, shard, voxels)
+        self._skipped += skipped
+
+    def finish(
+        self, raw_header: bytes, warnings: Sequence[str] = (), source: Source | None = None
+    ) -> ImageRecord:
+        """Write all but the voxels, and return the record with statistics and seals."""
+        self.record = self._tally.finish(
+            self.stage, raw_header, warnings=warnings, source=source, skipped=self._skipped
+        )
+        return self.record
+
+
+class UnitWriter(Protocol):
+    """Writes whole shards of an image."""
+
+    @property
+    def record(self) -> ImageRecord:
+        """What is written."""
+
+    def write_shard(self, shard: Shard, voxels: NDArray[Any], *, skipped: int = 0) -> None:
+        """Write one shard, whole: ``voxels`` is (c, z, y, x), ``skipped`` of them not predicted."""
+
+
+class WriteUnits:
+    """Collects boxes of final voxels into shards, and writes each shard when its last voxel has come.
+
+    The boxes come in any order and must not overlap; memory is that of the shards begun and not complete.
+    """
+
+    def __init__(self, writer: UnitWriter) -> None:
+        self._writer = writer
+        record = writer.record
+        self._shape = record.shape_czyx
+        self._shards = padded_to_4d(record.shards)
+        self._dtype = np.dtype(record.dtype)
+        self._open: dict[Shard, _Unit] = {}
+
+    def put(self, first: tuple[int, int, int], voxels: NDArray[Any], *, skipped: int = 0) -> None:
+        """Take in final voxels (c, z, y, x), all channels, that start at ``first`` (z, y, x).
+
+        ``skipped`` of them were filled and not predicted; such boxes lie in one unit.
+        """
+        low, ends = (0, *first), [a + n for a, n in zip((0, *first), voxels.shape, strict=True)]
+        touched = (range(a // s, (b - 1) // s + 1) for a, b, s in zip(low, ends, self._shards, strict=True))
+        for c, z, y, x in itertools.product(*touched):
+            self._fill((c, z, y, x), low, ends, voxels, skipped)
+
+    def _fill(
+        self, shard: Shard, low: Sequence[int], ends: Sequence[int], voxels: NDArray[Any], skipped: int
+    ) -> None:
+        origin = [n * s for n, s in zip(shard, self._shards, strict=True)]
+        if shard not in self._open:
+            limits = zip(origin, self._shards, self._shape, strict=True)
+            extent = [min(o + s, n) - o for o, s, n in limits]
+            self._open[shard] = _Unit(buffer_pool.empty(extent, self._dtype), math.prod(extent))
+        unit = self._open[shard]
+        first = [max(a, o) for a, o in zip(low, origin, strict=True)]
+        stop = [min(b, o + s) for b, o, s in zip(ends, origin, self._shards, strict=True)]
+        unit.voxels[_slices(first, stop, origin)] = voxels[_slices(first, stop, low)]
+        unit.awaited -= math.prod(b - a for a, b in zip(first, stop, strict=True))
+        unit.skipped += skipped
+        if unit.awaited == 0:
+            del self._open[shard]
+            self._writer.write_shard(shard, unit.voxels, skipped=unit.skipped)
+
+    @property
+    def complete(self) -> bool:
+        """Whether no shard is left begun."""
+        return not self._open
+
+
+@dataclass(slots=True)
+class _Unit:
+    """A unit that awaits so many voxels."""
+
+    voxels: NDArray[Any]
+    awaited: int
+    skipped: int = 0
+
+
+def _slices(first: Sequence[int], stop: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(a - o, b - o) for a, b, o in zip(first, stop, origin, strict=True))

@@ -1,0 +1,78 @@
+"""One writer for each store, and errors of the disk that name it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from zpatch.errors import StoreError, StoreLockedError, ZpatchError
+from zpatch.store import image_record
+
+DYING_WORKERS_S = 10
+
+
+@contextlib.contextmanager
+def writing_to(store: Path) -> Iterator[None]:
+    """Whatever the disk says, a full one above all, becomes an error that names the store."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, ZpatchError):
+            raise
+        raise StoreError(
+            f"{store}: it cannot be written to ({error.strerror or error}); "
+            f"see to its disk, then run the same command again"
+        ) from error
+
+
+def take_lock(path: Path) -> IO[str]:
+    """Make the folder of a store where it is not there, and take its lock until the stream is closed."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"{path}: it cannot be made ({error.strerror})") from None
+    with writing_to(path):
+        lock = (path / image_record.LOCK).open("a+")
+    until = time.monotonic() + DYING_WORKERS_S
+    while not _is_free(lock):
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        if _may_live(holder) or time.monotonic() > until:
+            lock.close()
+            raise StoreLockedError(f"{path}: {holder} is writing to it; wait until it has ended")
+        time.sleep(0.05)
+    with writing_to(path):
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+    return lock
+
+
+def _is_free(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _may_live(holder: str) -> bool:
+    """Whether the holder of a lock still runs, as far as can be told. Where it was killed its workers, which
+    hold the lock with it, end a moment later: until then they may still write into staging."""
+    found = re.fullmatch(rf"process (\d+) on {re.escape(socket.gethostname())}", holder)
+    if found is None:
+        return True
+    try:
+        os.kill(int(found[1]), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -1,0 +1,101 @@
+"""The manifest: one sealed line for each committed image or document; the last line of each wins.
+
+Lines are checked when the manifest is read, and parsed when their record is asked for, so that a cohort of
+ten thousand subjects opens at once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from zpatch.errors import DamageError
+from zpatch.store import image_record
+from zpatch.store.image_record import FileSeal, ImageRecord, Json
+
+Key = tuple[str, str]
+
+# Keys are sorted, and JSON escapes the quotes inside strings, so these find the line's own keys: nothing that
+# sorts before "image" has such a key in it, and nothing that sorts after "subject".
+_IMAGE = re.compile(rb'"image":"([^"\\]+)"')
+_SUBJECT = re.compile(rb'.*"subject":"([^"\\]+)"', re.DOTALL)
+_DOCUMENT = re.compile(rb'"document":"')
+
+
+class Records(Mapping[Key, ImageRecord]):
+    """The committed images by (subject, image), in the order of the manifest; a record is parsed when it is
+    asked for."""
+
+    def __init__(self, path: Path, data: bytes, lines: Mapping[Key, tuple[int, int, int]]) -> None:
+        self._path = path
+        self._data = data
+        self._lines = lines
+
+    def __getitem__(self, key: Key) -> ImageRecord:
+        number, start, stop = self._lines[key]
+        where = f"{self._path}, line {number}"
+        return ImageRecord.from_json(image_record.unsealed(self._data[start:stop], where), where)
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._lines)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._lines
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Manifest:
+    """What a manifest file says. ``documents`` are the sealed files outside the images, by their path below
+    the store; ``whole_bytes`` is the length of its whole lines, after which a torn one may follow."""
+
+    records: Records
+    documents: Mapping[str, FileSeal]
+    whole_bytes: int
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read a manifest; a torn last line is passed over, any other that is not as written is damage."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise DamageError(f"{path}: it is missing; restore the file from a copy") from None
+    view = memoryview(data)
+    lines: dict[Key, tuple[int, int, int]] = {}
+    documents: dict[str, FileSeal] = {}
+    start = number = 0
+    while (stop := data.find(b"\n", start)) >= 0:
+        number += 1
+        line = view[start:stop]
+        where = f"{path}, line {number}"
+        image_record.check_seal(line, where)
+        image, subject = _IMAGE.search(line), _SUBJECT.match(line)
+        if image and subject:
+            lines[subject[1].decode(), image[1].decode()] = number, start, stop
+        elif _DOCUMENT.search(line):  # asked second: metadata of an image may hold such a key
+            documents.update(_document(image_record.unsealed(line, where), where))
+        else:
+            raise DamageError(f"{where} is no image record; restore the file from a copy")
+        start = stop + 1
+    return Manifest(Records(path, data, lines), documents, start)
+
+
+def _document(value: Json, where: str) -> dict[str, FileSeal]:
+    try:
+        return {value["document"]: FileSeal(value["bytes"], value["checksum"])}
+    except KeyError as error:
+        raise DamageError(f"{where} is no document record (no {error})") from None
+
+
+def append_lines(path: Path, *values: Json) -> None:
+    """Enter lines in one write, so that the images of a subject are there together, and sync them."""
+    lines = memoryview("".join(image_record.sealed_line(value) + "\n" for value in values).encode())
+    with path.open("ab", buffering=0) as stream:
+        while lines:  # a disk that runs full takes a part, and says so at the next write only
+            lines = lines[stream.write(lines) :]
+        os.fsync(stream.fileno())

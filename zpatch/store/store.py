@@ -1,0 +1,156 @@
+"""The door to zarr: a store on disk, opened from its manifest alone.
+
+Writing is `store_writer.py`'s; images that others wrote are `zarr_images.py`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zpatch.chunks.codec import codec_of
+from zpatch.chunks.mapped_shards import ChunkFiles, ShardedArray
+from zpatch.errors import DamageError, NotAStoreError, StoreError
+from zpatch.store import image_record
+from zpatch.store.image_record import FileSeal, ImageRecord, Json
+from zpatch.store.manifest import Key, read_manifest
+
+TOOL = "zpatch"
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """A store as its manifest describes it; immutable, and no file is held open.
+
+    ``path`` is absolute, so that a change of the working directory cannot make it another store.
+    ``records`` are the committed images by (subject, image) in the order of the manifest; ``documents``
+    are the sealed files outside the images, by path below the store; ``attributes`` are the root's.
+    """
+
+    path: Path
+    attributes: Json
+    records: Mapping[Key, ImageRecord]
+    documents: Mapping[str, FileSeal]
+
+    def image_path(self, record: ImageRecord) -> Path:
+        """The folder of an image."""
+        return self.path / record.subject / record.image
+
+
+def open_store(path: str | os.PathLike[str]) -> Store:
+    """Open a store for reading. Reads its root document and its manifest, and nothing else."""
+    root = Path(path)
+    return store_of(root, root_attributes(root))
+
+
+def store_of(root: Path, attributes: Json) -> Store:
+    """The store as its manifest says, whatever its root document."""
+    manifest = read_manifest(root / image_record.MANIFEST)
+    return Store(root.absolute(), attributes, manifest.records, manifest.documents)
+
+
+def is_store(path: Path) -> bool:
+    """Whether a folder is a zpatch store of any format."""
+    with contextlib.suppress(StoreError):
+        _root_group(path)
+        return True
+    return False
+
+
+def _root_group(root: Path) -> Json:
+    document = root / image_record.ROOT_DOCUMENT
+    try:
+        text = document.read_bytes()
+    except FileNotFoundError:
+        what = "it does not exist" if not root.exists() else "it is no zpatch store (no zarr.json)"
+        raise NotAStoreError(f"{root}: {what}; make one with 'zpatch convert SOURCE STORE'") from None
+    except OSError as error:
+        raise NotAStoreError(f"{root}: it cannot be opened ({error.strerror})") from None
+    try:
+        attributes = json.loads(text)["attributes"][TOOL]
+        attributes["format"] += 0
+    except (ValueError, KeyError, TypeError):
+        raise NotAStoreError(
+            f"{root}: it is Zarr but no zpatch store (its zarr.json says nothing of zpatch)"
+        ) from None
+    return dict(attributes)
+
+
+def root_attributes(root: Path) -> Json:
+    """What a store's root document says of it."""
+    attributes = _root_group(root)
+    if attributes["format"] > image_record.FORMAT:
+        raise StoreError(
+            f"{root}: it is a store of format {attributes['format']}, and this zpatch reads up to "
+            f"{image_record.FORMAT}; install a newer zpatch"
+        )
+    return attributes
+
+
+def sharded_array(folder: Path, record: ImageRecord, level: int = 0) -> ShardedArray:
+    """The voxels of the image in ``folder``, or those of a coarser level of it."""
+    array = record.levels[level - 1] if level else record
+    return ShardedArray(
+        path=folder / str(level),
+        shape=image_record.padded_to_4d(array.shape),
+        dtype=np.dtype(record.dtype),
+        chunks=image_record.padded_to_4d(array.chunks),
+        shards=image_record.padded_to_4d(array.shards),
+        codec=codec_of(record.codec),
+        files=ChunkFiles(axes=tuple(range(4 - len(record.shape), 4))),
+        name=f"image {record.image!r} of subject {record.subject!r}",
+        remedy=_remedy(folder, record),
+        contents=record.contents,
+    )
+
+
+def _remedy(folder: Path, record: ImageRecord) -> str:
+    """How a damaged image is mended, once all damage is known."""
+    root = folder.parent.parent
+    again = f"'zpatch convert SOURCE {root} --overwrite --include {record.subject}'"
+    if record.source is None:
+        again = "the command that wrote it, with --overwrite,"
+    return f"run 'zpatch verify {root}' to see all that is damaged; {again} mends it"
+
+
+def read_small_array(folder: Path, name: str, files: Mapping[str, FileSeal]) -> NDArray[Any]:
+    """A small array of an image, its raw header or a table of its index, compared with its seals."""
+    try:
+        for key, seal in files.items():
+            if (
+                key.startswith(f"{name}/")
+                and image_record.digest((folder / key).read_bytes()) != seal.checksum
+            ):
+                raise ValueError("its contents have changed")
+        values = _plain_array(folder / name)
+        if values is None:
+            import zarr
+
+            values = np.asarray(zarr.open_array(folder / name, mode="r")[:])
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise DamageError(
+            f"damaged store: {folder / name} cannot be read ({error}); "
+            f"run 'zpatch verify' on the store, then convert the image again"
+        ) from error
+    return values
+
+
+def _plain_array(folder: Path) -> NDArray[Any] | None:
+    """An array of one chunk that is not compressed, as tables of an index are; None for any other."""
+    document: Json = json.loads((folder / image_record.ROOT_DOCUMENT).read_bytes())
+    whole = {"name": "regular", "configuration": {"chunk_shape": document["shape"]}}
+    names = [codec["name"] for codec in document["codecs"]]
+    little = document["codecs"][0].get("configuration", {"endian": "little"}) == {"endian": "little"}
+    if document["chunk_grid"] != whole or names != ["bytes"] or not little or 0 in document["shape"]:
+        return None
+    file = folder.joinpath("c", *"0" * len(document["shape"]))
+    dtype = np.dtype(document["data_type"]).newbyteorder("<")
+    return np.frombuffer(file.read_bytes(), dtype).reshape(document["shape"])

@@ -1,0 +1,351 @@
+"""Writing a store: image by image, under a lock, so that a crash leaves what was committed and nothing else.
+
+An image is written under ``.staging``, synced, renamed into place, and only then entered in
+``manifest.jsonl``. That line is the commit: what has no line does not exist.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from types import MappingProxyType
+from typing import IO, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zpatch.chunks.mapped_shards import close_shards
+from zpatch.chunks.shard_writer import write_shard
+from zpatch.errors import StoreExistsError
+from zpatch.store import image_record
+from zpatch.store.image_record import FileSeal, ImageRecord, Json
+from zpatch.store.lock import take_lock, writing_to
+from zpatch.store.manifest import Key, append_lines, read_manifest
+from zpatch.store.store import TOOL, is_store, root_attributes, sharded_array
+
+_OWN_NAMES = {
+    image_record.LOCK,
+    image_record.STAGING,
+    image_record.ROOT_DOCUMENT,
+    f"{image_record.ROOT_DOCUMENT}.partial",
+}
+
+
+def check_can_create(path: Path, *, overwrite: bool = False, resume: bool = False) -> None:
+    """Refuse a place that is taken: by anything but a store, and by a store too unless it may be replaced
+    (``overwrite``) or gone on with (``resume``)."""
+    if _is_vacant(path):
+        return
+    if not is_store(path):
+        raise StoreExistsError(f"{path}: there is something else there; choose another name")
+    if not (overwrite or resume):
+        raise StoreExistsError(
+            f"{path}: it exists already; say --overwrite to start over, or choose another name"
+        )
+
+
+def _is_vacant(path: Path) -> bool:
+    """Whether nothing is there, or only what a writer left that was killed before its first line."""
+    if not path.exists():
+        return True
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
+    return names <= _OWN_NAMES and (image_record.ROOT_DOCUMENT not in names or is_store(path))
+
+
+class StoreWriter:
+    """The one writer of a store: a context manager that holds its lock and clears staging at its end."""
+
+    def __init__(
+        self,
+        path: Path,
+        lock: IO[str],
+        attributes: Json,
+        records: Mapping[Key, ImageRecord] = MappingProxyType({}),
+        documents: Mapping[str, FileSeal] = MappingProxyType({}),
+    ) -> None:
+        self.path = path.absolute()
+        self.attributes = attributes  # of the store's root
+        self.records = records  # what was committed before
+        self.staging = self.path / image_record.STAGING
+        self._lock = lock
+        self._manifest = self.path / image_record.MANIFEST
+        self._replaced = self.staging / "replaced"
+        self._documents = dict(documents)
+
+    @classmethod
+    def create(cls, path: Path, attributes: Json, *, overwrite: bool = False) -> Self:
+        """Make a new store and take its lock; with ``overwrite`` in the place of an older one."""
+        check_can_create(path, overwrite=overwrite)
+        lock = take_lock(path)
+        try:
+            with writing_to(path):
+                _clear(path)
+                created = datetime.now(UTC).isoformat(timespec="seconds")
+                writer = cls(path, lock, {"format": image_record.FORMAT, "created": created, **attributes})
+                writer._write_group("", writer.attributes)
+        except BaseException:
+            lock.close()
+            raise
+        return writer
+
+    @classmethod
+    def resume(cls, path: Path, attributes: Json) -> Self:
+        """Go on with the store that is there, or make it.
+
+        A torn manifest line is cut off, an image whose replacement was not committed is put back, and
+        what an interrupted writer left in staging is swept.
+        """
+        check_can_create(path, resume=True)
+        if _is_vacant(path):
+            return cls.create(path, attributes)
+        own_attributes = root_attributes(path)
+        if ("prediction" in own_attributes) != ("prediction" in attributes):
+            what = "predictions" if "prediction" in own_attributes else "images that were converted"
+            raise StoreExistsError(f"{path}: it holds {what}; choose another name, or say --overwrite")
+        lock = take_lock(path)
+        try:
+            with writing_to(path):
+                manifest = read_manifest(path / image_record.MANIFEST)
+                if manifest.whole_bytes < (path / image_record.MANIFEST).stat().st_size:
+                    os.truncate(path / image_record.MANIFEST, manifest.whole_bytes)
+                writer = cls(path, lock, own_attributes, manifest.records, manifest.documents)
+                if image_record.ROOT_DOCUMENT not in manifest.documents:  # its line, the first, was torn
+                    writer._write_group("", own_attributes)
+                writer._put_back(manifest.records)
+                shutil.rmtree(writer.staging, ignore_errors=True)
+        except BaseException:
+            lock.close()
+            raise
+        return writer
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        shutil.rmtree(self.staging, ignore_errors=True)
+        self._lock.close()
+
+    def abandon(self) -> None:
+        """Remove the whole store, of a run that came to nothing."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def stage(self) -> StagedImage:
+        """A fresh place to write one image to."""
+        return StagedImage.below(self.staging)
+
+    def commit(self, images: Sequence[tuple[Path, ImageRecord]]) -> None:
+        """Move the staged images of a subject into the store, then enter all of them in the manifest.
+
+        An image that is there already is moved aside until the new one's line is written.
+        """
+        with writing_to(self.path):
+            try:
+                self._commit(images)
+            except BaseException:
+                self._undo(images)
+                raise
+
+    def _commit(self, images: Sequence[tuple[Path, ImageRecord]]) -> None:
+        aside = []
+        for folder, record in images:
+            attributes = {"subject": record.subject, "split": record.split, "meta": record.meta}
+            self._write_group(record.subject, attributes)
+            target = self.path / record.subject / record.image
+            if target.exists():
+                close_shards(target)
+                aside.append(self._replaced / record.subject / record.image)
+                aside[-1].parent.mkdir(parents=True, exist_ok=True)
+                target.rename(aside[-1])
+            folder.rename(target)
+            sync_folder(target.parent)
+        append_lines(self._manifest, *(record.to_json() for _, record in images))
+        # First out of the place where _put_back looks: half an image is none to put back.
+        for folder in aside:
+            shutil.rmtree(folder.rename(self.staging / uuid.uuid4().hex))
+
+    def _undo(self, images: Sequence[tuple[Path, ImageRecord]]) -> None:
+        """Take out what was moved in, unless its line was written."""
+        records = read_manifest(self._manifest).records
+        for _, record in images:
+            if (record.subject, record.image) not in records:
+                shutil.rmtree(self.path / record.subject / record.image, ignore_errors=True)
+        self._put_back(records)
+
+    def _put_back(self, records: Mapping[Key, ImageRecord]) -> None:
+        """Undo replacements whose line was not written."""
+        for folder in sorted(self._replaced.glob("*/*")):
+            key = folder.parent.name, folder.name
+            document = folder / image_record.ROOT_DOCUMENT
+            seal = records[key].files[image_record.ROOT_DOCUMENT] if key in records else None
+            if seal and document.is_file() and image_record.digest(document.read_bytes()) == seal.checksum:
+                target = self.path / key[0] / key[1]
+                shutil.rmtree(target, ignore_errors=True)
+                folder.rename(target)
+
+    def _write_group(self, name: str, attributes: Json) -> None:
+        """Write the document of a group, unless it is there with these attributes."""
+        folder = self.path / name
+        folder.mkdir(exist_ok=True)
+        key = f"{name}/{image_record.ROOT_DOCUMENT}".lstrip("/")
+        content = _group_document({TOOL: attributes})
+        seal = FileSeal(len(content), image_record.digest(content))
+        document = folder / image_record.ROOT_DOCUMENT
+        if self._documents.get(key) == seal and document.is_file() and document.read_bytes() == content:
+            return
+        partial = document.with_name(f"{image_record.ROOT_DOCUMENT}.partial")
+        partial.write_bytes(content)
+        _sync_file(partial)
+        partial.rename(document)
+        sync_folder(folder)
+        append_lines(self._manifest, {"document": key, "bytes": seal.bytes, "checksum": seal.checksum})
+        self._documents[key] = seal
+
+
+class StagedImage:
+    """An image that is being written, in a folder of its own.
+
+    ``seals`` are those of shards that are there already, by their path in the folder.
+    """
+
+    def __init__(self, folder: Path, seals: Mapping[str, FileSeal] = MappingProxyType({})) -> None:
+        self.folder = folder
+        self._seals = dict(seals)
+
+    @classmethod
+    def below(cls, staging: Path) -> Self:
+        """A fresh folder in a staging area."""
+        folder = staging / uuid.uuid4().hex
+        folder.mkdir(parents=True)
+        return cls(folder)
+
+    def write_shard(
+        self, record: ImageRecord, shard: tuple[int, ...], voxels: NDArray[Any], *, level: int = 0
+    ) -> None:
+        """Write one shard, whole: ``voxels`` is (c, z, y, x)."""
+        array = sharded_array(self.folder, record, level)
+        seal = write_shard(array, shard, voxels, record.codec)
+        self._seals[array.shard_file(shard).relative_to(self.folder).as_posix()] = seal
+
+    def write_raw_header(self, raw_header: bytes) -> None:
+        """Keep a NIfTI header as nifti-zarr does: an array of its bytes."""
+        self._write_small_array(image_record.RAW_HEADER, np.frombuffer(raw_header, dtype=np.uint8))
+
+    def write_index(self, tables: Mapping[str, NDArray[Any]]) -> None:
+        """Keep a label or weight index: small arrays in a group."""
+        if tables:
+            folder = self.folder / image_record.INDEX
+            folder.mkdir()
+            (folder / image_record.ROOT_DOCUMENT).write_bytes(_group_document({}))
+        for name, table in tables.items():
+            self._write_small_array(f"{image_record.INDEX}/{name}", table)
+
+    def write_histogram(self, histogram: NDArray[np.float64]) -> None:
+        """Keep the histogram that statistics over a cohort are made of."""
+        self._write_small_array(image_record.HISTOGRAM, histogram, compressors="auto")
+
+    def finish(self, record: ImageRecord) -> ImageRecord:
+        """Write the metadata, sync everything, and return the record with all files sealed."""
+        for level in range(len(record.levels) + 1):
+            _write_array_metadata(self.folder, record, level)
+        attributes = {
+            "ome": image_record.ome_attributes(record),
+            TOOL: {k: v for k, v in record.to_json().items() if k != "files"},
+        }
+        (self.folder / image_record.ROOT_DOCUMENT).write_bytes(_group_document(attributes))
+        for file in sorted(self.folder.rglob("*")):
+            if file.is_dir():
+                sync_folder(file)
+                continue
+            key = file.relative_to(self.folder).as_posix()
+            if key not in self._seals:
+                _sync_file(file)
+                content = file.read_bytes()
+                self._seals[key] = FileSeal(len(content), image_record.digest(content))
+        sync_folder(self.folder)
+        return dataclasses.replace(record, files=dict(sorted(self._seals.items())))
+
+    def discard(self) -> None:
+        """Remove all that was written."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _write_small_array(self, name: str, values: NDArray[Any], compressors: Any = None) -> None:
+        import zarr
+
+        array = zarr.create_array(
+            store=self.folder / name,
+            shape=values.shape,
+            chunks=tuple(max(n, 1) for n in values.shape),
+            dtype=values.dtype,
+            compressors=compressors,
+            fill_value=0,
+            zarr_format=3,
+            config={"write_empty_chunks": True},
+        )
+        array[:] = values
+
+
+def _write_array_metadata(folder: Path, record: ImageRecord, level: int) -> None:
+    import zarr
+    from zarr.codecs import BloscCodec, Crc32cCodec
+
+    preset = image_record.CODECS[record.codec]
+    itemsize = np.dtype(record.dtype).itemsize
+    compressors: list[Any] = [Crc32cCodec()]
+    if preset is not None:
+        blosc = BloscCodec(
+            cname=preset.compressor,  # type: ignore[arg-type]
+            clevel=preset.level,
+            shuffle="shuffle" if preset.shuffle else "noshuffle",
+            typesize=itemsize,
+        )
+        compressors.insert(0, blosc)
+    array = record.levels[level - 1] if level else record
+    zarr.create_array(
+        store=folder / str(level),
+        shape=array.shape,
+        chunks=array.chunks,
+        shards=array.shards,
+        dtype=record.dtype,
+        compressors=compressors,
+        fill_value=0,
+        dimension_names=list(record.axes),
+        zarr_format=3,
+        config={"write_empty_chunks": True},
+    )
+
+
+def _group_document(attributes: Json) -> bytes:
+    document = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+    return json.dumps(document, indent=2, allow_nan=False).encode()
+
+
+def _clear(path: Path) -> None:
+    """Remove all of a store but its lock: the manifest first, so that nothing half there looks whole, and
+    the root document last, so that what is left is still known for a store."""
+    order = {image_record.MANIFEST: 0, image_record.ROOT_DOCUMENT: 2}
+    for entry in sorted(path.iterdir(), key=lambda entry: order.get(entry.name, 1)):
+        close_shards(entry)
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != image_record.LOCK:
+            entry.unlink()
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Make sure that the names in a folder last."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

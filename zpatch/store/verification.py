@@ -1,0 +1,164 @@
+"""Whether a store still holds what was written into it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from zpatch.errors import DamageError, StoreError
+from zpatch.runtime.tasks import Progress
+from zpatch.store import image_record
+from zpatch.store.image_record import FileSeal, Json
+from zpatch.store.store import Store, open_store, store_of
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """A file that is not what it was, by its path below the store, and in what way."""
+
+    file: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.what}"
+
+
+@dataclass(frozen=True, slots=True)
+class VerificationReport:
+    """What a verification found. ``leftovers`` are folders that no manifest line knows: work that was
+    interrupted; they do no harm. ``missing_subjects`` were announced and never committed."""
+
+    store: Path
+    images: int
+    files: int
+    bytes: int
+    quick: bool
+    damages: tuple[Damage, ...]
+    missing_subjects: tuple[str, ...]
+    leftovers: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether all is there and as it was."""
+        return not self.damages and not self.missing_subjects
+
+    def to_json(self) -> Json:
+        """The report as plain JSON."""
+        return {
+            "store": str(self.store),
+            "ok": self.ok,
+            "quick": self.quick,
+            "images": self.images,
+            "files": self.files,
+            "bytes": self.bytes,
+            "damages": [{"file": damage.file, "what": damage.what} for damage in self.damages],
+            "missing_subjects": list(self.missing_subjects),
+            "leftovers": list(self.leftovers),
+        }
+
+
+def verify(
+    store: str | os.PathLike[str],
+    *,
+    quick: bool = False,
+    progress: Progress = lambda file_bytes: None,
+) -> VerificationReport:
+    """Compare every file of a store with its seal in the manifest, as ``zpatch verify`` does.
+
+    ``quick`` compares presence and length only, and the contents of ``zarr.json`` documents.
+    """
+    root = Path(store)
+    try:
+        opened = _opened(root)
+    except DamageError as error:
+        damage = Damage(image_record.MANIFEST, str(error))
+        return VerificationReport(root, 0, 0, 0, quick, (damage,), (), ())
+    seals = dict(sealed_files(opened))
+    damages = []
+    for name, seal in seals.items():
+        what = _fault(root / name, seal, quick=quick and not name.endswith(image_record.ROOT_DOCUMENT))
+        if what:
+            damages.append(Damage(name, what))
+        progress(seal.bytes)
+    return VerificationReport(
+        store=root,
+        images=len(opened.records),
+        files=len(seals),
+        bytes=sum(seal.bytes for seal in seals.values()),
+        quick=quick,
+        damages=tuple(damages),
+        missing_subjects=tuple(_missing_subjects(opened)),
+        leftovers=tuple(_leftovers(opened)),
+    )
+
+
+def _opened(root: Path) -> Store:
+    """A store whose root document may be damaged: its seal in the manifest says so."""
+    try:
+        return open_store(root)
+    except DamageError:
+        raise
+    except StoreError:
+        if not (root / image_record.MANIFEST).is_file():
+            raise
+        return store_of(root, {})
+
+
+def sealed_bytes(store: str | os.PathLike[str]) -> int:
+    """How much there is to verify; 0 where the manifest itself is damaged."""
+    try:
+        return sum(seal.bytes for _, seal in sealed_files(open_store(store)))
+    except DamageError:
+        return 0
+
+
+def sealed_files(store: Store) -> Iterator[tuple[str, FileSeal]]:
+    """Every file that the manifest knows, by its path below the store."""
+    yield from store.documents.items()
+    for record in store.records.values():
+        for key, seal in record.files.items():
+            yield f"{record.subject}/{record.image}/{key}", seal
+
+
+def _fault(file: Path, seal: FileSeal, *, quick: bool) -> str | None:
+    try:
+        status = file.lstat()
+        if not stat.S_ISREG(status.st_mode):
+            return "it is no regular file"
+        if status.st_size != seal.bytes:
+            return f"it has {status.st_size} bytes instead of {seal.bytes}"
+        if quick:
+            return None
+        with file.open("rb") as stream:
+            found = hashlib.file_digest(stream, image_record.new_digest).hexdigest()
+    except FileNotFoundError:
+        return "it is missing"
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
+    return None if found == seal.checksum else "its contents have changed"
+
+
+def _missing_subjects(store: Store) -> list[str]:
+    present = {subject for subject, _ in store.records}
+    return [name for name in store.attributes.get("expected_subjects", []) if name not in present]
+
+
+def _leftovers(store: Store) -> list[str]:
+    known = {subject for subject, _ in store.records}
+    known |= {document.rpartition("/")[0] for document in store.documents}
+    images = {f"{subject}/{image}" for subject, image in store.records}
+    found = []
+    for folder in sorted(entry for entry in store.path.iterdir() if entry.is_dir()):
+        if folder.name not in known:
+            found.append(folder.name)
+            continue
+        found += [
+            f"{folder.name}/{image.name}"
+            for image in sorted(folder.iterdir())
+            if image.is_dir() and f"{folder.name}/{image.name}" not in images
+        ]
+    return found
