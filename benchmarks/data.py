@@ -271,7 +271,8 @@ def _header(shape: Shape, dtype: str = "<i2") -> bytes:
 
 def _write_cohort(place: Path, subjects: int, with_folders: int) -> None:
     from zpatch.conversion.conversion import convert
-    from zpatch.store.image_record import MANIFEST, ROOT_DOCUMENT, sealed_line
+    from zpatch.digests import sealed_line
+    from zpatch.store.names import MANIFEST, ROOT_DOCUMENT
     from zpatch.store.store import open_store
 
     source, one = place / "source", place / "one"
@@ -306,7 +307,7 @@ def _link_sources(subject: Path, folder: Path, names: list[str]) -> None:
 
 
 def _write_seal(stream: IO[str], document: str, seal: Any) -> None:
-    from zpatch.store.image_record import sealed_line
+    from zpatch.digests import sealed_line
 
     line = sealed_line({"document": document, "bytes": seal.bytes, "checksum": seal.checksum})
     stream.write(line + "\n")

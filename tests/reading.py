@@ -18,8 +18,8 @@ from zpatch.chunks import gather
 from zpatch.geometry.boxes import PatchLocation
 from zpatch.images.image import Image, stored_image
 from zpatch.store.image_record import ImageRecord
+from zpatch.store.staged_image import StagedImage
 from zpatch.store.store import sharded_array
-from zpatch.store.store_writer import StagedImage
 
 EYE = tuple(map(tuple, np.eye(4).tolist()))
 DTYPES = ["|b1", "|u1", "|i1", "<u2", "<i2", "<u4", "<i4", "<u8", "<i8", "<f2", "<f4", "<f8", "<c8", "<c16"]

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 import zpatch as zp
+from zpatch.digests import digest
 from zpatch.report.report import write_report
-from zpatch.store.image_record import MANIFEST, digest
+from zpatch.store.names import MANIFEST
 
 PIXEL_TYPES = {0: 1, 2: 3, 3: 1}
 

@@ -28,7 +28,8 @@ from zarr.codecs import GzipCodec
 
 import zpatch as zp
 from zpatch.loading.shared_slots import ImagePlace, Letter, SlotBlock, SlotLayout
-from zpatch.sampling.samplers import PatchSampler, RandomSampler
+from zpatch.sampling.grid_sampler import PatchSampler
+from zpatch.sampling.samplers import RandomSampler
 
 START_METHODS = ["fork", "spawn", "forkserver"]
 

@@ -1,7 +1,18 @@
 """Patch-based deep learning on volumes that do not fit in memory.
 
-NIfTI cohorts in, patches to torch, predictions out, and nothing is ever loaded whole. Names are imported
-when they are first used: ``import zpatch`` pulls in neither torch nor dask nor nibabel.
+NIfTI cohorts in, patches to torch, predictions out, and nothing is ever loaded whole. The folders are the
+data flow::
+
+    NIfTI files                                                                 NIfTI files
+        | nifti/                                                                    ^ nifti/
+        v                                                                           |
+    conversion/ -> store/ -> chunks/ -> images/ -> sampling/ -> loading/ -> torch -> blending/ -> conversion/
+                     ^                                                           |    ^
+                     +-----------------------------------------------------------+    prediction/ drives it
+
+Read them in the order geometry, runtime, nifti, chunks, store, conversion, images, sampling, loading,
+blending, prediction; report, bench, compat and cli are at the edge. Names are imported when first used:
+``import zpatch`` loads neither torch nor dask nor nibabel.
 """
 
 from __future__ import annotations
@@ -15,15 +26,18 @@ if TYPE_CHECKING:
     from zpatch.conversion.nifti_export import export
     from zpatch.errors import ZpatchError
     from zpatch.geometry.boxes import PatchLocation
-    from zpatch.images.cohort import Cohort, Subject
+    from zpatch.images.cohort import Cohort
     from zpatch.images.image import Image, LabelMap, SamplingMap, ScalarImage
     from zpatch.images.normalization import Normalize
+    from zpatch.images.subject import Subject
+    from zpatch.loading.patch_batch import PatchBatch, collate
     from zpatch.loading.patch_queue import Queue
     from zpatch.loading.subjects_loader import SubjectsLoader
     from zpatch.prediction.inference import predict
     from zpatch.report.report import write_report
-    from zpatch.sampling.patch import Patch, PatchBatch, collate
-    from zpatch.sampling.samplers import GridSampler, LabelSampler, UniformSampler, WeightedSampler
+    from zpatch.sampling.grid_sampler import GridSampler
+    from zpatch.sampling.patch import Patch
+    from zpatch.sampling.samplers import LabelSampler, UniformSampler, WeightedSampler
     from zpatch.store.verification import verify
 
 __version__ = "0.1.0"
@@ -55,30 +69,33 @@ __all__ = [
     "write_report",
 ]
 
-_ROOMS = {
-    "blending.aggregator": ["PatchAggregator"],
-    "images.cohort": ["Cohort", "Subject"],
-    "conversion.conversion": ["convert"],
-    "errors": ["ZpatchError"],
+_MODULES = {
     "geometry.boxes": ["PatchLocation"],
-    "images.image": ["Image", "LabelMap", "SamplingMap", "ScalarImage"],
-    "prediction.inference": ["predict"],
-    "loading.subjects_loader": ["SubjectsLoader"],
-    "conversion.nifti_export": ["export"],
-    "images.normalization": ["Normalize"],
-    "sampling.patch": ["Patch", "PatchBatch", "collate"],
-    "loading.patch_queue": ["Queue"],
-    "report.report": ["write_report"],
-    "sampling.samplers": ["GridSampler", "LabelSampler", "UniformSampler", "WeightedSampler"],
     "store.verification": ["verify"],
+    "conversion.conversion": ["convert"],
+    "conversion.nifti_export": ["export"],
+    "images.cohort": ["Cohort"],
+    "images.image": ["Image", "LabelMap", "SamplingMap", "ScalarImage"],
+    "images.normalization": ["Normalize"],
+    "images.subject": ["Subject"],
+    "sampling.grid_sampler": ["GridSampler"],
+    "sampling.patch": ["Patch"],
+    "sampling.samplers": ["LabelSampler", "UniformSampler", "WeightedSampler"],
+    "loading.patch_batch": ["PatchBatch", "collate"],
+    "loading.patch_queue": ["Queue"],
+    "loading.subjects_loader": ["SubjectsLoader"],
+    "blending.aggregator": ["PatchAggregator"],
+    "prediction.inference": ["predict"],
+    "report.report": ["write_report"],
+    "errors": ["ZpatchError"],
 }
-_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOM_OF:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'zpatch' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"zpatch.{_ROOM_OF[name]}"), name)
+    value = getattr(importlib.import_module(f"zpatch.{_MODULE_OF[name]}"), name)
     globals()[name] = value
     return value
 

@@ -252,7 +252,8 @@ def _longer(source: Path) -> str:
 
 def _slab_bytes(source: Path) -> int:
     """Bytes of the largest slab, as the plan says."""
-    from zpatch.conversion.conversion_plan import ConvertOptions, plan_conversion
+    from zpatch.conversion.conversion_options import ConvertOptions
+    from zpatch.conversion.conversion_plan import plan_conversion
 
     return max(image.slab_bytes for image in plan_conversion(source, ConvertOptions()).images)
 

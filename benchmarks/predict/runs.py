@@ -101,9 +101,9 @@ def _name_imports(modules: str) -> None:
 def stated_bytes(store: str, patch: str) -> int:
     """What the plan of such a prediction says that it needs."""
     import zpatch as zp
-    from zpatch.prediction.inference import plan_prediction
     from zpatch.prediction.network import Network
-    from zpatch.prediction.prediction_plan import PredictOptions
+    from zpatch.prediction.planning import plan_prediction
+    from zpatch.prediction.prediction_options import PredictOptions
 
     options = PredictOptions.of(**zpatch_options(int(patch)))
     (plan,) = plan_prediction(Network(network, torch.device("cpu")), zp.Cohort(store), options)

@@ -243,7 +243,7 @@ def _defaults(workloads: Sequence[Workload], options: Options) -> str:
             store = stores / workload.letter / name
             os.sync()
             begin = time.perf_counter()
-            with mock.patch("zpatch.conversion.conversion_plan.SHARD_BYTES", shard_mib * MIB):
+            with mock.patch("zpatch.conversion.conversion_options.SHARD_BYTES", shard_mib * MIB):
                 convert(head / "source", store, codec=codec, chunk=chunk)
             rate = voxel_bytes / 1e6 / (time.perf_counter() - begin)
             if workload is workloads[0]:

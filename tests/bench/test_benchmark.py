@@ -47,15 +47,16 @@ from zpatch.bench.trial_stores import (
     stored_options,
     times_as_fast,
 )
+from zpatch.chunks.codec import CODECS
 from zpatch.chunks.mapped_shards import close_shards
 from zpatch.errors import DamageError, OptionError, PatchSizeError, UnknownNameError, WorkerError
 from zpatch.geometry.boxes import PatchLocation
 from zpatch.images.cohort import Cohort
-from zpatch.images.group_read import Request, fulfil, new_voxels
+from zpatch.images.group_read import fulfil
 from zpatch.images.image import Image
+from zpatch.images.voxel_source import Request, new_voxels
 from zpatch.loading import patch_queue
 from zpatch.runtime.byte_sizes import format_bytes
-from zpatch.store.image_record import CODECS
 from zpatch.store.store_writer import StoreWriter
 
 QUICK: dict[str, Any] = {"seconds": 0.01, "jobs": 1}

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import zpatch as zp
-import zpatch.store.store_writer
+import zpatch.store.staged_image
 from zpatch.blending.reduction import reduce_channels
 from zpatch.blending.sinks import ImageSink
 from zpatch.chunks.mapped_shards import close_shards
@@ -465,13 +465,13 @@ def test_each_shard_file_is_written_once(
     sampler = grid_over((70, 32, 33), (24, 20, 20), 4)
     patches = random_patches(sampler, rng)
     written: Counter[Any] = Counter()
-    write_shard = zpatch.store.store_writer.write_shard
+    write_shard = zpatch.store.staged_image.write_shard
 
     def spy(array: Any, shard: tuple[int, ...], voxels: Any, preset: str) -> Any:
         written[array.shard_file(shard)] += 1
         return write_shard(array, shard, voxels, preset)
 
-    monkeypatch.setattr(zpatch.store.store_writer, "write_shard", spy)
+    monkeypatch.setattr(zpatch.store.staged_image, "write_shard", spy)
     order = rng.permutation(len(patches)).tolist()
     grid = sampler if known else None
     with zp.PatchAggregator((70, 32, 33), "hann", grid=grid, output=target) as aggregator:
@@ -518,7 +518,7 @@ def test_a_full_disk_is_told_with_the_name_of_the_output(
     def full(*args: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(zpatch.store.store_writer, "write_shard", full)
+    monkeypatch.setattr(zpatch.store.staged_image, "write_shard", full)
     with (
         zp.PatchAggregator((70, 12, 13), "hann", grid=sampler, output=target) as aggregator,
         pytest.raises(StoreError, match=r"blended.zarr: it cannot be written to \(No space left"),

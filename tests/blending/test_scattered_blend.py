@@ -21,7 +21,7 @@ from zpatch.blending.sinks import ImageSink, TensorSink
 from zpatch.blending.tile_spill import HeldTiles, ScratchFile
 from zpatch.errors import IncompleteCoverageError, ModelError, OptionError, StoreError
 from zpatch.geometry.boxes import PatchLocation, Triple
-from zpatch.store.store_writer import StagedImage
+from zpatch.store.staged_image import StagedImage
 
 MODES = ["crop", "average", "hann", "gaussian"]
 Patches = list[tuple[NDArray[Any], PatchLocation]]

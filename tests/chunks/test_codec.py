@@ -17,8 +17,7 @@ from numcodecs import blosc, zstd
 from numpy.typing import NDArray
 from reading import DTYPES, assert_same_bytes, many_examples, random_voxels
 
-from zpatch.chunks.codec import ChunkCodec, Compressor, codec_of, crc32c, encode_chunk
-from zpatch.store.image_record import CODECS
+from zpatch.chunks.codec import CODECS, ChunkCodec, Compressor, codec_of, crc32c, encode_chunk
 
 MIB = 2**20
 BLOSC = [(c, s) for c in ("blosclz", "lz4", "lz4hc", "zlib", "zstd") for s in (0, 1, 2)]

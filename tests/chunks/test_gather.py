@@ -34,13 +34,13 @@ from reading import (
 from reading import loop as loop
 
 from zpatch.chunks import gather as gathering
-from zpatch.chunks.codec import ChunkCodec
+from zpatch.chunks.codec import CODECS, ChunkCodec
 from zpatch.chunks.gather import GatherPlan, gather, read_region
-from zpatch.chunks.mapped_shards import ChunkFiles, MappedShard, ShardedArray, close_shards
+from zpatch.chunks.mapped_shards import MappedShard, close_shards
 from zpatch.chunks.scaling import UNSCALED, Scaling
-from zpatch.images.group_read import ShardSource
+from zpatch.chunks.sharded_array import ChunkFiles, ShardedArray
 from zpatch.images.image import Image
-from zpatch.store.image_record import CODECS
+from zpatch.images.voxel_sources import ShardSource
 
 SPLIT_FLAG = 16  # of a frame's flags: each block is one stream
 STORED_FLAG = 2

@@ -24,27 +24,21 @@ from reading import both_loops, random_voxels
 from reading import loop as loop
 
 import zpatch as zp
-from zpatch.chunks.codec import codec_of, encode_chunk
+from zpatch.chunks.codec import CODECS, codec_of, encode_chunk
 from zpatch.chunks.gather import GatherPlan, read_region
 from zpatch.chunks.layout import Layout
-from zpatch.chunks.mapped_shards import (
-    NO_CHUNK,
-    OPEN_MAPS,
-    ChunkFiles,
-    MappedShard,
-    ShardedArray,
-    close_shards,
-    open_shard,
-)
+from zpatch.chunks.mapped_shards import NO_CHUNK, OPEN_MAPS, MappedShard, close_shards, open_shard
 from zpatch.chunks.scaling import Scaling
 from zpatch.chunks.shard_writer import write_shard
+from zpatch.chunks.sharded_array import ChunkFiles, ShardedArray
 from zpatch.conversion import conversion_plan
+from zpatch.digests import FileSeal, digest
 from zpatch.errors import DamageError
-from zpatch.images import group_read
+from zpatch.images import group_read, voxel_sources
 from zpatch.images.image import read_together
-from zpatch.store.image_record import CODECS, FileSeal, ImageRecord, digest
+from zpatch.store.image_record import ImageRecord
+from zpatch.store.staged_image import StagedImage
 from zpatch.store.store import sharded_array
-from zpatch.store.store_writer import StagedImage
 
 DTYPES = ["u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8", "c8", "c16"]
 EYE = tuple(map(tuple, np.eye(4).tolist()))
@@ -527,7 +521,7 @@ def test_nothing_is_written_any_more_when_a_group_in_threads_has_failed(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shard_of(store, 1, 1, 1).unlink()
-    opened = group_read.gather
+    opened = voxel_sources.gather
 
     def slowly(array: ShardedArray, plan: GatherPlan, outs: Any, scaling: Scaling) -> None:
         try:
@@ -539,7 +533,7 @@ def test_nothing_is_written_any_more_when_a_group_in_threads_has_failed(
                 outs[0][...] = 77
 
     failed: list[GatherPlan] = []
-    monkeypatch.setattr(group_read, "gather", slowly)
+    monkeypatch.setattr(voxel_sources, "gather", slowly)
     monkeypatch.setattr(group_read, "thread_count", lambda scheduler: 4)
     image = zp.Cohort(store)["anna"].ct
     out = np.zeros((1, 60, 60, 60), np.int16)

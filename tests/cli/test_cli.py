@@ -25,7 +25,7 @@ import zpatch.cli
 from zpatch.chunks.mapped_shards import close_shards
 from zpatch.cli import COMMANDS
 from zpatch.cli.progress import Progress
-from zpatch.store import image_record
+from zpatch.store.names import FORMAT, LOCK, MANIFEST, ROOT_DOCUMENT, STAGING
 
 HEAVY = ("torch", "dask", "zarr", "nibabel", "numpy", "numcodecs")
 NETS = """
@@ -266,14 +266,14 @@ def test_a_source_that_is_empty_or_missing_is_refused(refused: Callable[..., str
 def test_a_store_that_exists_is_gone_on_with_and_only_overwrite_starts_over(
     run: Run, cohort_source: Path, store: Path
 ) -> None:
-    (store / image_record.LOCK).write_text("")
+    (store / LOCK).write_text("")
     before = everything_below(store)
     code, out, err = run("convert", cohort_source, store)
     assert (code, out) == (0, f"{store}\n")
     assert "4 subjects are there already; 0 subjects, 0 images" in err
     assert re.search(r"^converted +0 +0 +0 B", err, re.MULTILINE)
     assert re.search(r"^there already +4$", err, re.MULTILINE)
-    assert {**everything_below(store), image_record.LOCK: b""} == before
+    assert {**everything_below(store), LOCK: b""} == before
     assert run("convert", cohort_source, store, "--overwrite", "--limit", "1")[0] == 0
     assert zp.Cohort(store).names == ["sub-01"]
 
@@ -314,7 +314,7 @@ def test_a_subject_that_cannot_be_replaced_stays_as_it_was(
     code, _, err = run("convert", here / "bad", store, "--overwrite", "--include", "sub-02")
     assert code == 1
     assert "no case of" in err
-    assert {**everything_below(store), image_record.LOCK: b""} == {**before, image_record.LOCK: b""}
+    assert {**everything_below(store), LOCK: b""} == {**before, LOCK: b""}
 
 
 def test_info_of_some_subjects_counts_those_and_refuses_names_of_none(
@@ -497,16 +497,13 @@ def test_a_store_that_is_none_or_of_a_newer_format_is_refused(
         rest = ("out.zarr", "--model", "nets_of_cli:doubling", *PREDICT)
     assert "nowhere: it does not exist; make one with 'zpatch convert" in refused(command, "nowhere", *rest)
     assert "it is no zpatch store (no zarr.json)" in refused(command, cohort_source, *rest)
-    document = store / image_record.ROOT_DOCUMENT
+    document = store / ROOT_DOCUMENT
     text = document.read_text()
-    newer = text.replace(f'"format": {image_record.FORMAT}', '"format": 99')
+    newer = text.replace(f'"format": {FORMAT}', '"format": 99')
     assert newer != text
     document.write_text(newer)
     line = refused(command, store, *rest)
-    assert (
-        f"it is a store of format 99, and this zpatch reads up to {image_record.FORMAT}; install a newer"
-        in line
-    )
+    assert f"it is a store of format 99, and this zpatch reads up to {FORMAT}; install a newer" in line
     assert not Path("nifti").exists()
     assert not Path("out.zarr").exists()
 
@@ -633,7 +630,7 @@ def test_ctrl_c_gives_130_and_leaves_a_store_that_opens(cohort_source: Path, her
     command = [sys.executable, "-c", program, "convert", "scans", "a.zarr", "-q"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        manifest = here / "a.zarr" / image_record.MANIFEST
+        manifest = here / "a.zarr" / MANIFEST
         until = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < until:
             if manifest.exists() and b"sub-001" in manifest.read_bytes():
@@ -646,7 +643,7 @@ def test_ctrl_c_gives_130_and_leaves_a_store_that_opens(cohort_source: Path, her
     cohort = zp.Cohort("a.zarr")
     assert 0 < len(cohort) < 200
     assert zp.verify("a.zarr").damages == ()
-    assert not list((here / "a.zarr").glob(f"{image_record.STAGING}/*"))
+    assert not list((here / "a.zarr").glob(f"{STAGING}/*"))
     for subject in cohort:
         assert list(subject.images) == ["seg", "t1"]
 
@@ -682,8 +679,8 @@ def test_an_interruption_between_the_images_of_a_case_leaves_none_of_it(
 
     def rename_until(self: Path, target: Path) -> Path:
         nonlocal moves
-        moves += image_record.STAGING in self.parts
-        if moves == moment and image_record.STAGING in self.parts:
+        moves += STAGING in self.parts
+        if moves == moment and STAGING in self.parts:
             raise KeyboardInterrupt
         return rename(self, target)
 

@@ -14,7 +14,7 @@ import torch
 import zpatch as zp
 from zpatch.compat.monai import ZpatchPatchIterd, ZpatchReader, datalist
 from zpatch.errors import OptionError, PatchLocationError
-from zpatch.geometry.boxes import crop_affine
+from zpatch.geometry.affines import crop_affine
 
 PATCH_SIZE = 16
 

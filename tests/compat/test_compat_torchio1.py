@@ -306,7 +306,9 @@ def test_each_iteration_is_an_epoch_also_after_one_that_was_broken_off(subjects:
     assert [second, third] == [items(same), items(same)]
 
 
-@pytest.mark.parametrize("sampler", [tio.UniformSampler(PATCH), tio.LabelSampler(PATCH)], ids=repr)
+@pytest.mark.parametrize(
+    "sampler", [tio.UniformSampler(PATCH), tio.LabelSampler(PATCH)], ids=["uniform", "label"]
+)
 def test_torch_manual_seed_decides_what_is_drawn(subjects: list[tio.Subject], sampler: Any) -> None:
     def drawn(seed: int) -> list[Item]:
         torch.manual_seed(seed)

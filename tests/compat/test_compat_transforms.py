@@ -20,7 +20,7 @@ from streams import small_subjects, stream
 import zpatch as zp
 from zpatch.compat.transforms import from_monai, from_torchio, is_torchio_2, on_tensors
 from zpatch.errors import OptionError
-from zpatch.geometry.boxes import crop_affine
+from zpatch.geometry.affines import crop_affine
 from zpatch.sampling.patch import PatchImage
 
 SHAPE = (1, 12, 10, 8)

@@ -15,7 +15,7 @@ import pytest
 import zarr
 
 import zpatch as zp
-from zpatch.compat import cached_images
+from zpatch.compat import nifti_cache
 from zpatch.compat.nifti_cache import cache_folder, cached_image, save_image
 from zpatch.errors import NotAStoreError, OptionError, SourceError, StoreError
 from zpatch.store.image_record import Kind
@@ -78,7 +78,7 @@ def test_a_file_is_converted_once_and_that_is_said_with_its_place(
     [entry] = cache.iterdir()
     assert [record.getMessage() for record in caplog.records] == [f"converted {path} once, into {entry}"]
     caplog.clear()
-    monkeypatch.setattr(cached_images, "run_conversion", pytest.fail)
+    monkeypatch.setattr(nifti_cache, "run_conversion", pytest.fail)
     monkeypatch.chdir(tmp_path)
     again = cached_image("t1.nii.gz")
     assert again.folder == first.folder

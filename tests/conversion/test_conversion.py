@@ -15,13 +15,16 @@ from numpy.typing import NDArray
 
 import zpatch as zp
 from zpatch.chunks.layout import Layout
-from zpatch.conversion import conversion
+from zpatch.conversion.case_staging import label_dtype
 from zpatch.conversion.conversion import run_conversion
-from zpatch.conversion.conversion_plan import ConversionPlan, ConvertOptions, plan_conversion
+from zpatch.conversion.conversion_options import ConvertOptions
+from zpatch.conversion.conversion_plan import ConversionPlan, plan_conversion
+from zpatch.conversion.fingerprints import fingerprint
+from zpatch.digests import unsealed
 from zpatch.errors import MemoryLimitError, OptionError, SourceError
 from zpatch.nifti import header
-from zpatch.nifti.header import fingerprint
-from zpatch.store.image_record import MANIFEST, ImageRecord, unsealed
+from zpatch.store.image_record import ImageRecord
+from zpatch.store.names import MANIFEST
 
 RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
 
@@ -519,20 +522,20 @@ def test_a_source_without_a_good_case_leaves_the_older_store_alone(source: Path,
     np.testing.assert_array_equal(only_image(store).data[0], volume(4, 5, 6))
 
 
-@pytest.mark.parametrize("stage", ["nifti.header.read_header", "label_dtype"])
+@pytest.mark.parametrize("stage", ["nifti.header.read_header", "conversion.case_staging.label_dtype"])
 def test_an_error_that_nobody_foresaw_fails_its_own_case_only(
     stage: str, source: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for subject in ("a", "b"):
         save(source / subject / "seg.nii", volume(4, 5, 6).astype(np.uint8))
-    right = conversion.label_dtype if stage == "label_dtype" else header.read_header
+    right = label_dtype if stage.endswith("label_dtype") else header.read_header
 
     def odd(file: Any, *rest: Any, **options: Any) -> Any:
         if "b" in getattr(file, "path", file).parts:
             raise ZeroDivisionError("odd")
         return right(file, *rest, **options)
 
-    monkeypatch.setattr(f"zpatch.{'conversion.' if stage == 'label_dtype' else ''}{stage}", odd)
+    monkeypatch.setattr(f"zpatch.{stage}", odd)
     report = zp.convert(source, store)
     assert [record.subject for record in report.records] == ["a"]
     [failure] = report.failures

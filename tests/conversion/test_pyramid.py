@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import zpatch as zp
-from zpatch.conversion import conversion_plan
+from zpatch.conversion import conversion_options
 from zpatch.conversion.pyramid import halve, plan_levels
 from zpatch.errors import OptionError
 
@@ -72,7 +72,7 @@ def test_each_stored_level_is_the_one_above_halved(
     rng: np.random.Generator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(conversion_plan, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(conversion_options, "SHARD_BYTES", shard_bytes)
     source = tmp_path / "source" / "a"
     source.mkdir(parents=True)
     affine = np.diag([1.0, 2, 3, 1])

@@ -12,17 +12,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from zpatch.errors import OptionError, PatchLocationError, PatchOverlapError, PatchSizeError
+from zpatch.geometry.affines import crop_affine, max_corner_distance, spacing_mm
 from zpatch.geometry.boxes import (
     PatchLocation,
     Triple,
     allowed_centres,
     centre_of,
     check_patch_fits,
-    crop_affine,
-    max_corner_distance,
     patch_overlap_triple,
     patch_size_triple,
-    spacing_mm,
     triple,
 )
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import zpatch as zp
-from zpatch.conversion import conversion_plan
+from zpatch.conversion import conversion_options
 from zpatch.errors import OptionError
 from zpatch.geometry.orientation import Orientation
 from zpatch.nifti.header import orientation_to
@@ -70,7 +70,7 @@ def test_codes_that_mean_nothing_are_refused(codes: str, cohort_source: Path, tm
 def test_a_turned_store_is_nibabel_s_canonical_image_and_exports_the_original(
     codes: str, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conversion_plan, "SHARD_BYTES", 1)
+    monkeypatch.setattr(conversion_options, "SHARD_BYTES", 1)
     source = nib.Nifti1Image(rng.integers(0, 1000, (21, 19, 43)).astype(np.int16), AFFINE)
     ornt = nib.orientations.ornt_transform(
         nib.io_orientation(AFFINE), nib.orientations.axcodes2ornt(tuple(codes))

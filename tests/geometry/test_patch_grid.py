@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zpatch.chunks.layout import chunk_counts, covering_chunks
 from zpatch.errors import PatchLocationError
 from zpatch.geometry.boxes import PatchLocation, Triple
-from zpatch.geometry.patch_grid import PatchGrid, axis_starts, chunk_counts, covering_chunks
+from zpatch.geometry.patch_grid import PatchGrid, axis_starts
 
 
 @st.composite

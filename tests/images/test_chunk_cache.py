@@ -19,27 +19,29 @@ from reading import assert_same_bytes, both_loops, draw_box, random_voxels, stor
 from reading import loop as loop
 
 from zpatch.chunks import gather
+from zpatch.chunks.codec import CODECS
 from zpatch.chunks.mapped_shards import MappedShard, close_shards
 from zpatch.chunks.scaling import UNSCALED, Scaling
 from zpatch.geometry.boxes import PatchLocation, Triple
 from zpatch.geometry.padding import PaddedBox
 from zpatch.geometry.patch_grid import PatchGrid
 from zpatch.images.chunk_cache import CachedSource, cached
-from zpatch.images.group_read import ArraySource, Graph, Request, Shape, VoxelSource, fulfil, new_voxels
+from zpatch.images.group_read import fulfil
 from zpatch.images.image import Image, ScalarImage
-from zpatch.runtime.tasks import Scheduler
-from zpatch.store.image_record import CODECS
+from zpatch.images.voxel_source import ReadTasks, Request, Shape, VoxelSource, new_voxels
+from zpatch.images.voxel_sources import ArraySource
+from zpatch.runtime.dask_graphs import Scheduler
 
 Draw = st.DataObject
 Voxels = NDArray[Any]
 
 
 @dataclass
-class CountedChunks:
+class CountedChunks(VoxelSource):
     """Voxels (C, I, J, K) that come in chunks, and how often each was read."""
 
     voxels: Voxels
-    chunk_shape: Triple
+    extent: Triple
     counts: Counter[Triple] = field(default_factory=Counter)
     is_broken: bool = False
 
@@ -52,6 +54,10 @@ class CountedChunks:
     def dtype(self) -> np.dtype[Any]:
         return self.voxels.dtype
 
+    @property
+    def chunk_shape(self) -> Triple:
+        return self.extent
+
     def chunk(self, place: Triple) -> PatchLocation:
         index = [n * c for n, c in zip(place, self.chunk_shape, strict=True)]
         return PatchLocation(tuple(index), self.chunk_shape).clipped(self.shape[1:])
@@ -60,18 +66,18 @@ class CountedChunks:
         ends = zip(box.index_ini, box.index_fin, self.chunk_shape, strict=True)
         return set(itertools.product(*(range(a // c, -(-b // c)) for a, b, c in ends)))
 
-    def graph(
+    def tasks(
         self, boxes: Sequence[PatchLocation], outs: Sequence[Voxels], scaling: Scaling, parts: int
-    ) -> Graph:
+    ) -> ReadTasks:
         assert scaling == UNSCALED
-        graph = ArraySource(self.voxels).graph(boxes, outs, scaling, parts)
+        tasks = ArraySource(self.voxels).tasks(boxes, outs, scaling, parts)
         if self.is_broken:
-            return graph | {len(graph): (self.fail,)}
+            return ReadTasks([*tasks.writes, (self.fail,)])
         for box in boxes:
             (place,) = self.touched_by(box)
             assert box == self.chunk(place)
             self.counts[place] += 1
-        return graph
+        return tasks
 
     def fail(self) -> None:
         raise OSError("the disk is gone")

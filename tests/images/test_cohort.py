@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 import zpatch as zp
+from zpatch.digests import sealed_line
 from zpatch.errors import DamageError, OptionError, SourceError, UnknownNameError
-from zpatch.store.image_record import MANIFEST, sealed_line
+from zpatch.store.names import MANIFEST
 from zpatch.store.store import open_store
 
 NAMES = ["sub-01", "sub-02", "sub-03", "sub-04"]

@@ -28,14 +28,14 @@ from reading import (
 from reading import loop as loop
 
 from zpatch.chunks import gather
+from zpatch.chunks.codec import CODECS
 from zpatch.chunks.mapped_shards import MappedShard, close_shards
 from zpatch.chunks.scaling import UNSCALED
 from zpatch.errors import DamageError, OptionError, PatchLocationError
 from zpatch.geometry.boxes import PatchLocation
 from zpatch.images import group_read
-from zpatch.images.group_read import ArraySource, DaskSource
 from zpatch.images.image import Image, ScalarImage, read_together
-from zpatch.store.image_record import CODECS
+from zpatch.images.voxel_sources import ArraySource, DaskSource
 
 Draw = st.DataObject
 RUN_GRAPH = group_read.run_graph

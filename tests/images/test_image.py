@@ -20,8 +20,8 @@ from reading import loop as loop
 import zpatch as zp
 from zpatch.chunks.scaling import UNSCALED
 from zpatch.errors import NotAStoreError, OptionError, PatchLocationError, SourceError
-from zpatch.images.group_read import ArraySource
 from zpatch.images.image import read_together
+from zpatch.images.voxel_sources import ArraySource
 
 AFFINE = np.array([[0, 2, 0, 10], [3, 0, 0, 20], [0, 0, 4, 30], [0, 0, 0, 1.0]])
 

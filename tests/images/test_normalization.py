@@ -15,7 +15,7 @@ from reading import loop as loop
 
 import zpatch as zp
 from zpatch.errors import OptionError
-from zpatch.images.group_read import ShardSource
+from zpatch.images.voxel_sources import ShardSource
 
 STATISTICS = {"mean": 12.5, "std": 4.0, "percentile_0_5": -3.0, "percentile_99_5": 20.0}
 

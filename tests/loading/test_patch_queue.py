@@ -34,7 +34,8 @@ from zpatch.chunks.mapped_shards import close_shards
 from zpatch.errors import OptionError, QueueError
 from zpatch.loading.patch_feed import Arrival, PatchFeed
 from zpatch.loading.shared_slots import WATCH_BYTES, SlotBlock
-from zpatch.sampling.samplers import PatchSampler
+from zpatch.sampling.grid_sampler import PatchSampler
+from zpatch.sampling.randomness import rng as address_rng
 
 # Torch says so where there are more workers than processors.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -252,7 +253,7 @@ def test_locations_are_those_that_the_sampler_draws_at_the_subjects_address(coho
     found = [(patch.subject, patch.location) for patch in queue]
     wanted = []
     for number in queue.plan(2).subjects.tolist():
-        rng = zp.patch_queue.rng(9, 2, number)  # type: ignore[attr-defined]
+        rng = address_rng(9, 2, number)
         locations = queue.patch_sampler.locations(cohort[number], 3, rng)  # type: ignore[operator, call-arg]
         wanted += [(cohort[number].name, location) for location in locations]
     assert found == wanted

@@ -20,7 +20,7 @@ from torch.utils.data.distributed import DistributedSampler
 import zpatch as zp
 from zpatch.errors import OptionError
 from zpatch.loading.queue_state import epoch_and_consumed, queue_state, subjects_digest
-from zpatch.sampling.samplers import PatchSampler
+from zpatch.sampling.grid_sampler import PatchSampler
 
 # Torch says so where there are more workers than processors.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")

@@ -25,7 +25,8 @@ import torch
 
 from zpatch.errors import ModelError, OptionError
 from zpatch.geometry.boxes import PatchLocation
-from zpatch.prediction.network import Network, identity, load_model, torch_device
+from zpatch.prediction.model_identity import identity
+from zpatch.prediction.network import Network, load_model, torch_device
 
 CPU = torch.device("cpu")
 HERE = PatchLocation((3, 4, 5), (4, 6, 8))

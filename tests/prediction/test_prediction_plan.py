@@ -25,15 +25,10 @@ from zpatch.chunks.layout import plan_output_layout
 from zpatch.errors import MemoryLimitError, OptionError, PatchOverlapError, PatchSizeError
 from zpatch.geometry.boxes import Triple
 from zpatch.geometry.patch_grid import PatchGrid
-from zpatch.prediction.peak_memory import peak_bytes
-from zpatch.prediction.prediction_plan import (
-    FLIPPED_OUTPUTS,
-    Head,
-    PlannedHead,
-    PredictionPlan,
-    PredictOptions,
-)
-from zpatch.prediction.regions import NOT_BEGUN, SMALL_PIECES_BYTES, Shards, grid_over, plan_subject
+from zpatch.prediction.peak_memory import SMALL_PIECES_BYTES, held_of_head, peak_bytes
+from zpatch.prediction.prediction_options import PredictOptions
+from zpatch.prediction.prediction_plan import FLIPPED_OUTPUTS, Head, PlannedHead, PredictionPlan
+from zpatch.prediction.regions import NOT_BEGUN, Shards, grid_over, plan_subject
 from zpatch.runtime.buffer_pool import POOL_SLACK
 from zpatch.runtime.byte_sizes import format_bytes
 
@@ -256,7 +251,7 @@ def watched(planned_head: PlannedHead, skipped: Bools | None) -> int:
 def stated(planned_head: PlannedHead, **options: Any) -> int:
     tiling = planned_head.tiling
     units, patches = (tuple(map(range, counts)) for counts in (tiling.unit_counts, tiling.grid.counts))
-    kinds = list(planned_head.held(cast(Any, units), cast(Any, patches), **options))
+    kinds = list(held_of_head(planned_head, cast(Any, units), cast(Any, patches), **options))
     return peak_bytes(kinds, [tiling.grid.counts[axis] for axis in tiling.order])
 
 
@@ -292,7 +287,7 @@ def test_sums_are_stated_for_tiles_that_a_patch_touched_and_another_still_will(
             voxels = math.prod(b - a for a, b in zip(*tiling.bounds(tile), strict=True))
             held[min(ranks) : max(ranks) + 1] += voxels * kind.channels * kind.sum_bytes
     units, patches = (tuple(map(range, counts)) for counts in (tiling.unit_counts, tiling.grid.counts))
-    sums = list(planned_head.held(cast(Any, units), cast(Any, patches)))[:2]
+    sums = list(held_of_head(planned_head, cast(Any, units), cast(Any, patches)))[:2]
     assert peak_bytes(sums, [tiling.grid.counts[axis] for axis in tiling.order]) == held.max()
 
 

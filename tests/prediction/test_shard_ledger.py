@@ -25,15 +25,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from zpatch.chunks.layout import chunk_counts
+from zpatch.digests import compact_json, digest, unsealed
 from zpatch.errors import IncompleteCoverageError, SamplingError, StoreExistsError
-from zpatch.geometry.patch_grid import chunk_counts
+from zpatch.geometry.boxes import padded_to_4d
 from zpatch.nifti.writer import make_header
 from zpatch.prediction.shard_ledger import HEADER, LEDGER, Unit, UnitLedger, begin, header_of
-from zpatch.store import image_record
-from zpatch.store.image_record import ImageRecord, Kind, padded_to_4d
+from zpatch.store.image_record import ImageRecord, Kind
 from zpatch.store.image_writer import ImageWriter
+from zpatch.store.staged_image import StagedImage
 from zpatch.store.store import sharded_array
-from zpatch.store.store_writer import StagedImage
 
 STEPS = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
 HEADER_BYTES = make_header((20, 18, 25), 1, np.dtype("<f4"), np.eye(4))
@@ -154,8 +155,8 @@ def test_the_record_seals_every_file_and_tells_what_was_skipped(tmp_path: Path) 
     record, files = undisturbed(tmp_path / "heart")
     assert record.stats["skipped"] == sum(map(skipped_in, units_of(record)))
     seals = {key: (seal.bytes, seal.checksum) for key, seal in record.files.items()}
-    assert seals == {key: (len(data), image_record.digest(data)) for key, data in files.items()}
-    assert ImageRecord.from_json(json.loads(image_record.compact_json(record.to_json())), "line") == record
+    assert seals == {key: (len(data), digest(data)) for key, data in files.items()}
+    assert ImageRecord.from_json(json.loads(compact_json(record.to_json())), "line") == record
 
 
 @given(
@@ -227,7 +228,7 @@ def test_voxels_that_an_index_refuses_leave_nothing(tmp_path: Path) -> None:
 
 def test_a_record_holds_plain_numbers_and_no_pickle(tmp_path: Path) -> None:
     undisturbed(tmp_path / "heart", "label")
-    entry = image_record.unsealed(entry_file(tmp_path / "heart", (0, 1, 0, 0)).read_bytes(), "record")
+    entry = unsealed(entry_file(tmp_path / "heart", (0, 1, 0, 0)).read_bytes(), "record")
     with np.load(io.BytesIO(base64.b64decode(entry["state"])), allow_pickle=False) as state:
         assert all(values.dtype.kind in "iuf" for values in state.values())
     assert len(entry["state"]) < 4000

@@ -24,7 +24,7 @@ import zpatch.cli
 from zpatch.chunks.layout import plan_layout
 from zpatch.errors import NiftiError
 from zpatch.nifti.header import read_header
-from zpatch.store.image_record import MANIFEST
+from zpatch.store.names import MANIFEST
 from zpatch.store.store import open_store
 
 pytestmark = pytest.mark.timeout(20)

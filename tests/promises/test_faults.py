@@ -29,9 +29,9 @@ from processes import eventually, is_running, local_cluster
 import zpatch as zp
 import zpatch.cli
 from zpatch.chunks.mapped_shards import close_shards
+from zpatch.digests import unsealed
 from zpatch.errors import SourceError
-from zpatch.store import image_record
-from zpatch.store.image_record import unsealed
+from zpatch.store.names import LOCK, MANIFEST, ROOT_DOCUMENT, STAGING
 from zpatch.store.store_writer import StoreWriter
 
 SUBJECTS = ("sub-01", "sub-02", "sub-03")
@@ -77,17 +77,17 @@ def store(tmp_path: Path) -> Iterator[Path]:
 
 def contents(store: Path) -> dict[str, Any]:
     """Every file byte for byte, the manifest as what it says, the root document but for its time."""
-    special = {image_record.LOCK, image_record.MANIFEST, image_record.ROOT_DOCUMENT}
+    special = {LOCK, MANIFEST, ROOT_DOCUMENT}
     found: dict[str, Any] = {
         str(file.relative_to(store)): file.read_bytes()
         for file in store.rglob("*")
         if file.is_file() and str(file.relative_to(store)) not in special
     }
-    for line in (store / image_record.MANIFEST).read_bytes().splitlines():
+    for line in (store / MANIFEST).read_bytes().splitlines():
         value = unsealed(line, "line")
-        if value.get("document") != image_record.ROOT_DOCUMENT:
+        if value.get("document") != ROOT_DOCUMENT:
             found["line of " + (value.get("document") or f"{value['subject']}/{value['image']}")] = value
-    root = json.loads((store / image_record.ROOT_DOCUMENT).read_text())
+    root = json.loads((store / ROOT_DOCUMENT).read_text())
     assert root["attributes"]["zpatch"].pop("created")
     return found | {"root": root}
 
@@ -100,13 +100,13 @@ def assert_whole(store: Path, expected: dict[str, Any]) -> None:
     report = zp.verify(store)
     assert (report.damages, report.leftovers) == ((), ())
     top = {entry.name for entry in store.iterdir()}
-    assert {name for name in top if name.startswith(".") or "partial" in name} <= {image_record.LOCK}
+    assert {name for name in top if name.startswith(".") or "partial" in name} <= {LOCK}
     assert not list(store.rglob("*.partial"))
 
 
 def assert_sound(store: Path) -> None:
     """Whatever is committed is whole; a store that is not there yet holds nothing."""
-    if (store / image_record.MANIFEST).exists():
+    if (store / MANIFEST).exists():
         assert zp.verify(store).damages == ()
 
 
@@ -375,12 +375,12 @@ def test_a_manifest_torn_anywhere_is_mended_by_the_same_command(
 ) -> None:
     expected = undisturbed(source, store)
     zp.convert(source, store, chunk=8)
-    manifest = (store / image_record.MANIFEST).read_bytes()
+    manifest = (store / MANIFEST).read_bytes()
     ends = [n for n, byte in enumerate(manifest) if byte == ord("\n")]
     cuts = {0, 1, len(manifest) - 1, *ends, *(end + 1 for end in ends), *(end - 5 for end in ends)}
     for cut in some(sorted(cuts), full, 8) if not full else sorted(cuts):
-        os.truncate(store / image_record.MANIFEST, 0)
-        (store / image_record.MANIFEST).write_bytes(manifest[:cut])
+        os.truncate(store / MANIFEST, 0)
+        (store / MANIFEST).write_bytes(manifest[:cut])
         zp.convert(source, store, chunk=8)
         assert_whole(store, expected)
 
@@ -401,9 +401,9 @@ def test_a_writer_killed_before_its_first_line_leaves_a_place_that_may_become_a_
 ) -> None:
     expected = undisturbed(source, store)
     for files in (
-        [image_record.LOCK],
-        [image_record.LOCK, "zarr.json.partial"],
-        [image_record.LOCK, image_record.ROOT_DOCUMENT],
+        [LOCK],
+        [LOCK, "zarr.json.partial"],
+        [LOCK, ROOT_DOCUMENT],
     ):
         zp.convert(source, store, chunk=8, include=["sub-01"], overwrite=True)
         for entry in store.iterdir():
@@ -445,7 +445,7 @@ def command(*arguments: Any) -> Iterator[subprocess.Popen[str]]:
 
 def begun(process: subprocess.Popen[str], store: Path, subjects: int = 3) -> Callable[[], bool]:
     def is_begun() -> bool:
-        manifest = store / image_record.MANIFEST
+        manifest = store / MANIFEST
         assert process.poll() is None, process.communicate()
         return manifest.exists() and manifest.read_bytes().count(b'"image"') >= 2 * subjects
 
@@ -482,7 +482,7 @@ def test_ctrl_c_stops_all_workers_and_the_same_command_finishes(
         out, err = process.communicate(timeout=10)
     assert (process.returncode, out, err.strip()) == (130, "", "zpatch: interrupted")
     assert not any(map(is_running, workers))
-    assert not (store / image_record.STAGING).exists()
+    assert not (store / STAGING).exists()
     report = zp.verify(store)
     assert (report.damages, report.leftovers) == ((), ())
     assert 0 < len(zp.Cohort(store)) < 40
@@ -544,7 +544,7 @@ def assert_clear(ran: Ran, store: Path, *texts: str) -> None:
 
 def finishes(run: Callable[..., Ran], source: Path, store: Path, expected: dict[str, Any]) -> None:
     assert_sound(store)
-    if (store / image_record.MANIFEST).exists():  # else not even its first line could be written
+    if (store / MANIFEST).exists():  # else not even its first line could be written
         zp.Cohort(store)
     again = run(source, store)
     assert (again.code, again.err) == (0, "")
@@ -572,7 +572,7 @@ def test_files_that_may_not_grow_are_one_clear_line_and_a_rerun_finishes(
 ) -> None:
     """The manifest is cut in the middle of a line, which a short write does not tell by itself."""
     expected = undisturbed(source, store)
-    size = (store.with_name("undisturbed.zarr") / image_record.MANIFEST).stat().st_size
+    size = (store.with_name("undisturbed.zarr") / MANIFEST).stat().st_size
     for limit in some(range(200, size, 97), full, 8):
         shutil.rmtree(store, ignore_errors=True)
         ran = harm.convert(source, store, file_limit=limit)
@@ -623,7 +623,7 @@ def test_a_run_that_finds_nothing_to_do_writes_nothing(source: Path, store: Path
         return {
             entry: (entry.lstat().st_mtime_ns, entry.lstat().st_ino)
             for entry in [store, *store.rglob("*")]
-            if entry.name != image_record.LOCK
+            if entry.name != LOCK
         }
 
     first = zp.convert(source, store, chunk=8)
@@ -827,7 +827,7 @@ def test_a_cluster_of_which_a_worker_is_killed_gives_the_same_bytes(
     killed = threading.Event()
 
     def kill_one(address: str) -> None:
-        manifest = store / image_record.MANIFEST
+        manifest = store / MANIFEST
         eventually(lambda: manifest.exists() and manifest.read_bytes().count(b'"image"') > 6 * moment, "some")
         workers = [child for child in psutil.Process().children(recursive=True) if is_worker(child)]
         workers[moment % len(workers)].kill()

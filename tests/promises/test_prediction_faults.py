@@ -32,11 +32,12 @@ import zpatch.cli
 from zpatch.chunks.mapped_shards import close_shards
 from zpatch.errors import ModelError, StoreError, StoreExistsError
 from zpatch.prediction import shard_ledger
-from zpatch.prediction.inference import plan_prediction
 from zpatch.prediction.network import Network, torch_device
-from zpatch.prediction.prediction_plan import PredictionPlan, PredictOptions
+from zpatch.prediction.planning import plan_prediction
+from zpatch.prediction.prediction_options import PredictOptions
+from zpatch.prediction.prediction_plan import PredictionPlan
 from zpatch.prediction.region_run import RunOptions, run_region
-from zpatch.store import image_record
+from zpatch.store.names import LOCK, MANIFEST, UNFINISHED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -157,7 +158,7 @@ def undisturbed(cohort: Any, out: Path, **options: Any) -> dict[str, Any]:
 
 
 def bytes_below(folder: Path) -> dict[str, bytes]:
-    return {str(f): f.read_bytes() for f in folder.rglob("*") if f.is_file() and f.name != image_record.LOCK}
+    return {str(f): f.read_bytes() for f in folder.rglob("*") if f.is_file() and f.name != LOCK}
 
 
 # A process that predicts in children of its own
@@ -401,7 +402,7 @@ def begun(cohort: zp.Cohort, out: Path) -> Path:
     with pytest.raises(ModelError):
         predict(cohort, out, Net(fail_at=1 + plans_of(cohort)[0].patches + 80))
     assert zp.Cohort(out).names == ["ann"]
-    assert list((out / image_record.UNFINISHED / "bob").glob(f"*/{shard_ledger.LEDGER}/*/*.json"))
+    assert list((out / UNFINISHED / "bob").glob(f"*/{shard_ledger.LEDGER}/*/*.json"))
     return out
 
 
@@ -508,7 +509,7 @@ def test_what_an_earlier_run_still_writes_is_never_taken_for_what_this_one_write
     plan = plans_of(cohort)[0]
     with pytest.raises(ModelError):
         predict(cohort, out, Net(seed=1, fail_at=60))
-    [left] = (folder for folder in (out / image_record.UNFINISHED / "ann").iterdir() if folder.is_dir())
+    [left] = (folder for folder in (out / UNFINISHED / "ann").iterdir() if folder.is_dir())
     late = Network(Net(seed=1), torch_device("cpu"))
     told: list[int] = []
 
@@ -524,7 +525,7 @@ def test_what_an_earlier_run_still_writes_is_never_taken_for_what_this_one_write
     predict(cohort, out, Net(), overwrite=True)
     run_region(plan, plan.regions[0], late, left, RunOptions(), lambda patches: None)
     report = zp.verify(out)
-    assert (report.damages, report.leftovers) == ((), (image_record.UNFINISHED,))
+    assert (report.damages, report.leftovers) == ((), (UNFINISHED,))
 
 
 @pytest.mark.parametrize("way", ["as it is", "mapped", "as a mask"])
@@ -599,7 +600,7 @@ def test_overwriting_starts_over(cohort: zp.Cohort, begun: Path) -> None:
 
 def test_what_was_begun_is_incomplete_for_verify(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = zp.verify(begun)
-    assert (report.damages, report.leftovers) == ((), (image_record.UNFINISHED,))
+    assert (report.damages, report.leftovers) == ((), (UNFINISHED,))
     assert report.missing_subjects == ("bob",)
     assert zpatch.cli.run(["verify", str(begun)]) == 4
 
@@ -652,7 +653,7 @@ def test_a_disk_that_is_full_at_any_new_file_is_one_clear_line_and_a_rerun_finis
         line = commands.predict(store, out, "--jobs", jobs, no_space_at=number).refusal()
         assert "No space left on device" in line, number
         assert line.startswith(f"zpatch: error: {out}: it cannot be "), number
-        if (out / image_record.MANIFEST).exists():
+        if (out / MANIFEST).exists():
             assert zp.verify(out).damages == ()
         again = commands.predict(store, out, "--jobs", jobs)
         assert (again.code, again.err) == (0, ""), number
@@ -697,7 +698,7 @@ def test_ctrl_c_stops_all_workers_and_the_same_command_finishes(
     assert time.monotonic() - began < DEADLINE_S
     assert (ran.code, ran.out, ran.err.strip()) == (130, "", "zpatch: interrupted")
     assert not any(map(is_running, workers))
-    if (out / image_record.MANIFEST).exists():
+    if (out / MANIFEST).exists():
         assert zp.verify(out).damages == ()
     assert commands.predict(store, out, "--jobs", jobs).code == 0
     assert_whole(out, undisturbed(cohort, out))

@@ -24,9 +24,9 @@ from zpatch.chunks.layout import plan_output_layout
 from zpatch.chunks.mapped_shards import close_shards
 from zpatch.errors import MemoryLimitError
 from zpatch.nifti.writer import make_header
-from zpatch.prediction.inference import plan_prediction
 from zpatch.prediction.network import Network, torch_device
-from zpatch.prediction.prediction_plan import PredictOptions
+from zpatch.prediction.planning import plan_prediction
+from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.store.image_writer import ImageWriter
 from zpatch.store.store_writer import StoreWriter
 
@@ -44,9 +44,10 @@ import gc, json, sys, threading, time
 from pathlib import Path
 import torch
 import zpatch as zp
-from zpatch.prediction.inference import plan_prediction, run_prediction
 from zpatch.prediction.network import Network, torch_device
-from zpatch.prediction.prediction_plan import PredictOptions
+from zpatch.prediction.planning import plan_prediction
+from zpatch.prediction.prediction_options import PredictOptions
+from zpatch.prediction.prediction_run import run_prediction
 
 torch.set_num_threads(1)
 

@@ -25,12 +25,13 @@ import zpatch as zp
 import zpatch.cli
 from zpatch.chunks.mapped_shards import close_shards
 from zpatch.errors import MemoryLimitError, OptionError
-from zpatch.prediction import inference, prediction_run
-from zpatch.prediction.inference import plan_prediction
+from zpatch.prediction import inference, planning, prediction_run
 from zpatch.prediction.network import Network, torch_device
-from zpatch.prediction.prediction_plan import PredictionPlan, PredictOptions
+from zpatch.prediction.planning import plan_prediction, probe
+from zpatch.prediction.prediction_options import PredictOptions
+from zpatch.prediction.prediction_plan import PredictionPlan
 from zpatch.runtime.tasks import run_tasks
-from zpatch.store import image_record
+from zpatch.store.names import UNFINISHED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -262,8 +263,8 @@ def test_jobs_are_refused_where_a_gpu_does_the_work(
 ) -> None:
     monkeypatch.setattr(inference, "torch_device", lambda name: torch.device("meta"))
     options = PredictOptions.of(**OPTIONS)
-    heads = inference.probe(Network(pointwise, torch.device("cpu")), cohort[0], options)
-    monkeypatch.setattr(inference, "probe", lambda *_: heads)
+    heads = probe(Network(pointwise, torch.device("cpu")), cohort[0], options)
+    monkeypatch.setattr(planning, "probe", lambda *_: heads)
     with pytest.raises(OptionError, match="one process feeds meta: leave jobs at 1"):
         predict(cohort, out, model=pointwise, jobs=2, device="cuda")
     assert not out.exists()
@@ -372,7 +373,7 @@ def test_a_scheduler_that_does_not_answer_is_one_line_and_what_was_begun_may_be_
     with pytest.raises(OptionError, match="no Dask scheduler answers at"):
         predict(cohort, out, scheduler=where, **CHOICES["hann"])
     expected = in_one_process(cohort, out, **CHOICES["hann"])
-    assert (out / image_record.UNFINISHED).exists()
+    assert (out / UNFINISHED).exists()
     plans = [plan.regions for plan in plans_of(cohort, scheduler=where, **CHOICES["hann"])]
     assert all(len(regions) > 1 for regions in plans)
     predict(cohort, out, **CHOICES["hann"])

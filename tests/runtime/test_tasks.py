@@ -19,8 +19,10 @@ import pytest
 from processes import DEADLINE_S, children, eventually, is_running, local_cluster
 
 from zpatch.errors import OptionError, WorkerError
-from zpatch.runtime import tasks
-from zpatch.runtime.tasks import Progress, read_ahead, run_graph, run_tasks, thread_count
+from zpatch.runtime import dask_cluster
+from zpatch.runtime.dask_graphs import run_graph, thread_count
+from zpatch.runtime.task_contract import Progress
+from zpatch.runtime.tasks import read_ahead, run_tasks
 
 LONG_S = 100.0
 
@@ -390,7 +392,7 @@ def test_a_task_that_always_kills_its_worker_on_a_cluster_is_given_up_and_all_ot
 def test_a_scheduler_that_does_not_answer_is_one_clear_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    monkeypatch.setattr(tasks, "CLUSTER_TIMEOUT_S", 1)
+    monkeypatch.setattr(dask_cluster, "CLUSTER_TIMEOUT_S", 1)
     with pytest.raises(OptionError, match="no Dask scheduler answers at ") as caught:
         run(double, range(3), scheduler=where, folder=tmp_path)
     assert repr(where) in str(caught.value)

@@ -13,9 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ome_zarr_models.v05.image import ImageAttrs
 
+from zpatch.chunks.codec import CODECS, check_codec
+from zpatch.digests import FileSeal, check_seal, compact_json, digest, sealed_line, unsealed
 from zpatch.errors import DamageError, OptionError, SourceError
 from zpatch.store import image_record
-from zpatch.store.image_record import FileSeal, ImageRecord, Source
+from zpatch.store.image_record import ImageRecord, Source
+from zpatch.store.names import check_name, check_names_differ
 
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", fullmatch=True)
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
@@ -42,7 +45,7 @@ def records(draw: st.DrawFn) -> ImageRecord:
         axes=axes,
         chunks=chunks,
         shards=tuple(c * s for c, s in zip(chunks, draw(st.tuples(*sides)), strict=True)),
-        codec=draw(st.sampled_from(list(image_record.CODECS))),
+        codec=draw(st.sampled_from(list(CODECS))),
         affine=draw(st.tuples(*[st.tuples(*[FLOATS] * 4)] * 4)),
         affine_source=draw(st.sampled_from(["none", "sform", "qform", "pixdim"])),
         spatial_unit=draw(st.sampled_from([None, "millimeter", "micrometer"])),
@@ -89,7 +92,7 @@ def a_diagonal(*spacing: float) -> tuple[tuple[float, ...], ...]:
 
 @given(NAMES)
 def test_a_name_of_the_contract_is_accepted(name: str) -> None:
-    image_record.check_name(name, "subject")
+    check_name(name, "subject")
 
 
 @pytest.mark.parametrize(
@@ -98,21 +101,21 @@ def test_a_name_of_the_contract_is_accepted(name: str) -> None:
 )
 def test_any_other_name_is_refused_and_quoted_with_what_is_allowed(name: str) -> None:
     with pytest.raises(SourceError, match=r"subject name .* is not usable: .* letters, digits") as caught:
-        image_record.check_name(name, "subject")
+        check_name(name, "subject")
     assert repr(name) in str(caught.value)
 
 
 def test_a_name_may_be_128_characters_long() -> None:
-    image_record.check_name("a" * 128, "image")
+    check_name("a" * 128, "image")
 
 
 def test_names_that_differ_in_case_only_are_refused_and_both_are_named() -> None:
     with pytest.raises(SourceError, match="subject names 'Sub-01' and 'sub-01' differ in case only; rename"):
-        image_record.check_names_differ(["Sub-01", "sub-02", "sub-01"], "subject")
+        check_names_differ(["Sub-01", "sub-02", "sub-01"], "subject")
 
 
 def test_names_that_differ_in_more_than_case_are_accepted() -> None:
-    image_record.check_names_differ(["t1", "t2", "T1w"], "image")
+    check_names_differ(["t1", "t2", "T1w"], "image")
 
 
 # Codecs
@@ -120,13 +123,13 @@ def test_names_that_differ_in_more_than_case_are_accepted() -> None:
 
 @pytest.mark.parametrize("codec", ["lz4", "lz4hc", "zstd", "none"])
 def test_each_codec_of_the_contract_is_a_preset(codec: str) -> None:
-    image_record.check_codec(codec)
+    check_codec(codec)
 
 
 @pytest.mark.parametrize("codec", ["gzip", "LZ4", "", "pickle"])
 def test_any_other_codec_is_refused_with_those_there_are(codec: str) -> None:
     with pytest.raises(OptionError, match=f"one of lz4, lz4hc, zstd, none, not '{codec}'"):
-        image_record.check_codec(codec)
+        check_codec(codec)
 
 
 # Lines
@@ -134,15 +137,15 @@ def test_any_other_codec_is_refused_with_those_there_are(codec: str) -> None:
 
 @given(records())
 def test_a_record_comes_back_from_its_line_as_it_was(record: ImageRecord) -> None:
-    line = image_record.sealed_line(record.to_json()).encode()
-    image_record.check_seal(line, "line 1")
-    assert ImageRecord.from_json(image_record.unsealed(line, "line 1"), "line 1") == record
-    assert image_record.unsealed(memoryview(line), "line 1") == image_record.unsealed(line, "line 1")
+    line = sealed_line(record.to_json()).encode()
+    check_seal(line, "line 1")
+    assert ImageRecord.from_json(unsealed(line, "line 1"), "line 1") == record
+    assert unsealed(memoryview(line), "line 1") == unsealed(line, "line 1")
 
 
 @given(records())
 def test_a_line_is_one_line_of_ascii_with_sorted_keys_and_no_spaces_between(record: ImageRecord) -> None:
-    line = image_record.sealed_line(record.to_json())
+    line = sealed_line(record.to_json())
     assert line.isascii()
     assert "\n" not in line
     value = json.loads(line)
@@ -151,20 +154,20 @@ def test_a_line_is_one_line_of_ascii_with_sorted_keys_and_no_spaces_between(reco
 
 def test_the_check_of_a_line_is_the_digest_of_the_line_without_it() -> None:
     value = {"b": [1, 2.5, None], "a": "x"}
-    sealed = json.loads(image_record.sealed_line(value))
-    assert sealed.pop("check") == image_record.digest(b'{"a":"x","b":[1,2.5,null]}')
+    sealed = json.loads(sealed_line(value))
+    assert sealed.pop("check") == digest(b'{"a":"x","b":[1,2.5,null]}')
     assert sealed == value
 
 
 def test_a_flipped_bit_anywhere_in_a_line_is_caught() -> None:
-    line = image_record.sealed_line(a_record().to_json()).encode()
+    line = sealed_line(a_record().to_json()).encode()
     undetected = []
     for position in range(len(line)):
         for bit in range(8):
             damaged = bytearray(line)
             damaged[position] ^= 1 << bit
             try:
-                image_record.check_seal(damaged, "line 1")
+                check_seal(damaged, "line 1")
             except DamageError:
                 continue
             undetected.append(bytes(damaged[position - 10 : position + 10]))
@@ -173,10 +176,10 @@ def test_a_flipped_bit_anywhere_in_a_line_is_caught() -> None:
 
 @given(st.integers(0, 10**6), st.integers(1, 10**6))
 def test_a_line_that_lost_some_of_its_bytes_is_caught(start: int, count: int) -> None:
-    line = image_record.sealed_line(a_record().to_json()).encode()
+    line = sealed_line(a_record().to_json()).encode()
     start %= len(line)
     with pytest.raises(DamageError):
-        image_record.unsealed(line[:start] + line[start + count :], "line 1")
+        unsealed(line[:start] + line[start + count :], "line 1")
 
 
 @pytest.mark.parametrize(
@@ -184,7 +187,7 @@ def test_a_line_that_lost_some_of_its_bytes_is_caught(start: int, count: int) ->
     [b"", b"{", b"{}", b"[]", b"null", b"5", b'"check"', b'{"check":1}', b'{"a":NaN,"check":""}', b"\xff"],
 )
 def test_what_is_no_sealed_line_is_damage_and_the_error_says_where_and_what_to_do(line: bytes) -> None:
-    for read in (image_record.check_seal, image_record.unsealed):
+    for read in (check_seal, unsealed):
         with pytest.raises(DamageError, match=r"^m\.jsonl, line 7 .*; restore the file from a copy"):
             read(line, "m.jsonl, line 7")
 
@@ -222,7 +225,7 @@ def test_what_is_no_sealed_line_is_damage_and_the_error_says_where_and_what_to_d
     ids=str,
 )
 def test_a_record_that_does_not_fit_the_contract_is_damage_and_the_error_says_where(change: Any) -> None:
-    value = {**json.loads(image_record.compact_json(a_record().to_json())), **change}
+    value = {**json.loads(compact_json(a_record().to_json())), **change}
     with pytest.raises(DamageError, match=r"^line 7 is no image record"):
         ImageRecord.from_json(value, "line 7")
 
@@ -238,7 +241,7 @@ def test_a_record_that_lacks_a_field_is_damage(field: str) -> None:
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_nan_and_infinity_are_never_written(number: float) -> None:
     with pytest.raises(ValueError, match="JSON"):
-        image_record.sealed_line(a_record(slope=number).to_json())
+        sealed_line(a_record(slope=number).to_json())
 
 
 # What a record says of its image
@@ -274,7 +277,7 @@ def multiscale(record: ImageRecord) -> tuple[list[dict[str, Any]], list[float], 
 def test_ome_metadata_is_valid_in_the_eyes_of_ome_zarr_models_and_as_json(record: ImageRecord) -> None:
     with np.errstate(over="ignore"):
         attributes = image_record.ome_attributes(record)
-    image_record.compact_json(attributes)
+    compact_json(attributes)
     assert ImageAttrs.model_validate(attributes).get_array_paths() == ["0"]
 
 
@@ -310,7 +313,7 @@ def test_an_unknown_unit_is_left_out() -> None:
 def test_a_voxel_size_that_is_none_is_written_as_one(spacing: float) -> None:
     record = a_record(affine=a_diagonal(spacing, 3.0, 4.0))
     assert multiscale(record)[1] == [4.0, 3.0, 1.0]
-    image_record.compact_json(image_record.ome_attributes(record))
+    compact_json(image_record.ome_attributes(record))
 
 
 def test_a_place_that_is_no_number_is_written_as_zero() -> None:

@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_image_record import TEXT, a_record, records
 
+from zpatch.digests import FileSeal, sealed_line
 from zpatch.errors import DamageError
-from zpatch.store.image_record import FileSeal, ImageRecord, sealed_line
+from zpatch.store.image_record import ImageRecord
 from zpatch.store.manifest import Manifest, append_lines, read_manifest
 
 ROOT = {"document": "zarr.json", "bytes": 7, "checksum": "0" * 32}

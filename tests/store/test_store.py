@@ -21,6 +21,7 @@ import pytest
 import zarr
 
 import zpatch as zp
+from zpatch.digests import sealed_line, unsealed
 from zpatch.errors import (
     DamageError,
     NotAStoreError,
@@ -28,7 +29,7 @@ from zpatch.errors import (
     StoreExistsError,
     StoreLockedError,
 )
-from zpatch.store.image_record import MANIFEST, sealed_line, unsealed
+from zpatch.store.names import MANIFEST
 from zpatch.store.store import open_store
 from zpatch.store.store_writer import StoreWriter
 

@@ -14,7 +14,7 @@ import pytest
 
 import zpatch as zp
 from zpatch.errors import NotAStoreError
-from zpatch.store.image_record import MANIFEST
+from zpatch.store.names import MANIFEST
 from zpatch.store.store import open_store
 from zpatch.store.store_writer import StoreWriter
 from zpatch.store.verification import VerificationReport, sealed_files

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from numpy.typing import NDArray
 
-from zpatch.store import voxel_statistics
-from zpatch.store.image_record import compact_json
-from zpatch.store.voxel_statistics import BLOCK_VOXELS, MAX_COUNTED_VALUES, VoxelStatistics
+from zpatch.digests import compact_json
+from zpatch.store import value_counts as counting
+from zpatch.store.value_counts import MAX_COUNTED_VALUES, value_counts
+from zpatch.store.voxel_statistics import BLOCK_VOXELS, VoxelStatistics
 
 Array = NDArray[Any]
 
@@ -335,8 +336,8 @@ def test_integers_are_counted_value_by_value_with_compiled_loops_and_without(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if not is_compiled:
-            patch.setattr(voxel_statistics, "_compiled", None)
-        found = voxel_statistics.value_counts(voxels)
+            patch.setattr(counting, "_compiled", None)
+        found = value_counts(voxels)
     if int(voxels.max()) - int(voxels.min()) >= MAX_COUNTED_VALUES:
         assert found is None
         return
@@ -348,7 +349,7 @@ def test_integers_are_counted_value_by_value_with_compiled_loops_and_without(
     np.testing.assert_array_equal(counts[offsets], wanted)
 
 
-@pytest.mark.skipif(voxel_statistics._compiled is None, reason="no compiler was at hand")
+@pytest.mark.skipif(counting._compiled is None, reason="no compiler was at hand")
 @pytest.mark.parametrize(
     ("voxels", "counts"),
     [
@@ -360,4 +361,4 @@ def test_integers_are_counted_value_by_value_with_compiled_loops_and_without(
 )
 def test_compiled_loops_count_into_a_table_that_fits_only(voxels: Array, counts: int) -> None:
     with pytest.raises(ValueError, match="integers of one or two bytes are counted"):
-        voxel_statistics._compiled(voxels, np.zeros(counts, np.int64))
+        counting._compiled(voxels, np.zeros(counts, np.int64))

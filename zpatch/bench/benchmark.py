@@ -29,15 +29,17 @@ from zpatch.bench.trial_stores import (
     stored_options,
     times_as_fast,
 )
+from zpatch.chunks.codec import CODECS
 from zpatch.chunks.mapped_shards import close_shards
+from zpatch.digests import Json
 from zpatch.errors import OptionError
 from zpatch.geometry.boxes import Triple, check_patch_fits, patch_size_triple
-from zpatch.images.cohort import Cohort, Subject
+from zpatch.images.cohort import Cohort
 from zpatch.images.image import Image
+from zpatch.images.subject import Subject
 from zpatch.runtime.byte_sizes import format_bytes
-from zpatch.runtime.tasks import Progress
+from zpatch.runtime.task_contract import Progress
 from zpatch.sampling.randomness import Purpose, rng
-from zpatch.store.image_record import CODECS, Json
 
 PATCH_VOXELS = 96
 GROUP_PATCHES = 32  # as many as a queue reads together

@@ -19,8 +19,9 @@ from zpatch.bench.trial_stores import PatchGroup
 from zpatch.chunks.mapped_shards import close_shards
 from zpatch.errors import WorkerError
 from zpatch.geometry.boxes import Triple
-from zpatch.images.cohort import Subject
-from zpatch.runtime.tasks import Progress, run_tasks
+from zpatch.images.subject import Subject
+from zpatch.runtime.task_contract import Progress
+from zpatch.runtime.tasks import run_tasks
 from zpatch.sampling.randomness import rng
 
 BLOCK_BYTES = 512  # of getrusage

@@ -21,16 +21,19 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from zpatch.chunks.codec import codec_of, crc32c, encode_chunk
+from zpatch.chunks.codec import CODECS, codec_of, crc32c, encode_chunk
 from zpatch.chunks.gather import read_region
-from zpatch.chunks.layout import plan_layout
-from zpatch.chunks.mapped_shards import NO_CHUNK, ChunkFiles, ShardedArray, close_shards
-from zpatch.geometry.boxes import PatchLocation, Triple, allowed_centres, check_patch_fits, spacing_mm
-from zpatch.geometry.patch_grid import chunk_counts, covering_chunks
-from zpatch.images.cohort import Subject
-from zpatch.images.group_read import Request, ShardSource, fulfil, new_voxels
+from zpatch.chunks.layout import chunk_counts, covering_chunks, plan_layout
+from zpatch.chunks.mapped_shards import NO_CHUNK, close_shards
+from zpatch.chunks.sharded_array import ChunkFiles, ShardedArray
+from zpatch.geometry.affines import spacing_mm
+from zpatch.geometry.boxes import PatchLocation, Triple, allowed_centres, check_patch_fits, padded_to_4d
+from zpatch.images.group_read import fulfil
 from zpatch.images.image import Image, read_together
-from zpatch.store.image_record import CODECS, ImageRecord, codec_for, padded_to_4d
+from zpatch.images.subject import Subject
+from zpatch.images.voxel_source import Request, new_voxels
+from zpatch.images.voxel_sources import ShardSource
+from zpatch.store.image_record import ImageRecord, codec_for
 
 SAMPLE_BYTES = 2 * 2**20  # of each image of a group
 MOST_CHUNKS = 2**21  # in the index of a stand-in, 16 bytes each

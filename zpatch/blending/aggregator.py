@@ -31,10 +31,11 @@ from zpatch.errors import IncompleteCoverageError, OptionError, StoreExistsError
 from zpatch.geometry.boxes import PatchLocation, Triple, patch_overlap_triple, triple
 from zpatch.images.image import Image, stored_image
 from zpatch.runtime.byte_sizes import parse_bytes
-from zpatch.sampling.samplers import GridSampler
-from zpatch.store.image_record import Kind, check_name, check_names_differ
+from zpatch.sampling.grid_sampler import GridSampler
+from zpatch.store.image_record import Kind
 from zpatch.store.lock import writing_to
-from zpatch.store.store_writer import StagedImage
+from zpatch.store.names import check_name, check_names_differ
+from zpatch.store.staged_image import StagedImage
 
 T = TypeVar("T")
 Head = tuple[SweptBlend | LooseBlend, TensorSink | ImageSink]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ import numpy as np
 from numcodecs import blosc, zstd
 from numpy.typing import NDArray
 
-from zpatch.store.image_record import CODECS
+from zpatch.errors import OptionError
 
 CRC_BYTES = 4
 BLOSC_HEADER_BYTES = 16
@@ -135,3 +136,26 @@ def _inflate(data: Bytes, out: Voxels, window_bits: int) -> None:
     if len(voxels) != out.nbytes or not stream.eof:
         raise ValueError(f"does not decode to the {out.nbytes} bytes of a chunk")
     out.reshape(-1).view(np.uint8)[:] = np.frombuffer(voxels, np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """A codec preset: blosc's compressor, its level, and whether bytes are shuffled first."""
+
+    compressor: str
+    level: int
+    shuffle: bool = True
+
+
+CODECS: Mapping[str, Codec | None] = {
+    "lz4": Codec("lz4", 5),
+    "lz4hc": Codec("lz4hc", 4),  # above that it takes ever longer, for little
+    "zstd": Codec("zstd", 5),
+    "none": None,
+}
+
+
+def check_codec(name: str) -> None:
+    """Refuse a codec that is no preset; nothing else is ever decoded."""
+    if name not in CODECS:
+        raise OptionError(f"codec must be one of {', '.join(CODECS)}, not {name!r}")

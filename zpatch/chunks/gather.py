@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zpatch.chunks.mapped_shards import MappedShard, ShardedArray, open_shard
+from zpatch.chunks.mapped_shards import MappedShard, open_shard
 from zpatch.chunks.scaling import COMPILED_TYPES, UNSCALED, Scaling
+from zpatch.chunks.sharded_array import ShardedArray
 
 try:
     from zpatch.chunks._gather import gather as _compiled

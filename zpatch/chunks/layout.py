@@ -12,7 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from zpatch.geometry.patch_grid import chunk_counts
+import numpy as np
+from numpy.typing import NDArray
+
+from zpatch.geometry.boxes import padded_to_4d
 
 CHUNK_VOXELS = 32
 SHARD_BYTES = 32 * 2**20
@@ -27,6 +30,12 @@ class Layout:
 
     chunks: tuple[int, ...]
     shards: tuple[int, ...]
+
+    @property
+    def slab_extent(self) -> tuple[int, int]:
+        """Channels and planes of a shard: what is needed at once to write a row of shards."""
+        channels, planes, _, _ = padded_to_4d(self.shards)
+        return channels, planes
 
     def shard_counts(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """How many shards cover an array of that shape along each axis."""
@@ -149,3 +158,35 @@ def plan_output_layout(
 
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
+
+
+def chunk_counts(shape: tuple[int, ...], chunks: tuple[int, ...]) -> tuple[int, ...]:
+    """How many chunks cover an array along each axis."""
+    return tuple(-(-n // c) for n, c in zip(shape, chunks, strict=True))
+
+
+def covering_chunks(
+    first: NDArray[np.int64],
+    stop: NDArray[np.int64],
+    shape: tuple[int, ...],
+    chunks: tuple[int, ...],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which chunks some boxes touch: pairs (chunk number, box number), ordered by chunk.
+
+    ``first`` and ``stop`` are ``(number of boxes, ndim)``; chunks are numbered in C order.
+
+    >>> covering_chunks(np.array([[0], [3]]), np.array([[2], [9]]), (10,), (4,))
+    (array([0, 0, 1, 2]), array([0, 1, 1, 1]))
+    """
+    counts = chunk_counts(shape, chunks)
+    low, high = first // chunks, (stop - 1) // chunks + 1
+    numbers = []
+    for a, b in zip(low.tolist(), high.tolist(), strict=True):
+        number = np.zeros(1, dtype=np.int64)
+        for start, end, count in zip(a, b, counts, strict=True):
+            number = (number[:, None] * count + np.arange(start, end)).ravel()
+        numbers.append(number)
+    boxes = np.repeat(np.arange(len(numbers)), [len(n) for n in numbers])
+    chunk = np.concatenate(numbers) if numbers else np.zeros(0, dtype=np.int64)
+    order = np.argsort(chunk, kind="stable")
+    return chunk[order], boxes[order]

@@ -14,89 +14,17 @@ import os
 import stat
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from zpatch.chunks.codec import CRC_BYTES, Bytes, ChunkCodec, Voxels, crc32c
+from zpatch.chunks.codec import CRC_BYTES, Bytes, Voxels, crc32c
+from zpatch.chunks.sharded_array import ShardedArray
 from zpatch.errors import DamageError
-from zpatch.geometry.patch_grid import chunk_counts
 
 NO_CHUNK = 2**64 - 1
 OPEN_MAPS = 128
-
-Index = tuple[int, int, int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkFiles:
-    """How the files of an array are named, and what is in them.
-
-    ``axes`` says for each number in a file's name which of the array's four axes it counts; None for an
-    axis of length 1 that the array leaves out. Numbers follow ``prefix``, with ``separator`` between.
-    ``index`` is where a shard's index stands, or None where each file is one chunk.
-    """
-
-    axes: tuple[int | None, ...]
-    prefix: str = "c"
-    separator: str = "/"
-    index: str | None = "end"
-    index_checksum: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class ShardedArray:
-    """Where the voxels of one array lie and how they are packed; shapes are in stored order, 4 axes.
-
-    Without shards a shard is one chunk. ``fill`` stands for chunks that are not there; None where a missing
-    chunk is damage, as it is in stores of zpatch. ``name`` and ``remedy`` are for errors. ``contents`` tells
-    arrays apart that stood at the same place one after the other, so that an open map of the one is never
-    taken for the other.
-    """
-
-    path: Path
-    shape: Index
-    dtype: np.dtype[Any]
-    chunks: Index
-    shards: Index
-    codec: ChunkCodec
-    files: ChunkFiles
-    name: str = ""
-    remedy: str = "restore the file from a copy"
-    fill: Any = None
-    contents: str = ""
-
-    @property
-    def chunk_grid(self) -> tuple[int, ...]:
-        """How many chunks cover the array along each axis."""
-        return chunk_counts(self.shape, self.chunks)
-
-    @property
-    def shard_grid(self) -> tuple[int, ...]:
-        """How many shards cover the array along each axis."""
-        return chunk_counts(self.shape, self.shards)
-
-    @property
-    def chunks_per_shard(self) -> tuple[int, ...]:
-        """How many chunks a shard packs along each axis."""
-        return tuple(s // c for s, c in zip(self.shards, self.chunks, strict=True))
-
-    @property
-    def chunk_bytes(self) -> int:
-        """Size of a chunk, unpacked."""
-        return math.prod(self.chunks) * self.dtype.itemsize
-
-    def shard_file(self, shard: tuple[int, ...]) -> Path:
-        """The file of a shard."""
-        numbers = ["0" if axis is None else str(shard[axis]) for axis in self.files.axes]
-        named = [self.files.prefix, *numbers] if self.files.prefix else numbers
-        return self.path / self.files.separator.join(named)
-
-    def __str__(self) -> str:
-        return self.name or str(self.path)
 
 
 class MappedShard:

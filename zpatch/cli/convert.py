@@ -139,7 +139,8 @@ def convert_command(
       zpatch convert cohort.csv cohort.zarr --dry-run
     """
     from zpatch.conversion.conversion import committed, run_conversion
-    from zpatch.conversion.conversion_plan import ConvertOptions, plan_conversion
+    from zpatch.conversion.conversion_options import ConvertOptions
+    from zpatch.conversion.conversion_plan import plan_conversion
     from zpatch.store.store_writer import check_can_create
 
     check_can_create(store, overwrite=overwrite, resume=True)

@@ -32,7 +32,7 @@ def info_command(store: Path, include: tuple[str, ...], limit: int, json: bool) 
       zpatch info cohort.zarr
       zpatch info cohort.zarr --include 'sub-0*' --json
     """
-    from zpatch.conversion.cases import chosen
+    from zpatch.store.names import chosen
     from zpatch.store.store import open_store
 
     opened = open_store(store)
@@ -82,7 +82,7 @@ def _headline(store: Store, records: Sequence[ImageRecord]) -> str:
 def _row(record: ImageRecord) -> tuple[str, ...]:
     import numpy as np
 
-    from zpatch.geometry.boxes import spacing_mm
+    from zpatch.geometry.affines import spacing_mm
 
     channels, *_ = record.shape_czyx
     shape = "x".join(map(str, record.spatial_shape)) + (f" x{channels}" if channels > 1 else "")

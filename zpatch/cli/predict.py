@@ -24,7 +24,7 @@ from zpatch.runtime.byte_sizes import format_bytes
 
 if TYPE_CHECKING:
     from zpatch.blending.reduction import Reduction
-    from zpatch.images.cohort import Subject
+    from zpatch.images.subject import Subject
 
 
 @click.command("predict", short_help="Run a network over every subject, patch by patch.")
@@ -136,9 +136,9 @@ def predict_command(
           --patch-size 1024,1024,1 --overlap 64,64,0 --jobs 4
     """
     from zpatch.images.cohort import open_subjects
-    from zpatch.prediction.inference import plan_prediction
     from zpatch.prediction.network import Network, load_model, torch_device
-    from zpatch.prediction.prediction_plan import PredictOptions
+    from zpatch.prediction.planning import plan_prediction
+    from zpatch.prediction.prediction_options import PredictOptions
     from zpatch.prediction.prediction_run import begun_shards, run_prediction
     from zpatch.store.store_writer import check_can_create
 

@@ -11,11 +11,11 @@ from typing import Any, Protocol, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from zpatch.images.cohort import Subject
+from zpatch.images.subject import Subject
 from zpatch.loading.epoch_plan import EpochPlan
 from zpatch.loading.patch_queue import Queue
+from zpatch.sampling.grid_sampler import GridSampler, PatchSampler
 from zpatch.sampling.patch import Patch
-from zpatch.sampling.samplers import GridSampler, PatchSampler
 
 
 class Subjects(Protocol):

@@ -22,10 +22,12 @@ from numpy.typing import NDArray
 
 from zpatch.compat.transforms import meta_tensor, monai_library
 from zpatch.errors import OptionError
-from zpatch.geometry.boxes import PatchLocation, crop_affine, triple
-from zpatch.images.cohort import Subject
+from zpatch.geometry.affines import crop_affine
+from zpatch.geometry.boxes import PatchLocation, triple
 from zpatch.images.image import Image, read_together
-from zpatch.sampling.samplers import GridSampler, PatchSize
+from zpatch.images.subject import Subject
+from zpatch.sampling.grid_sampler import GridSampler
+from zpatch.sampling.samplers import PatchSize
 
 FilePath = str | os.PathLike[str]
 

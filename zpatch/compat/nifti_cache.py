@@ -21,14 +21,16 @@ from numpy.typing import NDArray
 from zpatch.conversion.case_lists import SOLE_IMAGE
 from zpatch.conversion.cases import HEADER, VOXELS, is_image_name, stem_of, usable_name
 from zpatch.conversion.conversion import committed, run_conversion
-from zpatch.conversion.conversion_plan import ConversionPlan, ConvertOptions, plan_conversion
+from zpatch.conversion.conversion_options import ConvertOptions
+from zpatch.conversion.conversion_plan import ConversionPlan, plan_conversion
 from zpatch.conversion.nifti_export import SUFFIXES
+from zpatch.digests import digest
 from zpatch.errors import OptionError, SourceError, StoreError, StoreLockedError
-from zpatch.geometry.boxes import Affine
+from zpatch.geometry.affines import Affine
 from zpatch.images.image import IMAGE_CLASSES, Image, stored_image
 from zpatch.nifti.header import read_header
 from zpatch.nifti.writer import make_header, write_nifti
-from zpatch.store.image_record import Kind, digest
+from zpatch.store.image_record import Kind
 from zpatch.store.lock import take_lock
 
 POLL_S = 0.1

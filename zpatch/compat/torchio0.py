@@ -43,8 +43,9 @@ from zpatch.compat.torchio1 import AFFINE, DATA, INTENSITY, LABEL, LOCATION, SAM
 from zpatch.compat.torchio1_subjects import Patch, as_subject
 from zpatch.errors import OptionError
 from zpatch.geometry.boxes import PatchLocation, Triple, triple
-from zpatch.images import cohort, image
-from zpatch.sampling import samplers
+from zpatch.images import image
+from zpatch.images.subject import Subject as NativeSubject
+from zpatch.sampling.grid_sampler import GridSampler as NativeGridSampler
 from zpatch.sampling.samplers import PatchSize
 
 __all__ = [
@@ -97,7 +98,7 @@ class Subject(torchio1.Subject):
 class ImagesDataset(torchio1.SubjectsDataset):
     """Subjects, with a transform that runs on each patch of them."""
 
-    def __init__(self, subjects: Sequence[cohort.Subject], transform: Any = None) -> None:
+    def __init__(self, subjects: Sequence[NativeSubject], transform: Any = None) -> None:
         super().__init__(subjects, transform)
 
 
@@ -109,7 +110,7 @@ class ImageSampler(IterableDataset[Patch]):
         """What draws the patches."""
         return torchio1.UniformSampler(patch_size)
 
-    def __init__(self, sample: cohort.Subject, patch_size: PatchSize) -> None:
+    def __init__(self, sample: NativeSubject, patch_size: PatchSize) -> None:
         self.sample = as_subject(sample)
         self.patch_size = np.array(triple(patch_size, "patch_size"))
         self._sampler = self.of_size(patch_size, _label_name([self.sample]))
@@ -144,7 +145,7 @@ class Queue(IterableDataset[Patch]):
 
     def __init__(
         self,
-        subjects_dataset: torchio1.SubjectsDataset | Sequence[cohort.Subject],
+        subjects_dataset: torchio1.SubjectsDataset | Sequence[NativeSubject],
         max_length: int,
         samples_per_volume: int,
         patch_size: PatchSize,
@@ -185,8 +186,8 @@ class GridSampler(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, data: Any, patch_size: PatchSize, patch_overlap: PatchSize) -> None:
-        subject = cohort.Subject(image=_as_image(data))
-        self._grid = samplers.GridSampler(subject, patch_size, _both_borders(patch_overlap))
+        subject = NativeSubject(image=_as_image(data))
+        self._grid = NativeGridSampler(subject, patch_size, _both_borders(patch_overlap))
 
     @property
     def locations(self) -> NDArray[np.int64]:

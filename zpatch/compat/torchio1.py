@@ -1,6 +1,6 @@
 """The patch API of TorchIO 0.18 to 1.x: ``import zpatch.compat.torchio1 as tio`` instead of ``torchio``.
 
-Images are NIfTI paths (each converted once into a cache, see ``cached_images``), paths of stored images,
+Images are NIfTI paths (each converted once into a cache, see ``nifti_cache``), paths of stored images,
 arrays or tensors; subjects of a cohort go wherever a Subject does, and carry their images and their ``name``.
 Nothing is loaded whole. Transforms are TorchIO's own, where it is installed: ``tio.RandomFlip()``.
 
@@ -66,9 +66,11 @@ from zpatch.compat.torchio1_subjects import (
 from zpatch.compat.transforms import transform_class
 from zpatch.errors import ModelError, OptionError
 from zpatch.geometry.boxes import PatchLocation, Triple, triple
-from zpatch.images import cohort
+from zpatch.images.subject import Subject as NativeSubject
 from zpatch.runtime.byte_sizes import format_bytes
 from zpatch.sampling import samplers
+from zpatch.sampling.grid_sampler import GridSampler as NativeGridSampler
+from zpatch.sampling.grid_sampler import PatchSampler as NativePatchSampler
 from zpatch.sampling.patch import Patch as NativePatch
 from zpatch.sampling.samplers import PatchSize
 
@@ -108,7 +110,7 @@ def __getattr__(name: str) -> Any:
 class PatchSampler:
     """What samplers share: ``native`` is the one of zpatch that does the work."""
 
-    def __init__(self, native: samplers.PatchSampler) -> None:
+    def __init__(self, native: NativePatchSampler) -> None:
         self.native = native
         self.patch_size = np.array(native.patch_size)
 
@@ -116,7 +118,7 @@ class PatchSampler:
         """The first voxel of padding, from which locations are told."""
         return (0, 0, 0)
 
-    def __call__(self, subject: cohort.Subject, num_patches: int | None = None) -> Iterator[Patch]:
+    def __call__(self, subject: NativeSubject, num_patches: int | None = None) -> Iterator[Patch]:
         """Patches of a subject, endless without a number."""
         own = as_subject(subject).in_one_space()
         for patch in self._draw(own, num_patches):
@@ -164,11 +166,11 @@ class GridSampler(PatchSampler, Dataset[Patch]):
     the first voxel of the padding.
     """
 
-    native: samplers.GridSampler
+    native: NativeGridSampler
 
     def __init__(
         self,
-        subject: cohort.Subject | None = None,
+        subject: NativeSubject | None = None,
         patch_size: PatchSize | None = None,
         patch_overlap: PatchSize = (0, 0, 0),
         padding_mode: str | float | None = None,
@@ -177,7 +179,7 @@ class GridSampler(PatchSampler, Dataset[Patch]):
             (padding_mode, 0.0) if isinstance(padding_mode, str | None) else ("constant", padding_mode)
         )
         self.subject = None if subject is None else as_subject(subject)
-        super().__init__(samplers.GridSampler(self.subject, patch_size, patch_overlap, mode, fill))
+        super().__init__(NativeGridSampler(self.subject, patch_size, patch_overlap, mode, fill))
         self.patch_overlap = np.array(self.native.patch_overlap)
         self.padding_mode = padding_mode
 
@@ -201,7 +203,7 @@ class GridSampler(PatchSampler, Dataset[Patch]):
         return self.of(subject.transformed(patch), subject)
 
     def __call__(
-        self, subject: cohort.Subject | None = None, num_patches: int | None = None
+        self, subject: NativeSubject | None = None, num_patches: int | None = None
     ) -> Iterator[Patch]:
         """All patches of a subject, by default its own, in order."""
         if num_patches is not None:
@@ -272,7 +274,7 @@ class Queue(IterableDataset[Patch]):
 
     def __init__(
         self,
-        subjects_dataset: SubjectsDataset | Sequence[cohort.Subject],
+        subjects_dataset: SubjectsDataset | Sequence[NativeSubject],
         max_length: int,
         samples_per_volume: int,
         sampler: PatchSampler,
@@ -330,7 +332,7 @@ class Queue(IterableDataset[Patch]):
         for patch in self._native:
             yield self.sampler.of(patch, subject_of(subject_number(patch)))
 
-    def get_max_memory(self, subject: cohort.Subject | None = None) -> int:
+    def get_max_memory(self, subject: NativeSubject | None = None) -> int:
         """Bytes that the queue's patches take at most; or that they would if all were of one subject."""
         if subject is None:
             return self._native.max_memory
@@ -346,7 +348,7 @@ class Queue(IterableDataset[Patch]):
         )
         return of_one.max_memory
 
-    def get_max_memory_pretty(self, subject: cohort.Subject | None = None) -> str:
+    def get_max_memory_pretty(self, subject: NativeSubject | None = None) -> str:
         """``get_max_memory`` for people."""
         return format_bytes(self.get_max_memory(subject))
 

@@ -16,7 +16,8 @@ from zpatch.compat.nifti_cache import cached_image, save_image
 from zpatch.compat.transforms import PatchTransform, as_function
 from zpatch.errors import OptionError
 from zpatch.geometry.boxes import PatchLocation, Triple
-from zpatch.images import cohort, image
+from zpatch.images import image
+from zpatch.images.subject import Subject as NativeSubject
 from zpatch.sampling.patch import Patch as NativePatch
 from zpatch.sampling.patch import to_tensor
 from zpatch.sampling.samplers import read_patches
@@ -92,7 +93,7 @@ class SamplingMap(Image, image.SamplingMap):
 _CLASSES: Mapping[str, type[Image]] = {INTENSITY: ScalarImage, LABEL: LabelMap, SAMPLING_MAP: SamplingMap}
 
 
-class Subject(cohort.Subject, Mapping[str, Any]):
+class Subject(NativeSubject, Mapping[str, Any]):
     """Images by name, and whatever else is known of a subject: ``Subject(t1=ScalarImage(path), age=45)``.
 
     A queue takes ``num_samples`` patches of a subject that has such an entry.
@@ -156,11 +157,11 @@ class Subject(cohort.Subject, Mapping[str, Any]):
         return self
 
 
-def as_subject(subject: cohort.Subject) -> Subject:
+def as_subject(subject: NativeSubject) -> Subject:
     """A subject of zpatch as one of these: its images and its name."""
     if isinstance(subject, Subject):
         return subject
-    if not isinstance(subject, cohort.Subject):
+    if not isinstance(subject, NativeSubject):
         raise OptionError(f"a subject must be a Subject, not {type(subject).__name__}")
     return Subject(subject.images, name=subject.name)
 
@@ -222,7 +223,7 @@ class SubjectsDataset(Dataset[Subject]):
 
     def __init__(
         self,
-        subjects: Sequence[cohort.Subject],
+        subjects: Sequence[NativeSubject],
         transform: Callable[[Any], Any] | None = None,
         load_getitem: bool = True,
     ) -> None:
@@ -262,7 +263,7 @@ class SubjectsDataset(Dataset[Subject]):
                 raise OptionError(f"num_samples of subject {number} must be at least 1, not {count!r}")
         return [default if count is None else operator.index(count) for count in given]
 
-    def dry_iter(self) -> Sequence[cohort.Subject]:
+    def dry_iter(self) -> Sequence[NativeSubject]:
         """The subjects as they were given."""
         return self._subjects
 

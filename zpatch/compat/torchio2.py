@@ -47,14 +47,19 @@ from zpatch.blending.aggregator import PatchAggregator
 from zpatch.compat.epoch_queues import EpochQueue
 from zpatch.compat.nifti_cache import cached_image, save_image
 from zpatch.compat.transforms import as_function, transform_class
+from zpatch.digests import Json
 from zpatch.errors import OptionError
 from zpatch.geometry.boxes import PatchLocation, Triple
-from zpatch.images import cohort, image
+from zpatch.images import image
+from zpatch.images.cohort import Cohort
+from zpatch.images.subject import Subject as NativeSubject
+from zpatch.loading.patch_batch import PatchBatch, collate
 from zpatch.loading.subjects_loader import SubjectsLoader as NativeLoader
 from zpatch.sampling import samplers
-from zpatch.sampling.patch import Patch, PatchBatch, collate, to_tensor
-from zpatch.sampling.samplers import PatchSampler, PatchSize, RandomSource, read_patches
-from zpatch.store.image_record import Json
+from zpatch.sampling.grid_sampler import GridSampler as NativeGridSampler
+from zpatch.sampling.grid_sampler import PatchSampler
+from zpatch.sampling.patch import Patch, to_tensor
+from zpatch.sampling.samplers import PatchSize, RandomSource, read_patches
 
 __all__ = [
     "GridSampler",
@@ -113,7 +118,7 @@ class LabelMap(_Image, image.LabelMap):
     """Classes, of the same sources."""
 
 
-class Subject(cohort.Subject):
+class Subject(NativeSubject):
     """Images by name, and metadata: ``Subject(t1=ScalarImage("t1.nii.gz"), age=45)``."""
 
     def __init__(self, **entries: Any) -> None:
@@ -166,9 +171,9 @@ class SubjectsBatch(PatchBatch):
         return len(self)
 
 
-def collate_subjects(batch: Sequence[Patch | cohort.Subject]) -> SubjectsBatch:
+def collate_subjects(batch: Sequence[Patch | NativeSubject]) -> SubjectsBatch:
     """Stack patches, or whole subjects of one shape, into a batch: ``collate_fn`` of a DataLoader."""
-    patches = [_whole(one) if isinstance(one, cohort.Subject) else one for one in batch]
+    patches = [_whole(one) if isinstance(one, NativeSubject) else one for one in batch]
     return _named(collate(patches), [getattr(one, "metadata", {}) for one in patches])
 
 
@@ -182,7 +187,7 @@ def _named_patch(patch: Patch, metadata: Mapping[str, Any]) -> SubjectPatch:
     return SubjectPatch(patch.images, patch.location, patch.subject, metadata)
 
 
-def _whole(subject: cohort.Subject) -> SubjectPatch:
+def _whole(subject: NativeSubject) -> SubjectPatch:
     [patch] = read_patches(subject, [PatchLocation((0, 0, 0), subject.spatial_shape)])
     return _named_patch(patch, subject.metadata)
 
@@ -190,11 +195,11 @@ def _whole(subject: cohort.Subject) -> SubjectPatch:
 class _SubjectSampler(samplers.RandomSampler, IterableDataset[SubjectPatch]):
     """What random samplers have in common: a subject of their own, which they can be iterated over."""
 
-    subject: cohort.Subject
+    subject: NativeSubject
     num_patches: int | None
 
     def __call__(
-        self, subject: cohort.Subject, num_patches: int | None = None, *, rng: RandomSource = None
+        self, subject: NativeSubject, num_patches: int | None = None, *, rng: RandomSource = None
     ) -> Iterator[SubjectPatch]:
         """Patches of any subject, ``num_patches`` or the sampler's own number, endless where there is none.
 
@@ -215,9 +220,7 @@ class _SubjectSampler(samplers.RandomSampler, IterableDataset[SubjectPatch]):
 class UniformSampler(_SubjectSampler, samplers.UniformSampler):
     """Patches at places of which each is equally likely."""
 
-    def __init__(
-        self, subject: cohort.Subject, patch_size: PatchSize, num_patches: int | None = None
-    ) -> None:
+    def __init__(self, subject: NativeSubject, patch_size: PatchSize, num_patches: int | None = None) -> None:
         super().__init__(patch_size)
         self.subject, self.num_patches = subject, num_patches
 
@@ -227,7 +230,7 @@ class WeightedSampler(_SubjectSampler, samplers.WeightedSampler):
 
     def __init__(
         self,
-        subject: cohort.Subject,
+        subject: NativeSubject,
         patch_size: PatchSize,
         probability_map: str,
         num_patches: int | None = None,
@@ -241,7 +244,7 @@ class LabelSampler(_SubjectSampler, samplers.LabelSampler):
 
     def __init__(
         self,
-        subject: cohort.Subject,
+        subject: NativeSubject,
         patch_size: PatchSize,
         label_name: str,
         label_probabilities: Mapping[int, float] | None = None,
@@ -251,7 +254,7 @@ class LabelSampler(_SubjectSampler, samplers.LabelSampler):
         self.subject, self.num_patches = subject, num_patches
 
 
-class GridSampler(samplers.GridSampler):
+class GridSampler(NativeGridSampler):
     """All patches of a regular grid, as a map-style dataset; see ``zpatch.GridSampler``."""
 
     def __getitem__(self, index: int) -> SubjectPatch:
@@ -273,7 +276,7 @@ class Queue(EpochQueue):
 
     def __init__(
         self,
-        subjects: Sequence[cohort.Subject],
+        subjects: Sequence[NativeSubject],
         patch_sampler: PatchSampler,
         max_length: int = 300,
         patches_per_volume: int = 10,
@@ -299,13 +302,13 @@ class Queue(EpochQueue):
             seed=seed,
         )
         self._metadata: dict[str, Json] = {}
-        if not isinstance(self.subjects, cohort.Cohort):
+        if not isinstance(self.subjects, Cohort):
             self._metadata = {subject.name: subject.metadata for subject in self.subjects}
 
     def metadata_of(self, subject: str) -> Json:
         """The metadata of a subject, by its name."""
         if subject not in self._metadata:
-            self._metadata[subject] = cast(cohort.Cohort, self.subjects)[subject].metadata
+            self._metadata[subject] = cast(Cohort, self.subjects)[subject].metadata
         return self._metadata[subject]
 
     def __iter__(self) -> Iterator[SubjectPatch]:
@@ -314,9 +317,9 @@ class Queue(EpochQueue):
             yield _named_patch(patch, self.metadata_of(patch.subject))
 
 
-def _told_apart(subjects: Sequence[cohort.Subject]) -> Sequence[cohort.Subject]:
+def _told_apart(subjects: Sequence[NativeSubject]) -> Sequence[NativeSubject]:
     """The subjects, each with a name of its own: TorchIO's have none."""
-    if isinstance(subjects, cohort.Cohort):
+    if isinstance(subjects, Cohort):
         return subjects
     times = Counter(subject.name for subject in subjects)
     return [

@@ -5,15 +5,14 @@ The only module that looks into source folders; what the names in them mean, `co
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
-from zpatch.errors import SourceError, UnknownNameError
+from zpatch.errors import SourceError
 from zpatch.nifti.header import SUFFIXES
 from zpatch.store.image_record import Kind
 
@@ -74,24 +73,6 @@ def stem_of(file: PurePath) -> str:
 def is_image_name(text: str) -> bool:
     """Whether a listed name is that of a NIfTI file, of either file of a pair too."""
     return text.endswith((*SUFFIXES, VOXELS))
-
-
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a name fits any of some glob patterns."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def chosen(
-    kind: str, names: Sequence[str], include: Sequence[str], exclude: Sequence[str], place: str
-) -> list[str]:
-    """Those of some names that fit a pattern of ``include``, if there is one, and none of ``exclude``.
-
-    A pattern that fits none is an UnknownNameError, which says what ``kind`` of thing in what ``place``.
-    """
-    for pattern in (*include, *exclude):
-        if not any(matches(name, [pattern]) for name in names):
-            raise UnknownNameError.among(kind, pattern, names, place)
-    return [name for name in names if matches(name, include or ["*"]) and not matches(name, exclude)]
 
 
 def kind_by_name(name: str) -> Kind:

@@ -13,19 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from zpatch.conversion.case_lists import DATASET, datalist, read_json, table
-from zpatch.conversion.cases import (
-    Case,
-    Note,
-    SourceImage,
-    counted,
-    entries_of,
-    is_image_name,
-    matches,
-    stem_of,
-)
+from zpatch.conversion.cases import Case, Note, SourceImage, counted, entries_of, is_image_name, stem_of
 from zpatch.conversion.folder_conventions import DERIVATIVES, bids, glob, nnunet
 from zpatch.errors import OptionError, SourceError
-from zpatch.store.image_record import Kind, check_name, check_names_differ
+from zpatch.store.image_record import Kind
+from zpatch.store.names import check_name, check_names_differ, matches
 
 __all__ = ["FORMATS", "Case", "Discovery", "SourceImage", "discover", "matches", "stem_of"]
 

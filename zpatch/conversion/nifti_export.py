@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 
 from zpatch.chunks.gather import read_region
 from zpatch.chunks.layout import SHARD_BYTES
-from zpatch.conversion.cases import chosen
 from zpatch.errors import OptionError, StoreExistsError, UnknownNameError
 from zpatch.nifti.writer import header_of, single_file_header, write_nifti
-from zpatch.runtime.tasks import Progress
-from zpatch.store import image_record
+from zpatch.runtime.task_contract import Progress
 from zpatch.store.image_record import ImageRecord
+from zpatch.store.names import RAW_HEADER, chosen
 from zpatch.store.store import Store, open_store, read_small_array, sharded_array
 
 SUFFIXES = (".nii", ".nii.gz")
@@ -109,7 +108,7 @@ def export_image(
 ) -> None:
     """Write one image, streaming; the file appears whole or not at all."""
     folder = store.image_path(record)
-    raw_header = read_small_array(folder, image_record.RAW_HEADER, record.files).tobytes()
+    raw_header = read_small_array(folder, RAW_HEADER, record.files).tobytes()
     dtype = np.dtype(np.uint8) if record.colours > 1 else header_of(raw_header).get_data_dtype()
     write_nifti(path, single_file_header(raw_header), _in_file_order(store, record, progress), dtype=dtype)
 

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zpatch.store.image_record import ImageRecord, Level, padded_to_4d
-from zpatch.store.store_writer import StagedImage
+from zpatch.geometry.boxes import padded_to_4d
+from zpatch.store.image_record import ImageRecord, Level
+from zpatch.store.staged_image import StagedImage
 
 SMALLEST_SIDE_VOXELS = 64
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zpatch.geometry.boxes import Affine, Triple
+from zpatch.geometry.affines import Affine
+from zpatch.geometry.boxes import Triple
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,35 +117,3 @@ class PatchGrid:
         for position in itertools.product(*(range(self.counts[a]) for a in order)):
             i, j, k = (position[order.index(a)] for a in range(3))
             yield self.at((i, j, k))
-
-
-def chunk_counts(shape: tuple[int, ...], chunks: tuple[int, ...]) -> tuple[int, ...]:
-    """How many chunks cover an array along each axis."""
-    return tuple(-(-n // c) for n, c in zip(shape, chunks, strict=True))
-
-
-def covering_chunks(
-    first: NDArray[np.int64],
-    stop: NDArray[np.int64],
-    shape: tuple[int, ...],
-    chunks: tuple[int, ...],
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which chunks some boxes touch: pairs (chunk number, box number), ordered by chunk.
-
-    ``first`` and ``stop`` are ``(number of boxes, ndim)``; chunks are numbered in C order.
-
-    >>> covering_chunks(np.array([[0], [3]]), np.array([[2], [9]]), (10,), (4,))
-    (array([0, 0, 1, 2]), array([0, 1, 1, 1]))
-    """
-    counts = chunk_counts(shape, chunks)
-    low, high = first // chunks, (stop - 1) // chunks + 1
-    numbers = []
-    for a, b in zip(low.tolist(), high.tolist(), strict=True):
-        number = np.zeros(1, dtype=np.int64)
-        for start, end, count in zip(a, b, counts, strict=True):
-            number = (number[:, None] * count + np.arange(start, end)).ravel()
-        numbers.append(number)
-    boxes = np.repeat(np.arange(len(numbers)), [len(n) for n in numbers])
-    chunk = np.concatenate(numbers) if numbers else np.zeros(0, dtype=np.int64)
-    order = np.argsort(chunk, kind="stable")
-    return chunk[order], boxes[order]

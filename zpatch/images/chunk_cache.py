@@ -19,7 +19,8 @@ from zpatch.chunks.gather import GatherPlan, copy_chunks
 from zpatch.chunks.scaling import UNSCALED, Scaling
 from zpatch.geometry.boxes import PatchLocation, Triple
 from zpatch.geometry.patch_grid import PatchGrid
-from zpatch.images.group_read import ArraySource, Graph, Shape, ShardSource, VoxelSource
+from zpatch.images.voxel_source import ReadTasks, Shape, VoxelSource
+from zpatch.images.voxel_sources import ArraySource, ShardSource
 
 Voxels = NDArray[Any]
 Integers = NDArray[np.int64]
@@ -96,7 +97,7 @@ class ChunkLives:
         return a[i] + b[j] + c[k], p[i] + q[j] + r[k]
 
 
-class CachedSource:
+class CachedSource(VoxelSource):
     """Voxels of another source, read chunk by chunk and held for as long as patches of a sweep want them.
 
     Boxes are read as ever, and ``done`` says how far the sweep is. Any box inside may be asked for: a chunk
@@ -160,9 +161,9 @@ class CachedSource:
         """Memory taken so far, of chunks that are held and for those to come: the most ever held at once."""
         return (len(self._held) + len(self._spare)) * self.chunk_bytes
 
-    def graph(
+    def tasks(
         self, boxes: Sequence[PatchLocation], outs: Sequence[Voxels], scaling: Scaling, parts: int
-    ) -> Graph:
+    ) -> ReadTasks:
         """The source's own tasks for chunks that are not held, then about ``parts`` tasks that copy."""
         channels = self.shape[0]
         low = np.array([(0, *box.index[::-1]) for box in boxes], dtype=np.int64).reshape(-1, 4)
@@ -173,14 +174,13 @@ class CachedSource:
         chunks = {number: self._held[number] for number in numbers if number in self._held}
         fresh = {number: self._memory() for number in numbers if number not in chunks}
         chunks |= fresh
-        reads = self.source.graph(*self._places(fresh), UNSCALED, parts) if fresh else {}
-        graph: Graph = {key: task for key, task in reads.items() if not isinstance(key, int)}
-        ends = {(id(chunks), key): task for key, task in reads.items() if isinstance(key, int)}
-        copies = {
-            number: (partial(self._copy, chunks, fresh, part, views, scaling), list(ends))
-            for number, part in enumerate(plan.split(parts))
-        }
-        return graph | ends | copies
+        reads = self.source.tasks(*self._places(fresh), UNSCALED, parts) if fresh else ReadTasks([])
+        needs = {**reads.needs, **{(id(chunks), n): task for n, task in enumerate(reads.writes)}}
+        read = [(id(chunks), n) for n in range(len(reads.writes))]
+        split = plan.split(parts)
+        return ReadTasks(
+            [(partial(self._copy, chunks, fresh, p, views, scaling), read) for p in split], needs
+        )
 
     def _memory(self) -> Voxels:
         return self._spare.pop() if self._spare else np.empty(self._chunk, self.dtype)

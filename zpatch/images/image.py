@@ -12,13 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zpatch.chunks.scaling import UNSCALED, Scaling
+from zpatch.digests import Json, compact_json, digest
 from zpatch.errors import OptionError, PatchLocationError
-from zpatch.geometry.boxes import Affine, PatchLocation, Triple, spacing_mm
+from zpatch.geometry.affines import Affine, spacing_mm
+from zpatch.geometry.boxes import PatchLocation, Triple
 from zpatch.geometry.padding import PaddedBox, check_fill, check_padding_mode
-from zpatch.images.group_read import DERIVED_BLOCK_VOXELS, Request, VoxelSource, fulfil, new_voxels
+from zpatch.images.group_read import fulfil
 from zpatch.images.opened_image import Origin, open_origin
-from zpatch.runtime.tasks import Scheduler
-from zpatch.store.image_record import ImageRecord, Json, Kind, compact_json, digest
+from zpatch.images.voxel_source import Request, VoxelSource, new_voxels
+from zpatch.images.voxel_sources import DERIVED_BLOCK_VOXELS
+from zpatch.runtime.dask_graphs import Scheduler
+from zpatch.store.image_record import ImageRecord, Kind
 
 Voxels = NDArray[Any]
 T = TypeVar("T")

@@ -13,13 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zpatch.chunks.scaling import UNSCALED, Scaling
+from zpatch.digests import Json, new_digest
 from zpatch.errors import OptionError, SourceError
-from zpatch.geometry.boxes import Affine
+from zpatch.geometry.affines import Affine
 from zpatch.images import zarr_images
-from zpatch.images.group_read import ArraySource, DaskSource, ShardSource, VoxelSource
+from zpatch.images.voxel_source import VoxelSource
+from zpatch.images.voxel_sources import ArraySource, DaskSource, ShardSource
 from zpatch.nifti import header
 from zpatch.store import store
-from zpatch.store.image_record import ImageRecord, Json, new_digest
+from zpatch.store.image_record import ImageRecord
 
 
 @dataclass(frozen=True, slots=True, eq=False)

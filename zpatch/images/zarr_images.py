@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from zpatch.chunks.codec import ChunkCodec, Compressor
-from zpatch.chunks.mapped_shards import ChunkFiles, ShardedArray
+from zpatch.chunks.sharded_array import ChunkFiles, ShardedArray
+from zpatch.digests import Json
 from zpatch.errors import NotAStoreError, OptionError
-from zpatch.store.image_record import ImageRecord, Json
+from zpatch.store.image_record import ImageRecord
 from zpatch.store.store import TOOL
 
 CHANNEL_AXES = "ct"

@@ -14,9 +14,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from zpatch.digests import new_digest
 from zpatch.errors import OptionError
 from zpatch.sampling.randomness import Purpose, rng
-from zpatch.store.image_record import new_digest
 
 Uneven = Literal["pad", "drop", "error"]
 UNEVEN = ("pad", "drop", "error")

@@ -18,19 +18,20 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
+from zpatch.digests import Json
 from zpatch.errors import OptionError, QueueError
-from zpatch.images.cohort import Subject
+from zpatch.images.subject import Subject
 from zpatch.loading.epoch_plan import EpochPlan, Share, Uneven
 from zpatch.loading.patch_buffer import PatchBuffer
-from zpatch.loading.patch_feed import START_METHOD, TASKS_PER_WORKER, PatchFeed, check_processes
+from zpatch.loading.patch_feed import PatchFeed
 from zpatch.loading.queue_state import epoch_and_consumed, order_identity, queue_state, subjects_digest
 from zpatch.loading.shared_slots import WATCH_BYTES, SlotLayout, owned
 from zpatch.loading.worker import FailedDraw, SubjectDraws, Task, Transform
+from zpatch.loading.worker_pool import START_METHOD, TASKS_PER_WORKER, check_processes
 from zpatch.runtime.byte_sizes import format_bytes
+from zpatch.sampling.grid_sampler import GridSampler, PatchSampler
 from zpatch.sampling.patch import Patch
 from zpatch.sampling.randomness import Purpose, rng
-from zpatch.sampling.samplers import GridSampler, PatchSampler
-from zpatch.store.image_record import Json
 
 GROUP_PATCHES = 32
 IMAGE_DTYPES = (torch.float16, torch.float32, torch.float64, None)

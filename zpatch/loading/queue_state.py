@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from zpatch.digests import Json, digest
 from zpatch.errors import OptionError
-from zpatch.images.cohort import Subject
 from zpatch.images.image import Image
-from zpatch.store.image_record import Json, digest
+from zpatch.images.subject import Subject
 
 VERSION = 1
 MOST = 2**63  # epochs, and patches of one

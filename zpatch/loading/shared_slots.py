@@ -25,7 +25,8 @@ import torch
 from numpy.typing import NDArray
 
 from zpatch.errors import QueueError
-from zpatch.geometry.boxes import Affine, PatchLocation
+from zpatch.geometry.affines import Affine
+from zpatch.geometry.boxes import PatchLocation
 from zpatch.runtime import buffer_pool
 from zpatch.runtime.byte_sizes import format_bytes
 from zpatch.sampling.patch import Patch, PatchImage

@@ -9,8 +9,9 @@ from typing import Any, cast
 import torch
 
 from zpatch.errors import OptionError
+from zpatch.loading.patch_batch import PatchBatch, stack
 from zpatch.runtime import buffer_pool
-from zpatch.sampling.patch import Patch, PatchBatch, stack
+from zpatch.sampling.patch import Patch
 
 
 class SubjectsLoader:

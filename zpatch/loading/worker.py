@@ -17,15 +17,16 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset, get_worker_info
 
 from zpatch.chunks.scaling import UNSCALED
-from zpatch.geometry.boxes import Affine, PatchLocation, crop_affine
-from zpatch.images.cohort import Subject
+from zpatch.geometry.affines import Affine, crop_affine
+from zpatch.geometry.boxes import PatchLocation
 from zpatch.images.image import Image, read_together
+from zpatch.images.subject import Subject
 from zpatch.loading.epoch_plan import Draw
 from zpatch.loading.shared_slots import ImagePlace, Letter, SlotBlock, SlotLayout, new_tensor
 from zpatch.runtime.tasks import end_with_parent
+from zpatch.sampling.grid_sampler import GridSampler, PatchSampler
 from zpatch.sampling.patch import Patch, torch_dtype
 from zpatch.sampling.randomness import Purpose, rng
-from zpatch.sampling.samplers import GridSampler, PatchSampler
 
 Transform = Callable[[Patch], Patch]
 

@@ -13,14 +13,13 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zpatch.chunks.layout import Layout
 from zpatch.errors import NiftiError, OptionError
-from zpatch.geometry.boxes import Affine
+from zpatch.geometry.affines import Affine
+from zpatch.geometry.boxes import padded_to_4d
 from zpatch.geometry.orientation import Orientation
 from zpatch.nifti.gzip_streams import is_gzip, open_bytes
 from zpatch.nifti.header_affine import best_affine
 from zpatch.runtime.byte_sizes import format_bytes
-from zpatch.store.image_record import Source, new_digest, padded_to_4d
 
 SUFFIXES = (".nii", ".nii.gz", ".hdr")
 MAX_HEADER_BYTES = 64 * 2**20
@@ -48,8 +47,8 @@ Warn = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Slab:
-    """Some planes of a volume as they arrive: ``voxels`` is (c, z, y, x), ``shard`` its place in units
-    of the layout's shards along c and z."""
+    """Some planes of a volume as they arrive: ``voxels`` is (c, z, y, x), ``shard`` the place along c and z
+    of the row of shards that they fill."""
 
     shard: tuple[int, int]
     voxels: NDArray[Any]
@@ -109,18 +108,22 @@ class NiftiFile:
         return math.prod(self.dims) * self.dtype.itemsize
 
     def slabs(
-        self, layout: Layout, warn: Warn = lambda text: None, *, backwards: bool = False
+        self,
+        shard_extent: tuple[int, int],
+        warn: Warn = lambda text: None,
+        *,
+        backwards: bool = False,
     ) -> Iterator[Slab]:
         """Stream the voxels in file order, one row of shards at a time.
 
-        ``layout`` is of the file's own axes. With ``backwards`` rows are counted and cut from the last
-        plane, as they are where the slowest axis is to be flipped.
+        ``shard_extent`` is how many channels and planes a shard holds. With ``backwards`` rows are counted
+        and cut from the last plane, as they are where the slowest axis is to be flipped.
 
         The gzip stream is drained to its end, where its checksum is compared; until the iterator is
         exhausted nothing that it gave may be trusted. ``warn`` is told what was odd.
         """
         channels, nz, ny, nx = padded_to_4d(self.shape)
-        together, depth, _, _ = padded_to_4d(layout.shards)
+        together, depth = shard_extent
         with open_bytes(self.voxel_path, compressed=self.compressed) as stream:
             _skip(stream, self.voxel_offset)
             rows = _rows(nz, depth, backwards=backwards)
@@ -197,7 +200,7 @@ def read_header(path: Path, *, affine: str = "sform") -> NiftiFile:
     with open_bytes(path, compressed=compressed) as stream:
         header, raw = _parse(path, stream)
     if bytes(header["magic"].tobytes())[:2] == b"ni":
-        voxel_path, offset = _image_of_pair(path), int(header["vox_offset"])
+        voxel_path, offset = image_of_pair(path), int(header["vox_offset"])
         return _described(path, header, raw, voxel_path, offset, is_gzip(voxel_path), affine)
     return _described(path, header, raw, path, len(raw), compressed, affine)
 
@@ -247,7 +250,8 @@ def _not_nifti(path: Path, raw: bytes, *, cut: bool) -> NiftiError:
     return NiftiError(f"{path}: it is not a NIfTI file (its first bytes are no NIfTI header); {_LEAVE_OUT}")
 
 
-def _image_of_pair(path: Path) -> Path:
+def image_of_pair(path: Path) -> Path:
+    """The file of voxels that belongs to a ``.hdr`` file."""
     stem = path.name.removesuffix(".gz").removesuffix(".hdr").removesuffix(".nii")
     for suffix in (".img", ".img.gz"):
         if (image := path.with_name(stem + suffix)).exists():
@@ -325,46 +329,3 @@ def _scaling(path: Path, header: Any, warnings: list[str]) -> tuple[float, float
 def _skip(stream: IO[bytes], count: int) -> None:
     while count:
         count -= len(stream.read(min(count, 2**20))) or count
-
-
-def fingerprint(path: Path, folder: Path) -> Source:
-    """What tells a source file from another or a later one; its path is told from ``folder``.
-
-    Of a .hdr/.img pair both files count.
-    """
-    checksum = new_digest()
-    try:
-        files = _files_of(path)
-        for file in files:
-            with file.open("rb") as stream:
-                while block := stream.read(2**20):
-                    checksum.update(block)
-        size, mtime_ns = _size_and_time(files)
-    except OSError as error:
-        raise NiftiError(f"{path}: it cannot be read ({error.strerror}); restore the file") from None
-    return Source(_told_from(folder, path), size, mtime_ns, checksum.hexdigest())
-
-
-def has_fingerprint(path: Path, source: Source, folder: Path) -> bool:
-    """Whether a file is the one that a fingerprint was taken of; its bytes are read only in doubt."""
-    try:
-        size, mtime_ns = _size_and_time(_files_of(path))
-        if _told_from(folder, path) != source.path or size != source.bytes:
-            return False
-        return mtime_ns == source.mtime_ns or fingerprint(path, folder).checksum == source.checksum
-    except (OSError, NiftiError):
-        return False
-
-
-def _files_of(path: Path) -> list[Path]:
-    is_pair = path.name.removesuffix(".gz").endswith(".hdr")
-    return [path, _image_of_pair(path)] if is_pair else [path]
-
-
-def _size_and_time(files: list[Path]) -> tuple[int, int]:
-    statuses = [file.stat() for file in files]
-    return sum(s.st_size for s in statuses), max(s.st_mtime_ns for s in statuses)
-
-
-def _told_from(folder: Path, path: Path) -> str:
-    return Path(os.path.relpath(path, folder)).as_posix()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from zpatch.errors import NiftiError
-from zpatch.geometry.boxes import Affine, max_corner_distance
+from zpatch.geometry.affines import Affine, max_corner_distance
 
 MAX_FORM_VOXELS = 0.01
 MIN_DETERMINANT = 1e-6  # of the directions of the axes; sforms are float32

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zpatch.geometry.boxes import Affine, Triple
+from zpatch.geometry.affines import Affine
+from zpatch.geometry.boxes import Triple
 from zpatch.nifti.gzip_streams import gzip_writer
 from zpatch.nifti.header import nibabel_module
 

@@ -7,11 +7,27 @@ is held at each place follows from tables that grow with the axes and not with t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from zpatch.blending.tiling import AxisTiles
+from zpatch.geometry.boxes import Triple
+from zpatch.geometry.patch_grid import PatchGrid
+from zpatch.images.chunk_cache import is_quick, patches_of_chunks
+from zpatch.images.image import Image
+from zpatch.images.voxel_source import VoxelSource
+from zpatch.prediction.prediction_options import PredictOptions
+from zpatch.prediction.prediction_plan import PlannedHead, Ranges, Region, outputs_bytes
+from zpatch.runtime.buffer_pool import POOL_SLACK
+
+WEIGHT_BYTES = 4  # of a voxel's summed weights
+BATCHES_READ = 3  # one with the network, one waiting, one being read
+UNITS_WRITTEN = 2  # besides those that are being filled: one waiting, one being encoded
+SMALL_PIECES_BYTES = 2**23  # what the threads keep of small blocks
 
 Integers = NDArray[np.int64]
 
@@ -74,3 +90,99 @@ def _over_cross_section(axes: Sequence[AxisLives], rows: int, columns: int) -> t
     np.add.at(born, births, sizes)
     np.add.at(gone, deaths + 1, sizes)
     return np.cumsum(born)[:-1], np.cumsum(gone)[:-1]
+
+
+def held_of_head(
+    planned: PlannedHead, units: Ranges, patches: Ranges, *, masked: bool = False
+) -> Iterator[Held]:
+    """What is held of sums and of write units while patches sweep over some units of an output.
+
+    Where patches are ``masked`` out weights are summed too, and a unit may begin with its first patch.
+    """
+    tiling, head = planned.tiling, planned.head
+    sums = head.channels * head.sum_bytes + (WEIGHT_BYTES if masked else 0)
+    along = list(zip(tiling.axes, units, patches, strict=True))
+    tiles = [range(a.tiles_of(u[0]).start, a.tiles_of(u[-1]).stop) for a, u, _ in along]
+    all_tiles = [
+        _tile_lives(axis, list(some), run.start) for (axis, _, run), some in zip(along, tiles, strict=True)
+    ]
+    alone = [
+        _tile_lives(axis, [t for t in some if len(axis.touching[t]) == 1], run.start)
+        for (axis, _, run), some in zip(along, tiles, strict=True)
+    ]
+    filled = [_unit_lives(axis, u, run.start, masked) for axis, u, run in along]
+    for lives, voxel_bytes in ((all_tiles, sums), (alone, -sums), (filled, planned.voxel_bytes)):
+        a, b, c = (lives[axis] for axis in tiling.order)
+        yield Held((a, b, c), voxel_bytes)
+
+
+def _tile_lives(axis: AxisTiles, tiles: Sequence[int], first: int) -> AxisLives:
+    births = np.array([axis.touching[t][0] for t in tiles], dtype=np.int64)
+    deaths = np.array([axis.touching[t][-1] for t in tiles], dtype=np.int64)
+    return AxisLives(births - first, deaths - first, np.diff(axis.edges)[list(tiles)])
+
+
+def _unit_lives(axis: AxisTiles, units: range, first: int, masked: bool) -> AxisLives:
+    tiles = [axis.tiles_of(unit) for unit in units]
+    births = np.array([axis.touching[of[0]][0 if masked else -1] for of in tiles], dtype=np.int64)
+    deaths = np.array([axis.touching[of[-1]][-1] for of in tiles], dtype=np.int64)
+    sizes = np.array([axis.edges[of[-1] + 1] - axis.edges[of[0]] for of in tiles], dtype=np.int64)
+    return AxisLives(births - first, deaths - first, sizes)
+
+
+def fixed_bytes(
+    images: Sequence[Image], planned: Sequence[PlannedHead], options: PredictOptions, *, tta: bool
+) -> int:
+    """What is held in any region: batches on their way in and out, units being written, and spare pieces."""
+    voxels = options.batch_size * math.prod(options.patch_size)
+    read = voxels * sum(image.num_channels for image in images) * 4
+    batches = (BATCHES_READ + (1 if tta else 0)) * read  # one more that is flipped
+    batches += outputs_bytes([h.head for h in planned], options.batch_size, tta=tta)
+    written = UNITS_WRITTEN * sum(h.unit_bytes for h in planned)
+    return batches + written + len(planned) * POOL_SLACK + SMALL_PIECES_BYTES
+
+
+def region_bytes(
+    region: Region,
+    images: Sequence[Image],
+    heads: Sequence[PlannedHead],
+    grid: PatchGrid,
+    batch_size: int,
+    masked: bool,
+) -> int:
+    """The front of a region's sweep: sums and units, and the chunks that are read."""
+    order = heads[0].tiling.order
+    counts = [len(region.patches[axis]) for axis in order]
+    kept = [
+        held
+        for head, units in zip(heads, region.units, strict=True)
+        if all(units)
+        for held in held_of_head(head, units, region.patches, masked=masked)
+    ]
+    sources = [image.source for image in images if not is_quick(image.source)]
+    chunks = [_held_chunks(source, grid, order, region.patches) for source in sources]
+    together = (batch_size - 1) * sum(_bytes_under(grid.patch_size, source) for source in sources)
+    return peak_bytes(kept, counts) + (peak_bytes(chunks, counts) + together if chunks else 0)
+
+
+def _bytes_under(patch_size: Triple, source: VoxelSource) -> int:
+    """The chunks that a patch touches at most, as it lies worst."""
+    extents = [(-(-(p - 1) // c) + 1) * c for p, c in zip(patch_size, source.chunk_shape, strict=True)]
+    return math.prod(min(n, e) for n, e in zip(source.shape[1:], extents, strict=True)) * _voxel_bytes(source)
+
+
+def _voxel_bytes(source: VoxelSource) -> int:
+    return source.shape[0] * source.dtype.itemsize
+
+
+def _held_chunks(source: VoxelSource, grid: PatchGrid, order: Triple, patches: Ranges) -> Held:
+    lives = []
+    for axis in order:
+        run, length = patches[axis], min(source.chunk_shape[axis], grid.spatial_shape[axis])
+        starts = grid.starts[axis][run.start : run.stop]
+        births, deaths = patches_of_chunks(starts, grid.patch_size[axis], length, grid.spatial_shape[axis])
+        touched = births <= deaths
+        sizes = np.full(int(touched.sum()), length)
+        lives.append(AxisLives(births[touched], deaths[touched], sizes))
+    slow, middle, fast = lives
+    return Held((slow, middle, fast), _voxel_bytes(source))

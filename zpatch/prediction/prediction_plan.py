@@ -8,88 +8,28 @@ it. Patches that add to two regions are run for each.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
-from zpatch.blending.reduction import Reduction, check_reduction
-from zpatch.blending.tiling import AxisTiles, Bools, Tiling, sweep_order
-from zpatch.blending.windows import check_overlap_mode
-from zpatch.errors import OptionError
+from zpatch.blending.tiling import Bools, Tiling, sweep_order
+from zpatch.digests import Json
 from zpatch.geometry.boxes import (
-    PatchLocation,
     Triple,
-    patch_overlap_triple,
-    patch_size_triple,
 )
-from zpatch.geometry.padding import check_padding_mode
 from zpatch.geometry.patch_grid import PatchGrid
-from zpatch.images.cohort import Subject
 from zpatch.images.image import Image
-from zpatch.images.normalization import Normalize
-from zpatch.prediction.peak_memory import AxisLives, Held, Integers
-from zpatch.runtime.byte_sizes import format_bytes, parse_bytes
-from zpatch.store.image_record import ImageRecord, Json
+from zpatch.images.subject import Subject
+from zpatch.runtime.byte_sizes import format_bytes
+from zpatch.store.image_record import ImageRecord
 
-WEIGHT_BYTES = 4  # of a voxel's summed weights
 BATCHES_AHEAD = 2  # of the network, while a unit waits for the one before it to be written
 FLIPPED_OUTPUTS = 1  # more than those of a batch, while they are summed over all its flips: the sums
 
+Integers = NDArray[np.int64]
 Ranges = tuple[range, range, range]
-MaskFunction = Callable[[Subject, PatchLocation], bool]
-
-
-@dataclass(frozen=True, slots=True)
-class PredictOptions:
-    """What a user may choose; see ``predict``."""
-
-    image: tuple[str, ...]
-    patch_size: Triple
-    patch_overlap: Triple
-    overlap_mode: str = "hann"
-    reduce: Reduction = None
-    batch_size: int = 1
-    padding_mode: str | None = None
-    normalize: str | None = None
-    mask: str | MaskFunction | None = None
-    fill: float = 0
-    max_memory: int | str | None = None
-    jobs: int = 1
-    scheduler: str | None = None
-
-    @classmethod
-    def of(
-        cls,
-        *,
-        image: str | Sequence[str],
-        patch_size: int | Sequence[int],
-        patch_overlap: int | Sequence[int] = 0,
-        **options: Any,
-    ) -> Self:
-        """Options in the forms that ``predict`` takes them in."""
-        size = patch_size_triple(patch_size)
-        return cls(
-            image=(image,) if isinstance(image, str) else tuple(image),
-            patch_size=size,
-            patch_overlap=patch_overlap_triple(patch_overlap, size),
-            **options,
-        )
-
-    def __post_init__(self) -> None:
-        check_overlap_mode(self.overlap_mode)
-        check_reduction(self.reduce)
-        check_padding_mode(self.padding_mode)
-        if self.normalize is not None:
-            Normalize(self.normalize)
-        if not self.image:
-            raise OptionError("image= names no image to predict from")
-        for name, count in (("batch_size", self.batch_size), ("jobs", self.jobs)):
-            if count < 1:
-                raise OptionError(f"{name} must be at least 1, not {count}")
-        if self.max_memory is not None:
-            parse_bytes(self.max_memory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,49 +71,12 @@ class PlannedHead:
     @property
     def unit_bytes(self) -> int:
         """Size of a write unit in memory."""
-        return math.prod(self.tiling.unit_shape) * self._voxel_bytes
+        return math.prod(self.tiling.unit_shape) * self.voxel_bytes
 
     @property
-    def _voxel_bytes(self) -> int:
+    def voxel_bytes(self) -> int:
+        """Size of a voxel of the output in memory."""
         return self.head.kept_channels * np.dtype(self.head.kept_dtype).itemsize
-
-    def held(self, units: Ranges, patches: Ranges, *, masked: bool = False) -> Iterator[Held]:
-        """What is held of sums and of write units while patches sweep over some units.
-
-        Where patches are ``masked`` out weights are summed too, and a unit may begin with its first patch.
-        """
-        sums = self.head.channels * self.head.sum_bytes + (WEIGHT_BYTES if masked else 0)
-        tiles = [range(a.tiles_of(u[0]).start, a.tiles_of(u[-1]).stop) for a, u in self._along(units)]
-        along = list(zip(self.tiling.axes, tiles, patches, strict=True))
-        all_tiles = [_tile_lives(axis, list(some), run.start) for axis, some, run in along]
-        alone = [
-            _tile_lives(axis, [t for t in some if len(axis.touching[t]) == 1], run.start)
-            for axis, some, run in along
-        ]
-        filled = [
-            _unit_lives(axis, u, run.start, masked)
-            for (axis, u), run in zip(self._along(units), patches, strict=True)
-        ]
-        for lives, voxel_bytes in ((all_tiles, sums), (alone, -sums), (filled, self._voxel_bytes)):
-            a, b, c = (lives[axis] for axis in self.tiling.order)
-            yield Held((a, b, c), voxel_bytes)
-
-    def _along(self, units: Ranges) -> list[tuple[AxisTiles, range]]:
-        return list(zip(self.tiling.axes, units, strict=True))
-
-
-def _tile_lives(axis: AxisTiles, tiles: Sequence[int], first: int) -> AxisLives:
-    births = np.array([axis.touching[t][0] for t in tiles], dtype=np.int64)
-    deaths = np.array([axis.touching[t][-1] for t in tiles], dtype=np.int64)
-    return AxisLives(births - first, deaths - first, np.diff(axis.edges)[list(tiles)])
-
-
-def _unit_lives(axis: AxisTiles, units: range, first: int, masked: bool) -> AxisLives:
-    tiles = [axis.tiles_of(unit) for unit in units]
-    births = np.array([axis.touching[of[0]][0 if masked else -1] for of in tiles], dtype=np.int64)
-    deaths = np.array([axis.touching[of[-1]][-1] for of in tiles], dtype=np.int64)
-    sizes = np.array([axis.edges[of[-1] + 1] - axis.edges[of[0]] for of in tiles], dtype=np.int64)
-    return AxisLives(births - first, deaths - first, sizes)
 
 
 @dataclass(frozen=True, slots=True)

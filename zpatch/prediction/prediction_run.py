@@ -21,16 +21,19 @@ from typing import Any
 import cloudpickle
 import torch
 
+from zpatch.digests import Json, compact_json, digest
 from zpatch.errors import ModelError, OptionError, StoreExistsError, WorkerError
 from zpatch.images.cohort import Cohort
-from zpatch.prediction.network import Network, identity
-from zpatch.prediction.prediction_plan import PredictionPlan, PredictOptions
+from zpatch.prediction.model_identity import identity
+from zpatch.prediction.network import Network
+from zpatch.prediction.prediction_options import PredictOptions
+from zpatch.prediction.prediction_plan import PredictionPlan
 from zpatch.prediction.region_run import RunOptions, finish_subject, run_region
 from zpatch.prediction.shard_ledger import HEADER, begin, check_same, header_of
-from zpatch.runtime.tasks import Progress, run_tasks
-from zpatch.store import image_record
-from zpatch.store.image_record import Json
+from zpatch.runtime.task_contract import Progress
+from zpatch.runtime.tasks import run_tasks
 from zpatch.store.lock import writing_to
+from zpatch.store.names import MANIFEST, UNFINISHED
 from zpatch.store.store import open_store
 from zpatch.store.store_writer import StoreWriter
 
@@ -60,10 +63,10 @@ def run_prediction(
     with open_writer(store, attributes) as writer:
         check_same(writer.attributes["prediction"], header, store)
         check_same({"subjects": writer.attributes["expected_subjects"]}, {"subjects": expected}, store)
-        unfinished = writer.path / image_record.UNFINISHED
+        unfinished = writer.path / UNFINISHED
         with writing_to(writer.path):
-            digest = image_record.digest(image_record.compact_json(header).encode())
-            jobs = [_begun(plan, digest, unfinished / plan.subject.name, writer) for plan in plans]
+            inputs = digest(compact_json(header).encode())
+            jobs = [_begun(plan, inputs, unfinished / plan.subject.name, writer) for plan in plans]
         left = [job for job in jobs if job is not None]
         if done_before := sum(p.patches_run for p, job in zip(plans, jobs, strict=True) if job is None):
             progress(done_before)
@@ -85,10 +88,10 @@ def begun_shards(output: Path) -> dict[str, dict[str, tuple[int, ...]]]:
     What is gone on with must be written in the same ones.
     """
     found: dict[str, dict[str, tuple[int, ...]]] = {}
-    if (output / image_record.MANIFEST).exists():
+    if (output / MANIFEST).exists():
         for (subject, name), record in open_store(output).records.items():
             found.setdefault(subject, {})[name] = record.shards
-    for file in (output / image_record.UNFINISHED).glob(f"*/{HEADER}"):
+    for file in (output / UNFINISHED).glob(f"*/{HEADER}"):
         if (header := header_of(file.parent)) is not None:
             shards = {name: tuple(head["shards"]) for name, head in header["heads"].items()}
             found[file.parent.name] = shards
@@ -128,7 +131,7 @@ def _begun(plan: PredictionPlan, prediction: str, folder: Path, writer: StoreWri
     """The job of a subject; None where its predictions are committed. ``prediction`` is a digest of what all
     subjects depend on."""
     header = _subject_header(plan)
-    inputs = image_record.digest(image_record.compact_json(header).encode())
+    inputs = digest(compact_json(header).encode())
     name = plan.subject.name
     committed = [writer.records.get((name, head.head.name)) for head in plan.heads]
     if any(committed):
@@ -164,7 +167,7 @@ def _header(network: Network, options: PredictOptions) -> Json:
 
 def _subject_header(plan: PredictionPlan) -> Json:
     """What the voxels of one subject depend on beside that."""
-    masked_out = "" if plan.skipped is None else image_record.digest(plan.skipped.tobytes())
+    masked_out = "" if plan.skipped is None else digest(plan.skipped.tobytes())
     return {
         "inputs": [image.identity() for image in plan.images],
         "patches_outside_mask": masked_out,

@@ -20,6 +20,7 @@ import torch
 
 from zpatch.blending.grid_blend import Skipped, SweptBlend, add_checked
 from zpatch.blending.reduction import Reduction, reduce_channels
+from zpatch.blending.sinks import WriteUnits
 from zpatch.blending.tiling import Bools
 from zpatch.errors import ModelError
 from zpatch.geometry.boxes import PatchLocation, Triple
@@ -31,12 +32,13 @@ from zpatch.prediction.prediction_plan import PlannedHead, PredictionPlan, Regio
 from zpatch.prediction.shard_ledger import UnitLedger
 from zpatch.runtime import buffer_pool
 from zpatch.runtime.process_memory import resident_bytes, return_freed
-from zpatch.runtime.tasks import Progress, read_ahead
+from zpatch.runtime.task_contract import Progress
+from zpatch.runtime.tasks import read_ahead
 from zpatch.sampling.patch import torch_dtype
-from zpatch.store import image_record
 from zpatch.store.image_record import ImageRecord
-from zpatch.store.image_writer import Shard, WriteUnits
+from zpatch.store.image_writer import Shard
 from zpatch.store.lock import writing_to
+from zpatch.store.names import RAW_HEADER
 from zpatch.store.store import read_small_array
 
 BATCHES_TO_LEARN = 4
@@ -255,7 +257,7 @@ def _finished(head: PlannedHead, image: Image, folder: Path) -> ImageRecord:
     record, like = head.record, None
     source, keeps_grid = image.record, head.tiling.shape == image.spatial_shape
     if keeps_grid and image.folder and source and source.orientation.is_identity:
-        like = read_small_array(image.folder, image_record.RAW_HEADER, source.files).tobytes()
+        like = read_small_array(image.folder, RAW_HEADER, source.files).tobytes()
     channels, dtype = record.shape_czyx[0], np.dtype(record.dtype)
     header = make_header(
         record.spatial_shape,

@@ -7,7 +7,6 @@ are filled one after the other, at the price of running the patches between two 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -19,28 +18,16 @@ from zpatch.blending.sinks import output_record
 from zpatch.blending.tiling import Bools, Tiling
 from zpatch.chunks.layout import SHARD_BYTES, Layout, plan_output_layout
 from zpatch.errors import MemoryLimitError, PatchSizeError
-from zpatch.geometry.boxes import Triple, resized_affine
+from zpatch.geometry.affines import resized_affine
+from zpatch.geometry.boxes import Triple
 from zpatch.geometry.patch_grid import PatchGrid
-from zpatch.images.chunk_cache import is_quick, patches_of_chunks
-from zpatch.images.cohort import Subject
-from zpatch.images.group_read import VoxelSource
 from zpatch.images.image import Image
-from zpatch.prediction.peak_memory import AxisLives, Held, peak_bytes
-from zpatch.prediction.prediction_plan import (
-    Head,
-    PlannedHead,
-    PredictionPlan,
-    PredictOptions,
-    Ranges,
-    Region,
-    outputs_bytes,
-)
-from zpatch.runtime.buffer_pool import POOL_SLACK
+from zpatch.images.subject import Subject
+from zpatch.prediction.peak_memory import fixed_bytes, region_bytes
+from zpatch.prediction.prediction_options import PredictOptions
+from zpatch.prediction.prediction_plan import Head, PlannedHead, PredictionPlan, Ranges, Region
 from zpatch.runtime.byte_sizes import format_bytes
 
-BATCHES_READ = 3  # one with the network, one waiting, one being read
-UNITS_WRITTEN = 2  # besides those that are being filled: one waiting, one being encoded
-SMALL_PIECES_BYTES = 2**23  # what the threads keep of small blocks
 SMALLEST_SHARD_BYTES = 2**16
 
 Shards = Mapping[str, tuple[int, ...]]
@@ -76,9 +63,9 @@ def plan_subject(
         ]
         for parts in _ways_to_part(planned[0].tiling, slabs):
             regions = _regions(planned, parts)
-            fixed = _fixed_bytes(images, planned, options, tta=tta)
+            fixed = fixed_bytes(images, planned, options, tta=tta)
             peaks = [
-                _region_bytes(region, images, planned, grid, options.batch_size, skipped is not None)
+                region_bytes(region, images, planned, grid, options.batch_size, skipped is not None)
                 for region in regions
             ]
             peak = options.jobs * (max(peaks) + fixed)
@@ -251,61 +238,3 @@ def _patches_of(heads: Sequence[PlannedHead], units: Sequence[Ranges]) -> Ranges
         ranges.append(range(min(int(t[0]) for t in touching), max(int(t[-1]) for t in touching) + 1))
     i, j, k = ranges
     return i, j, k
-
-
-def _fixed_bytes(
-    images: Sequence[Image], planned: Sequence[PlannedHead], options: PredictOptions, *, tta: bool
-) -> int:
-    """What is held in any region: batches on their way in and out, units being written, and spare pieces."""
-    voxels = options.batch_size * math.prod(options.patch_size)
-    read = voxels * sum(image.num_channels for image in images) * 4
-    batches = (BATCHES_READ + (1 if tta else 0)) * read  # one more that is flipped
-    batches += outputs_bytes([h.head for h in planned], options.batch_size, tta=tta)
-    written = UNITS_WRITTEN * sum(h.unit_bytes for h in planned)
-    return batches + written + len(planned) * POOL_SLACK + SMALL_PIECES_BYTES
-
-
-def _region_bytes(
-    region: Region,
-    images: Sequence[Image],
-    heads: Sequence[PlannedHead],
-    grid: PatchGrid,
-    batch_size: int,
-    masked: bool,
-) -> int:
-    """The front of a region's sweep: sums and units, and the chunks that are read."""
-    order = heads[0].tiling.order
-    counts = [len(region.patches[axis]) for axis in order]
-    kept = [
-        held
-        for head, units in zip(heads, region.units, strict=True)
-        if all(units)
-        for held in head.held(units, region.patches, masked=masked)
-    ]
-    sources = [image.source for image in images if not is_quick(image.source)]
-    chunks = [_held_chunks(source, grid, order, region.patches) for source in sources]
-    together = (batch_size - 1) * sum(_bytes_under(grid.patch_size, source) for source in sources)
-    return peak_bytes(kept, counts) + (peak_bytes(chunks, counts) + together if chunks else 0)
-
-
-def _bytes_under(patch_size: Triple, source: VoxelSource) -> int:
-    """The chunks that a patch touches at most, as it lies worst."""
-    extents = [(-(-(p - 1) // c) + 1) * c for p, c in zip(patch_size, source.chunk_shape, strict=True)]
-    return math.prod(min(n, e) for n, e in zip(source.shape[1:], extents, strict=True)) * _voxel_bytes(source)
-
-
-def _voxel_bytes(source: VoxelSource) -> int:
-    return source.shape[0] * source.dtype.itemsize
-
-
-def _held_chunks(source: VoxelSource, grid: PatchGrid, order: Triple, patches: Ranges) -> Held:
-    lives = []
-    for axis in order:
-        run, length = patches[axis], min(source.chunk_shape[axis], grid.spatial_shape[axis])
-        starts = grid.starts[axis][run.start : run.stop]
-        births, deaths = patches_of_chunks(starts, grid.patch_size[axis], length, grid.spatial_shape[axis])
-        touched = births <= deaths
-        sizes = np.full(int(touched.sum()), length)
-        lives.append(AxisLives(births[touched], deaths[touched], sizes))
-    slow, middle, fast = lives
-    return Held((slow, middle, fast), _voxel_bytes(source))

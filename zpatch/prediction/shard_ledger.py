@@ -35,12 +35,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zpatch.chunks.shard_writer import write_shard
+from zpatch.digests import FileSeal, Json, compact_json, digest, sealed_line, unsealed
 from zpatch.errors import DamageError, IncompleteCoverageError, StoreExistsError
-from zpatch.store import image_record
-from zpatch.store.image_record import FileSeal, ImageRecord, Json
+from zpatch.store.image_record import ImageRecord
 from zpatch.store.image_writer import ImageTally
+from zpatch.store.staged_image import StagedImage, sync_folder
 from zpatch.store.store import sharded_array
-from zpatch.store.store_writer import StagedImage, sync_folder
 from zpatch.store.voxel_statistics import State
 
 LEDGER = ".ledger"
@@ -151,13 +151,13 @@ def begin(folder: Path, header: Json) -> Path:
     ``header`` is flat JSON. Where units were written that depend on something else, that is refused with
     StoreExistsError. Where the header is lost, those of another one are left alone.
     """
-    header = json.loads(image_record.compact_json(header))
+    header = json.loads(compact_json(header))
     before = _read_sealed(folder / HEADER)
     if before is None:
         _write_sealed(folder / HEADER, {"header": header})
     else:
         check_same(before["header"], header, folder)
-    return folder / image_record.digest(image_record.compact_json(header).encode())
+    return folder / digest(compact_json(header).encode())
 
 
 def header_of(folder: Path) -> Json | None:
@@ -168,7 +168,7 @@ def header_of(folder: Path) -> Json | None:
 
 def check_same(before: Json, now: Json, place: Path) -> None:
     """Refuse to go on with what depends on something else; says what, and what it was."""
-    changes = _changes(before, json.loads(image_record.compact_json(now)))
+    changes = _changes(before, json.loads(compact_json(now)))
     if changes:
         more = f" (and {len(changes) - SHOWN_CHANGES} more)" if len(changes) > SHOWN_CHANGES else ""
         raise StoreExistsError(
@@ -184,7 +184,7 @@ def _changes(before: Json, now: Json) -> list[str]:
 
 def _shown(before: Any, now: Any) -> tuple[str, str]:
     """Both values, long ones from shortly before where they differ."""
-    texts = [image_record.compact_json({"": value})[4:-1] for value in (before, now)]
+    texts = [compact_json({"": value})[4:-1] for value in (before, now)]
     alike = next((n for n, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
     start = max(0, alike - SHOWN_CHARACTERS // 4) if max(map(len, texts)) > SHOWN_CHARACTERS else 0
     stop = start + SHOWN_CHARACTERS
@@ -197,7 +197,7 @@ def _shown(before: Any, now: Any) -> tuple[str, str]:
 def _write_sealed(path: Path, value: Json) -> None:
     partial = path.with_name(_partial_name())
     with _put_in_place(partial, path), partial.open("wb") as stream:
-        stream.write(image_record.sealed_line(value).encode())
+        stream.write(sealed_line(value).encode())
         stream.flush()
         os.fsync(stream.fileno())
 
@@ -205,7 +205,7 @@ def _write_sealed(path: Path, value: Json) -> None:
 def _read_sealed(path: Path) -> Json | None:
     """What a sealed file says; None where it is not there or not as it was written."""
     try:
-        return image_record.unsealed(path.read_bytes(), str(path))
+        return unsealed(path.read_bytes(), str(path))
     except (FileNotFoundError, DamageError):
         return None
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from zpatch.digests import Json
 from zpatch.report.markup import Content, Html, joined, tag
 from zpatch.report.page_parts import DASH, TIMES, count_text, facts, legend, number_text, problem_item, table
 from zpatch.report.pictures import LabelColours
@@ -19,7 +20,6 @@ from zpatch.report.problems import Problem, grouped
 from zpatch.report.style import SCRIPT, STYLE
 from zpatch.report.summary import CohortSummary, ImageSummary
 from zpatch.runtime.byte_sizes import format_bytes
-from zpatch.store.image_record import Json
 
 GENERATOR = "zpatch report"
 NAMES_SHOWN = 8

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 
+from zpatch.digests import Json
 from zpatch.report.markup import Content, Html, tag
 from zpatch.report.pictures import LabelColours
 from zpatch.report.problems import Problem
-from zpatch.store.image_record import Json
 
 LABELS_SHOWN = 30
 

@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zpatch.chunks.scaling import Scaling
+from zpatch.digests import Json
 from zpatch.errors import ZpatchError
 from zpatch.geometry.boxes import AXIS_NAMES, Triple
 from zpatch.report.planes import Plane, View, views_of
 from zpatch.report.png import Colour, png
-from zpatch.store.image_record import ImageRecord, Json
+from zpatch.store.image_record import ImageRecord
 
 SIDES = (512, 448, 384, 320, 256, 208, 160, 128, 96)  # longest side of a picture, in pixels
 SUBJECT_PIXELS = 360_000  # of all pictures of a subject together: about as many bytes

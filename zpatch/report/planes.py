@@ -17,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zpatch.chunks.gather import read_region
-from zpatch.chunks.mapped_shards import ShardedArray
+from zpatch.chunks.sharded_array import ShardedArray
 from zpatch.errors import MemoryLimitError
-from zpatch.geometry.boxes import AXIS_NAMES, Triple, spacing_mm
+from zpatch.geometry.affines import spacing_mm
+from zpatch.geometry.boxes import AXIS_NAMES, Triple, padded_to_4d
 from zpatch.geometry.orientation import AS_STORED
 from zpatch.nifti.header import orientation_to
-from zpatch.store.image_record import ImageRecord, padded_to_4d
+from zpatch.store.image_record import ImageRecord
 from zpatch.store.store import sharded_array
 
 TILE_SIDE = 1024  # voxels of a plane that are held at once, along each side

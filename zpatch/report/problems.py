@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from zpatch.geometry.boxes import max_corner_distance
-from zpatch.store.image_record import ImageRecord, Json
+from zpatch.digests import Json
+from zpatch.geometry.affines import max_corner_distance
+from zpatch.store.image_record import ImageRecord
 from zpatch.store.verification import VerificationReport
 
 AFFINE_TOLERANCE_VOXELS = 1e-3

@@ -13,9 +13,11 @@ from typing import IO
 
 import numpy as np
 
+from zpatch.digests import Json
 from zpatch.errors import DamageError, OptionError, StoreExistsError, one_line
 from zpatch.geometry.boxes import PatchLocation, Triple
-from zpatch.images.cohort import Cohort, Subject
+from zpatch.images.cohort import Cohort
+from zpatch.images.subject import Subject
 from zpatch.report.page import GENERATOR, page_end, page_start
 from zpatch.report.pictures import (
     LabelColours,
@@ -34,8 +36,8 @@ from zpatch.report.problems import (
 )
 from zpatch.report.subject_section import section_of
 from zpatch.report.summary import CohortSummary, ImageSection, SubjectSection, histogram_of
-from zpatch.runtime.tasks import Progress
-from zpatch.store.image_record import ImageRecord, Json
+from zpatch.runtime.task_contract import Progress
+from zpatch.store.image_record import ImageRecord
 from zpatch.store.verification import verify
 
 OUTPUT = "report.html"

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from zpatch.geometry.boxes import spacing_mm
+from zpatch.geometry.affines import spacing_mm
 from zpatch.report.markup import Content, Html, tag
 from zpatch.report.page_parts import TIMES, count_text, facts, legend, number_text, problem_item, table
 from zpatch.report.pictures import LabelColours, Panel, Picture, label_names

@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from zpatch.digests import Json
 from zpatch.errors import DamageError
-from zpatch.geometry.boxes import spacing_mm
+from zpatch.geometry.affines import spacing_mm
 from zpatch.report.pictures import Panel, label_names, window_of
 from zpatch.report.problems import Problem
-from zpatch.store.image_record import HISTOGRAM, ImageRecord, Json
+from zpatch.store.image_record import ImageRecord
+from zpatch.store.names import HISTOGRAM
 from zpatch.store.store import read_small_array
 from zpatch.store.verification import VerificationReport
 

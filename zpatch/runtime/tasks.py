@@ -7,69 +7,25 @@ They are idempotent: one whose worker was killed is simply run again.
 from __future__ import annotations
 
 import contextlib
-import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import threading
-import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-from urllib.parse import urlsplit
+from typing import Any, TypeVar
 
-from zpatch.errors import OptionError, WorkerError
+from zpatch.errors import WorkerError
+from zpatch.runtime.dask_cluster import run_on_cluster
+from zpatch.runtime.task_contract import MAX_DEATHS, Progress, Result, Task, TaskFunction, given_up
 
 T = TypeVar("T")
-Task = TypeVar("Task")
-Result = TypeVar("Result")
-
-Scheduler = Literal["sync", "threads"] | Any  # or a distributed.Client
-Progress = Callable[[int], None]
-TaskFunction = Callable[[Task, Progress], Result]
-
-MAX_DEATHS = 4
 POLL_S = 0.2
-CLUSTER_TIMEOUT_S = 30
-IN_FLIGHT_PER_THREAD = 2
-PROTOCOLS = ("tcp", "tls", "ucx", "ws", "wss")  # of dask.distributed
-
-
-def is_cluster(scheduler: Scheduler) -> bool:
-    """Whether a scheduler is a distributed.Client."""
-    return not isinstance(scheduler, str) and hasattr(scheduler, "scheduler_info")
-
-
-def run_graph(graph: dict[Any, Any], keys: Any, scheduler: Scheduler = "sync") -> Any:
-    """Compute one or several keys of a Dask graph, in this thread (``sync``) or dask's pool (``threads``)."""
-    return _getter(scheduler)(graph, keys)
-
-
-def _getter(scheduler: Scheduler) -> Callable[..., Any]:
-    if scheduler == "sync":
-        from dask.local import get_sync
-
-        return get_sync
-    if scheduler == "threads":
-        from dask.threaded import get
-
-        return get
-    raise OptionError(f"scheduler must be 'sync', 'threads' or a distributed.Client, not {scheduler!r}")
-
-
-def thread_count(scheduler: Scheduler) -> int:
-    """How many tasks the scheduler runs at a time."""
-    if scheduler == "sync":
-        return 1
-    from dask.system import CPU_COUNT
-
-    return CPU_COUNT
 
 
 def read_ahead(items: Iterator[T]) -> Iterator[T]:
@@ -100,7 +56,7 @@ def run_tasks(
     dies is run again, and after four deaths its result is a WorkerError.
     """
     if scheduler is not None:
-        yield from _on_cluster(function, tasks, names, folder, scheduler, progress)
+        yield from run_on_cluster(function, tasks, names, folder, scheduler, progress)
     elif jobs > 1 and len(tasks) > 1:
         yield from _in_processes(function, tasks, min(jobs, len(tasks)), progress)
     else:
@@ -137,13 +93,7 @@ def _in_processes(
                     if deaths[number] < MAX_DEATHS:
                         waiting.appendleft(number)
                     else:
-                        yield number, _given_up()
-
-
-def _given_up() -> WorkerError:
-    return WorkerError(
-        f"its worker was killed {MAX_DEATHS} times, perhaps for want of memory; try fewer --jobs"
-    )
+                        yield number, given_up()
 
 
 class _Reported:
@@ -206,96 +156,3 @@ def _in_worker(function: TaskFunction[Task, Result], number: int, task: Task) ->
         _amounts[number] += amount
 
     return function(task, count)
-
-
-def _on_cluster(
-    function: TaskFunction[Task, Result],
-    tasks: Sequence[Task],
-    names: Sequence[str],
-    folder: Path,
-    scheduler: str,
-    progress: Progress,
-) -> Iterator[tuple[int, Result | WorkerError]]:
-    with _client_of(scheduler) as client:
-        from distributed import KilledWorker, as_completed
-
-        _check_same_folder(client, folder)
-        run = uuid.uuid4().hex[:8]
-        numbers: dict[Any, int] = {}
-
-        def result_of(future: Any) -> Result:
-            result: Result
-            result, amount = future.result()
-            if amount:
-                progress(amount)
-            return result
-
-        def submit(number: int, attempt: str) -> Any:
-            key = f"{names[number]}-{run}-{attempt}"
-            future = client.submit(_on_worker, function, tasks[number], key=key, pure=False)
-            numbers[future] = number
-            return future
-
-        waiting = deque(range(len(tasks)))
-        suspects: list[int] = []
-        most = IN_FLIGHT_PER_THREAD * max(1, sum(client.nthreads().values()))
-        first = [submit(waiting.popleft(), "together") for _ in range(min(most, len(tasks)))]
-        completed = as_completed(first, loop=client.loop)
-        for future in completed:
-            number = numbers.pop(future)
-            try:
-                yield number, result_of(future)
-            except KilledWorker:
-                suspects.append(number)
-            if waiting:
-                completed.add(submit(waiting.popleft(), "together"))
-        for number in suspects:  # each alone: only now is a death its own fault
-            try:
-                yield number, result_of(submit(number, "alone"))
-            except KilledWorker:
-                yield number, _given_up()
-
-
-def _client_of(scheduler: str) -> Any:
-    """A connection to a scheduler, by its address or its file."""
-    try:
-        from distributed import Client
-    except ImportError:
-        raise OptionError("--scheduler needs dask.distributed; pip install 'zpatch[distributed]'") from None
-    where = {"scheduler_file": scheduler} if Path(scheduler).is_file() else {"address": scheduler}
-    try:
-        _check_answers(scheduler)
-        return Client(**where, timeout=CLUSTER_TIMEOUT_S, set_as_default=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise OptionError(f"no Dask scheduler answers at {scheduler!r} ({error})") from None
-
-
-def _check_answers(scheduler: str) -> None:
-    """Knock first: a Client that fails to connect may lock up the interpreter when it is collected."""
-    address = scheduler
-    if Path(scheduler).is_file():
-        address = json.loads(Path(scheduler).read_text())["address"]
-    place = urlsplit(address)
-    if place.scheme not in PROTOCOLS or not place.hostname:
-        raise ValueError("an address is like tcp://host:8786")
-    if place.scheme in ("tcp", "tls") and place.port:
-        socket.create_connection((place.hostname, place.port), CLUSTER_TIMEOUT_S).close()
-
-
-def _on_worker(function: TaskFunction[Task, Result], task: Task) -> tuple[Result, int]:
-    """The result, and how much was told to be done."""
-    amounts: list[int] = []
-    return function(task, amounts.append), sum(amounts)
-
-
-def _check_same_folder(client: Any, folder: Path) -> None:
-    """A file written here must be seen by every worker: else they would write somewhere else."""
-    folder.mkdir(parents=True, exist_ok=True)
-    nonce = folder / f".nonce-{uuid.uuid4().hex}"
-    nonce.touch()
-    try:
-        blind = [worker for worker, sees in client.run(nonce.exists).items() if not sees]
-    finally:
-        nonce.unlink()
-    if blind:
-        raise OptionError(f"workers {', '.join(blind)} do not see {folder}; use a file system that all share")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self, cast
 
@@ -12,11 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from zpatch.chunks.scaling import Scaling
-from zpatch.errors import OptionError, UnknownNameError
-from zpatch.geometry.boxes import Affine, PatchLocation
+from zpatch.errors import UnknownNameError
+from zpatch.geometry.affines import Affine
+from zpatch.geometry.boxes import PatchLocation
 from zpatch.store.image_record import Kind
-
-NewMemory = Callable[..., torch.Tensor]
 
 # Types that torch stores but hardly computes with, and what holds all their values.
 _WIDER = {
@@ -113,99 +111,6 @@ class Patch(_ByName):
         return replace(self, images={**self.images, **changed})
 
 
-@dataclass(frozen=True)
-class PatchBatch(_ByName):
-    """Some patches with a batch axis: ``batch.t1.data`` is (B, C, I, J, K).
-
-    ``patch_location`` and ``subjects`` have an entry for each patch.
-    """
-
-    images: Mapping[str, PatchImage]
-    patch_location: list[PatchLocation]
-    subjects: list[str]
-
-    def __len__(self) -> int:
-        return len(self.patch_location)
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
-        """The batch with its data on a device; Lightning and the like move batches by it."""
-        return self.map_data(lambda data: data.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Self:
-        """The batch in page-locked memory; torch's DataLoader pins batches by it."""
-        return self.map_data(torch.Tensor.pin_memory)
-
-
-def collate(patches: Sequence[Patch]) -> PatchBatch:
-    """Stack patches into a batch, as ``collate_fn`` of any DataLoader."""
-    return stack(patches, len(patches))
-
-
-def stack(
-    patches: Iterable[Patch],
-    count: int,
-    new_memory: NewMemory = torch.empty,
-    dtype: torch.dtype | None = None,
-) -> PatchBatch:
-    """A batch of ``count`` patches, or of as many as there are; each is copied before the next is asked for.
-
-    ``new_memory(shape, dtype=)`` gives the memory of a batch of one image, in the order (b, c, z, y, x). With
-    a ``dtype`` images that are no label maps are written as values of that type.
-    """
-    batch: dict[str, torch.Tensor] = {}
-    taken: list[Patch] = []
-    for patch in itertools.islice(patches, count):
-        if taken:
-            _check_alike(patch, taken[0], dtype)
-        for name, image in patch.images.items():
-            if not taken:
-                shape = (count, *_stored(image.data).shape)
-                batch[name] = new_memory(shape, dtype=_type(image, dtype))
-            image.write_values(_in_user_order(batch[name])[len(taken)], dtype)
-        taken.append(patch)
-    images = {
-        name: PatchImage(
-            _in_user_order(data[: len(taken)]),
-            np.stack([patch[name].affine for patch in taken]),
-            taken[0][name].kind,
-            *np.array([_left(patch[name], dtype) for patch in taken]).T,
-        )
-        for name, data in batch.items()
-    }
-    return PatchBatch(images, [p.location for p in taken], [p.subject for p in taken])
-
-
-def _type(image: PatchImage, dtype: torch.dtype | None) -> torch.dtype:
-    """What the values of an image come in."""
-    return dtype if dtype is not None and image.is_pending(dtype) else image.data.dtype
-
-
-def _left(image: PatchImage, dtype: torch.dtype | None) -> tuple[float, float]:
-    """Slope and intercept that are still to be applied."""
-    return (1.0, 0.0) if image.is_pending(dtype) else (image.slope, image.inter)
-
-
-def _check_alike(patch: Patch, first: Patch, dtype: torch.dtype | None) -> None:
-    if list(patch.images) != list(first.images):
-        raise OptionError(
-            f"a batch needs the same images in each patch: {patch.subject!r} has "
-            f"{', '.join(patch.images)}, {first.subject!r} has {', '.join(first.images)}"
-        )
-    for name, image in patch.images.items():
-        shapes = {tuple(image.data.shape), tuple(first[name].data.shape)}
-        if len(shapes) > 1:
-            raise OptionError(
-                f"a batch needs patches of one shape: {name!r} has {', '.join(map(str, sorted(shapes)))}"
-            )
-        types = [_type(one[name], dtype) for one in (patch, first)]
-        if types[0] != types[1]:
-            raise OptionError(f"a batch needs patches of one type: {name!r} has {types[0]} and {types[1]}")
-
-
 def _stored(data: torch.Tensor) -> torch.Tensor:
     """(C, I, J, K) in the order of its memory, (c, z, y, x), so that a copy runs along what it reads."""
     return data.permute(0, 3, 2, 1) if data.ndim == 4 else data
-
-
-def _in_user_order(batch: torch.Tensor) -> torch.Tensor:
-    return batch.permute(0, 1, 4, 3, 2) if batch.ndim == 5 else batch

@@ -6,79 +6,24 @@ Everything here is data; nothing touches a file. `store.py` writes and reads it.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, get_args
+from typing import Literal, Self, get_args
 
 import numpy as np
 
-from zpatch.errors import DamageError, OptionError, SourceError
-from zpatch.geometry.boxes import Affine, Triple, spacing_mm
+from zpatch.chunks.codec import check_codec
+from zpatch.digests import FileSeal, Json, digest
+from zpatch.errors import DamageError
+from zpatch.geometry.affines import Affine, spacing_mm
+from zpatch.geometry.boxes import Triple, padded_to_4d
 from zpatch.geometry.orientation import AS_STORED, Orientation
-
-FORMAT = 1
+from zpatch.store.names import check_name
 
 Kind = Literal["scalar", "label", "sampling"]
-Json = dict[str, Any]
 
 KINDS: tuple[str, ...] = get_args(Kind)
 AXES = ("zyx", "czyx", "tzyx")
-
-ROOT_DOCUMENT = "zarr.json"
-MANIFEST = "manifest.jsonl"
-STAGING = ".staging"
-UNFINISHED = ".unfinished"
-LOCK = ".lock"
-RAW_HEADER = "nifti"
-INDEX = "index"
-HISTOGRAM = "histogram"
-
-# Never the last key of a line: "checksum" and "chunks" sort after it.
-_CHECK = re.compile(rb'"check":"([0-9a-f]{32})",')
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-
-
-def check_name(name: str, what: str) -> None:
-    """Refuse a subject or image name that could not be a folder everywhere."""
-    if not _NAME.fullmatch(name) or name.casefold() in (ROOT_DOCUMENT, MANIFEST):
-        raise SourceError(
-            f"{what} name {name!r} is not usable: it must start with a letter or digit and hold only "
-            f"letters, digits, '.', '_' and '-' (at most 128), and not be a file of the store itself"
-        )
-
-
-def check_names_differ(names: Iterable[str], what: str) -> None:
-    """Refuse names that differ in case only: some file systems cannot tell them apart."""
-    seen: dict[str, str] = {}
-    for name in names:
-        if (other := seen.setdefault(name.casefold(), name)) != name:
-            raise SourceError(f"{what} names {other!r} and {name!r} differ in case only; rename one")
-
-
-@dataclass(frozen=True, slots=True)
-class Codec:
-    """A codec preset: blosc's compressor, its level, and whether bytes are shuffled first."""
-
-    compressor: str
-    level: int
-    shuffle: bool = True
-
-
-CODECS: Mapping[str, Codec | None] = {
-    "lz4": Codec("lz4", 5),
-    "lz4hc": Codec("lz4hc", 4),  # above that it takes ever longer, for little
-    "zstd": Codec("zstd", 5),
-    "none": None,
-}
-
-
-def check_codec(name: str) -> None:
-    """Refuse a codec that is no preset; nothing else is ever decoded."""
-    if name not in CODECS:
-        raise OptionError(f"codec must be one of {', '.join(CODECS)}, not {name!r}")
 
 
 def codec_for(preset: str, kind: Kind) -> str:
@@ -89,43 +34,6 @@ def codec_for(preset: str, kind: Kind) -> str:
     return "lz4hc" if kind == "label" and preset == "lz4" else preset
 
 
-def new_digest(data: bytes = b"") -> hashlib.blake2b:
-    """The hash of the format, blake2b-128, to be fed bytes as they come."""
-    return hashlib.blake2b(data, digest_size=16)
-
-
-def digest(data: bytes) -> str:
-    """blake2b-128 of some bytes, in hexadecimal."""
-    return new_digest(data).hexdigest()
-
-
-def compact_json(value: Json) -> str:
-    """JSON with sorted keys and no spaces; NaN and infinity are errors."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def sealed_line(value: Json) -> str:
-    """A manifest line: compact JSON with ``check``, the digest of the line without that field."""
-    return compact_json({**value, "check": digest(compact_json(value).encode())})
-
-
-def check_seal(line: bytes | memoryview, where: str) -> None:
-    """Refuse a manifest line that is not the one that was written."""
-    check = _CHECK.search(line)
-    if check is None:
-        raise DamageError(f"{where} is not a manifest line; restore the file from a copy")
-    if check[1].decode() != digest(bytes(line[: check.start()]) + bytes(line[check.end() :])):
-        raise DamageError(f"{where} does not match its checksum; restore the file from a copy")
-
-
-def unsealed(line: bytes | memoryview, where: str) -> Json:
-    """The value of a manifest line, once its check holds."""
-    check_seal(line, where)
-    value = json.loads(bytes(line))
-    del value["check"]
-    return dict(value)
-
-
 @dataclass(frozen=True, slots=True)
 class Source:
     """The fingerprint of the file an image came from; ``path`` is relative to the source folder."""
@@ -133,14 +41,6 @@ class Source:
     path: str
     bytes: int
     mtime_ns: int
-    checksum: str
-
-
-@dataclass(frozen=True, slots=True)
-class FileSeal:
-    """What a file must be: its length and the blake2b-128 of its bytes."""
-
-    bytes: int
     checksum: str
 
 
@@ -280,12 +180,6 @@ def _check_shapes(
             raise ValueError(f"a shape of {extent} with {ndim} axes")
     if any(s % c for s, c in zip(shards, chunks, strict=True)):
         raise ValueError(f"shards {shards} are not whole chunks {chunks}")
-
-
-def padded_to_4d(shape: Sequence[int]) -> tuple[int, int, int, int]:
-    """A stored shape with a channel axis in front where it has none."""
-    c, z, y, x = (1,) * (4 - len(shape)) + tuple(shape)
-    return c, z, y, x
 
 
 _AXIS_TYPES = {"z": "space", "y": "space", "x": "space", "c": "channel", "t": "time"}

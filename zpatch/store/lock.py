@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from zpatch.errors import StoreError, StoreLockedError, ZpatchError
-from zpatch.store import image_record
+from zpatch.store.names import LOCK
 
 DYING_WORKERS_S = 10
 
@@ -39,7 +39,7 @@ def take_lock(path: Path) -> IO[str]:
     except OSError as error:
         raise StoreError(f"{path}: it cannot be made ({error.strerror})") from None
     with writing_to(path):
-        lock = (path / image_record.LOCK).open("a+")
+        lock = (path / LOCK).open("a+")
     until = time.monotonic() + DYING_WORKERS_S
     while not _is_free(lock):
         lock.seek(0)

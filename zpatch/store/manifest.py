@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from zpatch.digests import FileSeal, Json, check_seal, sealed_line, unsealed
 from zpatch.errors import DamageError
-from zpatch.store import image_record
-from zpatch.store.image_record import FileSeal, ImageRecord, Json
+from zpatch.store.image_record import ImageRecord
 
 Key = tuple[str, str]
 
@@ -37,7 +37,7 @@ class Records(Mapping[Key, ImageRecord]):
     def __getitem__(self, key: Key) -> ImageRecord:
         number, start, stop = self._lines[key]
         where = f"{self._path}, line {number}"
-        return ImageRecord.from_json(image_record.unsealed(self._data[start:stop], where), where)
+        return ImageRecord.from_json(unsealed(self._data[start:stop], where), where)
 
     def __iter__(self) -> Iterator[Key]:
         return iter(self._lines)
@@ -73,12 +73,12 @@ def read_manifest(path: Path) -> Manifest:
         number += 1
         line = view[start:stop]
         where = f"{path}, line {number}"
-        image_record.check_seal(line, where)
+        check_seal(line, where)
         image, subject = _IMAGE.search(line), _SUBJECT.match(line)
         if image and subject:
             lines[subject[1].decode(), image[1].decode()] = number, start, stop
         elif _DOCUMENT.search(line):  # asked second: metadata of an image may hold such a key
-            documents.update(_document(image_record.unsealed(line, where), where))
+            documents.update(_document(unsealed(line, where), where))
         else:
             raise DamageError(f"{where} is no image record; restore the file from a copy")
         start = stop + 1
@@ -94,7 +94,7 @@ def _document(value: Json, where: str) -> dict[str, FileSeal]:
 
 def append_lines(path: Path, *values: Json) -> None:
     """Enter lines in one write, so that the images of a subject are there together, and sync them."""
-    lines = memoryview("".join(image_record.sealed_line(value) + "\n" for value in values).encode())
+    lines = memoryview("".join(sealed_line(value) + "\n" for value in values).encode())
     with path.open("ab", buffering=0) as stream:
         while lines:  # a disk that runs full takes a part, and says so at the next write only
             lines = lines[stream.write(lines) :]

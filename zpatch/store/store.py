@@ -17,11 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zpatch.chunks.codec import codec_of
-from zpatch.chunks.mapped_shards import ChunkFiles, ShardedArray
+from zpatch.chunks.sharded_array import ChunkFiles, ShardedArray
+from zpatch.digests import FileSeal, Json, digest
 from zpatch.errors import DamageError, NotAStoreError, StoreError
-from zpatch.store import image_record
-from zpatch.store.image_record import FileSeal, ImageRecord, Json
+from zpatch.geometry.boxes import padded_to_4d
+from zpatch.store.image_record import ImageRecord
 from zpatch.store.manifest import Key, read_manifest
+from zpatch.store.names import FORMAT, MANIFEST, ROOT_DOCUMENT
 
 TOOL = "zpatch"
 
@@ -53,7 +55,7 @@ def open_store(path: str | os.PathLike[str]) -> Store:
 
 def store_of(root: Path, attributes: Json) -> Store:
     """The store as its manifest says, whatever its root document."""
-    manifest = read_manifest(root / image_record.MANIFEST)
+    manifest = read_manifest(root / MANIFEST)
     return Store(root.absolute(), attributes, manifest.records, manifest.documents)
 
 
@@ -66,7 +68,7 @@ def is_store(path: Path) -> bool:
 
 
 def _root_group(root: Path) -> Json:
-    document = root / image_record.ROOT_DOCUMENT
+    document = root / ROOT_DOCUMENT
     try:
         text = document.read_bytes()
     except FileNotFoundError:
@@ -87,10 +89,10 @@ def _root_group(root: Path) -> Json:
 def root_attributes(root: Path) -> Json:
     """What a store's root document says of it."""
     attributes = _root_group(root)
-    if attributes["format"] > image_record.FORMAT:
+    if attributes["format"] > FORMAT:
         raise StoreError(
             f"{root}: it is a store of format {attributes['format']}, and this zpatch reads up to "
-            f"{image_record.FORMAT}; install a newer zpatch"
+            f"{FORMAT}; install a newer zpatch"
         )
     return attributes
 
@@ -100,10 +102,10 @@ def sharded_array(folder: Path, record: ImageRecord, level: int = 0) -> ShardedA
     array = record.levels[level - 1] if level else record
     return ShardedArray(
         path=folder / str(level),
-        shape=image_record.padded_to_4d(array.shape),
+        shape=padded_to_4d(array.shape),
         dtype=np.dtype(record.dtype),
-        chunks=image_record.padded_to_4d(array.chunks),
-        shards=image_record.padded_to_4d(array.shards),
+        chunks=padded_to_4d(array.chunks),
+        shards=padded_to_4d(array.shards),
         codec=codec_of(record.codec),
         files=ChunkFiles(axes=tuple(range(4 - len(record.shape), 4))),
         name=f"image {record.image!r} of subject {record.subject!r}",
@@ -125,10 +127,7 @@ def read_small_array(folder: Path, name: str, files: Mapping[str, FileSeal]) -> 
     """A small array of an image, its raw header or a table of its index, compared with its seals."""
     try:
         for key, seal in files.items():
-            if (
-                key.startswith(f"{name}/")
-                and image_record.digest((folder / key).read_bytes()) != seal.checksum
-            ):
+            if key.startswith(f"{name}/") and digest((folder / key).read_bytes()) != seal.checksum:
                 raise ValueError("its contents have changed")
         values = _plain_array(folder / name)
         if values is None:
@@ -145,7 +144,7 @@ def read_small_array(folder: Path, name: str, files: Mapping[str, FileSeal]) -> 
 
 def _plain_array(folder: Path) -> NDArray[Any] | None:
     """An array of one chunk that is not compressed, as tables of an index are; None for any other."""
-    document: Json = json.loads((folder / image_record.ROOT_DOCUMENT).read_bytes())
+    document: Json = json.loads((folder / ROOT_DOCUMENT).read_bytes())
     whole = {"name": "regular", "configuration": {"chunk_shape": document["shape"]}}
     names = [codec["name"] for codec in document["codecs"]]
     little = document["codecs"][0].get("configuration", {"endian": "little"}) == {"endian": "little"}

@@ -6,8 +6,6 @@ An image is written under ``.staging``, synced, renamed into place, and only the
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import shutil
 import uuid
@@ -15,25 +13,23 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any, Self
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import IO, Self
 
 from zpatch.chunks.mapped_shards import close_shards
-from zpatch.chunks.shard_writer import write_shard
+from zpatch.digests import FileSeal, Json, digest
 from zpatch.errors import StoreExistsError
-from zpatch.store import image_record
-from zpatch.store.image_record import FileSeal, ImageRecord, Json
+from zpatch.store.image_record import ImageRecord
 from zpatch.store.lock import take_lock, writing_to
 from zpatch.store.manifest import Key, append_lines, read_manifest
-from zpatch.store.store import TOOL, is_store, root_attributes, sharded_array
+from zpatch.store.names import FORMAT, LOCK, MANIFEST, ROOT_DOCUMENT, STAGING
+from zpatch.store.staged_image import StagedImage, _group_document, _sync_file, sync_folder
+from zpatch.store.store import TOOL, is_store, root_attributes
 
 _OWN_NAMES = {
-    image_record.LOCK,
-    image_record.STAGING,
-    image_record.ROOT_DOCUMENT,
-    f"{image_record.ROOT_DOCUMENT}.partial",
+    LOCK,
+    STAGING,
+    ROOT_DOCUMENT,
+    f"{ROOT_DOCUMENT}.partial",
 }
 
 
@@ -55,7 +51,7 @@ def _is_vacant(path: Path) -> bool:
     if not path.exists():
         return True
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
-    return names <= _OWN_NAMES and (image_record.ROOT_DOCUMENT not in names or is_store(path))
+    return names <= _OWN_NAMES and (ROOT_DOCUMENT not in names or is_store(path))
 
 
 class StoreWriter:
@@ -72,9 +68,9 @@ class StoreWriter:
         self.path = path.absolute()
         self.attributes = attributes  # of the store's root
         self.records = records  # what was committed before
-        self.staging = self.path / image_record.STAGING
+        self.staging = self.path / STAGING
         self._lock = lock
-        self._manifest = self.path / image_record.MANIFEST
+        self._manifest = self.path / MANIFEST
         self._replaced = self.staging / "replaced"
         self._documents = dict(documents)
 
@@ -87,7 +83,7 @@ class StoreWriter:
             with writing_to(path):
                 _clear(path)
                 created = datetime.now(UTC).isoformat(timespec="seconds")
-                writer = cls(path, lock, {"format": image_record.FORMAT, "created": created, **attributes})
+                writer = cls(path, lock, {"format": FORMAT, "created": created, **attributes})
                 writer._write_group("", writer.attributes)
         except BaseException:
             lock.close()
@@ -111,11 +107,11 @@ class StoreWriter:
         lock = take_lock(path)
         try:
             with writing_to(path):
-                manifest = read_manifest(path / image_record.MANIFEST)
-                if manifest.whole_bytes < (path / image_record.MANIFEST).stat().st_size:
-                    os.truncate(path / image_record.MANIFEST, manifest.whole_bytes)
+                manifest = read_manifest(path / MANIFEST)
+                if manifest.whole_bytes < (path / MANIFEST).stat().st_size:
+                    os.truncate(path / MANIFEST, manifest.whole_bytes)
                 writer = cls(path, lock, own_attributes, manifest.records, manifest.documents)
-                if image_record.ROOT_DOCUMENT not in manifest.documents:  # its line, the first, was torn
+                if ROOT_DOCUMENT not in manifest.documents:  # its line, the first, was torn
                     writer._write_group("", own_attributes)
                 writer._put_back(manifest.records)
                 shutil.rmtree(writer.staging, ignore_errors=True)
@@ -181,9 +177,9 @@ class StoreWriter:
         """Undo replacements whose line was not written."""
         for folder in sorted(self._replaced.glob("*/*")):
             key = folder.parent.name, folder.name
-            document = folder / image_record.ROOT_DOCUMENT
-            seal = records[key].files[image_record.ROOT_DOCUMENT] if key in records else None
-            if seal and document.is_file() and image_record.digest(document.read_bytes()) == seal.checksum:
+            document = folder / ROOT_DOCUMENT
+            seal = records[key].files[ROOT_DOCUMENT] if key in records else None
+            if seal and document.is_file() and digest(document.read_bytes()) == seal.checksum:
                 target = self.path / key[0] / key[1]
                 shutil.rmtree(target, ignore_errors=True)
                 folder.rename(target)
@@ -192,13 +188,13 @@ class StoreWriter:
         """Write the document of a group, unless it is there with these attributes."""
         folder = self.path / name
         folder.mkdir(exist_ok=True)
-        key = f"{name}/{image_record.ROOT_DOCUMENT}".lstrip("/")
+        key = f"{name}/{ROOT_DOCUMENT}".lstrip("/")
         content = _group_document({TOOL: attributes})
-        seal = FileSeal(len(content), image_record.digest(content))
-        document = folder / image_record.ROOT_DOCUMENT
+        seal = FileSeal(len(content), digest(content))
+        document = folder / ROOT_DOCUMENT
         if self._documents.get(key) == seal and document.is_file() and document.read_bytes() == content:
             return
-        partial = document.with_name(f"{image_record.ROOT_DOCUMENT}.partial")
+        partial = document.with_name(f"{ROOT_DOCUMENT}.partial")
         partial.write_bytes(content)
         _sync_file(partial)
         partial.rename(document)
@@ -207,145 +203,13 @@ class StoreWriter:
         self._documents[key] = seal
 
 
-class StagedImage:
-    """An image that is being written, in a folder of its own.
-
-    ``seals`` are those of shards that are there already, by their path in the folder.
-    """
-
-    def __init__(self, folder: Path, seals: Mapping[str, FileSeal] = MappingProxyType({})) -> None:
-        self.folder = folder
-        self._seals = dict(seals)
-
-    @classmethod
-    def below(cls, staging: Path) -> Self:
-        """A fresh folder in a staging area."""
-        folder = staging / uuid.uuid4().hex
-        folder.mkdir(parents=True)
-        return cls(folder)
-
-    def write_shard(
-        self, record: ImageRecord, shard: tuple[int, ...], voxels: NDArray[Any], *, level: int = 0
-    ) -> None:
-        """Write one shard, whole: ``voxels`` is (c, z, y, x)."""
-        array = sharded_array(self.folder, record, level)
-        seal = write_shard(array, shard, voxels, record.codec)
-        self._seals[array.shard_file(shard).relative_to(self.folder).as_posix()] = seal
-
-    def write_raw_header(self, raw_header: bytes) -> None:
-        """Keep a NIfTI header as nifti-zarr does: an array of its bytes."""
-        self._write_small_array(image_record.RAW_HEADER, np.frombuffer(raw_header, dtype=np.uint8))
-
-    def write_index(self, tables: Mapping[str, NDArray[Any]]) -> None:
-        """Keep a label or weight index: small arrays in a group."""
-        if tables:
-            folder = self.folder / image_record.INDEX
-            folder.mkdir()
-            (folder / image_record.ROOT_DOCUMENT).write_bytes(_group_document({}))
-        for name, table in tables.items():
-            self._write_small_array(f"{image_record.INDEX}/{name}", table)
-
-    def write_histogram(self, histogram: NDArray[np.float64]) -> None:
-        """Keep the histogram that statistics over a cohort are made of."""
-        self._write_small_array(image_record.HISTOGRAM, histogram, compressors="auto")
-
-    def finish(self, record: ImageRecord) -> ImageRecord:
-        """Write the metadata, sync everything, and return the record with all files sealed."""
-        for level in range(len(record.levels) + 1):
-            _write_array_metadata(self.folder, record, level)
-        attributes = {
-            "ome": image_record.ome_attributes(record),
-            TOOL: {k: v for k, v in record.to_json().items() if k != "files"},
-        }
-        (self.folder / image_record.ROOT_DOCUMENT).write_bytes(_group_document(attributes))
-        for file in sorted(self.folder.rglob("*")):
-            if file.is_dir():
-                sync_folder(file)
-                continue
-            key = file.relative_to(self.folder).as_posix()
-            if key not in self._seals:
-                _sync_file(file)
-                content = file.read_bytes()
-                self._seals[key] = FileSeal(len(content), image_record.digest(content))
-        sync_folder(self.folder)
-        return dataclasses.replace(record, files=dict(sorted(self._seals.items())))
-
-    def discard(self) -> None:
-        """Remove all that was written."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _write_small_array(self, name: str, values: NDArray[Any], compressors: Any = None) -> None:
-        import zarr
-
-        array = zarr.create_array(
-            store=self.folder / name,
-            shape=values.shape,
-            chunks=tuple(max(n, 1) for n in values.shape),
-            dtype=values.dtype,
-            compressors=compressors,
-            fill_value=0,
-            zarr_format=3,
-            config={"write_empty_chunks": True},
-        )
-        array[:] = values
-
-
-def _write_array_metadata(folder: Path, record: ImageRecord, level: int) -> None:
-    import zarr
-    from zarr.codecs import BloscCodec, Crc32cCodec
-
-    preset = image_record.CODECS[record.codec]
-    itemsize = np.dtype(record.dtype).itemsize
-    compressors: list[Any] = [Crc32cCodec()]
-    if preset is not None:
-        blosc = BloscCodec(
-            cname=preset.compressor,  # type: ignore[arg-type]
-            clevel=preset.level,
-            shuffle="shuffle" if preset.shuffle else "noshuffle",
-            typesize=itemsize,
-        )
-        compressors.insert(0, blosc)
-    array = record.levels[level - 1] if level else record
-    zarr.create_array(
-        store=folder / str(level),
-        shape=array.shape,
-        chunks=array.chunks,
-        shards=array.shards,
-        dtype=record.dtype,
-        compressors=compressors,
-        fill_value=0,
-        dimension_names=list(record.axes),
-        zarr_format=3,
-        config={"write_empty_chunks": True},
-    )
-
-
-def _group_document(attributes: Json) -> bytes:
-    document = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
-    return json.dumps(document, indent=2, allow_nan=False).encode()
-
-
 def _clear(path: Path) -> None:
     """Remove all of a store but its lock: the manifest first, so that nothing half there looks whole, and
     the root document last, so that what is left is still known for a store."""
-    order = {image_record.MANIFEST: 0, image_record.ROOT_DOCUMENT: 2}
+    order = {MANIFEST: 0, ROOT_DOCUMENT: 2}
     for entry in sorted(path.iterdir(), key=lambda entry: order.get(entry.name, 1)):
         close_shards(entry)
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
-        elif entry.name != image_record.LOCK:
+        elif entry.name != LOCK:
             entry.unlink()
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Make sure that the names in a folder last."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from zpatch.digests import FileSeal, Json, new_digest
 from zpatch.errors import DamageError, StoreError
-from zpatch.runtime.tasks import Progress
-from zpatch.store import image_record
-from zpatch.store.image_record import FileSeal, Json
+from zpatch.runtime.task_contract import Progress
+from zpatch.store.names import MANIFEST, ROOT_DOCUMENT
 from zpatch.store.store import Store, open_store, store_of
 
 
@@ -75,12 +75,12 @@ def verify(
     try:
         opened = _opened(root)
     except DamageError as error:
-        damage = Damage(image_record.MANIFEST, str(error))
+        damage = Damage(MANIFEST, str(error))
         return VerificationReport(root, 0, 0, 0, quick, (damage,), (), ())
     seals = dict(sealed_files(opened))
     damages = []
     for name, seal in seals.items():
-        what = _fault(root / name, seal, quick=quick and not name.endswith(image_record.ROOT_DOCUMENT))
+        what = _fault(root / name, seal, quick=quick and not name.endswith(ROOT_DOCUMENT))
         if what:
             damages.append(Damage(name, what))
         progress(seal.bytes)
@@ -103,7 +103,7 @@ def _opened(root: Path) -> Store:
     except DamageError:
         raise
     except StoreError:
-        if not (root / image_record.MANIFEST).is_file():
+        if not (root / MANIFEST).is_file():
             raise
         return store_of(root, {})
 
@@ -134,7 +134,7 @@ def _fault(file: Path, seal: FileSeal, *, quick: bool) -> str | None:
         if quick:
             return None
         with file.open("rb") as stream:
-            found = hashlib.file_digest(stream, image_record.new_digest).hexdigest()
+            found = hashlib.file_digest(stream, new_digest).hexdigest()
     except FileNotFoundError:
         return "it is missing"
     except OSError as error:

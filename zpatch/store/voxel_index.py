@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from zpatch.chunks.layout import chunk_counts
+from zpatch.digests import FileSeal, Json
 from zpatch.errors import SamplingError, SourceError
-from zpatch.geometry.boxes import PatchLocation, Triple
-from zpatch.geometry.patch_grid import chunk_counts
-from zpatch.store.image_record import INDEX, FileSeal, ImageRecord, Json, padded_to_4d
+from zpatch.geometry.boxes import PatchLocation, Triple, padded_to_4d
+from zpatch.store.image_record import ImageRecord
+from zpatch.store.names import INDEX
 from zpatch.store.store import read_small_array
-from zpatch.store.voxel_statistics import value_counts
+from zpatch.store.value_counts import value_counts
 
 MAX_LABELS = 2**20  # an index of so many takes about 700 MiB to build
 

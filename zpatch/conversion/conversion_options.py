@@ -1,0 +1,99 @@
+"""What a user may choose of a conversion, and the memory that follows from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+
+from zpatch.chunks.codec import check_codec
+from zpatch.chunks.layout import CHUNK_VOXELS, SHARD_BYTES
+from zpatch.errors import OptionError
+from zpatch.nifti import header
+from zpatch.runtime.byte_sizes import parse_bytes
+
+BASE_BYTES = 64 * 2**20
+LIVE_SLABS = 2
+PYRAMID_SLABS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertOptions:
+    """What a user may choose.
+
+    ``format`` forces a convention; ``codec`` is a preset; ``chunk`` the side of a chunk in voxels;
+    ``affine`` is taken where a header has both, sform or qform; ``pyramid`` adds coarser levels;
+    ``orient`` turns volumes to point there, as RAS. Patterns are globs: of file names for
+    ``label_patterns`` and ``sampling_patterns``, of subjects for ``include`` and ``exclude``. ``limit``
+    takes so many cases at most, ``strict`` fails a case for a warning. ``jobs`` cases are in work at a time;
+    with ``max_memory`` (bytes) shards are made as small as it takes, or the plan is refused.
+    """
+
+    format: str = "auto"
+    codec: str = "lz4"
+    chunk: int = CHUNK_VOXELS
+    affine: str = "sform"
+    pyramid: bool = False
+    orient: str | None = None
+    label_patterns: Sequence[str] = ()
+    sampling_patterns: Sequence[str] = ()
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    limit: int | None = None
+    strict: bool = False
+    jobs: int = 1
+    max_memory: int | str | None = None
+
+    @property
+    def chooses_subjects(self) -> bool:
+        """Whether patterns say which subjects are meant."""
+        return bool(self.include or self.exclude)
+
+    def __post_init__(self) -> None:
+        check_codec(self.codec)
+        if self.max_memory is not None:
+            parse_bytes(self.max_memory)
+        if self.jobs < 1:
+            raise OptionError(f"jobs must be at least 1, not {self.jobs}")
+        if self.affine not in ("sform", "qform"):
+            raise OptionError(f"affine must be sform or qform, not {self.affine!r}")
+        if self.orient is not None:
+            header.orientation_to(np.eye(4), self.orient)
+        if self.orient is not None and self.pyramid:
+            raise OptionError("orient and pyramid do not go together yet; convert again with one of them")
+        if self.chunk < 1:
+            raise OptionError(f"chunk must be at least 1 voxel, not {self.chunk}")
+
+    @classmethod
+    def of(cls, **options: Any) -> Self:
+        """Options by name; one that does not exist is an OptionError."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                raise OptionError(f"convert has no option {name!r}; it has {', '.join(known)}")
+        return cls(**options)
+
+    @property
+    def max_memory_bytes(self) -> int | None:
+        """The memory limit in bytes."""
+        return None if self.max_memory is None else parse_bytes(self.max_memory)
+
+    @property
+    def live_slabs(self) -> int:
+        """How many slabs are in memory at a time."""
+        return self.jobs * (LIVE_SLABS + (PYRAMID_SLABS if self.pyramid else 0))
+
+    @property
+    def shard_bytes(self) -> int:
+        """How large shards are to be: as usual, or less where the memory limit asks for it."""
+        if self.max_memory_bytes is None:
+            return SHARD_BYTES
+        return max(1, min(SHARD_BYTES, (self.max_memory_bytes - self.base_bytes) // self.live_slabs))
+
+    @property
+    def base_bytes(self) -> int:
+        """Memory of what works on the slabs."""
+        return self.jobs * BASE_BYTES

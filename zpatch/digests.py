@@ -1,0 +1,60 @@
+"""The hash of the format, and what it seals: files by length and digest, JSON lines with their own digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from zpatch.errors import DamageError
+
+Json = dict[str, Any]
+# Never the last key of a line: "checksum" and "chunks" sort after it.
+_CHECK = re.compile(rb'"check":"([0-9a-f]{32})",')
+
+
+def new_digest(data: bytes = b"") -> hashlib.blake2b:
+    """The hash of the format, blake2b-128, to be fed bytes as they come."""
+    return hashlib.blake2b(data, digest_size=16)
+
+
+def digest(data: bytes) -> str:
+    """blake2b-128 of some bytes, in hexadecimal."""
+    return new_digest(data).hexdigest()
+
+
+def compact_json(value: Json) -> str:
+    """JSON with sorted keys and no spaces; NaN and infinity are errors."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def sealed_line(value: Json) -> str:
+    """A manifest line: compact JSON with ``check``, the digest of the line without that field."""
+    return compact_json({**value, "check": digest(compact_json(value).encode())})
+
+
+def check_seal(line: bytes | memoryview, where: str) -> None:
+    """Refuse a manifest line that is not the one that was written."""
+    check = _CHECK.search(line)
+    if check is None:
+        raise DamageError(f"{where} is not a manifest line; restore the file from a copy")
+    if check[1].decode() != digest(bytes(line[: check.start()]) + bytes(line[check.end() :])):
+        raise DamageError(f"{where} does not match its checksum; restore the file from a copy")
+
+
+def unsealed(line: bytes | memoryview, where: str) -> Json:
+    """The value of a manifest line, once its check holds."""
+    check_seal(line, where)
+    value = json.loads(bytes(line))
+    del value["check"]
+    return dict(value)
+
+
+@dataclass(frozen=True, slots=True)
+class FileSeal:
+    """What a file must be: its length and the blake2b-128 of its bytes."""
+
+    bytes: int
+    checksum: str

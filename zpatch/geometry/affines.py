@@ -1,0 +1,45 @@
+"""Voxel -> mm: the spacing of an affine, and the affine of a crop or of another number of voxels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zpatch.geometry.boxes import Triple
+
+Affine = NDArray[np.float64]
+
+
+def crop_affine(affine: Affine, index: Sequence[float] | Affine) -> Affine:
+    """The affine of a patch whose first voxel is ``index``: the origin moves, the axes do not."""
+    moved = np.array(affine, dtype=np.float64)
+    moved[:3, 3] += moved[:3, :3] @ np.asarray(index, dtype=np.float64)
+    return moved
+
+
+def resized_affine(affine: Affine, shape: Triple, new_shape: Triple) -> Affine:
+    """The affine of the same volume in another number of voxels, whose edges stay where they are.
+
+    >>> resized_affine(np.eye(4), (4, 4, 4), (2, 4, 4))[0].tolist()
+    [2.0, 0.0, 0.0, 0.5]
+    """
+    factors = np.array(shape) / new_shape
+    resized = crop_affine(affine, (factors - 1) / 2)
+    resized[:3, :3] *= factors
+    return resized
+
+
+def spacing_mm(affine: Affine) -> tuple[float, float, float]:
+    """Voxel size along I, J, K: the lengths of the affine's columns."""
+    i, j, k = np.sqrt((np.asarray(affine)[:3, :3] ** 2).sum(axis=0)).tolist()
+    return i, j, k
+
+
+def max_corner_distance(first: Affine, second: Affine, spatial_shape: Triple) -> float:
+    """How far apart two affines put the same corner of a volume, at most, in voxels of the first."""
+    corners = np.array(np.meshgrid(*([0, n - 1] for n in spatial_shape))).reshape(3, -1)
+    points = np.vstack([corners, np.ones(corners.shape[1])])
+    apart = np.linalg.norm(((first - second) @ points)[:3], axis=0).max()
+    return float(apart / max(min(spacing_mm(first)), 1e-12))

@@ -1,0 +1,108 @@
+"""A subject: its images by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, Self
+
+from zpatch.digests import Json
+from zpatch.errors import OptionError, UnknownNameError
+from zpatch.geometry.boxes import Triple
+from zpatch.images.image import Image
+from zpatch.store.names import check_name
+
+
+class Subject:
+    """The images of one subject, by name: ``subject.t1`` or ``subject["t1"]``; iterating gives the names.
+
+    Build one by hand from any images: ``Subject(t1=ScalarImage(array), seg=LabelMap(path))``.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str = "subject",
+        split: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        **images: Image,
+    ) -> None:
+        self._set(images, name, split, metadata)
+
+    @classmethod
+    def of(
+        cls,
+        images: Mapping[str, Image],
+        *,
+        name: str = "subject",
+        split: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """The subject of a mapping: its images may have any names, ``name`` and ``split`` too."""
+        subject = cls.__new__(cls)
+        subject._set(images, name, split, metadata)
+        return subject
+
+    def _set(
+        self, images: Mapping[str, Image], name: str, split: str | None, metadata: Mapping[str, Any] | None
+    ) -> None:
+        for key, image in images.items():
+            check_name(key, "image")
+            if not isinstance(image, Image):
+                raise OptionError(
+                    f"{key}= must be a ScalarImage, LabelMap or SamplingMap, not {type(image).__name__}"
+                )
+        if not images:
+            raise OptionError(f"subject {name!r} has no images; give it some, as in t1=ScalarImage(...)")
+        self.name = name
+        self.split = split
+        self.metadata: Json = dict(metadata or {})
+        self._images = dict(images)
+
+    @property
+    def images(self) -> Mapping[str, Image]:
+        """All images by name."""
+        return MappingProxyType(self._images)
+
+    def with_images(self, **images: Image | None) -> Self:
+        """The same subject with some images added or replaced, and without those that are None."""
+        changed = {name: image for name, image in (self._images | images).items() if image is not None}
+        return self.of(changed, name=self.name, split=self.split, metadata=self.metadata)
+
+    @property
+    def spatial_shape(self) -> Triple:
+        """Extent along I, J, K in voxels, which all images must share."""
+        shapes = {image.spatial_shape for image in self._images.values()}
+        if len(shapes) > 1:
+            listed = ", ".join(f"{k} {image.spatial_shape}" for k, image in self._images.items())
+            raise OptionError(
+                f"the images of subject {self.name!r} differ in shape ({listed}); "
+                f"resample them to one grid, or make subjects of those that agree"
+            )
+        return shapes.pop()
+
+    def __getitem__(self, name: str) -> Image:
+        try:
+            return self._images[name]
+        except KeyError:
+            raise UnknownNameError.among("image", name, self._images, f"subject {self.name!r}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._images)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getattr__(self, name: str) -> Image:
+        if name.startswith("_") or "_images" not in self.__dict__:
+            raise AttributeError(name)
+        try:
+            return self[name]
+        except UnknownNameError as error:
+            raise AttributeError(str(error)) from None
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *self._images]
+
+    def __repr__(self) -> str:
+        return f"Subject({self.name!r}: {', '.join(self._images)})"

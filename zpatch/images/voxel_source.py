@@ -1,0 +1,72 @@
+"""The contract of whatever voxels can be read from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zpatch.chunks.scaling import UNSCALED, Scaling
+from zpatch.geometry.boxes import PatchLocation, Triple
+from zpatch.runtime import buffer_pool
+
+FALLBACK_CHUNK_VOXELS = 64
+Voxels = NDArray[Any]
+Shape = tuple[int, int, int, int]
+Graph = dict[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ReadTasks:
+    """Dask tasks of a read: ``writes`` fill the caller's memory, ``needs`` are what those depend on."""
+
+    writes: Sequence[tuple[Any, ...]]
+    needs: Graph = field(default_factory=dict)
+
+
+class VoxelSource(Protocol):
+    """Anything that voxels can be read from; shapes are (C, I, J, K)."""
+
+    @property
+    def shape(self) -> Shape:
+        """Extent."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the unscaled voxels, in native byte order."""
+
+    @property
+    def chunk_shape(self) -> Triple:
+        """Extent along I, J, K of what is best read at once."""
+
+    def tasks(
+        self, boxes: Sequence[PatchLocation], outs: Sequence[Voxels], scaling: Scaling, parts: int
+    ) -> ReadTasks:
+        """About ``parts`` tasks that write the values of some boxes inside into ``outs``."""
+
+    @classmethod
+    def tasks_together(cls, requests: Sequence[Request], parts: int) -> list[ReadTasks]:
+        """The tasks of requests to sources of this class; of each alone, unless they share work."""
+        return [each.source.tasks(each.boxes, each.outs, each.scaling, parts) for each in requests]
+
+    def dask(self, block_voxels: int | None = None) -> Any:
+        """A lazy dask array of the whole, (C, I, J, K), in blocks of about so many voxels a side."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Boxes to be read from one source: ``outs[n]`` (C, I, J, K) takes the values of ``boxes[n]``."""
+
+    source: VoxelSource
+    boxes: Sequence[PatchLocation]
+    outs: Sequence[Voxels]
+    scaling: Scaling = UNSCALED
+
+
+def new_voxels(shape: Sequence[int], dtype: Any) -> Voxels:
+    """Memory for a box (C, I, J, K), in the order (c, z, y, x) of stored voxels."""
+    c, i, j, k = shape
+    return buffer_pool.empty((c, k, j, i), dtype).transpose(0, 3, 2, 1)

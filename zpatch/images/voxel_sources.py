@@ -1,0 +1,229 @@
+"""Three sources of voxels: sharded arrays, arrays in memory, Dask expressions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from zpatch.chunks.gather import GatherPlan, gather, writes_directly
+from zpatch.chunks.scaling import Scaling
+from zpatch.chunks.sharded_array import ShardedArray
+from zpatch.geometry.boxes import PatchLocation, Triple
+from zpatch.images.group_read import read_boxes
+from zpatch.images.voxel_source import (
+    FALLBACK_CHUNK_VOXELS,
+    Graph,
+    ReadTasks,
+    Request,
+    Shape,
+    Voxels,
+    VoxelSource,
+)
+from zpatch.runtime import buffer_pool
+
+DERIVED_BLOCK_VOXELS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSource(VoxelSource):
+    """The voxels of an array in chunks; ``axes`` names its four stored axes, of c, z, y and x."""
+
+    array: ShardedArray
+    axes: str = "czyx"
+
+    @property
+    def _order(self) -> list[int]:
+        """Which stored axis is C, I, J and K."""
+        return [self.axes.index(name) for name in "cxyz"]
+
+    @property
+    def shape(self) -> Shape:
+        """Extent (C, I, J, K)."""
+        c, i, j, k = (self.array.shape[axis] for axis in self._order)
+        return c, i, j, k
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the stored voxels."""
+        return self.array.dtype.newbyteorder("=")
+
+    @property
+    def chunk_shape(self) -> Triple:
+        """Extent of a chunk."""
+        _, i, j, k = (self.array.chunks[axis] for axis in self._order)
+        return i, j, k
+
+    def tasks(
+        self, boxes: Sequence[PatchLocation], outs: Sequence[Voxels], scaling: Scaling, parts: int
+    ) -> ReadTasks:
+        """One task for each part of the chunks, near equal in bytes; each chunk is in one of them."""
+        stored, channels = ["cxyz".index(name) for name in self.axes], self.shape[0]
+        low = np.array([(0, *box.index) for box in boxes], dtype=np.int64).reshape(-1, 4)
+        high = np.array([(channels, *box.index_fin) for box in boxes], dtype=np.int64).reshape(-1, 4)
+        views = [out.transpose(stored) for out in outs]
+        plans = GatherPlan.of(self.array, low[:, stored], high[:, stored]).split(parts)
+        if all(writes_directly(self.array, out.dtype, scaling) for out in outs):
+            return ReadTasks([(partial(gather, self.array, plan, views, scaling),) for plan in plans])
+        raw = [buffer_pool.empty(view.shape, self.array.dtype) for view in views]
+        reads: Graph = {(id(raw), n): (partial(gather, self.array, p, raw),) for n, p in enumerate(plans)}
+        return ReadTasks([(partial(_cast, raw, views, scaling), list(reads))], reads)
+
+    def dask(self, block_voxels: int | None = None) -> Any:
+        """A dask array with one block for each shard's region, or for whole chunks of about a size.
+
+        All channels are in one block: they are read together.
+        """
+        blocks = [self.shape[0], *(self.array.shards[axis] for axis in self._order[1:])]
+        if block_voxels is not None:
+            blocks[1:] = [max(1, block_voxels // n) * n for n in self.chunk_shape]
+        return _dask_view(self, blocks)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ArraySource(VoxelSource):
+    """The voxels of an array in memory or mapped from a file, (C, I, J, K)."""
+
+    array: Voxels
+
+    @property
+    def shape(self) -> Shape:
+        """Extent (C, I, J, K)."""
+        c, i, j, k = self.array.shape
+        return c, i, j, k
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the voxels."""
+        return np.dtype(self.array.dtype.newbyteorder("="))
+
+    @property
+    def chunk_shape(self) -> Triple:
+        """A cube of a usual chunk's size."""
+        return (FALLBACK_CHUNK_VOXELS,) * 3
+
+    def tasks(
+        self, boxes: Sequence[PatchLocation], outs: Sequence[Voxels], scaling: Scaling, parts: int
+    ) -> ReadTasks:
+        """One task for each part of the boxes."""
+        shares = [(boxes[n::parts], outs[n::parts]) for n in range(parts)]
+        return ReadTasks([(partial(self._copy, *share, scaling),) for share in shares])
+
+    def _copy(self, boxes: Sequence[PatchLocation], outs: Sequence[Voxels], scaling: Scaling) -> None:
+        for box, out in zip(boxes, outs, strict=True):
+            scaling.write(self.array[(slice(None), *box.to_slices())], out)
+
+    def dask(self, block_voxels: int | None = None) -> Any:
+        """A dask array in blocks of 128 voxels."""
+        return _dask_view(self, [self.shape[0], *(block_voxels or 128,) * 3])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DaskSource(VoxelSource):
+    """The voxels of any Dask expression (C, I, J, K), computed where a patch needs them."""
+
+    array: Any
+
+    @property
+    def shape(self) -> Shape:
+        """Extent (C, I, J, K)."""
+        c, i, j, k = self.array.shape
+        return c, i, j, k
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the voxels."""
+        dtype: np.dtype[Any] = self.array.dtype.newbyteorder("=")
+        return dtype
+
+    @property
+    def chunk_shape(self) -> Triple:
+        """Extent of the largest block."""
+        _, i, j, k = self.array.chunksize
+        return i, j, k
+
+    def tasks(
+        self, boxes: Sequence[PatchLocation], outs: Sequence[Voxels], scaling: Scaling, parts: int
+    ) -> ReadTasks:
+        """The expression's own tasks, cut down to the boxes, and one to write each."""
+        return _derived_tasks([Request(self, boxes, outs, scaling)])
+
+    @classmethod
+    def tasks_together(cls, requests: Sequence[Request], parts: int) -> list[ReadTasks]:
+        """The tasks of several expressions, optimised together, so that what they share is computed once."""
+        return [_derived_tasks(requests)]
+
+    def dask(self, block_voxels: int | None = None) -> Any:
+        """The expression itself."""
+        return self.array
+
+
+def _cast(raw: Sequence[Voxels], outs: Sequence[Voxels], scaling: Scaling, _parts: Any) -> None:
+    for voxels, out in zip(raw, outs, strict=True):
+        scaling.write(voxels, out)
+
+
+def _derived_tasks(requests: Sequence[Request]) -> ReadTasks:
+    from dask.highlevelgraph import HighLevelGraph
+
+    parts = [
+        (request.source.dask()[(slice(None), *box.to_slices())], out, request.scaling)
+        for request in requests
+        for box, out in zip(request.boxes, request.outs, strict=True)
+    ]
+    if not parts:
+        return ReadTasks([])
+    keys = [part.__dask_keys__() for part, _, _ in parts]
+    merged = HighLevelGraph.merge(*(part.__dask_graph__() for part, _, _ in parts))
+    writes = []
+    for (part, out, scaling), blocks in zip(parts, keys, strict=True):
+        finish, extra = part.__dask_postcompute__()
+        writes.append((partial(_put, finish, extra, out, scaling), blocks))
+    return ReadTasks(writes, dict(parts[0][0].__dask_optimize__(merged, keys)))
+
+
+def _put(finish: Callable[..., Any], extra: Any, out: Voxels, scaling: Scaling, blocks: Any) -> None:
+    scaling.write(np.asarray(finish(blocks, *extra)), out)
+
+
+def _dask_view(source: VoxelSource, blocks: Sequence[int]) -> Any:
+    import dask.array as da
+
+    chunks = tuple(min(n, b) for n, b in zip(source.shape, blocks, strict=True))
+    return da.from_array(_BoxView(source), chunks=chunks, asarray=True, fancy=False, name=False)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _BoxView:
+    """A source as dask wants it: something with a shape that can be sliced."""
+
+    source: VoxelSource
+
+    @property
+    def shape(self) -> Shape:
+        return self.source.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.source.dtype
+
+    @property
+    def ndim(self) -> int:
+        return 4
+
+    def __getitem__(self, key: tuple[slice | int, ...]) -> Voxels:
+        whole = tuple(slice(k, k + 1) if isinstance(k, int | np.integer) else k for k in key)
+        ranges = [range(n)[s] for s, n in zip(whole, self.shape, strict=True)]
+        if not all(ranges):
+            return np.empty([len(r) for r in ranges], dtype=self.dtype)
+        lows = [min(r[0], r[-1]) for r in ranges]
+        i, j, k = lows[1:]
+        p, q, r = (max(r[0], r[-1]) + 1 - low for r, low in zip(ranges[1:], lows[1:], strict=True))
+        voxels = read_boxes(self.source, [PatchLocation((i, j, k), (p, q, r))])[0]
+        lows[0] = 0
+        picked = voxels[np.ix_(*(np.array(r) - low for r, low in zip(ranges, lows, strict=True)))]
+        dropped = tuple(axis for axis, k in enumerate(key) if not isinstance(k, slice))
+        return np.asarray(picked.squeeze(dropped))

@@ -1,0 +1,55 @@
+"""Names of files in a store, and of subjects and images: which are allowed, and which fit a pattern."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Sequence
+
+from zpatch.errors import SourceError, UnknownNameError
+
+FORMAT = 1
+ROOT_DOCUMENT = "zarr.json"
+MANIFEST = "manifest.jsonl"
+STAGING = ".staging"
+UNFINISHED = ".unfinished"
+LOCK = ".lock"
+RAW_HEADER = "nifti"
+INDEX = "index"
+HISTOGRAM = "histogram"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def check_name(name: str, what: str) -> None:
+    """Refuse a subject or image name that could not be a folder everywhere."""
+    if not _NAME.fullmatch(name) or name.casefold() in (ROOT_DOCUMENT, MANIFEST):
+        raise SourceError(
+            f"{what} name {name!r} is not usable: it must start with a letter or digit and hold only "
+            f"letters, digits, '.', '_' and '-' (at most 128), and not be a file of the store itself"
+        )
+
+
+def check_names_differ(names: Iterable[str], what: str) -> None:
+    """Refuse names that differ in case only: some file systems cannot tell them apart."""
+    seen: dict[str, str] = {}
+    for name in names:
+        if (other := seen.setdefault(name.casefold(), name)) != name:
+            raise SourceError(f"{what} names {other!r} and {name!r} differ in case only; rename one")
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name fits any of some glob patterns."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def chosen(
+    kind: str, names: Sequence[str], include: Sequence[str], exclude: Sequence[str], place: str
+) -> list[str]:
+    """Those of some names that fit a pattern of ``include``, if there is one, and none of ``exclude``.
+
+    A pattern that fits none is an UnknownNameError, which says what ``kind`` of thing in what ``place``.
+    """
+    for pattern in (*include, *exclude):
+        if not any(matches(name, [pattern]) for name in names):
+            raise UnknownNameError.among(kind, pattern, names, place)
+    return [name for name in names if matches(name, include or ["*"]) and not matches(name, exclude)]
