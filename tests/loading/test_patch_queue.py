@@ -756,9 +756,14 @@ def test_epochs_of_one_patch_run_ahead_no_further_than_their_tasks(watched: list
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("transform", [None, streams.noisy], ids=["plain", "noisy"])
-def test_memory_does_not_grow_from_epoch_to_epoch(cohort: zp.Cohort, transform: Any, full: bool) -> None:
+def test_memory_does_not_grow_from_epoch_to_epoch(
+    cohort: zp.Cohort, transform: Any, full: bool, request: pytest.FixtureRequest
+) -> None:
     """At most a MiB an epoch for each worker; what the processes keep for themselves, without the slots."""
     epochs, warm = (20, 5) if full else (10, 4)
+    gc.collect()
+    gc.freeze()  # a full collection writes to all of the heap that workers share with this process
+    request.addfinalizer(gc.unfreeze)
     with zp.Queue(cohort, zp.UniformSampler(16), 40, 40, 2, transform=transform) as queue:
         used = []
         for _ in range(warm + epochs):
