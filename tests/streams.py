@@ -27,7 +27,7 @@ import zarr
 from zarr.codecs import GzipCodec
 
 import zpatch as zp
-from zpatch.loading.shared_slots import ImagePlace, Letter, SlotBlock, SlotLayout
+from zpatch.loading.shared_slots import ImagePlace, SharedPickle, SlotBlock, SlotLayout
 from zpatch.sampling.grid_sampler import PatchSampler
 from zpatch.sampling.samplers import RandomSampler
 
@@ -154,7 +154,7 @@ def write_slots(block: SlotBlock, layout: SlotLayout, slots: Iterable[int]) -> N
         block.watched[slot] = 100 + slot
 
 
-def copy_letter(letter: Letter, block: SlotBlock) -> None:
+def copy_shared_pickle(letter: SharedPickle, block: SlotBlock) -> None:
     """What a worker does that is told of its work."""
     values = letter.read()
     block.watched[:2] = len(values), sum(values)

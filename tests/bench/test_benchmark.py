@@ -52,7 +52,7 @@ from zpatch.chunks.mapped_shards import close_shards
 from zpatch.errors import DamageError, OptionError, PatchSizeError, UnknownNameError, WorkerError
 from zpatch.geometry.boxes import PatchLocation
 from zpatch.images.cohort import Cohort
-from zpatch.images.group_read import fulfil
+from zpatch.images.group_read import read_requests
 from zpatch.images.image import Image
 from zpatch.images.voxel_source import Request, new_voxels
 from zpatch.loading import patch_queue
@@ -186,7 +186,7 @@ def test_stand_ins_are_read_as_a_store_packed_like_that(
         [(_, [source])] = made.groups
         assert source.array.chunks == packing.chunks_of(image)
         outs = [new_voxels((1, *location.size), image.dtype) for location in group.locations]
-        fulfil([Request(source, group.locations, outs)])
+        read_requests([Request(source, group.locations, outs)])
         assert made.read_s() > 0
         folder = source.array.path
     for out, location in zip(outs, group.locations, strict=True):

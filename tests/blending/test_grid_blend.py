@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from zpatch.blending import grid_blend
-from zpatch.blending.grid_blend import Skipped, SweptBlend, accumulation_dtype, add_checked
+from zpatch.blending.grid_blend import GridBlend, Skipped, accumulation_dtype, add_checked
 from zpatch.blending.tiling import Tiling
 from zpatch.errors import IncompleteCoverageError, MemoryLimitError, ModelError, PatchLocationError
 from zpatch.geometry.boxes import PatchLocation, Triple
@@ -48,7 +48,7 @@ def run(
 ) -> Recorder:
     """What comes out when patches, numbered as in the grid, arrive in some order."""
     recorder = Recorder(tiling)
-    blend = SweptBlend(tiling, recorder, lambda voxels: voxels, **options)
+    blend = GridBlend(tiling, recorder, lambda voxels: voxels, **options)
     for number in range(len(patches)) if order is None else order:
         blend.add(patches[number], tiling.grid.location(number))
     blend.finish()
@@ -109,13 +109,13 @@ def tilings(draw: st.DrawFn, modes: Sequence[str] = MODES, *, scaled: bool = Tru
         o = draw(st.sampled_from([o for o in range(0, p, 2) if 4 * o <= 3 * p]))
         m = draw(st.sampled_from([n, n // 2, 2 * n, n // 4]) if scaled else st.just(n))
         sides.append((n, p, o, max(m, 1), draw(st.integers(4, 40))))
-    shape, size, overlap, output, unit = zip(*sides, strict=True)
+    shape, size, overlap, output, shard = zip(*sides, strict=True)
     return Tiling.over(
         PatchGrid.over(shape, size, overlap, border=draw(st.booleans())),
         draw(st.sampled_from(modes)),
         swept_axis=draw(st.integers(0, 2)),
         output_shape=output,
-        unit_shape=unit,
+        shard_shape=shard,
     )
 
 
@@ -134,9 +134,9 @@ def as_arrays(patches: Sequence[torch.Tensor]) -> list[Array]:
 
 
 def simple(mode: str = "hann", **options: Any) -> Tiling:
-    """70 x 12 x 13 voxels in 6 x 2 x 2 patches and 4 write units."""
+    """70 x 12 x 13 voxels in 6 x 2 x 2 patches and 4 shards."""
     grid = PatchGrid.over((70, 12, 13), (16, 8, 8), (4, 2, 2))
-    return Tiling.over(grid, mode, **{"unit_shape": (20, 12, 13), **options})
+    return Tiling.over(grid, mode, **{"shard_shape": (20, 12, 13), **options})
 
 
 seeds = st.integers(0, 2**32).map(np.random.default_rng)
@@ -244,7 +244,7 @@ def test_voxels_are_finalised_once_they_are_final(rng: np.random.Generator) -> N
     tiling = simple()
     patches = random_patches(tiling, rng)
     recorder = Recorder(tiling)
-    blend = SweptBlend(tiling, recorder, lambda voxels: voxels.argmax(dim=0, keepdim=True))
+    blend = GridBlend(tiling, recorder, lambda voxels: voxels.argmax(dim=0, keepdim=True))
     for patch, location in zip(patches, tiling.grid.locations(), strict=True):
         blend.add(patch, location)
     blend.finish()
@@ -277,7 +277,7 @@ def test_a_patch_is_not_looked_at_once_it_was_added(rng: np.random.Generator) ->
     for spoil in (False, True):
         patches = random_patches(tiling, np.random.default_rng(1))
         recorders.append(recorder := Recorder(tiling))
-        blend = SweptBlend(tiling, recorder, lambda voxels: voxels)
+        blend = GridBlend(tiling, recorder, lambda voxels: voxels)
         for number in rng.permutation(len(patches)).tolist():
             blend.add(patches[number], tiling.grid.location(number))
             if spoil:
@@ -304,7 +304,7 @@ def test_patches_that_wait_take_no_more_memory_than_is_allowed(rng: np.random.Ge
 def test_a_missing_patch_is_an_error_with_its_box_and_may_be_added_then(rng: np.random.Generator) -> None:
     tiling = simple()
     patches, recorder = random_patches(tiling, rng), Recorder(tiling)
-    blend = SweptBlend(tiling, recorder, lambda voxels: voxels)
+    blend = GridBlend(tiling, recorder, lambda voxels: voxels)
     for number in set(range(len(patches))) - {9, 20}:
         blend.add(patches[number], tiling.grid.location(number))
     box = tiling.grid.location(9)
@@ -319,7 +319,7 @@ def test_a_missing_patch_is_an_error_with_its_box_and_may_be_added_then(rng: np.
 
 def test_a_patch_that_comes_twice_is_an_error_with_its_place() -> None:
     tiling = simple()
-    blend = SweptBlend(tiling, Recorder(tiling), lambda voxels: voxels)
+    blend = GridBlend(tiling, Recorder(tiling), lambda voxels: voxels)
     location = tiling.grid.location(1)
     blend.add(torch.ones(1, 16, 8, 8), location)
     with pytest.raises(IncompleteCoverageError, match=r"the patch at \(0, 0, 5\) came twice"):
@@ -328,33 +328,33 @@ def test_a_patch_that_comes_twice_is_an_error_with_its_place() -> None:
 
 def test_a_box_that_is_no_patch_of_the_grid_is_refused() -> None:
     tiling = simple()
-    blend = SweptBlend(tiling, Recorder(tiling), lambda voxels: voxels)
+    blend = GridBlend(tiling, Recorder(tiling), lambda voxels: voxels)
     with pytest.raises(PatchLocationError, match="not of this grid"):
         blend.add(torch.ones(1, 16, 8, 8), PatchLocation((1, 0, 0), (16, 8, 8)))
 
 
-# Some write units
+# Some shards
 
 
 @given(tilings(), seeds)
-def test_only_wanted_write_units_are_made_each_voxel_once_and_as_ever(
+def test_only_wanted_shards_are_made_each_voxel_once_and_as_ever(
     tiling: Tiling, rng: np.random.Generator
 ) -> None:
-    patches, wanted = random_patches(tiling, rng), rng.random(tiling.unit_counts) < 0.5
+    patches, wanted = random_patches(tiling, rng), rng.random(tiling.shard_counts) < 0.5
     needed = tiling.patches_for(wanted).ravel()
-    i, j, k = (np.arange(n) // u for n, u in zip(tiling.shape, tiling.unit_shape, strict=True))
-    of_unit = wanted[np.ix_(i, j, k)]
+    i, j, k = (np.arange(n) // u for n, u in zip(tiling.shape, tiling.shard_shape, strict=True))
+    of_shard = wanted[np.ix_(i, j, k)]
     for order in (range(len(patches)), rng.permutation(np.flatnonzero(needed)).tolist()):
         found = run(tiling, patches, order, wanted=wanted)
-        assert np.array_equal(found.times, of_unit)
+        assert np.array_equal(found.times, of_shard)
         if wanted.any():
-            assert np.array_equal(found.voxels[:, of_unit], run(tiling, patches).voxels[:, of_unit])
+            assert np.array_equal(found.voxels[:, of_shard], run(tiling, patches).voxels[:, of_shard])
 
 
-def test_only_patches_of_wanted_units_are_missed(rng: np.random.Generator) -> None:
+def test_only_patches_of_wanted_shards_are_missed(rng: np.random.Generator) -> None:
     tiling = simple()
-    wanted = np.array([False, False, False, True]).reshape(tiling.unit_counts)
-    blend = SweptBlend(tiling, Recorder(tiling), lambda voxels: voxels, wanted=wanted)
+    wanted = np.array([False, False, False, True]).reshape(tiling.shard_counts)
+    blend = GridBlend(tiling, Recorder(tiling), lambda voxels: voxels, wanted=wanted)
     with pytest.raises(IncompleteCoverageError, match=r"8 of 8 .* from \(48, 0, 0\) to \(64, 8, 8\)"):
         blend.finish()
 
@@ -398,17 +398,17 @@ def test_inside_a_mask_voxels_are_as_without_it(tiling: Tiling, rng: np.random.G
 
 
 @given(tilings(), seeds)
-def test_wanted_units_and_skipped_patches_go_together(tiling: Tiling, rng: np.random.Generator) -> None:
+def test_wanted_shards_and_skipped_patches_go_together(tiling: Tiling, rng: np.random.Generator) -> None:
     patches, gone = random_patches(tiling, rng), rng.random(tiling.grid.counts) < 0.6
-    wanted = rng.random(tiling.unit_counts) < 0.5
-    i, j, k = (np.arange(n) // u for n, u in zip(tiling.shape, tiling.unit_shape, strict=True))
-    of_unit = wanted[np.ix_(i, j, k)]
+    wanted = rng.random(tiling.shard_counts) < 0.5
+    i, j, k = (np.arange(n) // u for n, u in zip(tiling.shape, tiling.shard_shape, strict=True))
+    of_shard = wanted[np.ix_(i, j, k)]
     needed = np.flatnonzero(tiling.patches_for(wanted) & ~gone).tolist()
     found = run(tiling, patches, needed, wanted=wanted, skipped=Skipped(gone, filled))
-    assert np.array_equal(found.times, of_unit)
+    assert np.array_equal(found.times, of_shard)
     if wanted.any():
         whole = run(tiling, patches, np.flatnonzero(~gone).tolist(), skipped=Skipped(gone, filled))
-        assert np.array_equal(found.voxels[:, of_unit], whole.voxels[:, of_unit])
+        assert np.array_equal(found.voxels[:, of_shard], whole.voxels[:, of_shard])
 
 
 def test_a_skipped_patch_is_not_missed_and_not_added(rng: np.random.Generator) -> None:
@@ -422,8 +422,8 @@ def test_a_skipped_patch_is_not_missed_and_not_added(rng: np.random.Generator) -
 # Batches
 
 
-def blend_of(tiling: Tiling) -> SweptBlend:
-    return SweptBlend(tiling, Recorder(tiling), lambda voxels: voxels)
+def blend_of(tiling: Tiling) -> GridBlend:
+    return GridBlend(tiling, Recorder(tiling), lambda voxels: voxels)
 
 
 @pytest.mark.parametrize(
@@ -453,7 +453,7 @@ def test_a_patch_one_voxel_off_by_rounding_is_cut_or_continued_by_its_edge(lengt
     tiling = Tiling.over(PatchGrid.over((9, 9, 9), (9, 9, 9)), "hann", output_shape=(5, 5, 5))
     patch = torch.arange(length).expand(1, 1, length, length, length).float()
     recorder = Recorder(tiling)
-    blend = SweptBlend(tiling, recorder, lambda voxels: voxels)
+    blend = GridBlend(tiling, recorder, lambda voxels: voxels)
     add_checked(blend, patch, [tiling.grid.location(0)])
     blend.finish()
     assert recorder.voxels[0, 0, 0].tolist() == np.arange(5).clip(max=length - 1).tolist()

@@ -16,9 +16,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from zpatch.blending.scattered_blend import TILE_VOXELS, LooseBlend, tile_shape
+from zpatch.blending.scattered_blend import TILE_VOXELS, ScatteredBlend, tile_shape
 from zpatch.blending.sinks import ImageSink, TensorSink
-from zpatch.blending.tile_spill import HeldTiles, ScratchFile
+from zpatch.blending.tile_spill import ScratchFile, SpilledTiles
 from zpatch.errors import IncompleteCoverageError, ModelError, OptionError, StoreError
 from zpatch.geometry.boxes import PatchLocation, Triple
 from zpatch.store.staged_image import StagedImage
@@ -77,9 +77,9 @@ def dense(shape: Triple, mode: str, patches: Patches, overlap: int) -> tuple[Any
 
 def blended(
     shape: Triple, mode: str, patches: Patches, overlap: int = 0, **options: Any
-) -> tuple[torch.Tensor, LooseBlend]:
+) -> tuple[torch.Tensor, ScatteredBlend]:
     sink = TensorSink(shape)
-    blend = LooseBlend(shape, mode, (overlap,) * 3, sink, lambda voxels: voxels, **options)
+    blend = ScatteredBlend(shape, mode, (overlap,) * 3, sink, lambda voxels: voxels, **options)
     for voxels, place in patches:
         blend.add(torch.as_tensor(voxels), place)
     blend.finish()
@@ -158,7 +158,7 @@ def test_in_crop_mode_the_last_patch_wins(max_bytes: int | None) -> None:
 def test_any_number_of_patches_may_lie_on_a_voxel(mode: str, value: float, full: bool) -> None:
     place = PatchLocation((0, 0, 0), (2, 1, 1))
     sink = TensorSink((2, 1, 1))
-    blend = LooseBlend((2, 1, 1), mode, (0, 0, 0), sink, lambda voxels: voxels, max_bytes=1000)
+    blend = ScatteredBlend((2, 1, 1), mode, (0, 0, 0), sink, lambda voxels: voxels, max_bytes=1000)
     patch = patch_of(value, size=place.size)
     for _ in range(100_000 if full else 10_000):
         blend.add(patch, place)
@@ -206,7 +206,7 @@ def test_integers_stay_exact_in_crop_mode(dtype: torch.dtype, max_bytes: int | N
 def test_sums_are_in_float32_or_wider(mode: str, dtype: torch.dtype, summed: torch.dtype) -> None:
     place = PatchLocation((0, 0, 0), (3, 3, 3))
     sink = TensorSink((3, 3, 3))
-    blend = LooseBlend((3, 3, 3), mode, (0, 0, 0), sink, lambda voxels: voxels, max_bytes=0)
+    blend = ScatteredBlend((3, 3, 3), mode, (0, 0, 0), sink, lambda voxels: voxels, max_bytes=0)
     for _ in range(300):  # float16 holds 65504 at most, and bfloat16 counts to 256
         blend.add(patch_of(4096, dtype, (3, 3, 3)), place)
     blend.finish()
@@ -223,7 +223,7 @@ def test_integers_are_averaged_in_float32() -> None:
 
 
 def test_patches_of_another_type_than_those_before_are_refused() -> None:
-    blend = LooseBlend((1, 1, 1), "crop", (0, 0, 0), TensorSink((1, 1, 1)), lambda voxels: voxels)
+    blend = ScatteredBlend((1, 1, 1), "crop", (0, 0, 0), TensorSink((1, 1, 1)), lambda voxels: voxels)
     place = PatchLocation((0, 0, 0), (1, 1, 1))
     blend.add(patch_of(3, torch.int32), place)
     with pytest.raises(
@@ -260,7 +260,7 @@ def test_missing_voxels_are_counted_and_told_by_their_first_box(
         blended(shape, mode, patches, 2, tile_voxels=tile_voxels, max_bytes=max_bytes)
         return
     sink = TensorSink(shape)
-    blend = LooseBlend(
+    blend = ScatteredBlend(
         shape, mode, (2, 2, 2), sink, lambda v: v, tile_voxels=tile_voxels, max_bytes=max_bytes
     )
     for voxels, place in patches:
@@ -283,7 +283,7 @@ def test_missing_voxels_are_counted_and_told_by_their_first_box(
 def test_a_fill_that_the_output_cannot_hold_is_refused_with_the_first_patch(
     fill: float, dtype: torch.dtype
 ) -> None:
-    blend = LooseBlend(
+    blend = ScatteredBlend(
         (1, 1, 1), "average", (0, 0, 0), TensorSink((1, 1, 1)), lambda v: v.to(dtype), fill=fill
     )
     with pytest.raises(OptionError, match=rf"a fill of {fill} does not fit the output, which is of {dtype}"):
@@ -303,7 +303,7 @@ def test_a_fill_that_the_output_cannot_hold_is_refused_with_the_first_patch(
 )
 def test_a_fill_stands_in_the_type_of_the_output(fill: float, dtype: torch.dtype) -> None:
     sink = TensorSink((2, 1, 1))
-    blend = LooseBlend((2, 1, 1), "hann", (0, 0, 0), sink, lambda v: v.to(dtype), fill=fill)
+    blend = ScatteredBlend((2, 1, 1), "hann", (0, 0, 0), sink, lambda v: v.to(dtype), fill=fill)
     blend.add(patch_of(1), PatchLocation((1, 0, 0), (1, 1, 1)))
     blend.finish()
     assert sink.tensor is not None
@@ -326,7 +326,7 @@ def test_tiles_hold_about_as_many_voxels_as_asked_for(shape: Triple, voxels: int
 
 def test_tiles_are_made_where_patches_are_and_nowhere_else() -> None:
     shape = (100_000, 100_000, 100_000)
-    blend = LooseBlend(shape, "hann", (0, 0, 0), TensorSink(shape), lambda voxels: voxels)
+    blend = ScatteredBlend(shape, "hann", (0, 0, 0), TensorSink(shape), lambda voxels: voxels)
     blend.add(torch.ones(1, 40, 40, 40), PatchLocation((60_000, 5, 99_990), (40, 40, 40)))
     assert 0 < blend.tiles.bytes <= 2 * TILE_VOXELS * 8
     blend.close()
@@ -346,11 +346,11 @@ def test_each_voxel_is_handed_on_once_and_shards_are_complete_slab_by_slab(tmp_p
         put(first, voxels)
         i, j, k = (slice(a, a + n) for a, n in zip(first, voxels.shape[1:], strict=True))
         seen[i, j, k] += 1
-        most_open = max(most_open, len(sink._units._open))
+        most_open = max(most_open, len(sink._shards._open))
 
     sink.put = spy
     place = PatchLocation((0, 0, 0), shape)
-    blend = LooseBlend(shape, "average", (0, 0, 0), sink, lambda voxels: voxels, max_bytes=3 * 2**20)
+    blend = ScatteredBlend(shape, "average", (0, 0, 0), sink, lambda voxels: voxels, max_bytes=3 * 2**20)
     blend.add(torch.ones(1, *shape), place)
     blend.finish()
     assert (seen == 1).all()
@@ -366,9 +366,9 @@ def test_a_scratch_file_has_no_name_and_is_closed_at_the_end(tmp_path: Path) -> 
         return psutil.Process().num_fds()
 
     before = files()
-    for end in (LooseBlend.finish, LooseBlend.close):
+    for end in (ScatteredBlend.finish, ScatteredBlend.close):
         sink = TensorSink((4, 4, 4))
-        blend = LooseBlend(
+        blend = ScatteredBlend(
             (4, 4, 4),
             "hann",
             (0, 0, 0),
@@ -407,7 +407,7 @@ def test_a_full_disk_is_told_and_loses_no_tile(monkeypatch: pytest.MonkeyPatch, 
         return open("/dev/full", "r+b", buffering=0)
 
     monkeypatch.setattr(tempfile, "TemporaryFile", full_disk)
-    tiles = HeldTiles(max_bytes=20, scratch_folder=tmp_path)
+    tiles = SpilledTiles(max_bytes=20, scratch_folder=tmp_path)
     values = [torch.full((1, 2, 2, 1), float(n)) for n in range(2)]
     tiles.put((0, 0, 0), values[0])
     with pytest.raises(StoreError) as error:
@@ -419,7 +419,7 @@ def test_a_full_disk_is_told_and_loses_no_tile(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_a_folder_that_cannot_hold_a_scratch_file_is_told(tmp_path: Path) -> None:
-    tiles = HeldTiles(max_bytes=0, scratch_folder=tmp_path / "nowhere")
+    tiles = SpilledTiles(max_bytes=0, scratch_folder=tmp_path / "nowhere")
     with pytest.raises(
         StoreError, match=r"nowhere failed \(No such file or directory\); free space there, or"
     ):
@@ -427,7 +427,7 @@ def test_a_folder_that_cannot_hold_a_scratch_file_is_told(tmp_path: Path) -> Non
 
 
 def test_tiles_that_were_touched_last_stay_in_memory() -> None:
-    tiles = HeldTiles(max_bytes=8)
+    tiles = SpilledTiles(max_bytes=8)
     places = [(0, 0, n) for n in range(3)]
     one_voxel: Any = (1, 1, 1, 1), torch.float32
     for n in (0, 1, 2, 0, 2):
@@ -440,7 +440,7 @@ def test_tiles_that_were_touched_last_stay_in_memory() -> None:
 
 
 def test_tiles_of_different_shapes_and_types_share_a_scratch_file() -> None:
-    tiles = HeldTiles(max_bytes=0)
+    tiles = SpilledTiles(max_bytes=0)
     shapes = [(2, 3, 1, 1), (1, 1, 2, 3), (4, 1, 1, 3)]
     dtypes = [torch.float64, torch.uint8, torch.float32, torch.complex64, torch.int64]
     kept = {}

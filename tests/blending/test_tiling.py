@@ -1,4 +1,4 @@
-"""Tiles part a volume, lie in one write unit each, and know the patches that add to them and their order."""
+"""Tiles part a volume, lie in one shard each, and know the patches that add to them and their order."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Axis:
     patches: list[PatchLocation]
     weights: NDArray[np.float64]
     length: int
-    unit: int
+    shard: int
     tiles: AxisTiles
 
 
@@ -49,7 +49,7 @@ def axes(draw: st.DrawFn, *, scaled: bool) -> Axis:
     starts = PatchGrid.over((n, 1, 1), (p, 1, 1), (o, 0, 0), border=draw(st.booleans())).starts[0]
     ratios = st.sampled_from([n // 4, n // 2, n, 2 * n]).map(lambda m: max(m, 1))
     m = draw(ratios | st.integers(1, 2 * n)) if scaled else n
-    unit = draw(st.integers(1, m + 10))
+    shard = draw(st.integers(1, m + 10))
     patches = [PatchLocation((s, 0, 0), (p, 1, 1)).scaled(m / n) for s in starts.tolist()]
     ends = np.array([(box.index[0], box.index_fin[0]) for box in patches])
     weights = np.zeros((len(patches), m))
@@ -58,13 +58,13 @@ def axes(draw: st.DrawFn, *, scaled: bool) -> Axis:
         for voxel, weight in enumerate(share, start=first):
             if 0 <= voxel < m:
                 row[voxel] = weight
-    tiles = AxisTiles.cut(mode, starts, p, o, n, output_length=m if scaled else None, unit_length=unit)
-    return Axis(patches, weights, m, unit, tiles)
+    tiles = AxisTiles.cut(mode, starts, p, o, n, output_length=m if scaled else None, shard_length=shard)
+    return Axis(patches, weights, m, shard, tiles)
 
 
 @st.composite
 def tilings(draw: st.DrawFn) -> Tiling:
-    """Volumes with one longer axis, cut into several write units, also of another resolution."""
+    """Volumes with one longer axis, cut into several shards, also of another resolution."""
     long_axis = draw(st.integers(0, 2))
     sides = []
     for axis in range(3):
@@ -73,13 +73,13 @@ def tilings(draw: st.DrawFn) -> Tiling:
         o = draw(st.sampled_from([o for o in range(0, p, 2) if 6 * (p - o) >= n]))
         m = draw(st.sampled_from([n, max(1, n // 2), 2 * n]))
         sides.append((n, p, o, m, draw(st.integers(5, m + 5))))
-    shape, size, overlap, output, unit = zip(*sides, strict=True)
+    shape, size, overlap, output, shard = zip(*sides, strict=True)
     return Tiling.over(
         PatchGrid.over(shape, size, overlap, border=draw(st.booleans())),
         draw(MODES),
         swept_axis=draw(st.integers(0, 2)),
         output_shape=output,
-        unit_shape=unit,
+        shard_shape=shard,
     )
 
 
@@ -103,16 +103,16 @@ def adds_to(tiling: Tiling, tile: Triple) -> list[Triple]:
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_tiles_of_an_axis_part_it_and_each_lies_in_one_write_unit(scaled: bool) -> None:
+def test_tiles_of_an_axis_part_it_and_each_lies_in_one_shard(scaled: bool) -> None:
     @given(axes(scaled=scaled))
     def check(axis: Axis) -> None:
         edges = axis.tiles.edges.tolist()
         assert (edges[0], edges[-1]) == (0, axis.length)
         assert edges == sorted(set(edges))
-        for unit, (first, stop) in zip(axis.tiles.unit.tolist(), itertools.pairwise(edges), strict=True):
-            assert first // axis.unit == (stop - 1) // axis.unit == unit
-        assert axis.tiles.units == -(-axis.length // axis.unit)
-        numbers = [t for unit in range(axis.tiles.units) for t in axis.tiles.tiles_of(unit)]
+        for shard, (first, stop) in zip(axis.tiles.shard.tolist(), itertools.pairwise(edges), strict=True):
+            assert first // axis.shard == (stop - 1) // axis.shard == shard
+        assert axis.tiles.shards == -(-axis.length // axis.shard)
+        numbers = [t for shard in range(axis.tiles.shards) for t in axis.tiles.tiles_of(shard)]
         assert numbers == list(range(len(edges) - 1))
 
     check()
@@ -153,7 +153,7 @@ def test_a_patch_has_its_weights_where_they_are_not_zero_and_they_sum_to_one(sca
 @given(axes(scaled=True))
 def test_borders_of_patches_are_edges_unless_another_edge_is_close(axis: Axis) -> None:
     edges = axis.tiles.edges
-    ends = {0, axis.length, *range(0, axis.length, axis.unit)}
+    ends = {0, axis.length, *range(0, axis.length, axis.shard)}
     borders = {
         v for row in axis.weights > 0 if row.any() for v in (row.argmax(), len(row) - row[::-1].argmax())
     }
@@ -166,9 +166,9 @@ def test_borders_of_patches_are_edges_unless_another_edge_is_close(axis: Axis) -
 
 
 @given(axes(scaled=True))
-def test_a_patch_knows_the_write_units_that_it_adds_to(axis: Axis) -> None:
-    for row, first, stop in zip(axis.weights > 0, *axis.tiles.units_hit(), strict=True):
-        assert list(range(first, stop)) == sorted({int(v) // axis.unit for v in np.flatnonzero(row)})
+def test_a_patch_knows_the_shards_that_it_adds_to(axis: Axis) -> None:
+    for row, first, stop in zip(axis.weights > 0, *axis.tiles.shards_hit(), strict=True):
+        assert list(range(first, stop)) == sorted({int(v) // axis.shard for v in np.flatnonzero(row)})
 
 
 def test_patches_far_apart_are_cut_into_tiles_at_their_borders() -> None:
@@ -177,11 +177,11 @@ def test_patches_far_apart_are_cut_into_tiles_at_their_borders() -> None:
     assert [t.tolist() for t in tiles.touching] == [[0], [0, 1], [1], [1, 2], [2]]
 
 
-def test_no_tile_crosses_a_write_unit() -> None:
-    tiles = AxisTiles.cut("average", np.array([0, 48, 96]), 64, 16, 160, unit_length=64)
+def test_no_tile_crosses_a_shard() -> None:
+    tiles = AxisTiles.cut("average", np.array([0, 48, 96]), 64, 16, 160, shard_length=64)
     assert tiles.edges.tolist() == [0, 48, 64, 96, 112, 128, 160]
-    assert tiles.unit.tolist() == [0, 0, 1, 1, 1, 2]
-    assert [list(tiles.tiles_of(unit)) for unit in range(3)] == [[0, 1], [2, 3, 4], [5]]
+    assert tiles.shard.tolist() == [0, 0, 1, 1, 1, 2]
+    assert [list(tiles.tiles_of(shard)) for shard in range(3)] == [[0, 1], [2, 3, 4], [5]]
 
 
 def test_crop_leaves_each_tile_to_one_patch_where_borders_are_not_close() -> None:
@@ -268,17 +268,17 @@ def test_ends_of_patches_are_scaled_with_the_output(output_length: int) -> None:
 
 
 @given(tilings())
-def test_tiles_part_the_volume_and_fill_its_write_units(tiling: Tiling) -> None:
+def test_tiles_part_the_volume_and_fill_its_shards(tiling: Tiling) -> None:
     seen = np.full(tiling.shape, -1)
-    counts = tiling.unit_counts
-    assert counts == tuple(-(-n // u) for n, u in zip(tiling.shape, tiling.unit_shape, strict=True))
-    for number, unit in enumerate(np.ndindex(counts)):
-        for tile in tiling.tiles_of(unit):
-            assert tiling.unit_of(tile) == unit
+    counts = tiling.shard_counts
+    assert counts == tuple(-(-n // u) for n, u in zip(tiling.shape, tiling.shard_shape, strict=True))
+    for number, shard in enumerate(np.ndindex(counts)):
+        for tile in tiling.tiles_of(shard):
+            assert tiling.shard_of(tile) == shard
             box = tuple(map(slice, *tiling.bounds(tile)))
             assert (seen[box] == -1).all()
             seen[box] = number
-    of_voxel = [np.arange(n) // u for n, u in zip(tiling.shape, tiling.unit_shape, strict=True)]
+    of_voxel = [np.arange(n) // u for n, u in zip(tiling.shape, tiling.shard_shape, strict=True)]
     i, j, k = np.ix_(*of_voxel)
     assert np.array_equal(seen, (i * counts[1] + j) * counts[2] + k)
 
@@ -310,22 +310,22 @@ def test_the_turns_of_a_tile_are_those_of_its_patches_that_are_not_skipped(
 
 
 @given(tilings(), seeds, st.sampled_from([0.0, 0.2, 0.7, 1.0]))
-def test_the_patches_for_some_write_units_are_those_that_add_to_any(
+def test_the_patches_for_some_shards_are_those_that_add_to_any(
     tiling: Tiling, rng: np.random.Generator, share: float
 ) -> None:
-    units = rng.random(tiling.unit_counts) < share
+    shards = rng.random(tiling.shard_counts) < share
     expected = np.zeros(tiling.grid.counts, dtype=bool)
     for tile in all_tiles(tiling):
-        if units[tiling.unit_of(tile)]:
+        if shards[tiling.shard_of(tile)]:
             for position in adds_to(tiling, tile):
                 expected[position] = True
-    assert np.array_equal(tiling.patches_for(units), expected)
+    assert np.array_equal(tiling.patches_for(shards), expected)
 
 
-def test_without_a_unit_shape_the_volume_is_one_write_unit() -> None:
+def test_without_a_shard_shape_the_volume_is_one_shard() -> None:
     tiling = Tiling.over(PatchGrid.over((50, 20, 8), (16, 8, 8), (8, 4, 0)), "hann")
-    assert tiling.shape == tiling.unit_shape == (50, 20, 8)
-    assert tiling.unit_counts == (1, 1, 1)
+    assert tiling.shape == tiling.shard_shape == (50, 20, 8)
+    assert tiling.shard_counts == (1, 1, 1)
     assert list(tiling.tiles_of((0, 0, 0))) == all_tiles(tiling)
 
 

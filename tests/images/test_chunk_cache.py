@@ -26,7 +26,7 @@ from zpatch.geometry.boxes import PatchLocation, Triple
 from zpatch.geometry.padding import PaddedBox
 from zpatch.geometry.patch_grid import PatchGrid
 from zpatch.images.chunk_cache import CachedSource, cached
-from zpatch.images.group_read import fulfil
+from zpatch.images.group_read import read_requests
 from zpatch.images.image import Image, ScalarImage
 from zpatch.images.voxel_source import ReadTasks, Request, Shape, VoxelSource, new_voxels
 from zpatch.images.voxel_sources import ArraySource
@@ -136,7 +136,7 @@ def read(
     scheduler: Scheduler = "sync",
 ) -> list[Voxels]:
     outs = [new_voxels((source.shape[0], *box.size), dtype or source.dtype) for box in boxes]
-    fulfil([Request(source, boxes, outs, scaling)], scheduler)
+    read_requests([Request(source, boxes, outs, scaling)], scheduler)
     return outs
 
 
@@ -275,7 +275,7 @@ def test_patches_are_written_to_memory_of_any_strides(tmp_path: Path) -> None:
     cache = cache_of(image, sweep_of(image, 5, 2))
     box = PatchLocation((1, 2, 3), (8, 5, 6))
     memory = np.zeros((2, 16, 5, 6), np.float32)
-    fulfil([Request(cache, [box], [memory[:, ::-2]], Scaling(2.0))])
+    read_requests([Request(cache, [box], [memory[:, ::-2]], Scaling(2.0))])
     expected = of_box(voxels.transpose(0, 3, 2, 1), box)
     np.testing.assert_array_equal(memory[:, ::-2], expected.astype(np.float32) * 2)
     assert not memory[:, ::2].any()
@@ -346,7 +346,7 @@ def test_several_caches_are_read_in_one_graph() -> None:
     for position in sweep.positions:
         box = sweep.box(position)
         outs = [[new_voxels((1, *box.size), np.int64)] for _ in sources]
-        fulfil([Request(source, [box], out) for source, out in zip(sources, outs, strict=True)])
+        read_requests([Request(source, [box], out) for source, out in zip(sources, outs, strict=True)])
         for [out], expected in zip(outs, [voxels + 1, voxels * 2, voxels], strict=True):
             np.testing.assert_array_equal(out, of_box(expected, box))
         for source in sources[:2]:

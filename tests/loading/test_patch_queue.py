@@ -825,7 +825,7 @@ def test_what_workers_are_sent_is_pickled_once_for_all_of_them(start_method: str
     with zp.Queue(small_subjects(2), zp.UniformSampler(6), **options) as queue:
         assert len(list(queue)) == 20
         assert counted.pickled == 1
-        assert queue._draws.letter is None  # nor is it kept
+        assert queue._draws.pickle is None  # nor is it kept
 
 
 def test_workers_are_forked_on_linux_whatever_pythons_own_way_is(cohort: zp.Cohort) -> None:
@@ -848,7 +848,7 @@ def test_a_closed_queue_keeps_no_memory_and_what_it_gave_stays_good(workers: int
     gc.collect()  # what earlier tests left
     assert not slot_maps()
     with zp.Queue(small_subjects(3), zp.UniformSampler(6), 300, 4, workers, dtype=None) as queue:
-        lent = queue.borrowed()
+        lent = queue.iter_shared()
         patch = next(lent)
         held = item(patch)
         assert slot_maps()

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from streams import START_METHODS, copy_letter, numbered, stop_forkserver, write_slots
+from streams import START_METHODS, copy_shared_pickle, numbered, stop_forkserver, write_slots
 
 import zpatch as zp
 from zpatch.errors import QueueError
@@ -23,7 +23,7 @@ from zpatch.loading.shared_slots import (
     ALIGNMENT,
     WATCH_BYTES,
     ImagePlace,
-    Letter,
+    SharedPickle,
     SlotBlock,
     SlotLayout,
     new_tensor,
@@ -185,11 +185,11 @@ def test_a_block_costs_memory_only_where_something_was_written() -> None:
 def test_a_letter_is_read_by_each_process_that_is_handed_it(start_method: str) -> None:
     before = open_descriptors()
     letter, blocks = (
-        Letter(list(range(10**5))),
+        SharedPickle(list(range(10**5))),
         [SlotBlock(1, 64) for _ in range(2)],
     )  # more than a pipe holds
     context: Any = multiprocessing.get_context(start_method)
-    processes = [context.Process(target=copy_letter, args=(letter, block)) for block in blocks]
+    processes = [context.Process(target=copy_shared_pickle, args=(letter, block)) for block in blocks]
     for process in processes:
         process.start()
     for process in processes:
@@ -205,7 +205,7 @@ def test_a_letter_is_read_by_each_process_that_is_handed_it(start_method: str) -
 
 def test_what_is_put_into_a_letter_is_what_it_was_then() -> None:
     values = [1]
-    letter = Letter(values)
+    letter = SharedPickle(values)
     values.append(2)
     assert letter.read() == [1]
 
@@ -279,7 +279,7 @@ def test_where_space_cannot_be_set_aside_either_a_temporary_file_serves_too(
     block = SlotBlock(2, place.nbytes)
     write_slots(block, SlotLayout((place,)), [1])
     assert torch.equal(block.tensor(1, place), numbered(place, 1))
-    assert Letter("dear worker").read() == "dear worker"
+    assert SharedPickle("dear worker").read() == "dear worker"
     monkeypatch.setattr(os, "ftruncate", refuse(errno.ENOSPC))
     before = open_descriptors()
     with pytest.raises(QueueError, match=r"No space left on device.*smaller max_length"):

@@ -12,18 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zpatch.geometry.boxes import Triple
-from zpatch.prediction.peak_memory import AxisLives, Held, peak_bytes
+from zpatch.prediction.peak_memory import AxisLifetimes, Held, peak_bytes
 
 Counts = tuple[int, int, int]
 
 
 @st.composite
-def lives(draw: st.DrawFn, patches: int) -> AxisLives:
+def lives(draw: st.DrawFn, patches: int) -> AxisLifetimes:
     """Up to five pieces of an axis of so many patches."""
     ends = st.lists(st.integers(0, patches - 1), min_size=2, max_size=2).map(sorted)
     pieces = draw(st.lists(st.tuples(ends, st.integers(1, 50)), max_size=5))
     births, deaths, sizes = ([e[0] for e, _ in pieces], [e[1] for e, _ in pieces], [n for _, n in pieces])
-    return AxisLives(*(np.array(values, dtype=np.int64) for values in (births, deaths, sizes)))
+    return AxisLifetimes(*(np.array(values, dtype=np.int64) for values in (births, deaths, sizes)))
 
 
 @st.composite
@@ -63,23 +63,23 @@ def test_a_kind_with_negative_bytes_takes_away_from_one_that_counts_it_too(
 
 
 def test_patches_may_be_counted_from_any_number_on() -> None:
-    axis = AxisLives(np.array([7, 9]), np.array([8, 9]), np.array([4, 2])).within(7)
+    axis = AxisLifetimes(np.array([7, 9]), np.array([8, 9]), np.array([4, 2])).within(7)
     assert (axis.birth.tolist(), axis.death.tolist(), axis.size.tolist()) == ([0, 2], [1, 2], [4, 2])
 
 
 def test_where_nothing_is_held_the_peak_is_zero() -> None:
-    nothing = AxisLives(*np.zeros((3, 0), dtype=np.int64))
+    nothing = AxisLifetimes(*np.zeros((3, 0), dtype=np.int64))
     assert peak_bytes([Held((nothing, nothing, nothing), 4)], (3, 2, 1)) == 0
 
 
 def test_bytes_are_counted_beyond_32_bits() -> None:
-    piece = AxisLives(np.array([0]), np.array([0]), np.array([40_000]))
+    piece = AxisLifetimes(np.array([0]), np.array([0]), np.array([40_000]))
     assert peak_bytes([Held((piece, piece, piece), 4)], (1, 1, 1)) == 4 * 40_000**3
 
 
 @pytest.mark.parametrize("rows", [10, 1000])
 def test_the_peak_does_not_grow_with_the_length_of_the_sweep(rows: int) -> None:
     row = np.arange(rows)
-    slow = AxisLives(row, np.minimum(row + 1, rows - 1), np.full(rows, 16))
-    other = AxisLives(np.arange(4), np.arange(4), np.full(4, 16))
+    slow = AxisLifetimes(row, np.minimum(row + 1, rows - 1), np.full(rows, 16))
+    other = AxisLifetimes(np.arange(4), np.arange(4), np.full(4, 16))
     assert peak_bytes([Held((slow, other, other), 4)], (rows, 4, 4)) == 17 * 16**3 * 4

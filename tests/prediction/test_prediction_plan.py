@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 import zpatch as zp
 import zpatch.prediction.regions
-from zpatch.blending.grid_blend import Skipped, SweptBlend
+from zpatch.blending.grid_blend import GridBlend, Skipped
 from zpatch.blending.tiling import Tiling
 from zpatch.chunks.layout import plan_output_layout
 from zpatch.errors import MemoryLimitError, OptionError, PatchOverlapError, PatchSizeError
@@ -40,7 +40,7 @@ seeds = st.integers(0, 2**32).map(np.random.default_rng)
 
 @pytest.fixture(autouse=True, scope="module")
 def small_chunks() -> Any:
-    """Output in chunks of 8 voxels and small shards, so that small volumes have many write units."""
+    """Output in chunks of 8 voxels and small shards, so that small volumes have many shards."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             zpatch.prediction.regions,
@@ -105,10 +105,10 @@ def plans(draw: st.DrawFn) -> PredictionPlan:
 
 
 def adds_to(plan: PredictionPlan, number: int) -> Bools:
-    """The patches that add to the write units of a region, whether they are run or not."""
+    """The patches that add to the shards of a region, whether they are run or not."""
     found = np.zeros(plan.grid.counts, dtype=bool)
-    for head, units in zip(plan.heads, plan.regions[number].wanted(plan.heads), strict=True):
-        found |= head.tiling.patches_for(units)
+    for head, shards in zip(plan.heads, plan.regions[number].wanted(plan.heads), strict=True):
+        found |= head.tiling.patches_for(shards)
     return found
 
 
@@ -125,13 +125,13 @@ def in_sweep_order(plan: PredictionPlan) -> list[Triple]:
 
 
 @given(plans())
-def test_every_write_unit_of_every_head_is_in_one_region(plan: PredictionPlan) -> None:
+def test_every_shard_of_every_head_is_in_one_region(plan: PredictionPlan) -> None:
     for of_head in zip(*(region.wanted(plan.heads) for region in plan.regions), strict=True):
-        assert (sum(units.astype(int) for units in of_head) == 1).all()
+        assert (sum(shards.astype(int) for shards in of_head) == 1).all()
 
 
 @given(plans())
-def test_a_region_runs_the_patches_that_add_to_its_units_and_no_others(plan: PredictionPlan) -> None:
+def test_a_region_runs_the_patches_that_add_to_its_shards_and_no_others(plan: PredictionPlan) -> None:
     for number, region in enumerate(plan.regions):
         i, j, k = np.nonzero(adds_to(plan, number))
         assert [(r.start, r.stop) for r in region.patches] == [(a.min(), a.max() + 1) for a in (i, j, k)]
@@ -144,10 +144,10 @@ def test_regions_lie_along_the_swept_axis_as_many_as_are_asked_for(slabs: int) -
     plan = planned(slabs=slabs)
     assert plan.swept_axis == 0
     assert len(plan.regions) == min(slabs, 13)
-    rows = [len(region.units[0][0]) for region in plan.regions]
+    rows = [len(region.shards[0][0]) for region in plan.regions]
     assert max(rows) - min(rows) <= 1
     for region in plan.regions:
-        assert [len(r) for r in region.units[0][1:]] == list(plan.heads[0].tiling.unit_counts[1:])
+        assert [len(r) for r in region.shards[0][1:]] == list(plan.heads[0].tiling.shard_counts[1:])
 
 
 @pytest.mark.parametrize(
@@ -183,33 +183,33 @@ def test_what_is_in_a_batch_does_not_depend_on_which_patches_are_needed(
 
 
 class Watch:
-    """A sink that looks at a blend's sums and at the write units begun, whenever a tile comes."""
+    """A sink that looks at a blend's sums and at the shards begun, whenever a tile comes."""
 
     def __init__(self, tiling: Tiling, voxel_bytes: int) -> None:
         self.tiling, self.voxel_bytes = tiling, voxel_bytes
         self.left: dict[Triple, int] = {}
-        self.blend: SweptBlend | None = None
+        self.blend: GridBlend | None = None
         self.most = 0
 
     def put(self, first: Triple, voxels: torch.Tensor, *, skipped: int = 0) -> None:
-        unit = tuple(a // u for a, u in zip(first, self.tiling.unit_shape, strict=True))
-        ends = zip(unit, self.tiling.unit_shape, self.tiling.shape, strict=True)
+        shard = tuple(a // u for a, u in zip(first, self.tiling.shard_shape, strict=True))
+        ends = zip(shard, self.tiling.shard_shape, self.tiling.shape, strict=True)
         size = math.prod(min((n + 1) * u, m) - n * u for n, u, m in ends)
-        self.left.setdefault(cast(Triple, unit), size)
+        self.left.setdefault(cast(Triple, shard), size)
         self.look()
-        self.left[cast(Triple, unit)] -= math.prod(voxels.shape[1:])
-        if not self.left[cast(Triple, unit)]:
-            del self.left[cast(Triple, unit)]
+        self.left[cast(Triple, shard)] -= math.prod(voxels.shape[1:])
+        if not self.left[cast(Triple, shard)]:
+            del self.left[cast(Triple, shard)]
 
     def look(self) -> None:
         assert self.blend is not None
         tiles = self.blend._tiles.values()
         sums = sum(t.nbytes for tile in tiles for t in (tile.sums, tile.weights) if t is not None)
-        units = 0
-        for unit in self.left:
-            ends = zip(unit, self.tiling.unit_shape, self.tiling.shape, strict=True)
-            units += math.prod(min((n + 1) * u, m) - n * u for n, u, m in ends) * self.voxel_bytes
-        self.most = max(self.most, sums + units)
+        shards = 0
+        for shard in self.left:
+            ends = zip(shard, self.tiling.shard_shape, self.tiling.shape, strict=True)
+            shards += math.prod(min((n + 1) * u, m) - n * u for n, u, m in ends) * self.voxel_bytes
+        self.most = max(self.most, sums + shards)
 
 
 @st.composite
@@ -222,24 +222,24 @@ def swept_heads(draw: st.DrawFn) -> PlannedHead:
         o = draw(st.sampled_from([o for o in range(0, p, 2) if 4 * o <= 3 * p]))
         m = draw(st.sampled_from([n, n, 2 * n, -(-n // 2)]))
         sides.append((n, p, o, m, draw(st.integers(4, 40))))
-    shape, size, overlap, output, unit = zip(*sides, strict=True)
+    shape, size, overlap, output, shard = zip(*sides, strict=True)
     tiling = Tiling.over(
         PatchGrid.over(shape, size, overlap),
         draw(st.sampled_from(MODES)),
         swept_axis=draw(st.integers(0, 2)),
         output_shape=output,
-        unit_shape=unit,
+        shard_shape=shard,
     )
     kind = Head("seg", draw(st.integers(1, 3)), 4, size, 1, draw(st.sampled_from(["|u1", "<f4"])))
     return PlannedHead(kind, cast(Any, None), tiling)
 
 
 def watched(planned_head: PlannedHead, skipped: Bools | None) -> int:
-    """The most that is held of sums and write units when all patches come in sweep order."""
+    """The most that is held of sums and shards when all patches come in sweep order."""
     tiling, kind = planned_head.tiling, planned_head.head
     watch = Watch(tiling, kind.kept_channels * np.dtype(kind.kept_dtype).itemsize)
     fill = None if skipped is None else Skipped(skipped, lambda shape: torch.zeros(1, *shape))
-    watch.blend = SweptBlend(tiling, watch, lambda voxels: voxels[:1], skipped=fill)
+    watch.blend = GridBlend(tiling, watch, lambda voxels: voxels[:1], skipped=fill)
     for location in tiling.grid.locations(tiling.swept_axis):
         size = watch.blend.size_of(location)
         watch.blend.add(torch.ones(kind.channels, *size), location)
@@ -250,13 +250,13 @@ def watched(planned_head: PlannedHead, skipped: Bools | None) -> int:
 
 def stated(planned_head: PlannedHead, **options: Any) -> int:
     tiling = planned_head.tiling
-    units, patches = (tuple(map(range, counts)) for counts in (tiling.unit_counts, tiling.grid.counts))
-    kinds = list(held_of_head(planned_head, cast(Any, units), cast(Any, patches), **options))
+    shards, patches = (tuple(map(range, counts)) for counts in (tiling.shard_counts, tiling.grid.counts))
+    kinds = list(held_of_head(planned_head, cast(Any, shards), cast(Any, patches), **options))
     return peak_bytes(kinds, [tiling.grid.counts[axis] for axis in tiling.order])
 
 
 @given(swept_heads())
-def test_sums_and_write_units_never_take_more_than_is_stated(planned_head: PlannedHead) -> None:
+def test_sums_and_shards_never_take_more_than_is_stated(planned_head: PlannedHead) -> None:
     measured, bound = watched(planned_head, None), stated(planned_head)
     assert measured <= bound
 
@@ -286,8 +286,8 @@ def test_sums_are_stated_for_tiles_that_a_patch_touched_and_another_still_will(
         if len(ranks) > 1:
             voxels = math.prod(b - a for a, b in zip(*tiling.bounds(tile), strict=True))
             held[min(ranks) : max(ranks) + 1] += voxels * kind.channels * kind.sum_bytes
-    units, patches = (tuple(map(range, counts)) for counts in (tiling.unit_counts, tiling.grid.counts))
-    sums = list(held_of_head(planned_head, cast(Any, units), cast(Any, patches)))[:2]
+    shards, patches = (tuple(map(range, counts)) for counts in (tiling.shard_counts, tiling.grid.counts))
+    sums = list(held_of_head(planned_head, cast(Any, shards), cast(Any, patches)))[:2]
     assert peak_bytes(sums, [tiling.grid.counts[axis] for axis in tiling.order]) == held.max()
 
 
@@ -323,7 +323,7 @@ def test_a_limit_makes_bands_across_the_sweep_and_says_what_is_run_twice() -> No
     tight = planned(**volume, limit=limit)
     assert tight.peak_bytes <= limit
     assert len(tight.regions) > 1 == len(free.regions)
-    assert {len(region.units[0][0]) for region in tight.regions} == {25}
+    assert {len(region.shards[0][0]) for region in tight.regions} == {25}
     assert tight.patches == free.patches == free.patches_run < tight.patches_run
 
 
@@ -419,7 +419,7 @@ def test_shards_that_are_not_those_of_all_heads_say_nothing(begun: Shards) -> No
 def most_redone(plan: PredictionPlan) -> int:
     """The most patches that a kill makes run again, over all moments of all tasks.
 
-    Of each head the unit completed before may still be being encoded when the next one is; the batch that
+    Of each head the shard completed before may still be being encoded when the next one is; the batch that
     waits for it then and one more are through the network. Batches are run whole.
     """
     most, positions = 0, in_sweep_order(plan)
@@ -427,21 +427,21 @@ def most_redone(plan: PredictionPlan) -> int:
     for n, at in enumerate(positions):
         ranks[at] = n
     for region in plan.regions:
-        heads = []  # of each head, its units as they are completed: rank of the last patch, patches
+        heads = []  # of each head, its shards as they are completed: rank of the last patch, patches
         for planned_head, wanted in zip(plan.heads, region.wanted(plan.heads), strict=True):
-            units = []
-            for unit in np.argwhere(wanted):
-                alone = np.zeros(planned_head.tiling.unit_counts, dtype=bool)
-                alone[tuple(unit)] = True
+            shards = []
+            for shard in np.argwhere(wanted):
+                alone = np.zeros(planned_head.tiling.shard_counts, dtype=bool)
+                alone[tuple(shard)] = True
                 adds = planned_head.tiling.patches_for(alone)
                 if ranks[adds].max() >= 0:
-                    units.append((int(ranks[adds].max()), adds))
-            heads.append(sorted(units, key=lambda unit: unit[0]))
-        for now in {last for units in heads for last, _ in units}:
+                    shards.append((int(ranks[adds].max()), adds))
+            heads.append(sorted(shards, key=lambda shard: shard[0]))
+        for now in {last for shards in heads for last, _ in shards}:
             again = np.zeros(plan.grid.counts, dtype=bool)
-            for units in heads:
-                complete = sum(last < now for last, _ in units)
-                for _, adds in units[max(0, complete - 1) :]:
+            for shards in heads:
+                complete = sum(last < now for last, _ in shards)
+                for _, adds in shards[max(0, complete - 1) :]:
                     again |= adds
             run = now + 2 * plan.batch_size
             again &= (ranks >= 0) & (ranks <= run)
@@ -478,7 +478,7 @@ def test_a_plan_is_printed_and_given_as_json() -> None:
         "chunks_in": plan.chunks_in,
         "bytes_in": 100 * 40 * 36,
         "bytes_out": 100 * 40 * 36,
-        "units_out": 13,
+        "shards_out": 13,
         "peak_bytes": plan.peak_bytes,
         "patches_redone_at_most": plan.redone_patches,
     }  # fmt: skip
@@ -486,7 +486,7 @@ def test_a_plan_is_printed_and_given_as_json() -> None:
     assert str(plan).startswith("ann: 100 x 40 x 36 voxels in 63 patches, 9 more are masked out, ")
     for part in (
         f", {plan.patches_run - 63} runs more where regions meet; ",
-        f"13 write units of {format_bytes(100 * 40 * 36)} out; ",
+        f"13 shards of {format_bytes(100 * 40 * 36)} out; ",
         f"at most {format_bytes(plan.peak_bytes)} of memory; ",
         f"up to {plan.redone_patches} patches again after a kill",
     ):
@@ -501,7 +501,7 @@ def test_what_does_not_happen_is_not_printed() -> None:
 def test_heads_are_counted_together() -> None:
     plan = planned(scales=(1, 0.5))
     assert plan.bytes_out == 100 * 40 * 36 + 50 * 20 * 18
-    assert plan.units_out == sum(math.prod(h.tiling.unit_counts) for h in plan.heads)
+    assert plan.shards_out == sum(math.prod(h.tiling.shard_counts) for h in plan.heads)
     assert [h.record.shape for h in plan.heads] == [(36, 40, 100), (18, 20, 50)]
 
 

@@ -1,4 +1,4 @@
-"""An image written unit by unit is the same bytes whoever wrote which unit, and however often anyone died."""
+"""An image written shard by shard has the same bytes whoever wrote which shard, however often one dies."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from zpatch.digests import compact_json, digest, unsealed
 from zpatch.errors import IncompleteCoverageError, SamplingError, StoreExistsError
 from zpatch.geometry.boxes import padded_to_4d
 from zpatch.nifti.writer import make_header
-from zpatch.prediction.shard_ledger import HEADER, LEDGER, Unit, UnitLedger, begin, header_of
+from zpatch.prediction.shard_ledger import HEADER, LEDGER, Shard, ShardLedger, begin, header_of
 from zpatch.store.image_record import ImageRecord, Kind
 from zpatch.store.image_writer import ImageWriter
 from zpatch.store.staged_image import StagedImage
@@ -71,27 +71,27 @@ def make_voxels(kind: str) -> Voxels:
     return rng.normal(50, 20, (2, 25, 18, 20)).astype("<f4")
 
 
-def units_of(record: ImageRecord) -> list[Unit]:
+def shards_of(record: ImageRecord) -> list[Shard]:
     return list(np.ndindex(chunk_counts(record.shape_czyx, padded_to_4d(record.shards))))  # type: ignore[arg-type]
 
 
-def part_of(record: ImageRecord, voxels: Voxels, unit: Unit) -> Voxels:
+def part_of(record: ImageRecord, voxels: Voxels, shard: Shard) -> Voxels:
     shards = padded_to_4d(record.shards)
-    box = tuple(slice(n * s, (n + 1) * s) for n, s in zip(unit, shards, strict=True))
+    box = tuple(slice(n * s, (n + 1) * s) for n, s in zip(shard, shards, strict=True))
     return voxels.reshape(record.shape_czyx)[box]
 
 
-def skipped_in(unit: Unit) -> int:
-    return 100 * unit[0] + 10 * unit[1] + unit[2]
+def skipped_in(shard: Shard) -> int:
+    return 100 * shard[0] + 10 * shard[1] + shard[2]
 
 
-def write_units(folder: Path, record: ImageRecord, voxels: Voxels, units: Sequence[Unit]) -> None:
-    for unit in units:
-        UnitLedger(folder).write(record, unit, part_of(record, voxels, unit), skipped=skipped_in(unit))
+def write_shards(folder: Path, record: ImageRecord, voxels: Voxels, shards: Sequence[Shard]) -> None:
+    for shard in shards:
+        ShardLedger(folder).write(record, shard, part_of(record, voxels, shard), skipped=skipped_in(shard))
 
 
 def finish(folder: Path, record: ImageRecord) -> ImageRecord:
-    return UnitLedger(folder).finish(record, HEADER_BYTES, ["a warning"])
+    return ShardLedger(folder).finish(record, HEADER_BYTES, ["a warning"])
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -103,32 +103,32 @@ def undisturbed(folder: Path, kind: Kind = "scalar") -> tuple[ImageRecord, dict[
     """The record and the files of an image that one process wrote in order."""
     voxels = make_voxels(kind)
     record = record_of(voxels, kind)
-    write_units(folder, record, voxels, units_of(record))
+    write_shards(folder, record, voxels, shards_of(record))
     return finish(folder, record), contents(folder)
 
 
-def entry_file(folder: Path, unit: Unit) -> Path:
-    return folder.parent / LEDGER / folder.name / f"{'.'.join(map(str, unit))}.json"
+def entry_file(folder: Path, shard: Shard) -> Path:
+    return folder.parent / LEDGER / folder.name / f"{'.'.join(map(str, shard))}.json"
 
 
-def written(folder: Path) -> set[Unit]:
-    """The units that need not be written again."""
+def written(folder: Path) -> set[Shard]:
+    """The shards that need not be written again."""
     names = (entry.stem.split(".") for entry in entry_file(folder, (0, 0, 0, 0)).parent.glob("*.json"))
-    units: list[Unit] = [tuple(map(int, name)) for name in names]  # type: ignore[misc]
-    return {unit for unit in units if UnitLedger(folder).has(unit)}
+    shards: list[Shard] = [tuple(map(int, name)) for name in names]  # type: ignore[misc]
+    return {shard for shard in shards if ShardLedger(folder).has(shard)}
 
 
-def shard_file(folder: Path, record: ImageRecord, unit: Unit) -> Path:
-    return sharded_array(folder, record).shard_file(unit)
+def shard_file(folder: Path, record: ImageRecord, shard: Shard) -> Path:
+    return sharded_array(folder, record).shard_file(shard)
 
 
-def assert_goes_on(folder: Path, kind: Kind, lost: set[Unit], expected: dict[str, bytes]) -> None:
+def assert_goes_on(folder: Path, kind: Kind, lost: set[Shard], expected: dict[str, bytes]) -> None:
     """Only what was lost is written again, and then all is as expected."""
     voxels = make_voxels(kind)
     record = record_of(voxels, kind)
-    left = set(units_of(record)) - written(folder)
+    left = set(shards_of(record)) - written(folder)
     assert left == lost
-    write_units(folder, record, voxels, sorted(left))
+    write_shards(folder, record, voxels, sorted(left))
     finish(folder, record)
     assert contents(folder) == expected
 
@@ -140,20 +140,20 @@ def assert_goes_on(folder: Path, kind: Kind, lost: set[Unit], expected: dict[str
 def test_an_image_is_byte_for_byte_that_of_a_writer_that_counts_in_one_pass(
     tmp_path: Path, kind: Kind
 ) -> None:
-    """Of floats too, as these units are small enough to be counted in one block."""
+    """Of floats too, as these shards are small enough to be counted in one block."""
     voxels = make_voxels(kind)
     record = record_of(voxels, kind)
     writer = ImageWriter(StagedImage.below(tmp_path), record, "heart")
-    for unit in units_of(record):
-        writer.write_shard(unit, part_of(record, voxels, unit))
-        UnitLedger(tmp_path / "heart").write(record, unit, part_of(record, voxels, unit))
+    for shard in shards_of(record):
+        writer.write_shard(shard, part_of(record, voxels, shard))
+        ShardLedger(tmp_path / "heart").write(record, shard, part_of(record, voxels, shard))
     assert finish(tmp_path / "heart", record) == writer.finish(HEADER_BYTES, ["a warning"])
     assert contents(tmp_path / "heart") == contents(writer.stage.folder)
 
 
 def test_the_record_seals_every_file_and_tells_what_was_skipped(tmp_path: Path) -> None:
     record, files = undisturbed(tmp_path / "heart")
-    assert record.stats["skipped"] == sum(map(skipped_in, units_of(record)))
+    assert record.stats["skipped"] == sum(map(skipped_in, shards_of(record)))
     seals = {key: (seal.bytes, seal.checksum) for key, seal in record.files.items()}
     assert seals == {key: (len(data), digest(data)) for key, data in files.items()}
     assert ImageRecord.from_json(json.loads(compact_json(record.to_json())), "line") == record
@@ -164,16 +164,16 @@ def test_the_record_seals_every_file_and_tells_what_was_skipped(tmp_path: Path) 
     twice=st.sets(st.integers(0, 15)),
     kind=st.sampled_from(["scalar", "label"]),
 )
-def test_the_order_of_units_and_repeated_ones_change_no_byte(
+def test_the_order_of_shards_and_repeated_ones_change_no_byte(
     order: list[int], twice: set[int], kind: Kind, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     expected = expected_files(kind, tmp_path_factory)
     folder = tmp_path_factory.mktemp("any order") / "heart"
     voxels = make_voxels(kind)
     record = record_of(voxels, kind)
-    units = units_of(record)
-    write_units(folder, record, voxels, [units[n] for n in [*order, *twice] if n < len(units)])
-    assert written(folder) == set(units)
+    shards = shards_of(record)
+    write_shards(folder, record, voxels, [shards[n] for n in [*order, *twice] if n < len(shards)])
+    assert written(folder) == set(shards)
     finish(folder, record)
     assert contents(folder) == expected
     shutil.rmtree(folder.parent)
@@ -194,22 +194,22 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return expected_files("scalar", tmp_path_factory)
 
 
-def test_images_of_one_subject_keep_their_units_apart(tmp_path: Path) -> None:
+def test_images_of_one_subject_keep_their_shards_apart(tmp_path: Path) -> None:
     voxels = make_voxels("scalar")
     record = record_of(voxels)
-    write_units(tmp_path / "one", record, voxels, units_of(record)[:3])
+    write_shards(tmp_path / "one", record, voxels, shards_of(record)[:3])
     assert written(tmp_path / "other") == set()
-    assert written(tmp_path / "one") == set(units_of(record)[:3])
+    assert written(tmp_path / "one") == set(shards_of(record)[:3])
 
 
-def test_an_image_with_units_missing_is_refused_and_told_how_many(tmp_path: Path) -> None:
+def test_an_image_with_shards_missing_is_refused_and_told_how_many(tmp_path: Path) -> None:
     voxels = make_voxels("scalar")
     record = record_of(voxels)
-    units = units_of(record)
-    write_units(tmp_path / "heart", record, voxels, [*units[:3], *units[5:]])
+    shards = shards_of(record)
+    write_shards(tmp_path / "heart", record, voxels, [*shards[:3], *shards[5:]])
     before = contents(tmp_path)
     text = (
-        r"^image 'heart' of subject 'sub-01': 2 of 16 units are not written, the first one \(0, 1, 1, 0\) "
+        r"^image 'heart' of subject 'sub-01': 2 of 16 shards are not written, the first one \(0, 1, 1, 0\) "
         r"along c, z, y, x; run the same command again$"
     )
     with pytest.raises(IncompleteCoverageError, match=text):
@@ -221,7 +221,7 @@ def test_voxels_that_an_index_refuses_leave_nothing(tmp_path: Path) -> None:
     voxels = -make_voxels("sampling")
     record = record_of(voxels, "sampling")
     with pytest.raises(SamplingError, match="image 'heart' of subject 'sub-01' holds negative weights"):
-        write_units(tmp_path / "heart", record, voxels, units_of(record)[:1])
+        write_shards(tmp_path / "heart", record, voxels, shards_of(record)[:1])
     assert contents(tmp_path) == {}
     assert written(tmp_path / "heart") == set()
 
@@ -257,7 +257,9 @@ HARMS: dict[str, Callable[[Path, Path], Any]] = {
     "a record without shard": lambda record, shard: shard.unlink(),
     "a shard cut off": lambda record, shard: cut(shard, shard.stat().st_size - 1),
     "an empty shard": lambda record, shard: cut(shard, 0),
-    "the record of another unit": lambda record, shard: shutil.copy(record.with_name("0.0.0.0.json"), record),
+    "the record of another shard": lambda record, shard: shutil.copy(
+        record.with_name("0.0.0.0.json"), record
+    ),
 }
 
 
@@ -273,7 +275,7 @@ def test_what_is_damaged_is_written_again_and_nothing_else(
             if entry.name != "0":
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     HARMS[harm](entry_file(folder, UNIT), shard_file(folder, record, UNIT))
-    with pytest.raises(IncompleteCoverageError, match=r"1 of 16 units .* \(1, 2, 0, 0\)"):
+    with pytest.raises(IncompleteCoverageError, match=r"1 of 16 shards .* \(1, 2, 0, 0\)"):
         finish(folder, record_of(make_voxels("scalar")))
     assert_goes_on(folder, "scalar", {UNIT}, expected)
 
@@ -315,11 +317,11 @@ def answer_of(process: subprocess.Popen[str]) -> Any:
 
 
 def write_share(folder: str, share: int, shares: int) -> None:
-    """Say that all is ready, then write a share of the units."""
+    """Say that all is ready, then write a share of the shards."""
     voxels = make_voxels("scalar")
     record = record_of(voxels)
     tell("ready")
-    write_units(Path(folder), record, voxels, units_of(record)[share::shares])
+    write_shards(Path(folder), record, voxels, shards_of(record)[share::shares])
 
 
 def started(*writers: subprocess.Popen[str]) -> Sequence[subprocess.Popen[str]]:
@@ -344,11 +346,13 @@ def test_two_writers_killed_at_any_moment_lose_only_what_they_were_at(
         for writer in writers:
             writer.communicate()
         there = written(folder)
-        assert_goes_on(folder, "scalar", set(units_of(record_of(make_voxels("scalar")))) - there, expected)
+        assert_goes_on(folder, "scalar", set(shards_of(record_of(make_voxels("scalar")))) - there, expected)
 
 
 @pytest.mark.slow
-def test_two_writers_of_the_same_units_at_once_do_no_harm(tmp_path: Path, expected: dict[str, bytes]) -> None:
+def test_two_writers_of_the_same_shards_at_once_do_no_harm(
+    tmp_path: Path, expected: dict[str, bytes]
+) -> None:
     folder = tmp_path / "heart"
     for writer in started(*(in_process("write_share", str(folder), 0, 1) for _ in range(2))):
         writer.communicate()
@@ -390,7 +394,7 @@ def _killed_at(step: int, folder: Path, act: Callable[[Path], Any]) -> int:
 def _write_two(folder: Path) -> None:
     voxels = make_voxels("scalar")
     record = record_of(voxels)
-    write_units(folder, record, voxels, units_of(record)[4:6])
+    write_shards(folder, record, voxels, shards_of(record)[4:6])
 
 
 ACTS: dict[str, Callable[[Path], Any]] = {
@@ -407,9 +411,9 @@ def test_whatever_is_killed_at_any_step_can_be_repeated(
     folder = tmp_path / "whole" / "heart"
     voxels = make_voxels("scalar")
     record = record_of(voxels)
-    units = units_of(record)
-    begun = units if act == "finish" else units[:4]
-    write_units(folder, record, voxels, begun)
+    shards = shards_of(record)
+    begun = shards if act == "finish" else shards[:4]
+    write_shards(folder, record, voxels, begun)
     (count,) = answer_of(in_process("killed_at", [10**6], str(folder.parent), act))
     assert 12 < count < 255
     steps = [*range(1, count + 1)]
@@ -420,21 +424,21 @@ def test_whatever_is_killed_at_any_step_can_be_repeated(
         harmed = folder.parent.with_name(f"whole-{step}") / "heart"
         there = written(harmed)
         assert there >= set(begun)
-        assert_goes_on(harmed, "scalar", set(units) - there, expected)
+        assert_goes_on(harmed, "scalar", set(shards) - there, expected)
 
 
 def written_on_a_full_disk(folder: str, limit: int) -> None:
-    """Write a unit where files may have so many bytes and no more."""
+    """Write a shard where files may have so many bytes and no more."""
     voxels = make_voxels("scalar")
     record = record_of(voxels)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     try:
-        write_units(Path(folder), record, voxels, [SMALL_UNIT])
+        write_shards(Path(folder), record, voxels, [SMALL_SHARD])
     except OSError as error:
         tell(error.strerror)
 
 
-SMALL_UNIT = (0, 2, 1, 0)  # its shard is smaller than its record
+SMALL_SHARD = (0, 2, 1, 0)  # smaller than its record
 
 
 @pytest.mark.slow
@@ -444,16 +448,16 @@ def test_a_disk_that_is_full_is_an_error_that_leaves_nothing_half_done(
 ) -> None:
     folder = tmp_path / "heart"
     record = record_of(make_voxels("scalar"))
-    units = units_of(record)
-    write_units(folder, record, make_voxels("scalar"), [unit for unit in units if unit != SMALL_UNIT])
+    shards = shards_of(record)
+    write_shards(folder, record, make_voxels("scalar"), [shard for shard in shards if shard != SMALL_SHARD])
     before = contents(tmp_path)
-    shard = str(shard_file(folder, record, SMALL_UNIT).relative_to(folder))
+    shard = str(shard_file(folder, record, SMALL_SHARD).relative_to(folder))
     size = len(expected[shard])
     limit = {"nothing": 0, "half a shard": size // 2, "a shard and no record": size}[what]
     assert answer_of(in_process("written_on_a_full_disk", str(folder), limit)) == "File too large"
     whole = {f"heart/{shard}": expected[shard]} if "and" in what else {}
     assert contents(tmp_path) == before | whole
-    assert_goes_on(folder, "scalar", {SMALL_UNIT}, expected)
+    assert_goes_on(folder, "scalar", {SMALL_SHARD}, expected)
 
 
 # What is done to the disk
@@ -473,7 +477,7 @@ def traced(folder: str) -> None:
     voxels = make_voxels("scalar")
     record = record_of(voxels)
     sys.addaudithook(note)
-    write_units(Path(folder), record, voxels, units_of(record))
+    write_shards(Path(folder), record, voxels, shards_of(record))
     written(Path(folder))
     finish(Path(folder), record)
     tell([event for event in events if event[1].startswith(folder.rpartition("/")[0])])
@@ -483,18 +487,18 @@ def test_each_shard_is_written_once_and_none_is_ever_read(tmp_path: Path) -> Non
     folder = tmp_path / "heart"
     events = answer_of(in_process("traced", str(folder)))
     record = record_of(make_voxels("scalar"))
-    units = units_of(record)
-    shards = {str(shard_file(folder, record, unit)) for unit in units}
+    shards = shards_of(record)
+    files = {str(shard_file(folder, record, shard)) for shard in shards}
     renamed = Counter(event[2] for event in events if event[0] == "rename")
-    assert {name: times for name, times in renamed.items() if name in shards} == dict.fromkeys(shards, 1)
-    assert {str(entry_file(folder, unit)) for unit in units} <= renamed.keys()
-    sources = {event[1] for event in events if event[0] == "rename" and event[2] in shards}
+    assert {name: times for name, times in renamed.items() if name in files} == dict.fromkeys(files, 1)
+    assert {str(entry_file(folder, shard)) for shard in shards} <= renamed.keys()
+    sources = {event[1] for event in events if event[0] == "rename" and event[2] in files}
     opened = Counter(event[1] for event in events if event[0] != "rename")
     assert {opened[name] for name in sources} == {1}
-    assert not shards & opened.keys()
+    assert not files & opened.keys()
 
 
-# What units depend on
+# What shards depend on
 
 
 HEADER_VALUES = {"model": "ab" * 16, "patch_size": [64, 64, 64], "reduce": "argmax", "mask": None}
@@ -556,13 +560,13 @@ HEADER_HARMS: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("harm", HEADER_HARMS)
-def test_a_damaged_header_is_entered_anew_and_the_units_of_the_same_one_still_count(
+def test_a_damaged_header_is_entered_anew_and_the_shards_of_the_same_one_still_count(
     tmp_path: Path, harm: str
 ) -> None:
     folder = begin(tmp_path, HEADER_VALUES)
     voxels = make_voxels("scalar")
     record = record_of(voxels)
-    write_units(folder / "heart", record, voxels, units_of(record)[:1])
+    write_shards(folder / "heart", record, voxels, shards_of(record)[:1])
     before = contents(tmp_path)
     HEADER_HARMS[harm](tmp_path / HEADER)
     assert header_of(tmp_path) is None
@@ -572,10 +576,10 @@ def test_a_damaged_header_is_entered_anew_and_the_units_of_the_same_one_still_co
 
 
 @pytest.mark.parametrize("harm", HEADER_HARMS)
-def test_where_the_header_is_lost_units_of_another_one_do_not_count(tmp_path: Path, harm: str) -> None:
+def test_where_the_header_is_lost_shards_of_another_one_do_not_count(tmp_path: Path, harm: str) -> None:
     voxels = make_voxels("scalar")
-    record, unit = record_of(voxels), units_of(record_of(voxels))[0]
-    write_units(begin(tmp_path, HEADER_VALUES) / "heart", record, voxels, [unit])
+    record, shard = record_of(voxels), shards_of(record_of(voxels))[0]
+    write_shards(begin(tmp_path, HEADER_VALUES) / "heart", record, voxels, [shard])
     HEADER_HARMS[harm](tmp_path / HEADER)
     folder = begin(tmp_path, {**HEADER_VALUES, "model": "cd" * 16})
-    assert not UnitLedger(folder / "heart").has(unit)
+    assert not ShardLedger(folder / "heart").has(shard)

@@ -41,7 +41,7 @@ from zpatch.store.names import LOCK, MANIFEST, UNFINISHED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SHAPE = (40, 36, 160)  # five write units along K
+SHAPE = (40, 36, 160)  # five shards along K
 PATCH, OVERLAP, BATCH = 20, 8, 2
 OPTIONS = {"image": "t1", "patch_size": PATCH, "patch_overlap": OVERLAP, "batch_size": BATCH}
 ARGUMENTS = ("--image", "t1", "--patch-size", PATCH, "--overlap", OVERLAP, "--batch-size", BATCH, "-q")
@@ -660,7 +660,7 @@ def test_a_disk_that_is_full_at_any_new_file_is_one_clear_line_and_a_rerun_finis
         assert_whole(out, expected)
 
 
-def test_a_disk_that_fails_under_a_unit_is_a_store_error_that_names_the_store(
+def test_a_disk_that_fails_under_a_shard_is_a_store_error_that_names_the_store(
     cohort: zp.Cohort, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, calls = shard_ledger.write_shard, itertools.count()
@@ -726,7 +726,7 @@ def opened() -> Iterator[list[tuple[str, bool]]]:
 
 
 @pytest.mark.parametrize("mask", [None, "mask"])
-def test_each_write_unit_is_written_once_and_no_shard_is_ever_read(
+def test_each_write_shard_is_written_once_and_no_shard_is_ever_read(
     cohort: zp.Cohort, out: Path, monkeypatch: pytest.MonkeyPatch, opened: list[Any], mask: str | None
 ) -> None:
     real, written = shard_ledger.write_shard, []
@@ -744,6 +744,6 @@ def test_each_write_unit_is_written_once_and_no_shard_is_ever_read(
     close_shards(cohort.store.path)  # mapped files stay open
     opened.clear()
     predict(cohort, out, two_heads, mask=mask)
-    assert len(written) == len(set(written)) == sum(plan.units_out for plan in plans)
+    assert len(written) == len(set(written)) == sum(plan.shards_out for plan in plans)
     assert [path for path, reads in opened if reads and path.startswith(str(out)) and "/0/c/" in path] == []
     assert any(reads and "/t1/0/c/" in path for path, reads in opened)  # it would have been noticed

@@ -94,7 +94,7 @@ print(json.dumps({
 
 
 def write_store(path: Path, shape: tuple[int, int, int]) -> Path:
-    """A store of one subject: noise that is smooth enough to pack, int16, in units along K."""
+    """A store of one subject: noise that is smooth enough to pack, int16, in shards along K."""
     record = output_record(
         "ann", "image", "scalar", np.dtype(np.int16),
         plan_output_layout((1, *shape[::-1]), 2, swept_axis=0), (1, *shape), np.eye(4),
@@ -172,7 +172,7 @@ def test_what_a_prediction_holds_is_what_its_plan_states_and_at_least_six_tenths
 def test_what_is_held_does_not_grow_with_the_swept_axis(folder: Path, out: Path) -> None:
     wish = {"patch_size": 64, "patch_overlap": 16, "reduce": "argmax"}
     found = []
-    for length in (256, 256 + 5 * 96):  # 96 is a whole number of steps and of units
+    for length in (256, 256 + 5 * 96):  # 96 is a whole number of steps and of shards
         write_store(folder / f"{length}.zarr", (128, 128, length))
         found.append(measured(folder, f"{length}.zarr", out.with_name(f"{length}.zarr"), **wish))
         shutil.rmtree(folder / f"{length}.zarr")
@@ -207,7 +207,7 @@ def test_a_plan_for_a_long_volume_states_what_one_for_a_short_volume_does(folder
     network = Network(lambda batch: batch, torch_device("cpu"))
     options = PredictOptions.of(image="t1", patch_size=64, patch_overlap=16)
     stated = []
-    for length in (64 + 4 * 96, 64 + 42 * 96):  # a whole number of steps and of units
+    for length in (64 + 4 * 96, 64 + 42 * 96):  # a whole number of steps and of shards
         volume = np.broadcast_to(np.float32(0), (96, 96, length))
         [plan] = plan_prediction(network, [zp.Subject(t1=zp.ScalarImage(volume))], options)
         assert plan.swept_axis == 2

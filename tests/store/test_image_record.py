@@ -17,7 +17,7 @@ from zpatch.chunks.codec import CODECS, check_codec
 from zpatch.digests import FileSeal, check_seal, compact_json, digest, sealed_line, unsealed
 from zpatch.errors import DamageError, OptionError, SourceError
 from zpatch.store import image_record
-from zpatch.store.image_record import ImageRecord, Source
+from zpatch.store.image_record import ImageRecord, SourceFingerprint
 from zpatch.store.names import check_name, check_names_differ
 
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", fullmatch=True)
@@ -57,7 +57,7 @@ def records(draw: st.DrawFn) -> ImageRecord:
         meta=draw(st.dictionaries(TEXT, JSON, max_size=3)),
         stats=draw(st.dictionaries(TEXT, JSON, max_size=3)),
         warnings=tuple(draw(st.lists(TEXT, max_size=3))),
-        source=draw(st.none() | st.builds(Source, TEXT, st.integers(0), st.integers(), CHECKSUMS)),
+        source=draw(st.none() | st.builds(SourceFingerprint, TEXT, st.integers(0), st.integers(), CHECKSUMS)),
         files=draw(st.dictionaries(TEXT, st.builds(FileSeal, st.integers(0), CHECKSUMS), max_size=3)),
     )
 
@@ -77,7 +77,7 @@ def a_record(**changes: Any) -> ImageRecord:
         slope=0.1 + 0.2,
         inter=1e-05,
         meta={"größe": "1 m"},
-        source=Source("a/t1.nii", 100, 12345, "0" * 32),
+        source=SourceFingerprint("a/t1.nii", 100, 12345, "0" * 32),
         files={"0/c/0/0/0": FileSeal(10, "1" * 32)},
     )
     return dataclasses.replace(record, **changes)

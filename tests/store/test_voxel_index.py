@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 import zpatch as zp
 from zpatch.errors import SamplingError
 from zpatch.geometry.boxes import PatchLocation
-from zpatch.sampling.centre_draws import Reach, ReadChunks, draw_centres
+from zpatch.sampling.centre_draws import AllowedMass, ReadChunks, draw_centres
 from zpatch.store.image_record import ImageRecord, Kind
 from zpatch.store.voxel_index import (
     ChunkGrid,
@@ -242,14 +242,14 @@ def draws(
     return draw_centres([(reach, count)], read, np.random.default_rng(seed))[0]
 
 
-def reach_of(masses: NDArray[Any], chunk: int, allowed: PatchLocation) -> tuple[Reach, ReadChunks]:
+def reach_of(masses: NDArray[Any], chunk: int, allowed: PatchLocation) -> tuple[AllowedMass, ReadChunks]:
     """What is drawn from, and how its chunks are read."""
     grid = ChunkGrid(masses.shape, (chunk, chunk, chunk))  # type: ignore[arg-type]
 
     def read(boxes: Sequence[PatchLocation]) -> list[NDArray[Any]]:
         return [masses[None, *box.to_slices()] for box in boxes]
 
-    return Reach(sum_masses(grid, read, channel), grid, allowed, channel), read
+    return AllowedMass(sum_masses(grid, read, channel), grid, allowed, channel), read
 
 
 def channel(voxels: NDArray[Any]) -> NDArray[Any]:
@@ -361,8 +361,8 @@ def test_the_mass_inside_is_counted_once_for_all_draws(monkeypatch: pytest.Monke
     masses, allowed = often_rejected()
     reach, read = reach_of(masses, 2, allowed)
     counted = []
-    count = Reach._count
-    monkeypatch.setattr(Reach, "_count", lambda self, read: counted.append(self) or count(self, read))
+    count = AllowedMass._count
+    monkeypatch.setattr(AllowedMass, "_count", lambda self, read: counted.append(self) or count(self, read))
     for seed in range(3):
         draw_centres([(reach, 1000), (reach, 1000)], read, np.random.default_rng(seed))
     assert counted == [reach]
@@ -378,7 +378,7 @@ def test_a_chunk_that_draws_share_is_read_once(rng: np.random.Generator) -> None
         return [masses[None, *box.to_slices()] for box in boxes]
 
     table = sum_table(np.array([masses[box.to_slices()].sum() for box in grid.boxes()]))
-    reach = Reach(table, grid, PatchLocation((0, 0, 0), (8, 8, 8)), channel)
+    reach = AllowedMass(table, grid, PatchLocation((0, 0, 0), (8, 8, 8)), channel)
     draw_centres([(reach, 500), (reach, 500)], read_chunks, rng)
     assert len(read) == 8
 

@@ -28,7 +28,7 @@ from zpatch.chunks.mapped_shards import NO_CHUNK, close_shards
 from zpatch.chunks.sharded_array import ChunkFiles, ShardedArray
 from zpatch.geometry.affines import spacing_mm
 from zpatch.geometry.boxes import PatchLocation, Triple, allowed_centres, check_patch_fits, padded_to_4d
-from zpatch.images.group_read import fulfil
+from zpatch.images.group_read import read_requests
 from zpatch.images.image import Image, read_together
 from zpatch.images.subject import Subject
 from zpatch.images.voxel_source import Request, new_voxels
@@ -191,7 +191,7 @@ class StandIns:
                 shapes = [(image.num_channels, *location.size) for location in group.locations]
                 outs = [new_voxels(shape, image.dtype) for shape in shapes]
                 requests.append(Request(source, group.locations, outs, image.scaling))
-            fulfil(requests)
+            read_requests(requests)
         return time.perf_counter() - begin
 
 

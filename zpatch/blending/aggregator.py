@@ -14,7 +14,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import torch
 
-from zpatch.blending.grid_blend import SweptBlend, add_checked
+from zpatch.blending.grid_blend import GridBlend, add_checked
 from zpatch.blending.reduction import (
     STORED_AS,
     Reduction,
@@ -23,7 +23,7 @@ from zpatch.blending.reduction import (
     kind_of,
     reduce_channels,
 )
-from zpatch.blending.scattered_blend import LooseBlend
+from zpatch.blending.scattered_blend import ScatteredBlend
 from zpatch.blending.sinks import ImageSink, TensorSink
 from zpatch.blending.tiling import Tiling
 from zpatch.blending.windows import check_overlap_mode
@@ -38,7 +38,7 @@ from zpatch.store.names import check_name, check_names_differ
 from zpatch.store.staged_image import StagedImage
 
 T = TypeVar("T")
-Head = tuple[SweptBlend | LooseBlend, TensorSink | ImageSink]
+Head = tuple[GridBlend | ScatteredBlend, TensorSink | ImageSink]
 Output = torch.Tensor | Image
 
 
@@ -177,8 +177,8 @@ class PatchAggregator:
             tiling = Tiling.over(
                 self._grid.grid, self.overlap_mode, output_shape=shape, patch_shape=patch_shape
             )
-            return SweptBlend(tiling, sink, finalise, max_held_bytes=max_bytes), sink
-        blend = LooseBlend(
+            return GridBlend(tiling, sink, finalise, max_held_bytes=max_bytes), sink
+        blend = ScatteredBlend(
             self.spatial_shape,
             self.overlap_mode,
             self.patch_overlap,
@@ -229,10 +229,10 @@ class PatchAggregator:
         if not self._heads:
             raise IncompleteCoverageError("no patch was added; nothing is there to be blended")
         for blend, _ in self._heads.values():
-            blend.check_coverage() if isinstance(blend, LooseBlend) else blend.finish()
+            blend.check_coverage() if isinstance(blend, ScatteredBlend) else blend.finish()
         with self._at_work():
             for blend, _ in self._heads.values():
-                if isinstance(blend, LooseBlend):
+                if isinstance(blend, ScatteredBlend):
                     blend.finish()
             self._outputs = self._collected()
         self._refusal = "the output was taken already"
@@ -269,7 +269,7 @@ class PatchAggregator:
     def close(self) -> None:
         """Free what is held, and remove what was written of an output that is not complete."""
         for blend, _ in self._heads.values():
-            if isinstance(blend, LooseBlend):
+            if isinstance(blend, ScatteredBlend):
                 blend.close()
         self._heads = {}
         if self._staging is not None:

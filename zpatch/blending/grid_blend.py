@@ -89,10 +89,10 @@ class _Tile:
         return self.done == len(self.turns)
 
 
-class SweptBlend:
+class GridBlend:
     """Blends the patches of a grid, in any order, and hands each tile on as soon as it is final.
 
-    Only tiles in ``wanted`` write units (over their numbers) are made; all of them by default. Contributions
+    Only tiles in ``wanted`` shards (over their numbers) are made; all of them by default. Contributions
     are summed in sweep order, so that the voxels do not depend on the order in which patches arrive; what
     comes too early waits, and takes at most ``max_held_bytes``.
     """
@@ -112,14 +112,14 @@ class SweptBlend:
         self._tiling = tiling
         self._sink = sink
         self._finalise = finalise
-        self._wanted = np.ones(tiling.unit_counts, dtype=bool) if wanted is None else wanted
+        self._wanted = np.ones(tiling.shard_counts, dtype=bool) if wanted is None else wanted
         self._skipped = skipped
         self._max_held_bytes = max_held_bytes
         self._awaited = tiling.patches_for(self._wanted)
         if skipped is not None:
             self._awaited &= ~skipped.patches
         self._seen = np.zeros(tiling.grid.counts, dtype=bool)
-        self._begun = np.zeros(tiling.unit_counts, dtype=bool)
+        self._begun = np.zeros(tiling.shard_counts, dtype=bool)
         self._tiles: dict[Triple, _Tile] = {}
         self._pool: buffer_pool.Pool[torch.Tensor] = buffer_pool.Pool()
         self._weights = [[torch.from_numpy(w) for w in axis.weights] for axis in tiling.axes]
@@ -141,7 +141,7 @@ class SweptBlend:
         patch = patch.to(accumulation_dtype(patch.dtype, self._tiling.mode))
         # As the patch lies in memory, so that what neighbouring tiles take of it is still in the cache.
         for tile in self._tiling.tiles_hit(position, memory_order(patch[0])):
-            if self._wanted[self._tiling.unit_of(tile)]:
+            if self._wanted[self._tiling.shard_of(tile)]:
                 self._add_to_tile(tile, patch, position)
 
     def _add_to_tile(self, tile: Triple, patch: torch.Tensor, position: Triple) -> None:
@@ -250,7 +250,7 @@ class SweptBlend:
             final = torch.where(empty, self._skipped.fill(_extent(voxels)).to(final.device), final)
             skipped = int(empty.sum())
         self._sink.put(first, final.cpu(), skipped=skipped)
-        self._fill_unit(self._tiling.unit_of(tile))
+        self._fill_shard(self._tiling.shard_of(tile))
 
     def _lacking(self, tile: Triple, skipped: Bools) -> torch.Tensor:
         """Where a skipped patch would have added to a tile, (i, j, k); elsewhere its weights sum to one."""
@@ -264,14 +264,14 @@ class SweptBlend:
                 found[tuple(slice(max(x.first[n] - a, 0), x.stop[n] - a) for x, n, a in ends)] = True
         return found
 
-    def _fill_unit(self, unit: Triple) -> None:
-        """Hand on what no patch of a unit is run for, once."""
-        if self._begun[unit]:
+    def _fill_shard(self, shard: Triple) -> None:
+        """Hand on what no patch of a shard is run for, once."""
+        if self._begun[shard]:
             return
-        self._begun[unit] = True
+        self._begun[shard] = True
         if self._skipped is None:
             return
-        for tile in self._tiling.tiles_of(unit):
+        for tile in self._tiling.tiles_of(shard):
             if not self._turns(tile):
                 low, high = self._tiling.bounds(tile)
                 i, j, k = (b - a for a, b in zip(low, high, strict=True))
@@ -288,7 +288,7 @@ class SweptBlend:
                 f"{first.index_ini} to {first.index_fin}; add every patch of the grid once"
             )
         for i, j, k in np.argwhere(self._wanted & ~self._begun).tolist():
-            self._fill_unit((i, j, k))
+            self._fill_shard((i, j, k))
 
 
 def _extent(voxels: torch.Tensor) -> Triple:

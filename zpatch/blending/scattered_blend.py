@@ -19,7 +19,7 @@ from zpatch.blending import windows
 from zpatch.blending.grid_blend import Finalise, accumulation_dtype
 from zpatch.blending.reduction import fitting_fill
 from zpatch.blending.sinks import VolumeSink
-from zpatch.blending.tile_spill import HeldTiles
+from zpatch.blending.tile_spill import SpilledTiles
 from zpatch.blending.tiling import AxisScale
 from zpatch.chunks.layout import CHUNK_VOXELS
 from zpatch.errors import IncompleteCoverageError, ModelError
@@ -31,7 +31,7 @@ PATCHES_IN_FLOAT32 = 256
 Slices = tuple[slice, slice, slice]
 
 
-class LooseBlend:
+class ScatteredBlend:
     """Blends patches at any locations, in any order.
 
     Where patches overlap, the last bits depend on the order in which they came; in ``crop`` mode the last
@@ -60,7 +60,7 @@ class LooseBlend:
     ) -> None:
         windows.check_overlap_mode(mode)
         self.channels: int | None = None
-        self.tiles = HeldTiles(max_bytes, scratch_folder)
+        self.tiles = SpilledTiles(max_bytes, scratch_folder)
         self._shape = output_shape or spatial_shape
         self._tile_shape = tile_shape(self._shape, tile_voxels)
         sizes = spatial_shape, self._shape, patch_size or spatial_shape, patch_shape or (None,) * 3

@@ -1,4 +1,4 @@
-"""Where final voxels go: into one tensor, or into an image on disk, each write unit written once."""
+"""Where final voxels go: into one tensor, or into an image on disk, each shard written once."""
 
 from __future__ import annotations
 
@@ -68,21 +68,21 @@ class ImageSink:
         self._spatial_shape = spatial_shape
         self._affine = affine
         self._writer: ImageWriter | None = None
-        self._units: WriteUnits | None = None
+        self._shards: ShardAssembler | None = None
 
     def put(self, first: Triple, voxels: torch.Tensor, *, skipped: int = 0) -> None:
         """Take in final voxels."""
         stored = voxels.permute(0, 3, 2, 1).numpy()
-        if self._units is None:
+        if self._shards is None:
             self._writer = ImageWriter(
                 self.stage, self._describe(len(stored), stored.dtype), f"{self._subject}/{self._name}"
             )
-            self._units = WriteUnits(self._writer)
-        self._units.put(first[::-1], stored)
+            self._shards = ShardAssembler(self._writer)
+        self._shards.put(first[::-1], stored)
 
     def finish(self) -> ImageRecord:
         """The record of the image, once every voxel has come."""
-        if self._writer is None or self._units is None or not self._units.complete:
+        if self._writer is None or self._shards is None or not self._shards.complete:
             raise IncompleteCoverageError(f"image {self._name!r} has shards that were never completed")
         record = self._writer.record
         return self._writer.finish(
@@ -129,7 +129,7 @@ def output_record(
     )
 
 
-class UnitWriter(Protocol):
+class ShardWriter(Protocol):
     """Writes whole shards of an image."""
 
     @property
@@ -140,24 +140,24 @@ class UnitWriter(Protocol):
         """Write one shard, whole: ``voxels`` is (c, z, y, x), ``skipped`` of them not predicted."""
 
 
-class WriteUnits:
+class ShardAssembler:
     """Collects boxes of final voxels into shards, and writes each shard when its last voxel has come.
 
     The boxes come in any order and must not overlap; memory is that of the shards begun and not complete.
     """
 
-    def __init__(self, writer: UnitWriter) -> None:
+    def __init__(self, writer: ShardWriter) -> None:
         self._writer = writer
         record = writer.record
         self._shape = record.shape_czyx
         self._shards = padded_to_4d(record.shards)
         self._dtype = np.dtype(record.dtype)
-        self._open: dict[Shard, _Unit] = {}
+        self._open: dict[Shard, _OpenShard] = {}
 
     def put(self, first: tuple[int, int, int], voxels: NDArray[Any], *, skipped: int = 0) -> None:
         """Take in final voxels (c, z, y, x), all channels, that start at ``first`` (z, y, x).
 
-        ``skipped`` of them were filled and not predicted; such boxes lie in one unit.
+        ``skipped`` of them were filled and not predicted; such boxes lie in one shard.
         """
         low, ends = (0, *first), [a + n for a, n in zip((0, *first), voxels.shape, strict=True)]
         touched = (range(a // s, (b - 1) // s + 1) for a, b, s in zip(low, ends, self._shards, strict=True))
@@ -171,16 +171,16 @@ class WriteUnits:
         if shard not in self._open:
             limits = zip(origin, self._shards, self._shape, strict=True)
             extent = [min(o + s, n) - o for o, s, n in limits]
-            self._open[shard] = _Unit(buffer_pool.empty(extent, self._dtype), math.prod(extent))
-        unit = self._open[shard]
+            self._open[shard] = _OpenShard(buffer_pool.empty(extent, self._dtype), math.prod(extent))
+        opened = self._open[shard]
         first = [max(a, o) for a, o in zip(low, origin, strict=True)]
         stop = [min(b, o + s) for b, o, s in zip(ends, origin, self._shards, strict=True)]
-        unit.voxels[_slices(first, stop, origin)] = voxels[_slices(first, stop, low)]
-        unit.awaited -= math.prod(b - a for a, b in zip(first, stop, strict=True))
-        unit.skipped += skipped
-        if unit.awaited == 0:
+        opened.voxels[_slices(first, stop, origin)] = voxels[_slices(first, stop, low)]
+        opened.awaited -= math.prod(b - a for a, b in zip(first, stop, strict=True))
+        opened.skipped += skipped
+        if opened.awaited == 0:
             del self._open[shard]
-            self._writer.write_shard(shard, unit.voxels, skipped=unit.skipped)
+            self._writer.write_shard(shard, opened.voxels, skipped=opened.skipped)
 
     @property
     def complete(self) -> bool:
@@ -189,8 +189,8 @@ class WriteUnits:
 
 
 @dataclass(slots=True)
-class _Unit:
-    """A unit that awaits so many voxels."""
+class _OpenShard:
+    """A shard that awaits so many voxels."""
 
     voxels: NDArray[Any]
     awaited: int

@@ -19,7 +19,7 @@ from zpatch.errors import StoreError
 from zpatch.geometry.boxes import Triple
 
 
-class HeldTiles:
+class SpilledTiles:
     """Tensors (C, i, j, k) by their place in a grid of tiles, at most ``max_bytes`` of them in memory.
 
     One tile more is in memory while it is taken out. ``bytes`` is what is held, ``peak_bytes`` the most that

@@ -1,11 +1,11 @@
 """A volume cut into tiles that become final at once, as the patches of a grid are swept over it.
 
-On one axis tiles lie between the borders of what the patches add to, and never across a write unit::
+On one axis tiles lie between the borders of what the patches add to, and never across a shard::
 
     patches   [=====A=====]
                       [=====B=====]
                                 [=====C=====]
-    units     |         |         |         |
+    shards     |         |         |         |
     tiles     | A   |A,B| B |B,C  | C       |
 
 A tile of the volume is the product of three such pieces, and awaits every patch that touches all three.
@@ -86,14 +86,14 @@ def _rounded(positions: NDArray[np.floating[Any]]) -> Integers:
 class AxisTiles:
     """One axis of a grid cut into tiles.
 
-    Tile ``t`` is ``[edges[t], edges[t + 1])``, lies in write unit ``unit[t]``, and awaits the patches
+    Tile ``t`` is ``[edges[t], edges[t + 1])``, lies in shard ``shard[t]``, and awaits the patches
     ``touching[t]``, in ascending order. Patch ``i`` covers ``[starts[i], stops[i])``, has non-zero weights
     ``weights[i]`` on ``[first[i], stop[i])`` only, and hits the tiles from ``first_tile[i]`` up to
     ``stop_tile[i]``. Borders of patches closer than 16 voxels to another edge are left out.
     """
 
     edges: Integers
-    unit: Integers
+    shard: Integers
     touching: tuple[Integers, ...]
     starts: Integers
     stops: Integers
@@ -114,7 +114,7 @@ class AxisTiles:
         *,
         output_length: int | None = None,
         made_length: int | None = None,
-        unit_length: int | None = None,
+        shard_length: int | None = None,
     ) -> AxisTiles:
         """Tiles of the volume's own extent ``[0, axis_length)``.
 
@@ -132,8 +132,8 @@ class AxisTiles:
         used = np.array([kept.size > 0 for kept in inside])  # rounding may leave a patch nothing to add
         first = ends[0] + [kept[0] if kept.size else 0 for kept in inside]
         stop = ends[0] + [kept[-1] + 1 if kept.size else 0 for kept in inside]
-        unit_length = unit_length or length
-        edges = _edges(np.concatenate([first[used], stop[used]]), length, unit_length)
+        shard_length = shard_length or length
+        edges = _edges(np.concatenate([first[used], stop[used]]), length, shard_length)
         first_tile = np.where(used, np.searchsorted(edges, first, side="right") - 1, 0)
         stop_tile = np.where(used, np.searchsorted(edges, stop, side="left"), 0)
         hits = [np.arange(a, b) for a, b in zip(first_tile, stop_tile, strict=True)]
@@ -142,7 +142,7 @@ class AxisTiles:
         counts = np.bincount(np.concatenate(hits), minlength=len(edges) - 1)
         return cls(
             edges=edges,
-            unit=edges[:-1] // unit_length,
+            shard=edges[:-1] // shard_length,
             touching=tuple(np.split(patches, np.cumsum(counts)[:-1])),
             starts=ends[0],
             stops=ends[1],
@@ -162,24 +162,24 @@ class AxisTiles:
         return np.array([len(patches) for patches in self.touching], dtype=np.int64)
 
     @property
-    def units(self) -> int:
-        """How many write units there are."""
-        return int(self.unit[-1]) + 1
+    def shards(self) -> int:
+        """How many shards there are."""
+        return int(self.shard[-1]) + 1
 
-    def tiles_of(self, unit: int) -> range:
-        """The tiles of a write unit."""
-        return range(*np.searchsorted(self.unit, [unit, unit + 1]).tolist())
+    def tiles_of(self, shard: int) -> range:
+        """The tiles of a shard."""
+        return range(*np.searchsorted(self.shard, [shard, shard + 1]).tolist())
 
-    def units_hit(self) -> tuple[Integers, Integers]:
-        """First write unit of each patch, and the one after the last; alike where it adds nothing."""
-        padded = np.append(self.unit, self.unit[-1])
+    def shards_hit(self) -> tuple[Integers, Integers]:
+        """First shard of each patch, and the one after the last; alike where it adds nothing."""
+        padded = np.append(self.shard, self.shard[-1])
         stop = np.where(self.stop_tile > self.first_tile, padded[self.stop_tile - 1] + 1, 0)
         return np.where(stop > 0, padded[self.first_tile], 0), stop
 
 
-def _edges(borders: Integers, length: int, unit_length: int) -> Integers:
-    """The ends of all write units, and of the patches' borders those that leave no thin tile."""
-    fixed = [*range(0, length, unit_length), length]
+def _edges(borders: Integers, length: int, shard_length: int) -> Integers:
+    """The ends of all shards, and of the patches' borders those that leave no thin tile."""
+    fixed = [*range(0, length, shard_length), length]
     kept = [0]
     inner = np.unique(borders)
     for start, stop in itertools.pairwise(fixed):
@@ -192,15 +192,15 @@ def _edges(borders: Integers, length: int, unit_length: int) -> Integers:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tiling:
-    """The tiles of a volume under a grid, and the write units that they fill.
+    """The tiles of a volume under a grid, and the shards that they fill.
 
-    ``shape`` is that of the output, ``unit_shape`` that of a write unit, all along I, J, K.
+    ``shape`` is that of the output, ``shard_shape`` that of a shard, all along I, J, K.
     """
 
     grid: PatchGrid
     mode: str
     shape: Triple
-    unit_shape: Triple
+    shard_shape: Triple
     swept_axis: int
     axes: tuple[AxisTiles, AxisTiles, AxisTiles]
 
@@ -213,17 +213,17 @@ class Tiling:
         swept_axis: int = 0,
         output_shape: Triple | None = None,
         patch_shape: Triple | None = None,
-        unit_shape: Triple | None = None,
+        shard_shape: Triple | None = None,
     ) -> Tiling:
-        """The tiles of a grid's volume, or of an output of another shape; without units it is one unit.
+        """The tiles of a grid's volume, or of an output of another shape; without shards it is one shard.
 
         ``patch_shape`` is what the network makes of a patch.
         """
         windows.check_overlap_mode(mode)
         shape = output_shape or grid.spatial_shape
-        units = unit_shape or shape
+        shards = shard_shape or shape
         i, j, k = (
-            AxisTiles.cut(mode, s, p, o, n, output_length=m, made_length=q, unit_length=u)
+            AxisTiles.cut(mode, s, p, o, n, output_length=m, made_length=q, shard_length=u)
             for s, p, o, n, m, q, u in zip(
                 grid.starts,
                 grid.patch_size,
@@ -231,11 +231,11 @@ class Tiling:
                 grid.spatial_shape,
                 shape,
                 patch_shape or (None,) * 3,
-                units,
+                shards,
                 strict=True,
             )
         )
-        return cls(grid, mode, shape, units, swept_axis, (i, j, k))
+        return cls(grid, mode, shape, shards, swept_axis, (i, j, k))
 
     @property
     def order(self) -> Triple:
@@ -243,19 +243,19 @@ class Tiling:
         return sweep_order(self.swept_axis)
 
     @property
-    def unit_counts(self) -> Triple:
-        """Number of write units along I, J, K."""
-        i, j, k = (axis.units for axis in self.axes)
+    def shard_counts(self) -> Triple:
+        """Number of shards along I, J, K."""
+        i, j, k = (axis.shards for axis in self.axes)
         return i, j, k
 
-    def unit_of(self, tile: Triple) -> Triple:
-        """The write unit that a tile lies in."""
-        i, j, k = (int(axis.unit[t]) for axis, t in zip(self.axes, tile, strict=True))
+    def shard_of(self, tile: Triple) -> Triple:
+        """The shard that a tile lies in."""
+        i, j, k = (int(axis.shard[t]) for axis, t in zip(self.axes, tile, strict=True))
         return i, j, k
 
-    def tiles_of(self, unit: Triple) -> Iterator[Triple]:
-        """The tiles of a write unit."""
-        i, j, k = (axis.tiles_of(n) for axis, n in zip(self.axes, unit, strict=True))
+    def tiles_of(self, shard: Triple) -> Iterator[Triple]:
+        """The tiles of a shard."""
+        i, j, k = (axis.tiles_of(n) for axis, n in zip(self.axes, shard, strict=True))
         return itertools.product(i, j, k)
 
     def tiles_hit(self, position: Triple, order: Sequence[int] = (0, 1, 2)) -> Iterator[Triple]:
@@ -292,13 +292,13 @@ class Tiling:
         of_tile = skipped[np.ix_(*(axis.touching[t] for axis, t in zip(self.axes, tile, strict=True)))]
         return np.flatnonzero(~of_tile.transpose(self.order).ravel()).tolist()
 
-    def patches_for(self, units: Bools) -> Bools:
-        """Which patches of the grid add to any of some write units."""
-        total = np.zeros(np.add(units.shape, 1), dtype=np.int64)
-        total[1:, 1:, 1:] = units
+    def patches_for(self, shards: Bools) -> Bools:
+        """Which patches of the grid add to any of some shards."""
+        total = np.zeros(np.add(shards.shape, 1), dtype=np.int64)
+        total[1:, 1:, 1:] = shards
         for axis in range(3):
             np.cumsum(total, axis=axis, out=total)
-        ends = [axis.units_hit() for axis in self.axes]
+        ends = [axis.shards_hit() for axis in self.axes]
         found = np.zeros(self.grid.counts, dtype=np.int64)
         for corner in itertools.product((0, 1), repeat=3):
             sign = -1 if (3 - sum(corner)) % 2 else 1

@@ -31,12 +31,12 @@ class EpochQueue(Queue):
     The epoch of a ``subject_sampler`` is set by its owner, also where the queue goes on from a state.
     """
 
-    def borrowed(self) -> Iterator[Patch]:
-        """The patches of the next epoch, or of the rest of one; see ``Queue.borrowed``."""
+    def iter_shared(self) -> Iterator[Patch]:
+        """The patches of the next epoch, or of the rest of one; see ``Queue.iter_shared``."""
         self._end_iteration()  # if an epoch was chosen while it ran, that is the next one
         if self._consumed and not self._resumed:
             self.set_epoch(self._epoch + 1)
-        return super().borrowed()
+        return super().iter_shared()
 
     def upcoming(self, plan: EpochPlan) -> EpochPlan | None:
         """The epoch after one, where the order of its subjects is known already."""

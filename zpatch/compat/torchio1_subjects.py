@@ -60,7 +60,7 @@ class Image(image.Image):
         if isinstance(data, str) or hasattr(data, "__fspath__"):
             data = cached_image(data, self.kind)
         if isinstance(data, image.Image):
-            data, affine = data.origin, data.affine if affine is None else affine
+            data, affine = data.opened, data.affine if affine is None else affine
         super().__init__(data, affine=affine, axes=axes)
 
     @property

@@ -94,7 +94,7 @@ class _Image(image.Image):
             source = cached_image(source, self.kind)
         if isinstance(source, image.Image):
             affine = source.affine if affine is None else affine
-            source = source.origin
+            source = source.opened
         super().__init__(source, affine=affine)
 
     @property

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from zpatch.conversion.cases import Case, SourceImage, is_image_name, kind_by_name, listed_file, stem_of
+from zpatch.conversion.cases import Case, CaseImage, is_image_name, kind_by_name, listed_file, stem_of
 from zpatch.errors import SourceError
 from zpatch.store.image_record import Kind
 
@@ -105,7 +105,7 @@ def value_of(cell: str) -> int | float | str | None:
     return cell
 
 
-def case_of_row(subject: str, images: Iterable[SourceImage], row: Row) -> Case:
+def case_of_row(subject: str, images: Iterable[CaseImage], row: Row) -> Case:
     """A case with what a table says of it: the column ``split`` is its split, all else metadata."""
     meta = {key: value_of(cell) for key, cell in row.items() if key != "split"}
     split = row.get("split", "")
@@ -135,7 +135,7 @@ def table(file: Path) -> list[Case]:
         if (first := lines.setdefault(subject, line)) != line:
             raise SourceError(f"{where}: {subject!r} is on line {first} already; keep one row a case")
         found = [
-            SourceImage(name, kind, listed_file(file.parent, cell, where))
+            CaseImage(name, kind, listed_file(file.parent, cell, where))
             for column, (name, kind) in images.items()
             if (cell := row.pop(column)).lower() not in _MISSING
         ]
@@ -184,7 +184,7 @@ def datalist(file: Path) -> list[Case]:
     cases = []
     for subject, entry in zip(subjects, entries, strict=True):
         images = [
-            SourceImage(name, kind_by_name(key), listed_file(file.parent, text, entry.where))
+            CaseImage(name, kind_by_name(key), listed_file(file.parent, text, entry.where))
             for key, texts in entry.files.items()
             for name, text in zip(_image_names(key, len(texts), modalities), texts, strict=True)
         ]

@@ -26,7 +26,7 @@ Note = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class SourceImage:
+class CaseImage:
     """One file to convert: the image's name in its subject, what it is, and where it lies."""
 
     name: str
@@ -42,7 +42,7 @@ class Case:
     """
 
     subject: str
-    images: tuple[SourceImage, ...]
+    images: tuple[CaseImage, ...]
     split: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
 

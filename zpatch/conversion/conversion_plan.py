@@ -15,7 +15,7 @@ import numpy as np
 
 from zpatch.chunks.layout import Layout, plan_layout
 from zpatch.conversion.conversion_options import ConvertOptions
-from zpatch.conversion.discovery import Case, SourceImage, discover
+from zpatch.conversion.discovery import Case, CaseImage, discover
 from zpatch.conversion.fingerprints import has_fingerprint
 from zpatch.digests import Json
 from zpatch.errors import SourceError, one_line
@@ -37,7 +37,7 @@ class PlannedImage:
     """One file to convert: where it is, what its header says, and how it will be stored."""
 
     subject: str
-    source: SourceImage
+    source: CaseImage
     file: NiftiFile
     layout: Layout
     orientation: Orientation = AS_STORED
@@ -233,7 +233,7 @@ def _plan_case(case: Case, options: ConvertOptions) -> PlannedCase:
     return PlannedCase(case, tuple(images))
 
 
-def _plan_image(subject: str, image: SourceImage, options: ConvertOptions) -> PlannedImage:
+def _plan_image(subject: str, image: CaseImage, options: ConvertOptions) -> PlannedImage:
     file = header.read_header(image.path, affine=options.affine)
     layout = plan_layout(
         file.shape,

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from zpatch.conversion.case_lists import DATASET, datalist, read_json, table
-from zpatch.conversion.cases import Case, Note, SourceImage, counted, entries_of, is_image_name, stem_of
+from zpatch.conversion.cases import Case, CaseImage, Note, counted, entries_of, is_image_name, stem_of
 from zpatch.conversion.folder_conventions import DERIVATIVES, bids, glob, nnunet
 from zpatch.errors import OptionError, SourceError
 from zpatch.store.image_record import Kind
 from zpatch.store.names import check_name, check_names_differ, matches
 
-__all__ = ["FORMATS", "Case", "Discovery", "SourceImage", "discover", "matches", "stem_of"]
+__all__ = ["FORMATS", "Case", "CaseImage", "Discovery", "discover", "matches", "stem_of"]
 
 FORMATS = ("auto", "bids", "nnunet", "msd", "json", "csv", "glob")
 
@@ -182,7 +182,7 @@ def _check_subjects(source: Path, cases: Sequence[Case]) -> None:
 def _check_images(case: Case) -> None:
     check_name(case.subject, "subject")
     check_names_differ((image.name for image in case.images), f"image (of subject {case.subject!r})")
-    by_name: dict[str, SourceImage] = {}
+    by_name: dict[str, CaseImage] = {}
     for image in case.images:
         check_name(image.name, "image")
         if (other := by_name.setdefault(image.name, image)) is not image:
@@ -199,7 +199,7 @@ def _with_patterns(
     if not label_patterns and not sampling_patterns:
         return case
 
-    def kind(image: SourceImage) -> Kind:
+    def kind(image: CaseImage) -> Kind:
         inside = image.path.is_relative_to(folder)
         path = (image.path.relative_to(folder) if inside else image.path).as_posix()
         names = (image.name, image.path.name, stem_of(image.path), path)

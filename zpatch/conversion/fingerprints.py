@@ -8,10 +8,10 @@ from pathlib import Path
 from zpatch.digests import new_digest
 from zpatch.errors import NiftiError
 from zpatch.nifti.header import image_of_pair
-from zpatch.store.image_record import Source
+from zpatch.store.image_record import SourceFingerprint
 
 
-def fingerprint(path: Path, folder: Path) -> Source:
+def fingerprint(path: Path, folder: Path) -> SourceFingerprint:
     """What tells a source file from another or a later one; its path is told from ``folder``.
 
     Of a .hdr/.img pair both files count.
@@ -26,10 +26,10 @@ def fingerprint(path: Path, folder: Path) -> Source:
         size, mtime_ns = _size_and_time(files)
     except OSError as error:
         raise NiftiError(f"{path}: it cannot be read ({error.strerror}); restore the file") from None
-    return Source(_told_from(folder, path), size, mtime_ns, checksum.hexdigest())
+    return SourceFingerprint(_told_from(folder, path), size, mtime_ns, checksum.hexdigest())
 
 
-def has_fingerprint(path: Path, source: Source, folder: Path) -> bool:
+def has_fingerprint(path: Path, source: SourceFingerprint, folder: Path) -> bool:
     """Whether a file is the one that a fingerprint was taken of; its bytes are read only in doubt."""
     try:
         size, mtime_ns = _size_and_time(_files_of(path))

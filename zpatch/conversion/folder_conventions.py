@@ -17,9 +17,9 @@ from typing import Any
 from zpatch.conversion.case_lists import DATASET, SOLE_IMAGE, Row, case_of_row, read_json, read_table
 from zpatch.conversion.cases import (
     Case,
+    CaseImage,
     FoundFile,
     Note,
-    SourceImage,
     counted,
     kind_by_name,
     listed_file,
@@ -41,7 +41,7 @@ _NATIVE_SPACES = {"orig", "native", "individual", "scanner", "T1w", "T2w", "FLAI
 _CHANNEL_STEM = re.compile(r"(.+)_(\d{4})")
 _IMAGE_FOLDER = re.compile(r"(images|labels).*", re.IGNORECASE)
 
-ImagesByCase = dict[str, list[SourceImage]]
+ImagesByCase = dict[str, list[CaseImage]]
 
 
 def glob(folder: Path, note: Note, *, guess_labels: bool = True) -> list[Case]:
@@ -53,7 +53,7 @@ def glob(folder: Path, note: Note, *, guess_labels: bool = True) -> list[Case]:
     for file in files:
         subject, name = _glob_names(file, sharing)
         kind: Kind = _glob_kind(file) if guess_labels else "scalar"
-        subjects[subject].append(SourceImage(name, kind, file.path))
+        subjects[subject].append(CaseImage(name, kind, file.path))
     return [Case(subject, tuple(images)) for subject, images in subjects.items()]
 
 
@@ -104,7 +104,7 @@ def bids(folder: Path, note: Note) -> list[Case]:
     cases: ImagesByCase = defaultdict(list)
     for file in files:
         added = [text for key, text in file.entities.items() if key in telling[file.name]]
-        cases[file.case].append(SourceImage("_".join([file.name, *added]), file.kind, file.file.path))
+        cases[file.case].append(CaseImage("_".join([file.name, *added]), file.kind, file.file.path))
     people = _participants(folder / PARTICIPANTS)
     participant_of = {file.case: file.participant for file in files}
     return [case_of_row(case, images, people.get(participant_of[case], {})) for case, images in cases.items()]
@@ -185,16 +185,16 @@ def nnunet(folder: Path, note: Note) -> list[Case]:
     channels = _channel_names(dataset, file)
     if isinstance(listed := dataset.get("dataset"), dict):
         return [_nnunet_listed(folder, subject, value, channels) for subject, value in listed.items()]
-    cases: dict[tuple[str, str], list[SourceImage]] = defaultdict(list)
+    cases: dict[tuple[str, str], list[CaseImage]] = defaultdict(list)
     for found in nifti_files(folder, note, top=_NNUNET_SPLITS.__contains__):
         if len(found.parts) != 2:
             continue
         split = _NNUNET_SPLITS[found.parts[0]]
         if found.parts[0].startswith("labels"):
-            cases[split, found.stem].append(SourceImage("seg", "label", found.path))
+            cases[split, found.stem].append(CaseImage("seg", "label", found.path))
         else:
             subject, channel = _channel_of(found.path)
-            image = SourceImage(_channel(channels, channel, str(found.path)), "scalar", found.path)
+            image = CaseImage(_channel(channels, channel, str(found.path)), "scalar", found.path)
             cases[split, subject].append(image)
     return [Case(subject, tuple(images), split) for (split, subject), images in cases.items()]
 
@@ -205,10 +205,10 @@ def _nnunet_listed(folder: Path, subject: str, value: Any, channels: Mapping[int
     match value:
         case {"images": [*images], "label": str(label)} if all(isinstance(image, str) for image in images):
             scalars = [
-                SourceImage(_channel(channels, n, where), "scalar", listed_file(folder, image, where))
+                CaseImage(_channel(channels, n, where), "scalar", listed_file(folder, image, where))
                 for n, image in enumerate(images)
             ]
-            seg = SourceImage("seg", "label", listed_file(folder, label, where))
+            seg = CaseImage("seg", "label", listed_file(folder, label, where))
             return Case(subject, (*scalars, seg), "train")
     raise SourceError(f"{where} is not of the form {{'images': [...], 'label': ...}}; correct it")
 

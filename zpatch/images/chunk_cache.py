@@ -43,7 +43,7 @@ def patches_of_chunks(
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ChunkLives:
+class ChunkLifetimes:
     """From which patch of a sweep up to which one each chunk is wanted.
 
     Patches have ranks in the order of the sweep, ``steps`` from one to the next along I, J, K. Those that
@@ -105,7 +105,7 @@ class CachedSource(VoxelSource):
     What a graph reads is held once it has run; graphs run one after the other.
     """
 
-    def __init__(self, source: VoxelSource, lives: ChunkLives) -> None:
+    def __init__(self, source: VoxelSource, lives: ChunkLifetimes) -> None:
         self.source = source
         self._lives = lives
         channels, *spatial_shape = source.shape
@@ -128,7 +128,7 @@ class CachedSource(VoxelSource):
 
         ``ranges`` are the numbers along I, J, K of the patches that will be read; some may be left out.
         """
-        return cls(source, ChunkLives.of(source.chunk_shape, grid, swept_axis, ranges))
+        return cls(source, ChunkLifetimes.of(source.chunk_shape, grid, swept_axis, ranges))
 
     @property
     def shape(self) -> Shape:

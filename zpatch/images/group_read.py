@@ -20,14 +20,14 @@ from zpatch.images.voxel_source import Graph, ReadTasks, Request, Shape, Voxels,
 from zpatch.runtime.dask_graphs import Scheduler, is_cluster, run_graph, thread_count
 
 
-def fulfil(requests: Sequence[Request], scheduler: Scheduler = "sync") -> None:
+def read_requests(requests: Sequence[Request], scheduler: Scheduler = "sync") -> None:
     """Read all that is requested, in one Dask graph.
 
     ``scheduler`` is ``sync`` (this thread), ``threads`` (dask's pool), or a ``distributed.Client``, whose
     workers must see the same files; what they read is copied here.
     """
     if is_cluster(scheduler):
-        _fulfil_on_cluster(requests, scheduler)
+        _read_on_cluster(requests, scheduler)
         return
     graph: Graph = {}
     writing = _Writing()
@@ -81,7 +81,7 @@ class _Writing:
             self._changed.wait_for(lambda: not self._running)
 
 
-def _fulfil_on_cluster(requests: Sequence[Request], client: Any) -> None:
+def _read_on_cluster(requests: Sequence[Request], client: Any) -> None:
     graph: Graph = {}
     places: dict[Any, list[Voxels]] = {}
     workers = max(1, sum(client.nthreads().values()))
@@ -107,12 +107,12 @@ def _read_far(
     scaling: Scaling,
 ) -> list[Voxels]:
     outs = [new_voxels(shape, dtype) for shape, dtype in layouts]
-    fulfil([Request(source, boxes, outs, scaling)])
+    read_requests([Request(source, boxes, outs, scaling)])
     return outs
 
 
 def read_boxes(source: VoxelSource, boxes: Sequence[PatchLocation]) -> list[Voxels]:
     """The unscaled voxels (C, I, J, K) of some boxes, read in this thread."""
     outs = [new_voxels((source.shape[0], *box.size), source.dtype) for box in boxes]
-    fulfil([Request(source, boxes, outs)])
+    read_requests([Request(source, boxes, outs)])
     return outs

@@ -17,8 +17,8 @@ from zpatch.errors import OptionError, PatchLocationError
 from zpatch.geometry.affines import Affine, spacing_mm
 from zpatch.geometry.boxes import PatchLocation, Triple
 from zpatch.geometry.padding import PaddedBox, check_fill, check_padding_mode
-from zpatch.images.group_read import fulfil
-from zpatch.images.opened_image import Origin, open_origin
+from zpatch.images.group_read import read_requests
+from zpatch.images.opened_image import OpenedImage, open_image
 from zpatch.images.voxel_source import Request, VoxelSource, new_voxels
 from zpatch.images.voxel_sources import DERIVED_BLOCK_VOXELS
 from zpatch.runtime.dask_graphs import Scheduler
@@ -52,8 +52,8 @@ class Image:
         affine: Sequence[Sequence[float]] | Affine | None = None,
         axes: str | None = None,
     ) -> None:
-        self._origin = data if isinstance(data, Origin) else open_origin(data, axes)
-        self._affine = np.array(self._origin.affine if affine is None else affine, dtype=np.float64)
+        self._opened = data if isinstance(data, OpenedImage) else open_image(data, axes)
+        self._affine = np.array(self._opened.affine if affine is None else affine, dtype=np.float64)
         if self._affine.shape != (4, 4):
             raise OptionError(f"affine must be 4 x 4, not of shape {self._affine.shape}")
         self._remembered: dict[Any, Any] = {}
@@ -61,12 +61,12 @@ class Image:
     @property
     def record(self) -> ImageRecord | None:
         """What the store's manifest says of the image; None for an image that is in no store."""
-        return self._origin.record
+        return self._opened.record
 
     @property
     def folder(self) -> Path | None:
         """The image's folder in its store; None for an image that is in no store."""
-        return self._origin.path if self.record else None
+        return self._opened.path if self.record else None
 
     def identity(self) -> str:
         """A digest of what the values are, as far as that can be told without reading files.
@@ -75,18 +75,18 @@ class Image:
         voxels; of a Dask expression only where its image came from, if it was made by ``map``.
         """
         return digest(
-            compact_json({**self._origin.identity(), "affine": self._affine.tobytes().hex()}).encode()
+            compact_json({**self._opened.identity(), "affine": self._affine.tobytes().hex()}).encode()
         )
 
     @property
-    def origin(self) -> Origin:
+    def opened(self) -> OpenedImage:
         """All that is known of where the voxels come from."""
-        return self._origin
+        return self._opened
 
     @property
     def source(self) -> VoxelSource:
         """Where unscaled voxels are read from."""
-        return self._origin.source
+        return self._opened.source
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -107,7 +107,7 @@ class Image:
     @property
     def scaling(self) -> Scaling:
         """What turns unscaled voxels into values."""
-        return self._origin.scaling
+        return self._opened.scaling
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -127,7 +127,7 @@ class Image:
     @property
     def spatial_unit(self) -> str | None:
         """What the affine maps to: millimeter, if the source says nothing else."""
-        return self._origin.unit
+        return self._opened.unit
 
     @property
     def statistics(self) -> Json:
@@ -190,7 +190,7 @@ class Image:
                 f"the function given to map changed the spatial shape from {self.spatial_shape} to "
                 f"{tuple(mapped.shape[1:])}; only values and channels may change"
             )
-        return type(self)(self._origin.derived(mapped), affine=self._affine)
+        return type(self)(self._opened.derived(mapped), affine=self._affine)
 
     def rescaled(self, slope: float, inter: float, low: float = -math.inf, high: float = math.inf) -> Self:
         """The image of ``slope * value + inter``, each value first kept between ``low`` and ``high``.
@@ -199,13 +199,13 @@ class Image:
         """
         scaling = self.scaling.within(low, high).then(slope, inter)
         if scaling == UNSCALED:  # the values that are there, but in the type of scaled ones
-            plain = type(self)(dataclasses.replace(self._origin, scaling=UNSCALED), affine=self._affine)
+            plain = type(self)(dataclasses.replace(self._opened, scaling=UNSCALED), affine=self._affine)
             return plain.map(lambda array: array.astype(Scaling(2.0).dtype_of(array.dtype)))
-        return type(self)(dataclasses.replace(self._origin, scaling=scaling), affine=self._affine)
+        return type(self)(dataclasses.replace(self._opened, scaling=scaling), affine=self._affine)
 
     def with_source(self, source: VoxelSource) -> Self:
         """The same image, its unscaled voxels read from elsewhere."""
-        return type(self)(dataclasses.replace(self._origin, source=source), affine=self._affine)
+        return type(self)(dataclasses.replace(self._opened, source=source), affine=self._affine)
 
     def remembered(self, key: Any, make: Callable[[], T]) -> T:
         """What was made of this image before under a key, or else is made now."""
@@ -286,7 +286,7 @@ def read_together(
             padded.append((box, inner, filled, out))
         requests.append(Request(image.source, boxes, targets, scaling))
         results.append(found)
-    fulfil(requests, scheduler)
+    read_requests(requests, scheduler)
     for box, inner, filled, out in padded:
         box.fill_in(inner, filled, out)
     return results
@@ -297,4 +297,4 @@ IMAGE_CLASSES: dict[str, type[Image]] = {cls.kind: cls for cls in (ScalarImage, 
 
 def stored_image(folder: Path, record: ImageRecord) -> Image:
     """The image of a record: a ScalarImage, LabelMap or SamplingMap. Touches no file."""
-    return IMAGE_CLASSES[record.kind](Origin.of_record(folder, record))
+    return IMAGE_CLASSES[record.kind](OpenedImage.of_record(folder, record))

@@ -25,7 +25,7 @@ from zpatch.store.image_record import ImageRecord
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Origin:
+class OpenedImage:
     """What is known of voxels: how to read them, where they lie in space, and where in files.
 
     ``path`` is their file or folder, in a store or not; None for an array in memory. ``record`` is what the
@@ -65,18 +65,18 @@ class Origin:
         return {**known, "scaling": repr(self.scaling)}
 
 
-def open_origin(data: Any, axes: str | None = None) -> Origin:
+def open_image(data: Any, axes: str | None = None) -> OpenedImage:
     """Open whatever ``Image`` takes."""
     if isinstance(data, str | os.PathLike):
         return _open_path(Path(data), axes)
     if type(data).__module__.startswith("zarr."):
         return _of_zarr(zarr_images.zarr_image(data), axes)
     if type(data).__module__.startswith("dask."):
-        return Origin(DaskSource(_with_channels(data)), np.eye(4))
-    return Origin(ArraySource(_with_channels(np.asarray(data))), np.eye(4))
+        return OpenedImage(DaskSource(_with_channels(data)), np.eye(4))
+    return OpenedImage(ArraySource(_with_channels(np.asarray(data))), np.eye(4))
 
 
-def _open_path(path: Path, axes: str | None) -> Origin:
+def _open_path(path: Path, axes: str | None) -> OpenedImage:
     name = path.name.lower()
     if name.endswith(".nii.gz"):
         raise SourceError(
@@ -90,10 +90,10 @@ def _open_path(path: Path, axes: str | None) -> Origin:
             f"{path}: images are read from .nii files and from folders of Zarr arrays; save it as NIfTI"
         )
     found = zarr_images.open_image_folder(path)
-    return Origin.of_record(path, found) if isinstance(found, ImageRecord) else _of_zarr(found, axes)
+    return OpenedImage.of_record(path, found) if isinstance(found, ImageRecord) else _of_zarr(found, axes)
 
 
-def _of_nifti(file: header.NiftiFile) -> Origin:
+def _of_nifti(file: header.NiftiFile) -> OpenedImage:
     if file.compressed or file.colours > 1:
         raise SourceError(f"{file.path}: only plain, uncompressed voxels can be mapped; convert it first")
     mapped = np.memmap(
@@ -103,7 +103,7 @@ def _of_nifti(file: header.NiftiFile) -> Origin:
         offset=file.voxel_offset,
         shape=(1, *file.shape)[-4:],
     )
-    return Origin(
+    return OpenedImage(
         ArraySource(mapped.transpose(0, 3, 2, 1)),
         file.affine,
         Scaling(file.slope, file.inter),
@@ -112,7 +112,7 @@ def _of_nifti(file: header.NiftiFile) -> Origin:
     )
 
 
-def _of_zarr(image: zarr_images.ZarrImage, axes: str | None) -> Origin:
+def _of_zarr(image: zarr_images.ZarrImage, axes: str | None) -> OpenedImage:
     _check_dtype(image.array.dtype)
     stored = zarr_images.StoredAxes.of(image.array, axes or image.axes)
     affine = np.eye(4)
@@ -129,7 +129,7 @@ def _of_zarr(image: zarr_images.ZarrImage, axes: str | None) -> Origin:
     else:
         source = DaskSource(_through_zarr(image.array, stored))
     unit = image.unit if image.scale else "millimeter"
-    return Origin(source, affine, path=zarr_images.folder_of(image.array), unit=unit)
+    return OpenedImage(source, affine, path=zarr_images.folder_of(image.array), unit=unit)
 
 
 def _through_zarr(array: Any, stored: zarr_images.StoredAxes) -> Any:

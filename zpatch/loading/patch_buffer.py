@@ -24,7 +24,7 @@ class PatchBuffer:
     def __len__(self) -> int:
         return len(self._ready)
 
-    def lend(self, plan: EpochPlan, consumed: int, *, reads_ahead: bool) -> Iterator[Patch]:
+    def iter_patches(self, plan: EpochPlan, consumed: int, *, reads_ahead: bool) -> Iterator[Patch]:
         """The patches of a plan after those that are consumed, each lent until the next one is asked for.
 
         Where the feed ``reads_ahead``, those of the next plan fill the buffer as it drains.
@@ -37,13 +37,13 @@ class PatchBuffer:
             self._lent = self._ready.pop((serial, number))
             assert self._lent.patch is not None
             yield self._lent.patch
-            self.take_back()
+            self.release()
             consumed += 1
             room = self._max_length if reads_ahead else min(self._max_length, plan.total - consumed)
             if self.feed.has_workers and consumed < plan.total and len(self._ready) < room:
                 self._receive(serial)
 
-    def take_back(self) -> None:
+    def release(self) -> None:
         """Give the slot of what is lent to the next patch, though nobody may have asked for that."""
         if self._lent is not None:
             self.feed.free(self._lent)

@@ -25,7 +25,7 @@ from zpatch.loading.epoch_plan import EpochPlan, Share, Uneven
 from zpatch.loading.patch_buffer import PatchBuffer
 from zpatch.loading.patch_feed import PatchFeed
 from zpatch.loading.queue_state import epoch_and_consumed, order_identity, queue_state, subjects_digest
-from zpatch.loading.shared_slots import WATCH_BYTES, SlotLayout, owned
+from zpatch.loading.shared_slots import WATCH_BYTES, SlotLayout, copied
 from zpatch.loading.worker import FailedDraw, SubjectDraws, Task, Transform
 from zpatch.loading.worker_pool import START_METHOD, TASKS_PER_WORKER, check_processes
 from zpatch.runtime.byte_sizes import format_bytes
@@ -247,10 +247,10 @@ class Queue(IterableDataset[Patch]):
 
     def __iter__(self) -> Iterator[Patch]:
         """The patches of an epoch, each in memory of its own."""
-        for patch in self.borrowed():
-            yield owned(patch, self.pending_dtype)
+        for patch in self.iter_shared():
+            yield copied(patch, self.pending_dtype)
 
-    def borrowed(self) -> Iterator[Patch]:
+    def iter_shared(self) -> Iterator[Patch]:
         """The same patches, each in memory that is lent until the next one is asked for.
 
         Their values are still to be made, in ``pending_dtype``.
@@ -270,7 +270,7 @@ class Queue(IterableDataset[Patch]):
         try:
             plan = self.plan(self._epoch)
             buffer, reads_ahead = self._running(), self.upcoming(plan) is not None
-            for patch in buffer.lend(plan, self._consumed, reads_ahead=reads_ahead):
+            for patch in buffer.iter_patches(plan, self._consumed, reads_ahead=reads_ahead):
                 self._consumed, self._resumed = self._consumed + 1, False
                 yield patch
                 if mine is not self._iteration:
@@ -286,7 +286,7 @@ class Queue(IterableDataset[Patch]):
         """Let no iteration run any more, and the epoch that was chosen meanwhile be the next one."""
         self._iteration = None
         if self._buffer is not None:
-            self._buffer.take_back()
+            self._buffer.release()
         if self._chosen is not None:
             self._epoch, self._consumed, self._resumed = self._chosen, 0, False
             self._chosen = None

@@ -135,7 +135,7 @@ class NamelessFile:
             os.close(self.handle)
 
 
-class Letter:
+class SharedPickle:
     """Something that several processes are to get as they start, pickled once.
 
     Python writes what a process starts with to a pipe, and waits for ever where the process dies before it
@@ -207,7 +207,7 @@ def new_tensor(place: ImagePlace) -> torch.Tensor:
     return place.in_user_order(torch.from_numpy(buffer_pool.empty(place.stored_shape, dtype)))
 
 
-def owned(patch: Patch, dtype: torch.dtype | None) -> Patch:
+def copied(patch: Patch, dtype: torch.dtype | None) -> Patch:
     """A patch in memory of its own, with values of a type."""
     images = {}
     for place, image in zip(SlotLayout.of_patch(patch).images, patch.images.values(), strict=True):

@@ -55,8 +55,8 @@ class SubjectsLoader:
 
     def __iter__(self) -> Iterator[PatchBatch]:
         # A queue lends its patches one by one, and each is copied straight into its batch.
-        borrowed = getattr(self.dataset, "borrowed", None)
-        patches = iter(self.dataset if borrowed is None else borrowed())
+        iter_shared = getattr(self.dataset, "iter_shared", None)
+        patches = iter(self.dataset if iter_shared is None else iter_shared())
         dtype = getattr(self.dataset, "pending_dtype", None)
         while len(batch := stack(patches, self.batch_size, self._new_memory, dtype)):
             if self.drop_last and len(batch) < self.batch_size:

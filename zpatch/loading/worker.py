@@ -22,7 +22,7 @@ from zpatch.geometry.boxes import PatchLocation
 from zpatch.images.image import Image, read_together
 from zpatch.images.subject import Subject
 from zpatch.loading.epoch_plan import Draw
-from zpatch.loading.shared_slots import ImagePlace, Letter, SlotBlock, SlotLayout, new_tensor
+from zpatch.loading.shared_slots import ImagePlace, SharedPickle, SlotBlock, SlotLayout, new_tensor
 from zpatch.runtime.tasks import end_with_parent
 from zpatch.sampling.grid_sampler import GridSampler, PatchSampler
 from zpatch.sampling.patch import Patch, torch_dtype
@@ -84,7 +84,7 @@ class SubjectDraws(Dataset[Any]):
 
     ``dtype`` is what images come to a transform in. Without one, or with None, they keep their stored type,
     and slope and intercept stand beside: values are made of them once, where they go. ``block`` is where a
-    worker puts patches, ``letter`` what brings all else to workers that are not forked.
+    worker puts patches, ``pickle`` what brings all else to workers that are not forked.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class SubjectDraws(Dataset[Any]):
         self.sampler = sampler
         self.transform = transform
         self.block: SlotBlock | None = None
-        self.letter: Letter | None = None
+        self.pickle: SharedPickle | None = None
         self._patches_per_volume = patches_per_volume
         self._dtype = dtype
         self._seed = seed
@@ -119,17 +119,19 @@ class SubjectDraws(Dataset[Any]):
         finally:
             self.block.watched[2 * number + 1] = 0
 
-    def as_letter(self) -> Letter:
+    def shared_pickle(self) -> SharedPickle:
         """All that a worker needs but the block of slots."""
-        return Letter({name: part for name, part in vars(self).items() if name not in ("block", "letter")})
+        return SharedPickle(
+            {name: part for name, part in vars(self).items() if name not in ("block", "pickle")}
+        )
 
-    def __getstate__(self) -> tuple[Letter, SlotBlock | None]:
-        assert self.letter is not None
-        return self.letter, self.block
+    def __getstate__(self) -> tuple[SharedPickle, SlotBlock | None]:
+        assert self.pickle is not None
+        return self.pickle, self.block
 
-    def __setstate__(self, state: tuple[Letter, SlotBlock | None]) -> None:
-        letter, self.block = state
-        vars(self).update(letter.read(), letter=None)
+    def __setstate__(self, state: tuple[SharedPickle, SlotBlock | None]) -> None:
+        pickle, self.block = state
+        vars(self).update(pickle.read(), pickle=None)
 
     def name_of(self, subject: int) -> str:
         """The name of a subject by its number."""

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from zpatch.errors import OptionError, QueueError
-from zpatch.loading.shared_slots import Letter
+from zpatch.loading.shared_slots import SharedPickle
 from zpatch.loading.worker import Delivery, FailedDraw, SubjectDraws, Task, start_worker
 
 TASKS_PER_WORKER = 2
@@ -84,7 +84,7 @@ class _Workers:
         others = set(multiprocessing.active_children())
         try:
             if self._start_method != "fork":
-                self._draws.letter = _letter_of(self._draws)
+                self._draws.pickle = _shared_pickle_of(self._draws)
             self._results = iter(self._loader)
         except OSError as error:
             _end_half_started(error, others)
@@ -93,7 +93,7 @@ class _Workers:
                 f"or memory, or use fewer num_workers"
             ) from error
         finally:
-            self._draws.letter = None  # each worker holds its file
+            self._draws.pickle = None  # each worker holds its file
         self._processes = [p for p in multiprocessing.active_children() if p not in others]
         _running.add(self)
         _name_killed_workers()
@@ -186,9 +186,9 @@ def check_processes(start_method: str | None, timeout: float) -> None:
         raise OptionError(f"timeout must be above 0 seconds, not {timeout}")
 
 
-def _letter_of(draws: SubjectDraws) -> Letter:
+def _shared_pickle_of(draws: SubjectDraws) -> SharedPickle:
     try:
-        return draws.as_letter()
+        return draws.shared_pickle()
     except (AttributeError, TypeError, RuntimeError, pickle.PicklingError) as error:
         raise QueueError(
             f"subjects, sampler or transform cannot be sent to a worker ({error}); define them at the "

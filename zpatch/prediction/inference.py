@@ -1,6 +1,6 @@
 """``predict``: a network over whole volumes, planned, resumable, on one machine or many.
 
-grid -> reader -> network -> blending -> write units -> store. Planning runs the network on one patch, to see
+grid -> reader -> network -> blending -> shards -> store. Planning runs the network on one patch, to see
 what it gives; all else follows from shapes.
 """
 
@@ -60,7 +60,7 @@ def predict(
     ``mask`` names an image, or is a function ``(subject, location) -> bool``: patches that lie wholly outside
     are not run, and voxels that no patch was run for get ``fill``; those inside the mask are as without it.
 
-    Each write unit of the output is reduced and written once, when its last patch has come. Memory is that of
+    Each shard of the output is reduced and written once, when its last patch has come. Memory is that of
     the front, planned beforehand; ``max_memory`` (bytes, or as in "2 GiB") is kept, if need be by running
     some patches twice, or refused with MemoryLimitError. ``jobs`` local processes, or the Dask cluster at
     ``scheduler``, share the volumes out and give the same bytes as one. An output that was begun is gone on

@@ -1,6 +1,6 @@
 """How much is held at most while a front sweeps over a volume, known before anything runs.
 
-What is held (sums, write units, decoded chunks) is a product of pieces of the three axes. A piece is there
+What is held (sums, shards, decoded chunks) is a product of pieces of the three axes. A piece is there
 from one patch of its axis to another, so the whole is there from one place in the sweep to another, and what
 is held at each place follows from tables that grow with the axes and not with the volume.
 """
@@ -26,23 +26,23 @@ from zpatch.runtime.buffer_pool import POOL_SLACK
 
 WEIGHT_BYTES = 4  # of a voxel's summed weights
 BATCHES_READ = 3  # one with the network, one waiting, one being read
-UNITS_WRITTEN = 2  # besides those that are being filled: one waiting, one being encoded
+SHARDS_WRITTEN = 2  # besides those that are being filled: one waiting, one being encoded
 SMALL_PIECES_BYTES = 2**23  # what the threads keep of small blocks
 
 Integers = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class AxisLives:
+class AxisLifetimes:
     """Pieces of one axis: ``size`` voxels each, held from patch ``birth`` up to and with ``death``."""
 
     birth: Integers
     death: Integers
     size: Integers
 
-    def within(self, first: int) -> AxisLives:
+    def within(self, first: int) -> AxisLifetimes:
         """The same, with patches counted from a number on."""
-        return AxisLives(self.birth - first, self.death - first, self.size)
+        return AxisLifetimes(self.birth - first, self.death - first, self.size)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,14 +52,14 @@ class Held:
     A kind with negative bytes takes away from another one that counts it too.
     """
 
-    axes: tuple[AxisLives, AxisLives, AxisLives]
+    axes: tuple[AxisLifetimes, AxisLifetimes, AxisLifetimes]
     voxel_bytes: int
 
 
 def peak_bytes(kinds: Sequence[Held], counts: Sequence[int]) -> int:
     """The most that is held at any patch of a sweep of so many patches along each axis, in sweep order.
 
-    >>> pieces = AxisLives(np.array([0, 0]), np.array([0, 1]), np.array([4, 2]))
+    >>> pieces = AxisLifetimes(np.array([0, 0]), np.array([0, 1]), np.array([4, 2]))
     >>> peak_bytes([Held((pieces, pieces, pieces), 1)], (2, 2, 2))
     216
     """
@@ -79,7 +79,7 @@ def peak_bytes(kinds: Sequence[Held], counts: Sequence[int]) -> int:
     return max(int((of_row @ table).max()) for of_row in np.unique(np.stack(extents, axis=1), axis=0))
 
 
-def _over_cross_section(axes: Sequence[AxisLives], rows: int, columns: int) -> tuple[Integers, Integers]:
+def _over_cross_section(axes: Sequence[AxisLifetimes], rows: int, columns: int) -> tuple[Integers, Integers]:
     """Voxels of the cross-section born up to each of its patches, and gone before it."""
     slow, fast = axes
     sizes = np.multiply.outer(slow.size, fast.size).ravel()
@@ -93,15 +93,15 @@ def _over_cross_section(axes: Sequence[AxisLives], rows: int, columns: int) -> t
 
 
 def held_of_head(
-    planned: PlannedHead, units: Ranges, patches: Ranges, *, masked: bool = False
+    planned: PlannedHead, shards: Ranges, patches: Ranges, *, masked: bool = False
 ) -> Iterator[Held]:
-    """What is held of sums and of write units while patches sweep over some units of an output.
+    """What is held of sums and of shards while patches sweep over some shards of an output.
 
-    Where patches are ``masked`` out weights are summed too, and a unit may begin with its first patch.
+    Where patches are ``masked`` out weights are summed too, and a shard may begin with its first patch.
     """
     tiling, head = planned.tiling, planned.head
     sums = head.channels * head.sum_bytes + (WEIGHT_BYTES if masked else 0)
-    along = list(zip(tiling.axes, units, patches, strict=True))
+    along = list(zip(tiling.axes, shards, patches, strict=True))
     tiles = [range(a.tiles_of(u[0]).start, a.tiles_of(u[-1]).stop) for a, u, _ in along]
     all_tiles = [
         _tile_lives(axis, list(some), run.start) for (axis, _, run), some in zip(along, tiles, strict=True)
@@ -110,35 +110,35 @@ def held_of_head(
         _tile_lives(axis, [t for t in some if len(axis.touching[t]) == 1], run.start)
         for (axis, _, run), some in zip(along, tiles, strict=True)
     ]
-    filled = [_unit_lives(axis, u, run.start, masked) for axis, u, run in along]
+    filled = [_shard_lives(axis, u, run.start, masked) for axis, u, run in along]
     for lives, voxel_bytes in ((all_tiles, sums), (alone, -sums), (filled, planned.voxel_bytes)):
         a, b, c = (lives[axis] for axis in tiling.order)
         yield Held((a, b, c), voxel_bytes)
 
 
-def _tile_lives(axis: AxisTiles, tiles: Sequence[int], first: int) -> AxisLives:
+def _tile_lives(axis: AxisTiles, tiles: Sequence[int], first: int) -> AxisLifetimes:
     births = np.array([axis.touching[t][0] for t in tiles], dtype=np.int64)
     deaths = np.array([axis.touching[t][-1] for t in tiles], dtype=np.int64)
-    return AxisLives(births - first, deaths - first, np.diff(axis.edges)[list(tiles)])
+    return AxisLifetimes(births - first, deaths - first, np.diff(axis.edges)[list(tiles)])
 
 
-def _unit_lives(axis: AxisTiles, units: range, first: int, masked: bool) -> AxisLives:
-    tiles = [axis.tiles_of(unit) for unit in units]
+def _shard_lives(axis: AxisTiles, shards: range, first: int, masked: bool) -> AxisLifetimes:
+    tiles = [axis.tiles_of(shard) for shard in shards]
     births = np.array([axis.touching[of[0]][0 if masked else -1] for of in tiles], dtype=np.int64)
     deaths = np.array([axis.touching[of[-1]][-1] for of in tiles], dtype=np.int64)
     sizes = np.array([axis.edges[of[-1] + 1] - axis.edges[of[0]] for of in tiles], dtype=np.int64)
-    return AxisLives(births - first, deaths - first, sizes)
+    return AxisLifetimes(births - first, deaths - first, sizes)
 
 
 def fixed_bytes(
     images: Sequence[Image], planned: Sequence[PlannedHead], options: PredictOptions, *, tta: bool
 ) -> int:
-    """What is held in any region: batches on their way in and out, units being written, and spare pieces."""
+    """What is held in any region: batches on their way in and out, shards being written, and spare pieces."""
     voxels = options.batch_size * math.prod(options.patch_size)
     read = voxels * sum(image.num_channels for image in images) * 4
     batches = (BATCHES_READ + (1 if tta else 0)) * read  # one more that is flipped
     batches += outputs_bytes([h.head for h in planned], options.batch_size, tta=tta)
-    written = UNITS_WRITTEN * sum(h.unit_bytes for h in planned)
+    written = SHARDS_WRITTEN * sum(h.shard_bytes for h in planned)
     return batches + written + len(planned) * POOL_SLACK + SMALL_PIECES_BYTES
 
 
@@ -150,14 +150,14 @@ def region_bytes(
     batch_size: int,
     masked: bool,
 ) -> int:
-    """The front of a region's sweep: sums and units, and the chunks that are read."""
+    """The front of a region's sweep: sums and shards, and the chunks that are read."""
     order = heads[0].tiling.order
     counts = [len(region.patches[axis]) for axis in order]
     kept = [
         held
-        for head, units in zip(heads, region.units, strict=True)
-        if all(units)
-        for held in held_of_head(head, units, region.patches, masked=masked)
+        for head, shards in zip(heads, region.shards, strict=True)
+        if all(shards)
+        for held in held_of_head(head, shards, region.patches, masked=masked)
     ]
     sources = [image.source for image in images if not is_quick(image.source)]
     chunks = [_held_chunks(source, grid, order, region.patches) for source in sources]
@@ -183,6 +183,6 @@ def _held_chunks(source: VoxelSource, grid: PatchGrid, order: Triple, patches: R
         births, deaths = patches_of_chunks(starts, grid.patch_size[axis], length, grid.spatial_shape[axis])
         touched = births <= deaths
         sizes = np.full(int(touched.sum()), length)
-        lives.append(AxisLives(births[touched], deaths[touched], sizes))
+        lives.append(AxisLifetimes(births[touched], deaths[touched], sizes))
     slow, middle, fast = lives
     return Held((slow, middle, fast), _voxel_bytes(source))

@@ -1,6 +1,6 @@
-"""What a prediction will do, before it does anything: patches, write units, regions, and their memory.
+"""What a prediction will do, before it does anything: patches, shards, regions, and their memory.
 
-A region is a box of write units that one task fills: it runs every patch that adds to them. One region is
+A region is a box of shards that one task fills: it runs every patch that adds to them. One region is
 the whole volume; more are made to share the work out, along the swept axis, or to fit a memory limit, across
 it. Patches that add to two regions are run for each.
 """
@@ -25,7 +25,7 @@ from zpatch.images.subject import Subject
 from zpatch.runtime.byte_sizes import format_bytes
 from zpatch.store.image_record import ImageRecord
 
-BATCHES_AHEAD = 2  # of the network, while a unit waits for the one before it to be written
+BATCHES_AHEAD = 2  # of the network, while a shard waits for the one before it to be written
 FLIPPED_OUTPUTS = 1  # more than those of a batch, while they are summed over all its flips: the sums
 
 Integers = NDArray[np.int64]
@@ -69,9 +69,9 @@ class PlannedHead:
     tiling: Tiling
 
     @property
-    def unit_bytes(self) -> int:
-        """Size of a write unit in memory."""
-        return math.prod(self.tiling.unit_shape) * self.voxel_bytes
+    def shard_bytes(self) -> int:
+        """Size of a shard in memory."""
+        return math.prod(self.tiling.shard_shape) * self.voxel_bytes
 
     @property
     def voxel_bytes(self) -> int:
@@ -81,16 +81,16 @@ class PlannedHead:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Write units that one task fills: for each head a box of their numbers; and the patches that it runs."""
+    """Shards that one task fills: for each head a box of their numbers; and the patches that it runs."""
 
-    units: tuple[Ranges, ...]
+    shards: tuple[Ranges, ...]
     patches: Ranges
 
     def wanted(self, heads: Sequence[PlannedHead]) -> list[Bools]:
-        """Which of the units of each head are the region's."""
-        found = [np.zeros(head.tiling.unit_counts, dtype=bool) for head in heads]
-        for units, box in zip(found, self.units, strict=True):
-            units[tuple(slice(numbers.start, numbers.stop) for numbers in box)] = True
+        """Which of the shards of each head are the region's."""
+        found = [np.zeros(head.tiling.shard_counts, dtype=bool) for head in heads]
+        for shards, box in zip(found, self.shards, strict=True):
+            shards[tuple(slice(numbers.start, numbers.stop) for numbers in box)] = True
         return found
 
 
@@ -139,14 +139,14 @@ class PredictionPlan:
     def redone_patches(self) -> int:
         """Patches that are run again at most when a task was killed: those about its front.
 
-        A unit may still be being written until the next one is complete.
+        A shard may still be being written until the next one is complete.
         """
         rows = 0
         for head in self.heads:
             axis = head.tiling.axes[self.swept_axis]
-            tiles = [axis.tiles_of(unit) for unit in range(axis.units)]
-            for unit, next_one in zip(tiles, [*tiles[1:], tiles[-1]], strict=True):
-                last, first = axis.touching[next_one[-1]][-1], axis.touching[unit[0]][0]
+            tiles = [axis.tiles_of(shard) for shard in range(axis.shards)]
+            for shard, next_one in zip(tiles, [*tiles[1:], tiles[-1]], strict=True):
+                last, first = axis.touching[next_one[-1]][-1], axis.touching[shard[0]][0]
                 rows = max(rows, int(last - first) + 1)
         of_row = math.prod(n for a, n in enumerate(self.grid.counts) if a != self.swept_axis)
         return min(self.patches, rows * of_row + (1 + BATCHES_AHEAD) * self.batch_size)
@@ -175,15 +175,15 @@ class PredictionPlan:
         return sum(head.record.voxel_bytes for head in self.heads)
 
     @property
-    def units_out(self) -> int:
-        """Number of write units."""
-        return sum(math.prod(head.tiling.unit_counts) for head in self.heads)
+    def shards_out(self) -> int:
+        """Number of shards."""
+        return sum(math.prod(head.tiling.shard_counts) for head in self.heads)
 
     def needed(self, wanted: Sequence[Bools]) -> Bools:
-        """The patches that are run for some write units of each head, over the positions of the grid."""
+        """The patches that are run for some shards of each head, over the positions of the grid."""
         found = np.zeros(self.grid.counts, dtype=bool)
-        for head, units in zip(self.heads, wanted, strict=True):
-            found |= head.tiling.patches_for(units)
+        for head, shards in zip(self.heads, wanted, strict=True):
+            found |= head.tiling.patches_for(shards)
         return found & self._is_run
 
     def batches(self, needed: Bools) -> Iterator[list[Triple]]:
@@ -224,7 +224,7 @@ class PredictionPlan:
             "chunks_in": self.chunks_in,
             "bytes_in": self.bytes_in,
             "bytes_out": self.bytes_out,
-            "units_out": self.units_out,
+            "shards_out": self.shards_out,
             "peak_bytes": self.peak_bytes,
             "patches_redone_at_most": self.redone_patches,
         }
@@ -237,7 +237,7 @@ class PredictionPlan:
         return (
             f"{self.subject.name}: {' x '.join(map(str, self.grid.spatial_shape))} voxels in "
             f"{self.patches} patches{notes}; {self.chunks_in} chunks of {format_bytes(self.bytes_in)} in, "
-            f"{self.units_out} write units of {format_bytes(self.bytes_out)} out; "
+            f"{self.shards_out} shards of {format_bytes(self.bytes_out)} out; "
             f"at most {format_bytes(self.peak_bytes)} of memory; "
             f"up to {self.redone_patches} patches again after a kill"
         )

@@ -1,6 +1,6 @@
 """Predictions in progress: which regions are left, who fills them, and when a subject is complete.
 
-Work in progress lies in ``.unfinished`` of the output, a folder for each subject, until all its units are
+Work in progress lies in ``.unfinished`` of the output, a folder for each subject, until all its shards are
 written; then its images are committed at once. What its voxels depend on stands beside them, and in the name
 of their folder, so that nothing is gone on with that was begun otherwise.
 """
@@ -102,7 +102,7 @@ def _refuse_own_input(plans: Sequence[PredictionPlan], options: PredictOptions, 
     target = output.resolve()
     images = [image for plan in plans for image in plan.images]
     images += [plan.subject[options.mask] for plan in plans if isinstance(options.mask, str)]
-    if any(image.origin.path and image.origin.path.resolve().is_relative_to(target) for image in images):
+    if any(image.opened.path and image.opened.path.resolve().is_relative_to(target) for image in images):
         raise StoreExistsError(f"{output}: it is the store that is read; choose another output")
 
 
@@ -137,7 +137,7 @@ def _begun(plan: PredictionPlan, prediction: str, folder: Path, writer: StoreWri
     if any(committed):
         if any(record is None or record.inputs != inputs for record in committed):
             raise StoreExistsError(
-                f"{writer.path}: the prediction of {name!r} was made from other inputs, mask or write units; "
+                f"{writer.path}: the prediction of {name!r} was made from other inputs, mask or shards; "
                 f"say --overwrite to start over, or choose another output"
             )
         shutil.rmtree(folder, ignore_errors=True)

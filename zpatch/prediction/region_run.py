@@ -1,6 +1,6 @@
 """Carrying out a prediction plan, one region at a time: read, run the network, blend, write.
 
-Batches are read ahead in one thread, and units are encoded and written in another, while the network runs
+Batches are read ahead in one thread, and shards are encoded and written in another, while the network runs
 and its outputs are blended in this one. Each hands on one thing at a time, so that none runs away from the
 others. What malloc keeps of freed memory goes back to the system where more is held than the plan says.
 """
@@ -18,9 +18,9 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from zpatch.blending.grid_blend import Skipped, SweptBlend, add_checked
+from zpatch.blending.grid_blend import GridBlend, Skipped, add_checked
 from zpatch.blending.reduction import Reduction, reduce_channels
-from zpatch.blending.sinks import WriteUnits
+from zpatch.blending.sinks import ShardAssembler
 from zpatch.blending.tiling import Bools
 from zpatch.errors import ModelError
 from zpatch.geometry.boxes import PatchLocation, Triple
@@ -29,7 +29,7 @@ from zpatch.images.image import Image, read_together
 from zpatch.nifti.writer import make_header
 from zpatch.prediction.network import Network, Outputs
 from zpatch.prediction.prediction_plan import PlannedHead, PredictionPlan, Region
-from zpatch.prediction.shard_ledger import UnitLedger
+from zpatch.prediction.shard_ledger import ShardLedger
 from zpatch.runtime import buffer_pool
 from zpatch.runtime.process_memory import resident_bytes, return_freed
 from zpatch.runtime.task_contract import Progress
@@ -64,14 +64,14 @@ def run_region(
     options: RunOptions,
     progress: Progress,
 ) -> None:
-    """Fill those write units of a region that are not written yet, below the subject's ``folder``.
+    """Fill those shards of a region that are not written yet, below the subject's ``folder``.
 
     ``progress`` is told the patches done, now or before. A region that is run twice gives the same bytes.
     """
-    units = region.wanted(plan.heads)
-    wanted = [_unwritten(head, of, folder) for head, of in zip(plan.heads, units, strict=True)]
+    shards = region.wanted(plan.heads)
+    wanted = [_unwritten(head, of, folder) for head, of in zip(plan.heads, shards, strict=True)]
     needed = plan.needed(wanted)
-    if done_before := plan.count_run(plan.needed(units)) - plan.count_run(needed):
+    if done_before := plan.count_run(plan.needed(shards)) - plan.count_run(needed):
         progress(done_before)
     guard = _MemoryGuard(plan)
     with _Blender(plan, wanted, folder, options) as blender:
@@ -122,9 +122,9 @@ class _MemoryGuard:
             self._since = 0
 
 
-def _unwritten(head: PlannedHead, units: Bools, folder: Path) -> Bools:
-    ledger, left = UnitLedger(folder / head.head.name), units.copy()
-    for i, j, k in np.argwhere(units).tolist():
+def _unwritten(head: PlannedHead, shards: Bools, folder: Path) -> Bools:
+    ledger, left = ShardLedger(folder / head.head.name), shards.copy()
+    for i, j, k in np.argwhere(shards).tolist():
         left[i, j, k] = not ledger.has((0, k, j, i))
     return left
 
@@ -147,23 +147,23 @@ def _batches(plan: PredictionPlan, region: Region, needed: Bools, options: RunOp
 
 
 class _Blender:
-    """Blends what the network gives into the units of each head."""
+    """Blends what the network gives into the shards of each head."""
 
     def __init__(
         self, plan: PredictionPlan, wanted: Sequence[Bools], folder: Path, options: RunOptions
     ) -> None:
         self._subject = plan.subject.name
         store = folder.parents[2]  # .unfinished, the subject's, and what all depends on
-        self._sinks = [UnitSink(UnitLedger(folder / h.head.name), h.record, store) for h in plan.heads]
+        self._sinks = [ShardSink(ShardLedger(folder / h.head.name), h.record, store) for h in plan.heads]
         self._blends = {
-            head.head.name: SweptBlend(
+            head.head.name: GridBlend(
                 head.tiling,
                 sink,
                 _finaliser(head.record, options.reduce),
-                wanted=units,
+                wanted=shards,
                 skipped=_skipped(plan, head, options.fill),
             )
-            for head, units, sink in zip(plan.heads, wanted, self._sinks, strict=True)
+            for head, shards, sink in zip(plan.heads, wanted, self._sinks, strict=True)
         }
 
     def add(self, outputs: Outputs, locations: Sequence[PatchLocation]) -> None:
@@ -208,26 +208,26 @@ def _skipped(plan: PredictionPlan, head: PlannedHead, fill: float) -> Skipped | 
     return Skipped(plan.skipped, lambda shape: torch.full((channels, *shape), fill, dtype=dtype))
 
 
-class UnitSink:
-    """Writes final voxels into units of an image, and enters each in its ledger.
+class ShardSink:
+    """Writes final voxels into shards of an image, and enters each in its ledger.
 
-    A unit is encoded in a thread of its own, while the next one is being filled; not more than one waits.
+    A shard is encoded in a thread of its own, while the next one is being filled; not more than one waits.
     """
 
-    def __init__(self, ledger: UnitLedger, record: ImageRecord, store: Path) -> None:
+    def __init__(self, ledger: ShardLedger, record: ImageRecord, store: Path) -> None:
         self.record = record
         self._store = store
         self._ledger = ledger
-        self._units = WriteUnits(self)
+        self._shards = ShardAssembler(self)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="zpatch-write")
         self._last: Future[Any] | None = None
 
     def put(self, first: Triple, voxels: torch.Tensor, *, skipped: int = 0) -> None:
         """Take in final voxels (C, I, J, K) that start at ``first``."""
-        self._units.put(first[::-1], voxels.permute(0, 3, 2, 1).numpy(), skipped=skipped)
+        self._shards.put(first[::-1], voxels.permute(0, 3, 2, 1).numpy(), skipped=skipped)
 
     def write_shard(self, shard: Shard, voxels: np.ndarray[Any, np.dtype[Any]], *, skipped: int = 0) -> None:
-        """Write one unit, once the one before it is written."""
+        """Write one shard, once the one before it is written."""
         self.wait()
         self._last = self._pool.submit(self._write, shard, voxels, skipped)
 
@@ -236,7 +236,7 @@ class UnitSink:
             self._ledger.write(self.record, shard, voxels, skipped=skipped)
 
     def wait(self) -> None:
-        """Until all units that are complete are written."""
+        """Until all shards that are complete are written."""
         if self._last is not None:
             self._last.result()
 
@@ -246,7 +246,7 @@ class UnitSink:
 
 
 def finish_subject(plan: PredictionPlan, folder: Path) -> list[tuple[Path, ImageRecord]]:
-    """Write what makes images of the units of a subject, all of which are written: ready to be committed."""
+    """Write what makes images of the shards of a subject, all of which are written: ready to be committed."""
     return [
         (folder / head.head.name, _finished(head, plan.images[0], folder / head.head.name))
         for head in plan.heads
@@ -267,4 +267,4 @@ def _finished(head: PlannedHead, image: Image, folder: Path) -> ImageRecord:
         spatial_unit=record.spatial_unit,
         like=like,
     )
-    return UnitLedger(folder).finish(record, header)
+    return ShardLedger(folder).finish(record, header)

@@ -1,6 +1,6 @@
 """Planning a prediction: into which regions a volume is cut, and how much memory they take.
 
-More regions than jobs ask for are made only to fit a memory limit: write units get smaller, and bands of them
+More regions than jobs ask for are made only to fit a memory limit: shards get smaller, and bands of them
 are filled one after the other, at the price of running the patches between two bands for both.
 """
 
@@ -88,9 +88,7 @@ def plan_subject(
     assert limit is not None
     advice = "use a smaller patch_size, batch_size or number of jobs, or allow more"
     if {head.head.name: head.record.shards for head in planned} == begun:
-        advice = (
-            "it was begun in these write units: allow more, or say --overwrite to start over in smaller ones"
-        )
+        advice = "it was begun in these shards: allow more, or say --overwrite to start over in smaller ones"
     raise MemoryLimitError(
         f"the prediction of {subject.name!r} needs {format_bytes(least)} beside the network, and "
         f"{format_bytes(max(limit, 0))} are left of the limit; {advice}"
@@ -176,14 +174,14 @@ def _planned_head(
         swept_axis=swept_axis,
         output_shape=shape,
         patch_shape=head.patch_shape,
-        unit_shape=(i, j, k),
+        shard_shape=(i, j, k),
     )
     return PlannedHead(head, record, tiling)
 
 
 def _ways_to_part(tiling: Tiling, slabs: int) -> Iterator[Triple]:
     """In how many regions along I, J, K: as few across the sweep as may do, then ever more."""
-    most = tiling.unit_counts
+    most = tiling.shard_counts
     parts = [1, 1, 1]
     parts[tiling.swept_axis] = min(slabs, most[tiling.swept_axis])
     across = tiling.order[1:]
@@ -198,42 +196,42 @@ def _ways_to_part(tiling: Tiling, slabs: int) -> Iterator[Triple]:
 
 
 def _regions(heads: Sequence[PlannedHead], parts: Triple) -> list[Region]:
-    """The boxes of units, about as large as each other; of every head those that begin in the same part.
+    """The boxes of shards, about as large as each other; of every head those that begin in the same part.
 
-    A head whose units are larger has none in some parts.
+    A head whose shards are larger has none in some parts.
     """
     first = heads[0].tiling
     cuts = []  # where parts begin, as fractions of the volume
     for axis in range(3):
-        begins = [units[0] for units in np.array_split(np.arange(first.unit_counts[axis]), parts[axis])]
-        cuts.append(np.array(begins) * first.unit_shape[axis] / first.shape[axis])
+        begins = [shards[0] for shards in np.array_split(np.arange(first.shard_counts[axis]), parts[axis])]
+        cuts.append(np.array(begins) * first.shard_shape[axis] / first.shape[axis])
     regions = []
     for place in itertools.product(*map(range, parts)):
-        units = [_units_in(head.tiling, cuts, place) for head in heads]
-        if any(map(all, units)):
-            regions.append(Region(tuple(units), _patches_of(heads, units)))
+        shards = [_shards_in(head.tiling, cuts, place) for head in heads]
+        if any(map(all, shards)):
+            regions.append(Region(tuple(shards), _patches_of(heads, shards)))
     return regions
 
 
-def _units_in(tiling: Tiling, cuts: Sequence[Any], place: Sequence[int]) -> Ranges:
+def _shards_in(tiling: Tiling, cuts: Sequence[Any], place: Sequence[int]) -> Ranges:
     ranges = []
     for axis, (part, begins) in enumerate(zip(place, cuts, strict=True)):
-        starts = np.arange(tiling.unit_counts[axis]) * tiling.unit_shape[axis] / tiling.shape[axis]
+        starts = np.arange(tiling.shard_counts[axis]) * tiling.shard_shape[axis] / tiling.shape[axis]
         of_part = np.flatnonzero(np.searchsorted(begins, starts + 1e-9, side="right") - 1 == part)
         ranges.append(range(of_part[0], of_part[-1] + 1) if of_part.size else range(0))
     i, j, k = ranges
     return i, j, k
 
 
-def _patches_of(heads: Sequence[PlannedHead], units: Sequence[Ranges]) -> Ranges:
+def _patches_of(heads: Sequence[PlannedHead], shards: Sequence[Ranges]) -> Ranges:
     ranges = []
     for axis in range(3):
         touching = [
             head.tiling.axes[axis].touching[tile]
-            for head, of in zip(heads, units, strict=True)
+            for head, of in zip(heads, shards, strict=True)
             if all(of)
-            for unit in of[axis]
-            for tile in head.tiling.axes[axis].tiles_of(unit)
+            for shard in of[axis]
+            for tile in head.tiling.axes[axis].tiles_of(shard)
         ]
         ranges.append(range(min(int(t[0]) for t in touching), max(int(t[-1]) for t in touching) + 1))
     i, j, k = ranges

@@ -1,17 +1,17 @@
-"""An image written unit by unit, by any processes on any machines, and gone on with after any of them died.
+"""An image written shard by shard, by any processes on any machines, and resumed after any of them died.
 
-A unit is a shard, which is written whole. Beside the folder of the image lies the ledger, one record for each
-unit, so that nobody waits for anybody and no line is ever torn::
+Each shard is written whole. Beside the folder of the image is the ledger, with one record for each shard,
+so that no process waits for another and no line is ever torn::
 
     <subject>/.ledger.json                      what all voxels below depend on
     <subject>/<digest of that>/                 all that is written of them: whoever still works for something
                                                 else, as tasks on a cluster may, writes elsewhere
-        .ledger/<image>/<c>.<z>.<y>.<x>.json    one written unit: its seal and what was counted in it
+        .ledger/<image>/<c>.<z>.<y>.<x>.json    one written shard: its seal and what was counted in it
         <image>/0/c/...                         the shards
 
 A record is made after its shard is in place, and it is what counts: a shard without one proves nothing. Both
-are written under another name, synced and renamed, so that doing a unit twice is as good as once. Statistics
-are merged from the records in C order of the units, and so are the same whoever wrote which unit when.
+are written under another name, synced and renamed, so that doing a shard twice is as good as once. Statistics
+are merged from the records in C order of the shards, and so are the same whoever wrote which shard when.
 
 The ledger goes when the image is committed, not before: whatever dies earlier can be repeated.
 """
@@ -38,7 +38,7 @@ from zpatch.chunks.shard_writer import write_shard
 from zpatch.digests import FileSeal, Json, compact_json, digest, sealed_line, unsealed
 from zpatch.errors import DamageError, IncompleteCoverageError, StoreExistsError
 from zpatch.store.image_record import ImageRecord
-from zpatch.store.image_writer import ImageTally
+from zpatch.store.image_writer import ImageTally, Shard
 from zpatch.store.staged_image import StagedImage, sync_folder
 from zpatch.store.store import sharded_array
 from zpatch.store.voxel_statistics import State
@@ -48,22 +48,26 @@ HEADER = ".ledger.json"
 SHOWN_CHANGES = 5
 SHOWN_CHARACTERS = 40
 
-Unit = tuple[int, int, int, int]
-
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """The record of a unit: its file in the image's folder, that file's seal, how many of its voxels were
+    """The record of a shard: its file in the image's folder, that file's seal, how many of its voxels were
     filled and not predicted, and the packed state of its tally."""
 
-    unit: Unit
+    shard: Shard
     file: str
     seal: FileSeal
     skipped: int
     state: str
 
     def to_json(self) -> Json:
-        return dataclasses.asdict(self)
+        return {
+            "unit": self.shard,
+            "file": self.file,
+            "seal": dataclasses.asdict(self.seal),
+            "skipped": self.skipped,
+            "state": self.state,
+        }
 
     @classmethod
     def from_json(cls, value: Json) -> _Entry:
@@ -72,8 +76,8 @@ class _Entry:
         return cls((c, z, y, x), value["file"], seal, value["skipped"], value["state"])
 
 
-class UnitLedger:
-    """The written units of one image; ``folder`` is where the image is being written.
+class ShardLedger:
+    """The written shards of one image; ``folder`` is where the image is being written.
 
     It holds no state: each process makes its own.
     """
@@ -82,26 +86,26 @@ class UnitLedger:
         self.folder = folder
         self._entries = folder.parent / LEDGER / folder.name
 
-    def write(self, record: ImageRecord, unit: Unit, voxels: NDArray[Any], *, skipped: int = 0) -> None:
-        """Write a unit, whole, then its record.
+    def write(self, record: ImageRecord, shard: Shard, voxels: NDArray[Any], *, skipped: int = 0) -> None:
+        """Write a shard, whole, then its record.
 
-        ``unit`` is the number of a shard along (c, z, y, x); ``voxels`` is (c, z, y, x), little-endian,
+        ``shard`` is the number of a shard along (c, z, y, x); ``voxels`` is (c, z, y, x), little-endian,
         clipped to the image; ``skipped`` says how many of them were filled and not predicted. A disk that
         fails is an OSError, and nothing half done is left.
         """
         array = sharded_array(self.folder, record)
-        file = array.shard_file(unit)
+        file = array.shard_file(shard)
         tally = ImageTally(record, array.name)
         names = dataclasses.replace(array.files, prefix=_partial_name(), separator=".")
         partial = dataclasses.replace(array, path=self._entries, files=names)
-        with _put_in_place(partial.shard_file(unit), file), tally.counting(unit, voxels):
-            seal = write_shard(partial, unit, voxels, record.codec)
-        entry = _Entry(unit, file.relative_to(self.folder).as_posix(), seal, skipped, _packed(tally.state()))
-        _write_sealed(self._entry_file(unit), entry.to_json())
+        with _put_in_place(partial.shard_file(shard), file), tally.counting(shard, voxels):
+            seal = write_shard(partial, shard, voxels, record.codec)
+        entry = _Entry(shard, file.relative_to(self.folder).as_posix(), seal, skipped, _packed(tally.state()))
+        _write_sealed(self._entry_file(shard), entry.to_json())
 
-    def has(self, unit: Unit) -> bool:
-        """Whether a unit need not be written again: it has a sound record and a shard of its length."""
-        return self._read(self._entry_file(unit)) is not None
+    def has(self, shard: Shard) -> bool:
+        """Whether a shard need not be written again: it has a sound record and a shard of its length."""
+        return self._read(self._entry_file(shard)) is not None
 
     def finish(self, record: ImageRecord, raw_header: bytes, warnings: Sequence[str] = ()) -> ImageRecord:
         """Write all of the image but its voxels, and return its record with statistics and seals.
@@ -112,7 +116,7 @@ class UnitLedger:
         array = sharded_array(self.folder, record)
         tally = ImageTally(record, array.name)
         seals: dict[str, FileSeal] = {}
-        missing: list[Unit] = []
+        missing: list[Shard] = []
         skipped = 0
         for c, z, y, x in np.ndindex(array.shard_grid):
             entry = self._read(self._entry_file((c, z, y, x)))
@@ -124,31 +128,31 @@ class UnitLedger:
             skipped += entry.skipped
         if missing:
             raise IncompleteCoverageError(
-                f"{array.name}: {len(missing)} of {len(missing) + len(seals)} units are not written, the "
+                f"{array.name}: {len(missing)} of {len(missing) + len(seals)} shards are not written, the "
                 f"first one {missing[0]} along c, z, y, x; run the same command again"
             )
         _clear(self.folder, keep=array.path / array.files.prefix)
         stage = StagedImage(self.folder, seals)
         return tally.finish(stage, raw_header, warnings=warnings, skipped=skipped)
 
-    def _entry_file(self, unit: Unit) -> Path:
-        return self._entries / f"{'.'.join(map(str, unit))}.json"
+    def _entry_file(self, shard: Shard) -> Path:
+        return self._entries / f"{'.'.join(map(str, shard))}.json"
 
     def _read(self, path: Path) -> _Entry | None:
-        """The record of a unit, if it is sound and its shard is there."""
+        """The record of a shard, if it is sound and its shard is there."""
         value = _read_sealed(path)
         if value is None:
             return None
         entry = _Entry.from_json(value)
         file = self.folder / entry.file
         is_there = file.is_file() and file.stat().st_size == entry.seal.bytes
-        return entry if is_there and path == self._entry_file(entry.unit) else None
+        return entry if is_there and path == self._entry_file(entry.shard) else None
 
 
 def begin(folder: Path, header: Json) -> Path:
     """Enter what all images below a folder depend on, and give the folder to write them in.
 
-    ``header`` is flat JSON. Where units were written that depend on something else, that is refused with
+    ``header`` is flat JSON. Where shards were written that depend on something else, that is refused with
     StoreExistsError. Where the header is lost, those of another one are left alone.
     """
     header = json.loads(compact_json(header))

@@ -30,7 +30,7 @@ ReadChunks = Callable[[Sequence[PatchLocation]], Sequence[Voxels]]
 MassesOf = Callable[[Voxels], Masses]
 
 
-class Reach:
+class AllowedMass:
     """The mass of one class, or of a whole map, as far as the centres of patches reach.
 
     ``masses_of`` makes masses (I, J, K) of a chunk's voxels: numbers, or booleans for voxels that are alike.
@@ -57,7 +57,7 @@ class Reach:
         self._whole = whole[touched]
         self._table = table.select(touched)
         self._cumulative = np.cumsum(self._table.mass)
-        self._counted: Reach | None = None
+        self._counted: AllowedMass | None = None
         self.is_exact = is_counted or bool(self._whole.all())
         inside = float((self._table.mass * self._whole).sum())
         self.is_hopeless = inside < MIN_INTERIOR_SHARE * self._table.mass.sum()
@@ -90,7 +90,7 @@ class Reach:
         allowed = (drawn >= self._allowed.index_ini) & (drawn < self._allowed.index_fin)
         return drawn, np.asarray(allowed.all(axis=1))
 
-    def counted(self, read: ReadChunks) -> Reach:
+    def counted(self, read: ReadChunks) -> AllowedMass:
         """The same reach by the mass inside alone; the first time, chunks that the border cuts are read."""
         if self.is_exact:
             return self
@@ -98,14 +98,14 @@ class Reach:
             self._counted = self._count(read)
         return self._counted
 
-    def _count(self, read: ReadChunks) -> Reach:
+    def _count(self, read: ReadChunks) -> AllowedMass:
         mass = self._table.mass.copy()
         cut = np.flatnonzero(~self._whole)
         voxels_of = _read_in_turn(self.grid, self._table.chunk_id[cut], read)
         for entry, (chunk, voxels) in zip(cut, voxels_of, strict=True):
             mass[entry] = self._inside(self._masses_of(voxels), self.grid.box(chunk)).sum(dtype=np.float64)
         table = MassTable(self._table.chunk_id, mass).select(mass > 0)
-        return Reach(table, self.grid, self._allowed, self._masses_of, is_counted=True)
+        return AllowedMass(table, self.grid, self._allowed, self._masses_of, is_counted=True)
 
     def _inside(self, masses: Masses, box: PatchLocation) -> Masses:
         """The part of a chunk's masses that lies in the allowed box."""
@@ -114,7 +114,7 @@ class Reach:
 
 
 def draw_centres(
-    parts: Sequence[tuple[Reach, int]], read: ReadChunks, rng: np.random.Generator
+    parts: Sequence[tuple[AllowedMass, int]], read: ReadChunks, rng: np.random.Generator
 ) -> list[NDArray[np.int64] | None]:
     """So many allowed voxels of each reach, all of one map, by their mass; chunks are read once for all.
 
@@ -137,7 +137,7 @@ def draw_centres(
 
 
 def _draw_round(
-    reaches: Sequence[Reach],
+    reaches: Sequence[AllowedMass],
     centres: list[NDArray[np.int64]],
     pending: list[NDArray[np.int64]],
     read: ReadChunks,

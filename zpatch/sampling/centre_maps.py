@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from zpatch.errors import SamplingError
 from zpatch.geometry.boxes import PatchLocation
 from zpatch.images.image import Image
-from zpatch.sampling.centre_draws import Reach
+from zpatch.sampling.centre_draws import AllowedMass
 from zpatch.store.voxel_index import (
     ChunkGrid,
     MassTable,
@@ -45,13 +45,13 @@ class _Map:
         self._image = image
         i, j, k = (min(n, c) for n, c in zip(image.spatial_shape, image.source.chunk_shape, strict=True))
         self.grid = ChunkGrid(image.spatial_shape, (i, j, k))
-        self._reaches: dict[Any, Reach] = {}
+        self._reaches: dict[Any, AllowedMass] = {}
 
     def read(self, boxes: Sequence[PatchLocation]) -> list[Voxels]:
         """The values (C, I, J, K) of some chunks."""
         return self._image.read_group(boxes)
 
-    def _kept(self, key: Any, make: Callable[[], Reach]) -> Reach:
+    def _kept(self, key: Any, make: Callable[[], AllowedMass]) -> AllowedMass:
         if key not in self._reaches:
             if len(self._reaches) >= MAX_REACHES:
                 self._reaches.clear()
@@ -73,11 +73,11 @@ class LabelClasses(_Map):
         """Whether any voxel is of a class."""
         return bool(self._mass(label).mass.sum() > 0)
 
-    def reach(self, label: int | None, allowed: PatchLocation) -> Reach:
+    def reach(self, label: int | None, allowed: PatchLocation) -> AllowedMass:
         """The voxels of a class that centres of patches reach."""
         return self._kept(
             (label, allowed),
-            lambda: Reach(self._mass(label), self.grid, allowed, partial(self._members, label)),
+            lambda: AllowedMass(self._mass(label), self.grid, allowed, partial(self._members, label)),
         )
 
     def _mass(self, label: int | None) -> MassTable:
@@ -118,9 +118,9 @@ class WeightMap(_Map):
         if not self._mass.mass.sum() > 0:
             raise SamplingError(f"{where} is zero everywhere; nothing can be drawn from it")
 
-    def reach(self, allowed: PatchLocation) -> Reach:
+    def reach(self, allowed: PatchLocation) -> AllowedMass:
         """The weights that centres of patches reach."""
-        return self._kept(allowed, lambda: Reach(self._mass, self.grid, allowed, self._weights))
+        return self._kept(allowed, lambda: AllowedMass(self._mass, self.grid, allowed, self._weights))
 
     def _weights(self, voxels: Voxels) -> Voxels:
         check_weights(voxels, self._where)

@@ -35,7 +35,7 @@ def codec_for(preset: str, kind: Kind) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class SourceFingerprint:
     """The fingerprint of the file an image came from; ``path`` is relative to the source folder."""
 
     path: str
@@ -89,7 +89,7 @@ class ImageRecord:
     meta: Json = field(default_factory=dict)
     stats: Json = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
-    source: Source | None = None
+    source: SourceFingerprint | None = None
     inputs: str | None = None
     files: Mapping[str, FileSeal] = field(default_factory=dict)
 
@@ -141,7 +141,7 @@ class ImageRecord:
                 **value,
                 **{key: tuple(value[key]) for key in ("shape", "chunks", "shards", "warnings")},
                 "affine": tuple(map(tuple, value["affine"])),
-                "source": Source(**value["source"]) if value["source"] else None,
+                "source": SourceFingerprint(**value["source"]) if value["source"] else None,
                 "orientation": Orientation(**{k: tuple(v) for k, v in value["orientation"].items()}),
                 "levels": tuple(
                     Level(**{key: tuple(shape) for key, shape in level.items()}) for level in value["levels"]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from zpatch.digests import Json
 from zpatch.geometry.boxes import padded_to_4d
-from zpatch.store.image_record import ImageRecord, Source
+from zpatch.store.image_record import ImageRecord, SourceFingerprint
 from zpatch.store.staged_image import StagedImage
 from zpatch.store.voxel_index import index_builder
 from zpatch.store.voxel_statistics import State, VoxelStatistics
@@ -65,7 +65,7 @@ class ImageTally:
         raw_header: bytes,
         *,
         warnings: Sequence[str] = (),
-        source: Source | None = None,
+        source: SourceFingerprint | None = None,
         skipped: int = 0,
     ) -> ImageRecord:
         """Write all of an image but its voxels, and return its record with statistics and seals.
@@ -108,7 +108,7 @@ class ImageWriter:
         self._skipped += skipped
 
     def finish(
-        self, raw_header: bytes, warnings: Sequence[str] = (), source: Source | None = None
+        self, raw_header: bytes, warnings: Sequence[str] = (), source: SourceFingerprint | None = None
     ) -> ImageRecord:
         """Write all but the voxels, and return the record with statistics and seals."""
         self.record = self._tally.finish(
