@@ -1,9 +1,12 @@
-"""The house: which room stands on which floor, and which third-party library comes in by which door."""
+"""The house, where import-linter cannot look: doors, reading order, sizes, names, and what imports load.
+
+Which folder may import which, and by which module each library comes in, is in ``.importlinter``.
+"""
 
 from __future__ import annotations
 
 import ast
-import itertools
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,179 +19,51 @@ import pytest
 import zpatch
 
 ROOT = Path(zpatch.__file__).parent
+TESTS = Path(__file__).parent
 
-# A module imports from lower floors, or from earlier lines of its own floor.
-FLOORS = {
-    "values": [
-        "errors",
-        "geometry/boxes",
-        "geometry/orientation",
-        "sampling/randomness",
-        "chunks/_decode",
-        "chunks/_voxels",
-        "chunks/_gather",
-        "store/_count",
-        "blending/_blend",
-        "chunks/scaling",
-        "blending/windows",
-    ],
-    "plans and records": [
-        "geometry/patch_grid",
-        "blending/tiling",
-        "prediction/peak_memory",
-        "chunks/layout",
-        "store/image_record",
-        "runtime/byte_sizes",
-        "geometry/padding",
-        "runtime/buffer_pool",
-        "store/voxel_statistics",
-        "report/markup",
-        "report/png",
-    ],
-    "doors": [
-        "nifti/gzip_streams",
-        "nifti/header_affine",
-        "nifti/header",
-        "nifti/writer",
-        "chunks/codec",
-        "chunks/mapped_shards",
-        "chunks/shard_writer",
-        "store/manifest",
-        "store/store",
-        "images/zarr_images",
-        "store/lock",
-        "store/store_writer",
-        "runtime/tasks",
-        "runtime/process_memory",
-        "conversion/cases",
-        "conversion/case_lists",
-        "conversion/folder_conventions",
-        "conversion/discovery",
-    ],
-    "subjects": [
-        "store/voxel_index",
-        "sampling/centre_draws",
-        "conversion/pyramid",
-        "store/image_writer",
-        "prediction/shard_ledger",
-        "chunks/gather",
-        "report/planes",
-        "images/group_read",
-        "images/chunk_cache",
-        "images/opened_image",
-        "images/image",
-        "images/normalization",
-        "sampling/centre_maps",
-        "images/cohort",
-        "sampling/patch",
-    ],
-    "stages": [
-        "conversion/conversion_plan",
-        "conversion/conversion",
-        "conversion/nifti_export",
-        "store/verification",
-        "report/problems",
-        "report/pictures",
-        "report/summary",
-        "report/page_parts",
-        "report/subject_section",
-        "report/style",
-        "report/page",
-        "report/report",
-        "bench/trial_stores",
-        "bench/reading_speed",
-        "bench/benchmark",
-        "bench/advice",
-        "sampling/samplers",
-        "loading/epoch_plan",
-        "loading/queue_state",
-        "loading/shared_slots",
-        "loading/worker",
-        "loading/patch_feed",
-        "loading/patch_buffer",
-        "loading/patch_queue",
-        "loading/subjects_loader",
-        "blending/reduction",
-        "blending/sinks",
-        "blending/grid_blend",
-        "blending/tile_spill",
-        "blending/scattered_blend",
-        "blending/aggregator",
-        "prediction/network",
-        "prediction/prediction_plan",
-        "prediction/regions",
-        "prediction/region_run",
-        "prediction/prediction_run",
-        "prediction/inference",
-    ],
-    "edge": [
-        "__init__",
-        "cli/options",
-        "cli/progress",
-        "cli/__init__",
-        "cli/bench",
-        "cli/convert",
-        "cli/export",
-        "cli/info",
-        "cli/predict",
-        "cli/report",
-        "cli/verify",
-        "compat/__init__",
-        "compat/nifti_cache",
-        "compat/transforms",
-        "compat/monai",
-        "compat/epoch_queues",
-        "compat/torchio1_subjects",
-        "compat/torchio1",
-        "compat/torchio0",
-        "compat/torchio2",
-    ],
-}
-ROOMS = list(itertools.chain(*FLOORS.values()))
-EDGE = FLOORS["edge"]
-COMMAND_LINE = [room for room in EDGE if room.startswith("cli/")]
-
-# Where each third-party library may be imported; whatever is not listed may be imported nowhere.
+# The modules of each folder that other folders may import; all others are for the folder itself.
 DOORS = {
-    "numpy": ROOMS,
-    "torch": [*FLOORS["subjects"], *FLOORS["stages"], *EDGE],
-    "nibabel": ["nifti/header"],
-    "isal": ["nifti/gzip_streams"],
-    "zarr": ["store/store", "store/store_writer", "images/zarr_images"],
-    "numcodecs": ["chunks/codec"],
-    "google_crc32c": ["chunks/codec"],
-    "dask": ["runtime/tasks", "images/group_read", "images/opened_image"],
-    "distributed": ["runtime/tasks"],
-    "cloudpickle": ["prediction/prediction_run"],
-    "monai": ["compat/transforms"],
-    "torchio": ["compat/transforms"],
-    "click": COMMAND_LINE,
+    "geometry": "boxes affines orientation patch_grid padding",
+    "runtime": "byte_sizes buffer_pool process_memory dask_graphs tasks task_contract",
+    "nifti": "header writer",
+    "chunks": "layout sharded_array codec mapped_shards shard_writer gather scaling",
+    "store": "names image_record manifest store lock store_writer staged_image image_writer voxel_statistics "
+    "voxel_index verification",
+    "conversion": "conversion conversion_plan conversion_options nifti_export cases case_lists",
+    "images": "image subject cohort normalization chunk_cache voxel_source voxel_sources group_read",
+    "sampling": "samplers grid_sampler patch randomness",
+    "loading": "patch_queue subjects_loader patch_batch epoch_plan",
+    "blending": "aggregator grid_blend tiling windows reduction sinks",
+    "prediction": "inference planning network prediction_options prediction_run",
+    "report": "report",
+    "bench": "benchmark advice",
+    "compat": "",
+    "cli": "",
 }
-STANDARD_LIBRARY_DOORS = {
-    "gzip": ["nifti/gzip_streams"],
-    "mmap": ["runtime/buffer_pool", "chunks/mapped_shards", "loading/shared_slots"],
-    "importlib": ["__init__", "prediction/network", *COMMAND_LINE],  # an import that no table can hold
-}
-HEAVY = [
-    "zarr",
-    "dask",
-    "distributed",
-    "torch",
-    "nibabel",
-    "isal",
-    "numcodecs",
-]  # may be imported inside functions
+FOLDERS = list(DOORS)
+PUBLIC_PATHS = [
+    "zpatch.compat.torchio0",
+    "zpatch.compat.torchio1",
+    "zpatch.compat.torchio2",
+    "zpatch.compat.monai",
+]
+HEAVY = ["zarr", "dask", "distributed", "torch", "nibabel", "isal", "numcodecs", "rich", "jinja2", "PIL"]
+PURE = [
+    "digests",
+    "geometry/*",
+    "chunks/layout",
+    "chunks/scaling",
+    "blending/windows",
+    "blending/tiling",
+    "loading/epoch_plan",
+    "prediction/peak_memory",
+]
 WORLD = (
     "os io shutil pathlib tempfile time datetime random secrets socket subprocess threading multiprocessing"
 )
-COMPILED = {
-    "chunks/_gather": ".c",
-    "chunks/_decode": ".h",
-    "chunks/_voxels": ".h",
-    "store/_count": ".c",
-    "blending/_blend": ".c",
-}
-MAX_LINES = {".py": 400, ".c": 550, ".h": 400}
+MMAP_DOORS = ["runtime/buffer_pool", "chunks/mapped_shards", "loading/shared_slots"]
+MAX_LINES = {".py": 350, ".c": 550, ".h": 400}
+MAX_FUNCTION_LINES = 40
 
 
 @dataclass(frozen=True)
@@ -204,19 +79,24 @@ class Import:
         return self.module.partition(".")[0]
 
 
-def path_of(room: str) -> Path:
-    return ROOT / f"{room}{COMPILED.get(room, '.py')}"
+def module_name(path: Path) -> str:
+    """``geometry/boxes`` for the file of ``zpatch.geometry.boxes``."""
+    return path.relative_to(ROOT).with_suffix("").as_posix()
 
 
-def room_of(module: str) -> str:
-    """The room of a module of zpatch: ``zpatch.cli.info`` -> ``cli/info``; a package -> its __init__."""
-    room = "/".join(module.split(".")[1:])
-    return room if path_of(room).is_file() else f"{room}/__init__".lstrip("/")
+PATHS = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
+MODULES = [name for name in PATHS if not name.endswith("__init__")]
+FILES = sorted(path for suffix in MAX_LINES for path in ROOT.rglob(f"*{suffix}"))
 
 
 @cache
-def imports_of(room: str) -> list[Import]:
-    return [] if room in COMPILED else list(_imports(ast.parse(path_of(room).read_text()), deferred=False))
+def tree_of(module: str) -> ast.Module:
+    return ast.parse(PATHS[module].read_text())
+
+
+@cache
+def imports_of(module: str) -> list[Import]:
+    return list(_imports(tree_of(module), deferred=False))
 
 
 def _imports(node: ast.AST, *, deferred: bool) -> Iterator[Import]:
@@ -227,97 +107,147 @@ def _imports(node: ast.AST, *, deferred: bool) -> Iterator[Import]:
         assert node.module is not None
         for alias in node.names:
             inner = f"{node.module}.{alias.name}"
-            is_module = inner.startswith("zpatch.") and path_of("/".join(inner.split(".")[1:])).is_file()
-            yield Import(inner if is_module else node.module, node.lineno, deferred)
+            yield Import(inner if _own(inner) in MODULES else node.module, node.lineno, deferred)
     else:
         inside = deferred or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         for child in ast.iter_child_nodes(node):
             yield from _imports(child, deferred=inside)
 
 
-def own_imports_of(room: str) -> list[Import]:
-    return [found for found in imports_of(room) if found.library == "zpatch"]
+def _own(dotted: str) -> str:
+    """``geometry/boxes`` for ``zpatch.geometry.boxes``."""
+    return "/".join(dotted.split(".")[1:]) if dotted.startswith("zpatch.") else ""
 
 
-def told(room: str, found: list[Import]) -> list[str]:
-    return [f"{room}.py:{at.line} imports {at.module}" for at in found]
+def described(module: str, found: list[Import]) -> list[str]:
+    return [f"{module}.py:{at.line} imports {at.module}" for at in found]
 
 
-def existing_rooms() -> list[str]:
-    files = itertools.chain(*(ROOT.rglob(f"*{suffix}") for suffix in MAX_LINES))
-    return sorted(path.relative_to(ROOT).with_suffix("").as_posix() for path in files)
+def folder_of(module: str) -> str:
+    return module.partition("/")[0] if "/" in module else ""
 
 
-def standing(rooms: list[str]) -> list[str]:
-    """Those of the rooms that exist: one that does not is reported once, by the test of the table."""
-    return [room for room in rooms if path_of(room).is_file()]
+def modules_of(folder: str) -> set[str]:
+    return {module.partition("/")[2] for module in MODULES if folder_of(module) == folder}
 
 
-EXISTING = existing_rooms()
+def reading_order(folder: str) -> list[str]:
+    """The modules that the docstring of a folder lists, each at the start of an indented line."""
+    text = ast.get_docstring(tree_of(f"{folder}/__init__"), clean=False) or ""
+    return [line.split()[0] for line in text.splitlines() if line.startswith("    ") and line[4:5].strip()]
 
 
-def test_the_table_lists_every_module_once_and_no_other() -> None:
-    assert sorted(ROOMS) == EXISTING
+def functions_of(module: str) -> Iterator[ast.FunctionDef]:
+    yield from (node for node in ast.walk(tree_of(module)) if isinstance(node, ast.FunctionDef))
 
 
-@pytest.mark.parametrize("room", standing(ROOMS))
-def test_a_module_imports_only_from_below(room: str) -> None:
-    below = ROOMS[: ROOMS.index(room)]
-    upward = [found for found in own_imports_of(room) if room_of(found.module) not in below]
-    assert told(room, upward) == []
+# Folders
 
 
-@pytest.mark.parametrize("room", EXISTING)
-def test_a_third_party_library_comes_in_by_its_door_only(room: str) -> None:
-    known = {*sys.stdlib_module_names, "zpatch"}
-    astray = [
+def test_the_table_of_doors_lists_every_folder() -> None:
+    assert sorted(FOLDERS) == sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folder_has_two_to_twelve_modules(folder: str) -> None:
+    assert 2 <= len(modules_of(folder)) <= 12
+
+
+@pytest.mark.parametrize("folder", [folder for folder in FOLDERS if folder not in ("cli", "compat")])
+def test_a_folder_is_described_by_its_modules_in_reading_order_and_holds_no_code(folder: str) -> None:
+    assert len(tree_of(f"{folder}/__init__").body) == 1
+    order = reading_order(folder)
+    assert sorted(order) == sorted(modules_of(folder))
+    for number, module in enumerate(order):
+        later = {f"zpatch.{folder}.{name}" for name in order[number:]}
+        upward = [found for found in imports_of(f"{folder}/{module}") if found.module in later]
+        assert described(f"{folder}/{module}", upward) == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_other_folders_come_in_by_their_doors(module: str) -> None:
+    inner = [
         found
-        for found in imports_of(room)
-        if found.library not in known and room not in DOORS.get(found.library, [])
+        for found in imports_of(module)
+        if (target := _own(found.module)) in MODULES
+        and folder_of(target) not in ("", folder_of(module))
+        and target.partition("/")[2] not in DOORS[folder_of(target)].split()
     ]
-    assert told(room, astray) == []
+    assert described(module, inner) == []
 
 
-@pytest.mark.parametrize("room", EXISTING)
-def test_a_few_modules_of_the_standard_library_have_their_door_too(room: str) -> None:
-    astray = [
-        found
-        for found in imports_of(room)
-        if found.module in STANDARD_LIBRARY_DOORS and room not in STANDARD_LIBRARY_DOORS[found.module]
-    ]
-    assert told(room, astray) == []
+def test_no_folder_is_called_as_a_public_name_or_as_a_module_of_the_standard_library() -> None:
+    assert not set(FOLDERS) & set(zpatch.__all__)
+    assert not set(FOLDERS) & sys.stdlib_module_names
 
 
-@pytest.mark.parametrize("room", standing([room for room in ROOMS if room not in EDGE]))
-def test_only_heavy_libraries_are_imported_inside_functions(room: str) -> None:
-    deferred = [found for found in imports_of(room) if found.deferred and found.library not in HEAVY]
-    assert told(room, deferred) == []
+# Modules
 
 
-@pytest.mark.parametrize("room", standing(FLOORS["values"] + FLOORS["plans and records"]))
-def test_values_plans_and_records_know_no_files_no_clocks_and_no_processes(room: str) -> None:
-    worldly = [found for found in imports_of(room) if found.library in WORLD.split()]
-    assert told(room, worldly) == []
-
-
-@pytest.mark.parametrize("room", EXISTING)
-def test_no_module_is_too_long(room: str) -> None:
-    assert len(path_of(room).read_text().splitlines()) <= MAX_LINES[path_of(room).suffix]
-
-
-@pytest.mark.parametrize("room", EXISTING)
-def test_a_module_is_named_by_a_noun_of_the_data_flow(room: str) -> None:
-    name = Path(room).name
-    assert not {"util", "utils", "common", "helper", "helpers", "misc"} & set(name.split("_"))
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_is_named_by_a_noun_of_the_data_flow(module: str) -> None:
+    name = module.rpartition("/")[2]
+    assert not {"util", "utils", "common", "core", "base", "helper", "helpers", "misc"} & set(name.split("_"))
     assert name not in sys.stdlib_module_names
 
 
-@pytest.mark.parametrize("module", ["zpatch", "zpatch.cli"])
-def test_importing_the_package_or_its_command_line_loads_nothing_heavy(module: str) -> None:
-    heavy = [*HEAVY, "numpy"]
-    program = f"import sys, {module}; print(*(name for name in {heavy} if name in sys.modules))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_file_is_too_long(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MAX_LINES[path.suffix]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_function_is_too_long(module: str) -> None:
+    """Without its signature and docstring; commands of click describe their options there."""
+    for function in functions_of(module):
+        if not (folder_of(module) == "cli" and function.name.endswith("_command")):
+            body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+            lines = 1 + body[-1].end_lineno - body[0].lineno if body and body[-1].end_lineno else 0
+            assert lines <= MAX_FUNCTION_LINES, f"{module}.{function.name}"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if folder_of(m) not in ("cli", "compat")])
+def test_only_heavy_libraries_are_imported_inside_functions(module: str) -> None:
+    deferred = [found for found in imports_of(module) if found.deferred and found.library not in HEAVY]
+    assert described(module, deferred) == []
+
+
+@pytest.mark.parametrize("module", sorted(m for m in MODULES for pure in PURE if Path(m).match(pure)))
+def test_arithmetic_and_plans_know_no_files_no_clocks_and_no_processes(module: str) -> None:
+    worldly = [found for found in imports_of(module) if found.library in WORLD.split()]
+    assert described(module, worldly) == []
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module not in MMAP_DOORS])
+def test_files_are_mapped_in_three_places(module: str) -> None:
+    assert described(module, [found for found in imports_of(module) if found.library == "mmap"]) == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_names_with_an_underscore_stay_in_their_module(module: str) -> None:
+    borrowed = [
+        f"{node.module}.{alias.name}"
+        for node in ast.walk(tree_of(module))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("zpatch.")
+        for alias in node.names
+        if alias.name.startswith("_")
+        and not (node.module or "").rpartition(".")[2].startswith("_")
+        and f"{_own(node.module or '')}/{alias.name}" not in COMPILED
+    ]
+    assert borrowed == []
+
+
+COMPILED = {module_name(path) for path in ROOT.rglob("*.c")}
+
+
+def test_tests_mirror_the_folders() -> None:
+    for path in TESTS.glob("*/test_*.py"):
+        if path.parent.name not in ("promises", "cli", "compat"):
+            name = path.stem.removeprefix("test_")
+            assert f"{path.parent.name}/{name}" in MODULES, f"{path.parent.name}/{path.name} tests no module"
+
+
+# Public names
 
 
 @pytest.mark.parametrize("name", zpatch.__all__)
@@ -328,7 +258,51 @@ def test_every_public_name_is_there_and_comes_from_the_package(name: str) -> Non
     assert value.__doc__
 
 
+def test_every_public_name_is_in_one_place() -> None:
+    listed = [(name, module) for module, names in zpatch._MODULES.items() for name in names]
+    assert sorted(name for name, _ in listed) == sorted(zpatch.__all__)
+    for name, module in listed:
+        assert getattr(zpatch, name).__module__ == f"zpatch.{module}"
+    checked = {
+        (alias.name, node.module)
+        for block in tree_of("__init__").body
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert checked == {(name, f"zpatch.{module}") for name, module in listed}
+
+
 def test_public_names_are_listed_by_dir_and_unknown_ones_are_attribute_errors() -> None:
     assert set(zpatch.__all__) <= set(dir(zpatch))
     with pytest.raises(AttributeError, match="module 'zpatch' has no attribute 'Sampler'"):
         zpatch.Sampler  # noqa: B018 - the access is what is tested
+
+
+@pytest.mark.parametrize("path", PUBLIC_PATHS)
+def test_public_import_paths_stay(path: str) -> None:
+    assert importlib.import_module(path).__doc__
+
+
+# What an import loads
+
+
+def loaded_by(statement: str) -> set[str]:
+    """The modules that a statement loads, beyond those of Python's own start."""
+    program = f"import sys; before = set(sys.modules); {statement}; print(*(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize("module", ["zpatch", "zpatch.cli"])
+def test_importing_the_package_or_its_command_line_loads_nothing_heavy(module: str) -> None:
+    assert not loaded_by(f"import {module}") & {*HEAVY, "numpy"}
+
+
+def test_importing_the_package_loads_one_module_of_it_and_hardly_any_other() -> None:
+    """So that it takes next to no time: ``python -c pass`` and a few modules of the standard library."""
+    loaded = loaded_by("import zpatch")
+    assert {name for name in loaded if name.startswith("zpatch")} == {"zpatch"}
+    assert {name.partition(".")[0] for name in loaded} <= {*sys.stdlib_module_names, "zpatch"}
+    assert len(loaded) < 30, sorted(loaded)

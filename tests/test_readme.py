@@ -16,8 +16,8 @@ README = ROOT / "README.md"
 BLOCK = re.compile(r"^```(console|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def test_the_readme_has_fewer_than_150_lines() -> None:
-    assert len(README.read_text().splitlines()) < 150
+def test_the_readme_has_fewer_than_120_lines() -> None:
+    assert len(README.read_text().splitlines()) < 120
 
 
 def test_each_block_of_the_readme_runs_as_written(
