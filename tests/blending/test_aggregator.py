@@ -350,9 +350,9 @@ def test_tiles_are_freed_behind_the_front_of_a_sweep() -> None:
     for location in sampler.locations:
         aggregator.add_batch(torch.ones(1, 1, p, p, p), [location])
         blend: Any = aggregator._heads[None][0]
-        most = max(most, sum(tile.sums.numel() for tile in blend._tiles.values()))
+        most = max(most, sum(sums.voxels.numel() for sums in blend._sums.values()))
     assert 0 < most <= front < math.prod(n)
-    assert blend._tiles == {}
+    assert blend._sums == {}
     np.testing.assert_allclose(aggregator.get_output(), 1, rtol=1e-6)
 
 
@@ -362,7 +362,7 @@ def test_patches_without_overlap_need_no_tiles() -> None:
     for location in sampler.locations:
         aggregator.add_batch(torch.ones(1, 1, 32, 32, 32), [location])
         blend: Any = aggregator._heads[None][0]
-        assert blend._tiles == {}
+        assert blend._sums == {}
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,4 +1,4 @@
-"""A swept blend against a dense reference in float64: the same voxels, in any order, each handed on once."""
+"""The blend of a grid against a dense reference in float64: the same voxels in any order, each once."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from zpatch.blending import grid_blend
-from zpatch.blending.grid_blend import GridBlend, Skipped, accumulation_dtype, add_checked
+from zpatch.blending.grid_blend import GridBlend, Skipped
 from zpatch.blending.tiling import Tiling
-from zpatch.errors import IncompleteCoverageError, MemoryLimitError, ModelError, PatchLocationError
+from zpatch.errors import IncompleteCoverageError, MemoryLimitError, PatchLocationError
 from zpatch.geometry.boxes import PatchLocation, Triple
 from zpatch.geometry.patch_grid import PatchGrid
 
@@ -213,22 +212,6 @@ def test_integers_stay_exact_in_crop_mode(dtype: Any, rng: np.random.Generator) 
         assert found.voxels[0, *voxel] == patches[number][0, *inner].item()
 
 
-@pytest.mark.parametrize(
-    ("dtype", "mode", "summed"),
-    [
-        (torch.float16, "hann", torch.float32),
-        (torch.bfloat16, "crop", torch.float32),
-        (torch.float64, "average", torch.float64),
-        (torch.complex64, "hann", torch.complex64),
-        (torch.int64, "crop", torch.int64),
-        (torch.bool, "crop", torch.uint8),
-        (torch.uint8, "gaussian", torch.float32),
-    ],
-)
-def test_what_patches_are_summed_in(dtype: torch.dtype, mode: str, summed: torch.dtype) -> None:
-    assert accumulation_dtype(dtype, mode) == summed
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_where_one_patch_covers_a_tile_its_voxels_go_straight_through(
     mode: str, rng: np.random.Generator
@@ -417,92 +400,3 @@ def test_a_skipped_patch_is_not_missed_and_not_added(rng: np.random.Generator) -
     found = run(tiling, patches, skipped=Skipped(gone, filled))
     without = run(tiling, patches, np.flatnonzero(~gone).tolist(), skipped=Skipped(gone, filled))
     assert found.voxels.tobytes() == without.voxels.tobytes()
-
-
-# Batches
-
-
-def blend_of(tiling: Tiling) -> GridBlend:
-    return GridBlend(tiling, Recorder(tiling), lambda voxels: voxels)
-
-
-@pytest.mark.parametrize(
-    ("batch", "text"),
-    [
-        (torch.ones(1, 16, 8, 8), r"a batch must be a tensor \(B, C, I, J, K\), not \(1, 16, 8, 8\)"),
-        (np.ones((1, 1, 16, 8, 8)), "must be a tensor .* not ndarray"),
-        (torch.ones(2, 1, 16, 8, 8), "a batch of 2 patches came with 1 locations"),
-        (torch.ones(1, 1, 15, 8, 8), r"the patch at \(0, 0, 0\) is \(15, 8, 8\) .* room for \(16, 8, 8\)"),
-    ],
-)
-def test_a_batch_that_does_not_fit_its_locations_is_refused(batch: Any, text: str) -> None:
-    with pytest.raises(ModelError, match=text):
-        add_checked(blend_of(simple()), batch, [simple().grid.location(0)])
-
-
-def test_a_batch_of_other_channels_than_those_before_is_refused() -> None:
-    tiling = simple()
-    blend = blend_of(tiling)
-    add_checked(blend, torch.ones(1, 3, 16, 8, 8), [tiling.grid.location(0)])
-    with pytest.raises(ModelError, match="a batch has 2 channels where those before had 3"):
-        add_checked(blend, torch.ones(1, 2, 16, 8, 8), [tiling.grid.location(1)])
-
-
-@pytest.mark.parametrize("length", [4, 5, 6])
-def test_a_patch_one_voxel_off_by_rounding_is_cut_or_continued_by_its_edge(length: int) -> None:
-    tiling = Tiling.over(PatchGrid.over((9, 9, 9), (9, 9, 9)), "hann", output_shape=(5, 5, 5))
-    patch = torch.arange(length).expand(1, 1, length, length, length).float()
-    recorder = Recorder(tiling)
-    blend = GridBlend(tiling, recorder, lambda voxels: voxels)
-    add_checked(blend, patch, [tiling.grid.location(0)])
-    blend.finish()
-    assert recorder.voxels[0, 0, 0].tolist() == np.arange(5).clip(max=length - 1).tolist()
-
-
-@pytest.mark.parametrize("length", [3, 7, 9])
-def test_a_patch_further_off_is_refused(length: int) -> None:
-    tiling = Tiling.over(PatchGrid.over((9, 9, 9), (9, 9, 9)), "hann", output_shape=(5, 5, 5))
-    with pytest.raises(ModelError, match="output_shape= must say how it scales"):
-        add_checked(blend_of(tiling), torch.ones(1, 1, length, 5, 5), [tiling.grid.location(0)])
-
-
-# The compiled loop
-
-
-ORDERS = st.permutations(range(4))
-
-
-@pytest.mark.skipif(grid_blend._compiled_add is None, reason="no compiler was at hand")
-@given(st.tuples(*[st.integers(1, 9)] * 4), ORDERS, ORDERS, st.booleans())
-def test_the_compiled_loop_adds_a_weighted_part_in_any_memory_order(
-    shape: tuple[int, ...], sum_order: list[int], part_order: list[int], is_first: bool
-) -> None:
-    rng = np.random.default_rng(0)
-
-    def laid_out(order: list[int]) -> NDArray[np.float32]:
-        memory = rng.normal(size=[shape[axis] for axis in order]).astype(np.float32)
-        return memory.transpose(np.argsort(order))
-
-    sums, part = laid_out(sum_order), laid_out(part_order)
-    i, j, k = (rng.random(n, dtype=np.float32) for n in shape[1:])
-    product = part * (i[:, None, None].astype(np.float64) * j[:, None] * k)
-    expected = product if is_first else sums + product
-    assert grid_blend._compiled_add is not None
-    grid_blend._compiled_add(sums, part, i, j, k, is_first)
-    np.testing.assert_allclose(sums, expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.skipif(grid_blend._compiled_add is None, reason="no compiler was at hand")
-def test_the_compiled_loop_refuses_what_does_not_fit() -> None:
-    sums, part = np.zeros((2, 2, 3, 4, 5), np.float32)
-    one = np.ones(1, np.float32)
-    i, j, k = (np.ones(n, np.float32) for n in (3, 4, 5))
-    for arguments in (
-        (sums.astype(np.float64), part, i, j, k),
-        (sums, part[:1], i, j, k),
-        (sums, part, i, j, one),
-        (sums[0], part[0], i, j, k),
-    ):
-        assert grid_blend._compiled_add is not None
-        with pytest.raises(ValueError, match="do not fit each other"):
-            grid_blend._compiled_add(*arguments, False)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 import zpatch as zp
 import zpatch.prediction.regions
 from zpatch.blending.grid_blend import GridBlend, Skipped
-from zpatch.blending.tiling import Tiling
+from zpatch.blending.tiling import Tile, Tiling
 from zpatch.chunks.layout import plan_output_layout
 from zpatch.errors import MemoryLimitError, OptionError, PatchOverlapError, PatchSizeError
 from zpatch.geometry.boxes import Triple
@@ -203,8 +203,8 @@ class Watch:
 
     def look(self) -> None:
         assert self.blend is not None
-        tiles = self.blend._tiles.values()
-        sums = sum(t.nbytes for tile in tiles for t in (tile.sums, tile.weights) if t is not None)
+        tiles = self.blend._sums.values()
+        sums = sum(t.nbytes for tile in tiles for t in (tile.voxels, tile.weights) if t is not None)
         shards = 0
         for shard in self.left:
             ends = zip(shard, self.tiling.shard_shape, self.tiling.shape, strict=True)
@@ -277,15 +277,14 @@ def test_sums_are_stated_for_tiles_that_a_patch_touched_and_another_still_will(
     order = {
         at: n for n, at in enumerate(map(tiling.grid.position_of, tiling.grid.locations(tiling.swept_axis)))
     }
-    lives: dict[Triple, list[int]] = {}
+    lives: dict[Tile, list[int]] = {}
     for at, n in order.items():
-        for tile in tiling.tiles_hit(at):
+        for tile, _ in tiling.tiles_hit(at):
             lives.setdefault(tile, []).append(n)
     held = np.zeros(len(order), dtype=int)
     for tile, ranks in lives.items():
         if len(ranks) > 1:
-            voxels = math.prod(b - a for a, b in zip(*tiling.bounds(tile), strict=True))
-            held[min(ranks) : max(ranks) + 1] += voxels * kind.channels * kind.sum_bytes
+            held[min(ranks) : max(ranks) + 1] += math.prod(tile.shape) * kind.channels * kind.sum_bytes
     shards, patches = (tuple(map(range, counts)) for counts in (tiling.shard_counts, tiling.grid.counts))
     sums = list(held_of_head(planned_head, cast(Any, shards), cast(Any, patches)))[:2]
     assert peak_bytes(sums, [tiling.grid.counts[axis] for axis in tiling.order]) == held.max()

@@ -14,7 +14,8 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import torch
 
-from zpatch.blending.grid_blend import GridBlend, add_checked
+from zpatch.blending.blend import add_batch
+from zpatch.blending.grid_blend import GridBlend
 from zpatch.blending.reduction import (
     STORED_AS,
     Reduction,
@@ -139,7 +140,7 @@ class PatchAggregator:
             )
         with self._at_work():
             for key, tensor in tensors.items():
-                add_checked(self._heads[key][0], tensor, locations)
+                add_batch(self._heads[key][0], tensor, locations)
 
     def _start(
         self, tensors: Mapping[Any, torch.Tensor], locations: Sequence[PatchLocation]
@@ -229,7 +230,7 @@ class PatchAggregator:
         if not self._heads:
             raise IncompleteCoverageError("no patch was added; nothing is there to be blended")
         for blend, _ in self._heads.values():
-            blend.check_coverage() if isinstance(blend, ScatteredBlend) else blend.finish()
+            blend.check_complete() if isinstance(blend, ScatteredBlend) else blend.finish()
         with self._at_work():
             for blend, _ in self._heads.values():
                 if isinstance(blend, ScatteredBlend):

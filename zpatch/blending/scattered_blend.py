@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 
 from zpatch.blending import windows
-from zpatch.blending.grid_blend import Finalise, accumulation_dtype
+from zpatch.blending.axis_tiles import AxisScale
+from zpatch.blending.blend import Finalise, accumulation_dtype
 from zpatch.blending.reduction import fitting_fill
 from zpatch.blending.sinks import VolumeSink
 from zpatch.blending.tile_spill import SpilledTiles
-from zpatch.blending.tiling import AxisScale
 from zpatch.chunks.layout import CHUNK_VOXELS
 from zpatch.errors import IncompleteCoverageError, ModelError
 from zpatch.geometry.boxes import PatchLocation, Triple
@@ -98,7 +98,7 @@ class ScatteredBlend:
                 tile[:, *in_tile].add_(part[:, *in_part])
             self.tiles.put(place, tile)
 
-    def check_coverage(self) -> None:
+    def check_complete(self) -> None:
         """Make sure that patches cover every voxel, unless there is a fill."""
         if self._dtype is None:
             raise IncompleteCoverageError("no patch was added; nothing is there to be blended")
@@ -122,7 +122,7 @@ class ScatteredBlend:
 
     def finish(self) -> None:
         """Divide by the weights, and hand every voxel on, once: tile by tile, I slowest."""
-        self.check_coverage()
+        self.check_complete()
         for place in self._places():
             self._sink.put(self._corner(place), self._final(place))
         self.close()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from zpatch.blending.tiling import AxisTiles
+from zpatch.blending.axis_tiles import AxisTile
 from zpatch.geometry.boxes import Triple
 from zpatch.geometry.patch_grid import PatchGrid
 from zpatch.images.chunk_cache import is_quick, patches_of_chunks
@@ -102,31 +102,31 @@ def held_of_head(
     tiling, head = planned.tiling, planned.head
     sums = head.channels * head.sum_bytes + (WEIGHT_BYTES if masked else 0)
     along = list(zip(tiling.axes, shards, patches, strict=True))
-    tiles = [range(a.tiles_of(u[0]).start, a.tiles_of(u[-1]).stop) for a, u, _ in along]
-    all_tiles = [
-        _tile_lives(axis, list(some), run.start) for (axis, _, run), some in zip(along, tiles, strict=True)
-    ]
+    tiles = [[t for shard in u for t in axis.tiles_of(shard)] for axis, u, _ in along]
+    all_tiles = [_tile_lives(some, run.start) for (_, _, run), some in zip(along, tiles, strict=True)]
     alone = [
-        _tile_lives(axis, [t for t in some if len(axis.touching[t]) == 1], run.start)
-        for (axis, _, run), some in zip(along, tiles, strict=True)
+        _tile_lives([t for t in some if len(t.contributors) == 1], run.start)
+        for (_, _, run), some in zip(along, tiles, strict=True)
     ]
-    filled = [_shard_lives(axis, u, run.start, masked) for axis, u, run in along]
+    filled = [
+        _shard_lives([axis.tiles_of(shard) for shard in u], run.start, masked) for axis, u, run in along
+    ]
     for lives, voxel_bytes in ((all_tiles, sums), (alone, -sums), (filled, planned.voxel_bytes)):
         a, b, c = (lives[axis] for axis in tiling.order)
         yield Held((a, b, c), voxel_bytes)
 
 
-def _tile_lives(axis: AxisTiles, tiles: Sequence[int], first: int) -> AxisLifetimes:
-    births = np.array([axis.touching[t][0] for t in tiles], dtype=np.int64)
-    deaths = np.array([axis.touching[t][-1] for t in tiles], dtype=np.int64)
-    return AxisLifetimes(births - first, deaths - first, np.diff(axis.edges)[list(tiles)])
+def _tile_lives(tiles: Sequence[AxisTile], first: int) -> AxisLifetimes:
+    births = np.array([tile.contributors[0] for tile in tiles], dtype=np.int64)
+    deaths = np.array([tile.contributors[-1] for tile in tiles], dtype=np.int64)
+    sizes = np.array([tile.length for tile in tiles], dtype=np.int64)
+    return AxisLifetimes(births - first, deaths - first, sizes)
 
 
-def _shard_lives(axis: AxisTiles, shards: range, first: int, masked: bool) -> AxisLifetimes:
-    tiles = [axis.tiles_of(shard) for shard in shards]
-    births = np.array([axis.touching[of[0]][0 if masked else -1] for of in tiles], dtype=np.int64)
-    deaths = np.array([axis.touching[of[-1]][-1] for of in tiles], dtype=np.int64)
-    sizes = np.array([axis.edges[of[-1] + 1] - axis.edges[of[0]] for of in tiles], dtype=np.int64)
+def _shard_lives(shards: Sequence[Sequence[AxisTile]], first: int, masked: bool) -> AxisLifetimes:
+    births = np.array([tiles[0].contributors[0 if masked else -1] for tiles in shards], dtype=np.int64)
+    deaths = np.array([tiles[-1].contributors[-1] for tiles in shards], dtype=np.int64)
+    sizes = np.array([tiles[-1].stop - tiles[0].first for tiles in shards], dtype=np.int64)
     return AxisLifetimes(births - first, deaths - first, sizes)
 
 

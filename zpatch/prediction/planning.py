@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from zpatch.blending.grid_blend import accumulation_dtype
+from zpatch.blending.blend import accumulation_dtype
 from zpatch.blending.reduction import as_stored, fitting_fill, reduce_channels
 from zpatch.blending.tiling import Bools
 from zpatch.errors import ModelError, OptionError, SourceError, ZpatchError

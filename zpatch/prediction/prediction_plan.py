@@ -146,8 +146,8 @@ class PredictionPlan:
             axis = head.tiling.axes[self.swept_axis]
             tiles = [axis.tiles_of(shard) for shard in range(axis.shards)]
             for shard, next_one in zip(tiles, [*tiles[1:], tiles[-1]], strict=True):
-                last, first = axis.touching[next_one[-1]][-1], axis.touching[shard[0]][0]
-                rows = max(rows, int(last - first) + 1)
+                last, first = next_one[-1].contributors[-1], shard[0].contributors[0]
+                rows = max(rows, last - first + 1)
         of_row = math.prod(n for a, n in enumerate(self.grid.counts) if a != self.swept_axis)
         return min(self.patches, rows * of_row + (1 + BATCHES_AHEAD) * self.batch_size)
 

@@ -18,7 +18,8 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from zpatch.blending.grid_blend import GridBlend, Skipped, add_checked
+from zpatch.blending.blend import add_batch
+from zpatch.blending.grid_blend import GridBlend, Skipped
 from zpatch.blending.reduction import Reduction, reduce_channels
 from zpatch.blending.sinks import ShardAssembler
 from zpatch.blending.tiling import Bools
@@ -175,7 +176,7 @@ class _Blender:
             )
         try:
             for key, tensor in outputs.items():
-                add_checked(self._blends[key], tensor, locations)
+                add_batch(self._blends[key], tensor, locations)
         except ModelError as error:
             raise ModelError(f"subject {self._subject!r}: {error}") from error
 

@@ -227,12 +227,12 @@ def _patches_of(heads: Sequence[PlannedHead], shards: Sequence[Ranges]) -> Range
     ranges = []
     for axis in range(3):
         touching = [
-            head.tiling.axes[axis].touching[tile]
+            tile.contributors
             for head, of in zip(heads, shards, strict=True)
             if all(of)
             for shard in of[axis]
             for tile in head.tiling.axes[axis].tiles_of(shard)
         ]
-        ranges.append(range(min(int(t[0]) for t in touching), max(int(t[-1]) for t in touching) + 1))
+        ranges.append(range(min(t[0] for t in touching), max(t[-1] for t in touching) + 1))
     i, j, k = ranges
     return i, j, k

@@ -1,0 +1,248 @@
+"""One axis of an output cut into tiles, and what each patch of the axis adds to each of them.
+
+A tile ends where a patch begins or ceases to have weight, and at the borders of shards::
+
+    patches   [=====A=====]
+                      [=====B=====]
+                                [=====C=====]
+    shards     |         |         |         |
+    tiles     | A   |A,B| B |B,C  | C       |
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zpatch.blending import windows
+
+MIN_TILE_VOXELS = 16
+
+Integers = NDArray[np.int64]
+Weights = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class AxisScale:
+    """Positions on one axis of a volume -> positions on the same axis of its output.
+
+    Positions are scaled by the two lengths. Both ends of a patch are rounded alike, so patches that abut
+    still abut. The length of the output is rounded as well, which is a large error on a short axis; beyond
+    the ends of the volume the scale is therefore that of a patch, where it is known.
+
+    >>> AxisScale.of(3, 2, 16, 8).place(np.array([-6, 0, 3, 10])).tolist()
+    [-3, 0, 2, 6]
+
+    Attributes:
+        axis_length: Voxels of the volume.
+        output_length: Voxels of the output.
+        patch_length: Voxels of a patch.
+        made_length: Voxels that the network makes of a patch, or None where they are not known.
+    """
+
+    axis_length: int
+    output_length: int
+    patch_length: int
+    made_length: int | None
+
+    @classmethod
+    def of(
+        cls, axis_length: int, output_length: int, patch_length: int, made_length: int | None = None
+    ) -> AxisScale:
+        """The scale of an axis.
+
+        ``made_length`` is used if it is ``patch_length`` times or divided by an integer, and agrees with the
+        two other lengths.
+        """
+        n, m, p, q = axis_length, output_length, patch_length, made_length
+        fits = q and not (p % q and q % p) and abs(n * q - m * p) < p
+        return cls(n, m, p, q if fits else None)
+
+    def place(self, positions: Integers) -> Integers:
+        """Positions in the output of some positions, which may be beyond the ends of the volume."""
+        factor = self.output_length / self.axis_length
+        if self.made_length is None:
+            return _rounded(positions * factor)
+        inside = np.clip(positions, 0, self.axis_length)
+        beyond = (positions - inside) * self.made_length / self.patch_length
+        return _rounded(inside * factor) + _rounded(beyond)
+
+    def overlap(self, voxels: int) -> int:
+        """The least overlap of patches in the output, wherever they are."""
+        scaled = voxels * self.output_length // self.axis_length
+        if self.made_length is None:
+            return scaled
+        return min(scaled, voxels * self.made_length // self.patch_length)
+
+
+def _rounded(positions: NDArray[np.floating[Any]]) -> Integers:
+    return np.asarray(np.floor(positions + 0.5), dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class AxisTile:
+    """A tile on one axis, where it is ``[first, stop)``.
+
+    ``contributors`` are the numbers of the patches that have weight in it, ascending.
+    """
+
+    number: int
+    first: int
+    stop: int
+    shard: int
+    contributors: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Voxels of the tile."""
+        return self.stop - self.first
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AxisShare:
+    """What a patch adds to a tile, on one axis.
+
+    ``rank`` is the number of the patch among the tile's contributors. Voxels ``in_patch`` are added to voxels
+    ``in_tile``, with their ``weights``.
+    """
+
+    tile: AxisTile
+    rank: int
+    in_patch: slice
+    in_tile: slice
+    weights: Weights
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AxisPatch:
+    """A patch on one axis of the output, where it covers ``[start, stop)``.
+
+    ``shares`` are what it adds to each tile, ascending: none where rounding left it no voxel of the output.
+    """
+
+    start: int
+    stop: int
+    shares: tuple[AxisShare, ...]
+
+    def share_of(self, tile: int) -> AxisShare:
+        """What it adds to the tile of that number, of which it must be a contributor."""
+        return self.shares[tile - self.shares[0].tile.number]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AxisTiles:
+    """One axis of a grid cut into tiles, which ascend as the patches do.
+
+    Borders of patches closer than ``MIN_TILE_VOXELS`` to another edge make no edge of their own.
+    """
+
+    tiles: tuple[AxisTile, ...]
+    patches: tuple[AxisPatch, ...]
+
+    @classmethod
+    def cut(
+        cls, mode: str, starts: Integers, overlap: int, scale: AxisScale, shard_length: int | None = None
+    ) -> AxisTiles:
+        """The tiles of the output's extent, for patches that begin at ``starts`` in the volume.
+
+        ``overlap`` is that of the patches in the volume; without a ``shard_length`` the output is one shard.
+        """
+        length = scale.output_length
+        begins, ends = scale.place(np.stack([starts, starts + scale.patch_length]))
+        weights = windows.partition_of_unity(mode, begins, ends, scale.overlap(overlap))
+        spans = [_Span.of(int(a), w, length) for a, w in zip(begins, weights, strict=True)]
+        borders = {end for span in spans if len(span.weights) for end in (span.first, span.stop)}
+        edges = _edges(sorted(borders), length, shard_length or length)
+        hit = [span.tiles(edges) for span in spans]
+        contributors: list[list[int]] = [[] for _ in edges[1:]]
+        for patch, numbers in enumerate(hit):
+            for number in numbers:
+                contributors[number].append(patch)
+        tiles = tuple(
+            AxisTile(number, a, b, a // (shard_length or length), tuple(patches))
+            for number, ((a, b), patches) in enumerate(
+                zip(itertools.pairwise(edges), contributors, strict=True)
+            )
+        )
+        patches = tuple(
+            AxisPatch(int(a), int(b), tuple(span.share(patch, int(a), tiles[t]) for t in numbers))
+            for patch, (a, b, span, numbers) in enumerate(zip(begins, ends, spans, hit, strict=True))
+        )
+        return cls(tiles, patches)
+
+    @property
+    def shards(self) -> int:
+        """How many shards there are."""
+        return self.tiles[-1].shard + 1
+
+    def tiles_of(self, shard: int) -> tuple[AxisTile, ...]:
+        """The tiles of a shard."""
+        first, stop = (bisect.bisect_left(self.tiles, n, key=lambda t: t.shard) for n in (shard, shard + 1))
+        return self.tiles[first:stop]
+
+    def shards_hit(self) -> tuple[Integers, Integers]:
+        """First shard of each patch, and the one after its last; both 0 where it adds nothing."""
+        ends = [
+            (patch.shares[0].tile.shard, patch.shares[-1].tile.shard + 1) if patch.shares else (0, 0)
+            for patch in self.patches
+        ]
+        first, stop = np.array(ends, dtype=np.int64).T
+        return first, stop
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Span:
+    """The voxels ``[first, stop)`` of the output in which a patch has weight."""
+
+    first: int
+    weights: Weights
+
+    @classmethod
+    def of(cls, start: int, weights: NDArray[np.float64], length: int) -> _Span:
+        """The span of a patch whose ``weights`` begin at ``start``, within ``[0, length)``."""
+        inside = np.flatnonzero(weights > 0)
+        inside = inside[(inside >= -start) & (inside < length - start)]
+        if not inside.size:
+            return cls(0, weights[:0].astype(np.float32))
+        first, last = inside[[0, -1]].tolist()
+        return cls(start + first, weights[first : last + 1].astype(np.float32))
+
+    @property
+    def stop(self) -> int:
+        return self.first + len(self.weights)
+
+    def tiles(self, edges: Sequence[int]) -> range:
+        """The numbers of the tiles between some edges that it touches."""
+        if not len(self.weights):
+            return range(0)
+        return range(bisect.bisect_right(edges, self.first) - 1, bisect.bisect_left(edges, self.stop))
+
+    def share(self, patch: int, start: int, tile: AxisTile) -> AxisShare:
+        """What its patch, of that number and from ``start`` on, adds to a tile."""
+        first, stop = max(self.first, tile.first), min(self.stop, tile.stop)
+        return AxisShare(
+            tile,
+            tile.contributors.index(patch),
+            slice(first - start, stop - start),
+            slice(first - tile.first, stop - tile.first),
+            self.weights[first - self.first : stop - self.first],
+        )
+
+
+def _edges(borders: Sequence[int], length: int, shard_length: int) -> list[int]:
+    """The ends of all shards, and those borders of patches, ascending, that leave no thin tile."""
+    fixed = [*range(0, length, shard_length), length]
+    kept = [0]
+    for start, stop in itertools.pairwise(fixed):
+        inner = borders[bisect.bisect_right(borders, start) : bisect.bisect_left(borders, stop)]
+        for border in inner:
+            if border - kept[-1] >= MIN_TILE_VOXELS and stop - border >= MIN_TILE_VOXELS:
+                kept.append(border)
+        kept.append(stop)
+    return kept
