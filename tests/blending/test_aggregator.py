@@ -30,7 +30,6 @@ from zpatch.errors import (
     ModelError,
     OptionError,
     PatchLocationError,
-    PatchOverlapError,
     StoreError,
     StoreExistsError,
     UnknownNameError,
@@ -349,7 +348,7 @@ def test_tiles_are_freed_behind_the_front_of_a_sweep() -> None:
     most = 0
     for location in sampler.locations:
         aggregator.add_batch(torch.ones(1, 1, p, p, p), [location])
-        blend: Any = aggregator._heads[None][0]
+        blend: Any = aggregator._heads[None].blend
         most = max(most, sum(sums.voxels.numel() for sums in blend._sums.values()))
     assert 0 < most <= front < math.prod(n)
     assert blend._sums == {}
@@ -361,7 +360,7 @@ def test_patches_without_overlap_need_no_tiles() -> None:
     aggregator = zp.PatchAggregator((64, 32, 32), "hann", grid=sampler)
     for location in sampler.locations:
         aggregator.add_batch(torch.ones(1, 1, 32, 32, 32), [location])
-        blend: Any = aggregator._heads[None][0]
+        blend: Any = aggregator._heads[None].blend
         assert blend._sums == {}
 
 
@@ -380,7 +379,7 @@ def test_arbitrary_locations_in_bounded_memory_give_the_same_bits(
         ) as aggregator:
             for location, patch in zip(sampler.locations, patches, strict=True):
                 aggregator.add_batch(torch.from_numpy(patch)[None], [location])
-            blend: Any = aggregator._heads[None][0]
+            blend: Any = aggregator._heads[None].blend
             outputs.append(aggregator.get_output())
     assert blend.tiles.peak_bytes <= 1.5e6
     voxels = [output.data if isinstance(output, zp.Image) else output.numpy() for output in outputs]
@@ -411,11 +410,11 @@ def test_memory_is_divided_among_the_keys(rng: np.random.Generator) -> None:
     with zp.PatchAggregator(64, "hann", max_memory="2 MiB") as aggregator:
         aggregator.add_batch(batch, [location])
         aggregator.add_batch(batch, [location])
-        blend: Any = aggregator._heads[None][0]
+        blend: Any = aggregator._heads[None].blend
         assert blend.tiles.bytes == 2 * 2**20
     with zp.PatchAggregator(64, "hann", max_memory="2 MiB") as aggregator:
         aggregator.add_batch({"a": batch, "b": batch}, [location])
-        held: list[Any] = [blend for blend, _ in aggregator._heads.values()]
+        held: list[Any] = [head.blend for head in aggregator._heads.values()]
         assert [blend.tiles.bytes for blend in held] == [0, 0]
         assert torch.equal(torch.as_tensor(aggregator.get_output("a")), batch[0])
 
@@ -590,6 +589,32 @@ def test_reductions_are_those_of_the_blended_volume(
         aggregator.add_batch(torch.from_numpy(np.stack(patches)), sampler.locations)
         output = aggregator.get_output()
     np.testing.assert_allclose(output, on_dense(dense(mode, sampler, patches)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_a_reduction_whose_number_of_channels_depends_on_the_values_is_refused(
+    known: bool, on_disk: bool, target: Path
+) -> None:
+    sampler = grid_over((128, 64, 64), 64)
+    batch = torch.ones(2, 2, 64, 64, 64)
+    batch[1] = 2
+    with zp.PatchAggregator(
+        (128, 64, 64),
+        grid=sampler if known else None,
+        reduce=lambda voxels: voxels[: int(voxels.max())],
+        output=target if on_disk else None,
+    ) as aggregator:
+
+        def blend() -> None:  # with a grid the last patch completes a tile
+            aggregator.add_batch(batch, sampler.locations)
+            aggregator.get_output()
+
+        with pytest.raises(ModelError, match="made 2 channels of some voxels and 1 of others; the number of"):
+            blend()
+        with pytest.raises(OptionError, match="an earlier call failed half-way"):
+            aggregator.get_output()
+    assert not target.exists()
 
 
 def test_dicts_make_an_output_for_each_key(sampler: zp.GridSampler, patches: list[Any], target: Path) -> None:
@@ -948,35 +973,3 @@ def test_nothing_can_be_added_after_the_output_was_taken(sampler: zp.GridSampler
     aggregator.get_output()
     with pytest.raises(OptionError, match="the output was taken already; make a new aggregator"):
         aggregator.add_batch(batch, sampler.locations)
-
-
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        ({"overlap_mode": "mean"}, "overlap_mode must be one of crop, average, hann, gaussian, not 'mean'"),
-        ({"reduce": "argmin"}, "reduce must be 'argmax'"),
-        ({"spatial_shape": (1, 2)}, r"spatial_shape must be one integer or three, not \(1, 2\)"),
-        ({"output_shape": "big"}, "output_shape must be one integer or three, not 'big'"),
-        ({"spatial_shape": (70, 12, 12)}, r"over a volume of \(70, 12, 13\), not of \(70, 12, 12\)"),
-        ({"spatial_shape": (70, 12, 0)}, r"spatial_shape must be at least 1 voxel on every axis, not .*0\)"),
-        ({"output_shape": {"seg": 0}}, "output_shape must be at least 1 voxel on every axis, not 0"),
-        ({"patch_overlap": 2}, r"patch_overlap is \(2, 2, 2\) where the grid's is \(4, 2, 2\); leave it out"),
-        ({"reduce": {"seg": "argmin"}}, "reduce must be 'argmax'"),
-        ({"dtype": np.float32}, "dtype must be one of torch's, such as torch.float32, not"),
-        ({"dtype": torch.float16, "output": "x"}, "cannot be of torch.float16; choose torch.float32"),
-        ({"max_memory": "much"}, "'much' is not a number of bytes"),
-        ({"max_memory": -1}, "max_memory must be at least 0 bytes, not -1"),
-        ({"fill": 0}, "fill goes with arbitrary locations"),
-    ],
-)
-def test_options_that_mean_nothing_are_refused(
-    options: dict[str, Any], text: str, sampler: zp.GridSampler
-) -> None:
-    with pytest.raises(OptionError, match=text):
-        zp.PatchAggregator(**{"spatial_shape": (70, 12, 13), "grid": sampler, **options})
-
-
-@pytest.mark.parametrize("overlap", [3, -2])
-def test_an_overlap_that_cannot_be_halved_is_refused(overlap: int) -> None:
-    with pytest.raises(PatchOverlapError, match="even and at least 0"):
-        zp.PatchAggregator(8, "crop", overlap)

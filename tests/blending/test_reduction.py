@@ -14,7 +14,14 @@ from hypothesis.extra import numpy as npst
 from numpy.typing import NDArray
 
 from zpatch.blending import reduction
-from zpatch.blending.reduction import as_stored, check_reduction, fitting_fill, kind_of, reduce_channels
+from zpatch.blending.reduction import (
+    Finaliser,
+    as_stored,
+    check_reduction,
+    fitting_fill,
+    kind_of,
+    reduce_channels,
+)
 from zpatch.errors import ModelError, OptionError
 
 CHANNELS = 5
@@ -89,6 +96,31 @@ def test_a_function_that_changes_more_than_channels_is_refused(
 ) -> None:
     with pytest.raises(ModelError, match=text):
         reduce_channels(voxels, function)
+
+
+def positive_channels(voxels: torch.Tensor) -> torch.Tensor:
+    """The channels with any positive voxel: as many as the values say."""
+    return voxels[voxels.flatten(1).amax(1) > 0]
+
+
+@pytest.mark.parametrize("channels", [None, 2])
+def test_a_function_whose_number_of_channels_depends_on_the_values_is_refused(channels: int | None) -> None:
+    finalise = Finaliser(positive_channels, channels=channels)
+    assert len(finalise(torch.ones(2, 3, 3, 3))) == 2
+    text = (
+        r"made 0 channels of some voxels and 2 of others; the number of channels must not depend on the val"
+    )
+    with pytest.raises(ModelError, match=text):
+        finalise(-torch.ones(2, 3, 3, 3))
+
+
+@pytest.mark.parametrize(("is_stored", "dtype"), [(False, torch.float16), (True, torch.float32)])
+def test_final_voxels_are_in_a_type_that_can_be_stored_where_they_are(
+    is_stored: bool, dtype: torch.dtype, voxels: torch.Tensor
+) -> None:
+    final = Finaliser("softmax", torch.float16, is_stored=is_stored)(voxels)
+    assert final.dtype == dtype
+    assert torch.equal(final, reduce_channels(voxels, "softmax", torch.float16).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.uint64])

@@ -336,7 +336,13 @@ def test_tiles_are_made_where_patches_are_and_nowhere_else() -> None:
 def test_each_voxel_is_handed_on_once_and_shards_are_complete_slab_by_slab(tmp_path: Path) -> None:
     shape = (150, 70, 100)
     sink: Any = ImageSink(
-        StagedImage(tmp_path), subject="ann", name="out", kind="scalar", spatial_shape=shape, affine=np.eye(4)
+        StagedImage(tmp_path),
+        tmp_path,
+        subject="ann",
+        name="out",
+        kind="scalar",
+        spatial_shape=shape,
+        affine=np.eye(4),
     )
     seen, most_open = np.zeros(shape, dtype=int), 0
     put = sink.put

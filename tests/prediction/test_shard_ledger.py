@@ -145,7 +145,7 @@ def test_an_image_is_byte_for_byte_that_of_a_writer_that_counts_in_one_pass(
     record = record_of(voxels, kind)
     writer = ImageWriter(StagedImage.below(tmp_path), record, "heart")
     for shard in shards_of(record):
-        writer.write_shard(shard, part_of(record, voxels, shard))
+        writer.add_shard(shard, part_of(record, voxels, shard))
         ShardLedger(tmp_path / "heart").write(record, shard, part_of(record, voxels, shard))
     assert finish(tmp_path / "heart", record) == writer.finish(HEADER_BYTES, ["a warning"])
     assert contents(tmp_path / "heart") == contents(writer.stage.folder)

@@ -106,7 +106,7 @@ def write_store(path: Path, shape: tuple[int, int, int]) -> Path:
         _, depth, *_ = (1, *record.shards)
         plane = rng.integers(0, 1000, (depth, shape[1], shape[0]), dtype=np.int16)
         for number in range(-(-shape[2] // depth)):
-            image.write_shard((0, number, 0, 0), plane[None, : shape[2] - number * depth])
+            image.add_shard((0, number, 0, 0), plane[None, : shape[2] - number * depth])
         writer.commit([(stage.folder, image.finish(make_header(shape, 1, np.dtype(np.int16), np.eye(4))))])
     return path
 

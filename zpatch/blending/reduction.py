@@ -50,6 +50,38 @@ def reduce_channels(
     return reduced if dtype is None else reduced.to(dtype)
 
 
+class Finaliser:
+    """Makes final voxels (C', I, J, K) of blended ones (C, I, J, K), tile by tile.
+
+    They are reduced as by ``reduce_channels``, and with ``is_stored`` cast to a type that an image on disk
+    can have. All tiles must get the same number of channels: ``channels``, or that of the first tile.
+    """
+
+    def __init__(
+        self,
+        reduce: Reduction,
+        dtype: torch.dtype | None = None,
+        *,
+        is_stored: bool = False,
+        channels: int | None = None,
+    ) -> None:
+        self._reduce = reduce
+        self._dtype = dtype
+        self._is_stored = is_stored
+        self._channels = channels
+
+    def __call__(self, voxels: torch.Tensor) -> torch.Tensor:
+        """The final voxels of some blended ones."""
+        final = reduce_channels(voxels, self._reduce, self._dtype)
+        self._channels = len(final) if self._channels is None else self._channels
+        if len(final) != self._channels:
+            raise ModelError(
+                f"the reduce function made {len(final)} channels of some voxels and {self._channels} of "
+                f"others; the number of channels must not depend on the values"
+            )
+        return as_stored(final) if self._is_stored else final
+
+
 def as_stored(voxels: torch.Tensor) -> torch.Tensor:
     """Voxels in a type that an image on disk can have."""
     return voxels.to(STORED_AS.get(voxels.dtype, voxels.dtype))

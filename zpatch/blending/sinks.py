@@ -1,12 +1,13 @@
-"""Where final voxels go: into one tensor, or into an image on disk, each shard written once."""
+"""Where final voxels are written: into one tensor, or into an image on disk, each shard written once."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,26 +17,37 @@ from zpatch.chunks.layout import Layout, plan_output_layout
 from zpatch.errors import IncompleteCoverageError
 from zpatch.geometry.affines import Affine
 from zpatch.geometry.boxes import Triple, padded_to_4d
+from zpatch.images.image import Image, stored_image
 from zpatch.nifti.writer import make_header
 from zpatch.runtime import buffer_pool
 from zpatch.store.image_record import ImageRecord, Kind
 from zpatch.store.image_writer import ImageWriter, Shard
 from zpatch.store.staged_image import StagedImage
 
+Output = torch.Tensor | Image
+
 
 class VolumeSink(Protocol):
     """Takes each voxel of a volume once, in boxes of any order."""
 
     def put(self, first: Triple, voxels: torch.Tensor, *, skipped: int = 0) -> None:
-        """Take in final voxels (C, I, J, K) that start at ``first``; no patch was run for ``skipped``."""
+        """Take in final voxels (C, I, J, K) from ``first`` on; no patch was run for ``skipped`` of them."""
+
+
+class OutputSink(VolumeSink, Protocol):
+    """A sink that gives the whole volume at the end."""
+
+    def finish(self) -> Output:
+        """The volume, once it has every voxel."""
 
 
 class TensorSink:
-    """Gathers final voxels in one tensor (C, I, J, K)."""
+    """Gathers final voxels in one tensor (C, I, J, K), and counts those for which no patch was run."""
 
     def __init__(self, spatial_shape: Triple) -> None:
         self._spatial_shape = spatial_shape
         self.tensor: torch.Tensor | None = None
+        self.skipped = 0
 
     def put(self, first: Triple, voxels: torch.Tensor, *, skipped: int = 0) -> None:
         """Take in final voxels."""
@@ -43,17 +55,25 @@ class TensorSink:
             self.tensor = torch.empty((len(voxels), *self._spatial_shape), dtype=voxels.dtype)
         (i, j, k), (p, q, r) = first, voxels.shape[1:]
         self.tensor[:, i : i + p, j : j + q, k : k + r] = voxels
+        self.skipped += skipped
+
+    def finish(self) -> torch.Tensor:
+        """The tensor."""
+        if self.tensor is None:
+            raise IncompleteCoverageError("no voxel was written to the tensor")
+        return self.tensor
 
 
 class ImageSink:
-    """Writes final voxels into a staged image, shard by shard.
+    """Writes final voxels into a staged image, shard by shard; ``folder`` is where the image will be.
 
-    Shards are thin along the first axis, along which boxes are expected to come.
+    Shards are thin along I, and boxes are expected in ascending order along it.
     """
 
     def __init__(
         self,
         stage: StagedImage,
+        folder: Path,
         *,
         subject: str,
         name: str,
@@ -62,6 +82,7 @@ class ImageSink:
         affine: Affine,
     ) -> None:
         self.stage = stage
+        self._folder = folder
         self._subject = subject
         self._name = name
         self._kind = kind
@@ -71,23 +92,21 @@ class ImageSink:
         self._shards: ShardAssembler | None = None
 
     def put(self, first: Triple, voxels: torch.Tensor, *, skipped: int = 0) -> None:
-        """Take in final voxels."""
-        stored = voxels.permute(0, 3, 2, 1).numpy()
-        if self._shards is None:
-            self._writer = ImageWriter(
-                self.stage, self._describe(len(stored), stored.dtype), f"{self._subject}/{self._name}"
-            )
-            self._shards = ShardAssembler(self._writer)
-        self._shards.put(first[::-1], stored)
+        """Take in final voxels, and write each shard that they complete."""
+        if self._writer is None or self._shards is None:
+            record = self._describe(len(voxels), voxels.numpy().dtype)
+            self._writer = ImageWriter(self.stage, record, f"{self._subject}/{self._name}")
+            self._shards = ShardAssembler(record)
+        for shard in self._shards.put(first, voxels, skipped=skipped):
+            self._writer.add_shard(shard.number, shard.voxels, skipped=shard.skipped)
 
-    def finish(self) -> ImageRecord:
-        """The record of the image, once every voxel has come."""
+    def finish(self) -> Image:
+        """The image in its folder, once the stage is moved there."""
         if self._writer is None or self._shards is None or not self._shards.complete:
             raise IncompleteCoverageError(f"image {self._name!r} has shards that were never completed")
         record = self._writer.record
-        return self._writer.finish(
-            make_header(self._spatial_shape, record.shape_czyx[0], np.dtype(record.dtype), self._affine)
-        )
+        header = make_header(self._spatial_shape, record.shape_czyx[0], np.dtype(record.dtype), self._affine)
+        return stored_image(self._folder, self._writer.finish(header))
 
     def _describe(self, channels: int, dtype: np.dtype[np.generic]) -> ImageRecord:
         i, j, k = self._spatial_shape
@@ -108,7 +127,7 @@ def output_record(
     spatial_unit: str | None = "millimeter",
     like: ImageRecord | None = None,
 ) -> ImageRecord:
-    """The record of an image (C, I, J, K) to be written; ``like`` is that of what it was made from."""
+    """The record of an image (C, I, J, K) to be written; ``like`` is the record of its input image."""
     channels, i, j, k = shape
     first = 0 if channels > 1 else 1
     return ImageRecord(
@@ -129,72 +148,76 @@ def output_record(
     )
 
 
-class ShardWriter(Protocol):
-    """Writes whole shards of an image."""
+class CompleteShard(NamedTuple):
+    """A shard with all its voxels (c, z, y, x), clipped to the image; no patch was run for ``skipped``."""
 
-    @property
-    def record(self) -> ImageRecord:
-        """What is written."""
-
-    def write_shard(self, shard: Shard, voxels: NDArray[Any], *, skipped: int = 0) -> None:
-        """Write one shard, whole: ``voxels`` is (c, z, y, x), ``skipped`` of them not predicted."""
+    number: Shard
+    voxels: NDArray[Any]
+    skipped: int
 
 
 class ShardAssembler:
-    """Collects boxes of final voxels into shards, and writes each shard when its last voxel has come.
+    """Collects boxes of final voxels into shards of an image.
 
-    The boxes come in any order and must not overlap; memory is that of the shards begun and not complete.
+    The boxes may arrive in any order and must not overlap. Only incomplete shards are in memory.
     """
 
-    def __init__(self, writer: ShardWriter) -> None:
-        self._writer = writer
-        record = writer.record
+    def __init__(self, record: ImageRecord) -> None:
         self._shape = record.shape_czyx
-        self._shards = padded_to_4d(record.shards)
+        self._shard_shape = padded_to_4d(record.shards)
         self._dtype = np.dtype(record.dtype)
         self._open: dict[Shard, _OpenShard] = {}
 
-    def put(self, first: tuple[int, int, int], voxels: NDArray[Any], *, skipped: int = 0) -> None:
-        """Take in final voxels (c, z, y, x), all channels, that start at ``first`` (z, y, x).
+    def put(self, first: Triple, voxels: torch.Tensor, *, skipped: int = 0) -> Iterator[CompleteShard]:
+        """Take in final voxels (C, I, J, K), all channels, that start at ``first`` (I, J, K).
 
-        ``skipped`` of them were filled and not predicted; such boxes lie in one shard.
+        Yields each shard that they complete; the voxels are taken in while the result is iterated over. No
+        patch was run for ``skipped`` of them; where that is not 0, the box must be in one shard.
         """
-        low, ends = (0, *first), [a + n for a, n in zip((0, *first), voxels.shape, strict=True)]
-        touched = (range(a // s, (b - 1) // s + 1) for a, b, s in zip(low, ends, self._shards, strict=True))
+        stored = voxels.permute(0, 3, 2, 1).numpy()
+        low = (0, *first[::-1])
+        ends = [a + n for a, n in zip(low, stored.shape, strict=True)]
+        touched = (
+            range(a // s, (b - 1) // s + 1) for a, b, s in zip(low, ends, self._shard_shape, strict=True)
+        )
         for c, z, y, x in itertools.product(*touched):
-            self._fill((c, z, y, x), low, ends, voxels, skipped)
+            number = (c, z, y, x)
+            shard = self._open.get(number)
+            if shard is None:
+                shard = self._open[number] = self._new_shard(number)
+            shard.fill(low, ends, stored, skipped)
+            if not shard.missing:
+                del self._open[number]
+                yield CompleteShard(number, shard.voxels, shard.skipped)
 
-    def _fill(
-        self, shard: Shard, low: Sequence[int], ends: Sequence[int], voxels: NDArray[Any], skipped: int
-    ) -> None:
-        origin = [n * s for n, s in zip(shard, self._shards, strict=True)]
-        if shard not in self._open:
-            limits = zip(origin, self._shards, self._shape, strict=True)
-            extent = [min(o + s, n) - o for o, s, n in limits]
-            self._open[shard] = _OpenShard(buffer_pool.empty(extent, self._dtype), math.prod(extent))
-        opened = self._open[shard]
-        first = [max(a, o) for a, o in zip(low, origin, strict=True)]
-        stop = [min(b, o + s) for b, o, s in zip(ends, origin, self._shards, strict=True)]
-        opened.voxels[_slices(first, stop, origin)] = voxels[_slices(first, stop, low)]
-        opened.awaited -= math.prod(b - a for a, b in zip(first, stop, strict=True))
-        opened.skipped += skipped
-        if opened.awaited == 0:
-            del self._open[shard]
-            self._writer.write_shard(shard, opened.voxels, skipped=opened.skipped)
+    def _new_shard(self, number: Shard) -> _OpenShard:
+        origin = [n * s for n, s in zip(number, self._shard_shape, strict=True)]
+        limits = zip(origin, self._shard_shape, self._shape, strict=True)
+        extent = [min(o + s, n) - o for o, s, n in limits]
+        return _OpenShard(origin, buffer_pool.empty(extent, self._dtype), math.prod(extent))
 
     @property
     def complete(self) -> bool:
-        """Whether no shard is left begun."""
+        """Whether no shard is incomplete."""
         return not self._open
 
 
 @dataclass(slots=True)
 class _OpenShard:
-    """A shard that awaits so many voxels."""
+    """A shard that begins at ``origin`` (c, z, y, x) and lacks ``missing`` voxels."""
 
+    origin: Sequence[int]
     voxels: NDArray[Any]
-    awaited: int
+    missing: int
     skipped: int = 0
+
+    def fill(self, low: Sequence[int], ends: Sequence[int], box: NDArray[Any], skipped: int) -> None:
+        """Copy the part of a box of voxels, from ``low`` up to ``ends``, that is in the shard."""
+        first = [max(a, o) for a, o in zip(low, self.origin, strict=True)]
+        stop = [min(b, o + n) for b, o, n in zip(ends, self.origin, self.voxels.shape, strict=True)]
+        self.voxels[_slices(first, stop, self.origin)] = box[_slices(first, stop, low)]
+        self.missing -= math.prod(b - a for a, b in zip(first, stop, strict=True))
+        self.skipped += skipped
 
 
 def _slices(first: Sequence[int], stop: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:

@@ -101,7 +101,7 @@ def _stream(
     for slab in read_ahead(image.file.slabs(image.layout.slab_extent, warn, backwards=turn.flips[2])):
         voxels = turn.turn(slab.voxels.astype(dtype, copy=False))
         for shard, part in _shards_of(record, slab.shard, voxels):
-            writer.write_shard(shard, part)
+            writer.add_shard(shard, part)
         pyramid.feed(voxels, slab.shard[0])
         progress(slab.voxels.nbytes)
 

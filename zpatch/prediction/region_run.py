@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -20,8 +20,8 @@ import torch
 
 from zpatch.blending.blend import add_batch
 from zpatch.blending.grid_blend import GridBlend, Skipped
-from zpatch.blending.reduction import Reduction, reduce_channels
-from zpatch.blending.sinks import ShardAssembler
+from zpatch.blending.reduction import Finaliser, Reduction
+from zpatch.blending.sinks import CompleteShard, ShardAssembler
 from zpatch.blending.tiling import Bools
 from zpatch.errors import ModelError
 from zpatch.geometry.boxes import PatchLocation, Triple
@@ -37,7 +37,6 @@ from zpatch.runtime.task_contract import Progress
 from zpatch.runtime.tasks import read_ahead
 from zpatch.sampling.patch import torch_dtype
 from zpatch.store.image_record import ImageRecord
-from zpatch.store.image_writer import Shard
 from zpatch.store.lock import writing_to
 from zpatch.store.names import RAW_HEADER
 from zpatch.store.store import read_small_array
@@ -160,7 +159,7 @@ class _Blender:
             head.head.name: GridBlend(
                 head.tiling,
                 sink,
-                _finaliser(head.record, options.reduce),
+                Finaliser(options.reduce, _kept_dtype(head), channels=head.head.kept_channels),
                 wanted=shards,
                 skipped=_skipped(plan, head, options.fill),
             )
@@ -197,15 +196,14 @@ class _Blender:
             sink.close()
 
 
-def _finaliser(record: ImageRecord, reduce: Reduction) -> Callable[[torch.Tensor], torch.Tensor]:
-    dtype = torch_dtype(np.dtype(record.dtype), widen=False)
-    return lambda voxels: reduce_channels(voxels, reduce, dtype)
+def _kept_dtype(head: PlannedHead) -> torch.dtype:
+    return torch_dtype(np.dtype(head.record.dtype), widen=False)
 
 
 def _skipped(plan: PredictionPlan, head: PlannedHead, fill: float) -> Skipped | None:
     if plan.skipped is None:
         return None
-    channels, dtype = head.head.kept_channels, torch_dtype(np.dtype(head.record.dtype), widen=False)
+    channels, dtype = head.head.kept_channels, _kept_dtype(head)
     return Skipped(plan.skipped, lambda shape: torch.full((channels, *shape), fill, dtype=dtype))
 
 
@@ -216,25 +214,22 @@ class ShardSink:
     """
 
     def __init__(self, ledger: ShardLedger, record: ImageRecord, store: Path) -> None:
-        self.record = record
+        self._record = record
         self._store = store
         self._ledger = ledger
-        self._shards = ShardAssembler(self)
+        self._shards = ShardAssembler(record)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="zpatch-write")
         self._last: Future[Any] | None = None
 
     def put(self, first: Triple, voxels: torch.Tensor, *, skipped: int = 0) -> None:
-        """Take in final voxels (C, I, J, K) that start at ``first``."""
-        self._shards.put(first[::-1], voxels.permute(0, 3, 2, 1).numpy(), skipped=skipped)
+        """Take in final voxels, and start to write each shard that they complete after the one before it."""
+        for shard in self._shards.put(first, voxels, skipped=skipped):
+            self.wait()
+            self._last = self._pool.submit(self._write, shard)
 
-    def write_shard(self, shard: Shard, voxels: np.ndarray[Any, np.dtype[Any]], *, skipped: int = 0) -> None:
-        """Write one shard, once the one before it is written."""
-        self.wait()
-        self._last = self._pool.submit(self._write, shard, voxels, skipped)
-
-    def _write(self, shard: Shard, voxels: np.ndarray[Any, np.dtype[Any]], skipped: int) -> None:
+    def _write(self, shard: CompleteShard) -> None:
         with writing_to(self._store):
-            self._ledger.write(self.record, shard, voxels, skipped=skipped)
+            self._ledger.write(self._record, shard.number, shard.voxels, skipped=shard.skipped)
 
     def wait(self) -> None:
         """Until all shards that are complete are written."""

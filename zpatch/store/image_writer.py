@@ -101,8 +101,11 @@ class ImageWriter:
         self._tally = ImageTally(record, where)
         self._skipped = 0
 
-    def write_shard(self, shard: Shard, voxels: NDArray[Any], *, skipped: int = 0) -> None:
-        """Write one shard, whole: ``voxels`` is (c, z, y, x), clipped to the image."""
+    def add_shard(self, shard: Shard, voxels: NDArray[Any], *, skipped: int = 0) -> None:
+        """Write one whole shard: ``voxels`` is (c, z, y, x), clipped to the image.
+
+        ``skipped`` is how many of them were filled and not predicted.
+        """
         with self._tally.counting(shard, voxels):
             self.stage.write_shard(self.record, shard, voxels)
         self._skipped += skipped
