@@ -812,7 +812,7 @@ def test_a_voxel_that_no_patch_covers_is_an_error_with_its_box() -> None:
     aggregator.add_batch(torch.ones(1, 1, 8, 8, 5), [zp.PatchLocation((0, 0, 0), (8, 8, 5))])
     with pytest.raises(
         IncompleteCoverageError,
-        match=r"covers 192 voxels, the first ones from \(0, 0, 5\) to \(8, 8, 8\); add the patches .*fill=",
+        match=r"covers 192 voxels, the first ones from \(0, 0, 5\) to \(8, 8, 8\); add patches .*give fill=",
     ):
         aggregator.get_output()
 

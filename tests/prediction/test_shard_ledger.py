@@ -534,7 +534,7 @@ def test_another_header_is_refused_with_what_changed(
     with pytest.raises(StoreExistsError) as refusal:
         begin(tmp_path / "sub-01", {**HEADER_VALUES, **changes})
     said = str(refusal.value)
-    assert said.startswith(f"{tmp_path / 'sub-01'}: what was begun there differs in ")
+    assert said.startswith(f"{tmp_path / 'sub-01'}: the prediction started there differs in ")
     assert text in said
     assert said.endswith("; say --overwrite to start over, or choose another output")
     assert len(said.splitlines()) == 1

@@ -356,7 +356,7 @@ def test_a_prediction_that_was_killed_is_not_gone_on_with_by_another_call(
 ) -> None:
     unpack("finished", "predictions")
     before = files_below(Path("killed-net.zarr"))
-    with pytest.raises(zp.ZpatchError, match=f"what was begun there differs in {option}: "):
+    with pytest.raises(zp.ZpatchError, match=f"the prediction started there differs in {option}: "):
         zp.predict(
             Net(), zp.Cohort("cohort.zarr").select(SCANS), "killed-net.zarr", **{**PREDICT, option: value}
         )

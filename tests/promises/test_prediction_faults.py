@@ -433,7 +433,9 @@ def test_an_output_of_other_choices_is_refused_with_what_changed_and_stays_as_it
     cohort: zp.Cohort, begun: Path, options: dict[str, Any], changed: str
 ) -> None:
     before = bytes_below(begun)
-    with pytest.raises(StoreExistsError, match=rf"out.zarr: what was begun there differs in .*{changed}"):
+    with pytest.raises(
+        StoreExistsError, match=rf"out.zarr: the prediction started there differs in .*{changed}"
+    ):
         predict(cohort, begun, **{"model": Net(), **options})
     assert bytes_below(begun) == before
 
@@ -452,7 +454,7 @@ def test_an_output_of_other_voxels_is_refused_whether_they_are_of_a_subject_done
     before, other = bytes_below(begun), zp.Cohort(other_store)
     with pytest.raises(StoreExistsError, match=r"the prediction of 'ann' was made from other inputs"):
         predict(other, begun, Net())
-    with pytest.raises(StoreExistsError, match=r"bob: what was begun there differs in inputs: "):
+    with pytest.raises(StoreExistsError, match=r"bob: the prediction started there differs in inputs: "):
         predict([cohort["ann"], other["bob"]], begun, Net())
     assert bytes_below(begun) == before
 

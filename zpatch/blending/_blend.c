@@ -1,7 +1,7 @@
-/* The inner loops of the sweep: adding weighted patches, and the class of each voxel.
+/* The inner loops of blending: adding weighted patches, and the class of each voxel.
 
-Voxels are float32 in any strides, on four axes of which the first is the channel; the loops run along the
-axis whose neighbours lie closest. The weight of a voxel is a product over the three others, never stored. */
+Voxels are float32 in any strides, on four axes of which the first is the channel; the inner loop runs along
+the axis with the smallest stride. The weight of a voxel is a product of one for each axis, never stored. */
 
 #define Py_LIMITED_API 0x030B0000
 #define PY_SSIZE_T_CLEAN
@@ -9,7 +9,7 @@ axis whose neighbours lie closest. The weight of a voxel is a product over the t
 #include <stdint.h>
 
 #define AXES 3
-#define BLOCK 512 /* voxels whose best score is kept at hand */
+#define BLOCK 512 /* voxels whose best score and class are on the stack */
 
 typedef struct {
     char *data;
@@ -32,7 +32,7 @@ static Volume volume_of(const Py_buffer *view, const int *order)
     return volume;
 }
 
-/* The axes of a volume, the one whose neighbours lie farthest apart first. */
+/* The axes of a volume, the one with the largest stride first. */
 static void order_of(const Py_buffer *view, int *order)
 {
     for (int axis = 0; axis < AXES; axis++)
@@ -135,7 +135,7 @@ static PyObject *add(PyObject *module, PyObject *arguments)
     Py_RETURN_NONE;
 }
 
-/* The number of the greatest channel, the first of those alike; NaN is greater than all. */
+/* The number of the greatest channel, the first of equal ones; NaN is greater than all numbers. */
 static void classify_block(const Volume *voxels, const char *from, char *to, Py_ssize_t to_stride,
                            Py_ssize_t count)
 {
@@ -218,7 +218,7 @@ static PyObject *classify(PyObject *module, PyObject *arguments)
 static PyMethodDef methods[] = {
     {"add", add, METH_VARARGS,
      "add(sums, part, i, j, k, is_first)\n--\n\n"
-     "Add a part (C, I, J, K), weighted by three vectors, to sums; the first part takes their place."},
+     "Add a part (C, I, J, K), weighted by three vectors, to sums; the first part overwrites them."},
     {"classify", classify, METH_VARARGS,
      "classify(scores, classes)\n--\n\n"
      "Write the number of the greatest channel of scores (C, I, J, K) into uint8 classes (1, I, J, K)."},
@@ -228,7 +228,7 @@ static PyMethodDef methods[] = {
 static PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     "zpatch.blending._blend",
-    "The inner loops of the sweep.",
+    "The inner loops of blending.",
     0,
     methods,
     NULL,

@@ -1,4 +1,4 @@
-"""``PatchAggregator``: the outputs of a network, blended back into a volume."""
+"""``PatchAggregator``: the outputs of a network for patches, blended into a volume."""
 
 from __future__ import annotations
 
@@ -38,32 +38,39 @@ class Head:
 
 
 class PatchAggregator:
-    """Blends the outputs of a network into a volume.
+    """Blends the outputs of a network for patches into a volume.
 
-    ``spatial_shape`` is that of the input volume; ``output_shape`` that of the result where a network
-    makes its patches smaller or larger. Modes are ``crop`` (half the overlap is cut from each side),
-    ``average``, ``hann`` (sin^2(pi (n + 1) / (p + 1))) and ``gaussian`` (sigma = p / 8).
+    ``spatial_shape`` is the shape (I, J, K) of the input volume, and ``output_shape`` that of the result
+    where the network makes patches smaller or larger. On an axis of p voxels, voxel n of a patch has a weight
+    of 1 in the mode ``average``, of sin^2(pi (n + 1) / (p + 1)) in ``hann`` and of a Gaussian with a sigma of
+    p / 8 in ``gaussian``; ``crop`` cuts half the overlap from each side.
 
-    With ``grid`` (a GridSampler) each part of the result is final when its last patch arrives, and a missing
-    or repeated patch is an error; the order in which patches arrive changes nothing. Without it, locations
-    are arbitrary, ``patch_overlap`` says what ``crop`` trims, and a voxel that no patch covered is an
-    IncompleteCoverageError unless ``fill`` is given, which stands there after ``reduce``. Where patches
-    overlap, the last bits then depend on the order; in ``crop`` mode the last patch wins.
+    With ``grid`` (a GridSampler) each part of the result is final when its last patch arrives. The order in
+    which patches arrive changes no bit, and a missing or repeated patch raises IncompleteCoverageError.
+    Without it locations are arbitrary, and ``patch_overlap`` is the overlap that ``crop`` cuts. A voxel that
+    no patch covers gets the value ``fill`` after ``reduce``, or raises IncompleteCoverageError if there is
+    none. Where patches overlap, the order changes the last bits; in ``crop`` mode the last patch wins.
 
-    ``output`` is None for a tensor, or a path where an OME-Zarr image is written shard by shard (a folder of
-    images, one for each key, where batches are dicts); it appears there when it is complete. ``reduce`` is
-    applied to final voxels: ``"argmax"``, ``"softmax"``, ``"sigmoid"``, ``("threshold", t)`` or a function
-    (C, I, J, K) -> (C', I, J, K); ``dtype`` is what they are kept in. Accumulation is float32 or wider;
-    integers in crop mode stay exact. Where batches are dicts, ``output_shape``, ``reduce``, ``dtype`` and
-    ``fill`` may each be a dict by key as well.
+    ``output`` is None for a tensor, or the path of an OME-Zarr image that is written shard by shard and
+    appears there when it is complete; where batches are dicts, the path of a folder with an image for each
+    key. ``reduce`` is applied to final voxels: ``"argmax"``, ``"softmax"``, ``"sigmoid"``,
+    ``("threshold", t)`` or a function (C, I, J, K) -> (C', I, J, K), where C' must not depend on the values;
+    the result is cast to ``dtype``. Sums are float32 or wider; integers in crop mode stay exact. Where
+    batches are dicts, ``output_shape``, ``reduce``, ``dtype`` and ``fill`` may be dicts of the same keys.
 
-    ``max_memory`` ("2 GiB", or bytes) bounds what is held of patches, for all keys together. With a grid
-    patches that come before their turn wait, and where those take more it is a MemoryLimitError. Without
-    one sums move to a scratch file beside the output, or in the system's temporary folder. The batch, the
-    tile being worked on, the shards being filled and a result that is a tensor come on top.
+    ``max_memory`` ("2 GiB", or bytes) limits the memory of patches and sums, for all keys together. With a
+    grid, patches that arrive before their turn wait, and raise MemoryLimitError if they take more. Without
+    one, sums are moved to a scratch file beside the output, or in the system's folder of temporary files. The
+    batch, one tile, the shards that are incomplete and a result that is a tensor are not counted.
 
-    An error that stops a batch half-way leaves an aggregator that refuses all but ``close``. As a context
-    manager it closes itself, which removes what was written of an output that is not complete.
+    After an error inside a batch all methods but ``close`` raise OptionError. Leaving the context manager
+    closes the aggregator, which removes an output that is not complete.
+
+    >>> aggregator = PatchAggregator(spatial_shape=(6, 4, 4), overlap_mode="average")
+    >>> aggregator.add_batch(torch.ones(1, 1, 4, 4, 4), [PatchLocation((0, 0, 0), (4, 4, 4))])
+    >>> aggregator.add_batch(torch.zeros(1, 1, 4, 4, 4), [PatchLocation((2, 0, 0), (4, 4, 4))])
+    >>> aggregator.get_output()[0, :, 0, 0].tolist()
+    [1.0, 1.0, 0.5, 0.5, 0.0, 0.0]
     """
 
     def __init__(
@@ -103,7 +110,11 @@ class PatchAggregator:
         batch: torch.Tensor | Mapping[str, torch.Tensor],
         locations: Sequence[PatchLocation],
     ) -> None:
-        """Take in a batch (B, C, I, J, K), or a dict of one for each key; one location for each patch."""
+        """Take in a batch (B, C, I, J, K), or a dict of one for each key; one location for each patch.
+
+        Raises ModelError if its shape or channels do not fit, and PatchLocationError if a location is not of
+        the grid.
+        """
         self._check_usable()
         tensors: Mapping[Any, torch.Tensor] = batch if isinstance(batch, Mapping) else {None: batch}
         self._heads = self._heads or self._start(tensors, locations)
@@ -182,9 +193,9 @@ class PatchAggregator:
         )
 
     def get_output(self, key: str | None = None) -> Output:
-        """The result: a tensor (C, I, J, K), or the image that was written; of a dict, that of ``key``.
+        """The result: a tensor (C, I, J, K), or the image that was written; of dicts, the result of ``key``.
 
-        Where patches are missing it is an IncompleteCoverageError, after which they may still be added.
+        Raises IncompleteCoverageError if patches are missing; they may still be added then.
         """
         if not self._outputs:
             self._finish()
@@ -195,7 +206,7 @@ class PatchAggregator:
     def _finish(self) -> None:
         self._check_usable()
         if not self._heads:
-            raise IncompleteCoverageError("no patch was added; nothing is there to be blended")
+            raise IncompleteCoverageError("no patch was added, so there is nothing to blend")
         for head in self._heads.values():
             head.blend.check_complete()
         with self._at_work():
@@ -224,7 +235,7 @@ class PatchAggregator:
         self._refusal = None
 
     def close(self) -> None:
-        """Free what is held, and remove what was written of an output that is not complete."""
+        """Free the memory, and remove an output that is not complete."""
         for head in self._heads.values():
             head.blend.close()
         self._heads = {}
@@ -241,7 +252,7 @@ class PatchAggregator:
 
 
 def _patch_shape(batch: torch.Tensor) -> Triple | None:
-    """The extent of the patches in a batch (B, C, I, J, K); of anything else None."""
+    """The extent of the patches in a batch (B, C, I, J, K); None for anything else."""
     if not isinstance(batch, torch.Tensor) or batch.ndim != 5:
         return None
     i, j, k = batch.shape[2:]

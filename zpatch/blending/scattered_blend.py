@@ -1,7 +1,7 @@
 """Blending patches at any locations: weights are summed beside the voxels, and divided out at the end.
 
-The volume is cut into tiles, and a tile is made when a patch first touches it. It is one tensor
-(C + 1, i, j, k): the sums of weighted voxels, and as the last channel those of the weights.
+The volume is cut into tiles of one shape, each made when a patch first touches it. A tile is one tensor
+(C + 1, i, j, k): the sums of weighted voxels, and as the last channel the sums of the weights.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ Slices = tuple[slice, slice, slice]
 class ScatteredBlend:
     """Blends patches at any locations, in any order.
 
-    Where patches overlap, the last bits depend on the order in which they came; in ``crop`` mode the last
+    Where patches overlap, the order in which they arrive changes the last bits; in ``crop`` mode the last
     patch that keeps a voxel wins. A tile that more than 256 patches touch is summed in float64.
 
-    An output of another shape is as for ``Tiling``: the network makes ``patch_shape`` of ``patch_size``.
-    ``tiles`` are at most ``max_bytes`` in memory, and one that is worked on; the others wait in a scratch
-    file in ``scratch_folder``. The result is the same, bit by bit.
+    For an output of another shape the network makes ``patch_shape`` of ``patch_size``, as for ``Tiling``.
+    ``tiles`` take at most ``max_bytes`` of memory, and one tile more; the others are in a scratch file in
+    ``scratch_folder``, which changes no bit of the result.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class ScatteredBlend:
         return self._box(location).size
 
     def add(self, patch: torch.Tensor, location: PatchLocation) -> None:
-        """Take in a patch (C, I, J, K): the part of it that lies in the volume."""
+        """Take in the part of a patch (C, I, J, K) that is in the volume."""
         dtype = self._summed_dtype(patch)
         self._is_covered = False
         box = self._box(location)
@@ -99,9 +99,9 @@ class ScatteredBlend:
             self.tiles.put(place, tile)
 
     def check_complete(self) -> None:
-        """Make sure that patches cover every voxel, unless there is a fill."""
+        """Raise IncompleteCoverageError where no patch covers a voxel, unless there is a fill."""
         if self._dtype is None:
-            raise IncompleteCoverageError("no patch was added; nothing is there to be blended")
+            raise IncompleteCoverageError("no patch was added, so there is nothing to blend")
         if self._is_covered or self._fill is not None:
             return
         count, first = 0, self._shape
@@ -116,12 +116,12 @@ class ScatteredBlend:
             box = self._missing_box(first)
             raise IncompleteCoverageError(
                 f"no patch covers {count} voxels, the first ones from {box.index_ini} to {box.index_fin}; "
-                f"add the patches that do, or say fill="
+                f"add patches that cover them, or give fill="
             )
         self._is_covered = True
 
     def finish(self) -> None:
-        """Divide by the weights, and hand every voxel on, once: tile by tile, I slowest."""
+        """Divide by the weights, and hand on every voxel once: tile by tile, I slowest."""
         self.check_complete()
         for place in self._places():
             self._sink.put(self._corner(place), self._final(place))
@@ -132,7 +132,7 @@ class ScatteredBlend:
         self.tiles.close()
 
     def _summed_dtype(self, patch: torch.Tensor) -> torch.dtype:
-        """What patches are summed in; the first one decides."""
+        """The type in which patches are summed: that of the first one."""
         dtype = accumulation_dtype(patch.dtype, self._mode)
         if self._dtype is None:
             if self._fill is not None:
@@ -141,20 +141,20 @@ class ScatteredBlend:
             self._dtype, self.channels = dtype, len(patch)
         if dtype != self._dtype:
             raise ModelError(
-                f"a patch is of {patch.dtype}, where those before were summed in {self._dtype}; "
-                f"make them all of one type"
+                f"a patch is of {patch.dtype}, where earlier patches were summed in {self._dtype}; "
+                f"make all patches of one type"
             )
         return dtype
 
     def _box(self, location: PatchLocation) -> PatchLocation:
-        """Where a patch lies in the output."""
+        """The box of a patch in the output."""
         axes = zip(self._scales, location.index_ini, location.index_fin, strict=True)
         ends = [scale.place(np.array(positions)).tolist() for scale, *positions in axes]
         low, high = zip(*ends, strict=True)
         return _box(low, high)
 
     def _kept(self, box: PatchLocation) -> PatchLocation:
-        """The part of a patch's box that lies in the volume and, in crop mode, is not cut off."""
+        """The part of a patch's box that is in the volume and, in crop mode, is not cut off."""
         inside = box.clipped(self._shape)
         low, high = list(inside.index_ini), list(inside.index_fin)
         if self._mode == "crop":
@@ -166,7 +166,7 @@ class ScatteredBlend:
     def _weighted(
         self, patch: torch.Tensor, box: PatchLocation, kept: PatchLocation, dtype: torch.dtype
     ) -> torch.Tensor:
-        """Weighted voxels and, as the last channel, their weights, where a patch is kept.
+        """Weighted voxels and, as the last channel, their weights, in the part of a patch that is kept.
 
         They are rounded here, and once more when added, so that tiles of any shape give the same bits.
         """
@@ -226,7 +226,7 @@ class ScatteredBlend:
         return _box(low, high)
 
     def _pieces(self, box: PatchLocation) -> Iterator[tuple[Triple, Slices, Slices]]:
-        """Each tile that a box touches, and what they share, in the tile and in the box."""
+        """Each tile that a box touches, and the voxels in both, as slices of the tile and of the box."""
         axes = []
         for a, b, side in zip(box.index_ini, box.index_fin, self._tile_shape, strict=True):
             tiles = range(a // side, -(-b // side))
@@ -251,9 +251,10 @@ class ScatteredBlend:
 
 
 def tile_shape(spatial_shape: Triple, voxels: int = TILE_VOXELS) -> Triple:
-    """Extent of a tile: a cube of so many voxels, or wider where the volume is thin.
+    """Extent of a tile: a cube of that many voxels, or wider where the volume is thin.
 
-    Longer sides are whole chunks, so that few shards of an output are open while tiles come slab by slab.
+    Longer sides are whole chunks, so that few shards of an output are incomplete while tiles are handed on
+    slab by slab.
 
     >>> tile_shape((512, 512, 512)), tile_shape((40000, 30000, 1))
     ((64, 64, 64), (512, 512, 1))

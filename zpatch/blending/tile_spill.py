@@ -1,4 +1,4 @@
-"""Tiles in bounded memory: those that were touched least recently wait in a scratch file."""
+"""Tiles in bounded memory: the least recently used ones are in a scratch file."""
 
 from __future__ import annotations
 
@@ -22,28 +22,29 @@ from zpatch.geometry.boxes import Triple
 class SpilledTiles:
     """Tensors (C, i, j, k) by their place in a grid of tiles, at most ``max_bytes`` of them in memory.
 
-    One tile more is in memory while it is taken out. ``bytes`` is what is held, ``peak_bytes`` the most that
-    was. The scratch file is made in ``scratch_folder``, by default the system's folder of temporary files.
+    One tile more is in memory while it is taken out. ``bytes`` are in memory now, and ``peak_bytes`` is the
+    most that was. The scratch file is in ``scratch_folder``, by default the system's folder of temporary
+    files.
     """
 
     def __init__(self, max_bytes: int | None = None, scratch_folder: Path | None = None) -> None:
         self.bytes = 0
         self.peak_bytes = 0
         self._max_bytes = math.inf if max_bytes is None else max_bytes
-        self._held: dict[Triple, torch.Tensor] = {}  # the one touched last comes last
-        self._away: dict[Triple, StoredTensor] = {}
+        self._held: dict[Triple, torch.Tensor] = {}  # in the order of use
+        self._on_disk: dict[Triple, StoredTensor] = {}
         self._scratch = ScratchFile(scratch_folder)
-        self._spare: torch.Tensor | None = None  # the memory of the tile that went away last
+        self._spare: torch.Tensor | None = None  # the memory of the tile that was last moved to disk
 
     def pop(self, place: Triple, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Take a tile out; zeros of that shape and type where there is none."""
+        """Take a tile out; zeros of that shape and type if there is none."""
         if place in self._held:
             self.bytes -= self._held[place].nbytes
             return self._held.pop(place)
-        if place in self._away:
-            stored = self._away[place]
+        if place in self._on_disk:
+            stored = self._on_disk[place]
             tile = self._scratch.read(stored, self._memory(stored.shape, stored.dtype))
-            self._scratch.free(self._away.pop(place))
+            self._scratch.free(self._on_disk.pop(place))
             return tile
         return self._memory(shape, dtype).zero_()
 
@@ -54,32 +55,32 @@ class SpilledTiles:
         return torch.empty(tuple(shape), dtype=dtype)
 
     def put(self, place: Triple, tile: torch.Tensor) -> None:
-        """Keep a tile, as the one touched last. Where the disk is full, all tiles stay as they are."""
+        """Keep a tile, as the most recently used one. If the disk is full, all tiles stay as they are."""
         self._held[place] = tile
         self.bytes += tile.nbytes
         while self.bytes > self._max_bytes:
             coldest = next(iter(self._held))
-            self._away[coldest] = self._scratch.write(self._held[coldest])
+            self._on_disk[coldest] = self._scratch.write(self._held[coldest])
             self._spare = self._held.pop(coldest)
             self.bytes -= self._spare.nbytes
         self.peak_bytes = max(self.peak_bytes, self.bytes)
 
     def last_channel(self, place: Triple) -> torch.Tensor | None:
-        """The last channel (i, j, k) of a tile, which stays where it is; None where there is none."""
-        if place in self._away:
-            stored = self._away[place].last_channel
+        """The last channel (i, j, k) of a tile, which stays where it is; None if there is no such tile."""
+        if place in self._on_disk:
+            stored = self._on_disk[place].last_channel
             return self._scratch.read(stored, torch.empty(stored.shape, dtype=stored.dtype))
         return self._held[place][-1] if place in self._held else None
 
     def close(self) -> None:
         """Drop all tiles, and the scratch file."""
-        self._held, self._away, self._spare, self.bytes = {}, {}, None, 0
+        self._held, self._on_disk, self._spare, self.bytes = {}, {}, None, 0
         self._scratch.close()
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor lies in a scratch file."""
+    """The place of a tensor in a scratch file."""
 
     offset: int
     shape: tuple[int, ...]
@@ -87,21 +88,21 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        """Its extent in the file."""
+        """Bytes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def last_channel(self) -> StoredTensor:
-        """The last part of it along its first axis."""
+        """The place of the last part along its first axis."""
         channels, *rest = self.shape
         offset = self.offset + self.nbytes // channels * (channels - 1)
         return StoredTensor(offset, tuple(rest), self.dtype)
 
 
 class ScratchFile:
-    """Tensors in a file without a name: it is gone when it is closed, and when its process ends.
+    """Tensors in a file without a name, which is removed when it is closed or its process ends.
 
-    It is made when first written to. Room that was freed is used again for tensors of the same size.
+    It is made when first written to. Space that was freed is reused for tensors of the same size.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -111,10 +112,10 @@ class ScratchFile:
         self._free: defaultdict[int, list[int]] = defaultdict(list)
 
     def write(self, tensor: torch.Tensor) -> StoredTensor:
-        """Write a contiguous tensor. Where the disk refuses, those written before stay as they are."""
+        """Write a contiguous tensor. If the disk fails, tensors written before stay as they are."""
         free = self._free[tensor.nbytes]
         stored = StoredTensor(free[-1] if free else self._end, tuple(tensor.shape), tensor.dtype)
-        with self._told():
+        with self._named_errors():
             if self._file is None:
                 self._file = tempfile.TemporaryFile(buffering=0, dir=self._folder)  # noqa: SIM115
             self._file.seek(stored.offset)
@@ -128,13 +129,13 @@ class ScratchFile:
     def read(self, stored: StoredTensor, tensor: torch.Tensor) -> torch.Tensor:
         """Read a tensor into one of its shape and type."""
         assert self._file is not None
-        with self._told():
+        with self._named_errors():
             self._file.seek(stored.offset)
             _transfer(self._file.readinto, tensor)
         return tensor
 
     def free(self, stored: StoredTensor) -> None:
-        """Give the room of a tensor back."""
+        """Free the space of a tensor."""
         self._free[stored.nbytes].append(stored.offset)
 
     def close(self) -> None:
@@ -145,7 +146,7 @@ class ScratchFile:
         self._free.clear()
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _named_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:

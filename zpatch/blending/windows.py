@@ -1,13 +1,13 @@
 """How overlapping patches are blended: per-axis weights that sum to one at every voxel.
 
-All modes are one thing. On each axis patch number ``i``, which starts at ``s_i``, has a weight vector
-``q_i`` with ``sum_i q_i(x) = 1`` for every voxel ``x``::
+On each axis patch number ``i``, which starts at ``s_i``, has a weight vector ``q_i``. In every mode
+``sum_i q_i(x) = 1`` for each voxel ``x``::
 
     average, hann, gaussian   q_i(x) = w(x - s_i) / sum_k w(x - s_k)
     crop                      q_i(x) = 1 for the last patch that keeps x, else 0
 
-A voxel's weight is the product over the axes, so these products sum to one as well: accumulators hold
-the answer directly, without a weight volume and without a division at the end.
+A voxel's weight is the product over the axes, so these products sum to one as well: sums of weighted patches
+are the blended voxels, without a volume of weights and without a division at the end.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OVERLAP_MODES: tuple[str, ...] = get_args(OverlapMode)
 
 
 def check_overlap_mode(mode: str) -> None:
-    """Refuse a mode that does not exist."""
+    """Raise OptionError for a mode that does not exist."""
     if mode not in OVERLAP_MODES:
         raise OptionError(f"overlap_mode must be one of {', '.join(OVERLAP_MODES)}, not {mode!r}")
 
@@ -34,8 +34,11 @@ def window(mode: str, patch_length: int) -> NDArray[np.float64]:
     """The weights ``w(0 .. p-1)`` of one patch on one axis, before normalisation; all positive.
 
     ``hann`` is ``sin^2(pi (n + 1) / (p + 1))``: the Hann window without its two zeros, so that a voxel
-    that only one patch covers keeps a weight. ``gaussian`` has ``sigma = p / 8`` about the patch's
-    centre. ``crop`` weighs what it keeps alike, as ``average`` does.
+    covered by one patch only keeps a weight. ``gaussian`` has ``sigma = p / 8`` about the patch's centre.
+    In ``crop`` all voxels that are kept weigh the same, as in ``average``.
+
+    >>> window("hann", 3).round(3).tolist()
+    [0.5, 1.0, 0.5]
     """
     n = np.arange(patch_length, dtype=np.float64)
     if mode == "hann":
@@ -47,8 +50,13 @@ def window(mode: str, patch_length: int) -> NDArray[np.float64]:
 
 
 def kept_by_crop(start: int, stop: int, overlap: int, axis_start: int, axis_stop: int) -> tuple[int, int]:
-    """What ``crop`` keeps of a patch on one axis, as first voxel and stop: half the overlap is cut from
-    each side, except at the edges of the volume, which ends at ``axis_start`` and ``axis_stop``."""
+    """First voxel and stop of the part of a patch that ``crop`` keeps on one axis.
+
+    Half the overlap is cut from each side, except at ``axis_start`` and ``axis_stop``, where the volume ends.
+
+    >>> kept_by_crop(4, 12, 2, 0, 12)
+    (5, 12)
+    """
     half = overlap // 2
     first = start if start <= axis_start else start + half
     last = stop if stop >= axis_stop else stop - half

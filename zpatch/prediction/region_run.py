@@ -208,9 +208,9 @@ def _skipped(plan: PredictionPlan, head: PlannedHead, fill: float) -> Skipped | 
 
 
 class ShardSink:
-    """Writes final voxels into shards of an image, and enters each in its ledger.
+    """Writes final voxels into shards of an image, and an entry for each shard into its ledger.
 
-    A shard is encoded in a thread of its own, while the next one is being filled; not more than one waits.
+    A thread encodes and writes one shard while the next one is filled.
     """
 
     def __init__(self, ledger: ShardLedger, record: ImageRecord, store: Path) -> None:
@@ -232,7 +232,7 @@ class ShardSink:
             self._ledger.write(self._record, shard.number, shard.voxels, skipped=shard.skipped)
 
     def wait(self) -> None:
-        """Until all shards that are complete are written."""
+        """Wait until all complete shards are written."""
         if self._last is not None:
             self._last.result()
 

@@ -1,19 +1,20 @@
-"""An image written shard by shard, by any processes on any machines, and resumed after any of them died.
+"""An image written shard by shard, by processes on any machines; resumed after any of them is killed.
 
-Each shard is written whole. Beside the folder of the image is the ledger, with one record for each shard,
-so that no process waits for another and no line is ever torn::
+Beside the folder of the image is its ledger, with one file for each written shard, its entry. So no process
+waits for another, and no entry is ever half written::
 
-    <subject>/.ledger.json                      what all voxels below depend on
-    <subject>/<digest of that>/                 all that is written of them: whoever still works for something
-                                                else, as tasks on a cluster may, writes elsewhere
-        .ledger/<image>/<c>.<z>.<y>.<x>.json    one written shard: its seal and what was counted in it
+    <subject>/.ledger.json                      the header: all that the voxels below depend on
+    <subject>/<digest of the header>/           the outputs made with this header; tasks on a cluster that
+                                                still work with another header write to another folder
+        .ledger/<image>/<c>.<z>.<y>.<x>.json    the entry of a shard: its seal and its statistics
         <image>/0/c/...                         the shards
 
-A record is made after its shard is in place, and it is what counts: a shard without one proves nothing. Both
-are written under another name, synced and renamed, so that doing a shard twice is as good as once. Statistics
-are merged from the records in C order of the shards, and so are the same whoever wrote which shard when.
+An entry is made after its shard is in place, and only a shard with an entry counts as written. Both are
+written under another name, synced and renamed, so a shard may be written twice. Statistics are merged from
+the entries in C order of the shards: they do not depend on which process wrote which shard, or when.
 
-The ledger goes when the image is committed, not before: whatever dies earlier can be repeated.
+The ledger is removed when the image is committed, and not before: a process that is killed earlier can be
+repeated.
 """
 
 from __future__ import annotations
@@ -51,8 +52,15 @@ SHOWN_CHARACTERS = 40
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """The record of a shard: its file in the image's folder, that file's seal, how many of its voxels were
-    filled and not predicted, and the packed state of its tally."""
+    """The entry of a written shard.
+
+    Attributes:
+        shard: Its number along (c, z, y, x).
+        file: Its file, relative to the folder of the image.
+        seal: The seal of that file.
+        skipped: How many of its voxels were filled and not predicted.
+        state: The packed state of its tally.
+    """
 
     shard: Shard
     file: str
@@ -77,9 +85,9 @@ class _Entry:
 
 
 class ShardLedger:
-    """The written shards of one image; ``folder`` is where the image is being written.
+    """The written shards of the image that is being written to ``folder``.
 
-    It holds no state: each process makes its own.
+    It holds no state, so each process makes one for itself.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -87,11 +95,11 @@ class ShardLedger:
         self._entries = folder.parent / LEDGER / folder.name
 
     def write(self, record: ImageRecord, shard: Shard, voxels: NDArray[Any], *, skipped: int = 0) -> None:
-        """Write a shard, whole, then its record.
+        """Write a whole shard, then its entry.
 
         ``shard`` is the number of a shard along (c, z, y, x); ``voxels`` is (c, z, y, x), little-endian,
-        clipped to the image; ``skipped`` says how many of them were filled and not predicted. A disk that
-        fails is an OSError, and nothing half done is left.
+        clipped to the image; ``skipped`` is how many of them were filled and not predicted. Raises OSError
+        if the disk fails, and leaves nothing half written.
         """
         array = sharded_array(self.folder, record)
         file = array.shard_file(shard)
@@ -104,14 +112,14 @@ class ShardLedger:
         _write_sealed(self._entry_file(shard), entry.to_json())
 
     def has(self, shard: Shard) -> bool:
-        """Whether a shard need not be written again: it has a sound record and a shard of its length."""
+        """Whether a shard is written: it has a sound entry, and its file has the length given there."""
         return self._read(self._entry_file(shard)) is not None
 
     def finish(self, record: ImageRecord, raw_header: bytes, warnings: Sequence[str] = ()) -> ImageRecord:
-        """Write all of the image but its voxels, and return its record with statistics and seals.
+        """Write all files of the image but its shards, and return its record with statistics and seals.
 
-        ``stats["skipped"]`` is how many voxels were filled and not predicted, where there are any. No shard
-        is read. May be repeated, also after it was killed.
+        ``stats["skipped"]`` is how many voxels were filled and not predicted, if there are any. No shard is
+        read. May be repeated, also after it was killed. Raises IncompleteCoverageError if shards are missing.
         """
         array = sharded_array(self.folder, record)
         tally = ImageTally(record, array.name)
@@ -139,7 +147,7 @@ class ShardLedger:
         return self._entries / f"{'.'.join(map(str, shard))}.json"
 
     def _read(self, path: Path) -> _Entry | None:
-        """The record of a shard, if it is sound and its shard is there."""
+        """The entry of a shard, if it is sound and the file of its shard exists."""
         value = _read_sealed(path)
         if value is None:
             return None
@@ -150,10 +158,10 @@ class ShardLedger:
 
 
 def begin(folder: Path, header: Json) -> Path:
-    """Enter what all images below a folder depend on, and give the folder to write them in.
+    """Write the header of a folder, all that its images depend on; return the folder to write them to.
 
-    ``header`` is flat JSON. Where shards were written that depend on something else, that is refused with
-    StoreExistsError. Where the header is lost, those of another one are left alone.
+    ``header`` is flat JSON. Raises StoreExistsError if the folder has another header. If its header is lost,
+    shards that were written with another one are left as they are.
     """
     header = json.loads(compact_json(header))
     before = _read_sealed(folder / HEADER)
@@ -165,18 +173,18 @@ def begin(folder: Path, header: Json) -> Path:
 
 
 def header_of(folder: Path) -> Json | None:
-    """What all images below a folder depend on, if any were begun."""
-    begun = _read_sealed(folder / HEADER)
-    return None if begun is None else begun["header"]
+    """The header of a folder, or None if it has none."""
+    found = _read_sealed(folder / HEADER)
+    return None if found is None else found["header"]
 
 
 def check_same(before: Json, now: Json, place: Path) -> None:
-    """Refuse to go on with what depends on something else; says what, and what it was."""
+    """Raise StoreExistsError with all differences if two headers differ."""
     changes = _changes(before, json.loads(compact_json(now)))
     if changes:
         more = f" (and {len(changes) - SHOWN_CHANGES} more)" if len(changes) > SHOWN_CHANGES else ""
         raise StoreExistsError(
-            f"{place}: what was begun there differs in {', '.join(changes[:SHOWN_CHANGES])}{more}; "
+            f"{place}: the prediction started there differs in {', '.join(changes[:SHOWN_CHANGES])}{more}; "
             f"say --overwrite to start over, or choose another output"
         )
 
@@ -187,7 +195,7 @@ def _changes(before: Json, now: Json) -> list[str]:
 
 
 def _shown(before: Any, now: Any) -> tuple[str, str]:
-    """Both values, long ones from shortly before where they differ."""
+    """Both values as text; long ones are cut to the part around the first difference."""
     texts = [compact_json({"": value})[4:-1] for value in (before, now)]
     alike = next((n for n, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
     start = max(0, alike - SHOWN_CHARACTERS // 4) if max(map(len, texts)) > SHOWN_CHARACTERS else 0
@@ -207,7 +215,7 @@ def _write_sealed(path: Path, value: Json) -> None:
 
 
 def _read_sealed(path: Path) -> Json | None:
-    """What a sealed file says; None where it is not there or not as it was written."""
+    """The value in a sealed file; None if the file does not exist or is damaged."""
     try:
         return unsealed(path.read_bytes(), str(path))
     except (FileNotFoundError, DamageError):
@@ -215,13 +223,13 @@ def _read_sealed(path: Path) -> Json | None:
 
 
 def _partial_name() -> str:
-    """A name that nobody looks for and nobody else uses."""
+    """A name that no other process uses or looks for."""
     return f"{uuid.uuid4().hex}.partial"
 
 
 @contextlib.contextmanager
 def _put_in_place(partial: Path, file: Path) -> Iterator[None]:
-    """Make a file that is there whole or not at all, of what the caller writes to ``partial``."""
+    """Rename ``partial``, once the caller has written it, to ``file``, which is so never half written."""
     partial.parent.mkdir(parents=True, exist_ok=True)
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -245,7 +253,7 @@ def _unpacked(text: str) -> Mapping[str, NDArray[Any]]:
 
 
 def _clear(folder: Path, keep: Path) -> None:
-    """Remove all from a folder but one folder below it, however deep that is."""
+    """Remove everything in a folder except the folder ``keep`` below it, at any depth."""
     for entry in folder.iterdir():
         if entry == keep:
             continue

@@ -1,4 +1,4 @@
-"""Writing one image shard by shard: statistics and index are gathered from the shards as they pass."""
+"""Writing one image shard by shard: statistics and index are computed from the shards as they are written."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Shard = tuple[int, int, int, int]
 
 
 class ImageTally:
-    """What is learnt of an image from its shards, each seen once: statistics and index.
+    """Statistics and index of an image, computed from its shards, each seen once.
 
     ``where`` names the image in errors.
     """
@@ -34,16 +34,16 @@ class ImageTally:
         self._index = index_builder(record, where)
 
     def update(self, shard: Shard, voxels: NDArray[Any]) -> None:
-        """Take in a shard, whole: ``voxels`` is (c, z, y, x), clipped to the image."""
+        """Take in a whole shard: ``voxels`` is (c, z, y, x), clipped to the image."""
         c, z, y, x = (n * s for n, s in zip(shard, self._shards, strict=True))
         self._statistics.update(voxels, (z, y, x))
         self._index.update(voxels, (c, z, y, x))
 
     @contextlib.contextmanager
     def counting(self, shard: Shard, voxels: NDArray[Any]) -> Iterator[None]:
-        """Take in a shard beside what the caller does with it.
+        """Take in a shard in a thread, while the caller writes it.
 
-        Counting and compressing each leave the interpreter free for much of their time.
+        Counting and compressing both release the interpreter lock for much of their time.
         """
         with ThreadPoolExecutor(1, thread_name_prefix="zpatch-statistics") as counter:
             counted = counter.submit(self.update, shard, voxels)
@@ -51,11 +51,11 @@ class ImageTally:
             counted.result()
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """What was learnt so far, as small arrays to be kept."""
+        """The statistics and index so far, as small arrays that can be stored."""
         return self._statistics.state() | self._index.state()
 
     def merge(self, state: State) -> None:
-        """Take in what was learnt elsewhere from other shards of the image."""
+        """Add the ``state`` of a tally of other shards of the image."""
         self._statistics.merge(state)
         self._index.merge(state)
 
@@ -68,7 +68,7 @@ class ImageTally:
         source: SourceFingerprint | None = None,
         skipped: int = 0,
     ) -> ImageRecord:
-        """Write all of an image but its voxels, and return its record with statistics and seals.
+        """Write all files of an image but its shards, and return its record with statistics and seals.
 
         ``skipped`` is how many voxels were filled and not predicted.
         """
@@ -113,7 +113,7 @@ class ImageWriter:
     def finish(
         self, raw_header: bytes, warnings: Sequence[str] = (), source: SourceFingerprint | None = None
     ) -> ImageRecord:
-        """Write all but the voxels, and return the record with statistics and seals."""
+        """Write all files but the shards, and return the record with statistics and seals."""
         self.record = self._tally.finish(
             self.stage, raw_header, warnings=warnings, source=source, skipped=self._skipped
         )
