@@ -1,4 +1,4 @@
-"""Blending: what patches say of a volume is put together by the formulas, in any order."""
+"""An aggregator blends patches, in any order, into the volume that a dense reference gives."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def random_patches(sampler: zp.GridSampler, rng: np.random.Generator, channels: 
 
 
 def field_and_patches(sampler: zp.GridSampler, rng: np.random.Generator) -> tuple[Any, list[Any]]:
-    """A random field (C, I, J, K) over the volume, and what each patch sees of it."""
+    """A random field (C, I, J, K) over the volume, and its voxels in each patch."""
     field = rng.uniform(1, 2, (2, *sampler.grid.spatial_shape)).astype(np.float32)
     boxes = [
         [
@@ -209,7 +209,7 @@ def test_without_a_known_grid_the_result_is_the_same(mode: str, sampler: zp.Grid
     loose = zp.PatchAggregator(grid.spatial_shape, mode, grid.patch_overlap)
     for patch, location in zip(patches, sampler.locations, strict=True):
         loose.add_batch(torch.from_numpy(patch)[None], [location])
-    # Without the grid, crop knows the volume's edges only, not those of its padding.
+    # Without the grid, crop knows the edges of the volume only, not those of its padding.
     if mode != "crop" or sampler.padding_mode is None:
         np.testing.assert_allclose(loose.get_output(), blended(sampler, mode, patches), rtol=1e-6)
     else:
@@ -310,7 +310,7 @@ def test_float64_is_summed_in_float64(known: bool, sampler: zp.GridSampler) -> N
     assert output.dtype == torch.float64
 
 
-def test_the_output_comes_in_the_dtype_asked_for(sampler: zp.GridSampler, patches: list[Any]) -> None:
+def test_the_output_has_the_dtype_asked_for(sampler: zp.GridSampler, patches: list[Any]) -> None:
     assert blended(sampler, "hann", patches, dtype=torch.float16).dtype == torch.float16
 
 
@@ -340,11 +340,11 @@ def test_batches_may_come_from_inference_mode(
 # Memory
 
 
-def test_tiles_are_freed_behind_the_front_of_a_sweep() -> None:
+def test_tiles_are_freed_after_their_last_contributor() -> None:
     n, p, o = (160, 48, 64), 32, 16
     sampler = grid_over(n, p, o)
     front = o * n[1] * n[2] + (p - o) * o * n[2] + (p - o) * (p - o) * p
-    aggregator = zp.PatchAggregator(n, "hann", grid=sampler, max_memory=0)  # none comes before its turn
+    aggregator = zp.PatchAggregator(n, "hann", grid=sampler, max_memory=0)  # no patch arrives before its turn
     most = 0
     for location in sampler.locations:
         aggregator.add_batch(torch.ones(1, 1, p, p, p), [location])
@@ -388,7 +388,7 @@ def test_arbitrary_locations_in_bounded_memory_give_the_same_bits(
         assert sorted(path.name for path in target.iterdir()) == ["1.5 MB", "None"]
 
 
-def test_the_scratch_file_lies_beside_the_output(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_scratch_file_is_beside_the_output(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders = []
     make = tempfile.TemporaryFile
 
@@ -419,7 +419,7 @@ def test_memory_is_divided_among_the_keys(rng: np.random.Generator) -> None:
         assert torch.equal(torch.as_tensor(aggregator.get_output("a")), batch[0])
 
 
-def test_patches_of_a_grid_that_wait_for_their_turn_are_bounded(
+def test_patches_of_a_grid_that_wait_for_their_turn_take_bounded_memory(
     sampler: zp.GridSampler, patches: list[Any]
 ) -> None:
     batch = torch.from_numpy(np.stack(patches[::-1]))
@@ -511,7 +511,7 @@ def test_outputs_of_all_keys_appear_together_or_not_at_all(
     assert list(target.parent.iterdir()) == []
 
 
-def test_a_full_disk_is_told_with_the_name_of_the_output(
+def test_a_full_disk_is_an_error_with_the_name_of_the_output(
     sampler: zp.GridSampler, patches: list[Any], target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: Any) -> Any:
@@ -531,7 +531,7 @@ def test_a_full_disk_is_told_with_the_name_of_the_output(
     [(lambda v: v > 1.5, np.uint8), (torch.Tensor.half, np.float32), (torch.Tensor.bfloat16, np.float32)],
     ids=["bool", "float16", "bfloat16"],
 )
-def test_what_a_reduction_makes_is_stored_in_a_type_of_nifti(
+def test_reduced_voxels_are_stored_in_a_type_of_nifti(
     reduce: Any, dtype: Any, sampler: zp.GridSampler, patches: list[Any], target: Path
 ) -> None:
     outputs: list[Any] = []
@@ -544,7 +544,7 @@ def test_what_a_reduction_makes_is_stored_in_a_type_of_nifti(
     np.testing.assert_array_equal(image.data, tensor.float().numpy())
 
 
-def test_an_output_that_exists_is_refused(sampler: zp.GridSampler, target: Path) -> None:
+def test_an_existing_output_is_refused(sampler: zp.GridSampler, target: Path) -> None:
     target.mkdir(parents=True)
     with pytest.raises(StoreExistsError, match=r"blended.zarr: it exists already; choose another name"):
         zp.PatchAggregator((70, 12, 13), grid=sampler, output=target)
@@ -656,7 +656,7 @@ def test_each_key_may_have_its_own_shape_reduction_type_and_fill(target: Path) -
 
 @pytest.mark.parametrize("option", ["output_shape", "reduce", "dtype", "fill"])
 @pytest.mark.parametrize("by_key", [True, False])
-def test_an_option_by_key_says_something_of_each_key(option: str, by_key: bool) -> None:
+def test_an_option_by_key_has_a_value_for_each_key(option: str, by_key: bool) -> None:
     value = {"output_shape": 8, "reduce": "argmax", "dtype": torch.uint8, "fill": 0}[option]
     options: dict[str, Any] = {option: {"seg": value}}
     aggregator = zp.PatchAggregator(8, **options)
@@ -667,9 +667,7 @@ def test_an_option_by_key_says_something_of_each_key(option: str, by_key: bool) 
         )
 
 
-def test_an_output_of_an_unknown_key_is_an_error_with_those_that_there_are(
-    sampler: zp.GridSampler, patches: list[Any]
-) -> None:
+def test_an_unknown_key_is_an_error_with_the_known_ones(sampler: zp.GridSampler, patches: list[Any]) -> None:
     aggregator = zp.PatchAggregator((70, 12, 13), grid=sampler)
     aggregator.add_batch({"seg": torch.from_numpy(np.stack(patches))}, sampler.locations)
     with pytest.raises(UnknownNameError, match=r"no output 'sge' .*did you mean 'seg'"):
@@ -677,7 +675,7 @@ def test_an_output_of_an_unknown_key_is_an_error_with_those_that_there_are(
 
 
 @pytest.mark.parametrize("keys", [None, ["seg"], ["seg", "edge"]])
-def test_batches_of_other_keys_are_refused_and_change_nothing(
+def test_batches_with_other_keys_are_refused_and_change_nothing(
     keys: list[str] | None, sampler: zp.GridSampler, patches: list[Any]
 ) -> None:
     def batch_of(part: slice, keys: list[str] | None) -> Any:
@@ -701,7 +699,7 @@ def test_a_dict_without_keys_is_refused(sampler: zp.GridSampler) -> None:
 
 
 @pytest.mark.parametrize("key", ["../outside", "a/b", ""])
-def test_a_key_that_is_no_name_is_refused_before_anything_is_written(
+def test_a_key_that_is_not_a_valid_name_is_refused_before_anything_is_written(
     key: str, sampler: zp.GridSampler, patches: list[Any], target: Path
 ) -> None:
     with (
@@ -754,7 +752,7 @@ def test_a_field_at_another_resolution_comes_out_whole(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_network_that_rounds_its_output_otherwise_is_fitted(mode: str) -> None:
+def test_an_output_that_is_rounded_differently_is_fitted(mode: str) -> None:
     sampler = grid_over((31, 31, 31), 9, 2)  # a network of stride 2 makes 5 voxels of 9
     aggregator = zp.PatchAggregator(31, mode, output_shape=16, grid=sampler)
     for location in sampler.locations:
@@ -787,7 +785,9 @@ def test_a_volume_smaller_than_the_patch_keeps_its_place_in_a_smaller_output(
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_network_that_shrinks_its_patches_unasked_is_refused_of_a_small_volume_too(known: bool) -> None:
+def test_a_network_that_shrinks_patches_without_output_shape_is_refused_for_small_volumes_too(
+    known: bool,
+) -> None:
     sampler = grid_over((3, 40, 40), 16, 0, "edge")
     options: dict[str, Any] = {"grid": sampler} if known else {}
     aggregator = zp.PatchAggregator((3, 40, 40), "hann", **options)
@@ -799,7 +799,7 @@ def test_a_network_that_shrinks_its_patches_unasked_is_refused_of_a_small_volume
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_fill_stands_where_no_patch_was(mode: str) -> None:
+def test_voxels_without_a_patch_get_the_fill(mode: str) -> None:
     aggregator = zp.PatchAggregator(8, mode, fill=-5)
     aggregator.add_batch(torch.ones(1, 2, 4, 4, 4), [zp.PatchLocation((2, 2, 2), (4, 4, 4))])
     wanted = np.full((2, 8, 8, 8), -5.0)
@@ -818,7 +818,7 @@ def test_a_voxel_that_no_patch_covers_is_an_error_with_its_box() -> None:
 
 
 @pytest.mark.parametrize("reduce", [None, "argmax", "softmax", ("threshold", 0.5), lambda v: v[:1] * 2])
-def test_fill_stands_after_the_reduction(reduce: Any) -> None:
+def test_the_fill_is_not_reduced(reduce: Any) -> None:
     aggregator = zp.PatchAggregator(8, reduce=reduce, fill=200)
     batch = torch.rand(1, 3, 8, 8, 4)
     aggregator.add_batch(batch, [zp.PatchLocation((0, 0, 0), (8, 8, 4))])
@@ -851,7 +851,7 @@ def test_missing_patches_may_be_added_after_the_error(
 
 
 @pytest.mark.parametrize("fill", [None, 0])
-def test_an_aggregator_without_patches_says_so(fill: float | None) -> None:
+def test_an_aggregator_without_patches_has_no_output(fill: float | None) -> None:
     aggregator = zp.PatchAggregator(8, fill=fill)
     with pytest.raises(IncompleteCoverageError, match="no patch was added"):
         aggregator.get_output()
@@ -881,7 +881,7 @@ def test_a_repeated_patch_of_a_grid_is_an_error_with_its_place(
     aggregator = zp.PatchAggregator((70, 12, 13), grid=sampler)
     batch = torch.from_numpy(patches[0])[None]
     aggregator.add_batch(batch, sampler.locations[:1])
-    with pytest.raises(IncompleteCoverageError, match=r"the patch at \(0, 0, 0\) came twice"):
+    with pytest.raises(IncompleteCoverageError, match=r"the patch at \(0, 0, 0\) was added twice"):
         aggregator.add_batch(batch, sampler.locations[:1])
 
 
@@ -889,16 +889,16 @@ def test_a_repeated_patch_of_a_grid_is_an_error_with_its_place(
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_batch_of_another_length_than_its_locations_is_refused(
+def test_a_batch_and_its_locations_have_the_same_length(
     known: bool, sampler: zp.GridSampler, patches: list[Any]
 ) -> None:
     aggregator = zp.PatchAggregator((70, 12, 13), grid=sampler if known else None)
-    with pytest.raises(ModelError, match="a batch of 3 patches came with 2 locations"):
+    with pytest.raises(ModelError, match="a batch of 3 patches has 2 locations"):
         aggregator.add_batch(torch.from_numpy(np.stack(patches[:3])), sampler.locations[:2])
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_patch_of_another_shape_than_its_location_is_refused(known: bool, sampler: zp.GridSampler) -> None:
+def test_a_patch_has_the_shape_of_its_location(known: bool, sampler: zp.GridSampler) -> None:
     aggregator = zp.PatchAggregator((70, 12, 13), grid=sampler if known else None)
     with pytest.raises(
         ModelError, match=r"the patch at \(0, 0, 0\) is \(15, 8, 8\) where .* \(16, 8, 8\); .*output_shape="
@@ -915,7 +915,7 @@ def test_patches_of_one_output_have_the_same_channels(known: bool, sampler: zp.G
 
 
 @pytest.mark.parametrize("batch", [torch.ones(1, 16, 8, 8), np.ones((1, 1, 16, 8, 8)), None])
-def test_what_is_no_batch_is_refused(batch: Any, sampler: zp.GridSampler) -> None:
+def test_a_batch_that_is_not_a_tensor_of_five_axes_is_refused(batch: Any, sampler: zp.GridSampler) -> None:
     aggregator = zp.PatchAggregator((70, 12, 13), grid=sampler)
     with pytest.raises(ModelError, match=r"a batch must be a tensor \(B, C, I, J, K\), not"):
         aggregator.add_batch(batch, sampler.locations[:1])
@@ -934,7 +934,7 @@ def test_a_location_that_is_not_of_the_grid_is_refused(
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_an_aggregator_whose_batch_failed_half_way_refuses_to_go_on(
+def test_after_an_error_inside_a_batch_an_aggregator_refuses_all_calls(
     known: bool, sampler: zp.GridSampler, target: Path
 ) -> None:
     with zp.PatchAggregator((70, 12, 13), grid=sampler if known else None, output=target) as aggregator:
@@ -948,7 +948,7 @@ def test_an_aggregator_whose_batch_failed_half_way_refuses_to_go_on(
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_closed_aggregator_keeps_its_output_and_refuses_all_else(
+def test_a_closed_aggregator_keeps_its_output_and_refuses_other_calls(
     known: bool, sampler: zp.GridSampler, patches: list[Any]
 ) -> None:
     batch = torch.from_numpy(np.stack(patches))

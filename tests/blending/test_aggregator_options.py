@@ -41,9 +41,7 @@ def sampler() -> zp.GridSampler:
         ({"fill": 0}, "fill is for arbitrary locations: every patch of a grid must be added"),
     ],
 )
-def test_options_that_mean_nothing_are_refused(
-    options: dict[str, Any], text: str, sampler: zp.GridSampler
-) -> None:
+def test_invalid_options_are_refused(options: dict[str, Any], text: str, sampler: zp.GridSampler) -> None:
     with pytest.raises(OptionError, match=text):
         zp.PatchAggregator(**{"spatial_shape": (70, 12, 13), "grid": sampler, **options})
 

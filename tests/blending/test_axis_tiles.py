@@ -81,7 +81,7 @@ def span_of(patch: AxisPatch) -> tuple[int, int, Weights]:
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_tiles_of_an_axis_part_it_and_each_lies_in_one_shard(scaled: bool) -> None:
+def test_tiles_of_an_axis_part_it_and_each_is_in_one_shard(scaled: bool) -> None:
     @given(axes(scaled=scaled))
     def check(axis: Axis) -> None:
         edges = edges_of(axis.tiles)
@@ -179,7 +179,7 @@ def test_in_crop_a_flush_patch_takes_all_that_it_keeps_from_the_patch_before_it(
     assert [span_of(patch)[:2] for patch in axis.patches] == [(0, 56), (56, 94), (94, 150)]
 
 
-def test_a_flush_patch_whose_neighbour_keeps_nothing_at_half_resolution_is_no_error() -> None:
+def test_a_patch_that_keeps_nothing_beside_a_flush_one_at_half_resolution_is_no_error() -> None:
     starts = axis_starts(41, 16, 8)
     assert starts[-2:].tolist() == [24, 25]
     axis = AxisTiles.cut("crop", starts, 8, AxisScale.of(41, 20, 16))
@@ -191,7 +191,7 @@ def test_a_flush_patch_whose_neighbour_keeps_nothing_at_half_resolution_is_no_er
 
 @st.composite
 def padded_axes(draw: st.DrawFn) -> tuple[AxisTiles, int, int, int]:
-    """An axis shorter than its patches: tiles and length, and what a network makes of a patch's length."""
+    """An axis shorter than its patches: tiles, length, patch length, and what a network makes of that."""
     p, q = draw(st.sampled_from([(16, 8), (32, 8), (16, 1), (30, 10), (8, 16), (12, 36), (12, 12)]))
     n, o = draw(st.integers(1, p - 1)), 2 * draw(st.integers(0, (p - 1) // 2))
     m = max(1, int(n * q / p + 0.5))
@@ -200,7 +200,7 @@ def padded_axes(draw: st.DrawFn) -> tuple[AxisTiles, int, int, int]:
 
 
 @given(padded_axes())
-def test_on_a_short_axis_a_patch_has_the_extent_that_the_network_gives_it_but_for_rounding(
+def test_on_a_short_axis_a_patch_has_the_length_that_the_network_makes_up_to_rounding(
     axis: tuple[AxisTiles, int, int, int],
 ) -> None:
     tiles, _, p, q = axis
@@ -212,7 +212,7 @@ def test_on_a_short_axis_a_patch_has_the_extent_that_the_network_gives_it_but_fo
 
 
 @given(padded_axes())
-def test_where_one_patch_covers_a_short_axis_it_lies_where_the_network_puts_it(
+def test_one_patch_that_covers_a_short_axis_is_where_the_network_puts_it(
     axis: tuple[AxisTiles, int, int, int],
 ) -> None:
     tiles, n, p, q = axis
@@ -233,7 +233,7 @@ def test_crop_leaves_no_gap_where_patches_overlap_less_in_the_padding(
     assert sorted(itertools.chain(*covered)) == list(range(m))
 
 
-def test_a_scale_that_the_output_does_not_have_says_nothing_of_its_padding() -> None:
+def test_the_scale_of_a_patch_is_ignored_where_the_output_does_not_agree_with_it() -> None:
     for n, m, p, q in [(3, 2, 16, 11), (3, 3, 16, 8), (3, 2, 16, 16), (40, 16, 16, 8), (3, 2, 16, 0)]:
         assert AxisScale.of(n, m, p, q) == AxisScale.of(n, m, p)
     assert AxisScale.of(3, 2, 16, 11).place(np.array([-6, 10])).tolist() == [-4, 7]

@@ -28,7 +28,7 @@ from zpatch.geometry.patch_grid import PatchGrid
         (torch.uint8, "gaussian", torch.float32),
     ],
 )
-def test_what_patches_are_summed_in(dtype: torch.dtype, mode: str, summed: torch.dtype) -> None:
+def test_the_type_in_which_patches_are_summed(dtype: torch.dtype, mode: str, summed: torch.dtype) -> None:
     assert accumulation_dtype(dtype, mode) == summed
 
 
@@ -46,7 +46,7 @@ def blend_of(tiling: Tiling) -> GridBlend:
     [
         (torch.ones(1, 16, 8, 8), r"a batch must be a tensor \(B, C, I, J, K\), not \(1, 16, 8, 8\)"),
         (np.ones((1, 1, 16, 8, 8)), "must be a tensor .* not ndarray"),
-        (torch.ones(2, 1, 16, 8, 8), "a batch of 2 patches came with 1 locations"),
+        (torch.ones(2, 1, 16, 8, 8), "a batch of 2 patches has 1 locations"),
         (torch.ones(1, 1, 15, 8, 8), r"the patch at \(0, 0, 0\) is \(15, 8, 8\) .* room for \(16, 8, 8\)"),
     ],
 )
@@ -55,11 +55,11 @@ def test_a_batch_that_does_not_fit_its_locations_is_refused(batch: Any, text: st
         add_batch(blend_of(simple()), batch, [simple().grid.location(0)])
 
 
-def test_a_batch_of_other_channels_than_those_before_is_refused() -> None:
+def test_all_batches_have_the_same_channels() -> None:
     tiling = simple()
     blend = blend_of(tiling)
     add_batch(blend, torch.ones(1, 3, 16, 8, 8), [tiling.grid.location(0)])
-    with pytest.raises(ModelError, match="a batch has 2 channels where those before had 3"):
+    with pytest.raises(ModelError, match="a batch has 2 channels where earlier batches had 3"):
         add_batch(blend, torch.ones(1, 2, 16, 8, 8), [tiling.grid.location(1)])
 
 
@@ -76,7 +76,7 @@ def test_a_patch_one_voxel_off_by_rounding_is_cut_or_continued_by_its_edge(lengt
 
 
 @pytest.mark.parametrize("length", [3, 7, 9])
-def test_a_patch_further_off_is_refused(length: int) -> None:
+def test_a_patch_more_than_one_voxel_off_is_refused(length: int) -> None:
     tiling = Tiling.over(PatchGrid.over((9, 9, 9), (9, 9, 9)), "hann", output_shape=(5, 5, 5))
     with pytest.raises(ModelError, match="output_shape= must say how it scales"):
         add_batch(blend_of(tiling), torch.ones(1, 1, length, 5, 5), [tiling.grid.location(0)])

@@ -25,7 +25,7 @@ Array = NDArray[Any]
 
 
 class Recorder:
-    """Keeps what is handed on, and counts how often each voxel is."""
+    """A sink that keeps the voxels, and counts how often each is put into it."""
 
     def __init__(self, tiling: Tiling) -> None:
         self.times = np.zeros(tiling.shape, dtype=int)
@@ -45,7 +45,7 @@ class Recorder:
 def run(
     tiling: Tiling, patches: Sequence[torch.Tensor], order: Sequence[int] | None = None, **options: Any
 ) -> Recorder:
-    """What comes out when patches, numbered as in the grid, arrive in some order."""
+    """The voxels of a blend when patches, numbered as in the grid, arrive in some order."""
     recorder = Recorder(tiling)
     blend = GridBlend(tiling, recorder, lambda voxels: voxels, **options)
     for number in range(len(patches)) if order is None else order:
@@ -213,9 +213,7 @@ def test_integers_stay_exact_in_crop_mode(dtype: Any, rng: np.random.Generator) 
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_where_one_patch_covers_a_tile_its_voxels_go_straight_through(
-    mode: str, rng: np.random.Generator
-) -> None:
+def test_where_one_patch_covers_a_tile_its_voxels_are_unchanged(mode: str, rng: np.random.Generator) -> None:
     tiling = Tiling.over(PatchGrid.over((70, 8, 8), (30, 8, 8), (10, 0, 0)), mode)
     patches = random_patches(tiling, rng)
     found = run(tiling, patches).voxels
@@ -255,7 +253,7 @@ def test_in_sweep_order_no_patch_waits(tiling: Tiling, rng: np.random.Generator)
     assert found.voxels.tobytes() == run(tiling, patches).voxels.tobytes()
 
 
-def test_a_patch_is_not_looked_at_once_it_was_added(rng: np.random.Generator) -> None:
+def test_a_patch_may_be_overwritten_after_it_was_added(rng: np.random.Generator) -> None:
     tiling, recorders = simple(), []
     for spoil in (False, True):
         patches = random_patches(tiling, np.random.default_rng(1))
@@ -274,7 +272,7 @@ def test_patches_that_wait_take_no_more_memory_than_is_allowed(rng: np.random.Ge
     patches = random_patches(tiling, rng)
     with pytest.raises(
         MemoryLimitError,
-        match=r"came before their turn take .* more than 10\.0 KiB; give them in the order of the grid",
+        match=r"arrived before their turn take .* more than 10\.0 KiB; give them in the order of the grid",
     ):
         run(tiling, patches, range(len(patches))[::-1], max_held_bytes=10 * 1024)
     found = run(tiling, patches, range(len(patches))[::-1], max_held_bytes=sum(p.nbytes for p in patches))
@@ -300,16 +298,16 @@ def test_a_missing_patch_is_an_error_with_its_box_and_may_be_added_then(rng: np.
     assert recorder.voxels.tobytes() == run(tiling, patches).voxels.tobytes()
 
 
-def test_a_patch_that_comes_twice_is_an_error_with_its_place() -> None:
+def test_a_patch_that_is_added_twice_is_an_error_with_its_place() -> None:
     tiling = simple()
     blend = GridBlend(tiling, Recorder(tiling), lambda voxels: voxels)
     location = tiling.grid.location(1)
     blend.add(torch.ones(1, 16, 8, 8), location)
-    with pytest.raises(IncompleteCoverageError, match=r"the patch at \(0, 0, 5\) came twice"):
+    with pytest.raises(IncompleteCoverageError, match=r"the patch at \(0, 0, 5\) was added twice"):
         blend.add(torch.ones(1, 16, 8, 8), location)
 
 
-def test_a_box_that_is_no_patch_of_the_grid_is_refused() -> None:
+def test_a_box_that_is_not_a_patch_of_the_grid_is_refused() -> None:
     tiling = simple()
     blend = GridBlend(tiling, Recorder(tiling), lambda voxels: voxels)
     with pytest.raises(PatchLocationError, match="not of this grid"):
@@ -320,7 +318,7 @@ def test_a_box_that_is_no_patch_of_the_grid_is_refused() -> None:
 
 
 @given(tilings(), seeds)
-def test_only_wanted_shards_are_made_each_voxel_once_and_as_ever(
+def test_only_wanted_shards_are_made_with_each_voxel_once_and_unchanged(
     tiling: Tiling, rng: np.random.Generator
 ) -> None:
     patches, wanted = random_patches(tiling, rng), rng.random(tiling.shard_counts) < 0.5
@@ -334,7 +332,7 @@ def test_only_wanted_shards_are_made_each_voxel_once_and_as_ever(
             assert np.array_equal(found.voxels[:, of_shard], run(tiling, patches).voxels[:, of_shard])
 
 
-def test_only_patches_of_wanted_shards_are_missed(rng: np.random.Generator) -> None:
+def test_only_missing_patches_of_wanted_shards_are_an_error(rng: np.random.Generator) -> None:
     tiling = simple()
     wanted = np.array([False, False, False, True]).reshape(tiling.shard_counts)
     blend = GridBlend(tiling, Recorder(tiling), lambda voxels: voxels, wanted=wanted)
@@ -350,7 +348,9 @@ def filled(shape: Triple) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_weights_of_skipped_patches_are_divided_out_and_voxels_of_no_other_are_filled(mode: str) -> None:
+def test_weights_of_skipped_patches_are_divided_out_and_voxels_without_other_patches_are_filled(
+    mode: str,
+) -> None:
     @given(tilings([mode]), seeds, st.sampled_from([0.1, 0.5, 0.9, 1.0]))
     def check(tiling: Tiling, rng: np.random.Generator, share: float) -> None:
         patches, gone = random_patches(tiling, rng), rng.random(tiling.grid.counts) < share
@@ -368,7 +368,7 @@ def test_weights_of_skipped_patches_are_divided_out_and_voxels_of_no_other_are_f
 
 
 @given(tilings(scaled=False), seeds)
-def test_inside_a_mask_voxels_are_as_without_it(tiling: Tiling, rng: np.random.Generator) -> None:
+def test_a_mask_changes_no_voxel_inside_it(tiling: Tiling, rng: np.random.Generator) -> None:
     patches = random_patches(tiling, rng)
     mask = np.zeros(tiling.shape, dtype=bool)
     mask[tuple(rng.integers(0, n, 2) for n in tiling.shape)] = True
@@ -394,7 +394,7 @@ def test_wanted_shards_and_skipped_patches_go_together(tiling: Tiling, rng: np.r
         assert np.array_equal(found.voxels[:, of_shard], whole.voxels[:, of_shard])
 
 
-def test_a_skipped_patch_is_not_missed_and_not_added(rng: np.random.Generator) -> None:
+def test_a_skipped_patch_is_neither_required_nor_added(rng: np.random.Generator) -> None:
     tiling = simple()
     patches, gone = random_patches(tiling, rng), rng.random(tiling.grid.counts) < 0.5
     found = run(tiling, patches, skipped=Skipped(gone, filled))

@@ -1,4 +1,4 @@
-"""What becomes of final voxels: classes, probabilities, or what a function makes of them."""
+"""Blended voxels are reduced to classes, to probabilities, or by a function."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_sigmoid_gives_a_probability_for_each_channel(voxels: torch.Tensor) -> N
 
 
 @pytest.mark.parametrize("limit", [0.5, 0, -1])
-def test_threshold_marks_what_lies_above_the_limit(voxels: torch.Tensor, limit: float) -> None:
+def test_threshold_marks_voxels_above_the_limit(voxels: torch.Tensor, limit: float) -> None:
     voxels[0, 0, 0, 0] = limit
     marks = reduce_channels(voxels, ("threshold", limit))
     assert marks.dtype == torch.uint8
@@ -78,7 +78,7 @@ def test_a_function_may_change_the_channels(voxels: torch.Tensor) -> None:
     assert torch.equal(pairs, voxels[:2] * 3)
 
 
-def test_dtype_is_what_the_result_comes_in(voxels: torch.Tensor) -> None:
+def test_the_result_has_the_dtype_asked_for(voxels: torch.Tensor) -> None:
     assert reduce_channels(voxels, "argmax", torch.int64).dtype == torch.int64
     assert reduce_channels(voxels, None, torch.float16).dtype == torch.float16
 
@@ -115,7 +115,7 @@ def test_a_function_whose_number_of_channels_depends_on_the_values_is_refused(ch
 
 
 @pytest.mark.parametrize(("is_stored", "dtype"), [(False, torch.float16), (True, torch.float32)])
-def test_final_voxels_are_in_a_type_that_can_be_stored_where_they_are(
+def test_stored_final_voxels_are_cast_to_a_type_that_an_image_can_have(
     is_stored: bool, dtype: torch.dtype, voxels: torch.Tensor
 ) -> None:
     final = Finaliser("softmax", torch.float16, is_stored=is_stored)(voxels)
@@ -142,7 +142,7 @@ def test_unsigned_integers_that_torch_does_not_compare_are_compared(dtype: Any) 
         (torch.uint16, torch.uint16),
     ],
 )
-def test_what_is_stored_is_of_a_type_that_an_image_can_have(dtype: torch.dtype, stored: torch.dtype) -> None:
+def test_stored_voxels_have_a_type_that_an_image_can_have(dtype: torch.dtype, stored: torch.dtype) -> None:
     assert as_stored(torch.ones(1, 2, 2, 2).to(dtype)).dtype == stored
 
 
@@ -158,7 +158,7 @@ def test_a_fill_that_fits_is_a_number_of_the_outputs_type(
 
 
 @pytest.mark.parametrize("fill", [math.nan, math.inf, -math.inf])
-def test_a_fill_that_is_no_number_fits_fractions_only(fill: float) -> None:
+def test_nan_and_infinite_fills_fit_floating_point_types_only(fill: float) -> None:
     for dtype in (torch.float16, torch.float32, torch.complex64):
         np.testing.assert_equal(fitting_fill(fill, dtype), fill)
     for dtype in (torch.uint8, torch.int64, torch.bool):
@@ -169,7 +169,7 @@ def test_a_fill_that_is_no_number_fits_fractions_only(fill: float) -> None:
 @pytest.mark.parametrize(
     "reduce", ["argmin", "", 3, ("threshold",), ("threshold", "high"), ("limit", 1.0), ["threshold", 0.5]]
 )
-def test_a_reduction_that_does_not_exist_is_refused_with_those_that_do(reduce: Any) -> None:
+def test_an_unknown_reduction_is_refused_with_the_known_ones(reduce: Any) -> None:
     with pytest.raises(OptionError, match=r"reduce must be 'argmax', .*threshold.*, not ") as error:
         check_reduction(reduce)
     assert repr(reduce) in str(error.value)
@@ -186,7 +186,7 @@ def test_a_reduction_that_does_not_exist_is_refused_with_those_that_do(reduce: A
         (torch.abs, "scalar"),
     ],
 )
-def test_classes_and_marks_are_label_maps_and_all_else_images(reduce: Any, kind: str) -> None:
+def test_classes_and_marks_are_label_maps_and_all_others_are_scalars(reduce: Any, kind: str) -> None:
     check_reduction(reduce)
     assert kind_of(reduce) == kind
 

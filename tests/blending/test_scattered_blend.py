@@ -27,7 +27,7 @@ Patches = list[tuple[NDArray[Any], PatchLocation]]
 
 @st.composite
 def scenes(draw: st.DrawFn) -> tuple[Triple, Patches]:
-    """A volume, some thin, and up to 12 patches of any size that reach over its borders or lie outside."""
+    """A volume, some thin, and up to 12 patches of any size that reach over its borders or are outside it."""
     shape = draw(st.tuples(*[st.integers(1, 12)] * 3))
     channels = draw(st.integers(1, 3))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
@@ -167,7 +167,7 @@ def test_any_number_of_patches_may_lie_on_a_voxel(mode: str, value: float, full:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_what_is_not_finite_is_not_hidden(mode: str) -> None:
+def test_nan_and_infinity_are_not_hidden(mode: str) -> None:
     values = np.array([np.nan, np.inf, -np.inf, 1, 1], np.float32).reshape(1, 5, 1, 1)
     place = PatchLocation((0, 0, 0), (5, 1, 1))
     output, _ = blended((5, 1, 1), mode, [(np.ones_like(values), place), (values, place)])
@@ -220,7 +220,7 @@ def test_integers_are_averaged_in_float32() -> None:
     assert output.item() == 254.5
 
 
-def test_patches_of_another_type_than_those_before_are_refused() -> None:
+def test_all_patches_are_summed_in_one_type() -> None:
     blend = ScatteredBlend((1, 1, 1), "crop", (0, 0, 0), TensorSink((1, 1, 1)), lambda voxels: voxels)
     place = PatchLocation((0, 0, 0), (1, 1, 1))
     blend.add(patch_of(3, torch.int32), place)
@@ -249,7 +249,7 @@ def first_missing_box(missing: NDArray[np.bool_]) -> PatchLocation:
 
 @pytest.mark.parametrize("mode", MODES)
 @given(scene=scenes(), tile_voxels=st.sampled_from([1, 7, 60]), max_bytes=st.sampled_from([None, 0, 300]))
-def test_missing_voxels_are_counted_and_told_by_their_first_box(
+def test_missing_voxels_are_an_error_with_their_number_and_first_box(
     mode: str, scene: tuple[Triple, Patches], tile_voxels: int, max_bytes: int | None
 ) -> None:
     shape, patches = scene
@@ -299,7 +299,7 @@ def test_a_fill_that_the_output_cannot_hold_is_refused_with_the_first_patch(
         (60000, torch.uint16),
     ],
 )
-def test_a_fill_stands_in_the_type_of_the_output(fill: float, dtype: torch.dtype) -> None:
+def test_a_fill_has_the_type_of_the_output(fill: float, dtype: torch.dtype) -> None:
     sink = TensorSink((2, 1, 1))
     blend = ScatteredBlend((2, 1, 1), "hann", (0, 0, 0), sink, lambda v: v.to(dtype), fill=fill)
     blend.add(patch_of(1), PatchLocation((1, 0, 0), (1, 1, 1)))
@@ -315,7 +315,7 @@ def test_a_fill_stands_in_the_type_of_the_output(fill: float, dtype: torch.dtype
 @given(shape=st.tuples(*[st.integers(1, 3000)] * 3), voxels=st.integers(1, 10**6))
 @example(shape=(1, 1, 10**7), voxels=TILE_VOXELS)
 @settings(max_examples=200)
-def test_tiles_hold_about_as_many_voxels_as_asked_for(shape: Triple, voxels: int) -> None:
+def test_tiles_have_about_as_many_voxels_as_asked_for(shape: Triple, voxels: int) -> None:
     sides = tile_shape(shape, voxels)
     assert all(1 <= side <= n for side, n in zip(sides, shape, strict=True))
     assert math.prod(sides) <= 2 * voxels

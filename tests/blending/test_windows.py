@@ -71,7 +71,7 @@ def ends_of(box: PatchLocation) -> tuple[tuple[int, int, int], tuple[int, int, i
 
 
 def owners_by_pasting(axis: Axis) -> NDArray[np.int64]:
-    """Which patch each voxel comes from, as TorchIO does it: crop each patch, then paste in order."""
+    """The patch that each voxel is taken from, as TorchIO does it: crop each patch, then paste in order."""
     volume = np.full(axis.length, -1)
     for patch, (start, stop) in enumerate(zip(axis.starts, axis.stops, strict=True)):
         cropped_start = start if start == 0 else start + axis.overlap // 2
@@ -103,7 +103,7 @@ def test_no_weight_is_negative_or_above_one(mode: str, axis: Axis) -> None:
 
 
 @given(WINDOWED, axes())
-def test_every_patch_has_a_say_in_every_voxel_that_it_covers(mode: str, axis: Axis) -> None:
+def test_every_patch_has_weight_in_every_voxel_that_it_covers(mode: str, axis: Axis) -> None:
     assert np.array_equal(axis.weights(mode) > 0, axis.covered())
 
 
@@ -131,9 +131,7 @@ def test_average_weighs_all_patches_over_a_voxel_alike(axis: Axis) -> None:
 
 
 @given(WINDOWED, axes())
-def test_where_patches_overlap_their_weights_stand_in_the_ratio_of_their_windows(
-    mode: str, axis: Axis
-) -> None:
+def test_where_patches_overlap_their_weights_have_the_ratio_of_their_windows(mode: str, axis: Axis) -> None:
     shares = np.zeros(axis.covered().shape)
     for row, start, stop in zip(shares, axis.starts, axis.stops, strict=True):
         row[start:stop] = window(mode, stop - start)
@@ -176,7 +174,7 @@ def test_crop_leaves_each_voxel_with_exactly_one_patch(axis: Axis) -> None:
 
 
 @given(axes(scaled=False))
-def test_crop_leaves_every_patch_something_to_say(axis: Axis) -> None:
+def test_crop_leaves_every_patch_a_voxel(axis: Axis) -> None:
     assert axis.weights("crop").any(axis=1).all()
 
 
@@ -185,7 +183,9 @@ def test_crop_leaves_every_patch_something_to_say(axis: Axis) -> None:
     [(0, (0, 6)), (10, (12, 16)), (32, (34, 40))],
     ids=["at the first edge", "inside", "at the last edge"],
 )
-def test_crop_cuts_half_the_overlap_but_at_the_edges_of_the_volume(start: int, kept: tuple[int, int]) -> None:
+def test_crop_cuts_half_the_overlap_except_at_the_edges_of_the_volume(
+    start: int, kept: tuple[int, int]
+) -> None:
     assert kept_by_crop(start, start + 8, 4, 0, 40) == kept
 
 
@@ -197,7 +197,7 @@ def test_crop_of_a_patch_as_long_as_the_volume_cuts_nothing() -> None:
 
 
 @pytest.mark.parametrize("mode", ["mean", "Hann", ""])
-def test_an_unknown_mode_is_refused_with_those_there_are(mode: str) -> None:
+def test_an_unknown_mode_is_refused_with_the_known_ones(mode: str) -> None:
     for refuse in (check_overlap_mode, lambda mode: window(mode, 8)):
         with pytest.raises(
             OptionError, match=r"overlap_mode .* crop, average, hann, gaussian, not"

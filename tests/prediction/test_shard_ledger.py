@@ -1,4 +1,4 @@
-"""An image written shard by shard has the same bytes whoever wrote which shard, however often one dies."""
+"""An image written shard by shard has the same bytes whichever process wrote a shard, and was killed."""
 
 from __future__ import annotations
 
@@ -122,8 +122,8 @@ def shard_file(folder: Path, record: ImageRecord, shard: Shard) -> Path:
     return sharded_array(folder, record).shard_file(shard)
 
 
-def assert_goes_on(folder: Path, kind: Kind, lost: set[Shard], expected: dict[str, bytes]) -> None:
-    """Only what was lost is written again, and then all is as expected."""
+def assert_resumes(folder: Path, kind: Kind, lost: set[Shard], expected: dict[str, bytes]) -> None:
+    """Only lost shards are written again, and then all files are as expected."""
     voxels = make_voxels(kind)
     record = record_of(voxels, kind)
     left = set(shards_of(record)) - written(folder)
@@ -137,7 +137,7 @@ def assert_goes_on(folder: Path, kind: Kind, lost: set[Shard], expected: dict[st
 
 
 @pytest.mark.parametrize("kind", ["scalar", "label", "sampling"])
-def test_an_image_is_byte_for_byte_that_of_a_writer_that_counts_in_one_pass(
+def test_an_image_is_byte_for_byte_equal_to_one_that_is_counted_in_one_pass(
     tmp_path: Path, kind: Kind
 ) -> None:
     """Of floats too, as these shards are small enough to be counted in one block."""
@@ -151,7 +151,7 @@ def test_an_image_is_byte_for_byte_that_of_a_writer_that_counts_in_one_pass(
     assert contents(tmp_path / "heart") == contents(writer.stage.folder)
 
 
-def test_the_record_seals_every_file_and_tells_what_was_skipped(tmp_path: Path) -> None:
+def test_the_record_seals_every_file_and_counts_skipped_voxels(tmp_path: Path) -> None:
     record, files = undisturbed(tmp_path / "heart")
     assert record.stats["skipped"] == sum(map(skipped_in, shards_of(record)))
     seals = {key: (seal.bytes, seal.checksum) for key, seal in record.files.items()}
@@ -202,7 +202,7 @@ def test_images_of_one_subject_keep_their_shards_apart(tmp_path: Path) -> None:
     assert written(tmp_path / "one") == set(shards_of(record)[:3])
 
 
-def test_an_image_with_shards_missing_is_refused_and_told_how_many(tmp_path: Path) -> None:
+def test_missing_shards_are_an_error_with_their_number(tmp_path: Path) -> None:
     voxels = make_voxels("scalar")
     record = record_of(voxels)
     shards = shards_of(record)
@@ -226,7 +226,7 @@ def test_voxels_that_an_index_refuses_leave_nothing(tmp_path: Path) -> None:
     assert written(tmp_path / "heart") == set()
 
 
-def test_a_record_holds_plain_numbers_and_no_pickle(tmp_path: Path) -> None:
+def test_an_entry_holds_plain_numbers_and_no_pickle(tmp_path: Path) -> None:
     undisturbed(tmp_path / "heart", "label")
     entry = unsealed(entry_file(tmp_path / "heart", (0, 1, 0, 0)).read_bytes(), "record")
     with np.load(io.BytesIO(base64.b64decode(entry["state"])), allow_pickle=False) as state:
@@ -247,7 +247,7 @@ def flip(file: Path) -> None:
     file.write_bytes(data)
 
 
-UNIT = (1, 2, 0, 0)
+HARMED = (1, 2, 0, 0)
 HARMS: dict[str, Callable[[Path, Path], Any]] = {
     "an empty record": lambda record, shard: cut(record, 0),
     "half a record": lambda record, shard: cut(record, record.stat().st_size // 2),
@@ -265,7 +265,7 @@ HARMS: dict[str, Callable[[Path, Path], Any]] = {
 
 @pytest.mark.parametrize("harm", HARMS)
 @pytest.mark.parametrize("finished", [False, True])
-def test_what_is_damaged_is_written_again_and_nothing_else(
+def test_only_damaged_shards_are_written_again(
     tmp_path: Path, harm: str, finished: bool, expected: dict[str, bytes]
 ) -> None:
     folder = tmp_path / "heart"
@@ -274,30 +274,30 @@ def test_what_is_damaged_is_written_again_and_nothing_else(
         for entry in folder.iterdir():
             if entry.name != "0":
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    HARMS[harm](entry_file(folder, UNIT), shard_file(folder, record, UNIT))
+    HARMS[harm](entry_file(folder, HARMED), shard_file(folder, record, HARMED))
     with pytest.raises(IncompleteCoverageError, match=r"1 of 16 shards .* \(1, 2, 0, 0\)"):
         finish(folder, record_of(make_voxels("scalar")))
-    assert_goes_on(folder, "scalar", {UNIT}, expected)
+    assert_resumes(folder, "scalar", {HARMED}, expected)
 
 
-def test_what_killed_writers_left_under_other_names_is_not_counted_nor_kept(
+def test_partial_files_of_killed_writers_are_neither_counted_nor_kept(
     tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
     folder = tmp_path / "heart"
     undisturbed(folder)
-    entry_file(folder, UNIT).with_name("0123.partial").write_text("{")
-    entry_file(folder, UNIT).with_name("0123.partial.0.0.0.0").write_bytes(b"half a shard")
+    entry_file(folder, HARMED).with_name("0123.partial").write_text("{")
+    entry_file(folder, HARMED).with_name("0123.partial.0.0.0.0").write_bytes(b"half a shard")
     for name in ("nifti/c/half", "index/half", "zarr.json.4567.partial", "0/zarr.json.4567.partial"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("half")
-    assert_goes_on(folder, "scalar", set(), expected)
+    assert_resumes(folder, "scalar", set(), expected)
 
 
 # Processes of their own, harmed
 
 
 def in_process(function: str, *arguments: Any) -> subprocess.Popen[str]:
-    """Run a function of this module, with arguments of plain JSON, in a process of its own."""
+    """Run a function of this module, with arguments of plain JSON, in another process."""
     program = f"import sys, json, test_shard_ledger; test_shard_ledger.{function}(*json.loads(sys.argv[1]))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", program, json.dumps(arguments)]
@@ -333,7 +333,7 @@ def started(*writers: subprocess.Popen[str]) -> Sequence[subprocess.Popen[str]]:
 
 
 @pytest.mark.slow
-def test_two_writers_killed_at_any_moment_lose_only_what_they_were_at(
+def test_two_writers_killed_at_any_moment_lose_only_the_shard_in_hand(
     tmp_path: Path, full: bool, expected: dict[str, bytes]
 ) -> None:
     moments = random.Random(3)
@@ -346,7 +346,7 @@ def test_two_writers_killed_at_any_moment_lose_only_what_they_were_at(
         for writer in writers:
             writer.communicate()
         there = written(folder)
-        assert_goes_on(folder, "scalar", set(shards_of(record_of(make_voxels("scalar")))) - there, expected)
+        assert_resumes(folder, "scalar", set(shards_of(record_of(make_voxels("scalar")))) - there, expected)
 
 
 @pytest.mark.slow
@@ -358,7 +358,7 @@ def test_two_writers_of_the_same_shards_at_once_do_no_harm(
         writer.communicate()
         assert writer.returncode == 0
     assert not list(tmp_path.rglob("*.partial*"))
-    assert_goes_on(folder, "scalar", set(), expected)
+    assert_resumes(folder, "scalar", set(), expected)
 
 
 def killed_at(steps: Sequence[int], folder: str, act: str) -> None:
@@ -405,7 +405,7 @@ ACTS: dict[str, Callable[[Path], Any]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("act", ACTS)
-def test_whatever_is_killed_at_any_step_can_be_repeated(
+def test_writing_or_finishing_can_be_repeated_after_a_kill_at_any_step(
     tmp_path: Path, act: str, full: bool, expected: dict[str, bytes]
 ) -> None:
     folder = tmp_path / "whole" / "heart"
@@ -424,7 +424,7 @@ def test_whatever_is_killed_at_any_step_can_be_repeated(
         harmed = folder.parent.with_name(f"whole-{step}") / "heart"
         there = written(harmed)
         assert there >= set(begun)
-        assert_goes_on(harmed, "scalar", set(shards) - there, expected)
+        assert_resumes(harmed, "scalar", set(shards) - there, expected)
 
 
 def written_on_a_full_disk(folder: str, limit: int) -> None:
@@ -457,14 +457,14 @@ def test_a_disk_that_is_full_is_an_error_that_leaves_nothing_half_done(
     assert answer_of(in_process("written_on_a_full_disk", str(folder), limit)) == "File too large"
     whole = {f"heart/{shard}": expected[shard]} if "and" in what else {}
     assert contents(tmp_path) == before | whole
-    assert_goes_on(folder, "scalar", {SMALL_SHARD}, expected)
+    assert_resumes(folder, "scalar", {SMALL_SHARD}, expected)
 
 
 # What is done to the disk
 
 
 def traced(folder: str) -> None:
-    """Write and finish an image, and tell what was opened and renamed on the way."""
+    """Write and finish an image, and print which files were opened and renamed."""
     events: list[tuple[str, ...]] = []
 
     def note(event: str, args: tuple[Any, ...]) -> None:
@@ -504,7 +504,7 @@ def test_each_shard_is_written_once_and_none_is_ever_read(tmp_path: Path) -> Non
 HEADER_VALUES = {"model": "ab" * 16, "patch_size": [64, 64, 64], "reduce": "argmax", "mask": None}
 
 
-def test_a_header_is_entered_once_and_the_same_one_is_let_pass(tmp_path: Path) -> None:
+def test_a_header_is_written_once_and_an_equal_one_accepted(tmp_path: Path) -> None:
     begin(tmp_path / "sub-01", HEADER_VALUES)
     before = contents(tmp_path)
     assert set(before) == {f"sub-01/{HEADER}"}
@@ -526,7 +526,7 @@ def test_a_header_is_entered_once_and_the_same_one_is_let_pass(tmp_path: Path) -
         ({"mask": "line\nline"}, r'mask: null then, "line\nline" now'),
     ],
 )
-def test_another_header_is_refused_with_what_changed(
+def test_another_header_is_refused_with_the_differences(
     tmp_path: Path, changes: dict[str, Any], text: str
 ) -> None:
     begin(tmp_path / "sub-01", HEADER_VALUES)
@@ -541,7 +541,7 @@ def test_another_header_is_refused_with_what_changed(
     assert contents(tmp_path) == before
 
 
-def test_of_long_values_that_part_is_shown_where_they_differ(tmp_path: Path) -> None:
+def test_long_values_are_shown_around_their_first_difference(tmp_path: Path) -> None:
     before = {"heads": {"prediction": [3, *[256] * 20, 64, 128, 128, 128]}}
     begin(tmp_path, before)
     before["heads"]["prediction"][21] = 32
@@ -560,7 +560,7 @@ HEADER_HARMS: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("harm", HEADER_HARMS)
-def test_a_damaged_header_is_entered_anew_and_the_shards_of_the_same_one_still_count(
+def test_a_damaged_header_is_written_again_and_shards_of_an_equal_one_still_count(
     tmp_path: Path, harm: str
 ) -> None:
     folder = begin(tmp_path, HEADER_VALUES)
@@ -576,7 +576,7 @@ def test_a_damaged_header_is_entered_anew_and_the_shards_of_the_same_one_still_c
 
 
 @pytest.mark.parametrize("harm", HEADER_HARMS)
-def test_where_the_header_is_lost_shards_of_another_one_do_not_count(tmp_path: Path, harm: str) -> None:
+def test_after_a_header_is_lost_shards_of_another_one_do_not_count(tmp_path: Path, harm: str) -> None:
     voxels = make_voxels("scalar")
     record, shard = record_of(voxels), shards_of(record_of(voxels))[0]
     write_shards(begin(tmp_path, HEADER_VALUES) / "heart", record, voxels, [shard])

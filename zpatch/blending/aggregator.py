@@ -121,7 +121,7 @@ class PatchAggregator:
         if tensors.keys() != self._heads.keys():
             raise OptionError(
                 f"batches must be all tensors or all dicts of the same keys: one has {_as_text(tensors)} "
-                f"where those before had {_as_text(self._heads)}"
+                f"where earlier batches had {_as_text(self._heads)}"
             )
         with self._at_work():
             for key, tensor in tensors.items():

@@ -55,9 +55,9 @@ def add_batch(blend: Blend, batch: torch.Tensor, locations: Sequence[PatchLocati
         got = tuple(batch.shape) if isinstance(batch, torch.Tensor) else type(batch).__name__
         raise ModelError(f"a batch must be a tensor (B, C, I, J, K), not {got}")
     if len(batch) != len(locations):
-        raise ModelError(f"a batch of {len(batch)} patches came with {len(locations)} locations")
+        raise ModelError(f"a batch of {len(batch)} patches has {len(locations)} locations")
     if blend.channels not in (None, batch.shape[1]):
-        raise ModelError(f"a batch has {batch.shape[1]} channels where those before had {blend.channels}")
+        raise ModelError(f"a batch has {batch.shape[1]} channels where earlier batches had {blend.channels}")
     for patch, location in zip(batch.detach(), locations, strict=True):
         blend.add(_fitted(patch, blend.size_of(location), location), location)
 

@@ -76,7 +76,7 @@ class GridBlend:
         """Take in a patch (C, I, J, K) of the grid."""
         position = self._tiling.grid.position_of(location)
         if self._arrived[position]:
-            raise IncompleteCoverageError(f"the patch at {location.index} came twice")
+            raise IncompleteCoverageError(f"the patch at {location.index} was added twice")
         self._arrived[position] = True
         self.channels = len(patch)
         if not self._needed[position]:
@@ -118,7 +118,7 @@ class GridBlend:
         self.held_bytes += part.voxels.nbytes
         if self._max_held_bytes is not None and self.held_bytes > self._max_held_bytes:
             raise MemoryLimitError(
-                f"patches that came before their turn take {format_bytes(self.held_bytes)}, more than "
+                f"patches that arrived before their turn take {format_bytes(self.held_bytes)}, more than "
                 f"{format_bytes(self._max_held_bytes)}; give them in the order of the grid"
             )
         sums.keep(part)
