@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from blending_oracle import window
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -71,15 +72,6 @@ def starts_of(n: int, p: int, o: int, *, padded: bool) -> tuple[list[int], int, 
     if starts[-1] != n + after - p:
         starts.append(n + after - p)
     return starts, -before, n + after
-
-
-def window(mode: str, p: int) -> Floats:
-    n = np.arange(p)
-    if mode == "hann":
-        return np.sin(np.pi * (n + 1) / (p + 1)) ** 2
-    if mode == "gaussian":
-        return np.exp(-0.5 * ((n - (p - 1) / 2) / (p / 8)) ** 2)
-    return np.ones(p)
 
 
 def dense(mode: str, sampler: zp.GridSampler, patches: Sequence[Floats]) -> Floats:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from blending_oracle import window
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -53,15 +54,6 @@ def run(
     blend.finish()
     assert blend.held_bytes == 0
     return recorder
-
-
-def window(mode: str, p: int) -> Array:
-    n = np.arange(p)
-    if mode == "hann":
-        return np.sin(np.pi * (n + 1) / (p + 1)) ** 2
-    if mode == "gaussian":
-        return np.exp(-0.5 * ((n - (p - 1) / 2) / (p / 8)) ** 2)
-    return np.ones(p)
 
 
 def dense(tiling: Tiling, patches: Sequence[Array], skipped: Array | None = None) -> tuple[Array, Array]:

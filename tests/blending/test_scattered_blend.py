@@ -11,15 +11,15 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from blending_oracle import image_sink, window
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from zpatch.blending.scattered_blend import TILE_VOXELS, ScatteredBlend, tile_shape
-from zpatch.blending.sinks import ImageSink, TensorSink
+from zpatch.blending.sinks import TensorSink
 from zpatch.errors import IncompleteCoverageError, ModelError, OptionError
 from zpatch.geometry.boxes import PatchLocation, Triple
-from zpatch.store.staged_image import StagedImage
 
 MODES = ["crop", "average", "hann", "gaussian"]
 Patches = list[tuple[NDArray[Any], PatchLocation]]
@@ -38,15 +38,6 @@ def scenes(draw: st.DrawFn) -> tuple[Triple, Patches]:
         voxels = rng.uniform(1, 2, (channels, i, j, k)).astype(np.float32)
         patches.append((voxels, PatchLocation((corner[0], corner[1], corner[2]), (i, j, k))))
     return shape, patches
-
-
-def window(mode: str, p: int) -> NDArray[np.float64]:
-    n = np.arange(p)
-    if mode == "hann":
-        return np.sin(np.pi * (n + 1) / (p + 1)) ** 2
-    if mode == "gaussian":
-        return np.exp(-0.5 * ((n - (p - 1) / 2) / (p / 8)) ** 2)
-    return np.ones(p)
 
 
 def dense(shape: Triple, mode: str, patches: Patches, overlap: int) -> tuple[Any, NDArray[np.bool_]]:
@@ -333,15 +324,7 @@ def test_tiles_are_made_where_patches_are_and_nowhere_else() -> None:
 
 def test_each_voxel_is_handed_on_once_and_shards_are_complete_slab_by_slab(tmp_path: Path) -> None:
     shape = (150, 70, 100)
-    sink: Any = ImageSink(
-        StagedImage(tmp_path),
-        tmp_path,
-        subject="ann",
-        name="out",
-        kind="scalar",
-        spatial_shape=shape,
-        affine=np.eye(4),
-    )
+    sink: Any = image_sink(tmp_path, shape)
     seen, most_open = np.zeros(shape, dtype=int), 0
     put = sink.put
 

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from blending_oracle import image_sink
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zpatch.blending.sinks import ImageSink, ShardAssembler, TensorSink, output_record
+from zpatch.blending.sinks import ShardAssembler, TensorSink, output_record
 from zpatch.chunks.layout import Layout
 from zpatch.errors import IncompleteCoverageError
 from zpatch.geometry.boxes import Triple
 from zpatch.store.image_record import ImageRecord
-from zpatch.store.staged_image import StagedImage
 
 
 def record_of(voxels: torch.Tensor, shard: Triple) -> ImageRecord:
@@ -24,18 +24,6 @@ def record_of(voxels: torch.Tensor, shard: Triple) -> ImageRecord:
     channels, i, j, k = voxels.shape
     layout = Layout(chunks=(channels, *shard[::-1]), shards=(channels, *shard[::-1]))
     return output_record("ann", "out", "scalar", voxels.numpy().dtype, layout, (channels, i, j, k), np.eye(4))
-
-
-def image_sink(folder: Path, shape: Triple) -> ImageSink:
-    return ImageSink(
-        StagedImage(folder),
-        folder,
-        subject="ann",
-        name="out",
-        kind="scalar",
-        spatial_shape=shape,
-        affine=np.eye(4),
-    )
 
 
 @st.composite
