@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import gc
 import multiprocessing
+import os
 import random
 import re
 import warnings
@@ -629,8 +631,9 @@ def feed_of(queue: zp.Queue) -> PatchFeed:
 
 
 def block_of(queue: zp.Queue) -> SlotBlock:
-    assert queue._draws.block is not None
-    return queue._draws.block
+    block = feed_of(queue).block
+    assert block is not None
+    return block
 
 
 class Watched(PatchFeed):
@@ -641,7 +644,7 @@ class Watched(PatchFeed):
     def take(self) -> Arrival:
         arrival = super().take()
         self.received.append(arrival.serial)
-        assert self._workers is None or len(set(self._free)) == len(self._free) <= self._draws.block.count  # type: ignore[union-attr]
+        assert self._workers is None or len(set(self._free)) == len(self._free) <= self.block.count  # type: ignore[union-attr]
         return arrival
 
 
@@ -670,8 +673,8 @@ def slots_in_use(queue: zp.Queue) -> list[int]:
     feed = feed_of(queue)
     assert feed._workers is not None
     assert queue._buffer is not None
-    ready = queue._buffer._ready.values()
-    waiting = [arrival.slot for arrival in (*ready, *feed._here) if arrival.slot is not None]
+    ready = queue._buffer._waiting.values()
+    waiting = [arrival.slot for arrival in (*ready, *feed._arrived) if arrival.slot is not None]
     free, all_slots = set(feed._free), set(range(block_of(queue).count))
     out = sorted(all_slots - free - set(waiting))
     loader_iterator: Any = feed._workers._results
@@ -708,7 +711,7 @@ def test_epochs_that_are_abandoned_or_chosen_give_their_streams_and_leak_no_slot
         for _ in range(400 if full else 80):
             match chance.randrange(3):
                 case 0:  # go on with the next epoch, or again with one that was abandoned
-                    epoch = queue._epoch
+                    epoch = queue.position.epoch
                 case 1:
                     epoch = chance.randrange(8)
                 case 2:
@@ -825,7 +828,17 @@ def test_what_workers_are_sent_is_pickled_once_for_all_of_them(start_method: str
     with zp.Queue(small_subjects(2), zp.UniformSampler(6), **options) as queue:
         assert len(list(queue)) == 20
         assert counted.pickled == 1
-        assert queue._draws.pickle is None  # nor is it kept
+        assert len(memory_files()) == 1  # nor is it kept: that is the file of the slots
+
+
+def memory_files() -> set[int]:
+    """The inodes of the nameless files that queues have open."""
+    inodes = set()
+    for handle in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the one that lists them
+            if "zpatch-queue" in os.readlink(f"/proc/self/fd/{handle}"):
+                inodes.add(os.fstat(int(handle)).st_ino)
+    return inodes
 
 
 def test_workers_are_forked_on_linux_whatever_pythons_own_way_is(cohort: zp.Cohort) -> None:
@@ -863,8 +876,9 @@ def test_a_closed_queue_keeps_no_memory_and_what_it_gave_stays_good(workers: int
 
 
 def test_a_worker_that_fails_leaves_no_memory_behind_either() -> None:
-    with zp.Queue(small_subjects(3), zp.UniformSampler(6), num_workers=1, start_method="spawn") as queue:
-        queue._draws.transform = lambda patch: patch  # which cannot be sent
+    options: dict[str, Any] = {"num_workers": 1, "start_method": "spawn"}
+    options["transform"] = lambda patch: patch  # which cannot be sent
+    with zp.Queue(small_subjects(3), zp.UniformSampler(6), **options) as queue:
         with pytest.raises(QueueError, match="cannot be sent"):
             list(queue)
         assert not slot_maps()
@@ -957,6 +971,18 @@ def test_an_epoch_below_zero_is_refused(cohort: zp.Cohort) -> None:
 def test_a_queue_without_subjects_is_refused() -> None:
     with pytest.raises(OptionError, match="at least one subject"):
         zp.Queue([], zp.UniformSampler(8))
+
+
+def test_what_is_no_list_of_subjects_is_refused_with_the_way_to_make_one(cohort_store: Path) -> None:
+    [subject] = small_subjects(1)
+    for subjects, text in (
+        (subject, r"'sub-00' is a single one; say Queue\(\[subject\], ...\)"),
+        (str(cohort_store), r"is a path; say Queue\(zpatch.Cohort\('.*'\), ...\)"),
+        (cohort_store, r"is a path; say Queue\(zpatch.Cohort\('.*'\), ...\)"),
+        (iter([subject]), r"not list_iterator; say Queue\(list\(subjects\), ...\)"),
+    ):
+        with pytest.raises(OptionError, match=f"a queue needs a list of subjects, .*{text}"):
+            zp.Queue(subjects, zp.UniformSampler(8))  # type: ignore[arg-type]
 
 
 def test_a_grid_that_does_not_fit_a_subject_is_refused_at_once(cohort: zp.Cohort) -> None:

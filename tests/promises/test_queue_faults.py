@@ -172,7 +172,7 @@ def test_after_a_killed_worker_the_queue_works_again(tmp_path: Path) -> None:
     with queue_of(num_workers=2, transform=deadly) as queue:
         with pytest.raises(QueueError):
             list(queue)
-        queue._draws.transform = None
+        deadly.subject = "nobody"
         queue.set_epoch(0)
         assert items(queue) == stream(small_subjects(4), zp.UniformSampler(6), **OPTIONS)
 

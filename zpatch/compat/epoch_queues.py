@@ -1,12 +1,13 @@
-"""Queues as TorchIO has them: each iteration is an epoch, and a subject sampler is the caller's own.
+"""Queues as TorchIO has them: each iteration is the next epoch, and the caller sets that of a sampler.
 
-``CountedQueue`` takes of each subject a number of patches of its own, and its patches tell their subject.
+``CountedQueue`` takes a different number of patches from each subject, and its patches name their subject.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, overload
+from typing import Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,62 +15,63 @@ from numpy.typing import NDArray
 from zpatch.images.subject import Subject
 from zpatch.loading.epoch_plan import EpochPlan
 from zpatch.loading.patch_queue import Queue
+from zpatch.loading.queue_options import QueueOptions
 from zpatch.sampling.grid_sampler import GridSampler, PatchSampler
 from zpatch.sampling.patch import Patch
 
 
 class Subjects(Protocol):
-    """Whatever gives subjects by their numbers."""
+    """Subjects by their numbers: a list, a cohort, or a dataset of subjects."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Subject: ...
 
 
 class EpochQueue(Queue):
-    """A queue that goes on to the next epoch in each iteration, also where the last one was broken off.
+    """A queue of which each iteration gives the next epoch, also where the last one was broken off.
 
-    The epoch of a ``subject_sampler`` is set by its owner, also where the queue goes on from a state.
+    Whoever made the ``subject_sampler`` sets its epoch, also where the queue is resumed from a state.
     """
 
     def iter_shared(self) -> Iterator[Patch]:
-        """The patches of the next epoch, or of the rest of one; see ``Queue.iter_shared``."""
-        self._end_iteration()  # if an epoch was chosen while it ran, that is the next one
-        if self._consumed and not self._resumed:
-            self.set_epoch(self._epoch + 1)
+        """The patches of the next epoch, or the rest of a resumed one; see ``Queue.iter_shared``."""
+        self.position.finish()
+        self.position.leave_broken_epoch()
         return super().iter_shared()
 
     def upcoming(self, plan: EpochPlan) -> EpochPlan | None:
-        """The epoch after one, where the order of its subjects is known already."""
-        return super().upcoming(plan) if self.subject_sampler is None else None
+        """The epoch after a plan, if the order of its subjects is known already."""
+        return super().upcoming(plan) if self.options.subject_sampler is None else None
 
-    def _subject_order(self, epoch: int) -> NDArray[np.int64]:
-        if self.subject_sampler is None:
-            return super()._subject_order(epoch)
-        return np.array(list(self.subject_sampler), dtype=np.int64)
+    def subject_order(self, epoch: int) -> NDArray[np.int64]:
+        """The subjects of an epoch by their numbers, in the order that a ``subject_sampler`` gives now."""
+        if self.options.subject_sampler is None:
+            return super().subject_order(epoch)
+        return np.array(list(self.options.subject_sampler), dtype=np.int64)
 
 
 class CountedQueue(EpochQueue):
-    """A queue that takes ``counts[n]`` patches of subject ``n``; at most all of those of a grid."""
+    """A queue that takes ``counts[n]`` patches of subject ``n``, or all of its grid if those are fewer.
+
+    ``options`` are those of all subjects; their ``patches_per_volume`` is replaced by the largest count.
+    """
 
     def __init__(
-        self,
-        subjects: Subjects,
-        counts: Sequence[int],
-        sampler: PatchSampler,
-        max_length: int,
-        **options: Any,
+        self, subjects: Subjects, counts: Sequence[int], sampler: PatchSampler, options: QueueOptions
     ) -> None:
         self._counts = np.array(counts)
-        super().__init__(NumberedSubjects(subjects), sampler, max_length, max(counts), **options)
+        options = dataclasses.replace(options, patches_per_volume=max(counts))
+        super().__init__(NumberedSubjects(subjects), sampler, **options.as_keywords())
 
-    def _count_patches(self) -> NDArray[np.int64]:
+    def count_patches(self) -> NDArray[np.int64]:
+        """How many patches an epoch takes of each subject, (N,)."""
         if isinstance(self.patch_sampler, GridSampler):
-            return np.asarray(np.minimum(super()._count_patches(), self._counts))
+            return np.asarray(np.minimum(super().count_patches(), self._counts))
         return self._counts
 
 
 class NumberedSubjects(Sequence[Subject]):
-    """Subjects by names that tell their numbers: of its subject, a patch of a queue has only the name."""
+    """Subjects whose names begin with their numbers: a patch of a queue has only the name of its subject."""
 
     def __init__(self, subjects: Subjects) -> None:
         self._subjects = subjects

@@ -36,6 +36,8 @@ import functools
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -67,6 +69,7 @@ from zpatch.compat.transforms import transform_class
 from zpatch.errors import ModelError, OptionError
 from zpatch.geometry.boxes import PatchLocation, Triple, triple
 from zpatch.images.subject import Subject as NativeSubject
+from zpatch.loading.queue_options import QueueOptions
 from zpatch.runtime.byte_sizes import format_bytes
 from zpatch.sampling import samplers
 from zpatch.sampling.grid_sampler import GridSampler as NativeGridSampler
@@ -272,6 +275,11 @@ class Queue(IterableDataset[Patch]):
     torch.distributed a ``subject_sampler`` deals out the subjects; without one each process gets all.
     """
 
+    max_length = property(attrgetter("_native.max_length"))
+    num_workers = property(attrgetter("_native.num_workers"))
+    shuffle_patches = property(attrgetter("_native.shuffle_patches"))
+    subject_sampler = property(attrgetter("_native.subject_sampler"))
+
     def __init__(
         self,
         subjects_dataset: SubjectsDataset | Sequence[NativeSubject],
@@ -292,27 +300,23 @@ class Queue(IterableDataset[Patch]):
         if not isinstance(subjects_dataset, SubjectsDataset):
             subjects_dataset = SubjectsDataset(subjects_dataset)
         self.subjects_dataset = subjects_dataset
-        self.max_length = max_length
         self.samples_per_volume = samples_per_volume
         self.sampler = sampler
-        self.subject_sampler = subject_sampler
-        self.num_workers = num_workers
         self.shuffle_subjects = shuffle_subjects
-        self.shuffle_patches = shuffle_patches
-        ranks = {"rank": 0, "world_size": 1} if subject_sampler is None else {}
-        self._native = CountedQueue(
-            subjects_dataset,
-            subjects_dataset.num_samples(samples_per_volume),
-            sampler.native,
-            max_length,
+        rank, world_size = (0, 1) if subject_sampler is None else (None, None)  # not torch.distributed's
+        options = QueueOptions(
+            max_length=max_length,
             num_workers=num_workers,
             shuffle_subjects=shuffle_subjects and subject_sampler is None,
             shuffle_patches=shuffle_patches,
             transform=subjects_dataset.transform,
             subject_sampler=subject_sampler,
             seed=_drawn_seed(),
-            **ranks,
+            rank=rank,
+            world_size=world_size,
         )
+        counts = subjects_dataset.num_samples(samples_per_volume)
+        self._native = CountedQueue(subjects_dataset, counts, sampler.native, options)
 
     @property
     def num_subjects(self) -> int:
@@ -336,17 +340,8 @@ class Queue(IterableDataset[Patch]):
         """Bytes that the queue's patches take at most; or that they would if all were of one subject."""
         if subject is None:
             return self._native.max_memory
-        of_one = CountedQueue(
-            [subject],
-            [self.samples_per_volume],
-            self.sampler.native,
-            self.max_length,
-            num_workers=self.num_workers,
-            transform=self.subjects_dataset.transform,
-            rank=0,
-            world_size=1,
-        )
-        return of_one.max_memory
+        options = replace(self._native.options, subject_sampler=None, rank=0, world_size=1)
+        return CountedQueue([subject], [self.samples_per_volume], self.sampler.native, options).max_memory
 
     def get_max_memory_pretty(self, subject: NativeSubject | None = None) -> str:
         """``get_max_memory`` for people."""

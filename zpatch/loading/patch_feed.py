@@ -1,8 +1,8 @@
-"""Patches as they arrive, epoch after epoch: from workers, through slots of shared memory, or read here.
+"""Patches as they arrive, epoch after epoch: from workers through shared memory, or read in this process.
 
-Torch's DataLoader keeps the workers. Tasks go out in order and come back in order, at most two for each
-worker at a time, and slots are given out with the tasks: the memory is bounded before anything is read. When
-all tasks of an epoch are out, those of the next one follow.
+Tasks are sent and their results arrive in one order, at most two in flight for each worker. Each task is sent
+with slots for its patches, so that memory is bounded before anything is read. After the last task of an epoch
+follow those of the next one.
 """
 
 from __future__ import annotations
@@ -12,19 +12,22 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
+
+from zpatch.loading.draw_reader import DrawReader
 from zpatch.loading.epoch_plan import Draw, EpochPlan
 from zpatch.loading.shared_slots import SlotBlock
-from zpatch.loading.worker import FailedDraw, SubjectDraws, Task, unpacked
-from zpatch.loading.worker_pool import Result, _Workers
+from zpatch.loading.worker import Delivered, FailedDraw, Task, unpacked
+from zpatch.loading.worker_pool import Result, WorkerPool
 from zpatch.runtime.byte_sizes import format_bytes
 from zpatch.sampling.patch import Patch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Arrival:
-    """A patch that has come, number ``number`` of run ``serial``; or why it and its group will not come.
+    """A patch that arrived, number ``number`` of run ``serial``; or the ``failure`` of its whole draw.
 
-    With a ``slot`` its tensors are views of that, until it is freed.
+    With a ``slot`` its tensors are views of that slot, valid until the slot is released.
     """
 
     serial: int
@@ -35,15 +38,15 @@ class Arrival:
 
 
 class PatchFeed:
-    """The patches of plans in the order of their arrival numbers, and one plan after the other.
+    """The patches of plans, one plan after the other, in the order of their arrival numbers.
 
-    ``plan_after`` gives the plan that will follow one, or None where that is not known yet. Without workers
-    nothing is read before it is asked for.
+    ``plan_after`` gives the plan that follows a plan, or None where that is not known yet. Without workers
+    a patch is read when it is asked for. ``block`` holds the slots of the workers.
     """
 
     def __init__(
         self,
-        draws: SubjectDraws,
+        reader: DrawReader,
         plan_after: Callable[[EpochPlan], EpochPlan | None],
         *,
         num_workers: int,
@@ -52,39 +55,40 @@ class PatchFeed:
         start_method: str,
         timeout: float,
     ) -> None:
-        self._draws = draws
+        self._reader = reader
         self._plan_after = plan_after
-        self._plans: dict[int, EpochPlan] = {}  # those begun and not yet done with, by serial
+        self._plans: dict[int, EpochPlan] = {}  # the current one and those begun ahead, by serial
         self._to_do: Iterator[Draw] = iter(())
         self._begun = 0
-        self._here: deque[Arrival] = deque()
-        self._told_of_loose = False
-        self._workers: _Workers | None = None
+        self._arrived: deque[Arrival] = deque()
+        self._has_warned = False
+        self.block: SlotBlock | None = None
+        self._workers: WorkerPool | None = None
         if num_workers:
-            draws.block = SlotBlock(slots, slot_bytes)
+            self.block = SlotBlock(slots, slot_bytes)
             self._free = deque(range(slots))
-            self._workers = _Workers(draws, self._tasks, num_workers, start_method, timeout)
+            self._workers = WorkerPool(reader, self.block, self._tasks, num_workers, start_method, timeout)
 
     @property
     def has_workers(self) -> bool:
-        """Whether something comes without being asked for."""
+        """Whether patches arrive without being asked for."""
         return self._workers is not None
 
     def begin(self, plan: EpochPlan, consumed: int = 0) -> int:
-        """Turn to a plan, of which some patches are consumed already; the serial of what will arrive.
+        """Begin the patches of a plan after the first ``consumed``; the serial of the run that they are of.
 
-        Where workers have begun it of themselves nothing of that is lost. Older plans are let go.
+        A run that workers have begun ahead is continued. The patches of older plans are dropped.
         """
         serial = None if consumed else self._begun_ahead(plan)
         if serial is None:
             serial = self._start(plan, consumed)
         self._plans = {s: p for s, p in self._plans.items() if s >= serial}
-        left, self._here = self._here, deque()
-        for arrival in left:
+        arrived, self._arrived = self._arrived, deque()
+        for arrival in arrived:
             if arrival.serial in self._plans:
-                self._here.append(arrival)
+                self._arrived.append(arrival)
             else:
-                self.free(arrival)
+                self.release(arrival)
         return serial
 
     def _begun_ahead(self, plan: EpochPlan) -> int | None:
@@ -99,57 +103,61 @@ class PatchFeed:
 
     def take(self) -> Arrival:
         """The next patch to arrive."""
-        while not self._here:
+        while not self._arrived:
             if self._workers is None:
-                self._here.extend(self._read(next(self._to_do)))
+                self._arrived.extend(self._read(next(self._to_do)))
             else:
                 self._unpack(self._workers.next_result())
-        return self._here.popleft()
+        return self._arrived.popleft()
 
-    def free(self, arrival: Arrival) -> None:
-        """Give the slot of a patch back, which must not be looked at any more."""
+    def release(self, arrival: Arrival) -> None:
+        """Release the slot of a patch for another one; its tensors are no longer valid."""
         if arrival.slot is not None:
             self._free.append(arrival.slot)
 
     def _read(self, draw: Draw) -> Iterator[Arrival]:
         serial = self._begun
         try:
-            for number, patch in zip(draw.arrivals, self._draws.patches(draw), strict=True):
+            for number, patch in zip(draw.arrivals, self._reader.patches(draw), strict=True):
                 yield Arrival(serial, number, patch)
         except Exception as error:
-            failed = FailedDraw.of(Task(serial, draw, ()), self._draws.name_of(draw.subject), error)
+            failed = FailedDraw.of(Task(serial, draw, ()), self._reader.name_of(draw.subject), error)
             yield Arrival(serial, draw.arrivals[0], None, failure=str(failed))
 
     def _unpack(self, result: Result) -> None:
-        task, block = result.task, self._draws.block
-        assert block is not None
+        task = result.task
         if task.serial not in self._plans:
             self._free.extend(task.slots)
         elif isinstance(result, FailedDraw):
             self._free.extend(task.slots)
-            self._here.append(Arrival(task.serial, task.draw.arrivals[0], None, failure=str(result)))
+            self._arrived.append(Arrival(task.serial, task.draw.arrivals[0], None, failure=str(result)))
         else:
             for number, slot, sent in zip(task.draw.arrivals, task.slots, result.patches, strict=True):
-                if sent.loose is None:
-                    tensors = [block.tensor(slot, place) for place in sent.layout.images]
-                else:
-                    arrived = zip(sent.loose, sent.layout.images, strict=True)
-                    tensors = [unpacked(data, place.dtype) for data, place in arrived]
-                    self._tell_of_loose(sent.layout.nbytes, block.slot_bytes)
-                patch = sent.layout.patch(tensors, sent.affines, sent.location, sent.subject)
-                self._here.append(Arrival(task.serial, number, patch, slot))
+                patch = sent.layout.patch(
+                    self._tensors(sent, slot), sent.affines, sent.location, sent.subject
+                )
+                self._arrived.append(Arrival(task.serial, number, patch, slot))
 
-    def _tell_of_loose(self, nbytes: int, slot_bytes: int) -> None:
-        if not self._told_of_loose:
-            self._told_of_loose = True
+    def _tensors(self, sent: Delivered, slot: int) -> list[torch.Tensor]:
+        """The images of a patch: views of its slot, or the arrays that were sent instead."""
+        assert self.block is not None
+        places = sent.layout.images
+        if sent.arrays is None:
+            return [self.block.tensor(slot, place) for place in places]
+        self._warn_of_slow_patches(sent.layout.nbytes, self.block.slot_bytes)
+        return [unpacked(data, place.dtype) for data, place in zip(sent.arrays, places, strict=True)]
+
+    def _warn_of_slow_patches(self, nbytes: int, slot_bytes: int) -> None:
+        if not self._has_warned:
+            self._has_warned = True
             warnings.warn(
                 f"some patches take {format_bytes(nbytes)} after the transform, more than the queue's slots "
-                f"of {format_bytes(slot_bytes)}; they travel a slower way",
+                f"of {format_bytes(slot_bytes)}; they are sent by a slower way",
                 stacklevel=2,
             )
 
     def _tasks(self) -> Iterator[Task]:
-        """What workers are to do, endless as long as the next plan is known."""
+        """The tasks of workers, without end as long as the next plan is known."""
         while True:
             draw = next(self._to_do, None)
             if draw is not None:
@@ -161,8 +169,8 @@ class PatchFeed:
                 return
 
     def close(self) -> None:
-        """End the workers, and let go of the slots."""
+        """End the workers, and drop the slots."""
         if self._workers is not None:
             self._workers.close()
-            self._draws.block = None
-            self._here.clear()
+            self._workers = self.block = None
+            self._arrived.clear()

@@ -1,7 +1,12 @@
-"""Worker processes: started once, watched, and named when they die."""
+"""Worker processes: started once, watched, and named in the error when they die.
+
+Torch's DataLoader keeps them. This module alone depends on private parts of torch: ``_shutdown_workers`` and
+``_shutdown`` of ``_MultiProcessingDataLoaderIter``, and its handler of SIGCHLD.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import pickle
 import signal
@@ -19,38 +24,47 @@ from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from zpatch.errors import OptionError, QueueError
-from zpatch.loading.shared_slots import SharedPickle
-from zpatch.loading.worker import Delivery, FailedDraw, SubjectDraws, Task, start_worker
+from zpatch.loading.draw_reader import DrawReader
+from zpatch.loading.shared_slots import SlotBlock
+from zpatch.loading.worker import Delivery, FailedDraw, Task, Worker, start_worker
 
 TASKS_PER_WORKER = 2
 WATCH_S = 0.5
-START_METHOD = "fork" if sys.platform == "linux" else "spawn"  # whatever Python's own is
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"  # whatever Python's own default is
 Result = Delivery | FailedDraw
 
 
-class _Workers:
-    """Worker processes that are started once, and watched."""
+class WorkerPool:
+    """Worker processes that do tasks in order, from the first result that is asked for until ``close``.
+
+    ``tasks`` iterates over the tasks, and is iterated again when new ones follow after its end. ``reader``
+    and ``block`` are what the workers read patches with and write them to. Workers that give no result for
+    ``timeout`` seconds while one is awaited are killed.
+    """
 
     def __init__(
         self,
-        draws: SubjectDraws,
+        reader: DrawReader,
+        block: SlotBlock,
         tasks: Callable[[], Iterator[Task]],
         count: int,
         start_method: str,
         timeout: float,
     ) -> None:
-        self._draws = draws
+        self._reader = reader
+        self._block = block
         self._start_method = start_method
         self._timeout = timeout
         self._waiting_since: float | None = None
-        self._hung: str | None = None  # which workers, once they were found to
+        self._hung: str | None = None  # which workers, once some were found to hang
         self._stopped = threading.Event()
+        self._worker = Worker(reader, block)
         self._loader: DataLoader[Result] = DataLoader(
-            draws,
+            self._worker,
             batch_size=None,
             sampler=_Tasks(tasks),
             num_workers=count,
-            collate_fn=_as_it_is,  # type: ignore[arg-type]
+            collate_fn=_unchanged,  # type: ignore[arg-type]
             worker_init_fn=start_worker,
             persistent_workers=True,
             prefetch_factor=TASKS_PER_WORKER,
@@ -61,14 +75,14 @@ class _Workers:
         self._processes: list[BaseProcess] = []
 
     def next_result(self) -> Result:
-        """What comes back next."""
+        """The result of the next task; a QueueError that names the worker where one died or hung."""
         if self._results is None:
             self._start()
         assert self._results is not None
         self._waiting_since = time.monotonic()
         try:
             result = next(self._results, None)
-            if result is None:  # the tasks had come to an end, and there are new ones
+            if result is None:  # the tasks had ended, and there are new ones
                 self._results = iter(self._loader)
                 result = next(self._results)
         except RuntimeError as error:
@@ -83,25 +97,38 @@ class _Workers:
     def _start(self) -> None:
         others = set(multiprocessing.active_children())
         try:
-            if self._start_method != "fork":
-                self._draws.pickle = _shared_pickle_of(self._draws)
-            self._results = iter(self._loader)
+            with self._sent_by_pickle():
+                self._results = iter(self._loader)
         except OSError as error:
             _end_half_started(error, others)
             raise QueueError(
                 f"the workers of the queue cannot be started ({error.strerror}); free some space in /dev/shm "
                 f"or memory, or use fewer num_workers"
             ) from error
-        finally:
-            self._draws.pickle = None  # each worker holds its file
         self._processes = [p for p in multiprocessing.active_children() if p not in others]
         _running.add(self)
         _name_killed_workers()
         watched = weakref.ref(self)
         threading.Thread(target=_watch, args=[watched, self._stopped], daemon=True).start()
 
+    @contextlib.contextmanager
+    def _sent_by_pickle(self) -> Iterator[None]:
+        """Whatever workers need is pickled once while they start; forked ones have it already."""
+        if self._start_method == "fork":
+            yield
+            return
+        with contextlib.ExitStack() as started:
+            try:
+                started.enter_context(self._worker.pickled_once())
+            except (AttributeError, TypeError, RuntimeError, pickle.PicklingError) as error:
+                raise QueueError(
+                    f"subjects, sampler or transform cannot be sent to a worker ({error}); define them at "
+                    f"the top of a module, or use start_method='fork'"
+                ) from error
+            yield
+
     def kill_if_hung(self) -> None:
-        """End workers that hang: torch notices within seconds that they are gone."""
+        """Kill workers that hang: torch notices within seconds that they have ended."""
         since = self._waiting_since
         if since is not None and time.monotonic() - since > self._timeout:
             at = [(process.pid, self._at(process.pid)) for process in self._processes]
@@ -114,15 +141,14 @@ class _Workers:
         return "; ".join(
             f"worker {process.pid} {_death(process.exitcode)}{self._at(process.pid)}"
             for process in self._processes
-            if process.exitcode is not None  # even 0: nobody has told it to end
+            if process.exitcode is not None  # even 0: nobody has asked it to end
         )
 
     def _at(self, pid: int | None) -> str:
-        if (block := self._draws.block) is None:
-            return ""
-        for worker, subject in block.watched.reshape(-1, 2).tolist():
+        """Which subject a worker was reading, as part of an error."""
+        for worker, subject in self._block.watched.reshape(-1, 2).tolist():
             if worker == pid and subject:
-                return f" over subject {self._draws.name_of(subject - 1)!r}"
+                return f" over subject {self._reader.name_of(subject - 1)!r}"
         return ""
 
     def close(self) -> None:
@@ -131,7 +157,7 @@ class _Workers:
         _running.discard(self)
         loader_iterator, self._results = self._results, None
         if loader_iterator is not None:
-            _closing.add(self)  # how its workers end is of no interest any more
+            _closing.add(self)  # from now on it is no error that a worker ends
             try:
                 loader_iterator._shutdown_workers()  # type: ignore[attr-defined]
             finally:
@@ -139,7 +165,7 @@ class _Workers:
 
 
 def _end_half_started(error: OSError, others: Collection[BaseProcess]) -> None:
-    """End the workers that torch had started before it failed, which it cannot do itself without noise."""
+    """End the workers that torch had started before it failed; torch itself would print an error."""
     for process in multiprocessing.active_children():
         if process not in others:
             process.kill()
@@ -149,7 +175,7 @@ def _end_half_started(error: OSError, others: Collection[BaseProcess]) -> None:
             half_made._shutdown = True
 
 
-def _watch(watched: weakref.ref[_Workers], stopped: threading.Event) -> None:
+def _watch(watched: weakref.ref[WorkerPool], stopped: threading.Event) -> None:
     while not stopped.wait(WATCH_S):
         if (workers := watched()) is None:
             return
@@ -158,7 +184,7 @@ def _watch(watched: weakref.ref[_Workers], stopped: threading.Event) -> None:
 
 
 class _Tasks:
-    """The sampler of torch's DataLoader: tasks instead of indices."""
+    """The sampler of torch's DataLoader: it gives tasks instead of indices."""
 
     def __init__(self, tasks: Callable[[], Iterator[Task]]) -> None:
         self._tasks = tasks
@@ -167,7 +193,7 @@ class _Tasks:
         return self._tasks()
 
 
-def _as_it_is(result: Result) -> Result:
+def _unchanged(result: Result) -> Result:
     return result
 
 
@@ -178,7 +204,7 @@ def _death(exit_code: int | None) -> str:
 
 
 def check_processes(start_method: str | None, timeout: float) -> None:
-    """Refuse how workers are to be started, or waited for, where that cannot be."""
+    """Refuse a start method that this system does not have, and a timeout that is not above 0."""
     methods = multiprocessing.get_all_start_methods()
     if start_method is not None and start_method not in methods:
         raise OptionError(f"start_method must be one of {', '.join(methods)}, not {start_method!r}")
@@ -186,22 +212,15 @@ def check_processes(start_method: str | None, timeout: float) -> None:
         raise OptionError(f"timeout must be above 0 seconds, not {timeout}")
 
 
-def _shared_pickle_of(draws: SubjectDraws) -> SharedPickle:
-    try:
-        return draws.shared_pickle()
-    except (AttributeError, TypeError, RuntimeError, pickle.PicklingError) as error:
-        raise QueueError(
-            f"subjects, sampler or transform cannot be sent to a worker ({error}); define them at the "
-            f"top of a module, or use start_method='fork'"
-        ) from error
-
-
-_running: weakref.WeakSet[_Workers] = weakref.WeakSet()
-_closing: weakref.WeakSet[_Workers] = weakref.WeakSet()
+_running: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
+_closing: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
 
 
 def _name_killed_workers() -> None:
-    """Torch hears of a killed worker in a signal handler, wherever the main thread is: say it as ours."""
+    """Let torch's handler of SIGCHLD raise a QueueError that names the worker, where the worker is ours.
+
+    The handler runs wherever the main thread is when a worker dies.
+    """
     handler = signal.getsignal(signal.SIGCHLD)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
         return

@@ -19,7 +19,13 @@ from torch.utils.data.distributed import DistributedSampler
 
 import zpatch as zp
 from zpatch.errors import OptionError
-from zpatch.loading.queue_state import epoch_and_consumed, queue_state, subjects_digest
+from zpatch.loading.epoch_plan import EpochPlan
+from zpatch.loading.stream_position import (
+    StreamPosition,
+    epoch_and_consumed,
+    queue_state,
+    subjects_digest,
+)
 from zpatch.sampling.grid_sampler import PatchSampler
 
 # Torch says so where there are more workers than processors.
@@ -46,7 +52,113 @@ def states_of(queue: zp.Queue) -> list[dict[str, Any]]:
     return [json.loads(json.dumps(state)) for state in states]
 
 
-# What it is
+# The position, without a queue
+
+
+def plan_of(epoch: int, total: int = 3) -> EpochPlan:
+    """A plan of an epoch of one subject."""
+    one = np.array([0]), np.array([total])
+    return EpochPlan(0, epoch, *one, total=total, group=1, buffer=1, shuffle=False)
+
+
+def iterate(position: StreamPosition, patches: int) -> list[tuple[int, int]]:
+    """Iterate and leave after some patches; what was handed out."""
+    position.begin(plan_of(position.epoch))
+    handed_out = []
+    for _ in range(patches):
+        handed_out.append(position.next_patch)
+        position.advance()
+    position.finish()
+    return handed_out
+
+
+def test_a_position_goes_from_epoch_to_epoch() -> None:
+    position = StreamPosition()
+    assert [iterate(position, 3) for _ in range(2)] == [[(n, 0), (n, 1), (n, 2)] for n in range(2)]
+    assert position.next_patch == (2, 0)
+
+
+def test_a_position_with_the_last_patch_handed_out_is_at_the_next_epoch() -> None:
+    position = StreamPosition()
+    position.begin(plan_of(0))
+    places = []
+    for _ in range(3):
+        position.advance()
+        places.append(position.next_patch)
+    assert places == [(0, 1), (0, 2), (1, 0)]
+    assert (position.epoch, position.consumed) == (0, 3)  # until the iteration ends
+
+
+def test_an_epoch_that_was_broken_off_is_repeated_or_left() -> None:
+    position = StreamPosition()
+    iterate(position, 2)
+    assert position.next_patch == (0, 2)
+    assert iterate(position, 1) == [(0, 0)]
+    position.leave_broken_epoch()
+    assert position.next_patch == (1, 0)
+    position.leave_broken_epoch()  # of the new one nothing was handed out
+    assert position.next_patch == (1, 0)
+
+
+def test_an_epoch_is_chosen_at_once_or_after_the_iteration_that_runs() -> None:
+    position = StreamPosition()
+    position.choose(4)
+    assert position.next_patch == (4, 0)
+    position.begin(plan_of(4))
+    position.advance()
+    position.choose(7)
+    assert position.next_patch == (4, 1)
+    position.advance()
+    position.advance()
+    assert position.next_patch == (7, 0)
+    position.finish()
+    position.finish()
+    assert position.next_patch == (7, 0)
+
+
+def test_a_resumed_position_begins_after_what_was_consumed() -> None:
+    position = StreamPosition()
+    position.resume(plan_of(5), 2)
+    assert position.begin(plan_of(5)) == 2
+    position.advance()
+    position.finish()
+    assert position.next_patch == (6, 0)
+
+
+@pytest.mark.parametrize(("chosen", "place"), [(5, (5, 2)), (6, (6, 0)), (4, (4, 0))])
+def test_only_the_epoch_that_is_resumed_keeps_its_place(chosen: int, place: tuple[int, int]) -> None:
+    position = StreamPosition()
+    position.resume(plan_of(5), 2)
+    position.choose(chosen)
+    position.leave_broken_epoch()
+    assert position.next_patch == place
+
+
+def test_a_resumed_position_keeps_its_place_until_a_patch_is_handed_out() -> None:
+    position = StreamPosition()
+    position.resume(plan_of(5), 1)
+    assert position.begin(plan_of(5)) == 1
+    position.finish()  # the workers could not be started, say
+    assert position.begin(plan_of(5)) == 1
+    position.advance()
+    position.finish()
+    assert position.next_patch == (5, 2)
+    assert position.begin(plan_of(5)) == 0
+
+
+def test_a_position_resumed_during_an_iteration_ends_it() -> None:
+    position = StreamPosition()
+    position.begin(plan_of(0))
+    first = position.iteration
+    position.choose(9)
+    position.resume(plan_of(2), 1)
+    assert position.iteration is None
+    assert position.next_patch == (2, 1)
+    position.begin(plan_of(2))
+    assert position.iteration not in (None, first)
+
+
+# What a state is
 
 
 def test_a_state_is_small_json(cohort: zp.Cohort) -> None:
@@ -89,7 +201,7 @@ def test_a_state_that_was_loaded_is_the_state() -> None:
         assert queue.state_dict() == state
 
 
-# Going on
+# Resuming
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)

@@ -1,0 +1,200 @@
+"""The patches of a draw: located, read as one group in the types that they arrive in, and transformed."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from zpatch.chunks.scaling import UNSCALED
+from zpatch.geometry.affines import Affine, crop_affine
+from zpatch.geometry.boxes import PatchLocation
+from zpatch.images.image import Image, read_together
+from zpatch.images.subject import Subject
+from zpatch.loading.epoch_plan import Draw
+from zpatch.loading.shared_slots import ImagePlace, SlotLayout, new_tensor
+from zpatch.sampling.grid_sampler import GridSampler, PatchSampler
+from zpatch.sampling.patch import Patch, torch_dtype
+from zpatch.sampling.randomness import Purpose, rng
+
+Transform = Callable[[Patch], Patch]
+
+
+@dataclass(frozen=True, slots=True)
+class VoxelTypes:
+    """The types that images are read in, and the slope and intercept that are left to apply to their voxels.
+
+    Each value is computed once. For a transform it is computed as the image is read, in ``dtype``. Without
+    a transform, stored voxels are sent with slope and intercept, and values are computed where a batch is
+    made; unless stored voxels cannot represent them, as in a clipped image, or where padding has a ``fill``.
+    """
+
+    sampler: PatchSampler
+    dtype: torch.dtype | None
+    has_transform: bool
+
+    def place_of(self, name: str, image: Image) -> ImagePlace:
+        """The image of that name in a patch, not yet placed in a slot."""
+        dtype, (slope, inter) = self._type_of(image)
+        shape = image.num_channels, *self.sampler.patch_size
+        return ImagePlace(name, image.kind, shape, dtype, slope=slope, inter=inter)
+
+    def _type_of(self, image: Image) -> tuple[torch.dtype, tuple[float, float]]:
+        if image.kind == "label" or image.dtype.kind == "c":
+            return torch_dtype(image.dtype), (1.0, 0.0)
+        if self.dtype is not None and (self.has_transform or self._fills_with_a_value(image)):
+            return self.dtype, (1.0, 0.0)
+        widen = self.dtype is None
+        if image.scaling.is_bounded or self._fills_with_a_value(image):
+            return torch_dtype(image.dtype, widen=widen), (1.0, 0.0)
+        return torch_dtype(image.source.dtype, widen=widen), (image.scaling.slope, image.scaling.inter)
+
+    def _fills_with_a_value(self, image: Image) -> bool:
+        """Whether padding has a value that no stored voxel represents."""
+        if not isinstance(self.sampler, GridSampler) or self.sampler.padding_mode != "constant":
+            return False
+        fill = self.sampler.fill_of(image)
+        with np.errstate(all="ignore"):
+            stored = np.array(fill).astype(image.source.dtype)
+        return image.scaling != UNSCALED or stored != fill
+
+
+class TransformRunner:
+    """Calls a transform so that its result depends on (seed, epoch, subject, draw) alone.
+
+    Torch's, numpy's and Python's global generators are seeded before each call and restored after it, and
+    torch computes in one thread.
+    """
+
+    def __init__(self, transform: Transform, seed: int) -> None:
+        self._transform = transform
+        self._seed = seed
+
+    def run(self, patch: Patch, draw: Draw, number: int) -> Patch:
+        """Transform patch ``number`` of the visit of a draw; an error names the location of the patch."""
+        address = draw.visit << 32 | number
+        stream = rng(self._seed, draw.epoch, draw.subject, address, purpose=Purpose.TRANSFORM)
+        try:
+            with seeded_globals(int(stream.integers(2**63))), one_thread():
+                changed: Any = self._transform(patch)
+            check_patch(changed)
+        except Exception as error:
+            error.add_note(f"in the transform of the patch at {patch.location.index}")
+            raise
+        return changed  # type: ignore[no-any-return]
+
+
+class DrawReader:
+    """The patches of any draw of some subjects; each worker has a copy.
+
+    ``types`` says in which types they are read; with a ``transform`` they are transformed.
+    """
+
+    def __init__(
+        self,
+        subjects: Sequence[Subject],
+        sampler: PatchSampler,
+        patches_per_volume: int,
+        types: VoxelTypes,
+        transform: TransformRunner | None,
+        seed: int,
+    ) -> None:
+        self.subjects = subjects
+        self.transform = transform
+        self._sampler = sampler
+        self._patches_per_volume = patches_per_volume
+        self._types = types
+        self._seed = seed
+
+    def name_of(self, subject: int) -> str:
+        """The name of a subject by its number."""
+        names = getattr(self.subjects, "names", None)  # of a cohort: without making the subject
+        return str(names[subject] if names else self.subjects[subject].name)
+
+    def layout_of(self, subject: Subject) -> SlotLayout:
+        """The layout of a patch of a subject in a slot, before any transform."""
+        return SlotLayout.of([self._types.place_of(name, image) for name, image in subject.images.items()])
+
+    def patches(self, draw: Draw) -> Iterator[Patch]:
+        """The transformed patches of a draw, each in newly allocated memory."""
+        subject = self.subjects[draw.subject]
+        locations, layout = self.locations(subject, draw), self.layout_of(subject)
+        tensors = [[new_tensor(place) for _ in locations] for place in layout.images]
+        affines = self.read(subject, layout, locations, tensors)
+        for n, (number, location) in enumerate(zip(draw.numbers, locations, strict=True)):
+            patch = layout.patch([of[n] for of in tensors], affines[n], location, subject.name)
+            yield patch if self.transform is None else self.transform.run(patch, draw, number)
+
+    def locations(self, subject: Subject, draw: Draw) -> list[PatchLocation]:
+        """Where the patches of a draw are in its subject."""
+        if isinstance(self._sampler, GridSampler):
+            grid = self._sampler.grid_of(subject)
+            return [grid.location(number) for number in draw.numbers]
+        generator = rng(self._seed, draw.epoch, draw.subject, draw.visit, purpose=Purpose.LOCATIONS)
+        drawn = self._sampler.locations(subject, self._patches_per_volume, generator)
+        return [drawn[number] for number in draw.numbers]
+
+    def read(
+        self,
+        subject: Subject,
+        layout: SlotLayout,
+        locations: Sequence[PatchLocation],
+        tensors: Sequence[Sequence[torch.Tensor]],
+    ) -> list[list[Affine]]:
+        """Read some patches of a subject as one group; the affines of each patch, in the order of images.
+
+        ``tensors`` has a list for each image with a tensor for each location.
+        """
+        images = list(subject.images.values())
+        grid = self._sampler if isinstance(self._sampler, GridSampler) else None
+        read_together(
+            images,
+            locations,
+            scaled=[(place.slope, place.inter) == (1.0, 0.0) for place in layout.images],
+            padding_mode=None if grid is None else grid.padding_mode,
+            fill=0 if grid is None else [grid.fill_of(image) for image in images],
+            outs=[[tensor.numpy() for tensor in of] for of in tensors],
+        )
+        return [[crop_affine(image.affine, at.index) for image in images] for at in locations]
+
+
+def check_patch(changed: Any) -> None:
+    """Refuse the result of a transform that is not a patch of tensors."""
+    if not isinstance(changed, Patch):
+        raise TypeError(f"a transform gives a Patch, not {type(changed).__name__}")
+    for name, image in changed.images.items():
+        if not isinstance(image.data, torch.Tensor):
+            raise TypeError(f"the data of {name!r} must be a tensor, not {type(image.data).__name__}")
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute in one thread, as in a worker: sums of several threads are rounded differently."""
+    before = torch.get_num_threads()
+    if before != 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def seeded_globals(seed: int) -> Iterator[None]:
+    """Seed torch's, numpy's and Python's global generators, and restore them afterwards."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        random.setstate(states[2])
