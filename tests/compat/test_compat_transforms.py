@@ -366,14 +366,16 @@ def test_labels_come_back_exactly_or_not_at_all(
 
 
 def test_fractions_in_a_label_map_are_an_error(patch: zp.Patch) -> None:
-    with pytest.raises(OptionError, match=r"gives the label map 'seg' values that torch.uint8 does not hold"):
+    with pytest.raises(
+        OptionError, match=r"gives the label map 'seg' values that torch.uint8 cannot represent"
+    ):
         on_tensors(lambda data: data / 2, images=["seg"])(patch)
 
 
 def test_labels_that_floats_do_not_tell_apart_are_an_error() -> None:
     labels = torch.full((1, 2, 2, 2), 2**24 + 1, dtype=torch.int32)
     patch = zp.Patch({"seg": PatchImage(labels, AFFINE, "label")}, zp.PatchLocation((0, 0, 0), (2, 2, 2)), "")
-    with pytest.raises(OptionError, match="does not tell labels above 16777216 apart; renumber them"):
+    with pytest.raises(OptionError, match="cannot represent all labels above 16777216; renumber them"):
         on_tensors(torch.Tensor.float, images=["seg"])(patch)
 
 

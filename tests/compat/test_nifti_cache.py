@@ -190,7 +190,7 @@ def test_a_saved_image_is_a_nifti_file_of_its_voxels(tmp_path: Path, name: str, 
 
 def test_what_is_no_image_or_would_be_no_nifti_file_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(
-        OptionError, match=r"t1\.png: images are saved as NIfTI; let the name end in \.nii or"
+        OptionError, match=r"t1\.png: images are saved as NIfTI; use a name that ends in \.nii or"
     ):
         save_image(tmp_path / "t1.png", VOXELS[None], AFFINE)
     with pytest.raises(OptionError, match=r"t1\.nii: an image is \(C, I, J, K\), not \(1, 1, 6, 7, 8\)"):

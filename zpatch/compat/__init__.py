@@ -1,1 +1,1 @@
-"""The patch APIs of other libraries, on zpatch: scripts written for them run by changing one import."""
+"""The patch APIs of TorchIO and MONAI on zpatch: scripts that use them run after changing one import."""

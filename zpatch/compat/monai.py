@@ -33,13 +33,13 @@ FilePath = str | os.PathLike[str]
 
 
 def datalist(subjects: Sequence[Subject]) -> list[dict[str, str]]:
-    """The images of a cohort as MONAI lists data: for each subject the path of each image, by its name."""
+    """A data list of MONAI: a dictionary for each subject, from the names of its images to their paths."""
     paths = []
     for subject in subjects:
-        loose = [name for name, image in subject.images.items() if image.folder is None]
-        if loose:
+        pathless = [name for name, image in subject.images.items() if image.folder is None]
+        if pathless:
             raise OptionError(
-                f"{', '.join(loose)} of subject {subject.name!r} is in no store and has no path; "
+                f"{', '.join(pathless)} of subject {subject.name!r} is in no store and has no path; "
                 f"list the subjects of a cohort as they are stored"
             )
         paths.append({name: str(image.folder) for name, image in subject.images.items()})
@@ -49,21 +49,21 @@ def datalist(subjects: Sequence[Subject]) -> list[dict[str, str]]:
 class ZpatchReader:
     """An ImageReader of MONAI for images in a store, as ``"cohort.zarr/sub-01/t1"``, and of OME-Zarr.
 
-    Give it as ``reader`` to LoadImage or LoadImaged, as a class or by its dotted name. ``read`` opens, and
-    ``get_data`` reads: all of an image, or the box of ``size`` voxels (I, J, K) whose first voxel is
-    ``location``. As MONAI's NIfTI reader does, it gives (I, J, K) where there is one channel; else
-    (C, I, J, K). Images that are read together become channels of one.
+    Pass it as ``reader`` to LoadImage or LoadImaged, as a class or by its dotted name. ``read`` opens an
+    image, and ``get_data`` reads it: all of it, or the box of ``size`` voxels (I, J, K) whose first voxel is
+    ``location``. As MONAI's NIfTI reader, it gives (I, J, K) if there is one channel, else (C, I, J, K).
+    Images that are read together become the channels of one image.
     """
 
     def __init__(self) -> None:
         monai_library().data.ImageReader.register(type(self))
 
     def verify_suffix(self, filename: FilePath | Sequence[FilePath]) -> bool:
-        """Whether those are paths in a Zarr store."""
+        """Whether the file names are all paths in a Zarr store."""
         return all(any(part.endswith(".zarr") for part in Path(name).parts) for name in _listed(filename))
 
     def read(self, data: FilePath | Sequence[FilePath]) -> Image | list[Image]:
-        """The images of some paths, opened: nothing is read."""
+        """The images of some paths, opened; no voxels are read."""
         images = [Image(name) for name in _listed(data)]
         return images[0] if len(images) == 1 else images
 
@@ -73,7 +73,7 @@ class ZpatchReader:
         location: Sequence[int] | None = None,
         size: int | Sequence[int] | None = None,
     ) -> tuple[NDArray[Any], dict[str, Any]]:
-        """Values, and what MONAI makes a MetaTensor of: affine, spatial shape, space, channel dimension."""
+        """Values, and the metadata of a MetaTensor: affine, spatial shape, space, channel dimension."""
         images = [img] if isinstance(img, Image) else list(img)
         _check_alike(images)
         index = triple((0, 0, 0) if location is None else location, "location")
@@ -95,9 +95,9 @@ class ZpatchReader:
 class ZpatchPatchIterd:
     """A ``patch_iter`` of GridPatchDataset, as MONAI's PatchIterd, that reads each patch from disk.
 
-    An item's ``keys`` are paths in a store, or zpatch images; the others are passed on as they are. Yields
-    dictionaries of MetaTensors (C, I, J, K), and coordinates ``[[0, C], [i, i + p], ...]`` that are under
-    ``patch_coords`` too. The grid is that of GridSampler.
+    The ``keys`` of an item are paths in a store, or zpatch images; its other entries are passed on unchanged.
+    It yields dictionaries of MetaTensors (C, I, J, K), and coordinates ``[[0, C], [i, i + p], ...]``, which
+    are in the dictionary too, as ``patch_coords``. The grid is that of GridSampler.
     """
 
     def __init__(
@@ -132,11 +132,11 @@ def _listed(names: FilePath | Sequence[FilePath]) -> list[FilePath]:
 
 
 def _check_alike(images: Sequence[Image]) -> None:
-    """Refuse to make channels of images that lie elsewhere."""
+    """Refuse to make channels of images on different grids."""
     first = images[0]
     for image in images[1:]:
         if image.spatial_shape != first.spatial_shape or not np.allclose(image.affine, first.affine):
             raise OptionError(
-                f"{image!r} and {first!r} differ in shape or affine; only images on one grid can be "
-                f"channels of one"
+                f"{image!r} and {first!r} differ in shape or affine; read only images on one grid together, "
+                f"as channels of one"
             )

@@ -1,8 +1,8 @@
-"""NIfTI files as images that patches can be read from, each converted once into a cache; and written again.
+"""NIfTI files as images that patches can be read from, each converted once into a cache; and saved images.
 
-The cache is the folder ``ZPATCH_CACHE``, else ``zpatch`` in ``XDG_CACHE_HOME`` or in ``~/.cache``. It keeps
-what it holds: whatever is no longer wanted in it may be deleted. A cohort is better converted beforehand, by
-``zpatch convert``, in several processes and into one store.
+The cache is the folder ``ZPATCH_CACHE``, else ``zpatch`` in ``XDG_CACHE_HOME`` or in ``~/.cache``. Nothing is
+removed from it; its entries may be deleted at any time that they are not in use. It is better to convert a
+cohort beforehand with ``zpatch convert``, in several processes and into one store.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from zpatch.store.image_record import Kind
 from zpatch.store.lock import take_lock
 
 POLL_S = 0.1
-MAX_NAME = 64  # characters of a file's name that its subject is called by
+MAX_NAME = 64  # characters of a subject's name, the first ones of the name of its file
 
-# Types that NIfTI does not have, and those that hold their values.
+# Types that NIfTI does not have, and types that represent all their values.
 SAVED_AS: Mapping[np.dtype[Any], np.dtype[Any]] = {
     np.dtype(bool): np.dtype(np.uint8),
     np.dtype(np.float16): np.dtype(np.float32),
 }
 
-# What the advice of the command line is called in Python.
+# Advice in errors of the command line, and the same advice in Python.
 IN_PYTHON = {"--label-pattern": "ScalarImage", " with --exclude": ""}
 
 _log = logging.getLogger("zpatch")
@@ -51,10 +51,10 @@ _log = logging.getLogger("zpatch")
 def cached_image(path: str | os.PathLike[str], kind: Kind = "scalar") -> Image:
     """The image of a NIfTI file (.nii, .nii.gz, .hdr or .img), which is converted when it is first used.
 
-    The conversion is said once, to the logger ``zpatch``. A file that has changed since is converted again.
-    Several processes may ask at once: one converts, the others wait. Any other path, of an image in a
-    store, an OME-Zarr image or a Zarr array, is opened as it is. A file that cannot be converted is a
-    SourceError, as is a label map whose values are not whole numbers.
+    The conversion is logged once, to the logger ``zpatch``. A file that has changed since is converted again.
+    Of several processes that open one file at a time, one converts it and the others wait. A path of another
+    kind (an image in a store, an OME-Zarr image, a Zarr array) is opened without conversion. A file that
+    cannot be converted is a SourceError, as is a label map whose values are not whole numbers.
     """
     file = Path(os.path.abspath(os.path.expanduser(path)))
     if not is_image_name(file.name) or file.is_dir():
@@ -76,9 +76,13 @@ def save_image(path: str | os.PathLike[str], voxels: NDArray[Any], affine: Affin
     """Write voxels (C, I, J, K) to a NIfTI file, .nii or .nii.gz, with channels as its fourth axis."""
     file = Path(path).expanduser()
     if not file.name.endswith(SUFFIXES):
-        raise OptionError(f"{file}: images are saved as NIfTI; let the name end in {' or '.join(SUFFIXES)}")
+        raise OptionError(
+            f"{file}: images are saved as NIfTI; use a name that ends in {' or '.join(SUFFIXES)}"
+        )
     if voxels.ndim != 4:
-        raise OptionError(f"{file}: an image is (C, I, J, K), not {voxels.shape}; save one of the batch")
+        raise OptionError(
+            f"{file}: an image is (C, I, J, K), not {voxels.shape}; save one image of the batch"
+        )
     channels, i, j, k = voxels.shape
     dtype = SAVED_AS.get(voxels.dtype, voxels.dtype)
     header = make_header((i, j, k), channels, dtype, affine)
@@ -86,7 +90,7 @@ def save_image(path: str | os.PathLike[str], voxels: NDArray[Any], affine: Affin
 
 
 def cache_folder() -> Path:
-    """Where converted files are kept."""
+    """The folder of the cache."""
     chosen = os.environ.get("ZPATCH_CACHE")
     if chosen:
         return Path(chosen).expanduser().absolute()
@@ -94,39 +98,41 @@ def cache_folder() -> Path:
 
 
 def _key(file: Path, kind: Kind) -> str:
-    """A name for a file as it is now; of a pair both files count."""
+    """The cache's name for a file in its current state; for a pair, in the state of both files."""
     files = [file]
     if file.suffix == HEADER:
         files += [f for f in (file.with_suffix(VOXELS), file.with_suffix(f"{VOXELS}.gz")) if f.exists()]
     try:
         states = [file.stat() for file in files]
     except OSError as error:
-        raise SourceError(f"{error.filename}: it cannot be read ({error.strerror}); see to it") from None
-    told = [str(file), kind, *(f"{state.st_size} {state.st_mtime_ns}" for state in states)]
-    return digest("\n".join(told).encode(errors="surrogateescape"))
+        raise SourceError(
+            f"{error.filename}: it cannot be read ({error.strerror}); check its path and permissions"
+        ) from None
+    parts = [str(file), kind, *(f"{state.st_size} {state.st_mtime_ns}" for state in states)]
+    return digest("\n".join(parts).encode(errors="surrogateescape"))
 
 
 def _locked(entry: Path) -> IO[str]:
-    """The lock of a file's place in the cache, waited for."""
+    """The lock of an entry of the cache, once no other process has it."""
     while True:
         try:
             return take_lock(entry)
         except StoreLockedError:
             time.sleep(POLL_S)
         except StoreError as error:
-            raise StoreError(f"{error}; set ZPATCH_CACHE to a folder that can be written to") from None
+            raise StoreError(f"{error}; set ZPATCH_CACHE to a folder with write permission") from None
 
 
 def _convert(file: Path, kind: Kind, store: Path) -> None:
     reasons: list[str] = []
     try:
-        read_header(file)  # what is wrong with it is said of the file, not of the list
+        read_header(file)  # so that an error names the file, not the list
         run_conversion(_plan(file, kind, store), store, on_case=lambda one: reasons.append(one.reason))
     except SourceError as error:
-        told = reasons[0] if reasons else str(error)
+        reason = reasons[0] if reasons else str(error)
         for option, name in IN_PYTHON.items():
-            told = told.replace(option, name)
-        raise SourceError(told) from None
+            reason = reason.replace(option, name)
+        raise SourceError(reason) from None
 
 
 def _plan(file: Path, kind: Kind, store: Path) -> ConversionPlan:

@@ -1,25 +1,25 @@
 """The patch API of TorchIO about 0.13: ``import zpatch.compat.torchio0 as torchio`` instead of ``torchio``.
 
 Sources, patches as mappings, transforms and random numbers are as in ``zpatch.compat.torchio1``. In this
-generation images are given their names, ``Subject(Image("t1", path, INTENSITY), ...)``. ``ImageSampler`` and
-``LabelSampler`` are made of a subject and iterated without end, and a queue is told which of the two. Patches
+generation an image has a name, ``Subject(Image("t1", path, INTENSITY), ...)``. ``ImageSampler`` and
+``LabelSampler`` take a subject and are iterated without end; a queue takes one of the two classes. Patches
 have their first voxel in ``index_ini``. In ``GridSampler`` and ``GridAggregator`` the overlap is a border on
 each side of a patch, which the aggregator cuts off: the step is the patch without both borders.
 
-Where TorchIO did not do what it says, this does what it says:
+Where TorchIO differed from its documentation, this module follows the documentation:
 
 - The border of the volume is part of the result, where TorchIO left it 0.
 - All channels of the network's output are in the result, (C, I, J, K), where TorchIO kept the first; with one
-  channel it is (I, J, K) as before.
-- The last place of a patch on each axis is drawn too, where TorchIO never drew it.
+  channel it is (I, J, K), as in TorchIO.
+- The last location of a patch on each axis is drawn too, where TorchIO never drew it.
 - An iteration of a queue is an epoch, as in ``zpatch.compat.torchio1``.
 
-And in these ways it is not TorchIO:
+These differences are intended:
 
-- A patch of ``LabelSampler`` has a labelled voxel at its centre, not only somewhere. The label map is the one
-  called ``label``, or else the first.
-- Patches of a grid come in order, the first axis slowest, and none is added between the only two of an axis.
-- A border must leave something of a patch, and voxels that no patch covered are an error.
+- A patch of ``LabelSampler`` has a labelled voxel at its centre, not just anywhere. The label map is the one
+  called ``label``, else the first.
+- Patches of a grid are in order, the first axis slowest, and no third is added where an axis has two.
+- A border must be smaller than half a patch, and voxels that no patch covered are an error.
 - Samplers and queues refuse images of one subject whose affines differ.
 - Transforms have the names of TorchIO 1 (``RescaleIntensity`` was ``Rescale``), and a pipeline of them is its
   ``Compose``, not torchvision's.
@@ -40,6 +40,7 @@ from torch.utils.data import Dataset, IterableDataset
 from zpatch.blending.aggregator import PatchAggregator
 from zpatch.compat import torchio1
 from zpatch.compat.torchio1 import AFFINE, DATA, INTENSITY, LABEL, LOCATION, SAMPLING_MAP, TYPE
+from zpatch.compat.torchio1_samplers import PatchSampler
 from zpatch.compat.torchio1_subjects import Patch, as_subject
 from zpatch.errors import OptionError
 from zpatch.geometry.boxes import PatchLocation, Triple, triple
@@ -77,7 +78,7 @@ __getattr__ = torchio1.__getattr__  # torchio.RandomFlip is TorchIO's
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Image:
-    """An image and its name; ``path`` is whatever ``torchio1.Image`` takes, ``type`` INTENSITY or LABEL."""
+    """An image and its name; ``path`` is a source of ``torchio1.Image``, ``type`` INTENSITY or LABEL."""
 
     name: str
     path: Any
@@ -103,11 +104,11 @@ class ImagesDataset(torchio1.SubjectsDataset):
 
 
 class ImageSampler(IterableDataset[Patch]):
-    """Patches of a subject without end; each place is equally likely."""
+    """Patches of a subject without end; each location is equally likely."""
 
     @classmethod
-    def of_size(cls, patch_size: PatchSize, label_name: str | None) -> torchio1.PatchSampler:
-        """What draws the patches."""
+    def of_size(cls, patch_size: PatchSize, label_name: str | None) -> PatchSampler:
+        """The sampler that draws the patches."""
         return torchio1.UniformSampler(patch_size)
 
     def __init__(self, sample: NativeSubject, patch_size: PatchSize) -> None:
@@ -123,8 +124,8 @@ class LabelSampler(ImageSampler):
     """Patches of a subject without end, each with a labelled voxel at its centre."""
 
     @classmethod
-    def of_size(cls, patch_size: PatchSize, label_name: str | None) -> torchio1.PatchSampler:
-        """What draws the patches."""
+    def of_size(cls, patch_size: PatchSize, label_name: str | None) -> PatchSampler:
+        """The sampler that draws the patches."""
         return torchio1.LabelSampler(patch_size, label_name)
 
 
@@ -175,12 +176,12 @@ class Queue(IterableDataset[Patch]):
         return map(_with_index, self._queue)
 
     def close(self) -> None:
-        """End the workers, as happens when the queue is no longer used."""
+        """End the workers, as the garbage collector does when the queue is no longer used."""
         self._queue.close()
 
 
 class GridSampler(Dataset[dict[str, Any]]):
-    """All patches of a grid over an array or tensor (I, J, K), or over whatever ``torchio1.Image`` takes.
+    """All patches of a grid over an array or tensor (I, J, K), or over a source of ``torchio1.Image``.
 
     ``patch_overlap`` is the border of a patch on each side, so that neighbours overlap by twice as much.
     """
@@ -205,7 +206,7 @@ class GridSampler(Dataset[dict[str, Any]]):
 class GridAggregator:
     """The outputs of a network at all patches of a grid, put together without their borders.
 
-    ``data`` is the array or tensor that the grid was over, of which only the shape counts.
+    ``data`` is the array or tensor that the grid was over; only its shape is used.
     """
 
     def __init__(self, data: Any, patch_overlap: PatchSize) -> None:
@@ -213,7 +214,7 @@ class GridAggregator:
         self._native = PatchAggregator(shape, "crop", _both_borders(patch_overlap))
 
     def add_batch(self, patches: torch.Tensor, locations: torch.Tensor) -> None:
-        """Take in a batch (B, C, I, J, K) and where its patches lie, (B, 6)."""
+        """Add a batch (B, C, I, J, K) at the locations of its patches, (B, 6)."""
         ends = np.asarray(locations.cpu() if isinstance(locations, torch.Tensor) else locations)
         sizes = ends[:, 3:] - ends[:, :3]
         places = [

@@ -1,4 +1,4 @@
-"""Images, subjects and patches as TorchIO 0.18 to 1.x has them; see ``torchio1`` for the whole of it."""
+"""Images, subjects and patches as TorchIO 0.18 to 1.x has them; ``torchio1`` describes all of its API."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ _TYPES = {"scalar": INTENSITY, "label": LABEL, "sampling": SAMPLING_MAP}
 
 
 class Image(image.Image):
-    """An image by its path, or by its voxels in ``tensor``, (C, I, J, K), with an ``affine``.
+    """An image from a path, or from the voxels of a ``tensor`` (C, I, J, K) with an ``affine``.
 
-    ``type`` is INTENSITY, LABEL or SAMPLING_MAP; ScalarImage and LabelMap say it by their names.
+    ``type`` is INTENSITY, LABEL or SAMPLING_MAP; ScalarImage and LabelMap imply it.
     """
 
     def __new__(cls, path: Any = None, type: str = INTENSITY, *_: Any, **__: Any) -> Any:  # noqa: A002, D102
@@ -87,16 +87,16 @@ class LabelMap(Image, image.LabelMap):
 
 
 class SamplingMap(Image, image.SamplingMap):
-    """An image whose values say how often a voxel is to be the centre of a patch."""
+    """An image whose values are proportional to the probability of a voxel to be the centre of a patch."""
 
 
 _CLASSES: Mapping[str, type[Image]] = {INTENSITY: ScalarImage, LABEL: LabelMap, SAMPLING_MAP: SamplingMap}
 
 
 class Subject(NativeSubject, Mapping[str, Any]):
-    """Images by name, and whatever else is known of a subject: ``Subject(t1=ScalarImage(path), age=45)``.
+    """Images and other entries by name: ``Subject(t1=ScalarImage(path), age=45)``.
 
-    A queue takes ``num_samples`` patches of a subject that has such an entry.
+    A queue takes ``num_samples`` patches of a subject that has an entry of that name.
     """
 
     transform: PatchTransform | None = None  # of the dataset that gave the subject; runs on its patches
@@ -128,7 +128,7 @@ class Subject(NativeSubject, Mapping[str, Any]):
         return self.get_first_image().shape
 
     def get_images(self, intensity_only: bool = True) -> list[image.Image]:
-        """The images, all or only those of intensities."""
+        """The images: those of intensities only, or all."""
         return [i for i in self.images.values() if i.kind == "scalar" or not intensity_only]
 
     def get_first_image(self) -> image.Image:
@@ -167,7 +167,7 @@ def as_subject(subject: NativeSubject) -> Subject:
 
 
 class Entries(dict[str, Any]):
-    """A mapping with entries that are attributes too. It stays one when torch's DataLoader makes batches."""
+    """A mapping whose entries are attributes too, also in a batch that torch's DataLoader makes."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -199,12 +199,12 @@ class Patch(Entries):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the first image."""
+        """The shape of the first image."""
         return next(entry.shape for entry in self.values() if isinstance(entry, PatchImage))
 
     @classmethod
     def of(cls, patch: NativePatch, subject: Subject, offset: Triple) -> Self:
-        """A patch of zpatch as a mapping, its place told from ``offset``, the first voxel of padding."""
+        """A patch of zpatch as a mapping, its location relative to ``offset``, the first voxel of padding."""
         images = {
             name: PatchImage({DATA: found.data, AFFINE: found.affine, TYPE: _TYPES[found.kind]})
             for name, found in patch.images.items()
@@ -215,10 +215,10 @@ class Patch(Entries):
 
 
 class SubjectsDataset(Dataset[Subject]):
-    """Subjects, of a list or a cohort, with a transform that runs on each patch of them.
+    """The subjects of a list or a cohort, with a transform that runs on each of their patches.
 
     The transform is one of TorchIO, or any function of patches of zpatch: see ``zpatch.compat.transforms``.
-    ``load_getitem`` has no effect: images are read where a patch needs them.
+    ``load_getitem`` has no effect: voxels are read when a patch needs them.
     """
 
     def __init__(
@@ -231,7 +231,7 @@ class SubjectsDataset(Dataset[Subject]):
             raise OptionError("a dataset needs at least one subject")
         if getattr(subjects[0], "transform", None) is not None:
             raise OptionError(
-                "these subjects are of a dataset that transforms them; split the list of subjects instead, "
+                "these subjects belong to a dataset with a transform; split the list of subjects instead, "
                 "and make a dataset of each part"
             )
         self._subjects = subjects
@@ -248,15 +248,15 @@ class SubjectsDataset(Dataset[Subject]):
         return subject
 
     def __getitems__(self, numbers: Sequence[int]) -> list[Patch]:
-        """Whole subjects: torch's DataLoader takes those of a batch from here."""
+        """Whole subjects: torch's DataLoader calls this for those of a batch."""
         return [self[number].whole() for number in numbers]
 
     def set_transform(self, transform: Callable[[Any], Any] | None) -> None:
-        """Take another transform, or none."""
+        """Replace the transform; None removes it."""
         self.transform: PatchTransform | None = as_function(transform)
 
     def num_samples(self, default: int) -> list[int]:
-        """How many patches a queue is to take of each subject."""
+        """How many patches a queue takes of each subject."""
         given = [subject.metadata.get(NUM_SAMPLES) for subject in self._subjects]
         for number, count in enumerate(given):
             if count is not None and not (isinstance(count, SupportsIndex) and operator.index(count) > 0):
@@ -271,7 +271,7 @@ class SubjectsDataset(Dataset[Subject]):
 class SubjectsLoader(DataLoader[Any]):
     """A DataLoader of patches, or of the whole subjects of a dataset.
 
-    Entries that are neither numbers nor tensors come as lists.
+    Entries that are neither numbers nor tensors are lists in a batch.
     """
 
     def __init__(self, dataset: Any, collate_fn: Any = None, **options: Any) -> None:

@@ -1,19 +1,19 @@
 """Transforms of TorchIO and MONAI, and plain functions of tensors, as the ``transform`` of a queue.
 
-Each adapter makes a function ``Patch -> Patch`` of a transform::
+Each adapter turns a transform into a function ``Patch -> Patch``::
 
     queue = zp.Queue(..., transform=from_torchio(tio.RandomAffine()))           # TorchIO 1 or 2
     queue = zp.Queue(..., transform=from_monai(RandFlipd(["t1", "seg"], 0.5)))  # a dictionary transform
     queue = zp.Queue(..., transform=on_tensors(torch.log1p, images=["t1"]))
 
-The library gets values (slope and intercept applied), the affine of the patch and, where it has one, the
-kind of the image. What comes back takes the affine that the library gives, and images that it adds or leaves
-out; label maps come back in the type in which they went in, or not at all. ``location`` and ``subject``
-stay: they say where the patch was taken.
+The transform gets values (slope and intercept applied), the affine of the patch and, if its library has such
+types, the kind of each image. The new patch has the affines and the images that the transform returns. Label
+maps keep the type that they had; values that do not fit it are an error. ``location`` and ``subject`` stay:
+they are where the patch was taken.
 
 All random numbers follow from the global generators of torch, numpy and Python, which a queue seeds before
-each call. The transforms of MONAI that keep a generator of their own are seeded from numpy's each time, so
-that the stream is the same for any number of workers.
+each call. Transforms of MONAI with generators of their own are seeded from numpy's before each call, so that
+the stream is the same for any number of workers.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ PatchTransform = Callable[[Patch], Patch]
 
 
 def from_torchio(transform: Callable[[Any], Any]) -> PatchTransform:
-    """The function of patches that a transform of TorchIO 1 or 2 (``Subject -> Subject``) is.
+    """A function of patches that calls a transform of TorchIO 1 or 2 (``Subject -> Subject``).
 
-    Images are ScalarImage, LabelMap, or a plain Image for sampling maps, as TorchIO's transforms tell them
-    apart. An OptionError where TorchIO is not installed.
+    Its images are ScalarImage, LabelMap, or a plain Image for sampling maps, which TorchIO's transforms
+    treat differently. An OptionError if TorchIO is not installed.
     """
     torchio_library()
     return partial(_through_torchio, transform, _with_own_generator(transform))
 
 
 def from_monai(transform: Callable[[Any], Any]) -> PatchTransform:
-    """The function of patches that a dictionary transform of MONAI is, or a Compose of such.
+    """A function of patches that calls a dictionary transform of MONAI, or a Compose of such transforms.
 
-    Its keys are the names of images, its values MetaTensors (C, I, J, K); of what it adds, only such are
-    kept. Lazy transforms are carried out at the end. One that makes several patches of one must make just one
-    (``num_samples=1``). An OptionError where MONAI is not installed.
+    Its keys are the names of images, its values MetaTensors (C, I, J, K); entries that it adds are kept if
+    they are images too. Lazy transforms are carried out at the end. A transform that samples several patches
+    must give one (``num_samples=1``). An OptionError if MONAI is not installed.
     """
     composed = monai_library().transforms.Compose([transform])
     return partial(_through_monai, composed, _with_own_generator(composed))
@@ -58,11 +58,10 @@ def from_monai(transform: Callable[[Any], Any]) -> PatchTransform:
 def on_tensors(
     function: Callable[[torch.Tensor], torch.Tensor], images: Sequence[str] | None = None
 ) -> PatchTransform:
-    """The function of patches that applies ``function`` to the data (C, I, J, K) of some images.
+    """A function of patches that applies ``function`` to the data (C, I, J, K) of some images.
 
-    ``images`` are their names; None means all but label maps. It is called for each image by itself, and
-    affines stay as they are: what moves voxels, and has to move them alike in all images, is a function of
-    patches.
+    ``images`` are their names; None is all but label maps. It is called for each image separately, and
+    affines do not change: a transform that moves voxels, in all images alike, must be a function of patches.
 
     >>> patch = Patch({"t1": PatchImage(torch.ones(1, 2, 2, 2), np.eye(4))}, None, "sub-01")
     >>> on_tensors(torch.neg)(patch).t1.data.unique().tolist()
@@ -73,18 +72,18 @@ def on_tensors(
 
 
 def as_function(transform: Any) -> Any:
-    """The function of patches that a transform is, whose class is TorchIO's or made from one of TorchIO's.
+    """A transform as a function of patches: ``from_torchio`` of it if its class is TorchIO's, or inherits.
 
-    Anything else is taken for such a function already.
+    Any other transform is taken for a function of patches.
     """
     bases = {base.__module__.partition(".")[0] for base in type(transform).__mro__}
     return from_torchio(transform) if "torchio" in bases else transform
 
 
 def transform_class(name: str, generation: int) -> Any:
-    """A transform of the installed TorchIO by its name: what a module that stands in for TorchIO 1 or 2 has.
+    """A transform of the installed TorchIO by its name, for a module that replaces TorchIO 1 or 2.
 
-    An AttributeError where there is none, or where TorchIO is of the other generation or not installed.
+    An AttributeError if TorchIO has none, is of the other generation, or is not installed.
     """
     if name.startswith("_"):
         raise AttributeError(name)
@@ -94,7 +93,8 @@ def transform_class(name: str, generation: int) -> Any:
         raise AttributeError(f"no {name!r} here; {error}") from None
     if is_torchio_2(torchio) != (generation == 2):
         raise AttributeError(
-            f"no {name!r} here; TorchIO {generation} has its transforms, and another one is installed"
+            f"no {name!r} here; its transforms are those of TorchIO {generation}, and the installed one "
+            f"is of another generation"
         )
     return getattr(torchio.transforms, name)
 
@@ -111,7 +111,7 @@ def torchio_library() -> Any:
 
 
 def is_torchio_2(torchio: Any) -> bool:
-    """Whether that is TorchIO 2."""
+    """Whether a TorchIO is of generation 2."""
     return hasattr(torchio, "AffineMatrix")
 
 
@@ -195,7 +195,7 @@ def _through_function(
 
 
 def _with_values(image: PatchImage) -> PatchImage:
-    """The image with its slope and intercept applied, which other libraries know nothing of."""
+    """The image with its slope and intercept applied, which other libraries do not have."""
     if (image.slope, image.inter) == (1.0, 0.0):
         return image
     values = torch.empty_like(image.data, dtype=torch.float32)
@@ -204,7 +204,7 @@ def _with_values(image: PatchImage) -> PatchImage:
 
 
 def _with_images(patch: Patch, made: Mapping[str, PatchImage]) -> Patch:
-    """The patch of those images, label maps in the type that they had."""
+    """The patch with the images that were made, label maps in the type that they had."""
     images = {}
     for name, image in made.items():
         before = patch.images.get(name)
@@ -215,27 +215,27 @@ def _with_images(patch: Patch, made: Mapping[str, PatchImage]) -> Patch:
 
 
 def _in_type_of(before: torch.Tensor, labels: torch.Tensor, name: str) -> torch.Tensor:
-    """Labels in the type that they had before; an OptionError where that would change one."""
+    """Labels in the type that they had before; an OptionError if that would change a label."""
     if labels.dtype == before.dtype or before.is_floating_point():
         return labels
     if labels.is_floating_point() and before.numel():
-        largest = 2 / torch.finfo(labels.dtype).eps  # up to there each whole number has a float of its own
+        largest = 2 / torch.finfo(labels.dtype).eps  # up to here each whole number is a different float
         if max(int(before.max()), -int(before.min())) > largest:
             raise OptionError(
-                f"the transform makes {labels.dtype} of the label map {name!r}, which does not tell labels "
-                f"above {largest:.0f} apart; renumber them"
+                f"the transform makes {labels.dtype} of the label map {name!r}, which cannot represent all "
+                f"labels above {largest:.0f}; renumber them"
             )
     cast = labels.to(before.dtype)
     if not torch.equal(cast.to(labels.dtype), labels):
         raise OptionError(
-            f"the transform gives the label map {name!r} values that {before.dtype} does not hold; use "
-            f"nearest neighbours for label maps, or make it a ScalarImage where fractions are meant"
+            f"the transform gives the label map {name!r} values that {before.dtype} cannot represent; use "
+            f"nearest neighbours for label maps, or make it a ScalarImage if fractions are intended"
         )
     return cast
 
 
 def _plain(value: Any) -> torch.Tensor:
-    """A tensor of no subclass, in the same memory."""
+    """A plain torch.Tensor in the same memory, of no subclass."""
     return torch.as_tensor(value).as_subclass(torch.Tensor)
 
 
@@ -245,7 +245,7 @@ def _seed(randomizables: Sequence[Any]) -> None:
 
 
 def _with_own_generator(transform: Any) -> list[Any]:
-    """The parts of a pipeline that draw from a generator of their own, as MONAI's Randomizable do."""
+    """The parts of a pipeline that have a generator of their own, as MONAI's Randomizable does."""
     found, seen, waiting = [], set(), [transform]
     while waiting:
         part = waiting.pop()
