@@ -251,7 +251,7 @@ def test_erring_refuses_whatever_is_not_even(cohort: Any) -> None:
     padded, _ = shares(*cohort, "pad")
     even = len({patches[subjects].sum() for subjects in padded}) == 1
     if len(order) % world_size:
-        with pytest.raises(OptionError, match=f"{len(order)} subjects are not the same number"):
+        with pytest.raises(OptionError, match=f"{len(order)} subjects cannot be divided evenly"):
             Share(0, world_size, "error").check(len(order))
     elif even:
         assert shares(*cohort, "error") == shares(*cohort, "drop") == shares(*cohort, "pad")

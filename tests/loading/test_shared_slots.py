@@ -226,7 +226,7 @@ def refuse(number: int) -> Any:
     [
         (errno.ENOSPC, "smaller max_length or patch_size"),
         (errno.ENOMEM, "smaller max_length or patch_size"),
-        (errno.EMFILE, "num_workers=0 goes without it"),
+        (errno.EMFILE, "num_workers=0 needs none"),
     ],
 )
 def test_no_memory_is_an_error_that_says_how_much_was_wanted_and_what_to_do(
@@ -242,7 +242,7 @@ def test_no_memory_is_an_error_that_says_how_much_was_wanted_and_what_to_do(
 def test_no_room_to_map_the_block_is_the_same_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mmap, "mmap", refuse(errno.ENOMEM))
     before = open_descriptors()
-    with pytest.raises(QueueError, match=r"shared memory cannot be had .*smaller max_length"):
+    with pytest.raises(QueueError, match=r"shared memory cannot be allocated .*smaller max_length"):
         SlotBlock(10, 2**20)
     gc.collect()
     assert open_descriptors() == before
@@ -250,7 +250,7 @@ def test_no_room_to_map_the_block_is_the_same_error(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("count", [2**27, 10**12, 10**15])  # from what a process cannot address
 def test_more_memory_than_there_can_be_is_the_same_error(count: int) -> None:
-    with pytest.raises(QueueError, match=r"shared memory cannot be had .*smaller max_length"):
+    with pytest.raises(QueueError, match=r"shared memory cannot be allocated .*smaller max_length"):
         SlotBlock(count, 2**20)
 
 

@@ -413,7 +413,7 @@ def test_no_space_for_the_block_is_an_error_that_says_what_to_do(
 
 def test_more_memory_than_there_can_be_is_an_error_that_says_what_to_do() -> None:
     with (
-        pytest.raises(QueueError, match=r"shared memory cannot be had .*smaller max_length"),
+        pytest.raises(QueueError, match=r"shared memory cannot be allocated .*smaller max_length"),
         queue_of(num_workers=1, max_length=10**15, shuffle_patches=False) as queue,
     ):
         list(queue)

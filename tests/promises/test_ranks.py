@@ -223,7 +223,7 @@ def test_a_share_that_is_even_anyhow_is_the_same_whatever_uneven_says(grid: bool
 
 
 def test_an_uneven_number_of_subjects_can_be_refused() -> None:
-    with pytest.raises(OptionError, match="5 subjects are not the same number for each of 2 ranks"):
+    with pytest.raises(OptionError, match="5 subjects cannot be divided evenly among 2 ranks"):
         queue_of(5, rank=0, world_size=2, uneven="error")
 
 

@@ -316,7 +316,7 @@ def some(value: float) -> NDArray[Any]:
         (constant(0), "is zero everywhere; nothing can be drawn from it"),
         (
             border(),
-            r"is zero wherever a patch of \(5, 5, 5\) fits; all of its weight lies in the border; use a",
+            r"is zero wherever a patch of \(5, 5, 5\) fits; all of its weight is near the border; use a",
         ),
         (np.ones((2, *SHAPE)), "has 2 channels; a map has one"),
     ],

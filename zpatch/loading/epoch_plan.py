@@ -1,7 +1,7 @@
-"""One epoch of a queue before anything is read: which patches, in which order they are read and handed out.
+"""One epoch of a queue before anything is read: its patches, the order of reading, the order of handing out.
 
-Nothing here grows with the epoch but a few integers for each of its subjects, and a run that was cut off is
-replayed up to where it was without reading anything.
+A plan takes a few integers for each subject of the epoch, however many patches there are. A run that was
+stopped is replayed up to the patch where it was without reading anything.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ UNEVEN = ("pad", "drop", "error")
 class Draw:
     """Patches of one subject that are read together.
 
-    ``visit`` counts how often the epoch came to the subject before; ``numbers`` are patches of that visit,
-    and ``arrivals`` their places in the order in which the epoch reads its patches.
+    ``visit`` counts how often the epoch has read the subject before. ``numbers`` are the numbers of patches
+    within that visit, and ``arrivals`` their numbers in the order in which the epoch reads its patches.
     """
 
     epoch: int
@@ -41,8 +41,9 @@ class Draw:
 class EpochPlan:
     """One epoch as a pure function of its fields.
 
-    ``subjects`` are those to be read, in order; ``patches`` how many there are of each. ``total`` is how many
-    patches the epoch has; where that is more than there are, it begins anew.
+    ``subjects`` are the numbers of the subjects to read, in order, and ``patches`` the number of patches of
+    each. ``total`` is the number of patches of the epoch; if the subjects have fewer, they are visited again.
+    At most ``group`` patches are read together, and at most ``buffer`` wait for the shuffle.
     """
 
     seed: int
@@ -55,21 +56,27 @@ class EpochPlan:
     shuffle: bool
 
     def same_as(self, other: EpochPlan | None) -> bool:
-        """Whether another plan gives the same stream."""
+        """Whether another plan gives the same patches in the same order."""
         return other is not None and self.digest == other.digest
 
     @property
     def digest(self) -> str:
-        """A digest of all that the stream depends on."""
+        """A digest of all numbers that the stream depends on."""
         numbers = self.seed, self.epoch, self.total, self.group, self.buffer, self.shuffle
         state = new_digest(repr(numbers).encode())
         state.update(self.subjects.tobytes() + self.patches.tobytes())
         return state.hexdigest()
 
     def order(self) -> Iterator[int]:
-        """The arrivals as they are handed out: a sliding shuffle.
+        """The arrival numbers in the order of handing out: a sliding shuffle.
 
-        Each is drawn from the full buffer, and the next to arrive takes its place; none is refilled in bulk.
+        Each is drawn from the full buffer, and the next arrival takes its place; the buffer is never refilled
+        in bulk.
+
+        >>> one = np.array([0]), np.array([5])
+        >>> plan = EpochPlan(0, 0, *one, total=5, group=5, buffer=2, shuffle=True)
+        >>> sorted(plan.order())
+        [0, 1, 2, 3, 4]
         """
         if not self.shuffle:
             yield from range(self.total)
@@ -88,7 +95,7 @@ class EpochPlan:
             yield arrival
 
     def draws(self, consumed: int = 0) -> Iterator[Draw]:
-        """What is to be read, in order, for the patches after the first ``consumed`` that are handed out."""
+        """The draws to read, in order, for all patches but the first ``consumed`` that are handed out."""
         waiting, unread = self._waiting(consumed), consumed + self.buffer
         visits: dict[int, int] = {}
         arrival = 0
@@ -109,7 +116,7 @@ class EpochPlan:
                     return
 
     def _waiting(self, consumed: int) -> set[int]:
-        """What is in the buffer when the first ``consumed`` patches were handed out."""
+        """The arrival numbers in the buffer after the first ``consumed`` patches were handed out."""
         waiting = set(range(min(self.buffer, self.total)))
         for arrival, following in zip(
             itertools.islice(self.order(), consumed), itertools.count(self.buffer), strict=False
@@ -122,7 +129,11 @@ class EpochPlan:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Which part of each epoch is this process's: rank ``rank`` of ``world_size``."""
+    """The part of each epoch that this process gets: rank ``rank`` of ``world_size``.
+
+    ``uneven`` says what happens if the subjects of an epoch cannot be divided evenly: ``pad`` repeats some,
+    ``drop`` leaves some out, ``error`` refuses.
+    """
 
     rank: int = 0
     world_size: int = 1
@@ -137,22 +148,26 @@ class Share:
             )
 
     def check(self, subjects: int) -> None:
-        """Refuse a number of subjects that cannot be dealt out."""
+        """Refuse a number of subjects that cannot be dealt out to the ranks."""
         if subjects < self.world_size:
             raise OptionError(
                 f"{subjects} subjects cannot be dealt out to {self.world_size} ranks; use fewer processes"
             )
         if self.uneven == "error" and subjects % self.world_size:
             raise OptionError(
-                f"{subjects} subjects are not the same number for each of {self.world_size} ranks; "
+                f"{subjects} subjects cannot be divided evenly among {self.world_size} ranks; "
                 f"say uneven='pad' to repeat some or uneven='drop' to leave some out"
             )
 
     def deal(self, order: NDArray[np.int64], patches: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
-        """Choose the rank's subjects out of an epoch's ``order``; and how many patches each rank gives.
+        """The subjects of this rank from the ``order`` of an epoch, and the number of patches of every rank.
 
-        ``patches`` is how many there are of each subject. All ranks have as many subjects and patches: what
-        is missing is repeated (``pad``) or what is over is left out (``drop``).
+        ``patches`` has the number of patches of each subject. All ranks get the same number of subjects and
+        of patches: subjects and patches are repeated (``pad``) or left out (``drop``) to make them equal.
+
+        >>> subjects, total = Share(1, 2).deal(np.array([2, 0, 1]), np.array([5, 5, 5]))
+        >>> subjects.tolist(), total
+        ([0, 2], 10)
         """
         ranks, rest = divmod(len(order), self.world_size)
         if rest:
@@ -165,7 +180,7 @@ class Share:
         if len(set(totals)) > 1 and self.uneven == "error":
             raise OptionError(
                 f"the ranks' subjects have {min(totals)} to {max(totals)} patches; "
-                f"say uneven='pad' or uneven='drop' to give each rank as many"
+                f"say uneven='pad' or uneven='drop' to give each rank the same number"
             )
         total = max(totals) if self.uneven == "pad" else min(totals)
         return order[self.rank :: self.world_size], total

@@ -1,4 +1,4 @@
-"""Batches: patches stacked, each copied once."""
+"""Batches: patches stacked along a new axis, each copied once."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch
 
 from zpatch.errors import OptionError
 from zpatch.geometry.boxes import PatchLocation
-from zpatch.sampling.patch import Patch, PatchImage, _ByName, _stored
+from zpatch.sampling.patch import ImagesByName, Patch, PatchImage, in_stored_order
 
 NewMemory = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
-class PatchBatch(_ByName):
-    """Some patches with a batch axis: ``batch.t1.data`` is (B, C, I, J, K).
+class PatchBatch(ImagesByName):
+    """Patches with a batch axis: ``batch.t1.data`` is (B, C, I, J, K), ``batch.t1.affine`` (B, 4, 4).
 
-    ``patch_location`` and ``subjects`` have an entry for each patch.
+    ``patch_location`` and ``subjects`` have a location and the name of a subject for each patch.
     """
 
     images: Mapping[str, PatchImage]
@@ -32,16 +32,25 @@ class PatchBatch(_ByName):
         return len(self.patch_location)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
-        """The batch with its data on a device; Lightning and the like move batches by it."""
+        """The batch with its data on a device; Lightning and other trainers call it to move batches."""
         return self.map_data(lambda data: data.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
-        """The batch in page-locked memory; torch's DataLoader pins batches by it."""
+        """The batch in page-locked memory; torch's DataLoader calls it to pin batches."""
         return self.map_data(torch.Tensor.pin_memory)
 
 
 def collate(patches: Sequence[Patch]) -> PatchBatch:
-    """Stack patches into a batch, as ``collate_fn`` of any DataLoader."""
+    """Stack patches into a batch: ``collate_fn`` of any DataLoader.
+
+    An OptionError if the patches differ in their images, or in the shapes or types of their data.
+
+    >>> import numpy as np
+    >>> patch = Patch({"t1": PatchImage(torch.ones(1, 2, 2, 2), np.eye(4))}, None, "sub-01")
+    >>> batch = collate([patch, patch])
+    >>> tuple(batch.t1.data.shape), batch.subjects
+    ((2, 1, 2, 2, 2), ['sub-01', 'sub-01'])
+    """
     return stack(patches, len(patches))
 
 
@@ -51,10 +60,10 @@ def stack(
     new_memory: NewMemory = torch.empty,
     dtype: torch.dtype | None = None,
 ) -> PatchBatch:
-    """A batch of ``count`` patches, or of as many as there are; each is copied before the next is asked for.
+    """A batch of at most ``count`` patches; each patch is copied before the next one is asked for.
 
-    ``new_memory(shape, dtype=)`` gives the memory of a batch of one image, in the order (b, c, z, y, x). With
-    a ``dtype`` images that are no label maps are written as values of that type.
+    ``new_memory(shape, dtype=)`` allocates the batch of one image, in the order (b, c, z, y, x). With a
+    ``dtype``, images other than label maps are written as values of that type.
     """
     batch: dict[str, torch.Tensor] = {}
     taken: list[Patch] = []
@@ -63,7 +72,7 @@ def stack(
             _check_alike(patch, taken[0], dtype)
         for name, image in patch.images.items():
             if not taken:
-                shape = (count, *_stored(image.data).shape)
+                shape = (count, *in_stored_order(image.data).shape)
                 batch[name] = new_memory(shape, dtype=_type(image, dtype))
             image.write_values(_in_user_order(batch[name])[len(taken)], dtype)
         taken.append(patch)
@@ -72,7 +81,7 @@ def stack(
             _in_user_order(data[: len(taken)]),
             np.stack([patch[name].affine for patch in taken]),
             taken[0][name].kind,
-            *np.array([_left(patch[name], dtype) for patch in taken]).T,
+            *np.array([_pending_scale(patch[name], dtype) for patch in taken]).T,
         )
         for name, data in batch.items()
     }
@@ -80,12 +89,12 @@ def stack(
 
 
 def _type(image: PatchImage, dtype: torch.dtype | None) -> torch.dtype:
-    """What the values of an image come in."""
+    """The type of an image in a batch."""
     return dtype if dtype is not None and image.is_pending(dtype) else image.data.dtype
 
 
-def _left(image: PatchImage, dtype: torch.dtype | None) -> tuple[float, float]:
-    """Slope and intercept that are still to be applied."""
+def _pending_scale(image: PatchImage, dtype: torch.dtype | None) -> tuple[float, float]:
+    """Slope and intercept that are left to apply to a batch of the image."""
     return (1.0, 0.0) if image.is_pending(dtype) else (image.slope, image.inter)
 
 

@@ -1,8 +1,8 @@
-"""Memory that the queue and its workers share: one block of slots, one patch in each.
+"""Memory that the queue and its workers share: one block of slots, with one patch in each.
 
-A worker writes voxels where the training process reads them; only numbers and places pass between them. The
-block has no name: it goes with the last process that looks at it, however that one ends. So does the letter
-that tells workers what they are to work with.
+A worker writes voxels where the training process reads them; only numbers and layouts are sent between them.
+The block is a file without a name: it is freed with the last process that has it open, however that process
+ends. So is the pickle from which workers get their reader.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from zpatch.sampling.patch import Patch, PatchImage
 from zpatch.store.image_record import Kind
 
 ALIGNMENT = 64
-WATCH_BYTES = 4096  # before the slots: what each worker is at
+WATCH_BYTES = 4096  # before the slots: process and subject of each worker
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class ImagePlace:
-    """An image of a patch, and where it begins in a slot.
+    """An image of a patch, and the ``offset`` of its first byte in a slot.
 
-    ``shape`` is (C, I, J, K) in memory order (c, z, y, x); with another number of axes, as a transform may
-    make, in the order of its own.
+    ``shape`` is (C, I, J, K), with memory in the order (c, z, y, x). A transform may give another number of
+    axes, with memory in their order. Values are ``slope * voxel + inter``.
     """
 
     name: str
@@ -56,7 +56,7 @@ class ImagePlace:
 
     @property
     def nbytes(self) -> int:
-        """What it takes in a slot."""
+        """Bytes of the image in a slot, rounded up to the alignment."""
         return -(-math.prod(self.shape) * self.dtype.itemsize // ALIGNMENT) * ALIGNMENT
 
     @property
@@ -77,7 +77,7 @@ class SlotLayout:
 
     @classmethod
     def of(cls, images: Sequence[ImagePlace]) -> SlotLayout:
-        """The images, each placed behind the ones before it."""
+        """The images one after the other, in order."""
         places: list[ImagePlace] = []
         offset = 0
         for image in images:
@@ -87,7 +87,7 @@ class SlotLayout:
 
     @classmethod
     def of_patch(cls, patch: Patch) -> SlotLayout:
-        """The layout of a patch that is there."""
+        """The layout of an existing patch."""
         return cls.of(
             [
                 ImagePlace(name, i.kind, tuple(i.data.shape), i.data.dtype, i.slope, i.inter)
@@ -97,7 +97,7 @@ class SlotLayout:
 
     @property
     def nbytes(self) -> int:
-        """What a patch takes in a slot."""
+        """Bytes of a patch in a slot."""
         return sum(place.nbytes for place in self.images)
 
     def patch(
@@ -107,7 +107,7 @@ class SlotLayout:
         location: PatchLocation,
         subject: str,
     ) -> Patch:
-        """The patch of some tensors, one for each image."""
+        """The patch made of a tensor and an affine for each image."""
         images = {
             place.name: PatchImage(tensor, affine, place.kind, place.slope, place.inter)
             for place, tensor, affine in zip(self.images, tensors, affines, strict=True)
@@ -116,9 +116,9 @@ class SlotLayout:
 
 
 class NamelessFile:
-    """A file without a name, in memory where the system has such files.
+    """A file without a name, in memory if the system has such files.
 
-    It can be handed to a process as it starts, forked or not.
+    It can be sent to a process as that starts, forked or not.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -136,10 +136,10 @@ class NamelessFile:
 
 
 class SharedPickle:
-    """Something that several processes are to get as they start, pickled once.
+    """An object that several processes get as they start, pickled once into a nameless file.
 
-    Python writes what a process starts with to a pipe, and waits for ever where the process dies before it
-    has read more than a pipe holds, 64 KiB. Of a letter only the file's number goes that way.
+    Python writes the arguments of a new process to a pipe. It waits forever if there is more than a pipe can
+    hold, 64 KiB, and the process dies before it has read them. Of this object only a file descriptor is sent.
     """
 
     def __init__(self, content: Any) -> None:
@@ -149,15 +149,16 @@ class SharedPickle:
             written[:] = pickled
 
     def read(self) -> Any:
-        """What was put into it."""
+        """A copy of the object."""
         with mmap.mmap(self._file.handle, 0, access=mmap.ACCESS_READ) as written:
             return pickle.loads(written)
 
 
 class SlotBlock:
-    """``count`` slots of ``slot_bytes`` each, and a number that each worker keeps up to date.
+    """``count`` slots of ``slot_bytes`` each in shared memory.
 
-    It can be handed to a process as it starts, forked or not.
+    ``watched`` has two numbers for each worker: its process, and 1 + the subject that it is reading, or 0.
+    A block can be sent to a process as that starts, forked or not.
     """
 
     def __init__(self, count: int, slot_bytes: int) -> None:
@@ -167,9 +168,10 @@ class SlotBlock:
         except (OSError, OverflowError) as error:
             number, reason = getattr(error, "errno", errno.ENOMEM), getattr(error, "strerror", error)
             full = number in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG)
-            advice = "use a smaller max_length or patch_size" if full else "num_workers=0 goes without it"
+            advice = "use a smaller max_length or patch_size" if full else "num_workers=0 needs none"
             raise QueueError(
-                f"the queue's {format_bytes(nbytes)} of shared memory cannot be had ({reason}); {advice}"
+                f"the queue's {format_bytes(nbytes)} of shared memory cannot be allocated ({reason}); "
+                f"{advice}"
             ) from error
 
     def _open(self, file: NamelessFile, count: int, slot_bytes: int) -> None:
@@ -190,7 +192,7 @@ class SlotBlock:
         self._open(*state)
 
     def tensor(self, slot: int, place: ImagePlace) -> torch.Tensor:
-        """An image of a slot, (C, I, J, K), as it lies there."""
+        """An image of a slot, (C, I, J, K), as a view of the shared memory."""
         voxels = math.prod(place.shape)
         if not voxels:
             return torch.empty(place.shape, dtype=place.dtype)
@@ -200,7 +202,7 @@ class SlotBlock:
 
 
 def new_tensor(place: ImagePlace) -> torch.Tensor:
-    """Memory of its own for an image, (C, I, J, K), of any contents."""
+    """Newly allocated memory for an image, (C, I, J, K), with arbitrary contents."""
     if place.dtype == torch.bfloat16:  # numpy has no such type
         return place.in_user_order(torch.empty(place.stored_shape, dtype=place.dtype))
     dtype = torch.empty(0, dtype=place.dtype).numpy().dtype
@@ -208,7 +210,7 @@ def new_tensor(place: ImagePlace) -> torch.Tensor:
 
 
 def copied(patch: Patch, dtype: torch.dtype | None) -> Patch:
-    """A patch in memory of its own, with values of a type."""
+    """A copy of a patch in newly allocated memory, with values of type ``dtype``, if one is given."""
     images = {}
     for place, image in zip(SlotLayout.of_patch(patch).images, patch.images.values(), strict=True):
         if dtype is not None and image.is_pending(dtype):
@@ -220,7 +222,7 @@ def copied(patch: Patch, dtype: torch.dtype | None) -> Patch:
 
 
 def _new_file(nbytes: int) -> int:
-    """A file without a name, in memory where the system has such files."""
+    """The descriptor of a new file without a name."""
     if not hasattr(os, "memfd_create"):
         with tempfile.TemporaryFile() as file:
             if hasattr(os, "posix_fallocate"):  # which says at once that a disk is full

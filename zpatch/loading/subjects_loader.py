@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 
@@ -14,15 +14,41 @@ from zpatch.runtime import buffer_pool
 from zpatch.sampling.patch import Patch
 
 
+@runtime_checkable
+class PatchStream(Protocol):
+    """A dataset whose patches are views of shared memory, and that can be resumed: a queue."""
+
+    @property
+    def pending_dtype(self) -> torch.dtype | None:
+        """The type of values that shared patches still have to be converted to, if any."""
+
+    def iter_shared(self) -> Iterator[Patch]:
+        """Patches that are each valid until the next one is asked for."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume where another stream was."""
+
+
 class SubjectsLoader:
-    """Batches from a queue, a grid sampler, or anything that yields patches.
+    """Batches from a queue, a grid sampler, or any other iterable of patches.
 
     ``batch.t1.data`` is (B, C, I, J, K); its memory is (b, c, z, y, x), the order of the store, so that a
-    batch costs one copy. ``contiguous`` puts it into the order (b, c, i, j, k) instead, for operations that
-    need that. ``drop_last`` leaves out a last batch that is not full. ``pin_memory`` puts batches into
-    page-locked memory where there is a device that copies from that, ``device`` copies them there, without
-    waiting where the memory is pinned.
-    ``state_dict`` and ``load_state_dict`` are those of the queue, between two batches.
+    batch costs one copy. ``contiguous`` changes the memory to (b, c, i, j, k), for operations that need that
+    order. ``drop_last`` leaves out a last batch that is not full. ``pin_memory`` puts batches into
+    page-locked memory if there is a device that copies from it. ``device`` copies batches to a device,
+    without waiting for the copy if the memory is pinned. ``state_dict`` and ``load_state_dict`` are those of
+    the queue, between two batches.
+
+    >>> import numpy as np
+    >>> from zpatch.images.image import ScalarImage
+    >>> from zpatch.images.subject import Subject
+    >>> from zpatch.sampling.grid_sampler import GridSampler
+    >>> grid = GridSampler(Subject(t1=ScalarImage(np.zeros((8, 8, 12)))), patch_size=4)
+    >>> [tuple(batch.t1.data.shape) for batch in SubjectsLoader(grid, batch_size=5)]
+    [(5, 1, 4, 4, 4), (5, 1, 4, 4, 4), (2, 1, 4, 4, 4)]
     """
 
     def __init__(
@@ -54,10 +80,11 @@ class SubjectsLoader:
         return patches // self.batch_size if self.drop_last else -(-patches // self.batch_size)
 
     def __iter__(self) -> Iterator[PatchBatch]:
-        # A queue lends its patches one by one, and each is copied straight into its batch.
-        iter_shared = getattr(self.dataset, "iter_shared", None)
-        patches = iter(self.dataset if iter_shared is None else iter_shared())
-        dtype = getattr(self.dataset, "pending_dtype", None)
+        dtype = None
+        if isinstance(self.dataset, PatchStream):  # each patch is copied once, into its batch
+            patches, dtype = self.dataset.iter_shared(), self.dataset.pending_dtype
+        else:
+            patches = iter(self.dataset)
         while len(batch := stack(patches, self.batch_size, self._new_memory, dtype)):
             if self.drop_last and len(batch) < self.batch_size:
                 return
@@ -76,7 +103,7 @@ class SubjectsLoader:
         return batch
 
     def _contiguous(self, data: torch.Tensor) -> torch.Tensor:
-        """The same in the order of its axes, and page-locked where it was."""
+        """The data with its memory in the order of its axes, page-locked if it was."""
         if data.is_contiguous():
             return data
         pin_memory = self.pin_memory and data.device.type == "cpu"
@@ -84,15 +111,14 @@ class SubjectsLoader:
         return memory.copy_(data)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the queue's stream is: past the batches that were given."""
-        state: dict[str, Any] = cast(Any, self.dataset).state_dict()
-        return state
+        """Where the queue's stream is: after the batches that were given."""
+        return cast(PatchStream, self.dataset).state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the next iteration go on where another one was."""
-        cast(Any, self.dataset).load_state_dict(state)
+        """Let the next iteration resume where the queue of another loader was."""
+        cast(PatchStream, self.dataset).load_state_dict(state)
 
 
 def _can_pin() -> bool:
-    """Whether there is a device that copies from page-locked memory; Apple's are none."""
+    """Whether there is a device that copies from page-locked memory; Apple's do not."""
     return torch.cuda.is_available() or torch.xpu.is_available()

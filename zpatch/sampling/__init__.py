@@ -1,1 +1,1 @@
-"""Where patches are taken."""
+"""Where patches are taken: randomness, patch, samplers, grid_sampler, centre_maps, centre_draws."""

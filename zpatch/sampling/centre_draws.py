@@ -1,15 +1,17 @@
-"""Voxels drawn with probability proportional to their mass, without reading the map that holds it.
+"""Voxels drawn with probability proportional to their mass, without reading the whole map of masses.
 
-Draw a chunk by the index's sums, read that one chunk, draw a voxel in it by its masses: exact, whatever the
-volume's size. A centre must also lie where the whole patch fits. Centres outside that box are rejected and
-drawn again, which leaves exactly the conditional distribution; after many rejections in a row the part of
-the sums inside the box is counted instead, once, and drawn from directly. What has been counted is kept, but
-each draw goes the whole way: it depends on its generator alone, and not on the draws before it.
+Draw a chunk by the sums of the index, read that one chunk, draw a voxel in it by its mass: this is exact for
+a volume of any size. A centre must also be where the whole patch fits. Centres outside that box are rejected
+and drawn again, which leaves exactly the conditional distribution (rejection sampling; von Neumann, 1951).
+After many rejections in a row the mass inside the box is counted instead, once, and drawn from directly. The
+counted mass is kept, but each draw starts with rejections again: it depends on its generator alone, and not
+on the draws before it.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -31,11 +33,11 @@ MassesOf = Callable[[Voxels], Masses]
 
 
 class AllowedMass:
-    """The mass of one class, or of a whole map, as far as the centres of patches reach.
+    """The mass of one class, or of a whole map, in the box of ``allowed`` centres.
 
-    ``masses_of`` makes masses (I, J, K) of a chunk's voxels: numbers, or booleans for voxels that are alike.
-    It is made once for a map and a box of ``allowed`` centres, drawn from often, and changed by no draw.
-    ``is_counted`` says that the masses of ``table`` are those inside the box.
+    ``table`` has the mass of each chunk of ``grid``; with ``is_counted``, only the mass inside the box.
+    ``masses_of`` gives the masses (I, J, K) of a chunk's voxels: numbers, or booleans for equal masses.
+    It is made once for a map and a box, and no draw changes it.
     """
 
     def __init__(
@@ -64,11 +66,11 @@ class AllowedMass:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing can be drawn, as far as is known."""
+        """Whether there is no mass to draw from, as far as is known."""
         return not self._cumulative.size or not self._cumulative[-1] > 0
 
     def pick_chunks(self, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
-        """Chunks by their mass, (count,)."""
+        """Numbers of chunks (count,), drawn by their mass."""
         entries = np.searchsorted(self._cumulative, rng.random(count) * self._cumulative[-1], side="right")
         chunks: NDArray[np.int64] = self._table.chunk_id[np.minimum(entries, len(self._cumulative) - 1)]
         return chunks
@@ -76,14 +78,14 @@ class AllowedMass:
     def draw_in(
         self, chunk: int, voxels: Voxels, count: int, rng: np.random.Generator
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Voxels (count, 3) of a chunk by their masses, and which of them are allowed."""
+        """Voxels (count, 3) of a chunk, drawn by their masses, and which of them (count,) are allowed."""
         box = self.grid.box(chunk)
         masses, corner = self._masses_of(voxels), np.array(box.index)
         if self.is_exact:
             masses, corner = self._inside(masses, box), np.maximum(corner, self._allowed.index_ini)
         if not masses.any():
             raise SamplingError(
-                f"the index of the map says that {box} has voxels to draw, and it has none; "
+                f"the index of the map has mass in {box}, and the map itself has none there; "
                 f"run 'zpatch verify' on the store"
             )
         drawn = corner + _draw_voxels(masses, count, rng)
@@ -91,7 +93,7 @@ class AllowedMass:
         return drawn, np.asarray(allowed.all(axis=1))
 
     def counted(self, read: ReadChunks) -> AllowedMass:
-        """The same reach by the mass inside alone; the first time, chunks that the border cuts are read."""
+        """The mass inside the box alone; the first call reads the chunks that the border of the box cuts."""
         if self.is_exact:
             return self
         if self._counted is None:
@@ -101,7 +103,7 @@ class AllowedMass:
     def _count(self, read: ReadChunks) -> AllowedMass:
         mass = self._table.mass.copy()
         cut = np.flatnonzero(~self._whole)
-        voxels_of = _read_in_turn(self.grid, self._table.chunk_id[cut], read)
+        voxels_of = _read_in_turn(self.grid, self._table.chunk_id[cut].tolist(), read)
         for entry, (chunk, voxels) in zip(cut, voxels_of, strict=True):
             mass[entry] = self._inside(self._masses_of(voxels), self.grid.box(chunk)).sum(dtype=np.float64)
         table = MassTable(self._table.chunk_id, mass).select(mass > 0)
@@ -116,67 +118,60 @@ class AllowedMass:
 def draw_centres(
     parts: Sequence[tuple[AllowedMass, int]], read: ReadChunks, rng: np.random.Generator
 ) -> list[NDArray[np.int64] | None]:
-    """So many allowed voxels of each reach, all of one map, by their mass; chunks are read once for all.
+    """Draw a number of allowed voxels of each part by their mass; all parts are of one map.
 
-    ``read`` gives the voxels (C, I, J, K) of some chunks. Of each reach come (count, 3), or None where no
-    allowed voxel has any mass.
+    ``read`` gives the voxels (C, I, J, K) of some chunks; a chunk that several parts need is read once.
+    Returns the voxels (count, 3) of each part, or None for a part without an allowed voxel of any mass.
     """
-    reaches = [reach for reach, _ in parts]
+    masses = [mass for mass, _ in parts]
     centres = [np.empty((count, 3), dtype=np.int64) for _, count in parts]
-    pending = [np.arange(count) for _, count in parts]
+    pending = [np.arange(count) for _, count in parts]  # the rows of centres that are not drawn yet
     for attempt in range(MAX_REJECTIONS + 1):
-        for n, reach in enumerate(reaches):
-            if pending[n].size and (attempt == MAX_REJECTIONS or reach.is_hopeless):
-                reaches[n] = reach.counted(read)
-            if reaches[n].is_empty:
+        for n, mass in enumerate(masses):
+            if pending[n].size and (attempt == MAX_REJECTIONS or mass.is_hopeless):
+                masses[n] = mass.counted(read)
+            if masses[n].is_empty:
                 pending[n] = pending[n][:0]
-        if not any(left.size for left in pending):
+        if not any(rows.size for rows in pending):
             break
-        _draw_round(reaches, centres, pending, read, rng)
-    return [None if reach.is_empty else found for reach, found in zip(reaches, centres, strict=True)]
+        pending = _draw_round(masses, centres, pending, read, rng)
+    return [None if mass.is_empty else drawn for mass, drawn in zip(masses, centres, strict=True)]
 
 
 def _draw_round(
-    reaches: Sequence[AllowedMass],
-    centres: list[NDArray[np.int64]],
-    pending: list[NDArray[np.int64]],
+    masses: Sequence[AllowedMass],
+    centres: Sequence[NDArray[np.int64]],
+    pending: Sequence[NDArray[np.int64]],
     read: ReadChunks,
     rng: np.random.Generator,
-) -> None:
-    """Draw once for all that is pending; what is rejected stays so."""
-    picks = [
-        reach.pick_chunks(left.size, rng) if left.size else left
-        for reach, left in zip(reaches, pending, strict=True)
-    ]
-    chunks, wanted = np.concatenate(picks), np.concatenate(pending)
-    owners = np.repeat(np.arange(len(reaches)), [left.size for left in pending])
-    order = np.lexsort((owners, chunks))
-    chunks, owners, wanted = chunks[order], owners[order], wanted[order]
-    borders = np.flatnonzero(np.diff(chunks) | np.diff(owners)) + 1
-    rejected: list[list[NDArray[np.int64]]] = [[left[:0]] for left in pending]
-    voxels_of = _read_in_turn(reaches[0].grid, np.unique(chunks), read)
-    chunk, voxels = next(voxels_of)
-    for owner, mine, of in zip(
-        owners[[0, *borders]].tolist(),
-        np.split(wanted, borders),
-        chunks[[0, *borders]].tolist(),
-        strict=True,
-    ):
-        while chunk != of:
-            chunk, voxels = next(voxels_of)
-        drawn, allowed = reaches[owner].draw_in(chunk, voxels, mine.size, rng)
-        centres[owner][mine[allowed]] = drawn[allowed]
-        rejected[owner].append(mine[~allowed])
-    pending[:] = [np.concatenate(left) for left in rejected]
+) -> list[NDArray[np.int64]]:
+    """Draw each pending row of ``centres`` once; the rows whose voxel is not allowed, to be drawn again."""
+    parts_in: defaultdict[int, list[tuple[int, NDArray[np.int64]]]] = defaultdict(list)
+    for part, (mass, rows) in enumerate(zip(masses, pending, strict=True)):
+        if rows.size:
+            for chunk, its_rows in _by_chunk(mass.pick_chunks(rows.size, rng), rows):
+                parts_in[chunk].append((part, its_rows))
+    rejected = [[rows[:0]] for rows in pending]
+    for chunk, voxels in _read_in_turn(masses[0].grid, sorted(parts_in), read):
+        for part, rows in parts_in[chunk]:
+            drawn, allowed = masses[part].draw_in(chunk, voxels, rows.size, rng)
+            centres[part][rows[allowed]] = drawn[allowed]
+            rejected[part].append(rows[~allowed])
+    return [np.concatenate(rows) for rows in rejected]
 
 
-def _read_in_turn(
-    grid: ChunkGrid, chunks: NDArray[np.int64], read: ReadChunks
-) -> Iterator[tuple[int, Voxels]]:
+def _by_chunk(chunks: NDArray[np.int64], rows: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Each chunk in order, with the rows that it was picked for."""
+    order = np.argsort(chunks, kind="stable")
+    picked, first = np.unique(chunks[order], return_index=True)
+    return zip(picked.tolist(), np.split(rows[order], first[1:]), strict=True)
+
+
+def _read_in_turn(grid: ChunkGrid, chunks: Sequence[int], read: ReadChunks) -> Iterator[tuple[int, Voxels]]:
     """Chunks with their voxels, some millions of voxels in memory at a time."""
     together = max(1, READ_VOXELS // math.prod(grid.chunk_shape))
     for first in range(0, len(chunks), together):
-        some = chunks[first : first + together].tolist()
+        some = chunks[first : first + together]
         yield from zip(some, read([grid.box(chunk) for chunk in some]), strict=True)
 
 

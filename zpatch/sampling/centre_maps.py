@@ -1,7 +1,7 @@
-"""Label maps and sampling maps as things to draw centres from: which image, which index, which chunks.
+"""Label maps and sampling maps that centres are drawn from: their image, their index, their mass by chunk.
 
-What a draw needs of a map is kept for the next one: of stored images in this process's memory for the most
-recent ones, of images made by hand with the image.
+What a draw has found out about a map is kept for the next draw: for stored images, of the most recent maps of
+this process; for other images, as long as the image.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from zpatch.store.voxel_index import (
 )
 
 RECENT_MAPS = 64
-MAX_REACHES = 256
+MAX_BOXES = 256
 
 Voxels = NDArray[Any]
 Key = TypeVar("Key")
@@ -39,28 +39,28 @@ Map = TypeVar("Map", bound="_Map")
 
 
 class _Map:
-    """An image to draw from, and what is known of it."""
+    """An image to draw from, with the allowed masses that were asked for before."""
 
     def __init__(self, image: Image) -> None:
         self._image = image
         i, j, k = (min(n, c) for n, c in zip(image.spatial_shape, image.source.chunk_shape, strict=True))
         self.grid = ChunkGrid(image.spatial_shape, (i, j, k))
-        self._reaches: dict[Any, AllowedMass] = {}
+        self._allowed_masses: dict[Any, AllowedMass] = {}
 
     def read(self, boxes: Sequence[PatchLocation]) -> list[Voxels]:
         """The values (C, I, J, K) of some chunks."""
         return self._image.read_group(boxes)
 
     def _kept(self, key: Any, make: Callable[[], AllowedMass]) -> AllowedMass:
-        if key not in self._reaches:
-            if len(self._reaches) >= MAX_REACHES:
-                self._reaches.clear()
-            self._reaches[key] = make()
-        return self._reaches[key]
+        if key not in self._allowed_masses:
+            if len(self._allowed_masses) >= MAX_BOXES:
+                self._allowed_masses.clear()
+            self._allowed_masses[key] = make()
+        return self._allowed_masses[key]
 
 
 class LabelClasses(_Map):
-    """The classes of a label map: a value each, or a channel where there are several; None is all but 0."""
+    """The classes of a label map: its values, or its channels if there are several; None is all but 0."""
 
     def __init__(self, image: Image) -> None:
         super().__init__(image)
@@ -70,11 +70,11 @@ class LabelClasses(_Map):
         self._masses: dict[int | None, MassTable] = {}
 
     def has(self, label: int | None) -> bool:
-        """Whether any voxel is of a class."""
+        """Whether any voxel belongs to a class."""
         return bool(self._mass(label).mass.sum() > 0)
 
-    def reach(self, label: int | None, allowed: PatchLocation) -> AllowedMass:
-        """The voxels of a class that centres of patches reach."""
+    def allowed_mass(self, label: int | None, allowed: PatchLocation) -> AllowedMass:
+        """The voxels of a class among the allowed centres, each of mass 1."""
         return self._kept(
             (label, allowed),
             lambda: AllowedMass(self._mass(label), self.grid, allowed, partial(self._members, label)),
@@ -93,7 +93,7 @@ class LabelClasses(_Map):
         return self._table.table(values, len(self.grid))
 
     def _members(self, label: int | None, voxels: Voxels) -> NDArray[np.bool_]:
-        """Which voxels (I, J, K) belong to a class; an index that says otherwise is damage."""
+        """Which voxels (I, J, K) belong to a class."""
         if label is None:
             return np.asarray((voxels != 0).any(axis=0))
         if self._image.num_channels == 1:
@@ -118,8 +118,8 @@ class WeightMap(_Map):
         if not self._mass.mass.sum() > 0:
             raise SamplingError(f"{where} is zero everywhere; nothing can be drawn from it")
 
-    def reach(self, allowed: PatchLocation) -> AllowedMass:
-        """The weights that centres of patches reach."""
+    def allowed_mass(self, allowed: PatchLocation) -> AllowedMass:
+        """The weights of the allowed centres."""
         return self._kept(allowed, lambda: AllowedMass(self._mass, self.grid, allowed, self._weights))
 
     def _weights(self, voxels: Voxels) -> Voxels:
@@ -128,7 +128,7 @@ class WeightMap(_Map):
 
 
 class _RecentMaps:
-    """The maps of stored images that were drawn from last."""
+    """The maps of stored images that were drawn from most recently."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -153,12 +153,12 @@ _recent = _RecentMaps()
 
 
 def label_classes(image: Image) -> LabelClasses:
-    """The classes of an image, from memory where they are there."""
+    """The classes of an image, kept from an earlier draw if there was one."""
     return _map_of(image, LabelClasses, lambda: LabelClasses(image))
 
 
 def weight_map(image: Image, where: str) -> WeightMap:
-    """The weights of an image, from memory where they are there."""
+    """The weights of an image, kept from an earlier draw if there was one; ``where`` names it in errors."""
     return _map_of(image, WeightMap, lambda: WeightMap(image, where))
 
 

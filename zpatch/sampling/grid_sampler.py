@@ -20,11 +20,11 @@ from zpatch.sampling.samplers import READ_TOGETHER, PatchSize, RandomSampler, re
 class GridSampler(torch.utils.data.Dataset[Patch]):
     """All patches of a regular grid, as a map-style dataset; lexicographic order, I slowest.
 
-    Starts on each axis are ``range(0, n - p + 1, p - o)``, and a last patch flush with the border where
+    First voxels on each axis are ``range(0, n - p + 1, p - o)``, and a last patch flush with the border where
     needed. ``padding_mode`` (constant with ``fill``, edge, reflect, symmetric, wrap: as numpy.pad) pads
-    ``patch_overlap // 2`` voxels on each side and small volumes up to the patch, without copying
-    anything; locations stay in the volume's own frame, so padding starts below 0. ``fill`` is an intensity:
-    label maps and sampling maps are padded with 0, and a fill that is no value of the type of a patch is an
+    ``patch_overlap // 2`` voxels on each side, and small volumes up to the patch size, without copying the
+    volume; locations stay relative to the volume, so padding starts below 0. ``fill`` is an intensity: label
+    maps and sampling maps are padded with 0, and a fill that the type of a patch cannot represent is an
     OptionError. Without a subject it is a template, for a queue.
 
     >>> import numpy as np
@@ -65,7 +65,7 @@ class GridSampler(torch.utils.data.Dataset[Patch]):
 
     @property
     def grid(self) -> PatchGrid:
-        """The grid over the sampler's own subject."""
+        """The grid over the subject of the sampler."""
         self._own_subject()
         assert self._grid is not None
         return self._grid
@@ -76,12 +76,12 @@ class GridSampler(torch.utils.data.Dataset[Patch]):
         return self.subject
 
     def read(self, subject: Subject, locations: Sequence[PatchLocation]) -> list[Patch]:
-        """The patches at some of the grid's locations, padded where they reach over the border."""
+        """The patches at some of the grid's locations, padded beyond the border."""
         fills = [self.fill_of(image) for image in subject.images.values()]
         return read_patches(subject, locations, padding_mode=self.padding_mode, fill=fills)
 
     def fill_of(self, image: Image) -> float:
-        """What pads an image where ``padding_mode`` is constant."""
+        """The value of padding of an image if ``padding_mode`` is constant."""
         return self.fill if image.kind == "scalar" else 0
 
     def __call__(self, subject: Subject) -> Iterator[Patch]:
@@ -90,7 +90,7 @@ class GridSampler(torch.utils.data.Dataset[Patch]):
 
     @property
     def locations(self) -> list[PatchLocation]:
-        """Where the patches lie."""
+        """The locations of the patches, in order."""
         return list(self.grid.locations())
 
     def __len__(self) -> int:

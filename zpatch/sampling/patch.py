@@ -1,4 +1,4 @@
-"""Patches and batches of them, as torch sees them."""
+"""A patch of a subject, as torch sees it: tensors by the names of images, with affine and location."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from zpatch.geometry.affines import Affine
 from zpatch.geometry.boxes import PatchLocation
 from zpatch.store.image_record import Kind
 
-# Types that torch stores but hardly computes with, and what holds all their values.
+# Types that torch stores but hardly computes with, and wider types (of uint64, all values below 2**63).
 _WIDER = {
     np.dtype(np.uint16): np.int32,
     np.dtype(np.uint32): np.int64,
@@ -25,13 +25,13 @@ _WIDER = {
 
 
 def torch_dtype(dtype: np.dtype[Any], *, widen: bool = True) -> torch.dtype:
-    """The type in which torch computes with voxels of a type, or only holds them."""
+    """The type in which torch computes with voxels of a type; with ``widen=False``, stores them."""
     wider = np.dtype(_WIDER.get(dtype, dtype)) if widen else dtype
     return torch.from_numpy(np.empty(0, wider)).dtype
 
 
 def to_tensor(voxels: NDArray[Any]) -> torch.Tensor:
-    """A tensor of some voxels, in a type that torch computes with; shares memory where it can."""
+    """A tensor of some voxels, in a type that torch computes with; it shares their memory if it can."""
     return torch.from_numpy(voxels.astype(_WIDER.get(voxels.dtype, voxels.dtype), copy=False))
 
 
@@ -51,30 +51,30 @@ class PatchImage:
     inter: Any = 0.0
 
     def write_values(self, out: torch.Tensor, dtype: torch.dtype | None) -> None:
-        """Write the values in a type to ``out`` of that type; with None the data, as it is.
+        """Write the values to ``out``, of type ``dtype``; with None the data without slope and intercept.
 
-        Of a gradient that a transform left on the data nothing goes along.
+        The gradient of a transform is not copied.
         """
         data = self.data.detach()
         if dtype is None or not self.is_pending(dtype):
             out.copy_(data)
         else:
-            Scaling(self.slope, self.inter).write(_stored(data).numpy(), _stored(out).numpy())
+            Scaling(self.slope, self.inter).write(in_stored_order(data).numpy(), in_stored_order(out).numpy())
 
     def is_pending(self, dtype: torch.dtype | None) -> bool:
-        """Whether the data is not yet what images come in where they are asked for in a type."""
+        """Whether the data is still to be converted to values of a type; label maps never are."""
         if dtype is None or self.kind == "label" or self.data.is_complex():
             return False
         return self.data.dtype != dtype or (self.slope, self.inter) != (1.0, 0.0)
 
 
-class _ByName:
+class ImagesByName:
     """Images by attribute and by item."""
 
     images: Mapping[str, PatchImage]
 
     def map_data(self, fn: Callable[[Any], Any]) -> Self:
-        """The same with ``fn`` applied to the data of each image."""
+        """A copy with ``fn`` applied to the data of each image."""
         images = {name: replace(image, data=fn(image.data)) for name, image in self.images.items()}
         return replace(self, images=images)  # type: ignore[type-var]
 
@@ -95,7 +95,7 @@ class _ByName:
 
 
 @dataclass(frozen=True)
-class Patch(_ByName):
+class Patch(ImagesByName):
     """A patch of one subject: ``patch.t1.data``, ``patch.t1.affine``, ``patch.location``.
 
     ``subject`` is the subject's name.
@@ -106,11 +106,11 @@ class Patch(_ByName):
     subject: str
 
     def with_data(self, **tensors: torch.Tensor) -> Patch:
-        """The same patch with other voxels in some images."""
+        """A copy of the patch with other voxels in some images."""
         changed = {name: replace(self[name], data=tensor) for name, tensor in tensors.items()}
         return replace(self, images={**self.images, **changed})
 
 
-def _stored(data: torch.Tensor) -> torch.Tensor:
-    """(C, I, J, K) in the order of its memory, (c, z, y, x), so that a copy runs along what it reads."""
+def in_stored_order(data: torch.Tensor) -> torch.Tensor:
+    """A tensor (C, I, J, K) in the order of its memory, (c, z, y, x), in which copies are fast."""
     return data.permute(0, 3, 2, 1) if data.ndim == 4 else data

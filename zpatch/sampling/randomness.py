@@ -1,8 +1,8 @@
-"""Randomness as a function of position: no state, no order, no global generator.
+"""Random numbers as a function of an address: no state, no order, no global generator.
 
-Every draw has an address (seed, epoch, subject, draw). Philox (Salmon et al., "Parallel random
-numbers: as easy as 1, 2, 3", 2011) turns an address into a stream directly, so that any worker can
-produce any draw without having produced those before it.
+The address of a draw is (seed, epoch, subject, draw). Philox (Salmon et al., "Parallel random numbers: as
+easy as 1, 2, 3", 2011) turns an address into a stream directly, so that any worker can produce any draw
+without the draws before it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 
 class Purpose(IntEnum):
-    """What a stream is for; streams of different purposes never meet."""
+    """What a stream is for; streams of different purposes never overlap."""
 
     LOCATIONS = 1
     TRANSFORM = 2
@@ -32,7 +32,7 @@ def rng(
 ) -> np.random.Generator:
     """The generator at an address.
 
-    Each address owns 2**64 blocks of the counter; the seed may have up to 64 bits.
+    Each address has 2**64 blocks of Philox's counter; the seed may have up to 64 bits.
 
     >>> float(rng(7, 1, 2, 3).random()) == float(rng(7, 1, 2, 3).random())
     True
@@ -43,7 +43,7 @@ def rng(
 
 
 def as_generator(source: np.random.Generator | int | None) -> np.random.Generator:
-    """A generator as it is; the one of an integer seed; a fresh one from the system for None."""
+    """The generator itself, the generator of an integer seed, or for None a new one seeded by the system."""
     if isinstance(source, np.random.Generator):
         return source
     return np.random.default_rng() if source is None else rng(operator.index(source))

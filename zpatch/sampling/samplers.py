@@ -1,6 +1,6 @@
-"""Where patches are taken: on a grid, uniformly, by weight, or by class.
+"""Samplers that draw the locations of patches: uniformly, by weight, or by class.
 
-A sampler decides locations; reading voxels is the images' business.
+A sampler chooses locations; images read the voxels.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def read_patches(
     padding_mode: str | None = None,
     fill: float | Sequence[float] = 0,
 ) -> list[Patch]:
-    """The patches of a subject at some locations, all images read as one group.
+    """The patches of a subject at some locations; all images are read as one group.
 
-    ``fill`` may be said for each image.
+    ``fill`` is one value, or one for each image.
     """
     if not locations:
         return []
@@ -60,9 +60,10 @@ def read_patches(
 
 
 class RandomSampler(ABC):
-    """A sampler that draws; ``sampler(subject, num_patches)`` yields patches.
+    """A sampler that draws locations at random; ``sampler(subject, num_patches)`` yields patches.
 
-    ``patch_size`` is in voxels, one integer or three (I, J, K), and must fit in the volume.
+    ``patch_size`` is in voxels, one integer or three (I, J, K). A patch larger than the volume is a
+    PatchSizeError.
     """
 
     def __init__(self, patch_size: PatchSize) -> None:
@@ -71,9 +72,9 @@ class RandomSampler(ABC):
     def __call__(
         self, subject: Subject, num_patches: int | None = None, *, rng: RandomSource = None
     ) -> Iterator[Patch]:
-        """Patches of a subject, endless without a number.
+        """Patches of a subject, without end unless there is a number.
 
-        ``rng`` is a numpy Generator or an integer seed; None draws a fresh one from the system.
+        ``rng`` is a numpy Generator or an integer seed; None is a new generator with a seed from the system.
         """
         generator = as_generator(rng)
         left = num_patches
@@ -83,7 +84,7 @@ class RandomSampler(ABC):
             left = None if left is None else left - group
 
     def locations(self, subject: Subject, num_patches: int, rng: RandomSource = None) -> list[PatchLocation]:
-        """Where the patches of a draw lie: the part without reading any image but the map."""
+        """The locations of ``num_patches`` patches; of the images, only a map is read, and only in part."""
         if num_patches < 0:
             raise OptionError(f"num_patches must be at least 0, not {num_patches}")
         check_patch_fits(self.patch_size, subject.spatial_shape, subject.name)
@@ -102,7 +103,7 @@ class RandomSampler(ABC):
 
 
 class UniformSampler(RandomSampler):
-    """Each start from 0 to n - p of each axis is equally likely.
+    """Every first voxel from 0 to n - p on each axis is equally likely.
 
     >>> from zpatch.images.image import ScalarImage
     >>> subject = Subject(t1=ScalarImage(np.zeros((8, 8, 8))))
@@ -118,8 +119,15 @@ class UniformSampler(RandomSampler):
 class WeightedSampler(RandomSampler):
     """P(centre = v) is proportional to the value at v of the image ``probability_map``.
 
-    Centres are those voxels around which the whole patch fits: all but the first ``p // 2`` and the last
+    Centres are the voxels around which the whole patch fits: all but the first ``p // 2`` and the last
     ``(p - 1) // 2`` of each axis. Negative, NaN or all-zero maps are a SamplingError.
+
+    >>> from zpatch.images.image import SamplingMap
+    >>> weights = np.zeros((8, 8, 8))
+    >>> weights[4, 5, 3] = 1
+    >>> subject = Subject(where=SamplingMap(weights))
+    >>> WeightedSampler(4, "where").locations(subject, 1)[0].index  # the centre is voxel 4 // 2 of the patch
+    (2, 3, 1)
     """
 
     def __init__(self, patch_size: PatchSize, probability_map: str) -> None:
@@ -131,11 +139,11 @@ class WeightedSampler(RandomSampler):
         where = f"the map {self.probability_map!r} of subject {subject.name!r}"
         weights = weight_map(image, where)
         allowed = allowed_centres(subject.spatial_shape, self.patch_size)
-        [centres] = draw_centres([(weights.reach(allowed), count)], weights.read, rng)
+        [centres] = draw_centres([(weights.allowed_mass(allowed), count)], weights.read, rng)
         if centres is None:
             raise SamplingError(
-                f"{where} is zero wherever a patch of {self.patch_size} fits; all of its weight lies "
-                f"in the border; use a smaller patch_size"
+                f"{where} is zero wherever a patch of {self.patch_size} fits; all of its weight is near "
+                f"the border; use a smaller patch_size"
             )
         return self._start_of(centres)
 
@@ -144,12 +152,19 @@ class WeightedSampler(RandomSampler):
 
 
 class LabelSampler(RandomSampler):
-    """The class of a patch's centre is drawn first, then the centre among that class's voxels.
+    """The class of a patch's centre is drawn first, then the centre among the voxels of that class.
 
     A class has probability ``label_probabilities[c] / sum`` over the classes present among the allowed
-    centres (those of WeightedSampler). None means every non-zero value as one class. In a label map of
-    several channels the keys are channel numbers, and a channel is present where it is not zero.
-    ``label_name=None`` takes the subject's first label map.
+    centres (see WeightedSampler). None makes all values but 0 one class. In a label map of several channels
+    the keys are channel numbers, and a channel is present where it is not zero. ``label_name=None`` takes
+    the subject's first label map. A subject in which no class is present is a SamplingError.
+
+    >>> from zpatch.images.image import LabelMap
+    >>> labels = np.zeros((8, 8, 8), np.uint8)
+    >>> labels[4, 5, 3] = 2
+    >>> subject = Subject(seg=LabelMap(labels))
+    >>> LabelSampler(4, "seg", {2: 1.0}).locations(subject, 1)[0].index
+    (2, 3, 1)
     """
 
     def __init__(
@@ -178,14 +193,16 @@ class LabelSampler(RandomSampler):
             shares = np.array(list(left.values())) / sum(left.values())
             drawn = rng.choice(len(left), size=pending.size, p=shares)
             mine = [pending[drawn == number] for number in range(len(left))]
-            parts = [(classes.reach(c, allowed), len(some)) for c, some in zip(left, mine, strict=True)]
+            parts = [
+                (classes.allowed_mass(c, allowed), len(some)) for c, some in zip(left, mine, strict=True)
+            ]
             missed = [pending[:0]]
             for label, some, found in zip(
                 list(left), mine, draw_centres(parts, classes.read, rng), strict=True
             ):
                 if found is not None:
                     centres[some] = found
-                elif some.size:  # none of the class is allowed: it is not present
+                elif some.size:  # no voxel of the class is allowed: it is not present
                     missed.append(some)
                     del left[label]
             pending = np.concatenate(missed)
