@@ -1,4 +1,4 @@
-"""What the tests of the queue share: a stream as values, and transforms that any worker can import.
+"""Shared by the tests of the queue: a stream as values, and transforms that any worker can import.
 
 Nothing here needs pytest, so that a worker that is spawned starts quickly.
 """
@@ -70,7 +70,7 @@ def stream(
     epochs: Sequence[int] = (0,),
     **options: Any,
 ) -> list[Item]:
-    """Everything that some epochs give."""
+    """All patches of some epochs, as values."""
     with zp.Queue(subjects, zp.UniformSampler(12) if sampler is None else sampler, **options) as queue:
         found = []
         for epoch in epochs:
@@ -93,7 +93,7 @@ def small_subjects(count: int, *, size: int = 12, dtype: Any = np.int16) -> list
 
 
 def stop_forkserver() -> None:
-    """Python keeps it for the next process to be forked."""
+    """End the process that Python keeps for the next one to be forked."""
     forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
@@ -132,7 +132,7 @@ def squared(array: Any) -> Any:
 
 
 def normalised(subject: zp.Subject) -> zp.Subject:
-    """As a cohort is mapped: scores of the image, and its clipped values beside."""
+    """As a cohort is mapped: the normalised image, and its clipped values as another image."""
     images = {"t1": zp.Normalize()(subject.t1), "clipped": zp.Normalize("clip")(subject.t1)}
     return subject.with_images(**images)
 
@@ -147,16 +147,16 @@ def numbered(place: ImagePlace, first: int) -> torch.Tensor:
 
 
 def write_slots(block: SlotBlock, layout: SlotLayout, slots: Iterable[int]) -> None:
-    """What a worker does, and where it says what it is at."""
+    """Write to slots as a worker does, and to the numbers that are watched."""
     for slot in slots:
         for place in layout.images:
             block.tensor(slot, place).copy_(numbered(place, slot))
         block.watched[slot] = 100 + slot
 
 
-def copy_shared_pickle(letter: SharedPickle, block: SlotBlock) -> None:
-    """What a worker does that is told of its work."""
-    values = letter.read()
+def copy_shared_pickle(shared: SharedPickle, block: SlotBlock) -> None:
+    """Read a shared pickle, as a worker does that starts."""
+    values = shared.read()
     block.watched[:2] = len(values), sum(values)
 
 
@@ -241,7 +241,7 @@ def threads(patch: zp.Patch) -> zp.Patch:
 
 
 def renamed(patch: zp.Patch) -> zp.Patch:
-    """Gives each patch a name of its own."""
+    """Gives each patch a different name."""
     return dataclasses.replace(patch, subject=f"{patch.subject} at {patch.location.index}")
 
 
@@ -278,7 +278,7 @@ class Failing:
 
 @dataclass
 class FailingLater:
-    """Fails once it was called so many times, in each process."""
+    """Fails after a number of calls, in each process."""
 
     calls: int
 
@@ -291,7 +291,7 @@ class FailingLater:
 
 @dataclass
 class Deadly:
-    """Ends the worker that comes to a subject, in some way, and notes when."""
+    """Ends the worker that reads a subject, in some way, and notes when."""
 
     note: Path
     way: str = "KILL"

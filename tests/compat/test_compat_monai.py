@@ -58,7 +58,7 @@ def test_without_a_channel_axis_an_image_loads_as_its_nifti_file_does(
     torch.testing.assert_close(explicit.as_tensor(), torch.from_numpy(cohort[0].t1.data).float())
 
 
-def test_a_pipeline_of_monai_runs_on_what_is_loaded(cohort: zp.Cohort, cohort_source: Path) -> None:
+def test_a_pipeline_of_monai_runs_on_loaded_images(cohort: zp.Cohort, cohort_source: Path) -> None:
     def steps(reader: Any) -> Any:
         return transforms.Compose(
             [
@@ -78,7 +78,7 @@ def test_a_pipeline_of_monai_runs_on_what_is_loaded(cohort: zp.Cohort, cohort_so
         np.testing.assert_allclose(found[key].affine, wanted[key].affine, atol=1e-4)
 
 
-def test_a_box_is_read_alone_and_lies_where_it_did(cohort: zp.Cohort) -> None:
+def test_a_box_is_read_alone_and_keeps_its_position(cohort: zp.Cohort) -> None:
     reader, image = ZpatchReader(), cohort[0].t1
     voxels, meta = reader.get_data(reader.read(datalist(cohort)[0]["t1"]), location=(3, 4, 5), size=(6, 7, 8))
     np.testing.assert_array_equal(voxels, image.data[0, 3:9, 4:11, 5:13])
@@ -125,7 +125,7 @@ def test_images_that_are_in_no_store_cannot_be_listed(cohort: zp.Cohort) -> None
 # Patches
 
 
-def test_grid_patches_come_from_disk_with_their_place(cohort: zp.Cohort) -> None:
+def test_grid_patches_are_read_from_disk_with_their_coordinates(cohort: zp.Cohort) -> None:
     iterator = ZpatchPatchIterd(["t1", "seg"], PATCH_SIZE, 4)
     subject = cohort[0]
     found = list(data.GridPatchDataset([{**datalist(cohort)[0], "age": 41}], iterator))
@@ -141,7 +141,7 @@ def test_grid_patches_come_from_disk_with_their_place(cohort: zp.Cohort) -> None
         assert patch["original_spatial_shape"].tolist() == list(subject.spatial_shape)
 
 
-def test_grid_patches_go_through_transforms_and_a_loader_of_monai(cohort: zp.Cohort) -> None:
+def test_grid_patches_pass_through_transforms_and_a_loader_of_monai(cohort: zp.Cohort) -> None:
     dataset = data.GridPatchDataset(
         datalist(cohort)[:2],
         ZpatchPatchIterd("t1", PATCH_SIZE, padding_mode="reflect"),

@@ -57,7 +57,7 @@ def is_labelled(patch: Any) -> bool:
 # The examples of the documentation
 
 
-def test_training_with_a_queue_gives_what_the_native_queue_gives(subjects: list[torchio.Subject]) -> None:
+def test_training_with_a_queue_gives_the_patches_of_the_native_queue(subjects: list[torchio.Subject]) -> None:
     seed = drawn_seed()
     subjects_dataset = torchio.ImagesDataset(subjects)
     queue_dataset = torchio.Queue(
@@ -151,7 +151,7 @@ def test_the_step_of_a_grid_is_the_patch_without_both_borders(
 
 
 @given(case=grids(), seed=st.integers(0, 1000))
-def test_the_aggregator_puts_together_what_the_grid_took_apart(
+def test_the_aggregator_restores_the_volume_of_the_grid(
     case: tuple[list[int], list[int], list[int]], seed: int
 ) -> None:
     shape, size, border = case
@@ -257,7 +257,7 @@ def test_the_last_place_of_a_patch_is_drawn_too() -> None:
     assert {int(patch["index_ini"][0]) for patch in patches} == {0, 1}
 
 
-def test_whole_subjects_come_out_of_a_dataloader(subjects: list[torchio.Subject]) -> None:
+def test_a_dataloader_gives_whole_subjects(subjects: list[torchio.Subject]) -> None:
     [batch] = DataLoader(torchio.ImagesDataset([subjects[0], subjects[0]]), batch_size=2)
     for name in ("t1", "label"):
         voxels = subjects[0][name].data

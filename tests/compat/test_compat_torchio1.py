@@ -1,4 +1,4 @@
-"""TorchIO 0.18 to 1.x on zpatch: its examples, its positions and volumes, and what is otherwise."""
+"""TorchIO 0.18 to 1.x on zpatch: its examples, its locations and volumes, and the stated differences."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def items(patches: Iterable[Any], limit: int | None = None) -> list[Item]:
 # The examples of the documentation
 
 
-def test_training_with_a_queue_gives_what_the_native_queue_gives(subjects: list[tio.Subject]) -> None:
+def test_training_with_a_queue_gives_the_patches_of_the_native_queue(subjects: list[tio.Subject]) -> None:
     seed = drawn_seed()
     patch_size, queue_length, samples_per_volume = PATCH, 12, 5
     sampler = tio.data.UniformSampler(patch_size)
@@ -219,7 +219,7 @@ def test_a_patch_is_a_mapping_with_attributes(brain: tio.Subject) -> None:
         patch.flair  # noqa: B018 - the access is what is tested
 
 
-def test_a_patch_and_its_images_tell_their_shape_and_are_saved(brain: tio.Subject, tmp_path: Path) -> None:
+def test_a_patch_and_its_images_have_a_shape_and_are_saved(brain: tio.Subject, tmp_path: Path) -> None:
     [patch] = tio.LabelSampler((4, 5, 6), "seg")(brain, 1)
     [batch] = DataLoader([patch, patch], batch_size=2)  # type: ignore[arg-type]
     assert patch.shape == patch.t1.shape == (1, 4, 5, 6)
@@ -261,7 +261,7 @@ def test_batches_are_mappings_with_attributes_too(brain: tio.Subject, loader: An
     assert batch.age.tolist() == [40] * 4
 
 
-def test_the_loader_leaves_as_lists_what_cannot_be_stacked() -> None:
+def test_the_loader_leaves_entries_that_cannot_be_stacked_as_lists() -> None:
     queue = tio.Queue([in_memory(9, 9, 9, notes=None, tags=["a"])], 6, 2, tio.UniformSampler(PATCH))
     [batch] = tio.SubjectsLoader(queue, batch_size=2)
     assert (batch.notes, batch.tags) == ([None, None], [["a"], ["a"]])
@@ -278,7 +278,7 @@ def test_a_subject_of_a_cohort_carries_its_images_and_its_name(cohort: zp.Cohort
 # The queue
 
 
-def test_the_number_of_samples_of_a_subject_is_its_own_where_it_says_one() -> None:
+def test_num_samples_of_a_subject_takes_precedence() -> None:
     subjects = [
         in_memory(10, 10, 10),
         in_memory(10, 10, 10, num_samples=np.int64(9)),
@@ -309,7 +309,7 @@ def test_each_iteration_is_an_epoch_also_after_one_that_was_broken_off(subjects:
 @pytest.mark.parametrize(
     "sampler", [tio.UniformSampler(PATCH), tio.LabelSampler(PATCH)], ids=["uniform", "label"]
 )
-def test_torch_manual_seed_decides_what_is_drawn(subjects: list[tio.Subject], sampler: Any) -> None:
+def test_torch_manual_seed_decides_the_draws(subjects: list[tio.Subject], sampler: Any) -> None:
     def drawn(seed: int) -> list[Item]:
         torch.manual_seed(seed)
         queue = tio.Queue(subjects, 7, 2, sampler)
@@ -320,7 +320,7 @@ def test_torch_manual_seed_decides_what_is_drawn(subjects: list[tio.Subject], sa
     assert items(sampler(subjects[0], 3)) != items(sampler(subjects[0], 3))
 
 
-def test_shuffling_is_as_it_is_told() -> None:
+def test_shuffling_follows_the_options() -> None:
     subjects = [in_memory(9, 9, 9, seed=n, number=n) for n in range(6)]
     queue = tio.Queue(subjects, 50, 2, tio.UniformSampler(PATCH), None, 0, False, False)
     assert [patch["number"] for patch in queue] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
@@ -352,7 +352,7 @@ def test_a_grid_in_a_queue_gives_the_first_patches_of_each_subject() -> None:
     assert found == each[0][:3] + each[1]
 
 
-def test_a_queue_says_what_memory_it_takes() -> None:
+def test_a_queue_states_the_memory_that_it_takes() -> None:
     small, large = in_memory(9, 9, 9), tio.Subject(t1=np_image(3, 20, 20, 20))
     queue = tio.Queue([small, large], 20, 4, tio.UniformSampler(PATCH))
     assert queue.get_max_memory() == queue.get_max_memory(large) > queue.get_max_memory(small)
@@ -401,7 +401,7 @@ def test_the_transform_of_a_dataset_runs_on_each_patch_of_its_subjects(workers: 
 # Images and subjects
 
 
-def test_images_are_made_of_what_torchio_makes_them_of(subjects: list[tio.Subject], tmp_path: Path) -> None:
+def test_images_are_made_of_the_sources_of_torchio(subjects: list[tio.Subject], tmp_path: Path) -> None:
     image = subjects[0].t1
     assert isinstance(image, zp.ScalarImage)
     assert isinstance(subjects[0].seg, zp.LabelMap)
@@ -455,7 +455,7 @@ def test_a_subject_is_a_mapping_of_images_and_all_else() -> None:
         tio.SubjectsDataset([])
 
 
-def test_name_and_split_of_a_subject_are_what_they_were_given_as() -> None:
+def test_name_and_split_of_a_subject_keep_their_values() -> None:
     subject = in_memory(9, 9, 9, split="train", name=7)
     assert (subject.split, subject.name) == (subject["split"], subject["name"]) == ("train", 7)
     patches = list(tio.Queue([subject], 5, 3, tio.UniformSampler(PATCH), num_workers=1))
@@ -463,7 +463,7 @@ def test_name_and_split_of_a_subject_are_what_they_were_given_as() -> None:
     assert (in_memory(9, 9, 9).split, in_memory(9, 9, 9).name) == (None, "subject")
 
 
-def test_images_of_a_subject_that_lie_elsewhere_are_not_sampled_together() -> None:
+def test_images_of_a_subject_with_different_affines_are_not_sampled_together() -> None:
     sampler = tio.UniformSampler(PATCH)
 
     def subject_moved_by(millimetres: float) -> tio.Subject:
@@ -558,7 +558,7 @@ def grids(draw: st.DrawFn) -> tuple[list[int], list[int], list[int], Any]:
 
 
 @given(case=grids())
-def test_the_patches_of_a_grid_are_those_of_torchio(torchio: Any, case: tuple[Any, ...]) -> None:
+def test_the_patches_of_a_grid_equal_those_of_torchio(torchio: Any, case: tuple[Any, ...]) -> None:
     shape, size, overlap, mode = case
     subject = in_memory(*shape)
     ours = tio.GridSampler(subject, size, overlap, mode)
@@ -625,7 +625,7 @@ def centres_to_starts(weights: NDArray[np.float64], size: Sequence[int]) -> NDAr
     return weights[box]
 
 
-def test_uniform_places_are_distributed_as_those_of_torchio(torchio: Any) -> None:
+def test_uniform_locations_are_distributed_as_in_torchio(torchio: Any) -> None:
     subject, size = in_memory(6, 5, 5), (4, 4, 3)
     torch.manual_seed(3)
     theirs = starts(torchio.UniformSampler(size)(in_torchio(torchio, subject), 800))
@@ -634,9 +634,7 @@ def test_uniform_places_are_distributed_as_those_of_torchio(torchio: Any) -> Non
 
 
 @pytest.mark.parametrize("size", [(3, 3, 3), (4, 3, 2), (1, 2, 6)])
-def test_weighted_places_are_distributed_as_those_of_torchio(
-    torchio: Any, size: tuple[int, int, int]
-) -> None:
+def test_weighted_locations_are_distributed_as_in_torchio(torchio: Any, size: tuple[int, int, int]) -> None:
     weights = np.random.default_rng(2).integers(0, 5, (7, 6, 7)).astype(np.float32)
     subject = tio.Subject(in_memory(7, 6, 7), weights=tio.Image(tensor=weights, type=tio.SAMPLING_MAP))
     sampler = torchio.WeightedSampler(size, "weights")
@@ -648,7 +646,7 @@ def test_weighted_places_are_distributed_as_those_of_torchio(
 
 @pytest.mark.parametrize("probabilities", [None, {0: 0, 1: 2, 2: 1, 3: 1}, {0: 1, 3: 4}, {2: 1, 9: 5}])
 @pytest.mark.parametrize("size", [(3, 3, 3), (4, 3, 2)])
-def test_label_places_are_distributed_as_those_of_torchio(
+def test_label_locations_are_distributed_as_in_torchio(
     torchio: Any, probabilities: Any, size: tuple[int, int, int]
 ) -> None:
     subject = in_memory(7, 6, 7)
@@ -670,7 +668,7 @@ def test_whole_subjects_are_batched_as_torchio_does(torchio: Any) -> None:
             assert torch.equal(found[name][tio.DATA], wanted[name][torchio.DATA])
 
 
-def test_torchio_refuses_images_that_lie_elsewhere_too(torchio: Any) -> None:
+def test_torchio_refuses_images_with_different_affines_too(torchio: Any) -> None:
     voxels = torch.zeros(1, 9, 9, 9)
     moved = torchio.LabelMap(tensor=voxels, affine=np.diag([1.0, 1, 1.1, 1]))
     with pytest.raises(RuntimeError, match="not in the same space"):
@@ -696,7 +694,7 @@ def test_transforms_of_torchio_run_on_patches(torchio: Any, workers: int) -> Non
         assert (patch.t1.data.min(), patch.t1.data.max()) == (0, 1)
 
 
-def test_a_transform_of_ones_own_that_is_made_from_torchios_runs_on_patches(torchio: Any) -> None:
+def test_a_subclass_of_a_torchio_transform_runs_on_patches(torchio: Any) -> None:
     class Doubled(torchio.Transform):  # type: ignore[misc]
         def apply_transform(self, subject: Any) -> Any:
             subject.t1.set_data(2 * subject.t1.data)

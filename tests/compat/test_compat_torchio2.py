@@ -1,6 +1,6 @@
 """TorchIO 2's patch API on zpatch: the examples of its documentation, with what the native API gives.
 
-The tests that need TorchIO 2 are run by the last one, where that lies in a folder of its own.
+The last test runs those that need TorchIO 2, if that is installed in a separate folder.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def seed_of_torch(seed: int) -> int:
 # The examples of the documentation
 
 
-def test_training_with_a_queue_gives_what_the_native_queue_gives(cohort_source: Path) -> None:
+def test_training_with_a_queue_gives_the_patches_of_the_native_queue(cohort_source: Path) -> None:
     paths = sorted(cohort_source.rglob("*t1.nii*"))
     subjects = [tio.Subject(t1=tio.ScalarImage(path)) for path in paths]
     sampler = tio.UniformSampler(subjects[0], patch_size=PATCH_SIZE)
@@ -109,7 +109,7 @@ def test_training_with_a_queue_gives_what_the_native_queue_gives(cohort_source: 
         ),
     ],
 )
-def test_a_sampler_is_a_dataset_of_what_the_native_sampler_gives(
+def test_a_sampler_is_a_dataset_of_the_patches_of_the_native_sampler(
     subject: tio.Subject, sampler: Any, native: Any
 ) -> None:
     torch.manual_seed(3)
@@ -122,9 +122,7 @@ def test_a_sampler_is_a_dataset_of_what_the_native_sampler_gives(
 
 
 @pytest.mark.parametrize("mode", ["crop", "average", "hann"])
-def test_dense_inference_gives_the_volume_and_what_the_native_aggregator_gives(
-    subject: tio.Subject, mode: str
-) -> None:
+def test_dense_inference_gives_the_volume_as_the_native_aggregator(subject: tio.Subject, mode: str) -> None:
     sampler = tio.GridSampler(subject, patch_size=8, patch_overlap=4)
     aggregator = tio.PatchAggregator(spatial_shape=subject.spatial_shape, overlap_mode=mode, patch_overlap=4)
     grid = zp.GridSampler(subject, 8, 4)
@@ -182,7 +180,7 @@ def test_whole_subjects_of_a_dataset_are_batched_with_their_metadata(subjects: l
         assert torch.equal(batches[1].t1.data, torch.stack([subjects[n].t1.data for n in (2, 3)]))
 
 
-# What stands in place of TorchIO's classes
+# The replacements of TorchIO's classes
 
 
 SIGNATURES = {
@@ -284,7 +282,7 @@ def with_name_as_metadata(subject: zp.Subject) -> zp.Subject:
     return zp.Subject.of(subject.images, name=subject.name, metadata={"called": subject.name})
 
 
-def test_subjects_of_one_name_are_told_apart(subjects: list[tio.Subject]) -> None:
+def test_subjects_of_one_name_get_different_names(subjects: list[tio.Subject]) -> None:
     with tio.Queue(subjects, tio.UniformSampler(subjects[0], 8), patches_per_volume=2) as queue:
         assert Counter(patch.metadata["age"] for patch in queue) == dict.fromkeys(range(40, 45), 2)
 
@@ -353,7 +351,7 @@ def test_the_epoch_of_a_subject_sampler_is_the_one_that_was_set(
         tio.Queue(subjects, sampler, shuffle_subjects=False, subject_sampler=iter([0, 1]))
 
 
-def test_a_queue_goes_on_where_a_state_was_taken(subjects: list[tio.Subject]) -> None:
+def test_a_queue_resumes_where_a_state_was_taken(subjects: list[tio.Subject]) -> None:
     def start() -> tuple[Any, tio.Queue]:
         order: Any = DistributedSampler(subjects, num_replicas=2, rank=1, shuffle=True)
         sampler = tio.UniformSampler(subjects[0], 8)
@@ -389,7 +387,7 @@ def test_a_queue_takes_no_more_patches_of_a_subject_than_its_sampler_gives(
             assert queue.patches_per_epoch == 5 * wanted
 
 
-def test_name_and_split_of_a_subject_are_what_they_were_given_as() -> None:
+def test_name_and_split_of_a_subject_keep_their_values() -> None:
     image = tio.ScalarImage(np.zeros((8, 8, 8)))
     subject = tio.Subject(t1=image, split="train", name=7)
     assert (subject.split, subject.name) == ("train", 7)
@@ -434,7 +432,7 @@ def test_every_place_where_a_patch_of_even_size_fits_is_drawn() -> None:
     assert {patch.patch_location.index for patch in sampler} == {(i, 0, 0) for i in range(3)}
 
 
-def test_classes_have_their_shares_whatever_their_size() -> None:
+def test_classes_have_their_shares_independent_of_their_size() -> None:
     labels = np.ones((20, 20, 20), np.uint8)
     labels[10, 10, 10] = 2
     subject = tio.Subject(seg=tio.LabelMap(labels))
@@ -464,7 +462,7 @@ def test_a_patch_that_is_larger_than_the_volume_is_an_error(subject: tio.Subject
         next(iter(tio.UniformSampler(subject, 40)))
 
 
-def test_transforms_are_those_of_torchio_2_or_said_to_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transforms_are_those_of_torchio_2_or_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchio", None)
     with pytest.raises(AttributeError, match="no 'Flip' here; a TorchIO transform needs TorchIO"):
         tio.Flip  # noqa: B018
@@ -530,7 +528,7 @@ def test_torchio_2_reads_the_same_voxels(torchio_2: Any, subject: tio.Subject) -
         np.testing.assert_allclose(found.t1.affine, np.array(patch.t1.affine))
 
 
-def test_torchio_2_is_wrong_where_this_says_so(torchio_2: Any) -> None:
+def test_torchio_2_differs_from_its_documentation_as_stated(torchio_2: Any) -> None:
     ones = torch.ones(1, 10, 10, 10)
     aggregator = torchio_2.PatchAggregator((10, 10, 10), "hann")
     subject = torchio_2.Subject(t1=torchio_2.ScalarImage(ones))

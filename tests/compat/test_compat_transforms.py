@@ -1,7 +1,7 @@
 """Transforms of TorchIO and MONAI on patches: what the library makes of voxels and affine, and nothing lost.
 
 The tests of TorchIO run with the generation that is installed; ``test_compat_torchio2`` runs them once more,
-with TorchIO 2, where that lies in a folder of its own.
+with TorchIO 2, if that is installed in a separate folder.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def test_torchio_gets_and_gives_back_a_patch_without_loss(torchio: Any, dtype: t
 
 
 @pytest.mark.parametrize("transform", [flip, rotation, noise])
-def test_torchio_does_to_a_patch_what_it_does_to_a_subject(
+def test_torchio_transforms_a_patch_as_it_transforms_a_subject(
     torchio: Any, patch: zp.Patch, transform: Any
 ) -> None:
     patch = zp.Patch({name: patch[name] for name in ("t1", "seg")}, patch.location, patch.subject)
@@ -125,7 +125,7 @@ def test_torchio_does_to_a_patch_what_it_does_to_a_subject(
 
 
 @pytest.mark.parametrize("dtype", LABEL_DTYPES)
-def test_a_label_map_comes_back_from_torchio_in_its_type(torchio: Any, dtype: torch.dtype) -> None:
+def test_a_label_map_keeps_its_type_through_torchio(torchio: Any, dtype: torch.dtype) -> None:
     patch = patch_of(dtype)
     rotated = from_torchio(rotation(torchio))(patch)
     assert rotated.seg.data.dtype == dtype
@@ -149,7 +149,7 @@ def test_intensities_alone_get_noise_from_torchio(torchio: Any, patch: zp.Patch)
     assert [image.kind for image in noisy.images.values()] == ["scalar", "label", "sampling"]
 
 
-def test_images_that_a_transform_of_torchio_makes_or_leaves_out_come_and_go(
+def test_images_that_a_transform_of_torchio_adds_or_removes_are_added_or_removed(
     torchio: Any, patch: zp.Patch
 ) -> None:
     def one_for_another(subject: Any) -> Any:
@@ -179,7 +179,7 @@ def test_monai_gets_and_gives_back_a_patch_without_loss(monai: Any, dtype: torch
     assert_equal(from_monai(monai.Identityd(["t1", "seg"]))(patch_of(dtype)), patch_of(dtype))
 
 
-def test_monai_does_to_a_patch_what_it_does_to_metatensors(monai: Any, patch: zp.Patch) -> None:
+def test_monai_transforms_a_patch_as_it_transforms_metatensors(monai: Any, patch: zp.Patch) -> None:
     from monai.data import MetaTensor
 
     transform = monai.Flipd(["t1", "seg"], spatial_axis=0)
@@ -195,7 +195,7 @@ def test_monai_does_to_a_patch_what_it_does_to_metatensors(monai: Any, patch: zp
 
 
 @pytest.mark.parametrize("dtype", LABEL_DTYPES)
-def test_a_label_map_comes_back_from_monai_in_its_type(monai: Any, dtype: torch.dtype) -> None:
+def test_a_label_map_keeps_its_type_through_monai(monai: Any, dtype: torch.dtype) -> None:
     patch = patch_of(dtype)
     affine = monai.RandAffined(["t1", "seg"], prob=1, rotate_range=0.5, mode=["bilinear", "nearest"])
     found = from_monai(affine)(patch)
@@ -217,7 +217,7 @@ def test_lazy_transforms_of_monai_are_carried_out(monai: Any, patch: zp.Patch) -
     assert torch.equal(from_monai(lazy)(patch).t1.data, patch.t1.data.flip(2))
 
 
-def test_images_that_a_transform_of_monai_makes_or_leaves_out_come_and_go(
+def test_images_that_a_transform_of_monai_adds_or_removes_are_added_or_removed(
     monai: Any, patch: zp.Patch
 ) -> None:
     steps = [monai.ConcatItemsd(["t1", "weights"], name="both"), monai.DeleteItemsd(["t1", "weights"])]
@@ -252,7 +252,7 @@ def test_a_queue_with_random_monai_transforms_is_the_same_for_any_number_of_work
     assert_same_stream_for_any_workers(from_monai(monai.Compose(steps)))
 
 
-def test_a_random_transform_of_monai_is_seeded_wherever_it_stands(torchio: Any, monai: Any) -> None:
+def test_a_random_transform_of_monai_is_seeded_anywhere_in_a_pipeline(torchio: Any, monai: Any) -> None:
     class Wrapped:
         """As TorchIO 2's MonaiAdapter in one of its pipelines."""
 
@@ -351,7 +351,7 @@ def test_generators_of_monai_are_seeded_in_worker_processes_too(monai: Any, patc
     st.sampled_from(LABEL_DTYPES),
     st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64]),
 )
-def test_labels_come_back_exactly_or_not_at_all(
+def test_labels_are_returned_exactly_or_refused(
     values: list[int], dtype: torch.dtype, between: torch.dtype
 ) -> None:
     labels = torch.tensor(values, dtype=torch.int64).to(dtype).reshape(-1, 1, 1, 1)
@@ -372,7 +372,7 @@ def test_fractions_in_a_label_map_are_an_error(patch: zp.Patch) -> None:
         on_tensors(lambda data: data / 2, images=["seg"])(patch)
 
 
-def test_labels_that_floats_do_not_tell_apart_are_an_error() -> None:
+def test_labels_that_floats_cannot_represent_are_an_error() -> None:
     labels = torch.full((1, 2, 2, 2), 2**24 + 1, dtype=torch.int32)
     patch = zp.Patch({"seg": PatchImage(labels, AFFINE, "label")}, zp.PatchLocation((0, 0, 0), (2, 2, 2)), "")
     with pytest.raises(OptionError, match="cannot represent all labels above 16777216; renumber them"):
@@ -380,7 +380,7 @@ def test_labels_that_floats_do_not_tell_apart_are_an_error() -> None:
 
 
 @pytest.mark.parametrize(("library", "adapter"), [("torchio", from_torchio), ("monai", from_monai)])
-def test_a_library_that_is_missing_is_said_to_be(
+def test_a_missing_library_is_a_clear_error(
     library: str, adapter: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == library]:

@@ -69,7 +69,7 @@ def test_the_kind_of_an_image_is_the_one_asked_for(tmp_path: Path, kind: Kind, c
     assert np.array_equal(image.data, np.ones((1, 4, 4, 4)))
 
 
-def test_a_file_is_converted_once_and_that_is_said_with_its_place(
+def test_a_file_is_converted_once_and_the_log_names_the_cache_entry(
     tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = save(tmp_path / "t1.nii.gz")
@@ -85,7 +85,7 @@ def test_a_file_is_converted_once_and_that_is_said_with_its_place(
     assert caplog.records == []
 
 
-def test_what_is_said_is_seen_without_any_logging_being_set_up(tmp_path: Path, cache: Path) -> None:
+def test_the_log_is_seen_without_any_logging_being_set_up(tmp_path: Path, cache: Path) -> None:
     path = save(tmp_path / "t1.nii.gz")
     _, said = start(path).communicate(timeout=60)
     assert said.startswith(f"converted {path} once, into {cache}")
@@ -198,7 +198,7 @@ def test_what_is_no_image_or_would_be_no_nifti_file_is_not_saved(tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_cache_that_cannot_be_made_says_how_to_choose_another(
+def test_a_cache_that_cannot_be_made_is_an_error_that_names_the_variable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = save(tmp_path / "t1.nii.gz")
@@ -207,7 +207,7 @@ def test_a_cache_that_cannot_be_made_says_how_to_choose_another(
         cached_image(path)
 
 
-def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+def test_the_environment_decides_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     assert cache_folder() == cache
     monkeypatch.setenv("ZPATCH_CACHE", "~/elsewhere")
     assert cache_folder() == Path.home() / "elsewhere"

@@ -1,4 +1,4 @@
-"""The epoch plan: each patch once, drawn from a full buffer, taken up again anywhere, dealt out evenly."""
+"""The epoch plan: each patch once, drawn from a full buffer, resumed at any patch, dealt out evenly."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def plan_of(
     buffer: int = 10,
     shuffle: bool = True,
 ) -> EpochPlan:
-    """A plan of so many patches of each subject."""
+    """A plan with a number of patches for each subject."""
     return EpochPlan(
         seed=seed,
         epoch=epoch,
@@ -63,7 +63,7 @@ def plans(draw: Any) -> EpochPlan:
 
 
 def arriving(plan: EpochPlan) -> list[Wanted]:
-    """What is read, in order, said without the plan's own code."""
+    """The patches that are read, in order, computed without the code of the plan."""
     visits: Counter[int] = Counter()
     found: list[Wanted] = []
     while len(found) < plan.total:
@@ -74,7 +74,7 @@ def arriving(plan: EpochPlan) -> list[Wanted]:
 
 
 def read_by(draws: list[Draw]) -> dict[int, Wanted]:
-    """What some draws read, by arrival."""
+    """The patches of some draws, by arrival number."""
     return {
         arrival: (draw.subject, draw.visit, number)
         for draw in draws
@@ -143,7 +143,7 @@ def test_plans_that_differ_in_a_field_are_not_the_same(change: dict[str, Any]) -
     assert not plan.same_as(None)
 
 
-def test_seeds_and_epochs_have_orders_of_their_own() -> None:
+def test_seeds_and_epochs_have_different_orders() -> None:
     orders = {tuple(plan_of([30], seed=s, epoch=e).order()) for s in range(5) for e in range(5)}
     assert len(orders) == 25
 
@@ -160,7 +160,7 @@ def test_draws_read_each_patch_once_in_the_order_of_subjects(plan: EpochPlan) ->
 
 
 @given(plans())
-def test_what_is_read_together_is_of_one_visit_and_no_more_than_a_group(plan: EpochPlan) -> None:
+def test_patches_read_together_are_of_one_visit_and_at_most_a_group(plan: EpochPlan) -> None:
     draws = list(plan.draws())
     assert all(1 <= len(draw.numbers) <= plan.group for draw in draws)
     # As few groups as there can be: all but the last of a visit are full.
@@ -169,7 +169,7 @@ def test_what_is_read_together_is_of_one_visit_and_no_more_than_a_group(plan: Ep
 
 
 @given(plans())
-def test_draws_after_any_number_consumed_are_those_of_what_is_left(plan: EpochPlan) -> None:
+def test_draws_after_any_number_consumed_read_exactly_the_rest(plan: EpochPlan) -> None:
     order, whole = list(plan.order()), arriving(plan)
     for consumed in range(plan.total + 1):
         draws = list(plan.draws(consumed))
@@ -180,7 +180,7 @@ def test_draws_after_any_number_consumed_are_those_of_what_is_left(plan: EpochPl
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_an_epoch_that_is_taken_up_near_its_end_is_read_in_little_memory(shuffle: bool) -> None:
+def test_an_epoch_that_is_resumed_near_its_end_takes_little_memory(shuffle: bool) -> None:
     plan = plan_of([20] * 1000, shuffle=shuffle)
     next(plan.draws(1))
     tracemalloc.start()
@@ -192,7 +192,7 @@ def test_an_epoch_that_is_taken_up_near_its_end_is_read_in_little_memory(shuffle
 
 
 @given(plans())
-def test_a_subject_that_comes_again_gives_other_patches(plan: EpochPlan) -> None:
+def test_a_subject_that_is_visited_again_gives_other_patches(plan: EpochPlan) -> None:
     read = read_by(list(plan.draws())).values()
     assert len(set(read)) == plan.total  # the place of each in the random streams is its own
     for subject in set(plan.subjects.tolist()):
@@ -205,7 +205,7 @@ def test_a_subject_that_comes_again_gives_other_patches(plan: EpochPlan) -> None
 
 @st.composite
 def cohorts(draw: Any, equal: bool | None = None) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], int]:
-    """An epoch's order, how many patches there are of each subject, and a number of ranks."""
+    """The order of an epoch, the number of patches of each subject, and a number of ranks."""
     world_size = draw(st.integers(1, 5))
     count = draw(st.integers(world_size, 17))
     few = st.just(draw(st.integers(1, 9)))
@@ -218,7 +218,7 @@ def cohorts(draw: Any, equal: bool | None = None) -> tuple[np.ndarray[Any, Any],
 def shares(
     order: np.ndarray[Any, Any], patches: np.ndarray[Any, Any], world_size: int, uneven: Uneven
 ) -> tuple[list[list[int]], set[int]]:
-    """The subjects of each rank, and how many patches ranks give."""
+    """The subjects of each rank, and the number of patches of a rank."""
     dealt = [Share(rank, world_size, uneven).deal(order, patches) for rank in range(world_size)]
     return [subjects.tolist() for subjects, _ in dealt], {total for _, total in dealt}
 
@@ -246,7 +246,7 @@ def test_dropping_gives_no_subject_twice_and_leaves_out_as_few_as_can_be(cohort:
 
 
 @given(cohorts())
-def test_erring_refuses_whatever_is_not_even(cohort: Any) -> None:
+def test_error_refuses_subjects_that_cannot_be_divided_evenly(cohort: Any) -> None:
     order, patches, world_size = cohort
     padded, _ = shares(*cohort, "pad")
     even = len({patches[subjects].sum() for subjects in padded}) == 1
@@ -272,7 +272,7 @@ def test_ranks_take_the_order_in_turns(cohort: Any, uneven: Uneven) -> None:
 
 
 @given(cohorts(), st.sampled_from(UNEVEN))
-def test_a_single_process_gets_the_order_as_it_is(cohort: Any, uneven: Uneven) -> None:
+def test_a_single_process_gets_the_order_unchanged(cohort: Any, uneven: Uneven) -> None:
     order, patches, _ = cohort
     subjects, total = Share(uneven=uneven).deal(order, patches)
     assert subjects.tolist() == order.tolist()

@@ -1,4 +1,4 @@
-"""The queue: a stream that is a function of (seed, epoch), whoever reads it, in bounded memory."""
+"""The queue: a stream that is a function of (seed, epoch), with any workers, in bounded memory."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_the_stream_of_any_voxels_is_the_same_for_each_start_method(
 @pytest.mark.filterwarnings("ignore:some patches take:UserWarning")
 @pytest.mark.parametrize("workers", WORKERS)
 def test_a_transform_that_changes_nothing_changes_nothing(all_kinds: list[zp.Subject], workers: int) -> None:
-    """Values are made in another place where there is a transform."""
+    """With a transform, values are computed at another place."""
     for dtype in DTYPES:
         options: dict[str, Any] = {"patches_per_volume": 2, "dtype": dtype, "num_workers": workers}
         plain = stream(all_kinds, zp.UniformSampler(8), **options)
@@ -200,7 +200,7 @@ def test_set_epoch_during_an_iteration_chooses_the_one_after_it(cohort: zp.Cohor
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_iterations_that_are_left_standing_hold_no_slot(cohort: zp.Cohort, workers: int) -> None:
+def test_iterations_that_are_abandoned_hold_no_slot(cohort: zp.Cohort, workers: int) -> None:
     options: dict[str, Any] = {"max_length": 3, "num_workers": workers}
     with zp.Queue(cohort, zp.UniformSampler(8), **options) as queue:
         held = []
@@ -248,7 +248,7 @@ def test_a_subject_may_give_more_patches_than_are_read_together(cohort: zp.Cohor
     assert sorted(patches) == sorted(ordered)
 
 
-def test_locations_are_those_that_the_sampler_draws_at_the_subjects_address(cohort: zp.Cohort) -> None:
+def test_locations_are_drawn_by_the_sampler_at_the_address_of_the_subject(cohort: zp.Cohort) -> None:
     options: dict[str, Any] = {"shuffle_patches": False, "patches_per_volume": 3, "seed": 9}
     queue = zp.Queue(cohort, zp.UniformSampler(8), **options)
     queue.set_epoch(2)
@@ -262,7 +262,7 @@ def test_locations_are_those_that_the_sampler_draws_at_the_subjects_address(coho
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_without_shuffling_patches_come_in_the_order_of_subjects_and_draws(
+def test_without_shuffling_patches_are_in_the_order_of_subjects_and_draws(
     cohort: zp.Cohort, workers: int
 ) -> None:
     options: dict[str, Any] = {"shuffle_subjects": False, "patches_per_volume": 3, "num_workers": workers}
@@ -270,7 +270,7 @@ def test_without_shuffling_patches_come_in_the_order_of_subjects_and_draws(
     assert names == [name for name in cohort.names for _ in range(3)]
 
 
-def test_without_shuffling_patches_each_subject_comes_in_one_piece(cohort: zp.Cohort) -> None:
+def test_without_shuffling_patches_those_of_a_subject_are_consecutive(cohort: zp.Cohort) -> None:
     names = [name for name, *_ in stream(cohort, shuffle_patches=False, patches_per_volume=3)]
     assert names == [name for name in dict.fromkeys(names) for _ in range(3)]
 
@@ -302,10 +302,10 @@ def test_a_grid_in_a_queue_gives_every_patch_of_every_subject_once(
 @pytest.mark.parametrize("transform", [None, streams.unchanged], ids=["plain", "unchanged"])
 @pytest.mark.parametrize("mode", ["constant", "edge", "reflect", "symmetric", "wrap"])
 @pytest.mark.parametrize("dtype", [torch.float32, None], ids=str)
-def test_patches_of_a_padded_grid_are_those_of_the_sampler(
+def test_patches_of_a_padded_grid_equal_the_patches_of_the_sampler(
     cohort: zp.Cohort, dtype: torch.dtype | None, mode: str, transform: Any
 ) -> None:
-    """One image has a slope and an intercept; what is filled in is a value of it."""
+    """One image has a slope and an intercept; the fill is a value, after both."""
     options: dict[str, Any] = {"patch_size": (24, 20, 90), "patch_overlap": 4}
     options |= {"padding_mode": mode, "fill": 3}
     cohort = cohort.select(["sub-03", "sub-01", "sub-02"])  # the float image first, as it takes most
@@ -322,7 +322,7 @@ def test_patches_of_a_padded_grid_are_those_of_the_sampler(
 
 
 @pytest.mark.parametrize("fill", [0.5, -1, 1e6, float("nan")])
-def test_a_fill_that_is_no_stored_voxel_is_the_same_with_and_without_a_transform(fill: float) -> None:
+def test_a_fill_that_stored_voxels_cannot_represent_is_the_same_with_a_transform(fill: float) -> None:
     sampler = zp.GridSampler(patch_size=(8, 8, 16), padding_mode="constant", fill=fill)
     subjects = [zp.Subject(t1=zp.ScalarImage(np.ones((8, 8, 8), np.uint8)))]
     for workers in WORKERS:
@@ -393,7 +393,7 @@ def test_the_global_generators_do_not_change_the_stream(cohort: zp.Cohort, worke
 
 @pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_values_are_those_of_the_images_at_the_patches_locations(
+def test_values_equal_the_images_at_the_locations_of_the_patches(
     all_kinds: list[zp.Subject], dtype: torch.dtype | None, workers: int
 ) -> None:
     by_name = {subject.name: subject for subject in all_kinds}
@@ -428,7 +428,7 @@ def test_without_a_dtype_images_keep_their_stored_type_where_torch_computes_with
     for name, slope, inter in (("nifti", 0.5, -7), ("scaled", 0.125, -3)):
         assert found[name].t1.data.dtype == torch.int16
         assert (found[name].t1.slope, found[name].t1.inter) == (slope, inter)
-    assert found["cut"].t1.data.dtype == torch.float32  # bounds cannot stand beside
+    assert found["cut"].t1.data.dtype == torch.float32  # bounds are no slope and intercept
 
 
 @pytest.mark.parametrize("workers", WORKERS)
@@ -448,7 +448,7 @@ def test_label_maps_stay_integers_in_a_type_that_torch_computes_with(
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_a_patch_owns_its_memory(workers: int) -> None:
+def test_a_patch_has_memory_of_its_own(workers: int) -> None:
     subjects = small_subjects(3)
     with zp.Queue(subjects, zp.UniformSampler(6), 4, 5, workers) as queue:
         queue.set_epoch(0)
@@ -491,7 +491,7 @@ def test_a_transform_may_change_shapes_types_and_images(transform: Any) -> None:
 
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
 @pytest.mark.parametrize("transform", [streams.doubled_but_the_first, streams.grown_in_bfloat16])
-def test_patches_that_outgrow_their_slots_arrive_whole_and_are_told_of_once(
+def test_patches_that_outgrow_their_slots_arrive_whole_with_one_warning(
     transform: Any, start_method: str
 ) -> None:
     options: dict[str, Any] = {"max_length": 4, "patches_per_volume": 3, "transform": transform}
@@ -510,7 +510,7 @@ def test_patches_that_outgrow_their_slots_arrive_whole_and_are_told_of_once(
     )
 
 
-def test_patches_that_fit_their_slots_are_not_told_of() -> None:
+def test_patches_that_fit_their_slots_cause_no_warning() -> None:
     with zp.Queue(
         small_subjects(4), zp.UniformSampler(6), 4, 3, 2, transform=streams.halved
     ) as queue:  # warnings are errors here
@@ -551,8 +551,8 @@ def two_threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("workers", WORKERS)
-def test_a_transform_computes_in_one_thread_wherever_it_runs(workers: int) -> None:
-    """With more of them sums of floats are rounded otherwise."""
+def test_a_transform_computes_in_one_thread_in_every_process(workers: int) -> None:
+    """With more threads sums of floats are rounded differently."""
     options: dict[str, Any] = {"patches_per_volume": 2, "transform": streams.threads}
     with zp.Queue(small_subjects(2), zp.UniformSampler(6), num_workers=workers, **options) as queue:
         assert [patch.t1.data.tolist() for patch in queue] == [[1]] * 4
@@ -578,7 +578,7 @@ def test_a_transform_may_rename_the_subject_of_a_patch(grown: bool) -> None:
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_a_gradient_that_a_transform_leaves_does_not_come_along(workers: int) -> None:
+def test_a_gradient_that_a_transform_leaves_is_dropped(workers: int) -> None:
     options: dict[str, Any] = {"patches_per_volume": 3, "transform": streams.weighed, "num_workers": workers}
     with zp.Queue(small_subjects(2), zp.UniformSampler(6), **options) as queue:
         singly = list(queue)
@@ -596,10 +596,10 @@ def test_a_gradient_that_a_transform_leaves_does_not_come_along(workers: int) ->
     ("workers", "max_length", "per_volume", "group"),
     [(0, 100, 10, 10), (0, 100, 70, 32), (0, 4, 70, 4), (2, 100, 10, 10), (3, 9, 10, 9), (1, 1, 1, 1)],
 )
-def test_max_memory_is_the_buffer_and_what_is_on_its_way(
+def test_max_memory_is_the_buffer_and_the_patches_in_flight(
     workers: int, max_length: int, per_volume: int, group: int
 ) -> None:
-    """In slots of what is stored: 8 x 9 x 10 voxels of int16 and uint8, each rounded up to 64 bytes."""
+    """In slots of stored voxels: 8 x 9 x 10 of int16 and uint8, each image rounded up to 64 bytes."""
     subjects = small_subjects(3)
     with zp.Queue(subjects, zp.UniformSampler((8, 9, 10)), max_length, per_volume, workers) as queue:
         slots = max_length + group * (2 * workers + 1)
@@ -619,7 +619,7 @@ def test_max_memory_counts_wider_label_maps_and_the_largest_subject() -> None:
     assert queue.max_memory_pretty == "8.4 KiB"
 
 
-def test_max_memory_is_of_what_a_transform_makes_of_the_first_patch() -> None:
+def test_max_memory_follows_from_the_first_patch_after_a_transform() -> None:
     options: dict[str, Any] = {"max_length": 5, "patches_per_volume": 2, "transform": streams.halved}
     queue = zp.Queue(small_subjects(3), zp.UniformSampler(8), **options)
     assert queue.max_memory == WATCH_BYTES + (5 + 2) * (4 * 8 * 8 * 4 + 8**3)
@@ -637,7 +637,7 @@ def block_of(queue: zp.Queue) -> SlotBlock:
 
 
 class Watched(PatchFeed):
-    """A feed that counts what comes in, and looks at the slots each time."""
+    """A feed that counts arrivals, and checks the slots at each."""
 
     received: list[int]
 
@@ -650,7 +650,7 @@ class Watched(PatchFeed):
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The runs of which queues have received patches, one after the other."""
+    """The number of the run of each patch that queues have received."""
     received: list[int] = []
     monkeypatch.setattr(Watched, "received", received, raising=False)
     monkeypatch.setattr("zpatch.loading.patch_queue.PatchFeed", Watched)
@@ -669,7 +669,7 @@ def test_no_more_than_max_length_patches_wait(watched: list[int], max_length: in
 
 
 def slots_in_use(queue: zp.Queue) -> list[int]:
-    """Those of patches that have come, and of tasks that are out."""
+    """The slots of patches that arrived, and of tasks in flight."""
     feed = feed_of(queue)
     assert feed._workers is not None
     assert queue._buffer is not None
@@ -710,7 +710,7 @@ def test_epochs_that_are_abandoned_or_chosen_give_their_streams_and_leak_no_slot
         epoch = 0
         for _ in range(400 if full else 80):
             match chance.randrange(3):
-                case 0:  # go on with the next epoch, or again with one that was abandoned
+                case 0:  # the next epoch, or again one that was abandoned
                     epoch = queue.position.epoch
                 case 1:
                     epoch = chance.randrange(8)
@@ -727,7 +727,7 @@ def test_epochs_that_are_abandoned_or_chosen_give_their_streams_and_leak_no_slot
                     break
             assert found == whole[epoch][: max(1, stop)]
             assert sorted(slots_in_use(queue) + list(feed_of(queue)._free)) == list(range(queue._slots))
-        # When nothing is read ahead any more, and all has come, all slots are free.
+        # When nothing is read ahead any more, and all patches arrived, all slots are free.
         monkeypatch.setattr(queue, "upcoming", lambda plan: None)
         queue.set_epoch(8)
         assert items(queue) == whole[8]
@@ -762,7 +762,7 @@ def test_epochs_of_one_patch_run_ahead_no_further_than_their_tasks(watched: list
 def test_memory_does_not_grow_from_epoch_to_epoch(
     cohort: zp.Cohort, transform: Any, full: bool, request: pytest.FixtureRequest
 ) -> None:
-    """At most a MiB an epoch for each worker; what the processes keep for themselves, without the slots."""
+    """At most a MiB an epoch in each process, the shared slots not counted."""
     epochs, warm = (20, 5) if full else (10, 4)
     gc.collect()
     gc.freeze()  # a full collection writes to all of the heap that workers share with this process
@@ -800,7 +800,7 @@ def test_a_queue_that_is_not_iterated_starts_nothing(cohort: zp.Cohort) -> None:
         assert multiprocessing.active_children() == []
 
 
-def test_two_queues_go_side_by_side(cohort: zp.Cohort) -> None:
+def test_two_queues_run_side_by_side(cohort: zp.Cohort) -> None:
     options: dict[str, Any] = {"max_length": 5, "patches_per_volume": 3}
     wanted = [stream(cohort, zp.UniformSampler(8), seed=seed, **options) for seed in (0, 1)]
     with (
@@ -822,7 +822,7 @@ def test_a_closed_queue_starts_again(cohort: zp.Cohort, workers: int) -> None:
 
 
 @pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
-def test_what_workers_are_sent_is_pickled_once_for_all_of_them(start_method: str) -> None:
+def test_the_reader_is_pickled_once_for_all_workers(start_method: str) -> None:
     counted = streams.Counted()
     options: dict[str, Any] = {"num_workers": 2, "start_method": start_method, "transform": counted}
     with zp.Queue(small_subjects(2), zp.UniformSampler(6), **options) as queue:
@@ -841,7 +841,7 @@ def memory_files() -> set[int]:
     return inodes
 
 
-def test_workers_are_forked_on_linux_whatever_pythons_own_way_is(cohort: zp.Cohort) -> None:
+def test_workers_are_forked_on_linux_whatever_pythons_default_is(cohort: zp.Cohort) -> None:
     multiprocessing.set_start_method("spawn", force=True)
     try:
         found = stream(cohort, zp.UniformSampler(8), num_workers=1, transform=lambda patch: patch)
@@ -856,18 +856,18 @@ def slot_maps() -> list[str]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_closed_queue_keeps_no_memory_and_what_it_gave_stays_good(workers: int) -> None:
+def test_a_closed_queue_keeps_no_memory_and_its_patches_stay_valid(workers: int) -> None:
     wanted = stream(small_subjects(3), zp.UniformSampler(6), patches_per_volume=4)
     gc.collect()  # what earlier tests left
     assert not slot_maps()
     with zp.Queue(small_subjects(3), zp.UniformSampler(6), 300, 4, workers, dtype=None) as queue:
-        lent = queue.iter_shared()
-        patch = next(lent)
+        shared = queue.iter_shared()
+        patch = next(shared)
         held = item(patch)
         assert slot_maps()
         queue.close()
         assert item(patch) == held
-        lent.close()  # type: ignore[attr-defined]
+        shared.close()  # type: ignore[attr-defined]
         del patch
         assert not slot_maps()
         queue.set_epoch(0)
@@ -888,7 +888,9 @@ def test_a_worker_that_fails_leaves_no_memory_behind_either() -> None:
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_a_plain_dataloader_gives_the_same_patches_as_the_loader(cohort: zp.Cohort, workers: int) -> None:
+def test_a_plain_dataloader_gives_the_same_patches_as_subjects_loader(
+    cohort: zp.Cohort, workers: int
+) -> None:
     def three_epochs(loaded: Any, queue: zp.Queue) -> list[zp.PatchBatch]:
         batches = []
         with queue:
@@ -913,7 +915,7 @@ def test_a_plain_dataloader_gives_the_same_patches_as_the_loader(cohort: zp.Coho
         assert one.subjects == other.subjects
 
 
-def test_a_dataloader_with_workers_of_its_own_is_refused(cohort: zp.Cohort) -> None:
+def test_a_dataloader_with_workers_is_refused(cohort: zp.Cohort) -> None:
     queue = zp.Queue(cohort, zp.UniformSampler(8))
     loader = DataLoader(queue, batch_size=2, num_workers=2, collate_fn=zp.collate)
     batches = iter(loader)
@@ -956,7 +958,7 @@ def test_a_dataloader_with_workers_of_its_own_is_refused(cohort: zp.Cohort) -> N
     ],
 )
 @pytest.mark.parametrize("workers", WORKERS)
-def test_options_that_mean_nothing_are_refused(
+def test_invalid_options_are_refused(
     cohort: zp.Cohort, options: dict[str, Any], text: str, workers: int
 ) -> None:
     with pytest.raises(OptionError, match=text):
@@ -973,7 +975,7 @@ def test_a_queue_without_subjects_is_refused() -> None:
         zp.Queue([], zp.UniformSampler(8))
 
 
-def test_what_is_no_list_of_subjects_is_refused_with_the_way_to_make_one(cohort_store: Path) -> None:
+def test_an_argument_that_is_no_list_of_subjects_is_refused_with_the_right_call(cohort_store: Path) -> None:
     [subject] = small_subjects(1)
     for subjects, text in (
         (subject, r"'sub-00' is a single one; say Queue\(\[subject\], ...\)"),
@@ -998,7 +1000,9 @@ def test_subjects_may_be_any_sequence(cohort: zp.Cohort, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
-def test_what_cannot_be_sent_to_a_worker_says_so(cohort: zp.Cohort, start_method: str) -> None:
+def test_a_transform_that_cannot_be_sent_to_a_worker_is_an_error(
+    cohort: zp.Cohort, start_method: str
+) -> None:
     options: dict[str, Any] = {"num_workers": 1, "start_method": start_method}
     advice = "(?i)lambda|pickle"
     with pytest.raises(QueueError, match=advice) as told:
@@ -1009,7 +1013,7 @@ def test_what_cannot_be_sent_to_a_worker_says_so(cohort: zp.Cohort, start_method
     assert multiprocessing.active_children() == []
 
 
-def test_workers_that_are_forked_take_what_cannot_be_sent(cohort: zp.Cohort) -> None:
+def test_forked_workers_accept_a_transform_that_cannot_be_pickled(cohort: zp.Cohort) -> None:
     plain = stream(cohort, zp.UniformSampler(8))
     mapped = cohort.map(lambda subject: subject)
     assert stream(mapped, zp.UniformSampler(8), num_workers=1, transform=lambda patch: patch) == plain

@@ -1,4 +1,4 @@
-"""Slots of shared memory: patches lie side by side, any process sees them, and they go with the last one."""
+"""Slots of shared memory: one patch in each, seen by every process, and freed with the last of them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def open_descriptors() -> int:
 
 
 @given(layouts())
-def test_images_lie_one_behind_the_other_each_where_memory_is_aligned(layout: SlotLayout) -> None:
+def test_images_follow_each_other_at_aligned_offsets(layout: SlotLayout) -> None:
     end = 0
     for place in layout.images:
         assert place.offset == end
@@ -72,7 +72,7 @@ def test_images_lie_one_behind_the_other_each_where_memory_is_aligned(layout: Sl
     assert layout.nbytes == end
 
 
-def test_the_layout_of_a_patch_says_what_its_images_are() -> None:
+def test_the_layout_of_a_patch_describes_its_images() -> None:
     image = PatchImage(torch.zeros(2, 3, 4, 5, dtype=torch.int16), np.eye(4), "scalar", 0.5, -3.0)
     label = PatchImage(torch.zeros(3, 4, 5, dtype=torch.uint8), np.eye(4), "label")
     patch = zp.Patch({"t1": image, "seg": label}, zp.PatchLocation((1, 2, 3), (3, 4, 5)), "ann")
@@ -111,14 +111,14 @@ def test_what_is_written_to_a_slot_stays_there_and_touches_no_other(layout: Slot
     assert block.watched[:count].tolist() == [100 + slot for slot in range(count)]
 
 
-def test_a_block_takes_what_its_slots_take_and_the_watch() -> None:
+def test_the_size_of_a_block_is_its_slots_and_the_watch() -> None:
     block = SlotBlock(7, 640)
     assert (block.count, block.slot_bytes, block.nbytes) == (7, 640, WATCH_BYTES + 7 * 640)
     assert block.watched.nbytes == WATCH_BYTES
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_images_of_four_axes_lie_in_the_order_of_the_store(dtype: torch.dtype) -> None:
+def test_images_of_four_axes_are_in_the_order_of_the_store(dtype: torch.dtype) -> None:
     place = ImagePlace("t1", "scalar", (2, 3, 4, 5), dtype)
     for tensor in (SlotBlock(1, place.nbytes).tensor(0, place), new_tensor(place)):
         assert tensor.shape == (2, 3, 4, 5)
@@ -127,7 +127,7 @@ def test_images_of_four_axes_lie_in_the_order_of_the_store(dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (4, 5), (3, 4, 5), (2, 2, 3, 4, 5)])
-def test_images_of_another_number_of_axes_lie_in_the_order_of_their_own(shape: tuple[int, ...]) -> None:
+def test_images_of_another_number_of_axes_are_in_the_order_of_their_axes(shape: tuple[int, ...]) -> None:
     place = ImagePlace("t1", "scalar", shape, torch.float32)
     for tensor in (SlotBlock(1, place.nbytes).tensor(0, place), new_tensor(place)):
         assert tensor.shape == shape
@@ -156,7 +156,7 @@ def test_another_process_writes_where_this_one_reads(start_method: str) -> None:
             assert torch.equal(block.tensor(slot, place), wanted)
 
 
-def test_a_block_goes_when_nobody_looks_at_it_any_more() -> None:
+def test_a_block_is_freed_with_the_last_process_that_has_it_open() -> None:
     place = ImagePlace("t1", "scalar", (1, 4, 4, 4), torch.float32)
     gc.collect()  # what earlier tests left
     before = open_descriptors()
@@ -178,39 +178,39 @@ def test_a_block_costs_memory_only_where_something_was_written() -> None:
     assert os.fstat(block._file.handle).st_blocks * 512 <= WATCH_BYTES
 
 
-# A letter
+# A shared pickle
 
 
 @pytest.mark.parametrize("start_method", START_METHODS)
-def test_a_letter_is_read_by_each_process_that_is_handed_it(start_method: str) -> None:
+def test_a_shared_pickle_is_read_by_each_process_that_it_is_sent_to(start_method: str) -> None:
     before = open_descriptors()
-    letter, blocks = (
+    shared, blocks = (
         SharedPickle(list(range(10**5))),
         [SlotBlock(1, 64) for _ in range(2)],
     )  # more than a pipe holds
     context: Any = multiprocessing.get_context(start_method)
-    processes = [context.Process(target=copy_shared_pickle, args=(letter, block)) for block in blocks]
+    processes = [context.Process(target=copy_shared_pickle, args=(shared, block)) for block in blocks]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
         process.close()
     assert [block.watched[:2].tolist() for block in blocks] == [[10**5, sum(range(10**5))]] * 2
-    assert letter.read() == list(range(10**5))
+    assert shared.read() == list(range(10**5))
     stop_forkserver()
-    del letter, blocks
+    del shared, blocks
     gc.collect()
     assert open_descriptors() <= before + 1  # Python's resource tracker
 
 
-def test_what_is_put_into_a_letter_is_what_it_was_then() -> None:
+def test_a_shared_pickle_is_a_copy_of_the_time_it_was_made() -> None:
     values = [1]
-    letter = SharedPickle(values)
+    shared = SharedPickle(values)
     values.append(2)
-    assert letter.read() == [1]
+    assert shared.read() == [1]
 
 
-# Where memory cannot be had
+# Too little memory
 
 
 def refuse(number: int) -> Any:
@@ -229,7 +229,7 @@ def refuse(number: int) -> Any:
         (errno.EMFILE, "num_workers=0 needs none"),
     ],
 )
-def test_no_memory_is_an_error_that_says_how_much_was_wanted_and_what_to_do(
+def test_too_little_memory_is_an_error_with_the_size_and_advice(
     monkeypatch: pytest.MonkeyPatch, step: str, number: int, advice: str
 ) -> None:
     monkeypatch.setattr(os, step, refuse(number))

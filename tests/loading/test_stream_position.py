@@ -1,4 +1,4 @@
-"""Where a stream is: small JSON, from which any queue of the same stream goes on, and none of another one."""
+"""Where a stream is: small JSON, from which any queue of the same stream resumes, and no other queue."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def iterate(position: StreamPosition, patches: int) -> list[tuple[int, int]]:
     return handed_out
 
 
-def test_a_position_goes_from_epoch_to_epoch() -> None:
+def test_a_position_advances_from_epoch_to_epoch() -> None:
     position = StreamPosition()
     assert [iterate(position, 3) for _ in range(2)] == [[(n, 0), (n, 1), (n, 2)] for n in range(2)]
     assert position.next_patch == (2, 0)
@@ -116,7 +116,7 @@ def test_an_epoch_is_chosen_at_once_or_after_the_iteration_that_runs() -> None:
     assert position.next_patch == (7, 0)
 
 
-def test_a_resumed_position_begins_after_what_was_consumed() -> None:
+def test_a_resumed_position_begins_after_the_consumed_patches() -> None:
     position = StreamPosition()
     position.resume(plan_of(5), 2)
     assert position.begin(plan_of(5)) == 2
@@ -178,7 +178,7 @@ def test_a_state_is_as_small_for_a_long_epoch_of_many_subjects() -> None:
     assert len(long) < len(short) + 10
 
 
-def test_a_state_is_json_whatever_kind_of_integer_was_given() -> None:
+def test_a_state_is_json_for_integers_of_any_type() -> None:
     queue = queue_of(
         small_subjects(2), seed=np.int64(3), max_length=np.int32(7), patches_per_volume=np.uint8(5)
     )
@@ -187,13 +187,13 @@ def test_a_state_is_json_whatever_kind_of_integer_was_given() -> None:
     queue_of(small_subjects(2)).load_state_dict(queue.state_dict())
 
 
-def test_a_state_counts_what_was_received_and_turns_over_with_the_last_patch() -> None:
+def test_a_state_counts_received_patches_and_is_at_the_next_epoch_after_the_last() -> None:
     queue = queue_of(small_subjects(2))
     places = [(state["epoch"], state["consumed"]) for state in states_of(queue)]
     assert places == [*((0, consumed) for consumed in range(10)), (1, 0)]
 
 
-def test_a_state_that_was_loaded_is_the_state() -> None:
+def test_a_loaded_state_is_the_state() -> None:
     states = states_of(queue_of(small_subjects(2)))
     for state in states:
         queue = queue_of(small_subjects(2), num_workers=3)
@@ -205,7 +205,7 @@ def test_a_state_that_was_loaded_is_the_state() -> None:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
-def test_from_every_seventh_step_the_stream_goes_on_under_another_number_of_workers(
+def test_from_every_seventh_step_the_stream_resumes_with_another_number_of_workers(
     cohort: zp.Cohort, sampler: PatchSampler
 ) -> None:
     mapped = cohort.map(streams.normalised)
@@ -226,7 +226,7 @@ def test_from_every_seventh_step_the_stream_goes_on_under_another_number_of_work
     "options", [{"max_length": 1}, {"max_length": 300}, {"shuffle_patches": False}], ids=str
 )
 @pytest.mark.parametrize("workers", [0, 2])
-def test_from_every_step_the_stream_goes_on(options: dict[str, Any], workers: int) -> None:
+def test_from_every_step_the_stream_resumes(options: dict[str, Any], workers: int) -> None:
     subjects = small_subjects(3)
     whole = stream(subjects, zp.UniformSampler(6), epochs=[0], **{**OPTIONS, **options})
     states = states_of(queue_of(subjects, **options))
@@ -237,7 +237,7 @@ def test_from_every_step_the_stream_goes_on(options: dict[str, Any], workers: in
 
 
 @pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
-def test_the_stream_goes_on_under_another_start_method(cohort: zp.Cohort, start_method: str) -> None:
+def test_the_stream_resumes_with_another_start_method(cohort: zp.Cohort, start_method: str) -> None:
     with queue_of(cohort, num_workers=2) as queue:
         states = states_of(queue)
     whole = stream(cohort, zp.UniformSampler(6), **OPTIONS)
@@ -293,7 +293,7 @@ def test_set_epoch_of_the_epoch_that_was_loaded_keeps_the_place_and_any_other_do
             queue.set_epoch(epoch)
             assert items(queue) == whole[first : 15 * (epoch + 1)]
         queue.set_epoch(1)
-        assert items(queue) == whole[15:30]  # once it was gone on with, the epoch is a whole one again
+        assert items(queue) == whole[15:30]  # once it was resumed, the epoch is whole again
         queue.load_state_dict(state)
         queue.set_epoch(0)
         assert items(queue) == whole[:15]
@@ -320,7 +320,7 @@ def test_the_state_after_an_epoch_is_the_start_of_the_next_one(workers: int) -> 
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 5, 15])
-def test_through_the_loader_the_stream_goes_on_after_the_batches_that_were_given(batch_size: int) -> None:
+def test_through_the_loader_the_stream_resumes_after_the_batches_that_were_given(batch_size: int) -> None:
     subjects = small_subjects(3)
     whole = stream(subjects, zp.UniformSampler(6), epochs=[0, 1], **OPTIONS)
     with queue_of(subjects, num_workers=2) as queue:
@@ -355,7 +355,7 @@ def values_in(patches: list[Item]) -> list[Value]:
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("kind", ["list", "distributed"])
-def test_with_a_subject_sampler_the_stream_goes_on_too(kind: str, workers: int) -> None:
+def test_with_a_subject_sampler_the_stream_resumes_too(kind: str, workers: int) -> None:
     subjects = small_subjects(5)
     options = {**OPTIONS, "shuffle_subjects": False}
 
@@ -374,7 +374,7 @@ def test_with_a_subject_sampler_the_stream_goes_on_too(kind: str, workers: int) 
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_each_rank_goes_on_with_its_own_share(rank: int) -> None:
+def test_each_rank_resumes_its_own_share(rank: int) -> None:
     subjects = small_subjects(5)
     share = {"rank": rank, "world_size": 2}
     whole = stream(subjects, zp.UniformSampler(6), **OPTIONS, **share)
@@ -441,7 +441,7 @@ OTHER_STREAMS: dict[str, tuple[str, Callable[[], zp.Queue]]] = {
 
 
 @pytest.mark.parametrize(("text", "other"), OTHER_STREAMS.values(), ids=OTHER_STREAMS)
-def test_another_stream_is_refused_by_the_name_of_what_changed(
+def test_another_stream_is_refused_by_the_name_of_the_changed_option(
     text: str, other: Callable[[], zp.Queue]
 ) -> None:
     queue = other()
@@ -520,8 +520,8 @@ def test_another_distributed_sampler_is_refused(sampler: Any) -> None:
         queue_sampled_by(sampler).load_state_dict(state)
 
 
-def test_of_a_subject_sampler_only_the_order_counts() -> None:
-    """What else has changed is named by its own name."""
+def test_a_state_depends_on_the_order_of_a_subject_sampler_alone() -> None:
+    """Other changes are named by their own names."""
     state = queue_sampled_by([0, 1, 2]).state_dict()
     queue_sampled_by((0, 1, 2)).load_state_dict(state)
     with pytest.raises(OptionError, match=r"another stream: max_length was 7 and is 8$"):
@@ -532,7 +532,7 @@ def test_of_a_subject_sampler_only_the_order_counts() -> None:
         queue_sampled_by([0, 2, 1]).load_state_dict(state)
 
 
-def test_all_that_changed_is_named() -> None:
+def test_every_change_is_named() -> None:
     other = queue_of(small_subjects(3), zp.UniformSampler(7), seed=4, max_length=8)
     with pytest.raises(OptionError) as refused:
         other.load_state_dict(queue_of(small_subjects(3)).state_dict())
@@ -555,7 +555,7 @@ def test_all_that_changed_is_named() -> None:
     ],
     ids=lambda change: " ".join(change),
 )
-def test_what_does_not_change_the_stream_may_change(change: dict[str, Any]) -> None:
+def test_options_that_do_not_change_the_stream_may_change(change: dict[str, Any]) -> None:
     def places(found: list[Item]) -> list[Any]:
         return [one[:2] for one in found]
 
@@ -602,7 +602,7 @@ GOOD: dict[str, Any] = queue_of(small_subjects(3)).state_dict()
     ],
     ids=str,
 )
-def test_rubbish_is_refused_and_the_queue_stays_where_it_was(state: Any) -> None:
+def test_an_invalid_state_is_refused_and_the_position_stays(state: Any) -> None:
     with queue_of(small_subjects(3)) as queue:
         iterator = iter(queue)
         next(iterator)
@@ -616,13 +616,13 @@ def test_rubbish_is_refused_and_the_queue_stays_where_it_was(state: Any) -> None
 # The functions themselves
 
 
-def test_a_state_gives_back_what_was_put_into_it() -> None:
+def test_a_state_returns_the_position_that_it_was_made_of() -> None:
     state = queue_state({"sampler": "S"}, 7, 3, 11)
     assert epoch_and_consumed(state, {"sampler": "S"}, 7) == (3, 11)
     assert epoch_and_consumed(json.loads(json.dumps(state)), {"sampler": "S"}, 7) == (3, 11)
 
 
-def test_the_digest_of_subjects_tells_them_apart() -> None:
+def test_different_subjects_have_different_digests() -> None:
     kinds = [small_subjects(n) for n in range(1, 4)] + [small_subjects(2)[::-1], cohort_with(name="x")]
     assert len({subjects_digest(subjects) for subjects in kinds}) == len(kinds)
     assert subjects_digest(small_subjects(3)) == subjects_digest(tuple(small_subjects(3)))
@@ -634,7 +634,7 @@ def test_the_digest_of_subjects_tells_them_apart() -> None:
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # torchdata's own
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("batch_size", [1, 4, 5])
-def test_through_a_stateful_dataloader_the_stream_goes_on(batch_size: int, workers: int) -> None:
+def test_through_a_stateful_dataloader_the_stream_resumes(batch_size: int, workers: int) -> None:
     stateful = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
     subjects = small_subjects(3)
     whole = stream(subjects, zp.UniformSampler(6), epochs=[0, 1, 2, 3], **OPTIONS)

@@ -82,7 +82,7 @@ def assert_same(one: zp.PatchBatch, other: zp.PatchBatch) -> None:
 @pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("transform", [None, streams.noisy, streams.halved, streams.in_bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, None], ids=str)
-def test_batches_of_a_queue_are_its_patches_put_together(
+def test_batches_of_a_queue_are_its_patches_stacked(
     transform: Any, dtype: torch.dtype | None, workers: int
 ) -> None:
     options: dict[str, Any] = {"dtype": dtype, "transform": transform, "num_workers": workers}
@@ -123,7 +123,7 @@ def test_subjects_of_other_stored_types_make_no_batch_without_a_dtype(cohort: zp
         list(zp.SubjectsLoader(queue, 32))
 
 
-def test_stored_voxels_come_with_the_scale_of_each_patch() -> None:
+def test_stored_voxels_have_the_scale_of_each_patch() -> None:
     subjects = [
         zp.Subject(name=f"{slope}", t1=zp.ScalarImage(np.ones((8, 8, 8), np.int16)).rescaled(slope, 5))
         for slope in (0.5, 2)
@@ -135,7 +135,7 @@ def test_stored_voxels_come_with_the_scale_of_each_patch() -> None:
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_batches_of_a_queue_lie_in_the_order_of_the_store(cohort: zp.Cohort, workers: int) -> None:
+def test_batches_of_a_queue_are_in_the_order_of_the_store(cohort: zp.Cohort, workers: int) -> None:
     with queue_of(cohort, num_workers=workers) as queue:
         for batch in zp.SubjectsLoader(queue, 4):
             assert batch.t1.data.shape == (4, 1, 6, 7, 8)
@@ -158,7 +158,7 @@ def test_contiguous_batches_are_the_same_in_the_order_of_their_axes(
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_a_batch_owns_its_memory(workers: int) -> None:
+def test_a_batch_has_memory_of_its_own(workers: int) -> None:
     with queue_of(small_subjects(4), num_workers=workers) as queue:
         loader = zp.SubjectsLoader(queue, 5)
         held = list(loader)
@@ -173,7 +173,7 @@ def test_a_batch_owns_its_memory(workers: int) -> None:
 
 @pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("drop_last", [True, False])
-def test_epochs_follow_each_other_whatever_is_dropped(workers: int, drop_last: bool) -> None:
+def test_epochs_follow_each_other_with_and_without_drop_last(workers: int, drop_last: bool) -> None:
     with queue_of(small_subjects(4), num_workers=workers) as queue:
         singly = [list(queue) for _ in range(3)]
     with queue_of(small_subjects(4), num_workers=workers) as queue:
@@ -210,10 +210,10 @@ def test_a_loader_gives_the_state_of_its_queue_and_takes_it() -> None:
         assert_same(one, again)
 
 
-# Where batches lie
+# The memory of batches
 
 
-def test_batches_go_to_the_device_asked_for(patches: list[zp.Patch]) -> None:
+def test_batches_are_copied_to_the_device(patches: list[zp.Patch]) -> None:
     batch = next(iter(zp.SubjectsLoader(patches, 2, device="meta")))
     assert {image.data.device.type for image in batch.images.values()} == {"meta"}
     batch = next(iter(zp.SubjectsLoader(patches, 2, device=torch.device("cpu"))))
@@ -221,7 +221,7 @@ def test_batches_go_to_the_device_asked_for(patches: list[zp.Patch]) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_pin_memory_does_nothing_without_a_gpu_and_says_so_once(patches: list[zp.Patch]) -> None:
+def test_pin_memory_without_a_gpu_does_nothing_and_warns_once(patches: list[zp.Patch]) -> None:
     with pytest.warns(UserWarning, match="pin_memory=True does nothing here") as told:
         loader = zp.SubjectsLoader(patches, 2, pin_memory=True)
     assert [warning.filename for warning in told] == [__file__]
@@ -234,7 +234,7 @@ def test_pin_memory_does_nothing_without_a_gpu_and_says_so_once(patches: list[zp
 def test_contiguous_batches_are_put_into_page_locked_memory_too(
     patches: list[zp.Patch], monkeypatch: pytest.MonkeyPatch, device: str | None
 ) -> None:
-    """Said without a GPU: memory is asked for as page-locked, but for what is on the device already."""
+    """Without a GPU: page-locked memory is requested, except for batches that are on the device already."""
     empty, empty_like, asked = torch.empty, torch.empty_like, []
 
     def empty_noted(*shape: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
@@ -268,7 +268,7 @@ def test_pin_memory_puts_every_image_into_page_locked_memory(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("pin_memory", [True, False])
-def test_batches_on_a_gpu_are_those_of_the_cpu(cohort: zp.Cohort, pin_memory: bool, workers: int) -> None:
+def test_batches_on_a_gpu_equal_those_on_the_cpu(cohort: zp.Cohort, pin_memory: bool, workers: int) -> None:
     with queue_of(cohort, num_workers=workers) as queue:
         plain = list(zp.SubjectsLoader(queue, 5))
         queue.set_epoch(0)
@@ -277,6 +277,6 @@ def test_batches_on_a_gpu_are_those_of_the_cpu(cohort: zp.Cohort, pin_memory: bo
             assert_same(batch.map_data(torch.Tensor.cpu), plain[number])
 
 
-def test_a_batch_of_none_is_refused(patches: list[zp.Patch]) -> None:
+def test_a_batch_size_of_zero_is_refused(patches: list[zp.Patch]) -> None:
     with pytest.raises(OptionError, match="batch_size must be at least 1, not 0"):
         zp.SubjectsLoader(patches, 0)

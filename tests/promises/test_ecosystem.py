@@ -45,7 +45,7 @@ def patches_in(batches: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_plain_dataloader_gives_the_batches_of_the_own_loader(cohort: zp.Cohort, workers: int) -> None:
+def test_a_plain_dataloader_gives_the_batches_of_subjects_loader(cohort: zp.Cohort, workers: int) -> None:
     with queue_of(cohort, num_workers=workers) as queue:
         plain = DataLoader(queue, batch_size=3, collate_fn=zp.collate)
         assert len(plain) == 6

@@ -1,4 +1,4 @@
-"""Whatever goes wrong around a queue: an error that says what and where, in time, and nothing left behind.
+"""Faults around a queue: an error that says what and where, in time, and no process or memory left behind.
 
 Run by itself this file is a training program that something happens to.
 """
@@ -55,8 +55,8 @@ def queue_of(subjects: Any = None, **options: Any) -> zp.Queue:
 
 # A worker ends
 
-# Torch tells of a dead worker by an exception out of a signal handler. Where that comes in the middle of a
-# callback of the garbage collector, as hypothesis has one, it is lost there, and told again 5 s later.
+# Torch reports a dead worker by an exception from a signal handler. If the handler interrupts a callback of
+# the garbage collector, as hypothesis has one, the exception is lost, and is raised again 5 s later.
 lost_in_a_callback = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 # Of the 30 kinds of death of workers these are enough to see that nothing is broken.
@@ -139,7 +139,7 @@ def test_a_worker_that_is_killed_during_a_training_step_is_an_error(through_load
             if number == 3:
                 os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)  # type: ignore[arg-type]
                 killed = time.monotonic()
-                time.sleep(0.3)  # the step goes on while torch hears of the worker's end
+                time.sleep(0.3)  # the step continues while torch hears of the worker's end
 
     with (
         queue_of(num_workers=2, patches_per_volume=200, max_length=8, transform=streams.slow) as queue,
@@ -150,7 +150,7 @@ def test_a_worker_that_is_killed_during_a_training_step_is_an_error(through_load
 
 
 @lost_in_a_callback
-def test_workers_that_are_killed_between_two_epochs_are_told_of_at_once() -> None:
+def test_workers_that_are_killed_between_two_epochs_are_reported_at_once() -> None:
     with queue_of(num_workers=2) as queue:
         list(queue)
         with pytest.raises(QueueError, match=r"worker \d+ was killed by SIGKILL"):
@@ -177,7 +177,7 @@ def test_after_a_killed_worker_the_queue_works_again(tmp_path: Path) -> None:
         assert items(queue) == stream(small_subjects(4), zp.UniformSampler(6), **OPTIONS)
 
 
-def test_the_death_of_another_child_is_no_business_of_the_queue() -> None:
+def test_the_death_of_another_child_does_not_concern_the_queue() -> None:
     with queue_of(num_workers=1, transform=streams.slow) as queue:
         for number, _ in enumerate(queue):
             if number in (2, 5):
@@ -198,7 +198,7 @@ class Fatal(Dataset[int]):
 
 
 @lost_in_a_callback
-def test_the_death_of_another_loaders_worker_is_told_as_torch_tells_it() -> None:
+def test_the_death_of_a_worker_of_another_loader_is_the_error_of_torch() -> None:
     with queue_of(num_workers=1) as queue:
         before = items(queue)
         other = iter(DataLoader(Fatal(), num_workers=1))
@@ -222,7 +222,7 @@ next(iter(queue))
 """
 
 
-def test_a_worker_that_ends_before_it_knows_what_to_do_is_an_error_too(tmp_path: Path) -> None:
+def test_a_worker_that_ends_before_it_has_its_reader_is_an_error_too(tmp_path: Path) -> None:
     """As where the main module does all its work when it is imported."""
     program = tmp_path / "stillborn.py"
     program.write_text(STILLBORN)
@@ -255,7 +255,7 @@ def test_a_worker_that_hangs_is_an_error_that_names_it_and_its_subject(
     assert f"for {options['timeout']} s: worker {pid} hung over subject 'sub-03'" in str(told.value)
 
 
-def test_a_training_step_that_takes_longer_than_the_timeout_is_no_hang() -> None:
+def test_a_training_step_longer_than_the_timeout_is_not_a_hang() -> None:
     with queue_of(num_workers=2, timeout=0.3) as queue:
         for number, _ in enumerate(queue):
             if number in (0, 5):
@@ -270,7 +270,7 @@ def test_a_slow_worker_that_gives_something_in_time_does_not_hang() -> None:
     assert time.monotonic() - before > 1
 
 
-# Something cannot be read, drawn or transformed
+# A patch cannot be read, drawn or transformed
 
 
 @pytest.fixture
@@ -283,7 +283,7 @@ def damaged(cohort_store: Path, tmp_path: Path) -> Iterator[zp.Cohort]:
         if "/c/" in key and not key.startswith("zpatch"):
             (copy / "sub-03" / "t1" / key).write_bytes(b"\x7f" * seal.bytes)
     yield cohort
-    gc.collect()  # errors keep what they came from
+    gc.collect()  # errors keep the frames that they were raised in
     close_shards(copy)
 
 
@@ -353,7 +353,7 @@ def test_a_transform_that_fails_is_an_error_with_traceback_subject_and_place(
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_a_transform_that_gives_no_patch_is_an_error_that_says_so(workers: int) -> None:
+def test_a_transform_that_returns_no_patch_is_a_clear_error(workers: int) -> None:
     with (
         pytest.raises(
             QueueError, match=r"'sub-00' failed .* a transform gives a Patch, not NoneType; in the tr"
@@ -373,7 +373,7 @@ def test_a_transform_that_puts_no_tensor_into_a_patch_is_an_error_with_the_subje
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_after_a_subject_that_failed_the_queue_goes_on_when_asked_to(workers: int) -> None:
+def test_after_a_subject_that_failed_the_queue_works_again(workers: int) -> None:
     failing = streams.Failing("sub-01")
     with queue_of(num_workers=workers, transform=failing) as queue:
         for _ in range(3):
@@ -385,20 +385,18 @@ def test_after_a_subject_that_failed_the_queue_goes_on_when_asked_to(workers: in
         assert items(queue) == stream(small_subjects(4), zp.UniformSampler(6), **OPTIONS)
 
 
-def test_what_fails_while_the_next_epoch_is_read_ahead_is_an_error_of_that_epoch() -> None:
+def test_a_failure_in_an_epoch_that_is_read_ahead_is_an_error_of_that_epoch() -> None:
     with queue_of(num_workers=1, transform=streams.FailingLater(1 + 12 + 2)) as queue:
         assert items(queue) == stream(small_subjects(4), zp.UniformSampler(6), **OPTIONS)
         with pytest.raises(QueueError, match="failed in epoch 1: ArithmeticError: no more luck"):
             list(queue)
 
 
-# Memory or processes cannot be had
+# Too little memory, or no processes
 
 
 @pytest.mark.parametrize("step", ["memfd_create", "ftruncate"])
-def test_no_space_for_the_block_is_an_error_that_says_what_to_do(
-    monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
+def test_no_space_for_the_block_is_an_error_with_advice(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     def full(*arguments: Any) -> Any:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -411,7 +409,7 @@ def test_no_space_for_the_block_is_an_error_that_says_what_to_do(
         assert items(queue) == stream(small_subjects(4), zp.UniformSampler(6), **OPTIONS)
 
 
-def test_more_memory_than_there_can_be_is_an_error_that_says_what_to_do() -> None:
+def test_more_memory_than_there_can_be_is_an_error_with_advice() -> None:
     with (
         pytest.raises(QueueError, match=r"shared memory cannot be allocated .*smaller max_length"),
         queue_of(num_workers=1, max_length=10**15, shuffle_patches=False) as queue,
@@ -420,7 +418,7 @@ def test_more_memory_than_there_can_be_is_an_error_that_says_what_to_do() -> Non
 
 
 @pytest.mark.parametrize("started", [0, 1])
-def test_workers_that_cannot_be_started_are_an_error_and_those_that_were_end(
+def test_workers_that_cannot_be_started_are_an_error_and_the_started_ones_end(
     monkeypatch: pytest.MonkeyPatch, started: int
 ) -> None:
     launch, launched = popen_fork.Popen._launch, 0
@@ -443,10 +441,10 @@ def test_workers_that_cannot_be_started_are_an_error_and_those_that_were_end(
         assert items(queue) == stream(small_subjects(4), zp.UniformSampler(6), **OPTIONS)
 
 
-def test_a_full_shared_memory_folder_is_an_error_that_says_what_to_do(
+def test_a_full_shared_memory_folder_is_an_error_with_advice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where Python's locks between processes lie."""
+    """Python's locks between processes are files in it."""
 
     def full(self: Any, *arguments: Any, **options: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -510,7 +508,7 @@ def test_close_ends_the_workers_even_while_an_iterator_is_held() -> None:
     assert left == []
 
 
-def test_close_takes_no_longer_than_what_a_worker_is_at() -> None:
+def test_close_takes_no_longer_than_the_task_of_a_worker() -> None:
     with queue_of(num_workers=2, patches_per_volume=300, max_length=300, transform=streams.slow) as queue:
         next(iter(queue))
         before = time.monotonic()
@@ -518,7 +516,7 @@ def test_close_takes_no_longer_than_what_a_worker_is_at() -> None:
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_a_loop_that_another_one_overtakes_does_not_end_short_in_silence(workers: int) -> None:
+def test_a_loop_that_another_one_interrupts_is_an_error(workers: int) -> None:
     with queue_of(num_workers=workers) as queue:
         first = iter(queue)
         begun = [item(next(first))]
@@ -532,7 +530,7 @@ def test_a_loop_that_another_one_overtakes_does_not_end_short_in_silence(workers
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_a_loop_that_goes_on_after_close_says_so(workers: int) -> None:
+def test_a_loop_that_continues_after_close_is_an_error(workers: int) -> None:
     queue = queue_of(num_workers=workers)
     iterator = iter(queue)
     next(iterator)
@@ -544,7 +542,7 @@ def test_a_loop_that_goes_on_after_close_says_so(workers: int) -> None:
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_a_patch_stays_good_after_the_queue_is_closed(workers: int) -> None:
+def test_a_patch_stays_valid_after_the_queue_is_closed(workers: int) -> None:
     with queue_of(num_workers=workers) as queue:
         held = list(queue)
     assert items(held) == stream(small_subjects(4), zp.UniformSampler(6), **OPTIONS)
@@ -630,7 +628,7 @@ def test_ctrl_c_ends_it_all_with_one_traceback(
 ) -> None:
     """As a terminal does it: every process of the group gets the signal."""
     if not full and what == "slowly":
-        pytest.skip("a program that is at a step of its own needs --full")
+        pytest.skip("a program in the middle of a step needs --full")
     running = program("fork", what)
     os.killpg(running.process.pid, signal.SIGINT)
     said = running.ends()
@@ -638,7 +636,7 @@ def test_ctrl_c_ends_it_all_with_one_traceback(
     assert said.rstrip().endswith("KeyboardInterrupt")
 
 
-def test_a_program_that_ends_without_closing_its_queue_says_nothing(
+def test_a_program_that_ends_without_closing_its_queue_prints_nothing(
     program: Callable[[str, str], Program], full: bool
 ) -> None:
     for start_method in START_METHODS if full else ("fork",):

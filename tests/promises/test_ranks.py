@@ -145,7 +145,7 @@ def test_ranks_of_torchrun_see_disjoint_shares_of_equal_size(
 
 @pytest.mark.parametrize("uneven", UNEVEN)
 @pytest.mark.parametrize("count", COUNTS)
-def test_ranks_of_torchrun_see_what_their_share_says_with_any_number_of_workers(
+def test_ranks_of_torchrun_get_their_share_with_any_number_of_workers(
     trained: list[dict[str, Any]], count: int, uneven: Uneven
 ) -> None:
     for rank, found in enumerate(trained):
@@ -213,7 +213,7 @@ def test_shares_are_disjoint_and_equal_for_grids_of_unequal_counts_too(
 
 
 @pytest.mark.parametrize("grid", [True, False])
-def test_a_share_that_is_even_anyhow_is_the_same_whatever_uneven_says(grid: bool) -> None:
+def test_an_even_share_is_the_same_for_each_value_of_uneven(grid: bool) -> None:
     sampler = zp.GridSampler(patch_size=8) if grid else zp.UniformSampler(6)
     found = []
     for uneven in ("pad", "drop", "error"):
@@ -234,7 +234,7 @@ def test_an_uneven_number_of_grid_patches_can_be_refused() -> None:
         list(zp.Queue(subjects, zp.GridSampler(patch_size=8), **options))
 
 
-def test_the_shares_of_an_epoch_are_what_a_single_process_would_see() -> None:
+def test_the_shares_of_an_epoch_are_the_epoch_of_a_single_process() -> None:
     whole = set(items(queue_of(6)))
     shares = [items(queue_of(6, rank=rank, world_size=2)) for rank in range(2)]
     assert set(shares[0]) | set(shares[1]) == whole
@@ -247,7 +247,7 @@ def test_subjects_change_ranks_from_epoch_to_epoch() -> None:
     assert len(shares) > 5
 
 
-def test_a_subject_that_comes_twice_to_a_rank_gives_other_patches_the_second_time() -> None:
+def test_a_subject_that_a_rank_visits_twice_gives_other_patches_the_second_time() -> None:
     """Where grids are uneven, a rank with fewer patches begins anew: its random transforms do not."""
     subjects = [small_subjects(1, size=8)[0], small_subjects(2, size=20)[1]]
     seen = []

@@ -61,7 +61,7 @@ def test_the_affine_of_a_patch_puts_its_corner_where_the_volume_puts_it(
         np.testing.assert_array_equal(patch.t1.affine[:3, :3], subject.t1.affine[:3, :3])
 
 
-def test_a_patch_owns_its_memory(subject: zp.Subject, volume: NDArray[np.int16]) -> None:
+def test_a_patch_has_memory_of_its_own(subject: zp.Subject, volume: NDArray[np.int16]) -> None:
     before = volume.copy()
     for patch in zp.UniformSampler(4)(subject, 2, rng=0):
         patch.t1.data.zero_()
@@ -106,7 +106,7 @@ def test_a_patch_and_a_batch_survive_pickling(patches: list[zp.Patch]) -> None:
         (np.float64, torch.float64),
     ],
 )
-def test_voxels_come_in_a_type_that_torch_computes_with(stored: DTypeLike, computed: torch.dtype) -> None:
+def test_voxels_have_a_type_that_torch_computes_with(stored: DTypeLike, computed: torch.dtype) -> None:
     limits: Any = np.iinfo if np.issubdtype(stored, np.integer) else np.finfo
     top = min(int(limits(stored).max), 2**62)
     tensor = to_tensor(np.array([0, top], dtype=stored))
@@ -127,14 +127,14 @@ def test_a_batch_stacks_patches_in_their_order(patches: list[zp.Patch]) -> None:
     assert batch.seg.kind == "label"
 
 
-def test_a_batch_leaves_gradients_behind(patches: list[zp.Patch]) -> None:
+def test_a_batch_drops_gradients(patches: list[zp.Patch]) -> None:
     grown = [patch.with_data(t1=(patch.t1.data * 1.0).requires_grad_()) for patch in patches]
     batch = zp.collate(grown)
     assert not batch.t1.data.requires_grad
     assert torch.equal(batch.t1.data, zp.collate(patches).t1.data.float())
 
 
-def test_the_memory_of_a_batch_lies_in_the_order_of_the_store(patches: list[zp.Patch]) -> None:
+def test_the_memory_of_a_batch_is_in_the_order_of_the_store(patches: list[zp.Patch]) -> None:
     data = zp.collate(patches).t1.data
     assert data.permute(0, 1, 4, 3, 2).is_contiguous()  # (b, c, z, y, x)
 

@@ -54,7 +54,7 @@ def test_seeds_differ_in_all_their_64_bits() -> None:
     assert len({words(rng(seed), 1)[0] for seed in seeds}) == 64
 
 
-def test_streams_are_those_of_every_other_version_of_zpatch() -> None:
+def test_streams_are_the_same_in_every_version_of_zpatch() -> None:
     """A queue's saved state is resumed by a later version: an address must not change its meaning."""
     assert words(rng(1, 2, 3, 4), 2) == PINNED_LOCATIONS
     assert words(rng(1, 2, 3, 4, purpose=Purpose.TRANSFORM), 2) == PINNED_TRANSFORM
@@ -90,7 +90,7 @@ def test_the_global_generators_are_never_read() -> None:
     assert streams[0] == streams[1]
 
 
-def test_a_generator_is_taken_as_it_is() -> None:
+def test_a_generator_is_returned_unchanged() -> None:
     generator = np.random.default_rng(0)
     assert as_generator(generator) is generator
 

@@ -200,7 +200,7 @@ def test_without_probabilities_all_that_is_not_zero_is_one_class(
 
 @every_source
 @pytest.mark.parametrize("probabilities", [{0: 1, 2: 3}, None])
-def test_in_a_map_of_channels_the_keys_are_channels_and_what_is_not_zero_is_present(
+def test_in_a_map_of_channels_the_keys_are_channels_and_nonzero_voxels_are_present(
     tmp_path: Path, rng: np.random.Generator, source: str, probabilities: dict[int, float] | None
 ) -> None:
     channels = (rng.random((3, *SHAPE)) < 0.2).astype(np.int16) * 7
@@ -223,7 +223,7 @@ def test_negative_and_large_labels_are_classes(tmp_path: Path, source: str) -> N
 
 
 def often_rejected() -> NDArray[np.uint8]:
-    """One class, of which a twelfth lies where centres of 3-patches do, in a whole chunk of 3."""
+    """One class, with a twelfth of it at allowed centres of 3-patches, in a whole chunk of 3."""
     labels = (~inside(3)).astype(np.uint8)
     labels[3:6, 3:6, 3:6] = 1
     return labels
@@ -233,7 +233,7 @@ def often_rejected() -> NDArray[np.uint8]:
 @pytest.mark.parametrize(
     "sampler", [zp.LabelSampler(3, "seg", {1: 1}), zp.WeightedSampler(3, "where")], ids=repr
 )
-def test_a_draw_is_the_same_whatever_was_drawn_before_it(
+def test_a_draw_does_not_depend_on_the_draws_before_it(
     tmp_path: Path, sampler: RandomSampler, source: str
 ) -> None:
     labels = often_rejected()
@@ -248,7 +248,7 @@ def test_a_draw_is_the_same_whatever_was_drawn_before_it(
     assert follows(centres(sampler, used), labels * inside(3))
 
 
-def test_all_patches_of_a_subject_in_an_epoch_come_from_one_draw(tmp_path: Path) -> None:
+def test_all_patches_of_a_subject_in_an_epoch_are_of_one_draw(tmp_path: Path) -> None:
     used, fresh = (subject_of("dask", tmp_path, seg=often_rejected()) for _ in range(2))
     sampler = zp.LabelSampler(3, "seg", {1: 1})
     with zp.Queue([used], sampler, patches_per_volume=100) as queue:
@@ -333,7 +333,7 @@ def test_a_map_that_cannot_be_drawn_from_is_an_error(
     ("weights", "why"),
     [
         (constant(0), "the map 'where' of subject 'sub' is zero everywhere"),
-        (border(), "the map 'where' of subject 'sub' is zero wherever a patch .* lies in the border"),
+        (border(), "the map 'where' of subject 'sub' is zero wherever a patch .* is near the border"),
     ],
 )
 def test_a_stored_map_that_cannot_be_drawn_from_is_an_error(
@@ -348,7 +348,7 @@ def test_a_stored_map_that_cannot_be_drawn_from_is_an_error(
 @pytest.mark.parametrize(
     ("probabilities", "wanted"), [({3: 1, 1: 1}, "3, 1"), ({7: 1, 0: 0}, "7"), (None, "all but 0")]
 )
-def test_classes_that_can_be_nowhere_are_an_error_that_names_them(
+def test_classes_without_an_allowed_centre_are_an_error_that_names_them(
     tmp_path: Path, source: str, probabilities: dict[int, float] | None, wanted: str
 ) -> None:
     subject = subject_of(source, tmp_path, seg=border().astype(np.uint8))
@@ -359,7 +359,7 @@ def test_classes_that_can_be_nowhere_are_an_error_that_names_them(
 
 
 @pytest.mark.parametrize("probabilities", [{}, {1: 0}, {1: -1, 2: 2}, {1: np.nan}, {1: np.inf}])
-def test_probabilities_that_are_none_are_an_error(probabilities: dict[int, float]) -> None:
+def test_invalid_probabilities_are_an_error(probabilities: dict[int, float]) -> None:
     with pytest.raises(OptionError, match="label_probabilities must be at least 0, finite, and not all 0"):
         zp.LabelSampler(3, "seg", probabilities)
 
@@ -391,13 +391,13 @@ def test_a_patch_larger_than_the_volume_is_an_error_that_names_the_axis(
 
 
 @pytest.mark.parametrize("size", [0, -1, (3, 0, 3)])
-def test_a_patch_of_nothing_is_an_error(size: Any) -> None:
+def test_an_empty_patch_is_an_error(size: Any) -> None:
     with pytest.raises(PatchSizeError, match="patch_size must be at least 1 on every axis, not"):
         zp.UniformSampler(size)
 
 
 @pytest.mark.parametrize("size", [2.5, (2, 3), (1, 2, 3, 4), "large", None])
-def test_a_patch_size_that_is_no_size_is_an_error(size: Any) -> None:
+def test_an_invalid_patch_size_is_an_error(size: Any) -> None:
     with pytest.raises(OptionError, match="patch_size must be one integer or three, not"):
         zp.UniformSampler(size)
 
@@ -478,7 +478,7 @@ def test_the_global_generators_are_neither_read_nor_written(
 
 
 @every_source
-def test_a_patch_owns_its_memory(tmp_path: Path, source: str) -> None:
+def test_a_patch_has_memory_of_its_own(tmp_path: Path, source: str) -> None:
     volume = np.zeros(SHAPE, np.float32)
     subject = subject_of(source, tmp_path, t1=volume)
     for patch in [*zp.UniformSampler(3)(subject, 4, rng=0), zp.GridSampler(subject, 3)[0]]:
@@ -552,7 +552,7 @@ def test_a_fill_is_an_intensity_and_maps_are_padded_with_zero() -> None:
         assert patch[name].data[0, :, 0, 0].tolist() == [fill, 1, 1, fill]
 
 
-def test_a_fill_that_is_no_value_of_an_image_is_an_error() -> None:
+def test_a_fill_that_an_image_cannot_represent_is_an_error() -> None:
     grid = zp.GridSampler(in_memory(t1=np.ones((2, 2, 2), np.uint8)), 4, padding_mode="constant", fill=-1024)
     with pytest.raises(
         OptionError, match=r"uint8\) cannot be padded with fill=-1024, .* choose another fill"

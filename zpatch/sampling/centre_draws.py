@@ -110,7 +110,7 @@ class AllowedMass:
         return AllowedMass(table, self.grid, self._allowed, self._masses_of, is_counted=True)
 
     def _inside(self, masses: Masses, box: PatchLocation) -> Masses:
-        """The part of a chunk's masses that lies in the allowed box."""
+        """The part of a chunk's masses in the allowed box."""
         ends = zip(box.index, box.size, self._allowed.index_ini, self._allowed.index_fin, strict=True)
         return masses[tuple(slice(max(a - f, 0), max(min(b - f, n), 0)) for f, n, a, b in ends)]
 
