@@ -1,6 +1,6 @@
-"""What stage feed is about: batches, those that give epochs of them, zpatch among them, and the limits.
+"""Batches, and the contenders that give epochs of them: zpatch here, and limits that no library can beat.
 
-The peers are in feed_peers.py. As in read_peers.py, a library is imported when its function runs.
+The peers are in feed/peers.py. As in read/peers.py, a library is imported when its function runs.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ Epoch = Callable[[], Iterator[Any]]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Contender:
-    """A way to feed: ``make(cohort, store)`` writes what ``open(cohort, store)`` gives epochs from.
+    """A way to feed: ``make(cohort, store)`` writes the store that ``open(cohort, store)`` gives epochs from.
 
-    ``cohort`` is a folder of ``data.cohort``; without ``store`` it is all there is. ``kind`` is what it may
-    compete with. ``transposed`` ones give (x, y, z); ``bare`` ones only numbers of patches.
+    ``cohort`` is a folder of ``data.cohort``; a contender without a ``store`` reads its files. Contenders of
+    one ``kind`` are compared. A ``transposed`` one gives (x, y, z); a ``bare`` one only numbers of patches.
     """
 
     name: str
@@ -58,13 +58,13 @@ class Contender:
     open: Callable[[Path, Path], Epoch]
     kind: str = "workers"
     package: str = "zpatch"
-    folder: Path | None = None  # where the package is, if not with the others
+    folder: Path | None = None  # of the package, if it is not installed with the others
     transposed: bool = False
     bare: bool = False
 
     @property
     def installed(self) -> bool:
-        """Whether its library is there."""
+        """Whether its library is installed."""
         if self.folder is not None:
             return (self.folder / self.package).is_dir()
         return importlib.util.find_spec(self.package) is not None
@@ -88,14 +88,14 @@ def names_of(cohort: Path) -> list[str]:
 
 
 def no_store(cohort: Path, store: Path) -> None:
-    """What it reads is there already."""
+    """Write nothing: the contender reads the files of the cohort."""
 
 
 # zpatch
 
 
 def zpatch_queue(store: Path, **options: Any) -> Any:
-    """The queue that is measured; options are further ones, or other ones."""
+    """The queue that is measured; ``options`` replace those of zpatch.Queue that are chosen here."""
     import zpatch as zp
 
     patch = options.pop("patch", PATCH)
@@ -126,7 +126,7 @@ def _make_zpatch(codec: str) -> Callable[[Path, Path], None]:
 
 
 def _groups_of(name: str, image_dtype: str) -> Contender:
-    """The reads of an epoch, by two threads, into memory that is nobody's batch."""
+    """The reads of an epoch, by two threads, into memory that no batch uses."""
 
     def open_it(cohort: Path, store: Path) -> Epoch:
         import zpatch as zp
@@ -154,7 +154,7 @@ def _groups_of(name: str, image_dtype: str) -> Contender:
     return Contender(name, f"zpatch-{PRESET}", _make_zpatch(PRESET), open_it, kind="limit", bare=True)
 
 
-# Raw voxels, and tensorstore's own threads: batches are made ahead of the one that is taken.
+# Raw voxels, and tensorstore's own threads: batches are made ahead of the one that is consumed.
 
 
 def _shuffled(names: Sequence[str], rng: np.random.Generator) -> Iterator[list[str]]:
@@ -175,7 +175,7 @@ def _new_batch(subjects: Sequence[str]) -> Batch:
 
 
 def batches_ahead(pairs: dict[str, Pair], start: Callable[[Batch, list[Box]], Callable[[], object]]) -> Epoch:
-    """Epochs of batches that ``start`` begins to fill; what it returns waits until that is done."""
+    """Epochs of batches that ``start`` begins to fill; it returns a function that waits until one is full."""
     rng = np.random.default_rng(0)
 
     def epoch() -> Iterator[Batch]:

@@ -45,8 +45,8 @@ SHAPE = (240, 240, 160)
 LENGTHS = (PER_SUBJECT, MAX_LENGTH, 300)
 EPOCHS = 20  # short ones, for growth
 SETTLED = 4  # of them, before which memory may still grow
-# For all alike: one thread for each process of torch and OpenMP that does not spin while it waits, and an
-# allocator that keeps what is freed.
+# The same for all: one thread of torch and OpenMP in each process, which does not spin while it waits, and
+# an allocator that keeps freed memory.
 ENV = {
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -80,14 +80,14 @@ SKIPPED_IF_QUICK = (
 NOT_SHOWN = (
     "Nothing but the feed uses the cores: no model, no transforms. The consumer takes each batch and drops "
     "it; a GPU would have it copied.",
-    "Feeding is from a warm page cache, of 64 subjects that fit in it. All read the same volumes, at random "
-    "places that are not the same for all. The head is the same in each subject, but lies elsewhere.",
-    "An epoch's rate counts what is read ahead for the next, as the epoch before it had done so, too. "
-    "Starting workers is not in it, but for TorchIO 1, which starts new ones for each epoch.",
+    "Feeding is from a warm page cache, of 64 subjects that fit in it. All read the same volumes, at "
+    "different random locations. The head is the same in each subject, at another position.",
+    "An epoch's rate includes reading ahead for the next one, as the epoch before has read ahead for it. "
+    "Starting workers is not included, except for TorchIO 1, which starts new ones for each epoch.",
     "zpatch draws its first patch from a full buffer, which takes `max_length` patches to fill.",
-    "TorchIO 2 is a pre-release. Its queue never lets go of a volume: from the second epoch on it copies out "
-    "of memory, with no file read. With new subjects each epoch it reads them, as the others do.",
-    "zpatch's batches lie in memory as stored, (z, y, x), those of the peers in the order of their own; a "
+    "TorchIO 2 is a pre-release. Its queue never frees a volume: from the second epoch on it copies from "
+    "memory, and reads no file. With new subjects each epoch it reads them, as the others do.",
+    "The memory of zpatch's batches is in the order of the store, (z, y, x), that of the peers in theirs; a "
     "network that needs another order copies once more.",
     "Memory of processes is anonymous and shared pages. Pages of mapped files, which the kernel may drop at "
     "any time, are not in it: zpatch, blosc2 and tensorstore map theirs.",
@@ -122,24 +122,24 @@ class _Feed:
                 shutil.rmtree(place)
 
     def chosen(self, names: Iterable[str]) -> list[Contender]:
-        """Those of some contenders that take part."""
+        """The contenders of some names, without those that a quick run skips."""
         skipped = SKIPPED_IF_QUICK if self.quick else ()
         return [contender_of(name) for name in names if name not in skipped]
 
     def make(self, names: Iterable[str]) -> None:
-        """Write the stores of some contenders that are not there."""
+        """Write the stores of some contenders that do not exist yet."""
         missing = [name for name in names if not (self.stores / contender_of(name).store).exists()]
         if missing:
-            in_fresh_process("feed_runs:make", self.cohort, self.stores, *missing, env=ENV)
+            in_fresh_process("feed.runs:make", self.cohort, self.stores, *missing, env=ENV)
 
     def run(self, function: str, *arguments: object) -> Any:
         """The value of a function in a fresh process."""
-        return in_fresh_process(f"feed_runs:{function}", *arguments, env=ENV).value
+        return in_fresh_process(f"feed.runs:{function}", *arguments, env=ENV).value
 
     def serve(self, contender: Contender) -> Server:
         """A process that gives epochs of a contender."""
         env = ENV if contender.folder is None else {**ENV, "PYTHONPATH": str(contender.folder)}
-        return Server("feed_runs:epochs_of", contender.name, self.cohort, self.stores, env=env)
+        return Server("feed.runs:epochs_of", contender.name, self.cohort, self.stores, env=env)
 
 
 # Epochs in turns.
@@ -177,10 +177,10 @@ def _rates(feed: _Feed) -> str:
 
 
 def _turns(feed: _Feed, names: Sequence[str], turns: int) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds of an epoch of each, in turns, each in a process of its own; and the most memory that it held.
+    """Seconds of an epoch of each contender, in turns, each in a separate process; and its peak memory.
 
-    A turn is two epochs, of which the second counts: what a contender has read ahead during the turns of
-    others is used up in the first.
+    A turn is two epochs, and the second counts: the first uses up the patches that a contender has read ahead
+    during the turns of others.
     """
     feed.tidy()
     there = [contender for contender in feed.chosen(names) if contender.installed]
@@ -288,7 +288,7 @@ def _gaps(feed: _Feed) -> str:
 def _memory(feed: _Feed) -> str:
     store = feed.zpatch
     voxels = PATCH**3 * (4 + 1)
-    slack = WORKERS * MIB  # what a worker plans with is more for larger patches
+    slack = WORKERS * MIB  # the plans of a worker take more for larger patches
     base, _ = feed.run("queue_in_memory", store, "", "")
     tiny, _ = feed.run("queue_in_memory", store, 1, "")
     peak, stated = feed.run("queue_in_memory", store, PATCH, "")
@@ -319,6 +319,6 @@ def _memory(feed: _Feed) -> str:
 
 
 def _slope_mib(held: Sequence[int]) -> float:
-    """MiB that an epoch adds, once all is settled."""
+    """MiB that an epoch adds, after the first epochs."""
     later = np.array(held[SETTLED:]) / MIB
     return float(np.polyfit(np.arange(len(later)), later, 1)[0])

@@ -1,7 +1,7 @@
 """The peers in feeding: each gives epochs of batches from its own store of the cohort, or from its files.
 
-As in read_peers.py, a library is imported when its function runs, and used as its documentation says is
-fastest. Stored voxels travel between processes, and batches are cast once: that is half the bytes.
+As in read/peers.py, a library is imported when its function runs, and used in the way that its documentation
+calls fastest. Stored voxels are sent between processes, and batches are cast once: that is half the bytes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ TORCHIO_2 = "TorchIO 2 Queue, .nii"
 TORCHIO_2_ANEW, TORCHIO_2_ANEW_GZ = (
     f"TorchIO 2 Queue, {kind}, new subjects each epoch" for kind in (".nii", ".nii.gz")
 )
-TORCHIO_2_FOLDER = Path(sys.prefix) / "torchio-2"  # alone in it, as it goes by the same name
+TORCHIO_2_FOLDER = Path(sys.prefix) / "torchio-2"  # a separate one, as both packages have the same name
 
 Sample = dict[str, Any]
 
@@ -65,7 +65,7 @@ class _RandomPatches(Dataset[Sample]):
         return PER_SUBJECT * len(self.names)
 
     def __getitems__(self, numbers: list[int]) -> Sample:
-        """A batch, read into shared memory, where torch would else copy it to."""
+        """A batch, read into shared memory, to which torch would copy it otherwise."""
         if self._rng is None:
             self._rng = np.random.default_rng(torch.initial_seed())
         subjects = [self.names[number // PER_SUBJECT] for number in numbers]
@@ -96,7 +96,7 @@ class _RandomPatches(Dataset[Sample]):
             BATCH,
             shuffle=True,
             num_workers=WORKERS,
-            collate_fn=_as_it_is,
+            collate_fn=_unchanged,
             persistent_workers=True,
             multiprocessing_context=start_method,
         )
@@ -109,13 +109,13 @@ class _RandomPatches(Dataset[Sample]):
 
 
 def _shared(count: int, dtype: torch.dtype) -> torch.Tensor:
-    """As torch's own collate_fn has it in a worker."""
+    """Shared memory, as torch's default collate_fn allocates it in a worker."""
     shared: Any = torch.UntypedStorage
     storage = shared._new_shared(count * PATCH**3 * dtype.itemsize)
     return torch.empty(0, dtype=dtype).set_(storage).reshape(count, 1, PATCH, PATCH, PATCH)
 
 
-def _as_it_is(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 
@@ -131,7 +131,7 @@ class _Blosc2Patches(_RandomPatches):
 
 
 def _make_blosc2(cohort: Path, store: Path) -> None:
-    """As nnU-Net; but single bytes are not shuffled, which would only make them slower to read."""
+    """As nnU-Net, except that single bytes are not shuffled, which would only slow down reading."""
     import blosc2
 
     store.mkdir()
@@ -161,7 +161,7 @@ class _TensorstorePatches(_RandomPatches):
 def _tensorstore_fill(
     image: Voxels, label: Voxels, pairs: Sequence[Pair], boxes: Sequence[Box], context: Any
 ) -> Callable[[], object]:
-    """Begin to read the boxes of each pair, all at once; what is returned waits for them."""
+    """Begin to read the boxes of each pair, all at once; the function that is returned waits for them."""
     import tensorstore
 
     asked = []
@@ -212,7 +212,7 @@ def _make_tensorstore(cohort: Path, store: Path) -> None:
 
 
 def _zarr3_metadata(voxels: Any, packed: dict[str, Any]) -> dict[str, Any]:
-    """Blosc in shards of whole planes, as zpatch's."""
+    """Blosc in shards of whole planes, as zpatch's shards are."""
     little: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
     blosc = {"name": "blosc", "configuration": {**packed, "typesize": voxels.itemsize, "blocksize": 0}}
     sharding = {
@@ -244,7 +244,7 @@ def _open_tensorstore_threads(cohort: Path, store: Path) -> Epoch:
 
 
 def _open_monai(cohort: Path, store: Path) -> Epoch:
-    """Volumes are cached as stored. Four subjects make five batches, with two patches of each in each."""
+    """Volumes are cached as stored. Four subjects make five batches, each with two patches of each."""
     from monai.data import DataLoader as MonaiLoader
     from monai.data import PersistentDataset, set_track_meta
     from monai.transforms import Compose, LoadImaged, RandSpatialCropSamplesd
@@ -308,7 +308,7 @@ def _torchio_of(name: str, kind: str) -> Contender:
 
 
 def _torchio_2_of(name: str, kind: str, *, anew: bool) -> Contender:
-    """Its queue loads subjects in threads, and they stay loaded; ``anew`` makes new ones for each epoch."""
+    """Its queue loads subjects in threads and keeps them; ``anew`` makes new subjects for each epoch."""
 
     def open_it(cohort: Path, store: Path) -> Epoch:
         import torchio as tio

@@ -1,5 +1,4 @@
-"""What stage feed measures, each in a fresh process: epochs of one contender in turns, first batches, gaps,
-and memory."""
+"""The measurements of stage feed, each in a fresh process: epochs, first batches, gaps, and memory."""
 
 from __future__ import annotations
 
@@ -37,7 +36,7 @@ SETTLE_S = 0.02
 
 
 def make(cohort: str, stores: str, *names: str) -> None:
-    """Write those stores of some contenders that are not there."""
+    """Write the stores of some contenders that do not exist yet."""
     for contender in map(contender_of, names):
         store = Path(stores, contender.store)
         if not store.exists():
@@ -45,7 +44,7 @@ def make(cohort: str, stores: str, *names: str) -> None:
 
 
 def epochs_of(name: str, cohort: str, stores: str) -> Callable[[str], Any]:
-    """Answers ``check`` with nothing, and ``turn`` with the seconds of an epoch that follows upon another."""
+    """Answers ``check`` with nothing, and ``turn`` with the seconds of an epoch that follows another one."""
     torch.set_num_threads(1)
     contender, source = contender_of(name), Path(cohort)
     epoch = contender.open(source, Path(stores, contender.store))
@@ -65,7 +64,7 @@ def epochs_of(name: str, cohort: str, stores: str) -> Callable[[str], Any]:
 
 
 def _check(contender: Contender, epoch: Epoch, cohort: Path) -> None:
-    """Go through an epoch: voxels of the first batch, types of all, and how often each subject comes."""
+    """Check an epoch: voxels of the first batch, types of all batches, and how often each subject appears."""
     names = names_of(cohort)
     if contender.bare:
         assert sum(epoch()) == PER_SUBJECT * len(names)
@@ -90,7 +89,7 @@ def _check_voxels(contender: Contender, batch: Batch, cohort: Path) -> None:
         assert any(
             np.array_equal(voxels[box], image) and np.array_equal(labels[box], label)
             for box in _places(image, voxels)
-        ), f"{contender.name} gave a patch that is nowhere in {subject}"
+        ), f"{contender.name} gave a patch that {subject} does not have"
 
 
 def _places(patch: NDArray[Any], voxels: NDArray[Any]) -> Iterator[tuple[slice, ...]]:
@@ -103,8 +102,9 @@ def _places(patch: NDArray[Any], voxels: NDArray[Any]) -> Iterator[tuple[slice, 
 
 
 def gaps(name: str, cohort: str, stores: str) -> dict[str, Any]:
-    """Seconds from batch to batch where the consumer is slower than the feed: within an epoch, and from one
-    epoch to the next. ``pause`` is what the consumer takes for each.
+    """Seconds from batch to batch if the consumer is slower than the feed: within an epoch, and between two.
+
+    ``pause`` is the seconds that the consumer takes for each batch.
     """
     torch.set_num_threads(1)
     contender = contender_of(name)
@@ -141,6 +141,7 @@ def first_batch(store: str, max_length: str, patch: str) -> float:
 def group_seconds(store: str) -> list[float]:
     """Seconds of one thread for the patches of each subject, its opening included."""
     import zpatch as zp
+    from zpatch.sampling.samplers import read_patches
 
     torch.set_num_threads(1)
     cohort, sampler = zp.Cohort(store), zp.UniformSampler(PATCH)
@@ -148,14 +149,14 @@ def group_seconds(store: str) -> list[float]:
     for number in range(len(cohort)):
         begin = time.perf_counter()
         subject = cohort[number]
-        zp.samplers.read_patches(subject, sampler.locations(subject, PER_SUBJECT, number))
+        read_patches(subject, sampler.locations(subject, PER_SUBJECT, number))
         taken.append(time.perf_counter() - begin)
     return taken
 
 
 def queue_in_memory(store: str, patch: str, batched: str) -> tuple[int, int]:
-    """The most that this process and its workers hold in two epochs of a queue, ``batched`` or patch by
-    patch, and what the queue states. Without a patch size it has only imported all and opened the cohort.
+    """Peak bytes of this process and its workers in two epochs of a queue, ``batched`` or patch by patch, and
+    the bytes that the queue states. Without a patch size, the bytes after imports and opening the cohort.
     """
     import zpatch as zp
     import zpatch.loading.patch_queue
@@ -170,7 +171,7 @@ def queue_in_memory(store: str, patch: str, batched: str) -> tuple[int, int]:
     for _ in range(2):
         for number, _ in enumerate(source):
             if number % each == 0:
-                time.sleep(SETTLE_S)  # until workers have come to rest: each process is looked at by itself
+                time.sleep(SETTLE_S)  # until workers are idle: processes are measured one after the other
                 peak = max(peak, held_bytes(tree_of(os.getpid())))
     stated = queue.max_memory
     queue.close()
