@@ -1,4 +1,4 @@
-"""Patches: images by name, affines at the patch's corner, types for torch, and stacking."""
+"""Patches: images by name, affines at the patch's corner, and types for torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 
 import zpatch as zp
-from zpatch.errors import OptionError, UnknownNameError
+from zpatch.errors import UnknownNameError
 from zpatch.sampling.patch import to_tensor
 
 
@@ -112,57 +112,3 @@ def test_voxels_have_a_type_that_torch_computes_with(stored: DTypeLike, computed
     tensor = to_tensor(np.array([0, top], dtype=stored))
     assert tensor.dtype == computed
     assert (tensor + tensor.new_zeros(())).tolist() == [0, top]
-
-
-def test_a_batch_stacks_patches_in_their_order(patches: list[zp.Patch]) -> None:
-    batch = zp.collate(patches)
-    assert batch.t1.data.shape == (3, 1, 4, 5, 6)
-    assert len(batch) == 3
-    for number, patch in enumerate(patches):
-        assert torch.equal(batch.t1.data[number], patch.t1.data)
-        assert torch.equal(batch.seg.data[number], patch.seg.data)
-        np.testing.assert_array_equal(batch.t1.affine[number], patch.t1.affine)
-    assert batch.patch_location == [patch.location for patch in patches]
-    assert batch.subjects == ["ann"] * 3
-    assert batch.seg.kind == "label"
-
-
-def test_a_batch_drops_gradients(patches: list[zp.Patch]) -> None:
-    grown = [patch.with_data(t1=(patch.t1.data * 1.0).requires_grad_()) for patch in patches]
-    batch = zp.collate(grown)
-    assert not batch.t1.data.requires_grad
-    assert torch.equal(batch.t1.data, zp.collate(patches).t1.data.float())
-
-
-def test_the_memory_of_a_batch_is_in_the_order_of_the_store(patches: list[zp.Patch]) -> None:
-    data = zp.collate(patches).t1.data
-    assert data.permute(0, 1, 4, 3, 2).is_contiguous()  # (b, c, z, y, x)
-
-
-def test_patches_with_other_images_do_not_make_a_batch(
-    subject: zp.Subject, volume: NDArray[np.int16]
-) -> None:
-    bare = zp.Subject(name="bob", t1=zp.ScalarImage(volume))
-    mixed = [next(zp.UniformSampler(4)(s, 1, rng=0)) for s in (subject, bare)]
-    with pytest.raises(OptionError, match="same images in each patch: 'bob' has t1, 'ann' has t1, seg"):
-        zp.collate(mixed)
-
-
-def test_patches_of_other_shapes_do_not_make_a_batch(subject: zp.Subject) -> None:
-    mixed = [next(zp.UniformSampler(size)(subject, 1, rng=0)) for size in (4, 5)]
-    with pytest.raises(OptionError, match=r"one shape: 't1' has \(1, 4, 4, 4\), \(1, 5, 5, 5\)"):
-        zp.collate(mixed)
-
-
-def test_a_batch_moves_to_a_device(patches: list[zp.Patch]) -> None:
-    batch = zp.collate(patches)
-    moved = batch.to("meta")
-    assert {image.data.device.type for image in moved.images.values()} == {"meta"}
-    assert (moved.patch_location, moved.subjects) == (batch.patch_location, batch.subjects)
-    assert torch.equal(batch.to(torch.device("cpu"), non_blocking=True).t1.data, batch.t1.data)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU to pin memory for")
-def test_a_dataloader_pins_a_batch(patches: list[zp.Patch]) -> None:
-    [batch] = torch.utils.data.DataLoader(patches, batch_size=3, collate_fn=zp.collate, pin_memory=True)
-    assert batch.t1.data.is_pinned()
