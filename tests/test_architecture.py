@@ -32,7 +32,7 @@ DOORS = {
     "conversion": "conversion conversion_plan conversion_options nifti_export cases case_lists",
     "images": "image subject cohort normalization chunk_cache voxel_source voxel_sources group_read",
     "sampling": "samplers grid_sampler patch randomness",
-    "loading": "patch_queue subjects_loader patch_batch epoch_plan",
+    "loading": "patch_queue queue_options subjects_loader patch_batch epoch_plan",
     "blending": "aggregator blend grid_blend tiling axis_tiles windows reduction sinks",
     "prediction": "inference planning network prediction_options prediction_run",
     "report": "report",

@@ -1,5 +1,17 @@
-"""Patches to torch: the plan of an epoch, workers and their shared memory, the queue, and batches.
+"""Patches to torch: the plan of an epoch, workers that carry it out, the queue, and batches.
 
-Read epoch_plan, stream_position, queue_options, shared_slots, draw_reader, worker, worker_pool, patch_feed,
-patch_buffer, patch_queue, patch_batch, subjects_loader.
+::
+
+    epoch_plan       an epoch before anything is read: its patches, their order, the shares of ranks
+    stream_position  where a queue's stream is, and its state as JSON
+    shared_slots     shared memory, one patch in each slot
+    draw_reader      the patches of a draw: located, read as one group, transformed
+    worker           what a worker does with a task
+    worker_pool      worker processes: started once, watched, named when they die
+    queue_options    the options of a queue, which check themselves
+    patch_feed       patches as they arrive, epoch after epoch
+    patch_buffer     patches that wait until the shuffle hands them out
+    patch_queue      Queue
+    patch_batch      PatchBatch and collate: patches stacked, each copied once
+    subjects_loader  SubjectsLoader: batches for a training loop
 """

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from operator import attrgetter
 from typing import Any, Self
 
@@ -65,17 +66,16 @@ class Queue(IterableDataset[Patch]):
     ``start_method`` is fork on Linux and spawn elsewhere. A worker that gives nothing for ``timeout``
     seconds has hung, which is a QueueError, as is a worker that dies and a subject that cannot be read. Feed
     the queue to ``SubjectsLoader``, or to torch's DataLoader with ``num_workers=0`` and
-    ``collate_fn=zpatch.collate``. It is a context manager; ``close`` ends its workers.
-
-    ``options`` has all options, and ``position`` is where the stream is.
+    ``collate_fn=zpatch.collate``. It is a context manager; ``close`` ends its workers. ``options`` has all
+    options, and ``position`` is the position in the stream.
 
     >>> import numpy as np
     >>> from zpatch.images.image import ScalarImage
     >>> from zpatch.sampling.samplers import UniformSampler
     >>> subjects = [Subject(name=name, t1=ScalarImage(np.zeros((8, 8, 8)))) for name in ("a", "b")]
-    >>> with Queue(subjects, UniformSampler(4), patches_per_volume=3) as queue:
+    >>> with Queue(subjects, UniformSampler(4), patches_per_volume=1) as queue:
     ...     [tuple(patch.t1.data.shape) for patch in queue]
-    [(1, 4, 4, 4), (1, 4, 4, 4), (1, 4, 4, 4), (1, 4, 4, 4), (1, 4, 4, 4), (1, 4, 4, 4)]
+    [(1, 4, 4, 4), (1, 4, 4, 4)]
     """
 
     max_length = property(attrgetter("options.max_length"))
@@ -124,9 +124,7 @@ class Queue(IterableDataset[Patch]):
             timeout=timeout,
             dtype=dtype,
         )
-        self.subjects = subjects
-        self.patch_sampler = patch_sampler
-        self.options = options
+        self.subjects, self.patch_sampler, self.options = subjects, patch_sampler, options
         self.share = options.share()
         self.share.check(len(subjects))
         options.check_subject_sampler(len(subjects))
@@ -137,8 +135,6 @@ class Queue(IterableDataset[Patch]):
             subjects, patch_sampler, options.patches_per_volume, types, runner, options.seed
         )
         self._patches = self.count_patches()
-        self._slot_bytes: int | None = None
-        self._subjects_digest: str | None = None
         self._buffer: PatchBuffer | None = None
 
     def count_patches(self) -> NDArray[np.int64]:
@@ -163,7 +159,7 @@ class Queue(IterableDataset[Patch]):
     @property
     def max_memory(self) -> int:
         """Bytes of all patches in the buffer and in flight to it: the size of the shared memory."""
-        return WATCH_BYTES + self._slots * self._bytes_per_slot()
+        return WATCH_BYTES + self._slots * self._slot_bytes
 
     @property
     def max_memory_pretty(self) -> str:
@@ -176,17 +172,15 @@ class Queue(IterableDataset[Patch]):
 
     @property
     def _slots(self) -> int:
-        # A group that arrived waits while the next task is sent in its place.
-        in_flight = self._group * (TASKS_PER_WORKER * self.options.num_workers + 1)
-        return self.options.max_length + in_flight
+        # A group that arrived waits while the next task is in flight.
+        return self.options.max_length + self._group * (TASKS_PER_WORKER * self.options.num_workers + 1)
 
-    def _bytes_per_slot(self) -> int:
+    @cached_property
+    def _slot_bytes(self) -> int:
         """Bytes of the largest patch; with a transform, those of the first patch after it."""
-        if self._slot_bytes is None and self.options.transform is not None:
-            self._slot_bytes = SlotLayout.of_patch(self._first_patch()).nbytes
-        if self._slot_bytes is None:
-            self._slot_bytes = max(self._reader.layout_of(subject).nbytes for subject in self.subjects)
-        return self._slot_bytes
+        if self.options.transform is not None:
+            return SlotLayout.of_patch(self._first_patch()).nbytes
+        return max(self._reader.layout_of(subject).nbytes for subject in self.subjects)
 
     def _first_patch(self) -> Patch:
         """The first patch of epoch 0, transformed."""
@@ -296,7 +290,7 @@ class Queue(IterableDataset[Patch]):
                 lambda plan: None if (alive := queue()) is None else alive.upcoming(plan),
                 num_workers=self.options.num_workers,
                 slots=self._slots,
-                slot_bytes=self._bytes_per_slot() if self.options.num_workers else 0,
+                slot_bytes=self._slot_bytes if self.options.num_workers else 0,
                 start_method=self.options.start_method or START_METHOD,
                 timeout=self.options.timeout,
             )
@@ -319,10 +313,12 @@ class Queue(IterableDataset[Patch]):
         self._end_iteration()
         self.position.resume(plan, consumed)
 
+    @cached_property
+    def _subjects_digest(self) -> str:
+        return subjects_digest(self.subjects)
+
     def _fingerprint(self) -> Json:
         """What the stream depends on, except the seed."""
-        if self._subjects_digest is None:
-            self._subjects_digest = subjects_digest(self.subjects)
         options, sampler = self.options, self.options.subject_sampler
         return {
             "cohort": self._subjects_digest,

@@ -1,1 +1,11 @@
-"""Where patches are taken: randomness, patch, samplers, grid_sampler, centre_maps, centre_draws."""
+"""Where patches are taken: random numbers, samplers, and the grid.
+
+::
+
+    randomness    random numbers as a function of (seed, epoch, subject, draw)
+    patch         Patch and PatchImage: a patch as torch sees it
+    centre_draws  centres drawn exactly by their mass, reading only the drawn chunks
+    centre_maps   label maps and sampling maps that centres are drawn from
+    samplers      UniformSampler, WeightedSampler, LabelSampler
+    grid_sampler  GridSampler: all patches of a grid, as a dataset
+"""
