@@ -5,28 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
+from streams import small_subjects
 
 import zpatch as zp
 from zpatch.errors import OptionError
 
 
 @pytest.fixture
-def volume(rng: np.random.Generator) -> NDArray[np.int16]:
-    """(I, J, K)."""
-    return rng.integers(-1000, 1000, (9, 10, 11), dtype=np.int16)
-
-
-@pytest.fixture
-def subject(volume: NDArray[np.int16]) -> zp.Subject:
-    affine = [[0, -2, 0, 5], [1, 0, 0.5, 6], [0, 0, 3, 7], [0, 0, 0, 1]]
-    seg = (volume > 0).astype(np.uint8)
-    return zp.Subject(name="ann", t1=zp.ScalarImage(volume, affine=affine), seg=zp.LabelMap(seg))
-
-
-@pytest.fixture
-def patches(subject: zp.Subject) -> list[zp.Patch]:
-    return list(zp.UniformSampler((4, 5, 6))(subject, 3, rng=0))
+def patches() -> list[zp.Patch]:
+    return list(zp.UniformSampler((4, 5, 6))(small_subjects(1)[0], 3, rng=0))
 
 
 def test_a_batch_stacks_patches_in_their_order(patches: list[zp.Patch]) -> None:
@@ -38,7 +25,7 @@ def test_a_batch_stacks_patches_in_their_order(patches: list[zp.Patch]) -> None:
         assert torch.equal(batch.seg.data[number], patch.seg.data)
         np.testing.assert_array_equal(batch.t1.affine[number], patch.t1.affine)
     assert batch.patch_location == [patch.location for patch in patches]
-    assert batch.subjects == ["ann"] * 3
+    assert batch.subjects == ["sub-00"] * 3
     assert batch.seg.kind == "label"
 
 
@@ -54,17 +41,16 @@ def test_the_memory_of_a_batch_is_in_the_order_of_the_store(patches: list[zp.Pat
     assert data.permute(0, 1, 4, 3, 2).is_contiguous()  # (b, c, z, y, x)
 
 
-def test_patches_with_other_images_do_not_make_a_batch(
-    subject: zp.Subject, volume: NDArray[np.int16]
-) -> None:
-    bare = zp.Subject(name="bob", t1=zp.ScalarImage(volume))
-    mixed = [next(zp.UniformSampler(4)(s, 1, rng=0)) for s in (subject, bare)]
-    with pytest.raises(OptionError, match="same images in each patch: 'bob' has t1, 'ann' has t1, seg"):
+def test_patches_with_other_images_do_not_make_a_batch() -> None:
+    [one, other] = small_subjects(2)
+    bare = zp.Subject(name=other.name, t1=other.t1)
+    mixed = [next(zp.UniformSampler(4)(subject, 1, rng=0)) for subject in (one, bare)]
+    with pytest.raises(OptionError, match="same images in each patch: 'sub-01' has t1, 'sub-00' has t1, seg"):
         zp.collate(mixed)
 
 
-def test_patches_of_other_shapes_do_not_make_a_batch(subject: zp.Subject) -> None:
-    mixed = [next(zp.UniformSampler(size)(subject, 1, rng=0)) for size in (4, 5)]
+def test_patches_of_other_shapes_do_not_make_a_batch() -> None:
+    mixed = [next(zp.UniformSampler(size)(small_subjects(1)[0], 1, rng=0)) for size in (4, 5)]
     with pytest.raises(OptionError, match=r"one shape: 't1' has \(1, 4, 4, 4\), \(1, 5, 5, 5\)"):
         zp.collate(mixed)
 

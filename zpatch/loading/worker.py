@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import signal
 import traceback
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, get_worker_info
 
+from zpatch.errors import QueueError
 from zpatch.geometry.affines import Affine
 from zpatch.geometry.boxes import PatchLocation
 from zpatch.loading.draw_reader import DrawReader
@@ -126,8 +128,17 @@ class Worker(Dataset[Any]):
 
     @contextlib.contextmanager
     def pickled_once(self) -> Iterator[None]:
-        """Pickle the reader for all workers that are started inside; each opens the file that holds it."""
-        self._pickle = SharedPickle(self._reader)
+        """Pickle the reader once, for all workers that are started inside; each opens the file of the pickle.
+
+        A QueueError if it cannot be pickled.
+        """
+        try:
+            self._pickle = SharedPickle(self._reader)
+        except (AttributeError, TypeError, RuntimeError, pickle.PicklingError) as error:
+            raise QueueError(
+                f"subjects, sampler or transform cannot be sent to a worker ({error}); define them at the "
+                f"top of a module, or use start_method='fork'"
+            ) from error
         try:
             yield
         finally:

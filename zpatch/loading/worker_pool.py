@@ -6,9 +6,7 @@ Torch's DataLoader keeps them. This module alone depends on private parts of tor
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
-import pickle
 import signal
 import sys
 import threading
@@ -16,6 +14,7 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable, Collection, Iterator
+from contextlib import nullcontext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -97,7 +96,7 @@ class WorkerPool:
     def _start(self) -> None:
         others = set(multiprocessing.active_children())
         try:
-            with self._sent_by_pickle():
+            with nullcontext() if self._start_method == "fork" else self._worker.pickled_once():
                 self._results = iter(self._loader)
         except OSError as error:
             _end_half_started(error, others)
@@ -110,22 +109,6 @@ class WorkerPool:
         _name_killed_workers()
         watched = weakref.ref(self)
         threading.Thread(target=_watch, args=[watched, self._stopped], daemon=True).start()
-
-    @contextlib.contextmanager
-    def _sent_by_pickle(self) -> Iterator[None]:
-        """Whatever workers need is pickled once while they start; forked ones have it already."""
-        if self._start_method == "fork":
-            yield
-            return
-        with contextlib.ExitStack() as started:
-            try:
-                started.enter_context(self._worker.pickled_once())
-            except (AttributeError, TypeError, RuntimeError, pickle.PicklingError) as error:
-                raise QueueError(
-                    f"subjects, sampler or transform cannot be sent to a worker ({error}); define them at "
-                    f"the top of a module, or use start_method='fork'"
-                ) from error
-            yield
 
     def kill_if_hung(self) -> None:
         """Kill workers that hang: torch notices within seconds that they have ended."""
