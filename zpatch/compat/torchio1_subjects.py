@@ -135,6 +135,12 @@ class Subject(NativeSubject, Mapping[str, Any]):
         """The first image."""
         return next(iter(self.images.values()))
 
+    def with_transform(self, transform: PatchTransform) -> Subject:
+        """A copy of the subject with a transform of its patches."""
+        copy = Subject(self)
+        copy.transform = transform
+        return copy
+
     def transformed(self, patch: NativePatch) -> NativePatch:
         """A patch of the subject, after the transform of its dataset."""
         return patch if self.transform is None else self.transform(patch)
@@ -242,10 +248,7 @@ class SubjectsDataset(Dataset[Subject]):
 
     def __getitem__(self, index: int) -> Subject:
         subject = as_subject(self._subjects[int(index)])
-        if self.transform is not None:
-            subject = Subject(subject)
-            subject.transform = self.transform
-        return subject
+        return subject if self.transform is None else subject.with_transform(self.transform)
 
     def __getitems__(self, numbers: Sequence[int]) -> list[Patch]:
         """Whole subjects: torch's DataLoader calls this for those of a batch."""

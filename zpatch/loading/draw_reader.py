@@ -29,9 +29,10 @@ Transform = Callable[[Patch], Patch]
 class VoxelTypes:
     """The types that images are read in, and the slope and intercept that are left to apply to their voxels.
 
-    Each value is computed once. For a transform it is computed as the image is read, in ``dtype``. Without
-    a transform, stored voxels are sent with slope and intercept, and values are computed where a batch is
-    made; unless stored voxels cannot represent them, as in a clipped image, or where padding has a ``fill``.
+    Each value is computed once. If the queue ``has_transform``, it is computed as the image is read, in
+    ``dtype``. Otherwise stored voxels are sent with slope and intercept, and values are computed where a
+    batch is made; unless stored voxels cannot represent them, as in a clipped image, or in the padding of a
+    ``sampler`` with a ``fill``. ``dtype`` None keeps stored types.
     """
 
     sampler: PatchSampler

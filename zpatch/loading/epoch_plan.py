@@ -26,8 +26,9 @@ UNEVEN = ("pad", "drop", "error")
 class Draw:
     """Patches of one subject that are read together.
 
-    ``visit`` counts how often the epoch has read the subject before. ``numbers`` are the numbers of patches
-    within that visit, and ``arrivals`` their numbers in the order in which the epoch reads its patches.
+    ``subject`` is a number, and ``visit`` counts how often the ``epoch`` has read the subject before.
+    ``numbers`` are the numbers of the patches within that visit, and ``arrivals`` their numbers in the order
+    in which the epoch reads its patches.
     """
 
     epoch: int
@@ -41,9 +42,10 @@ class Draw:
 class EpochPlan:
     """One epoch as a pure function of its fields.
 
-    ``subjects`` are the numbers of the subjects to read, in order, and ``patches`` the number of patches of
-    each. ``total`` is the number of patches of the epoch; if the subjects have fewer, they are visited again.
-    At most ``group`` patches are read together, and at most ``buffer`` wait for the shuffle.
+    ``seed`` and ``epoch`` are the address of its random numbers. ``subjects`` are the numbers of the subjects
+    to read, in order, and ``patches`` the number of patches of each. ``total`` is the number of patches of
+    the epoch; if the subjects have fewer, they are visited again. At most ``group`` patches are read
+    together. At most ``buffer`` wait to be handed out, in a random order with ``shuffle``.
     """
 
     seed: int
