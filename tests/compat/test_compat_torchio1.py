@@ -369,6 +369,19 @@ def np_image(*shape: int) -> tio.ScalarImage:
     return tio.ScalarImage(tensor=np.zeros(shape, np.float32))
 
 
+@pytest.mark.parametrize("name", ["Image", "Subject", "GridSampler", "UniformSampler", "Queue"])
+def test_pickles_name_classes_by_the_public_module_or_by_their_own(name: str) -> None:
+    """A pickle of an earlier version has ``zpatch.compat.torchio1``."""
+    cls = getattr(tio, name)
+    assert pickle.loads(f"czpatch.compat.torchio1\n{name}\n.".encode()) is cls
+    assert pickle.loads(pickle.dumps(cls)) is cls
+
+
+def test_a_queue_refuses_a_single_subject() -> None:
+    with pytest.raises(OptionError, match=r"'subject' is a single one; say Queue\(\[subject\], ...\)"):
+        tio.Queue(in_memory(8, 8, 8), 4, 2, tio.UniformSampler(4))
+
+
 def test_verbose_warns_that_it_has_no_effect() -> None:
     with pytest.warns(UserWarning, match="verbose has no effect"):
         tio.Queue([in_memory(9, 9, 9)], 5, 4, tio.UniformSampler(PATCH), verbose=True)

@@ -9,6 +9,7 @@ import inspect
 import itertools
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections import Counter
@@ -414,7 +415,20 @@ def test_modules_of_torchio_are_imported_from_as_before() -> None:
     assert tio.data.UniformSampler is tio.UniformSampler
 
 
-# Where this is what the documentation of 2.x says, or other on purpose
+@pytest.mark.parametrize("name", tio.__all__)
+def test_pickles_name_classes_by_the_public_module_or_by_their_own(name: str) -> None:
+    """A pickle of an earlier version has ``zpatch.compat.torchio2``."""
+    cls = getattr(tio, name)
+    assert pickle.loads(f"czpatch.compat.torchio2\n{name}\n.".encode()) is cls
+    assert pickle.loads(pickle.dumps(cls)) is cls
+
+
+def test_a_queue_refuses_a_single_subject(subject: tio.Subject) -> None:
+    with pytest.raises(OptionError, match=r"is a single one; say Queue\(\[subject\], ...\)"):
+        tio.Queue(subject, tio.UniformSampler(subject, 8))  # type: ignore[arg-type]
+
+
+# Where this follows the documentation of 2.x, and intended differences
 
 
 def test_hann_weights_give_a_constant_back_exactly() -> None:

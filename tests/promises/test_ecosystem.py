@@ -66,7 +66,7 @@ def test_a_grid_is_a_dataset_that_workers_of_a_dataloader_share(cohort: zp.Cohor
 
 
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # torchdata's own
-def test_a_stateful_dataloader_takes_an_epoch_up_where_it_was_left(cohort: zp.Cohort) -> None:
+def test_a_stateful_dataloader_resumes_an_epoch_where_it_was_left(cohort: zp.Cohort) -> None:
     torchdata = pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata is not installed")
 
     def loader_over(queue: zp.Queue) -> Any:
