@@ -31,8 +31,8 @@ MAX_LENGTH = 48
 NUM_WORKERS = 2
 LEARNING_RATE = 5e-3
 LEARNING_RATE_DECAY = 0.9
-SLOW_STEPS_PER_S = 4  # a machine with fewer gets more time,
-PATIENCE = 3  # up to so many times what was asked for
+SLOW_STEPS_PER_S = 4  # a machine that is slower gets more time,
+PATIENCE = 3  # up to this many times the time that was asked for
 PERCENT = 100
 
 
@@ -104,7 +104,7 @@ def fit(network: UNet, batches: Iterator[zp.PatchBatch], seconds: float) -> int:
 
 
 def share_done(elapsed: float, seconds: float, steps: int) -> float:
-    """How much of the training is over, up to 1: that of the time, or of the steps where they lag behind."""
+    """The share of the training that is done, up to 1: of the time, or of the steps if those lag behind."""
     wanted_steps = SLOW_STEPS_PER_S * seconds
     return min(1.0, max(min(elapsed / seconds, steps / wanted_steps), elapsed / (PATIENCE * seconds)))
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a small U-Net on several processes, each of which reads its own share of the subjects.
+"""Train a small U-Net on several processes, where each reads its share of the subjects.
 
     torchrun --nproc-per-node 2 scripts/train_ddp.py cohort.zarr unet.pt --epochs 5
 
@@ -22,7 +22,7 @@ import zpatch as zp
 
 
 def check_side(context: click.Context, option: click.Parameter, side: int) -> int:
-    """Refuse patches that the network cannot halve as often as it does."""
+    """Refuse a side of patches that the network cannot halve as often as it needs to."""
     if side % UNet.SIDE_MULTIPLE:
         raise click.BadParameter(f"{side} is not a multiple of {UNet.SIDE_MULTIPLE}, as the U-Net needs it")
     return side

@@ -186,25 +186,22 @@ class LabelSampler(RandomSampler):
         name, image = self._label_map(subject)
         classes = label_classes(image)
         allowed = allowed_centres(subject.spatial_shape, self.patch_size)
-        left = {c: p for c, p in self._wanted.items() if p > 0 and classes.has(c)}
+        present = {label: p for label, p in self._wanted.items() if p > 0 and classes.has(label)}
         centres = np.empty((count, 3), dtype=np.int64)
-        pending = np.arange(count)
-        while pending.size and left:
-            shares = np.array(list(left.values())) / sum(left.values())
-            drawn = rng.choice(len(left), size=pending.size, p=shares)
-            mine = [pending[drawn == number] for number in range(len(left))]
-            parts = [
-                (classes.allowed_mass(c, allowed), len(some)) for c, some in zip(left, mine, strict=True)
-            ]
+        pending = np.arange(count)  # the rows of centres that are not drawn yet
+        while pending.size and present:
+            shares = np.array(list(present.values())) / sum(present.values())
+            drawn = rng.choice(len(present), size=pending.size, p=shares)
+            rows_of = {label: pending[drawn == number] for number, label in enumerate(present)}
+            parts = [(classes.allowed_mass(label, allowed), len(rows)) for label, rows in rows_of.items()]
             missed = [pending[:0]]
-            for label, some, found in zip(
-                list(left), mine, draw_centres(parts, classes.read, rng), strict=True
-            ):
-                if found is not None:
-                    centres[some] = found
-                elif some.size:  # no voxel of the class is allowed: it is not present
-                    missed.append(some)
-                    del left[label]
+            found = draw_centres(parts, classes.read, rng)
+            for (label, rows), voxels in zip(rows_of.items(), found, strict=True):
+                if voxels is not None:
+                    centres[rows] = voxels
+                elif rows.size:  # no voxel of the class is allowed: it is not present
+                    missed.append(rows)
+                    del present[label]
             pending = np.concatenate(missed)
         if pending.size:
             raise SamplingError(
