@@ -1,8 +1,8 @@
-"""Planes of stored images, as pictures show them: which ones, which way round, and read in little memory.
+"""Planes of stored images, as pictures show them: which planes, in which orientation, read in little memory.
 
 Pictures follow the radiological convention: the patient's right is on the left of axial and coronal planes,
-and sagittal planes face left. Planes lie along the axes of the voxels; nothing is resampled to the world's.
-Where nobody said how voxels lie in the world, columns, rows and planes are I, J and K as they come.
+and sagittal planes face left. Planes follow the voxel axes and are not resampled to world axes. For images
+without a sform or qform, columns, rows and planes are I, J and K in stored order.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from zpatch.nifti.header import orientation_to
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.store import sharded_array
 
-TILE_SIDE = 1024  # voxels of a plane that are held at once, along each side
-MAX_BLOCK_SIDE = 2048  # voxels of a plane that become one pixel
-MIN_VOLUME = 1e-6  # that directions of axes span
+TILE_SIDE = 1024  # voxels of a plane that are read at once, along each side
+MAX_BLOCK_SIDE = 2048  # voxels of a plane that are averaged to one pixel, along each side
+MIN_VOLUME = 1e-6  # of the box that the unit vectors of the axes span
+CHANNELS_SHOWN = 3
 
 Voxels = NDArray[Any]
 Size = tuple[int, int]
 
-# The axes of pictures point to the patient's left, to his back and to his feet. Of each plane: its name, the
-# axis that it stands on, that of its columns' numbers and that of its rows'.
+# Picture axes point to the patient's left, back and feet. For each plane: its name, its normal, the axis
+# across the picture and the axis down the picture.
 _DIRECTIONS = "LPI"
 _OPPOSITE = {"L": "R", "P": "A", "I": "S"}
 _PLANES = (("axial", 2, 0, 1), ("coronal", 1, 0, 2), ("sagittal", 0, 1, 2))
@@ -42,11 +43,11 @@ _PLANES = (("axial", 2, 0, 1), ("coronal", 1, 0, 2), ("sagittal", 0, 1, 2))
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A direction to look at a volume from.
+    """One of the three viewing directions of a volume.
 
-    ``normal`` is the axis (0, 1, 2 for I, J, K) that is looked along, ``across`` and ``down`` those along a
-    picture's width and height, reversed where ``flips`` (across, down) says so. ``edges`` is what stands at
-    the left, right, top and bottom of a picture.
+    ``normal`` is the voxel axis (0, 1, 2 for I, J, K) along the line of sight. ``across`` and ``down`` are
+    the axes along a picture's width and height, reversed where ``flips`` (across, down) is true. ``edges``
+    are the letters at the left, right, top and bottom edge of a picture; empty strings for none.
     """
 
     name: str
@@ -61,13 +62,13 @@ class View:
         return spatial_shape[self.down], spatial_shape[self.across]
 
     def size_mm(self, record: ImageRecord) -> tuple[float, float]:
-        """Height and width of a plane in mm; of a voxel size that is none, in voxels."""
+        """Height and width of a plane in mm; an axis without a usable voxel size counts 1 mm a voxel."""
         spacing = [s if _is_size(s) else 1.0 for s in spacing_mm(record.affine_array)]
         height, width = self.size(record.spatial_shape)
         return height * spacing[self.down], width * spacing[self.across]
 
     def pixels(self, record: ImageRecord, longest: int) -> Size:
-        """Height and width of a picture that is at most ``longest`` pixels, and has no more than voxels."""
+        """Height and width of a picture, at most ``longest`` pixels and no more pixels than voxels."""
         extents_mm = self.size_mm(record)
         wanted = [math.ceil(longest * extent / max(extents_mm)) for extent in extents_mm]
         height, width = (
@@ -77,7 +78,7 @@ class View:
 
 
 def views_of(record: ImageRecord) -> list[View]:
-    """The three views of an image; of one that is flat only that which shows it."""
+    """The three views of an image; for a flat image, only the view along its normal."""
     is_placed = record.affine_source in ("sform", "qform") and _is_regular(record)
     turned = orientation_to(record.affine_array, _DIRECTIONS) if is_placed else AS_STORED
     views = []
@@ -99,13 +100,52 @@ def _is_regular(record: ImageRecord) -> bool:
 
 
 def _is_size(spacing: float) -> bool:
-    """Whether a voxel size is one, and not a number that means nothing."""
+    """Whether a voxel size in mm is plausible: headers may hold 0, infinity or NaN."""
     return 1e-9 < spacing < 1e9
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Channels of an image that are one picture, and its title; empty for a single picture."""
+
+    title: str
+    channels: range
+
+
+def parts_of(record: ImageRecord) -> list[Part]:
+    """The channels that are shown.
+
+    RGB channels are one picture. A time series shows its first, middle and last volume; other images show
+    their first three channels, one by one. A label map shows all channels at once.
+    """
+    channels = record.shape_czyx[0]
+    if channels == 1:
+        return [Part("", range(1))]
+    if record.axes[0] == "t":
+        volumes = sorted({0, channels // 2, channels - 1})
+        return [Part(f"time point {n + 1} of {channels}", range(n, n + 1)) for n in volumes]
+    if record.kind == "label":
+        return [Part("", range(channels))]
+    if is_coloured(record):
+        count = channels // record.colours
+        return [Part("" if count == 1 else f"colours 1 of {count}", range(3))]
+    shown = range(min(channels, CHANNELS_SHOWN))
+    return [Part(f"channel {n + 1} of {channels}", range(n, n + 1)) for n in shown]
+
+
+def is_coloured(record: ImageRecord) -> bool:
+    """Whether the first three channels of an image are red, green and blue."""
+    channels = record.shape_czyx[0]
+    return channels >= 3 and (record.colours in (3, 4) or (channels == 3 and record.dtype == "|u1"))
+
+
+@dataclass(frozen=True, slots=True)
 class Plane:
-    """One plane of some channels of a stored image, at place ``at`` along the view's normal."""
+    """One plane of a stored image.
+
+    ``folder`` and ``record`` are the image's folder and its record in the manifest. ``at`` is the index of
+    the plane along the normal of ``view``; ``channels`` is the range of channels that are read.
+    """
 
     folder: Path
     record: ImageRecord
@@ -114,14 +154,17 @@ class Plane:
     channels: range
 
     def means(self, size: Size, shade: Callable[[Voxels], Voxels]) -> Voxels:
-        """Pixels (C, height, width), each the mean of ``shade(voxels)`` over its part of the plane."""
+        """Pixels (C, height, width), each the mean of ``shade(voxels)`` over its part of the plane.
+
+        Raises MemoryLimitError where a pixel covers more than 2048 voxels along a side.
+        """
         values = self._blocks(size, shade, _block_means)
         for axis, pixels in enumerate(size, start=1):
             values = _area_means(values, pixels, axis)
         return self._turned(values)
 
     def nearest(self, size: Size) -> Voxels:
-        """Pixels (C, height, width), each the voxel next to its middle."""
+        """Pixels (C, height, width), each the voxel nearest to its centre; errors as those of ``means``."""
         values = self._blocks(size, lambda voxels: voxels, _block_middles)
         for axis, pixels in enumerate(size, start=1):
             number = values.shape[axis]
@@ -135,9 +178,9 @@ class Plane:
     def _blocks(
         self, size: Size, shade: Callable[[Voxels], Voxels], shrink: Callable[[Voxels, Size], Voxels]
     ) -> Voxels:
-        """The plane (C, rows, columns) with whole blocks of voxels shrunk to one, not below ``size``.
+        """The plane (C, rows, columns) with whole blocks of voxels shrunk to one, but at least ``size``.
 
-        Read tile by tile, from the coarsest level that has as many voxels.
+        It is read tile by tile, from the coarsest pyramid level with at least ``size`` voxels.
         """
         array, at = self._level(size)
         _, nz, ny, nx = array.shape
@@ -155,7 +198,7 @@ class Plane:
         return np.concatenate(bands, axis=1)
 
     def _level(self, size: Size) -> tuple[ShardedArray, int]:
-        """The coarsest level of the image whose plane has ``size`` voxels, and the plane's place in it."""
+        """The coarsest level whose plane has at least ``size`` voxels, and the index of the plane in it."""
         found = 0
         for number, level in enumerate(self.record.levels, start=1):
             _, nz, ny, nx = padded_to_4d(level.shape)
@@ -175,7 +218,7 @@ class Plane:
 
 
 def _tiles(size: Size, block: Size) -> Iterator[list[tuple[slice, slice]]]:
-    """The tiles of a plane, row by row: whole blocks, but at its ends."""
+    """The tiles of a plane, row by row. Tiles are whole blocks, except at the ends of the plane."""
     rows, columns = (
         [slice(a, min(a + max(1, TILE_SIDE // b) * b, n)) for a in range(0, n, max(1, TILE_SIDE // b) * b)]
         for n, b in zip(size, block, strict=True)
@@ -202,7 +245,7 @@ def _block_middles(values: Voxels, block: Size) -> Voxels:
 
 
 def _area_means(values: Voxels, pixels: int, axis: int) -> Voxels:
-    """Fewer samples along an axis, each the exact mean over its share of the line."""
+    """Area interpolation to ``pixels`` samples along an axis: each is the mean over its share of the line."""
     number = values.shape[axis]
     if number == pixels:
         return values

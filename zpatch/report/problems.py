@@ -1,11 +1,13 @@
-"""What is wrong with a store, as far as a look at its manifest and its files' lengths can tell."""
+"""What is wrong with a store, as far as its manifest and the lengths of its files can tell."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from zpatch.digests import Json
+from zpatch.errors import DamageError, one_line
 from zpatch.geometry.affines import max_corner_distance
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.verification import VerificationReport
@@ -16,12 +18,21 @@ SAME_GRID_VOXELS = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something that is wrong, with which image of which subject if with one."""
+    """One problem of a store, of a subject or of an image.
+
+    ``subject`` and ``image`` name where it is; both are None for a problem of the store as a whole.
+    ``is_damage`` is whether files are missing or differ from the files that were written.
+    """
 
     text: str
     subject: str | None = None
     image: str | None = None
     is_damage: bool = False
+
+    @classmethod
+    def of_reading(cls, record: ImageRecord, error: BaseException) -> Self:
+        """The problem that reading an image raised ``error``."""
+        return cls(one_line(error), record.subject, record.image, isinstance(error, DamageError))
 
     def to_json(self) -> Json:
         """The problem as plain JSON."""
@@ -29,7 +40,7 @@ class Problem:
 
 
 def problems_of_files(report: VerificationReport) -> list[Problem]:
-    """What a verification found."""
+    """The missing subjects and the damaged files that a verification found."""
     found = [Problem(f"subject {name!r} was announced and is not there", is_damage=True)
              for name in report.missing_subjects]  # fmt: skip
     for damage in report.damages:
@@ -41,21 +52,28 @@ def problems_of_files(report: VerificationReport) -> list[Problem]:
 
 
 def problems_of_subject(records: Sequence[ImageRecord]) -> list[Problem]:
-    """Warnings of a subject's images, and images that do not lie on the grid of the first."""
+    """Warnings of a subject's images, and images on another grid than the subject's first image."""
     found = [Problem(str(text), r.subject, r.image) for r in records for text in r.warnings]
     first, *others = records
     for record in others:
         if record.spatial_shape != first.spatial_shape:
             text = f"its shape {record.spatial_shape} is not that of {first.image}, {first.spatial_shape}"
             found.append(Problem(text, record.subject, record.image))
-        elif (apart := _apart(first, record)) > AFFINE_TOLERANCE_VOXELS:
-            text = f"its affine puts voxels up to {apart:.3g} voxels from where that of {first.image} does"
+        elif (distance := _distance_voxels(first, record)) > AFFINE_TOLERANCE_VOXELS:
+            text = f"its affine puts voxels up to {distance:.3g} voxels from where that of {first.image} does"
             found.append(Problem(text, record.subject, record.image))
     return found
 
 
 def problems_of_cohort(images: Mapping[str, Sequence[str]]) -> list[Problem]:
-    """Images that a subject lacks and more than half of all have; ``images`` are names by subject."""
+    """Images that a subject lacks although more than half of all subjects have them.
+
+    ``images`` are the names of the images of each subject, by subject.
+
+    >>> problems = problems_of_cohort({"a": ["t1", "seg"], "b": ["t1", "seg"], "c": ["t1"]})
+    >>> [(problem.subject, problem.image) for problem in problems]
+    [('c', 'seg')]
+    """
     counts: dict[str, int] = {}
     for names in images.values():
         for name in names:
@@ -70,18 +88,29 @@ def problems_of_cohort(images: Mapping[str, Sequence[str]]) -> list[Problem]:
 
 
 def share_a_grid(first: ImageRecord, second: ImageRecord) -> bool:
-    """Whether two images have the same voxels in the same places, to half a voxel."""
-    return first.spatial_shape == second.spatial_shape and _apart(first, second) <= SAME_GRID_VOXELS
+    """Whether two images have the same shape, and affines that agree to half a voxel."""
+    return first.spatial_shape == second.spatial_shape and _distance_voxels(first, second) <= SAME_GRID_VOXELS
 
 
-def _apart(first: ImageRecord, second: ImageRecord) -> float:
+def _distance_voxels(first: ImageRecord, second: ImageRecord) -> float:
     return max_corner_distance(first.affine_array, second.affine_array, first.spatial_shape)
 
 
-def grouped(problems: Iterable[Problem]) -> list[tuple[Problem, list[str]]]:
-    """Equal problems of different subjects together, the worst first, each with the subjects' names."""
+@dataclass(frozen=True, slots=True)
+class ProblemGroup:
+    """A problem that several subjects have in the same image; ``subjects`` are their names."""
+
+    problem: Problem
+    subjects: tuple[str, ...]
+
+
+def grouped(problems: Iterable[Problem]) -> list[ProblemGroup]:
+    """Problems with the same text and image as one group each, damage first."""
     groups: dict[tuple[bool, str | None, str], list[Problem]] = {}
     for problem in problems:
         groups.setdefault((not problem.is_damage, problem.image, problem.text), []).append(problem)
     ordered = sorted(groups.values(), key=lambda group: not group[0].is_damage)
-    return [(group[0], [p.subject for p in group if p.subject is not None]) for group in ordered]
+    return [
+        ProblemGroup(group[0], tuple(problem.subject for problem in group if problem.subject is not None))
+        for group in ordered
+    ]

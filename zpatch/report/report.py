@@ -1,12 +1,11 @@
-"""One page about a store: what is in it, what it looks like, and what is wrong with it."""
+"""One page about a store: what it holds, how its images look, and what is wrong with it."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -14,30 +13,14 @@ from typing import IO
 import numpy as np
 
 from zpatch.digests import Json
-from zpatch.errors import DamageError, OptionError, StoreExistsError, one_line
-from zpatch.geometry.boxes import PatchLocation, Triple
+from zpatch.errors import OptionError, StoreExistsError
 from zpatch.images.cohort import Cohort
-from zpatch.images.subject import Subject
-from zpatch.report.page import GENERATOR, page_end, page_start
-from zpatch.report.pictures import (
-    LabelColours,
-    Overlay,
-    Stored,
-    label_names,
-    longest_side,
-    panels_of,
-)
-from zpatch.report.problems import (
-    Problem,
-    problems_of_cohort,
-    problems_of_files,
-    problems_of_subject,
-    share_a_grid,
-)
-from zpatch.report.subject_section import section_of
-from zpatch.report.summary import CohortSummary, ImageSection, SubjectSection, histogram_of
+from zpatch.report.labels import LabelColours, labels_of
+from zpatch.report.page import GENERATOR, page_parts, section_html
+from zpatch.report.problems import Problem, problems_of_cohort, problems_of_files, problems_of_subject
+from zpatch.report.subject_section import SubjectSection, stored_images
+from zpatch.report.summary import CohortSummary
 from zpatch.runtime.task_contract import Progress
-from zpatch.store.image_record import ImageRecord
 from zpatch.store.verification import verify
 
 OUTPUT = "report.html"
@@ -46,7 +29,11 @@ SUBJECTS_SHOWN = 25
 
 @dataclass(frozen=True, slots=True)
 class WrittenReport:
-    """A page that was written, and what it says is wrong. ``pictured`` is how many subjects have pictures."""
+    """A report that was written.
+
+    ``output`` is its file and ``bytes`` the size of the file; ``subjects`` are all subjects of its table,
+    ``pictured`` those with pictures. ``problems`` are all problems that the page lists.
+    """
 
     store: Path
     output: Path
@@ -57,11 +44,11 @@ class WrittenReport:
 
     @property
     def damaged(self) -> bool:
-        """Whether anything is not as it was written, or missing."""
+        """Whether any file is missing or differs from the file that was written."""
         return any(problem.is_damage for problem in self.problems)
 
     def to_json(self) -> Json:
-        """The report as plain JSON."""
+        """The result as plain JSON."""
         return {
             "store": str(self.store),
             "output": str(self.output),
@@ -82,39 +69,35 @@ def write_report(
     limit: int = SUBJECTS_SHOWN,
     progress: Progress = lambda subjects: None,
 ) -> WrittenReport:
-    """Write a page about a store, ``report.html`` if not said otherwise, as ``zpatch report`` does.
+    """Write an HTML page about a store to ``output``, by default ``report.html``, as ``zpatch report`` does.
 
-    The page is one file that asks for no other. The first ``limit`` subjects have pictures; all are in its
-    table. Of an image only the chunks that cover its three planes are read, tile by tile: memory does not
-    depend on its size, and on the number of subjects only by a line for each. A report that is there is
-    replaced; anything else is not. ``progress`` is told the subjects done.
+    The page is one file that loads no other. Its table lists all subjects; the first ``limit`` subjects have
+    pictures. Only the chunks that cover three planes of an image are read, tile by tile, so that memory does
+    not depend on the size of images, and grows with the number of subjects by one row each. An existing
+    report is replaced, any other file is not. ``progress`` is called with the number of subjects drawn since
+    the last call.
+
+    Raises OptionError if the folder of ``output`` does not exist, and StoreExistsError if ``output`` is a
+    file other than a report. Damaged files raise nothing: the page and the result list them.
     """
     path = Path(OUTPUT if output is None else output)
     if limit < 0:
         raise OptionError(f"limit must be at least 0, not {limit}")
     cohort = Cohort(store).matching(include, exclude)
     _check_may_write(path)
-    checked = verify(store, quick=True)
-    problems = [*problems_of_files(checked)]
-    summary = CohortSummary(cohort.store.path, cohort.store.attributes, checked)
-    images: dict[str, list[str]] = {}
-    labels: set[int] = set()
-    for subject in cohort:
-        records = [record for _, record in _stored(subject)]
-        images[subject.name] = [record.image for record in records]
-        problems += problems_of_subject(records)
-        summary.add(subject.name, subject.split, records)
-        labels.update(value for r in records if r.kind == "label" for value in label_names(r))
-    problems += problems_of_cohort(images)
-    colours = LabelColours(labels)
+    survey = _surveyed(cohort)
+    problems = [*survey.problems]
     shown = cohort[:limit]
+    # Reading the images may find more problems, and the page begins with the problems.
     with tempfile.TemporaryFile("w+", encoding="utf-8") as sections:
         for subject in shown:
-            section = _section(subject, colours, problems)
-            sections.write(section_of(section, colours))
+            section = SubjectSection.of(subject, survey.colours, problems)
+            problems += section.unread
+            sections.write(section_html(section, survey.colours))
             progress(1)
         sections.seek(0)
-        _write(path, summary, problems, colours, len(shown), sections)
+        with _whole_file(path) as page:
+            page.writelines(page_parts(survey.summary, problems, survey.colours, len(shown), sections))
     return WrittenReport(
         store=Path(store),
         output=path,
@@ -125,28 +108,47 @@ def write_report(
     )
 
 
-def _write(
-    path: Path,
-    summary: CohortSummary,
-    problems: Sequence[Problem],
-    colours: LabelColours,
-    pictured: int,
-    sections: IO[str],
-) -> None:
-    """Put the page together beside its place, and move it there."""
+@dataclass(frozen=True, slots=True)
+class _Survey:
+    """All that the manifest and the lengths of files tell of a cohort, before any image is read."""
+
+    summary: CohortSummary
+    problems: tuple[Problem, ...]
+    colours: LabelColours
+
+
+def _surveyed(cohort: Cohort) -> _Survey:
+    checked = verify(cohort.store.path, quick=True)
+    problems = problems_of_files(checked)
+    summary = CohortSummary(cohort.store.path, cohort.store.attributes, checked)
+    images: dict[str, list[str]] = {}
+    labels: set[int] = set()
+    for subject in cohort:
+        records = [image.record for image in stored_images(subject)]
+        images[subject.name] = [record.image for record in records]
+        problems += problems_of_subject(records)
+        summary.add(subject.name, subject.split, records)
+        labels.update(label.value for r in records if r.kind == "label" for label in labels_of(r))
+    problems += problems_of_cohort(images)
+    return _Survey(summary, tuple(problems), LabelColours(labels))
+
+
+@contextlib.contextmanager
+def _whole_file(path: Path) -> Iterator[IO[str]]:
+    """Text that is written beside ``path``, synced, and renamed to ``path`` when it is complete."""
     partial = path.with_name(f"{path.name}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as page:
-            page.write(page_start(summary, problems, colours, pictured))
-            shutil.copyfileobj(sections, page)
-            page.write(page_end())
+        with partial.open("w", encoding="utf-8") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def _check_may_write(path: Path) -> None:
-    """Refuse a place without a folder, and to replace anything but a report."""
+    """Refuse a path without a folder, and a path of any existing file that is not a report."""
     if not path.parent.is_dir():
         raise OptionError(f"{path}: there is no folder {path.parent}; make it first, or choose another")
     if not path.exists():
@@ -156,63 +158,3 @@ def _check_may_write(path: Path) -> None:
             if GENERATOR.encode() in stream.read(1000):
                 return
     raise StoreExistsError(f"{path}: there is something else there; choose another name with --output")
-
-
-def _section(subject: Subject, colours: LabelColours, problems: list[Problem]) -> SubjectSection:
-    """Pictures and figures of a subject; what cannot be read is added to the problems."""
-    stored = _stored(subject)
-    maps = [image for image in stored if image[1].kind == "label"]
-    others = [image for image in stored if image[1].kind != "label"]
-    side = longest_side([record for _, record in others])
-    covered: set[str] = set()
-    unread: set[str] = set()
-
-    def failed(record: ImageRecord, error: BaseException) -> None:
-        if record.image not in unread:  # once: each plane may meet other chunks
-            is_damage = isinstance(error, DamageError)
-            problems.append(Problem(one_line(error), record.subject, record.image, is_damage))
-        unread.add(record.image)
-
-    def image_section(image: Stored, over: Sequence[Overlay] = ()) -> ImageSection:
-        folder, record = image
-        covered.update(found.image for (_, found), _ in over)
-        middle = _middle([*(found for (_, found), _ in over), record])
-        panels = tuple(panels_of(image, over, middle, side, colours, failed))
-        histogram = None
-        try:
-            histogram = None if record.kind == "label" else histogram_of(folder, record)
-        except DamageError as error:
-            failed(record, error)
-        return ImageSection(record, panels, histogram)
-
-    sections = [
-        image_section(image, [(m, n % 2 == 1) for n, m in enumerate(maps) if share_a_grid(image[1], m[1])])
-        for image in others
-    ]
-    sections += [image_section(image) for image in maps if image[1].image not in covered]
-    return SubjectSection(
-        name=subject.name,
-        split=subject.split,
-        metadata=subject.metadata,
-        images=tuple(sections),
-        maps=tuple(record for _, record in maps),
-        problems=tuple(problem for problem in problems if problem.subject == subject.name),
-    )
-
-
-def _stored(subject: Subject) -> list[Stored]:
-    images = subject.images.values()
-    return [(image.folder, image.record) for image in images if image.folder and image.record]
-
-
-def _middle(records: Sequence[ImageRecord]) -> Triple:
-    """The middle voxel of the foreground of the first of some images on one grid that has any."""
-    shape = records[0].spatial_shape
-    for record in records:
-        with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
-            ends = np.array(record.stats["foreground_box"], dtype=np.int64).reshape(2, 3)
-            i, j, k = (ends.sum(axis=0) // 2).tolist()
-            if PatchLocation((i, j, k), (1, 1, 1)).lies_within(shape):
-                return i, j, k
-    i, j, k = (n // 2 for n in shape)
-    return i, j, k

@@ -1,158 +1,160 @@
-"""The part of a report that is about one subject: pictures, histograms, statistics."""
+"""One subject of a report: its images with pictures and histograms, its label maps, and its problems."""
 
 from __future__ import annotations
 
-import base64
+import contextlib
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 import numpy as np
+from numpy.typing import NDArray
 
-from zpatch.geometry.affines import spacing_mm
-from zpatch.report.markup import Content, Html, tag
-from zpatch.report.page_parts import TIMES, count_text, facts, legend, number_text, problem_item, table
-from zpatch.report.pictures import LabelColours, Panel, Picture, label_names
-from zpatch.report.summary import Histogram, ImageSection, SubjectSection, shape_text, unit_text
+from zpatch.digests import Json
+from zpatch.errors import DamageError
+from zpatch.geometry.boxes import PatchLocation, Triple
+from zpatch.images.subject import Subject
+from zpatch.report.labels import LabelColours
+from zpatch.report.pictures import (
+    Drawing,
+    Overlay,
+    Panel,
+    StoredImage,
+    longest_side,
+    panels_of,
+    window_of,
+)
+from zpatch.report.problems import Problem, share_a_grid
 from zpatch.store.image_record import ImageRecord
+from zpatch.store.names import HISTOGRAM
+from zpatch.store.store import read_small_array
 
-ROW_WIDTH_REM = 63  # of the pictures of a panel together
-ROW_HEIGHT_REM = 22  # of the highest of them
-MANY_PANELS = 3
-MANY_HEIGHT_REM = 14  # where a subject has so many
+BARS = 80
 
 
-def section_of(subject: SubjectSection, colours: LabelColours) -> Html:
-    """The section of a subject."""
-    problems = [problem_item(problem, "") for problem in subject.problems]
-    parts: list[Content] = [
-        tag("h2", subject.name, *([tag("small", str(subject.split))] if subject.split else []))
+@dataclass(frozen=True, slots=True, eq=False)
+class Histogram:
+    """Foreground voxels by value: ``counts`` (bars,) of bars of equal width, from ``low`` to ``high``."""
+
+    counts: NDArray[np.float64]
+    low: float
+    high: float
+
+
+def histogram_of(folder: Path, record: ImageRecord) -> Histogram:
+    """The stored histogram of an image, in at most 80 bars over the range of values that its pictures show.
+
+    Raises DamageError where the file of the histogram is missing or damaged.
+    """
+    table = read_small_array(folder, HISTOGRAM, record.files)
+    if table.ndim != 2 or len(table) != 2:
+        raise DamageError(f"damaged store: {folder / HISTOGRAM} is no table of values and counts")
+    low, high = window_of(record.stats)
+    bars = BARS
+    if np.dtype(record.dtype).kind in "iu":  # else bars would hold different numbers of integers
+        step = abs(record.slope) or 1.0
+        step *= max(1, math.ceil((high - low) / (step * BARS)))
+        bars = max(1, math.ceil((high - low) / step))
+        high = low + bars * step
+    counts, _ = np.histogram(table[0], bins=bars, range=(low, high), weights=table[1])
+    return Histogram(counts, low, high)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSection:
+    """One image with its pictures. Label maps have no histogram.
+
+    ``problems`` are the errors of reading its planes, those of its overlays, and its histogram.
+    """
+
+    record: ImageRecord
+    panels: tuple[Panel, ...]
+    histogram: Histogram | None
+    problems: tuple[Problem, ...]
+
+    @classmethod
+    def of(cls, drawing: Drawing, side: int, colours: LabelColours) -> Self:
+        """The section of a drawing, with pictures of at most ``side`` pixels."""
+        folder, record = drawing.image.folder, drawing.image.record
+        panels = tuple(panels_of(drawing, _middle_of(drawing), side, colours))
+        problems = [problem for panel in panels for picture in panel.pictures for problem in picture.problems]
+        histogram = None
+        if record.kind != "label":
+            try:
+                histogram = histogram_of(folder, record)
+            except DamageError as error:
+                problems.append(Problem.of_reading(record, error))
+        return cls(record, panels, histogram, tuple(problems))
+
+
+@dataclass(frozen=True, slots=True)
+class SubjectSection:
+    """One subject.
+
+    ``images`` are the drawn images. ``maps`` are the records of all its label maps; the outlines of every
+    second one are dashed. ``known`` are problems that were known before its images were read.
+    """
+
+    name: str
+    split: str | None
+    metadata: Json
+    images: tuple[ImageSection, ...]
+    maps: tuple[ImageRecord, ...]
+    known: tuple[Problem, ...]
+
+    @classmethod
+    def of(cls, subject: Subject, colours: LabelColours, problems: Sequence[Problem]) -> Self:
+        """Draw the images of a subject; ``problems`` are the known problems of all subjects."""
+        stored = stored_images(subject)
+        side = longest_side([image.record for image in stored if image.record.kind != "label"])
+        return cls(
+            name=subject.name,
+            split=subject.split,
+            metadata=subject.metadata,
+            images=tuple(ImageSection.of(drawing, side, colours) for drawing in drawings_of(stored)),
+            maps=tuple(image.record for image in stored if image.record.kind == "label"),
+            known=tuple(problem for problem in problems if problem.subject == subject.name),
+        )
+
+    @property
+    def unread(self) -> tuple[Problem, ...]:
+        """The first problem of each image that could not be read: each plane may touch other chunks."""
+        found: dict[str | None, Problem] = {}
+        for problem in itertools.chain(*(image.problems for image in self.images)):
+            found.setdefault(problem.image, problem)
+        return tuple(found.values())
+
+
+def stored_images(subject: Subject) -> list[StoredImage]:
+    """The images of a subject of a store."""
+    images = subject.images.values()
+    return [StoredImage(image.folder, image.record) for image in images if image.folder and image.record]
+
+
+def drawings_of(images: Sequence[StoredImage]) -> list[Drawing]:
+    """The drawings of a subject: each image under the label maps on its grid, then other label maps."""
+    maps = [image for image in images if image.record.kind == "label"]
+    overlays = [Overlay(image, is_dashed=number % 2 == 1) for number, image in enumerate(maps)]
+    drawings = [
+        Drawing(image, tuple(over for over in overlays if share_a_grid(image.record, over.image.record)))
+        for image in images
+        if image.record.kind != "label"
     ]
-    if problems:
-        parts.append(tag("ul", *problems, class_="problems"))
-    if subject.metadata:
-        parts.append(facts(subject.metadata))
-    panels = sum(len(image.panels) for image in subject.images)
-    height_rem = ROW_HEIGHT_REM if panels < MANY_PANELS else MANY_HEIGHT_REM
-    parts += [_image(image, height_rem) for image in subject.images]
-    for number, record in enumerate(subject.maps):
-        labels = [
-            (value, name, _amount(record, count)) for value, (name, count) in label_names(record).items()
-        ]
-        parts.append(legend(record.image, labels, colours, dashed=number % 2 == 1))
-        parts += _skipped(record)
-    return tag("section", *parts, class_="subject", id=f"subject-{subject.name}", data_name=subject.name)
+    drawn = {overlay.image.record.image for drawing in drawings for overlay in drawing.overlays}
+    return drawings + [Drawing(image) for image in maps if image.record.image not in drawn]
 
 
-def _image(image: ImageSection, height_rem: float) -> Html:
-    record = image.record
-    channels = record.shape_czyx[0]
-    told = [
-        record.kind,
-        shape_text(record) + (f" {TIMES} {channels} {_channel_word(record)}" if channels > 1 else ""),
-        f"{_values(spacing_mm(record.affine_array))} {unit_text(record.spatial_unit)}",
-        np.dtype(record.dtype).name,
-        *([str(record.source.path)] if record.source else []),
-    ]
-    parts: list[Content] = [tag("h3", record.image, tag("small", " \N{MIDDLE DOT} ".join(told)))]
-    parts.append(tag("div", *(_panel(panel, height_rem) for panel in image.panels), class_="panels"))
-    if record.kind != "label":
-        beside = [] if image.histogram is None else [_histogram(image.histogram)]
-        parts.append(tag("div", *beside, _statistics(record), class_="beside"))
-        parts += _skipped(record)
-    return tag("div", *parts)
-
-
-def _panel(panel: Panel, height_rem: float) -> Html:
-    """The planes of a panel, all at one scale: the highest is ``height_rem`` high, if there is room."""
-    rem_per_mm = min(
-        height_rem / max(picture.height_mm for picture in panel.pictures),
-        ROW_WIDTH_REM / sum(picture.width_mm for picture in panel.pictures),
-    )
-    title = [tag("p", panel.title, class_="soft")] if panel.title else []
-    planes = tag("div", *(_picture(picture, rem_per_mm) for picture in panel.pictures), class_="planes")
-    return tag("div", *title, planes)
-
-
-def _picture(picture: Picture, rem_per_mm: float) -> Html:
-    width, ratio = picture.width_mm * rem_per_mm, picture.width_mm / picture.height_mm
-    pngs = [layer for layer in (picture.png, *picture.outlines) if layer is not None]
-    layers: list[Content] = [tag("img", src=_data_uri(layer), alt=picture.caption) for layer in pngs[:1]]
-    layers += [tag("img", src=_data_uri(layer), alt="", class_="outline") for layer in pngs[1:]]
-    if not layers:
-        layers.append(tag("div", "cannot be read", class_="unread"))
-    sides = zip(("left", "right", "top", "bottom"), picture.edges, strict=True)
-    layers += [tag("span", letter, class_=side) for side, letter in sides if letter]
-    return tag(
-        "figure",
-        tag("div", *layers, class_="view", style=f"aspect-ratio:{ratio:.4f}"),
-        *([tag("figcaption", picture.caption)] if picture.caption else []),
-        style=f"width:{width:.2f}rem",
-    )
-
-
-def _data_uri(content: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
-
-
-def _histogram(histogram: Histogram) -> Html:
-    heights = np.sqrt(histogram.counts)  # else the noise of air hides all the rest
-    heights *= 100 / max(float(heights.max(initial=0)), 1e-9)
-    path = "".join(f"V{100 - height:.1f}H{n + 1}" for n, height in enumerate(heights.tolist()))
-    picture = tag(
-        "svg",
-        tag("path", d=f"M0 100{path}V100Z"),
-        viewBox=f"0 0 {len(histogram.counts)} 100",
-        preserveAspectRatio="none",
-        role="img",
-        aria_label="histogram of the foreground",
-    )
-    ends = [tag("span", number_text(end)) for end in (histogram.low, histogram.high)]
-    return tag("div", picture, tag("div", *ends), class_="histogram")
-
-
-_STATISTICS = {
-    "voxels": "count",
-    "min": "min",
-    "0.5 %": "percentile_0_5",
-    "median": "percentile_50",
-    "99.5 %": "percentile_99_5",
-    "max": "max",
-    "mean": "mean",
-    "sd": "std",
-}
-
-
-def _statistics(record: ImageRecord) -> Html:
-    foreground = record.stats.get("foreground")
-    tables = {"all": record.stats, "foreground": foreground if isinstance(foreground, dict) else {}}
-    rows = [
-        (name, *(number_text(table.get(key)) for key in _STATISTICS.values()))
-        for name, table in tables.items()
-    ]
-    return tag("div", table(["", *_STATISTICS], rows, numbers=range(1, 9)), class_="statistics")
-
-
-def _skipped(record: ImageRecord) -> list[Html]:
-    skipped = record.stats.get("skipped")
-    voxels = math.prod(record.spatial_shape)
-    if not isinstance(skipped, int) or not 0 < skipped <= voxels:
-        return []
-    share = skipped / voxels
-    lying = f"{record.image}: {count_text(skipped)} voxels ({share:.0%}) lie outside the mask"
-    return [tag("p", f"{lying}: filled, not predicted.", class_="soft")]
-
-
-def _amount(record: ImageRecord, voxels: int) -> str:
-    """So many voxels, and where the voxel size is in mm, how large they are together."""
-    volume_ml = voxels * math.prod(spacing_mm(record.affine_array)) / 1000
-    if record.spatial_unit != "millimeter" or not math.isfinite(volume_ml):
-        return f"{count_text(voxels)} voxels"
-    return f"{volume_ml:.3g} ml" if volume_ml < 1000 else f"{volume_ml:.0f} ml"
-
-
-def _channel_word(record: ImageRecord) -> str:
-    return "time points" if record.axes[0] == "t" else "channels"
-
-
-def _values(values: Iterable[float]) -> str:
-    return f" {TIMES} ".join(map(number_text, values))
+def _middle_of(drawing: Drawing) -> Triple:
+    """The middle voxel of the first foreground box that is known: of the overlays, then of the image."""
+    shape = drawing.image.record.spatial_shape
+    for image in [*(overlay.image for overlay in drawing.overlays), drawing.image]:
+        with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
+            corners = np.array(image.record.stats["foreground_box"], dtype=np.int64).reshape(2, 3)
+            i, j, k = (corners.sum(axis=0) // 2).tolist()
+            if PatchLocation((i, j, k), (1, 1, 1)).lies_within(shape):
+                return i, j, k
+    i, j, k = (n // 2 for n in shape)
+    return i, j, k

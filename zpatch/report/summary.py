@@ -1,4 +1,4 @@
-"""What a report tells: of a cohort in sums that do not grow with it, of a subject in whole."""
+"""A cohort in sums: what its images have in common, and one row for each subject."""
 
 from __future__ import annotations
 
@@ -12,98 +12,55 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zpatch.digests import Json
-from zpatch.errors import DamageError
 from zpatch.geometry.affines import spacing_mm
-from zpatch.report.pictures import Panel, label_names, window_of
-from zpatch.report.problems import Problem
+from zpatch.report.labels import labels_of
 from zpatch.store.image_record import ImageRecord
-from zpatch.store.names import HISTOGRAM
-from zpatch.store.store import read_small_array
 from zpatch.store.verification import VerificationReport
-
-BARS = 80
 
 _UNITS = {"millimeter": "mm", "micrometer": "\N{MICRO SIGN}m", "meter": "m"}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Histogram:
-    """How often values occur in the foreground: ``counts`` of equal steps from ``low`` to ``high``."""
-
-    counts: NDArray[np.float64]
-    low: float
-    high: float
-
-
-def histogram_of(folder: Path, record: ImageRecord) -> Histogram:
-    """The stored histogram of an image in few bars, over what its pictures show."""
-    table = read_small_array(folder, HISTOGRAM, record.files)
-    if table.ndim != 2 or len(table) != 2:
-        raise DamageError(f"damaged store: {folder / HISTOGRAM} is no table of values and counts")
-    low, high = window_of(record.stats)
-    bars = BARS
-    if np.dtype(record.dtype).kind in "iu":  # bars of whole values: others would differ in how many they hold
-        step = abs(record.slope) or 1.0
-        step *= max(1, math.ceil((high - low) / (step * BARS)))
-        bars = max(1, math.ceil((high - low) / step))
-        high = low + bars * step
-    counts, _ = np.histogram(table[0], bins=bars, range=(low, high), weights=table[1])
-    return Histogram(counts, low, high)
-
-
-@dataclass(frozen=True, slots=True)
-class ImageSection:
-    """An image with its pictures; a label map that lies over no image has no histogram."""
-
-    record: ImageRecord
-    panels: tuple[Panel, ...]
-    histogram: Histogram | None
-
-
-@dataclass(frozen=True, slots=True)
-class SubjectSection:
-    """A subject with its images. ``maps`` are its label maps, every second of them drawn dashed."""
-
-    name: str
-    split: str | None
-    metadata: Json
-    images: tuple[ImageSection, ...]
-    maps: tuple[ImageRecord, ...]
-    problems: tuple[Problem, ...]
-
-
 @dataclass(slots=True)
 class ImageSummary:
-    """The images of one name, over all subjects: shapes and voxel sizes from the least to the greatest."""
+    """All images of one name, over all subjects.
+
+    Counters count images: by kind, type, unit of length, number of channels, and (value, name) of each label.
+    ``shapes`` and ``spacings`` are (2, 3) arrays, the least and the greatest along I, J, K.
+    """
 
     kinds: Counter[str] = field(default_factory=Counter)
     dtypes: Counter[str] = field(default_factory=Counter)
     units: Counter[str] = field(default_factory=Counter)
     channels: Counter[int] = field(default_factory=Counter)
     labels: Counter[tuple[int, str]] = field(default_factory=Counter)
-    shapes: NDArray[np.float64] = field(default_factory=lambda: _no_range(3))
-    spacings: NDArray[np.float64] = field(default_factory=lambda: _no_range(3))
+    shapes: NDArray[np.float64] = field(default_factory=lambda: _no_range())
+    spacings: NDArray[np.float64] = field(default_factory=lambda: _no_range())
     subjects: int = 0
     voxel_bytes: int = 0
     stored_bytes: int = 0
 
     def add(self, record: ImageRecord) -> None:
-        """Take in one image."""
+        """Count one image."""
         self.kinds[record.kind] += 1
         self.dtypes[np.dtype(record.dtype).name] += 1
         self.units[unit_text(record.spatial_unit)] += 1
         self.channels[record.shape_czyx[0]] += 1
         if record.kind == "label":
-            self.labels.update((value, name) for value, (name, _) in label_names(record).items())
+            self.labels.update((label.value, label.name) for label in labels_of(record))
         self.shapes = _widened(self.shapes, record.spatial_shape)
         self.spacings = _widened(self.spacings, spacing_mm(record.affine_array))
         self.subjects += 1
         self.voxel_bytes += record.voxel_bytes
         self.stored_bytes += record.stored_bytes
 
+    @property
+    def ratio(self) -> float:
+        """Bytes of voxels for each stored byte."""
+        return self.voxel_bytes / max(self.stored_bytes, 1)
 
-def _no_range(axes: int) -> NDArray[np.float64]:
-    return np.array([[math.inf] * axes, [-math.inf] * axes])
+
+def _no_range() -> NDArray[np.float64]:
+    return np.array([[math.inf] * 3, [-math.inf] * 3])
 
 
 def _widened(ranges: NDArray[np.float64], values: Sequence[float]) -> NDArray[np.float64]:
@@ -112,7 +69,7 @@ def _widened(ranges: NDArray[np.float64], values: Sequence[float]) -> NDArray[np
 
 @dataclass(frozen=True, slots=True)
 class SubjectRow:
-    """What the table of all subjects says of one."""
+    """One subject in the table of all subjects: texts, and the bytes of its files."""
 
     name: str
     split: str
@@ -123,7 +80,11 @@ class SubjectRow:
 
 @dataclass(slots=True)
 class CohortSummary:
-    """A cohort as a whole: ``images`` by their names, and a row for each subject."""
+    """A cohort: ``images`` by name, how many subjects are in each split, and a row for each subject.
+
+    ``store`` and ``attributes`` are the store's path and its own attributes, ``checked`` the verification of
+    its files, ``codecs`` how many images each codec packs.
+    """
 
     store: Path
     attributes: Json
@@ -134,7 +95,7 @@ class CohortSummary:
     rows: list[SubjectRow] = field(default_factory=list)
 
     def add(self, subject: str, split: str | None, records: Sequence[ImageRecord]) -> None:
-        """Take in a subject."""
+        """Count one subject with its images."""
         for record in records:
             self.images.setdefault(record.image, ImageSummary()).add(record)
             self.codecs[record.codec] += 1
@@ -145,12 +106,36 @@ class CohortSummary:
         stored_bytes = sum(record.stored_bytes for record in records)
         self.rows.append(SubjectRow(subject, split, names, ", ".join(shapes), stored_bytes))
 
+    @property
+    def num_images(self) -> int:
+        """How many images all subjects have together."""
+        return sum(image.subjects for image in self.images.values())
+
+    @property
+    def voxel_bytes(self) -> int:
+        """Bytes of all voxels, unpacked."""
+        return sum(image.voxel_bytes for image in self.images.values())
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(image.stored_bytes for image in self.images.values())
+
+    @property
+    def ratio(self) -> float:
+        """Bytes of voxels for each stored byte."""
+        return self.voxel_bytes / max(self.stored_bytes, 1)
+
 
 def unit_text(unit: str | None) -> str:
-    """A unit of length, for people."""
+    """A unit of length as its symbol, or as the record has it.
+
+    >>> unit_text("micrometer"), unit_text("inch"), unit_text(None)
+    ('µm', 'inch', '?')
+    """
     return _UNITS.get(unit, unit) if isinstance(unit, str) else "?"
 
 
 def shape_text(record: ImageRecord) -> str:
-    """Extent along I, J, K in voxels, for people."""
+    """Extent along I, J, K in voxels, as text."""
     return " \N{MULTIPLICATION SIGN} ".join(map(str, record.spatial_shape))
