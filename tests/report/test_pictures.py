@@ -137,7 +137,7 @@ def test_a_second_label_map_is_dashed_and_a_label_map_on_another_grid_is_drawn_a
     change(store, "s", "b_seg", affine=moved)
     page = page_of(store, tmp_path)
     assert len(page.pictures()) == 3 * 2 + 3
-    assert "its affine puts voxels up to 5 voxels from where that of" in page.text
+    assert "its affine moves voxels by up to 5 voxels relative to that of" in page.text
 
 
 def test_channels_of_a_label_map_are_labels(tmp_path: Path) -> None:

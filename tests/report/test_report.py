@@ -1,4 +1,4 @@
-"""The report: one page that asks for nothing, shows what is there, and says what is wrong."""
+"""The report: one page that loads nothing, shows the images of a store, and lists its problems."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from report_pages import Page, change, page_of, save, store_of
 
 import zpatch as zp
@@ -36,7 +37,9 @@ def copy(cohort_store: Path, tmp_path: Path) -> Path:
 # The page as a whole
 
 
-def test_the_page_asks_for_nothing_and_allows_itself_nothing(cohort_store: Path, tmp_path: Path) -> None:
+def test_the_page_loads_nothing_and_its_policy_forbids_all_requests(
+    cohort_store: Path, tmp_path: Path
+) -> None:
     page = page_of(cohort_store, tmp_path)
     assert not {"link", "iframe", "object", "embed", "base", "form"} & {name for name, _ in page.elements}
     for name, attributes in page.elements:
@@ -50,7 +53,7 @@ def test_the_page_asks_for_nothing_and_allows_itself_nothing(cohort_store: Path,
     assert not re.search(r"https?:|//\w|@import|url\(", re.sub(r'"data:image[^"]*"', "", text))
 
 
-def test_it_tells_what_the_manifest_knows(cohort_store: Path, tmp_path: Path) -> None:
+def test_the_page_shows_what_the_manifest_records(cohort_store: Path, tmp_path: Path) -> None:
     page = page_of(cohort_store, tmp_path)
     for name, subject in zip(zp.Cohort(cohort_store).names, zp.Cohort(cohort_store), strict=True):
         assert name in page.text
@@ -60,7 +63,7 @@ def test_it_tells_what_the_manifest_knows(cohort_store: Path, tmp_path: Path) ->
     assert all(word in page.text for word in ("lz4", "float32, int16", "seg1 in 4 of 4", "sub-02/t1.nii.gz"))
 
 
-def test_each_image_has_three_planes_of_its_own_proportions(cohort_store: Path, tmp_path: Path) -> None:
+def test_each_image_has_three_planes_in_its_own_proportions(cohort_store: Path, tmp_path: Path) -> None:
     page = page_of(cohort_store, tmp_path)
     ratios = [float(div["style"].partition(":")[2]) for div in page.all("div") if div.get("class") == "view"]
     wanted = []
@@ -87,7 +90,7 @@ def test_a_page_stays_small_however_many_images_a_subject_has(
 # Problems
 
 
-def test_files_that_are_not_as_they_were_are_said_and_the_rest_is_shown(copy: Path, tmp_path: Path) -> None:
+def test_damaged_files_are_listed_and_all_other_images_are_shown(copy: Path, tmp_path: Path) -> None:
     shard = copy / "sub-02" / "t1" / "0" / "c" / "0" / "0" / "0"
     shard.write_bytes(shard.read_bytes()[:1000])
     report = write_report(copy, tmp_path / "report.html")
@@ -99,7 +102,7 @@ def test_files_that_are_not_as_they_were_are_said_and_the_rest_is_shown(copy: Pa
     assert len(page.pictures()) == 4 * 3 * 2 - 3
 
 
-def test_damage_that_only_reading_finds_is_said_at_the_top_too(copy: Path, tmp_path: Path) -> None:
+def test_damage_that_only_reading_finds_is_listed_at_the_top_too(copy: Path, tmp_path: Path) -> None:
     shard = copy / "sub-03" / "seg" / "0" / "c" / "0" / "0" / "0"
     data = bytearray(shard.read_bytes())
     data[: len(data) // 2] = bytes(len(data) // 2)
@@ -112,25 +115,23 @@ def test_damage_that_only_reading_finds_is_said_at_the_top_too(copy: Path, tmp_p
     assert "does not match its checksum" in text
 
 
-def test_subjects_that_were_announced_and_images_that_most_have_are_missed(
-    copy: Path, tmp_path: Path
-) -> None:
+def test_missing_subjects_and_images_that_most_subjects_have_are_listed(copy: Path, tmp_path: Path) -> None:
     lines = (copy / MANIFEST).read_text().splitlines(keepends=True)
     kept = [line for line in lines if '"image":"seg"' not in line or '"subject":"sub-04"' not in line]
     (copy / MANIFEST).write_text("".join(kept))
     page = page_of(copy, tmp_path)
-    assert "sub-04: seg it is not there, and most subjects have it" in page.text
+    assert "sub-04: seg it is missing, and most subjects have it" in page.text
     model = lambda batch: batch  # noqa: E731
     zp.predict(model, zp.Cohort(copy)[:2], tmp_path / "out", image="t1", patch_size=32)
     lines = (tmp_path / "out" / MANIFEST).read_text().splitlines(keepends=True)
     (tmp_path / "out" / MANIFEST).write_text("".join(line for line in lines if "sub-02" not in line))
     report = write_report(tmp_path / "out", tmp_path / "report.html")
     assert [(problem.text, problem.is_damage) for problem in report.problems] == [
-        ("subject 'sub-02' was announced and is not there", True)
+        ("subject 'sub-02' is missing: it was announced, but never committed", True)
     ]
 
 
-def test_warnings_of_many_subjects_are_one_line(copy: Path, tmp_path: Path) -> None:
+def test_one_warning_of_many_subjects_is_one_line(copy: Path, tmp_path: Path) -> None:
     for name in zp.Cohort(copy).names:
         change(copy, name, "t1", warnings=["it is odd"])
     page = page_of(copy, tmp_path)
@@ -138,30 +139,32 @@ def test_warnings_of_many_subjects_are_one_line(copy: Path, tmp_path: Path) -> N
     assert len([li for li in page.all("li") if "damage" in li.get("class", "")]) == 0
 
 
-def test_images_that_differ_in_shape_are_said(copy: Path, tmp_path: Path) -> None:
+def test_images_of_different_shapes_are_listed(copy: Path, tmp_path: Path) -> None:
     record = zp.Cohort(copy).store.records["sub-01", "seg"]
     shape = [record.shape[0] - 1, *record.shape[1:]]
     change(copy, "sub-01", "t1", shape=shape)
     problems = write_report(copy, tmp_path / "report.html").problems
-    assert any("is not that of seg" in p.text and (p.subject, p.image) == ("sub-01", "t1") for p in problems)
+    assert any(
+        "differs from that of seg" in p.text and (p.subject, p.image) == ("sub-01", "t1") for p in problems
+    )
 
 
-def test_predictions_say_what_made_them_and_what_was_left_out(cohort: zp.Cohort, tmp_path: Path) -> None:
+def test_predictions_show_their_options_and_their_skipped_voxels(cohort: zp.Cohort, tmp_path: Path) -> None:
     options: Any = {"image": "t1", "patch_size": 8, "mask": "seg", "reduce": "argmax"}
     zp.predict(lambda batch: batch > 300, cohort[:1], tmp_path / "out", **options)
     skipped = zp.Cohort(tmp_path / "out")[0].prediction.statistics["skipped"]
     page = page_of(tmp_path / "out", tmp_path)
-    assert "Predicted with" in page.text
+    assert "Prediction options" in page.text
     assert all(pair in page.text for pair in ("imaget1", "maskseg", "patch_size8, 8, 8"))
     said = f"{skipped:,}".replace(",", "\u202f")
     assert f"prediction: {said} voxels (" in page.text
-    assert ") lie outside the mask: filled, not predicted." in page.text
+    assert ") are outside the mask and were filled, not predicted." in page.text
 
 
 # Hostile stores
 
 
-def test_nothing_that_a_store_says_can_become_markup(copy: Path, tmp_path: Path) -> None:
+def test_no_text_of_a_store_becomes_markup(copy: Path, tmp_path: Path) -> None:
     for name in zp.Cohort(copy).names:
         stats = zp.Cohort(copy)[name].t1.statistics
         change(
@@ -196,16 +199,14 @@ def test_nothing_that_a_store_says_can_become_markup(copy: Path, tmp_path: Path)
         {"foreground_box": [[1, 2], [3]], "labels": [1, 2], "skipped": -1},
     ],
 )
-def test_statistics_that_mean_nothing_stop_no_report(
-    copy: Path, tmp_path: Path, stats: dict[str, Any]
-) -> None:
+def test_meaningless_statistics_stop_no_report(copy: Path, tmp_path: Path, stats: dict[str, Any]) -> None:
     for subject, image in itertools.product(zp.Cohort(copy).names, ("t1", "seg")):
         change(copy, subject, image, stats=stats)
     assert len(page_of(copy, tmp_path).all("figure")) == 12
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-200, 1e200, math.inf, math.nan])
-def test_affines_that_mean_nothing_stop_no_report(copy: Path, tmp_path: Path, scale: float) -> None:
+def test_meaningless_affines_stop_no_report(copy: Path, tmp_path: Path, scale: float) -> None:
     for name in zp.Cohort(copy).names:
         rows = [[scale, 0, 0, 1], [0, 1, 0, 1], [0, 0, scale, 1], [0, 0, 0, 1]]
         change(copy, name, "t1", affine=rows)
@@ -219,7 +220,7 @@ def test_a_store_without_subjects_has_a_page(tmp_path: Path) -> None:
     assert "Subjects" in page_of(tmp_path / "empty.zarr", tmp_path).text
 
 
-def test_a_shape_that_no_memory_holds_is_said_and_stops_no_report(tmp_path: Path) -> None:
+def test_a_shape_larger_than_memory_is_listed_and_stops_no_report(tmp_path: Path) -> None:
     save(tmp_path / "source" / "s" / "t1.nii", np.ones((5, 6, 7), np.int16), np.eye(4))
     store = store_of(tmp_path)
     change(store, "s", "t1", shape=[10**9] * 3)
@@ -237,7 +238,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run a command in a folder of its own: its exit code, stdout and stderr."""
+    """Run ``zpatch report`` in an empty folder: its exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
 
     def run_it(*arguments: Any) -> tuple[int, str, str]:
@@ -248,7 +249,7 @@ def run(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.M
     return run_it
 
 
-def test_the_command_writes_a_page_and_says_where(run: Run, cohort_store: Path) -> None:
+def test_the_command_writes_a_page_and_prints_its_path(run: Run, cohort_store: Path) -> None:
     code, out, err = run(cohort_store)
     assert (code, out) == (0, "report.html\n")
     assert re.search(r"4 subjects, 0 problems, [\d.]+ KiB", err)
@@ -256,14 +257,14 @@ def test_the_command_writes_a_page_and_says_where(run: Run, cohort_store: Path) 
     assert Path("there.html").read_text() == Path("report.html").read_text()
 
 
-def test_json_says_what_was_found(run: Run, cohort_store: Path) -> None:
+def test_json_holds_problems_and_counts(run: Run, cohort_store: Path) -> None:
     code, out, _ = run(cohort_store, "--json", "--limit", 1, "--exclude", "sub-04")
     said = json.loads(out)
     assert (code, said["output"], said["problems"]) == (0, "report.html", [])
     assert (said["subjects"], said["pictured"], said["bytes"]) == (3, 1, Path("report.html").stat().st_size)
     page = Page(Path("report.html").read_text())
     assert len(page.all("figure")) == 3
-    assert "Pictures of the first 1 of 3 subjects follow; --limit shows more." in page.text
+    assert "The first 1 of 3 subjects have pictures below; --limit shows more." in page.text
     assert [a["href"] for a in page.all("a")] == ["#subject-sub-01"]
     assert run(cohort_store, "--limit", 0, "-q")[0] == 0
     assert not Page(Path("report.html").read_text()).all("figure")
@@ -277,7 +278,7 @@ def test_damage_gives_exit_code_4_and_a_page(run: Run, copy: Path) -> None:
     assert json.loads(run(copy, "--json")[1])["problems"][0]["damage"] is True
 
 
-def test_what_cannot_be_reported_on_is_refused_in_one_line(run: Run, cohort_store: Path) -> None:
+def test_stores_and_outputs_that_do_not_exist_are_refused_in_one_line(run: Run, cohort_store: Path) -> None:
     for arguments, text in [
         (["nowhere"], "nowhere: it does not exist; make one with 'zpatch convert"),
         ([cohort_store, "--include", "sub-1"], "did you mean 'sub-01'"),
@@ -294,12 +295,12 @@ def test_what_cannot_be_reported_on_is_refused_in_one_line(run: Run, cohort_stor
     assert not list(Path.cwd().iterdir())
 
 
-def test_only_a_report_is_ever_replaced(cohort_store: Path, tmp_path: Path) -> None:
+def test_only_an_existing_report_is_replaced(cohort_store: Path, tmp_path: Path) -> None:
     thesis = tmp_path / "thesis.html"
     thesis.write_text("<html>All of it")
-    with pytest.raises(StoreExistsError, match=r"thesis.html: there is something else there; choose another"):
+    with pytest.raises(StoreExistsError, match=r"thesis.html: it exists and is not a report; choose another"):
         write_report(cohort_store, thesis)
-    with pytest.raises(StoreExistsError, match="there is something else there"):
+    with pytest.raises(StoreExistsError, match="it exists and is not a report"):
         write_report(cohort_store, tmp_path)
     assert thesis.read_text() == "<html>All of it"
     write_report(cohort_store, tmp_path / "report.html", limit=0)
@@ -333,7 +334,7 @@ def browse(browser: str, folder: Path, page: Path, *options: str) -> subprocess.
 
 
 def requests_of(log: Path) -> set[str]:
-    """What a page asked for, by the browser's own log: what the browser asks for itself has no origin."""
+    """The URLs that a page requested, from the browser's log; the browser's own requests have no origin."""
     text = log.read_text()
     text = text if text.rstrip().endswith("}") else text.rstrip().rstrip(",") + "]}"
     asked = [
@@ -342,7 +343,7 @@ def requests_of(log: Path) -> set[str]:
     return {request["url"] for request in asked if request["initiator"] != "not an origin"}
 
 
-def test_what_a_page_asks_for_and_says_would_be_noticed(browser: str, tmp_path: Path) -> None:
+def test_requests_and_console_messages_of_a_page_are_noticed(browser: str, tmp_path: Path) -> None:
     page = tmp_path / "other.html"
     page.write_text('<script>console.log("a word")</script><img src="http://nowhere.invalid/a.png">')
     done = browse(browser, tmp_path, page, "--dump-dom")
@@ -350,16 +351,15 @@ def test_what_a_page_asks_for_and_says_would_be_noticed(browser: str, tmp_path: 
     assert "http://nowhere.invalid/a.png" in requests_of(tmp_path / "net.json")
 
 
-def test_a_browser_shows_it_without_a_word_or_a_request(
+def test_a_browser_shows_the_page_without_messages_or_requests(
     browser: str, cohort_store: Path, tmp_path: Path
 ) -> None:
-    image = pytest.importorskip("PIL.Image")
     page = tmp_path / "report.html"
     write_report(cohort_store, page)
     done = browse(browser, tmp_path, page, f"--screenshot={tmp_path / 'shot.png'}")
     assert "CONSOLE" not in done.stderr
     assert requests_of(tmp_path / "net.json") <= {page.as_uri()}
-    shot = np.asarray(image.open(tmp_path / "shot.png").convert("RGB")).astype(int)
+    shot = np.asarray(Image.open(tmp_path / "shot.png").convert("RGB")).astype(int)
     assert shot.shape == (1600, 1200, 3)
     background = (shot == shot[0, 0]).all(axis=-1)
     assert 0.3 < background.mean() < 0.95
@@ -369,9 +369,7 @@ def test_a_browser_shows_it_without_a_word_or_a_request(
     assert dark.sum() > 20_000  # the air around a head
 
 
-def test_the_filter_works_and_the_page_is_whole_without_it(
-    browser: str, cohort_store: Path, tmp_path: Path
-) -> None:
+def test_the_filter_appears_only_where_scripts_run(browser: str, cohort_store: Path, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     write_report(cohort_store, page)
     assert 'id="filter"' in page.read_text()
@@ -383,7 +381,7 @@ def test_the_filter_works_and_the_page_is_whole_without_it(
     assert "CONSOLE" not in done.stderr
 
 
-def test_a_hostile_page_does_nothing_in_a_browser(browser: str, copy: Path, tmp_path: Path) -> None:
+def test_a_hostile_store_runs_nothing_in_a_browser(browser: str, copy: Path, tmp_path: Path) -> None:
     change(copy, "sub-01", "t1", warnings=[HOSTILE], meta={HOSTILE: HOSTILE}, split=HOSTILE)
     page = tmp_path / "report.html"
     write_report(copy, page)

@@ -20,27 +20,27 @@ from zpatch.cli.progress import Progress
 from zpatch.runtime.byte_sizes import format_bytes
 
 
-@click.command("report", short_help="Write a page with pictures of what a store holds.")
+@click.command("report", short_help="Write a page with pictures of a store.")
 @click.argument("store", type=STORE)
 @click.option(
     "--output", "-o", type=click.Path(path_type=Path), default="report.html", show_default=True,
-    help="The page to write; a report that is there is replaced.",
+    help="The page to write; an existing report is replaced.",
 )  # fmt: skip
 @include_option
 @exclude_option
 @click.option(
-    "--limit", type=click.IntRange(0), default=25, show_default=True, help="Subjects to show with pictures."
+    "--limit", type=click.IntRange(0), default=25, show_default=True, help="How many subjects have pictures."
 )
 @json_option
 @talk_options
 def report_command(
     store: Path, output: Path, include: tuple[str, ...], exclude: tuple[str, ...], limit: int, json: bool
 ) -> int:
-    """Write one HTML page about STORE: planes of each image with the outlines of labels, histograms,
-    statistics, and what is wrong.
+    """Write an HTML page about STORE: planes of each image with the outlines of labels, histograms,
+    statistics and problems.
 
-    The page is a single file that needs no network and no other file. Where files of the store are damaged
-    or missing the page says so, and the exit code is 4.
+    The page is a single file that needs no network and no other file. If files of the store are damaged or
+    missing, the page lists them and the exit code is 4.
 
     \b
     Examples:

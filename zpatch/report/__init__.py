@@ -1,1 +1,1 @@
-"""One HTML page about a store."""
+"""One HTML page about a store: its problems, and planes of its images as pictures."""

@@ -41,7 +41,7 @@ class Problem:
 
 def problems_of_files(report: VerificationReport) -> list[Problem]:
     """The missing subjects and the damaged files that a verification found."""
-    found = [Problem(f"subject {name!r} was announced and is not there", is_damage=True)
+    found = [Problem(f"subject {name!r} is missing: it was announced, but never committed", is_damage=True)
              for name in report.missing_subjects]  # fmt: skip
     for damage in report.damages:
         subject, _, rest = damage.file.partition("/")
@@ -57,10 +57,12 @@ def problems_of_subject(records: Sequence[ImageRecord]) -> list[Problem]:
     first, *others = records
     for record in others:
         if record.spatial_shape != first.spatial_shape:
-            text = f"its shape {record.spatial_shape} is not that of {first.image}, {first.spatial_shape}"
+            text = (
+                f"its shape {record.spatial_shape} differs from that of {first.image}, {first.spatial_shape}"
+            )
             found.append(Problem(text, record.subject, record.image))
         elif (distance := _distance_voxels(first, record)) > AFFINE_TOLERANCE_VOXELS:
-            text = f"its affine puts voxels up to {distance:.3g} voxels from where that of {first.image} does"
+            text = f"its affine moves voxels by up to {distance:.3g} voxels relative to that of {first.image}"
             found.append(Problem(text, record.subject, record.image))
     return found
 
@@ -80,7 +82,7 @@ def problems_of_cohort(images: Mapping[str, Sequence[str]]) -> list[Problem]:
             counts[name] = counts.get(name, 0) + 1
     usual = [name for name, count in counts.items() if 2 * count > len(images)]
     return [
-        Problem("it is not there, and most subjects have it", subject, name)
+        Problem("it is missing, and most subjects have it", subject, name)
         for subject, names in images.items()
         for name in usual
         if name not in names

@@ -150,11 +150,13 @@ def _whole_file(path: Path) -> Iterator[IO[str]]:
 def _check_may_write(path: Path) -> None:
     """Refuse a path without a folder, and a path of any existing file that is not a report."""
     if not path.parent.is_dir():
-        raise OptionError(f"{path}: there is no folder {path.parent}; make it first, or choose another")
+        raise OptionError(
+            f"{path}: there is no folder {path.parent}; make it first, or choose another folder"
+        )
     if not path.exists():
         return
     if path.is_file():
         with path.open("rb") as stream:
             if GENERATOR.encode() in stream.read(1000):
                 return
-    raise StoreExistsError(f"{path}: there is something else there; choose another name with --output")
+    raise StoreExistsError(f"{path}: it exists and is not a report; choose another name with --output")

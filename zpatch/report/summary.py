@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from zpatch.digests import Json
 from zpatch.geometry.affines import spacing_mm
 from zpatch.report.labels import labels_of
+from zpatch.report.texts import shape_text, unit_text
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.verification import VerificationReport
-
-_UNITS = {"millimeter": "mm", "micrometer": "\N{MICRO SIGN}m", "meter": "m"}
 
 
 @dataclass(slots=True)
@@ -125,17 +124,3 @@ class CohortSummary:
     def ratio(self) -> float:
         """Bytes of voxels for each stored byte."""
         return self.voxel_bytes / max(self.stored_bytes, 1)
-
-
-def unit_text(unit: str | None) -> str:
-    """A unit of length as its symbol, or as the record has it.
-
-    >>> unit_text("micrometer"), unit_text("inch"), unit_text(None)
-    ('µm', 'inch', '?')
-    """
-    return _UNITS.get(unit, unit) if isinstance(unit, str) else "?"
-
-
-def shape_text(record: ImageRecord) -> str:
-    """Extent along I, J, K in voxels, as text."""
-    return " \N{MULTIPLICATION SIGN} ".join(map(str, record.spatial_shape))
