@@ -36,7 +36,7 @@ DOORS = {
     "blending": "aggregator blend grid_blend tiling axis_tiles windows reduction sinks",
     "prediction": "inference planning network prediction_options prediction_run",
     "report": "report",
-    "bench": "benchmark advice",
+    "bench": "benchmark_plan benchmark benchmark_report advice",
     "compat": "",
     "cli": "",
 }

@@ -1,1 +1,13 @@
-"""How fast a store is read, and what would be faster."""
+"""How fast a store is read, and what would be faster.
+
+In reading order::
+
+    patch_group       patches that are read together
+    packing           other chunks and codecs, and the bytes that patches then decode
+    trial_stores      small stand-ins for a store in another packing
+    reading_speed     patches per second of several processes, cold and warm
+    benchmark_plan    what is read, in how much memory and time
+    benchmark_report  the figures
+    benchmark         the run of a plan
+    advice            what the figures say to do
+"""

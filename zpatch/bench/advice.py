@@ -1,25 +1,26 @@
-"""What the figures of a benchmark say to do, one line each; nothing where they say nothing."""
+"""Advice from the figures of a benchmark, one line for each change that would be worth its effort."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from zpatch.bench.benchmark import GROUP_PATCHES, BenchmarkReport, PackingFigures
+from zpatch.bench.benchmark_plan import GROUP_PATCHES
+from zpatch.bench.benchmark_report import BenchmarkReport, PackingFigures
 from zpatch.runtime.byte_sizes import format_bytes
 
-WORTH_IT = 1.2  # times as fast: less is hardly above the noise
-MOST_LARGER = 2.0  # times the files
-COLD_SHARE = 0.5
+WORTH_IT = 1.2  # times as fast; smaller gains are hardly above the noise
+MOST_LARGER = 2.0  # times the size of the files
+COLD_SHARE = 0.5  # of the warm speed, for a disk that is fast enough
 CACHED_SHARE = 0.7  # of the memory
 
 
 def advice(report: BenchmarkReport) -> list[str]:
-    """The lines, each ``what: how it is; what to do``."""
+    """The lines, each ``subject: finding; action``."""
     return [*_disk(report), *_packing(report), *_groups(report), *_workers(report)]
 
 
 def rate_text(patches_per_s: float) -> str:
-    """Patches per second for people.
+    """Patches per second as text.
 
     >>> rate_text(1234.5), rate_text(3.14159)
     ('1,234', '3.1')
@@ -33,28 +34,25 @@ def _disk(report: BenchmarkReport) -> Iterator[str]:
         return
     share = speed.cold / speed.warm
     if share >= COLD_SHARE:
-        yield f"disk: it keeps up: cold files are read {min(share, 1):.0%} as fast as warm ones"
+        yield f"disk: fast enough: cold files are read at {min(share, 1):.0%} of the speed of warm files"
         return
     rate = f" ({format_bytes(speed.disk_bytes_per_s)}/s)" if speed.disk_bytes_per_s else ""
     stored, memory = report.plan.stored_bytes, report.memory_bytes
-    slow = f"disk: cold files are read {share:.0%} as fast as warm ones{rate}"
+    slow = f"disk: cold files are read at {share:.0%} of the speed of warm files{rate}"
     if stored < CACHED_SHARE * memory:
         yield (
-            f"{slow}; all {format_bytes(stored)} fit into {format_bytes(memory)} of memory, so that is the "
-            f"first epoch only, unless other programs need the memory"
+            f"{slow}; all {format_bytes(stored)} fit into {format_bytes(memory)} of memory, so this slows "
+            f"down the first epoch only, unless other programs need the memory"
         )
         return
     yield (
-        f"{slow}, and {format_bytes(stored)} do not stay in {format_bytes(memory)} of memory; "
-        f"copy the store to a faster local disk, or take a machine with more memory"
+        f"{slow}, and {format_bytes(stored)} do not fit into {format_bytes(memory)} of memory; "
+        f"copy the store to a faster local disk, or use a machine with more memory"
     )
     smaller = [p for p in report.packings[1:] if p.size is not None and p.size <= 1 / WORTH_IT]
     if smaller:
         least = min(smaller, key=_size)
-        yield (
-            f"disk: convert again with {_options(least)}: files {_size(least):.2f} times as large, and so "
-            f"much less to move"
-        )
+        yield f"disk: convert again with {_options(least)}: the files are {_size(least):.2f} times as large"
 
 
 def _packing(report: BenchmarkReport) -> Iterator[str]:
@@ -75,12 +73,12 @@ def _packing(report: BenchmarkReport) -> Iterator[str]:
     if both and gains[2] >= WORTH_IT * max(gains[0], gains[1], 1):
         yield f"chunk and codec: {_worth(now, both)}"
     if max(gains) < WORTH_IT:
-        yield "chunk and codec: no other compression that was tried is much faster for these patches"
+        yield "chunk and codec: no other chunks or codec are much faster for these patches"
     bare = _fastest(p for p in tried if p.codec == "none" and p.chunk == now.chunk)
     if bare and _gain(now, bare) >= WORTH_IT * max(1, *gains):
         yield (
             f"codec: convert again with {_options(bare)}: up to {_gain(now, bare):.1f} times as many "
-            f"patches/s, as long as its {format_bytes(report.plan.stored_bytes * _size(bare))} stay in memory"
+            f"patches/s, as long as the {format_bytes(report.plan.stored_bytes * _size(bare))} stay in memory"
         )
 
 
@@ -113,18 +111,18 @@ def _options(packing: PackingFigures) -> str:
 def _groups(report: BenchmarkReport) -> Iterator[str]:
     ratios, group = report.decoded_by_group, report.plan.group
     now, most = ratios[group], ratios[GROUP_PATCHES]
-    told = f"patches_per_volume: {group} read together decode {now:.1f} bytes for each byte delivered"
+    line = f"patches_per_volume: {group} read together decode {now:.1f} bytes for each byte delivered"
     if group > 1:
-        told += f", one by one {ratios[1]:.1f}"
+        line += f", one by one {ratios[1]:.1f}"
     share = _decoding_share(report)
     gain = 1 / (1 - share * (1 - most / now))
     if gain >= WORTH_IT:
-        told += f"; {GROUP_PATCHES} would decode {most:.1f}: about {gain:.1f} times as many patches/s"
-    yield told
+        line += f"; {GROUP_PATCHES} would decode {most:.1f}: about {gain:.1f} times as many patches/s"
+    yield line
 
 
 def _decoding_share(report: BenchmarkReport) -> float:
-    """How much of the time goes into decoding: what would be saved without a codec."""
+    """The share of the time that decoding takes, from the speed without a codec."""
     now = report.packings[0]
     bare = _fastest(p for p in report.packings if p.codec == "none" and p.chunk == now.chunk)
     gain = _gain(now, bare)
@@ -144,6 +142,6 @@ def _workers(report: BenchmarkReport) -> Iterator[str]:
         return
     each = rate_text(most.warm / most.processes)
     yield (
-        f"workers: one for each {each} patches/s that training takes, up to {rate_text(most.warm)} with "
-        f"{most.processes}; transforms and the way to the training process come on top"
+        f"workers: use one for each {each} patches/s that training needs, up to {rate_text(most.warm)} with "
+        f"{most.processes}; transforms and the transfer to the training process take time as well"
     )

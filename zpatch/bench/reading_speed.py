@@ -1,4 +1,4 @@
-"""How many patches a second some processes read: from files that are in the page cache, and that are not."""
+"""Patches per second of several processes: from files in the page cache (warm), and from disk (cold)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from zpatch.bench.trial_stores import PatchGroup
+from zpatch.bench.patch_group import PatchGroup
 from zpatch.chunks.mapped_shards import close_shards
 from zpatch.errors import WorkerError
 from zpatch.geometry.boxes import Triple
@@ -25,18 +25,18 @@ from zpatch.runtime.tasks import run_tasks
 from zpatch.sampling.randomness import rng
 
 BLOCK_BYTES = 512  # of getrusage
-MOST_WAITING = 3  # a cold measurement takes at most so many times its seconds, dropping files included
+MOST_WAITING = 3  # times its seconds: the longest cold measurement, dropping files included
 POLL_S = 0.001
 DROP_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Patches per second of some processes together: ``warm`` from the page cache, ``cold`` with files that
-    were dropped from it, None where that cannot be measured.
+    """Patches per second of all ``processes`` together.
 
-    ``disk_bytes_per_s`` were read from the disk meanwhile, None where the system does not say; ``kept`` is
-    the share of the files' pages that the system would not drop.
+    ``warm`` is the rate from files in the page cache, ``cold`` the rate after the files were dropped from it,
+    or None if that cannot be measured. ``disk_bytes_per_s`` were read from disk during the cold measurement,
+    None if the system does not count them. ``kept`` is the share of pages that the system did not drop.
     """
 
     processes: int
@@ -48,9 +48,10 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class ReadingTask:
-    """What one of some processes measures: groups of patches of ``subjects``, one after the other.
+    """The measurement of one process, which is number ``number`` of ``processes``.
 
-    Processes meet in the folder ``meeting`` before they start their clocks.
+    It reads groups of ``group`` patches of ``subjects``, one after the other, for about ``seconds`` warm and,
+    with ``cold``, as long cold. Processes wait for each other in the folder ``meeting`` before they start.
     """
 
     store: Path
@@ -64,20 +65,23 @@ class ReadingTask:
     meeting: Path
 
     def groups(self) -> Iterator[PatchGroup]:
-        """Random groups without end, each subject as often as the others."""
+        """Endless random groups; the subjects take turns."""
         for number, subject in enumerate(itertools.cycle(self.subjects)):
             stream = rng(1, subject=self.number, draw=number)
             yield PatchGroup.drawn(subject, self.patch_size, self.group, stream)
 
-    def meet(self, where: str) -> None:
-        """Wait until all processes have come here."""
+    def meet(self, start: str) -> None:
+        """Wait until all processes are at the start of this name.
+
+        Raises WorkerError if this process has been there before: it was killed and started again.
+        """
         try:
-            Path(self.meeting, f"{where}-{self.number}").touch(exist_ok=False)
+            Path(self.meeting, f"{start}-{self.number}").touch(exist_ok=False)
         except FileExistsError:
             raise WorkerError(
                 "a process that read patches was killed, perhaps for want of memory; try fewer --jobs"
             ) from None
-        while len(list(self.meeting.glob(f"{where}-*"))) < self.processes:
+        while len(list(self.meeting.glob(f"{start}-*"))) < self.processes:
             time.sleep(POLL_S)
 
 
@@ -90,12 +94,13 @@ def reading_speed(
     processes: int,
     seconds: float,
 ) -> Speed:
-    """Measure with some processes at a time, about ``seconds`` cold and as long warm.
+    """Measure ``processes`` at once, for about ``seconds`` cold and as long warm.
 
-    Cold, each process reads subjects of its own, so that none fetches files for another.
+    In the cold measurement processes read different subjects, so that none loads files for another.
+    Raises WorkerError if a process is killed.
     """
     cold = hasattr(os, "posix_fadvise") and len(subjects) >= processes
-    close_shards(store)  # or processes that fork from this one would have the files mapped, and not drop them
+    close_shards(store)  # forked processes would inherit the maps, and mapped files are not dropped
     with TemporaryDirectory(prefix="zpatch-bench-") as meeting:
         tasks = [
             ReadingTask(
@@ -127,9 +132,9 @@ def reading_speed(
 
 
 def _measured(task: ReadingTask, _progress: Progress) -> Speed:
-    """The speed of one process: cold first, then the same groups again, warm."""
+    """The speed of one process: first cold, then warm, on the same groups."""
     upcoming = task.groups()
-    next(upcoming).read()  # what is imported at first use
+    next(upcoming).read()  # loads modules that are imported at first use
     cold = None
     if task.cold:
         task.meet("cold")
@@ -157,7 +162,7 @@ def _measured(task: ReadingTask, _progress: Progress) -> Speed:
 
 @dataclass(slots=True)
 class _ColdReads:
-    """Groups whose files were dropped from the page cache before each was read."""
+    """A cold measurement: the files of each of ``groups`` were dropped from the page cache first."""
 
     groups: list[PatchGroup] = field(default_factory=list)
     taken_s: float = 0.0
@@ -171,7 +176,7 @@ def _read_cold(task: ReadingTask, upcoming: Iterator[PatchGroup]) -> _ColdReads:
     until = time.perf_counter() + MOST_WAITING * task.seconds
     while not done.groups or (done.taken_s < task.seconds and time.perf_counter() < until):
         group = next(upcoming)
-        close_shards(task.store)  # what is mapped is not dropped
+        close_shards(task.store)  # mapped files are not dropped
         for file in group.shard_files():
             pages, kept = _drop(file)
             done.pages += pages
@@ -186,7 +191,7 @@ def _read_cold(task: ReadingTask, upcoming: Iterator[PatchGroup]) -> _ColdReads:
 
 
 def _read_once(groups: Iterable[PatchGroup], seconds: float) -> list[PatchGroup]:
-    """Those of the groups that were read in about so long: now their files are in the page cache."""
+    """The groups that were read within about ``seconds``: their files are now in the page cache."""
     ready = []
     until = time.perf_counter() + seconds
     for group in groups:
@@ -202,17 +207,17 @@ def _blocks_read() -> int:
 
 
 def _drop(file: Path) -> tuple[int, int]:
-    """Have the system forget a file; how many pages it has, and how many stay in memory all the same.
+    """Drop a file from the page cache; returns its number of pages, and how many of them stayed.
 
-    Pages stay where another process has the file mapped, and not every system says which do.
+    Pages stay if another process maps the file. Where the system does not say, all pages count as kept.
     """
     try:
-        # As shards are opened: no links, and no waiting for a pipe that stands for a file.
+        # Opened as shards are: without following links, and without waiting for a pipe.
         with open(file, "rb", opener=lambda path, _: os.open(path, DROP_FLAGS)) as stream:
-            os.fsync(stream.fileno())  # what is still to be written cannot be dropped
+            os.fsync(stream.fileno())  # dirty pages cannot be dropped
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             mapped = np.memmap(stream, dtype=np.uint8, mode="r")
-    except (OSError, ValueError):  # reading it will say what is wrong
+    except (OSError, ValueError):  # reading the file raises the error
         return 0, 0
     pages = np.zeros(-(-mapped.size // os.sysconf("SC_PAGE_SIZE")), dtype=np.uint8)
     address, size, states = (ctypes.c_void_p(n) for n in (mapped.ctypes.data, mapped.size, pages.ctypes.data))

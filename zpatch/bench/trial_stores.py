@@ -1,14 +1,12 @@
-"""What patches cost to read: the chunks that they touch, and their time if the voxels were packed otherwise.
+"""Small stores that stand in for the store in another packing, to measure how fast that would be read.
 
-How many bytes are decoded for each one delivered follows from geometry. How long that takes is tried on
-stand-ins: files whose index puts a few real chunks of an image, packed in the way in question, wherever the
-patches touch a chunk. The reader does with them just what it would do with a store packed like that.
+A stand-in is one file whose index maps each chunk that the patches touch to one of a few real chunks of the
+image, packed in the way under test. The reader treats it exactly like a store that is packed in this way.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import statistics
 import time
@@ -16,174 +14,41 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from zpatch.chunks.codec import CODECS, codec_of, crc32c, encode_chunk
+from zpatch.bench.packing import Packing
+from zpatch.bench.patch_group import PatchGroup, array_of, record_of
+from zpatch.chunks.codec import codec_of, crc32c, encode_chunk
 from zpatch.chunks.gather import read_region
-from zpatch.chunks.layout import chunk_counts, covering_chunks, plan_layout
+from zpatch.chunks.layout import chunk_counts, covering_chunks
 from zpatch.chunks.mapped_shards import NO_CHUNK, close_shards
 from zpatch.chunks.sharded_array import ChunkFiles, ShardedArray
-from zpatch.geometry.affines import spacing_mm
-from zpatch.geometry.boxes import PatchLocation, Triple, allowed_centres, check_patch_fits, padded_to_4d
+from zpatch.geometry.boxes import padded_to_4d
 from zpatch.images.group_read import read_requests
-from zpatch.images.image import Image, read_together
-from zpatch.images.subject import Subject
+from zpatch.images.image import Image
 from zpatch.images.voxel_source import Request, new_voxels
 from zpatch.images.voxel_sources import ShardSource
-from zpatch.store.image_record import ImageRecord, codec_for
 
 SAMPLE_BYTES = 2 * 2**20  # of each image of a group
 MOST_CHUNKS = 2**21  # in the index of a stand-in, 16 bytes each
-MOST_PARTS = 2**17  # of chunks in the patches of a group: what planning them takes memory for
-
-Boxes = tuple[NDArray[np.int64], NDArray[np.int64]]
-
-
-@dataclass(frozen=True, slots=True)
-class PatchGroup:
-    """Patches of one subject that are read together, of all its images."""
-
-    subject: Subject
-    locations: tuple[PatchLocation, ...]
-
-    @classmethod
-    def drawn(cls, subject: Subject, patch_size: Triple, count: int, rng: np.random.Generator) -> Self:
-        """So many patches, each start equally likely."""
-        check_patch_fits(patch_size, subject.spatial_shape, subject.name)
-        starts = rng.integers(0, allowed_centres(subject.spatial_shape, patch_size).size, size=(count, 3))
-        return cls(subject, tuple(PatchLocation((i, j, k), patch_size) for i, j, k in starts.tolist()))
-
-    @property
-    def images(self) -> list[Image]:
-        """The images that are read."""
-        return list(self.subject.images.values())
-
-    @property
-    def delivered_bytes(self) -> int:
-        """Bytes of the patches' voxels, as they are stored."""
-        voxels = sum(math.prod(location.size) for location in self.locations)
-        return sum(voxels * image.num_channels * image.source.dtype.itemsize for image in self.images)
-
-    def read(self) -> None:
-        """Read the patches as a sampler does, and drop them."""
-        read_together(self.images, self.locations)
-
-    def singly(self) -> list[Self]:
-        """Each of the patches as a group of its own."""
-        return [dataclasses.replace(self, locations=(location,)) for location in self.locations]
-
-    def shard_files(self) -> list[Path]:
-        """The files that hold the patches."""
-        files = []
-        for array in map(array_of, self.images):
-            numbers, _ = covering_chunks(*self.boxes(array), array.shape, array.shards)
-            for number in np.unique(numbers).tolist():
-                place = np.unravel_index(number, array.shard_grid)
-                files.append(array.shard_file(tuple(int(n) for n in place)))
-        return files
-
-    def boxes(self, array: ShardedArray) -> Boxes:
-        """First voxel and stop of each patch, (patches, 4) in stored axis order (c, z, y, x)."""
-        first = [(0, *location.index[::-1]) for location in self.locations]
-        stop = [(array.shape[0], *location.index_fin[::-1]) for location in self.locations]
-        return np.array(first, dtype=np.int64), np.array(stop, dtype=np.int64)
-
-
-def array_of(image: Image) -> ShardedArray:
-    """The stored array of an image of a store."""
-    assert isinstance(image.source, ShardSource)
-    return image.source.array
-
-
-def record_of(image: Image) -> ImageRecord:
-    """The manifest's record of an image of a store."""
-    assert image.record is not None
-    return image.record
-
-
-def parts_of_patch(patch_size: Triple, image: Image) -> int:
-    """How many chunks a patch of an image touches, at most."""
-    chunks = array_of(image).chunks
-    touched = [-(-p // c) + 1 for p, c in zip(patch_size[::-1], chunks[1:], strict=True)]
-    return math.prod(touched) * -(-image.num_channels // chunks[0])
-
-
-@dataclass(frozen=True, slots=True)
-class Packing:
-    """A way to store voxels, as options of ``zpatch convert``; None is as each image is stored now."""
-
-    chunk: int | None = None
-    codec: str | None = None
-
-    def chunks_of(self, image: Image) -> tuple[int, int, int, int]:
-        """The chunk that an image would have, (c, z, y, x)."""
-        record = record_of(image)
-        if self.chunk is None:
-            return array_of(image).chunks
-        layout = plan_layout(
-            record.shape,
-            image.source.dtype.itemsize,
-            spacing=spacing_mm(record.affine_array)[::-1],
-            chunk=self.chunk,
-            colours=record.colours,
-        )
-        return padded_to_4d(layout.chunks)
-
-    def codec_of(self, image: Image) -> str:
-        """The codec that an image would have."""
-        return record_of(image).codec if self.codec is None else codec_for(self.codec, image.kind)
-
-
-STORED = Packing()
-
-
-def stored_options(images: Sequence[Image], sides: Sequence[int]) -> Packing:
-    """The options that the images were converted with; None for what no single option gives all of them."""
-    chunks = [array_of(image).chunks for image in images]
-    fits = (side for side in sides if [Packing(side).chunks_of(image) for image in images] == chunks)
-    codecs = [record_of(image).codec for image in images]
-    presets = (name for name in CODECS if [codec_for(name, image.kind) for image in images] == codecs)
-    return Packing(next(fits, None), next(presets, None))
-
-
-def distinct_sides(images: Sequence[Image], sides: Sequence[int]) -> list[int]:
-    """Some sides of chunks, without those that give the images no other chunks than one before."""
-    by_chunks: dict[tuple[tuple[int, ...], ...], int] = {}
-    for side in sides:
-        by_chunks.setdefault(tuple(Packing(side).chunks_of(image) for image in images), side)
-    return list(by_chunks.values())
-
-
-def decoded_bytes(group: PatchGroup, packing: Packing = STORED) -> int:
-    """Bytes of the chunks that a group touches, each counted once."""
-    total = 0
-    for image in group.images:
-        array, chunks = array_of(image), packing.chunks_of(image)
-        numbers, _ = covering_chunks(*group.boxes(array), array.shape, chunks)
-        total += len(np.unique(numbers)) * math.prod(chunks) * array.dtype.itemsize
-    return total
-
-
-def decoded_per_delivered(groups: Sequence[PatchGroup], packing: Packing = STORED) -> float:
-    """How many bytes are decoded for each byte that is delivered."""
-    return sum(decoded_bytes(g, packing) for g in groups) / sum(g.delivered_bytes for g in groups)
+MOST_PARTS = 2**17  # of chunks in the patches of a group, which a plan of reading holds in memory
 
 
 @dataclass(frozen=True, slots=True)
 class StandIns:
-    """Groups of patches, and for each image of a group where it is read from, packed otherwise.
+    """Groups of patches, each with the stand-in that each of its images is read from.
 
-    ``stored_bytes`` is what the files of all the images would take, from how the sample was packed.
+    ``stored_bytes`` estimates the size of the files of all images in this packing, from the sample.
     """
 
     groups: tuple[tuple[PatchGroup, tuple[ShardSource, ...]], ...]
     stored_bytes: float
 
     def read_s(self) -> float:
-        """Read all groups, one after the other; how long that took."""
+        """Read all groups, one after the other, and return the seconds that this took."""
         begin = time.perf_counter()
         for group, sources in self.groups:
             requests = []
@@ -199,7 +64,7 @@ class StandIns:
 def stand_ins(
     groups: Sequence[PatchGroup], packing: Packing, others: Sequence[Packing]
 ) -> Iterator[StandIns]:
-    """Make stand-ins, and remove them at the end. All of ``others`` are to be tried on the same voxels."""
+    """Write stand-ins, and remove them at the end; all packings in ``others`` sample the same voxels."""
     with TemporaryDirectory(prefix="zpatch-bench-") as folder:
         made, stored_bytes = [], 0.0
         for number, group in enumerate(groups):
@@ -216,7 +81,7 @@ def stand_ins(
 
 
 def can_be_tried(groups: Sequence[PatchGroup], packing: Packing) -> bool:
-    """Whether neither a stand-in nor planning to read it takes much memory."""
+    """Whether the index of a stand-in and the plan of reading it fit in little memory."""
     for group in groups:
         for image in group.images:
             array, chunks = array_of(image), packing.chunks_of(image)
@@ -228,9 +93,9 @@ def can_be_tried(groups: Sequence[PatchGroup], packing: Packing) -> bool:
 
 
 def times_as_fast(these: StandIns, those: StandIns, seconds: float) -> float:
-    """How many times as fast these are read as those: in turns for about so long, the median of all turns."""
+    """Speed of reading ``these`` relative to ``those``: the median over about ``seconds`` of turns."""
     for each in (these, those):
-        each.read_s()  # checks the chunks, and has all of it in memory
+        each.read_s()  # verifies the chunks, and loads them into the page cache
     until = time.perf_counter() + seconds
     ratios: list[float] = []
     while not ratios or time.perf_counter() < until:
@@ -242,7 +107,7 @@ def times_as_fast(these: StandIns, those: StandIns, seconds: float) -> float:
 def _stand_in(
     path: Path, group: PatchGroup, image: Image, packing: Packing, others: Sequence[Packing]
 ) -> tuple[ShardedArray, float]:
-    """An array that can be read where the group touches it, and its size as a share of its voxels'."""
+    """An array that can be read where the group touches it, and its packed bytes for each byte of voxels."""
     array, chunks, codec = array_of(image), packing.chunks_of(image), packing.codec_of(image)
     grid = chunk_counts(array.shape, chunks)
     file = path / "0.0.0.0"
@@ -256,7 +121,7 @@ def _stand_in(
             extents.append((start, stream.tell() - start))
             raw += voxels.nbytes
         packed = stream.tell()
-        # One after the other, so that no two chunks that are decoded in a row are the same.
+        # Chunks take turns, so that none is decoded twice in a row.
         touched = np.unique(covering_chunks(*group.boxes(array), array.shape, chunks)[0])
         index = np.full((math.prod(grid), 2), NO_CHUNK, dtype="<u8")
         index[touched] = np.array(extents)[np.arange(len(touched)) % len(extents)]
@@ -278,9 +143,9 @@ def _stand_in(
 def _sample(
     group: PatchGroup, image: Image, chunks: Sequence[int], others: Sequence[Packing]
 ) -> Iterator[NDArray[Any]]:
-    """Real chunks of an image, drawn from what the patches touch; of the same voxels in each packing.
+    """Real chunks of an image, drawn from the chunks that the patches touch.
 
-    At least two, so that no chunk is decoded twice in a row.
+    All packings sample the same voxels, in at least two chunks, so that none is decoded twice in a row.
     """
     array = array_of(image)
     shape, largest = np.array(array.shape), np.max([p.chunks_of(image) for p in others], axis=0)

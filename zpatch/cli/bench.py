@@ -22,7 +22,7 @@ from zpatch.cli.progress import Progress
 from zpatch.runtime.byte_sizes import format_bytes
 
 if TYPE_CHECKING:
-    from zpatch.bench.benchmark import BenchmarkReport, PackingFigures
+    from zpatch.bench.benchmark_report import BenchmarkReport, PackingFigures
 
 KEPT_SHARE = 0.01
 BUSY = 0.3  # processes on each core
@@ -75,7 +75,8 @@ def bench_command(
       zpatch bench cohort.zarr --image t1 --json
     """
     from zpatch.bench.advice import advice
-    from zpatch.bench.benchmark import plan_benchmark, run_benchmark
+    from zpatch.bench.benchmark import run_benchmark
+    from zpatch.bench.benchmark_plan import plan_benchmark
     from zpatch.images.cohort import Cohort
 
     plan = plan_benchmark(

@@ -1,1 +1,14 @@
-"""One HTML page about a store: its problems, and planes of its images as pictures."""
+"""One HTML page about a store: its problems, and planes of its images as pictures.
+
+In reading order::
+
+    problems         what is wrong, as far as the manifest and the lengths of files can tell
+    planes           which planes of an image, in which orientation, read in little memory
+    labels           names, voxel counts and colours of labels
+    pictures         planes in grey with outlines of labels over them, as PNG
+    subject_section  one subject: pictures, histograms, problems
+    texts            values as text
+    summary          a cohort in sums
+    page             the templates, filled, and their content security policy
+    report           write_report: a store -> the page
+"""
