@@ -8,7 +8,7 @@ import math
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -310,6 +310,24 @@ def test_only_an_existing_report_is_replaced(cohort_store: Path, tmp_path: Path)
         write_report(cohort_store, limit=-1)
     with pytest.raises(UnknownNameError, match="no subject 'x'"):
         write_report(cohort_store, include=["x"])
+
+
+def test_an_interrupted_report_leaves_the_existing_one(
+    cohort_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "report.html"
+    write_report(cohort_store, path, limit=0)
+    before = path.read_text()
+
+    def interrupted(*arguments: Any) -> Iterator[str]:
+        yield "<!doctype html>"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("zpatch.report.report.page_parts", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_report(cohort_store, path)
+    assert path.read_text() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 # In a browser

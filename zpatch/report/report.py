@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
@@ -96,7 +96,7 @@ def write_report(
             sections.write(section_html(section, survey.colours))
             progress(1)
         sections.seek(0)
-        with _whole_file(path) as page:
+        with _whole_file(path) as partial, partial.open("w", encoding="utf-8") as page:
             page.writelines(page_parts(survey.summary, problems, survey.colours, len(shown), sections))
     return WrittenReport(
         store=Path(store),
@@ -134,13 +134,12 @@ def _surveyed(cohort: Cohort) -> _Survey:
 
 
 @contextlib.contextmanager
-def _whole_file(path: Path) -> Iterator[IO[str]]:
-    """Text that is written beside ``path``, synced, and renamed to ``path`` when it is complete."""
-    partial = path.with_name(f"{path.name}.partial")
+def _whole_file(path: Path) -> Iterator[Path]:
+    """The path of a file beside ``path`` to write; it is then synced and renamed to ``path``."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as stream:
-            yield stream
-            stream.flush()
+        yield partial
+        with partial.open("rb") as stream:
             os.fsync(stream.fileno())
         partial.replace(path)
     finally:
