@@ -12,7 +12,7 @@ from jinja2 import UndefinedError
 from report_pages import Page
 
 from zpatch.report.labels import LabelColours
-from zpatch.report.page import TEMPLATES, page_parts
+from zpatch.report.page import TEMPLATES, page_html
 from zpatch.report.problems import Problem
 from zpatch.report.summary import CohortSummary
 from zpatch.store.verification import VerificationReport
@@ -37,7 +37,7 @@ def page_with(text: str) -> Page:
     checked = VerificationReport(Path("store"), 1, 1, 1, True, (), (), ())
     summary = CohortSummary(Path("store"), attributes, checked)
     problems = [Problem(text, text, text, is_damage=True)]
-    return Page("".join(page_parts(summary, problems, LabelColours([]), 0, [])))
+    return Page("".join(page_html(summary, problems, LabelColours([]), 0, [])))
 
 
 def test_a_name_that_a_template_does_not_know_is_an_error() -> None:

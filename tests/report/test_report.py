@@ -323,7 +323,7 @@ def test_an_interrupted_report_leaves_the_existing_one(
         yield "<!doctype html>"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("zpatch.report.report.page_parts", interrupted)
+    monkeypatch.setattr("zpatch.report.report.page_html", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_report(cohort_store, path)
     assert path.read_text() == before

@@ -9,7 +9,13 @@ import numpy as np
 
 import zpatch as zp
 from zpatch.report.labels import LabelColours
-from zpatch.report.subject_section import SubjectSection, drawings_of, histogram_of, stored_images
+from zpatch.report.subject_section import (
+    SubjectSection,
+    drawings_of,
+    histogram_of,
+    overlays_of,
+    stored_images,
+)
 
 
 def test_a_histogram_counts_the_foreground(cohort_store: Path) -> None:
@@ -24,12 +30,13 @@ def test_a_histogram_counts_the_foreground(cohort_store: Path) -> None:
 
 
 def test_label_maps_are_overlays_of_the_images_on_their_grid(cohort: zp.Cohort) -> None:
-    [drawing] = drawings_of(stored_images(cohort[0]))
+    images = stored_images(cohort[0])
+    maps = overlays_of(images)
+    [drawing] = drawings_of(images, maps)
     assert drawing.image.record.image == "t1"
-    assert [(overlay.image.record.image, overlay.is_dashed) for overlay in drawing.overlays] == [
-        ("seg", False)
-    ]
-    [alone] = drawings_of([image for image in stored_images(cohort[0]) if image.record.kind == "label"])
+    assert drawing.overlays == maps
+    assert [(overlay.image.record.image, overlay.is_dashed) for overlay in maps] == [("seg", False)]
+    [alone] = drawings_of([overlay.image for overlay in maps], maps)
     assert (alone.image.record.image, alone.overlays) == ("seg", ())
 
 

@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from zpatch.digests import Json
 from zpatch.report.labels import LabelColours, labels_of
-from zpatch.report.pictures import Panel
+from zpatch.report.pictures import Overlay, Panel
 from zpatch.report.problems import Problem, grouped
 from zpatch.report.subject_section import SubjectSection
 from zpatch.report.summary import CohortSummary
@@ -90,14 +90,14 @@ class Legend:
         return cls(image, tuple(shown), max(0, len(amounts) - LABELS_SHOWN), is_dashed)
 
 
-def page_parts(
+def page_html(
     summary: CohortSummary,
     problems: Sequence[Problem],
     colours: LabelColours,
     pictured: int,
     sections: Iterable[str],
 ) -> Iterator[str]:
-    """The page in parts, of which none grows with the number of subjects.
+    """The page, in pieces of which none grows with the number of subjects.
 
     ``sections`` is the text of ``section_html`` of the first ``pictured`` subjects, in pieces of any size.
     """
@@ -130,7 +130,7 @@ def section_html(subject: SubjectSection, colours: LabelColours) -> str:
         problems=subject.known + subject.unread,
         height_rem=ROW_HEIGHT_REM if panels < MANY_PANELS else MANY_HEIGHT_REM,
         statistics=STATISTICS,
-        legends=_legends_of_subject(subject, colours),
+        maps=[(overlay.image.record, _legend_of_map(overlay, colours)) for overlay in subject.maps],
     )
 
 
@@ -165,17 +165,11 @@ def _legends_of_cohort(summary: CohortSummary, colours: LabelColours) -> list[Le
     ]
 
 
-def _legends_of_subject(subject: SubjectSection, colours: LabelColours) -> list[Legend]:
-    """A legend for each label map of a subject, with the volume of each label."""
-    return [
-        Legend.of(
-            record.image,
-            [(label.value, label.name, amount_text(record, label.voxels)) for label in labels_of(record)],
-            colours,
-            is_dashed=number % 2 == 1,
-        )
-        for number, record in enumerate(subject.maps)
-    ]
+def _legend_of_map(overlay: Overlay, colours: LabelColours) -> Legend:
+    """The legend of a subject's label map, with the volume of each label."""
+    record = overlay.image.record
+    amounts = [(label.value, label.name, amount_text(record, label.voxels)) for label in labels_of(record)]
+    return Legend.of(record.image, amounts, colours, overlay.is_dashed)
 
 
 def _statistics(record: ImageRecord) -> list[tuple[str, Json]]:

@@ -16,7 +16,7 @@ from zpatch.digests import Json
 from zpatch.errors import OptionError, StoreExistsError
 from zpatch.images.cohort import Cohort
 from zpatch.report.labels import LabelColours, labels_of
-from zpatch.report.page import GENERATOR, page_parts, section_html
+from zpatch.report.page import GENERATOR, page_html, section_html
 from zpatch.report.problems import Problem, problems_of_cohort, problems_of_files, problems_of_subject
 from zpatch.report.subject_section import SubjectSection, stored_images
 from zpatch.report.summary import CohortSummary
@@ -97,7 +97,7 @@ def write_report(
             progress(1)
         sections.seek(0)
         with _whole_file(path) as partial, partial.open("w", encoding="utf-8") as page:
-            page.writelines(page_parts(survey.summary, problems, survey.colours, len(shown), sections))
+            page.writelines(page_html(survey.summary, problems, survey.colours, len(shown), sections))
     return WrittenReport(
         store=Path(store),
         output=path,

@@ -94,34 +94,36 @@ class ImageSection:
 class SubjectSection:
     """One subject.
 
-    ``images`` are the drawn images. ``maps`` are the records of all its label maps; the outlines of every
-    second one are dashed. ``known`` are problems that were known before its images were read.
+    ``images`` are its drawn images and ``maps`` all its label maps. ``known`` are the problems that were
+    known before its images were read.
     """
 
     name: str
     split: str | None
     metadata: Json
     images: tuple[ImageSection, ...]
-    maps: tuple[ImageRecord, ...]
+    maps: tuple[Overlay, ...]
     known: tuple[Problem, ...]
 
     @classmethod
     def of(cls, subject: Subject, colours: LabelColours, problems: Sequence[Problem]) -> Self:
         """Draw the images of a subject; ``problems`` are the known problems of all subjects."""
         stored = stored_images(subject)
+        maps = overlays_of(stored)
         side = longest_side([image.record for image in stored if image.record.kind != "label"])
+        drawings = drawings_of(stored, maps)
         return cls(
             name=subject.name,
             split=subject.split,
             metadata=subject.metadata,
-            images=tuple(ImageSection.of(drawing, side, colours) for drawing in drawings_of(stored)),
-            maps=tuple(image.record for image in stored if image.record.kind == "label"),
+            images=tuple(ImageSection.of(drawing, side, colours) for drawing in drawings),
+            maps=maps,
             known=tuple(problem for problem in problems if problem.subject == subject.name),
         )
 
     @property
     def unread(self) -> tuple[Problem, ...]:
-        """The first problem of each image that could not be read: each plane may touch other chunks."""
+        """The first problem of each image that could not be read; its other planes may name other chunks."""
         found: dict[str | None, Problem] = {}
         for problem in itertools.chain(*(image.problems for image in self.images)):
             found.setdefault(problem.image, problem)
@@ -134,17 +136,21 @@ def stored_images(subject: Subject) -> list[StoredImage]:
     return [StoredImage(image.folder, image.record) for image in images if image.folder and image.record]
 
 
-def drawings_of(images: Sequence[StoredImage]) -> list[Drawing]:
-    """The drawings of a subject: each image under the label maps on its grid, then other label maps."""
+def overlays_of(images: Sequence[StoredImage]) -> tuple[Overlay, ...]:
+    """The label maps of a subject; the outlines of every second one are dashed."""
     maps = [image for image in images if image.record.kind == "label"]
-    overlays = [Overlay(image, is_dashed=number % 2 == 1) for number, image in enumerate(maps)]
+    return tuple(Overlay(image, is_dashed=number % 2 == 1) for number, image in enumerate(maps))
+
+
+def drawings_of(images: Sequence[StoredImage], maps: Sequence[Overlay]) -> list[Drawing]:
+    """The drawings of a subject: each image under the label maps on its grid, then other label maps."""
     drawings = [
-        Drawing(image, tuple(over for over in overlays if share_a_grid(image.record, over.image.record)))
+        Drawing(image, tuple(over for over in maps if share_a_grid(image.record, over.image.record)))
         for image in images
         if image.record.kind != "label"
     ]
     drawn = {overlay.image.record.image for drawing in drawings for overlay in drawing.overlays}
-    return drawings + [Drawing(image) for image in maps if image.record.image not in drawn]
+    return drawings + [Drawing(over.image) for over in maps if over.image.record.image not in drawn]
 
 
 def _middle_of(drawing: Drawing) -> Triple:

@@ -119,7 +119,7 @@ def unit_text(unit: str | None) -> str:
 
 def shape_text(record: ImageRecord) -> str:
     """Extent along I, J, K in voxels, as text."""
-    return " \N{MULTIPLICATION SIGN} ".join(map(str, record.spatial_shape))
+    return f" {TIMES} ".join(map(str, record.spatial_shape))
 
 
 def image_text(record: ImageRecord) -> str:
