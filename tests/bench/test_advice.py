@@ -36,8 +36,8 @@ def report_of(plan: BenchmarkPlan, *others: PackingFigures, **changes: Any) -> B
     return BenchmarkReport(**{**figures, **changes})
 
 
-def lines_of(what: str, report: BenchmarkReport) -> list[str]:
-    return [line.removeprefix(f"{what}: ") for line in advice(report) if line.startswith(f"{what}: ")]
+def lines_of(subject: str, report: BenchmarkReport) -> list[str]:
+    return [line.removeprefix(f"{subject}: ") for line in advice(report) if line.startswith(f"{subject}: ")]
 
 
 def test_a_fast_disk_is_called_fast_enough(plan: BenchmarkPlan) -> None:

@@ -87,10 +87,10 @@ def test_a_system_that_cannot_drop_files_is_measured_warm(
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-@pytest.mark.parametrize("what", ["flipped", "missing"])
-def test_damage_is_named_whichever_process_meets_it(store_copy: Path, jobs: int, what: str) -> None:
+@pytest.mark.parametrize("damage", ["flipped", "missing"])
+def test_damage_is_named_whichever_process_meets_it(store_copy: Path, jobs: int, damage: str) -> None:
     shard = store_copy / "sub-03" / "seg" / "0" / "c" / "0" / "0" / "0"
-    if what == "missing":
+    if damage == "missing":
         shard.unlink()
     else:
         data = np.fromfile(shard, np.uint8)

@@ -1,4 +1,4 @@
-"""Values of a report as text: whatever a store holds, its text is readable."""
+"""Values of a report as text: all values of a store have a readable text."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ In reading order::
     packing           other chunks and codecs, and the bytes that patches then decode
     trial_stores      small stand-ins for a store in another packing
     reading_speed     patches per second of several processes, cold and warm
-    benchmark_plan    what is read, in how much memory and time
+    benchmark_plan    patches, processes, time and memory
     benchmark_report  the figures
     benchmark         the run of a plan
-    advice            what the figures say to do
+    advice            what to change, by the figures
 """

@@ -1,4 +1,4 @@
-"""What a benchmark of a store reads on this machine, planned from the manifest alone."""
+"""The plan of a benchmark: patches, processes, time and memory, from the manifest alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figures of a benchmark: speeds of reading, and what other chunks and codecs would give."""
+"""The figures of a benchmark: speeds of reading the store, and the figures of other chunks and codecs."""
 
 from __future__ import annotations
 

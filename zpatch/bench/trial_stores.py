@@ -1,4 +1,4 @@
-"""Small stores that stand in for the store in another packing, to measure how fast that would be read.
+"""Small stores that stand in for the store in another packing, to measure the speed of reading it.
 
 A stand-in is one file whose index maps each chunk that the patches touch to one of a few real chunks of the
 image, packed in the way under test. The reader treats it exactly like a store that is packed in this way.
@@ -92,15 +92,16 @@ def can_be_tried(groups: Sequence[PatchGroup], packing: Packing) -> bool:
     return True
 
 
-def times_as_fast(these: StandIns, those: StandIns, seconds: float) -> float:
-    """Speed of reading ``these`` relative to ``those``: the median over about ``seconds`` of turns."""
-    for each in (these, those):
+def times_as_fast(tested: StandIns, base: StandIns, seconds: float) -> float:
+    """Speed of reading ``tested`` relative to ``base``: both are read in turns for about ``seconds``, and the
+    median of the ratios counts."""
+    for each in (tested, base):
         each.read_s()  # verifies the chunks, and loads them into the page cache
     until = time.perf_counter() + seconds
     ratios: list[float] = []
     while not ratios or time.perf_counter() < until:
-        time_s = these.read_s()
-        ratios.append(those.read_s() / time_s)
+        time_s = tested.read_s()
+        ratios.append(base.read_s() / time_s)
     return statistics.median(ratios)
 
 

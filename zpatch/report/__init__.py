@@ -2,7 +2,7 @@
 
 In reading order::
 
-    problems         what is wrong, as far as the manifest and the lengths of files can tell
+    problems         warnings, mismatches and damage, from the manifest and the lengths of files
     planes           which planes of an image, in which orientation, read in little memory
     labels           names, voxel counts and colours of labels
     pictures         planes in grey with outlines of labels over them, as PNG

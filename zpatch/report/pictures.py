@@ -66,8 +66,8 @@ class Drawing:
 class Picture:
     """One plane of a drawing.
 
-    ``layers`` are PNG files of the same extent, from the lowest to the topmost; ``problems`` are those of
-    the layers that could not be read. ``edges`` are the letters at the left, right, top and bottom edge.
+    ``layers`` are PNG files of the same extent, from the lowest to the topmost. ``problems`` has one problem
+    for each layer that could not be read. ``edges`` are the letters at the left, right, top and bottom edge.
     """
 
     caption: str

@@ -164,7 +164,7 @@ class Plane:
         return self._turned(values)
 
     def nearest(self, size: Size) -> Voxels:
-        """Pixels (C, height, width), each the voxel nearest to its centre; errors as those of ``means``."""
+        """Pixels (C, height, width), each the voxel nearest to its centre. Errors as in ``means``."""
         values = self._blocks(size, lambda voxels: voxels, _block_middles)
         for axis, pixels in enumerate(size, start=1):
             number = values.shape[axis]

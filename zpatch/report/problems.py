@@ -1,4 +1,4 @@
-"""What is wrong with a store, as far as its manifest and the lengths of its files can tell."""
+"""Problems of a store: warnings, mismatches and damage, from its manifest and the lengths of its files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One page about a store: what it holds, how its images look, and what is wrong with it."""
+"""One page about a store: its contents, pictures of its images, and its problems."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ SUBJECTS_SHOWN = 25
 class WrittenReport:
     """A report that was written.
 
-    ``output`` is its file and ``bytes`` the size of the file; ``subjects`` are all subjects of its table,
-    ``pictured`` those with pictures. ``problems`` are all problems that the page lists.
+    ``output`` is its file, and ``bytes`` the size of the file. ``subjects`` is the number of subjects in its
+    table, ``pictured`` the number of subjects with pictures. ``problems`` are all problems that it lists.
     """
 
     store: Path
@@ -110,7 +110,7 @@ def write_report(
 
 @dataclass(frozen=True, slots=True)
 class _Survey:
-    """All that the manifest and the lengths of files tell of a cohort, before any image is read."""
+    """A cohort before any image is read: its summary, its known problems, and the colours of its labels."""
 
     summary: CohortSummary
     problems: tuple[Problem, ...]

@@ -67,7 +67,7 @@ def histogram_of(folder: Path, record: ImageRecord) -> Histogram:
 class ImageSection:
     """One image with its pictures. Label maps have no histogram.
 
-    ``problems`` are the errors of reading its planes, those of its overlays, and its histogram.
+    ``problems`` are the errors of reading its planes, its overlays and its histogram.
     """
 
     record: ImageRecord

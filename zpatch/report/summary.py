@@ -1,4 +1,4 @@
-"""A cohort in sums: what its images have in common, and one row for each subject."""
+"""A cohort in sums: ranges and counts over the images of each name, and one row for each subject."""
 
 from __future__ import annotations
 
