@@ -35,7 +35,7 @@ from zpatch.conversion import conversion_plan
 from zpatch.digests import FileSeal, digest
 from zpatch.errors import DamageError
 from zpatch.images import group_read, voxel_sources
-from zpatch.images.image import read_together
+from zpatch.images.group_read import read_group
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.staged_image import StagedImage
 from zpatch.store.store import sharded_array
@@ -538,7 +538,7 @@ def test_nothing_is_written_any_more_when_a_group_in_threads_has_failed(
     image = zp.Cohort(store)["anna"].ct
     out = np.zeros((1, 60, 60, 60), np.int16)
     with pytest.raises(DamageError, match="c/1/1/1: it is missing"):
-        read_together([image], [zp.PatchLocation((0, 0, 0), (60, 60, 60))], scheduler="threads", outs=[[out]])
+        read_group([image], [zp.PatchLocation((0, 0, 0), (60, 60, 60))], scheduler="threads", out=[[out]])
     out[...] = 5  # the memory is the caller's again
     time.sleep(0.3)
     assert (out == 5).all()

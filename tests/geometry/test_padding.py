@@ -18,7 +18,8 @@ from zpatch.errors import OptionError, PatchLocationError
 from zpatch.geometry.boxes import PatchLocation
 from zpatch.geometry.padding import PADDING_MODES, PaddedBox, check_padding_mode
 from zpatch.images import group_read
-from zpatch.images.image import ScalarImage, read_together
+from zpatch.images.group_read import read_group
+from zpatch.images.image import ScalarImage
 
 Draw = st.DataObject
 
@@ -112,7 +113,7 @@ def test_padded_boxes_of_a_scaled_image_may_be_put_into_memory_of_any_type_and_l
     values = (voxels.T.astype(np.float32) * np.float32(0.5) - np.float32(3))[None].astype(dtype)
     box = PatchLocation((-4, 5, 1), (9, 9, 20))
     out = np.zeros((2, *box.size, 2), dtype)[:1, ::-1, :, :, 1]
-    [[found]] = read_together([image], [box], padding_mode=mode, fill=2.5, outs=[[out]])
+    [[found]] = read_group([image], [box], padding_mode=mode, fill=2.5, out=[[out]])
     assert found is out
     np.testing.assert_array_equal(found, padded(values, 30, mode, 2.5)[shifted(box, 30)])
 
@@ -171,15 +172,15 @@ def test_a_fill_that_the_type_holds_stands_outside(dtype: str, fill: float) -> N
 
 def test_a_fill_may_be_a_value_of_the_memory_that_boxes_are_put_into() -> None:
     out = np.zeros((1, 2, 2, 2), np.float32)
-    read_together(
-        [ScalarImage(np.ones((2, 2, 2), np.uint8))], [BOX], padding_mode="constant", fill=-0.5, outs=[[out]]
+    read_group(
+        [ScalarImage(np.ones((2, 2, 2), np.uint8))], [BOX], padding_mode="constant", fill=-0.5, out=[[out]]
     )
     assert (out[0, :, 0, 0] == [-0.5, 1]).all()
 
 
 def test_each_image_may_have_a_fill_of_its_own() -> None:
     images = [ScalarImage(np.ones((2, 2, 2), np.int16)), ScalarImage(np.ones((2, 2, 2), np.uint8))]
-    (one,), (other,) = read_together(images, [BOX], padding_mode="constant", fill=[-1024, 9])
+    (one,), (other,) = read_group(images, [BOX], padding_mode="constant", fill=[-1024, 9])
     assert (one[0, :, 0, 0] == [-1024, 1]).all()
     assert (other[0, :, 0, 0] == [9, 1]).all()
 

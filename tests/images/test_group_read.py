@@ -34,7 +34,8 @@ from zpatch.chunks.scaling import UNSCALED
 from zpatch.errors import DamageError, OptionError, PatchLocationError
 from zpatch.geometry.boxes import PatchLocation
 from zpatch.images import group_read
-from zpatch.images.image import Image, ScalarImage, read_together
+from zpatch.images.group_read import read_group
+from zpatch.images.image import Image, ScalarImage
 from zpatch.images.voxel_sources import ArraySource, DaskSource
 
 Draw = st.DataObject
@@ -222,7 +223,7 @@ def test_images_that_are_read_together_are_one_graph(
     graphs: list[Any] = []
     monkeypatch.setattr(group_read, "run_graph", lambda *how: graphs.append(how) or RUN_GRAPH(*how))
     boxes = [PatchLocation((1, 2, 3), (5, 5, 5)), PatchLocation((0, 0, 0), (11, 10, 9))]
-    found = read_together(images, boxes, scheduler=scheduler)
+    found = read_group(images, boxes, scheduler=scheduler)
     assert len([how for how in graphs if how[2] == scheduler and len(how[0]) > 3]) == 1
     for whole, patches in zip(wholes, found, strict=True):
         for box, patch in zip(boxes, patches, strict=True):
@@ -335,7 +336,7 @@ def test_blocks_that_boxes_and_images_share_are_computed_once(
     shared = image.dask.map_blocks(note, dtype=float, meta=np.empty((0,) * 4))
     images = [ScalarImage(shared * 2), ScalarImage(shared - 5), ScalarImage(shared)]
     boxes = [PatchLocation((0, 0, 0), (7, 6, 4)), PatchLocation((3, 3, 2), (4, 4, 4))] * 2
-    found = read_together(images, boxes, scheduler=scheduler)
+    found = read_group(images, boxes, scheduler=scheduler)
     whole = voxels.transpose(0, 3, 2, 1) + 0.5
     for patches, expected in zip(found, [whole * 2, whole - 5, whole], strict=True):
         for box, patch in zip(boxes, patches, strict=True):
@@ -432,8 +433,8 @@ def test_a_cluster_reads_what_is_read_here(
     image = make(folder, voxels)
     boxes = [PatchLocation((n, 2, 3), (4, 5, 6)) for n in range(7)] + [PatchLocation((0, 0, 0), (11, 10, 9))]
     images = [image, image.rescaled(0.5, 1.25, -100, 100), image.map(lambda array: array - 3)]
-    here = read_together(images, boxes)
-    for expected, found in zip(here, read_together(images, boxes, scheduler=client), strict=True):
+    here = read_group(images, boxes)
+    for expected, found in zip(here, read_group(images, boxes, scheduler=client), strict=True):
         for one, other in zip(expected, found, strict=True):
             assert_same_bytes(other, one)
     over = [PatchLocation((-3, -3, -3), (8, 20, 8)), *boxes]
@@ -444,7 +445,7 @@ def test_a_cluster_reads_what_is_read_here(
         assert_same_bytes(other, one)
     assert image.read_group([], scheduler=client) == []
     out = np.zeros((2, 22, 10, 9), np.float32)[:, ::-2]
-    read_together([image], boxes[-1:], scheduler=client, outs=[[out]])
+    read_group([image], boxes[-1:], scheduler=client, out=[[out]])
     np.testing.assert_array_equal(out, image.data)
 
 

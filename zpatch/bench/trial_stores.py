@@ -28,8 +28,8 @@ from zpatch.chunks.mapped_shards import NO_CHUNK, close_shards
 from zpatch.chunks.sharded_array import ChunkFiles, ShardedArray
 from zpatch.geometry.affines import spacing_mm
 from zpatch.geometry.boxes import PatchLocation, Triple, allowed_centres, check_patch_fits, padded_to_4d
-from zpatch.images.group_read import read_requests
-from zpatch.images.image import Image, read_together
+from zpatch.images.group_read import read_group, read_requests
+from zpatch.images.image import Image
 from zpatch.images.subject import Subject
 from zpatch.images.voxel_source import Request, new_voxels
 from zpatch.images.voxel_sources import ShardSource
@@ -69,7 +69,7 @@ class PatchGroup:
 
     def read(self) -> None:
         """Read the patches as a sampler does, and drop them."""
-        read_together(self.images, self.locations)
+        read_group(self.images, self.locations)
 
     def singly(self) -> list[Self]:
         """Each of the patches as a group of its own."""

@@ -6,20 +6,19 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from zpatch.chunks.scaling import UNSCALED, Scaling
 from zpatch.digests import Json, compact_json, digest
-from zpatch.errors import OptionError, PatchLocationError
+from zpatch.errors import OptionError
 from zpatch.geometry.affines import Affine, spacing_mm
 from zpatch.geometry.boxes import PatchLocation, Triple
-from zpatch.geometry.padding import PaddedBox, check_fill, check_padding_mode
-from zpatch.images.group_read import read_requests
+from zpatch.images.group_read import read_group
 from zpatch.images.opened_image import OpenedImage, open_image
-from zpatch.images.voxel_source import Request, VoxelSource, new_voxels
+from zpatch.images.voxel_source import VoxelSource
 from zpatch.images.voxel_sources import DERIVED_BLOCK_VOXELS
 from zpatch.runtime.dask_graphs import Scheduler
 from zpatch.store.image_record import ImageRecord, Kind
@@ -142,30 +141,60 @@ class Image:
         """
         return self.read_group([location], scaled=scaled)[0]
 
+    @overload
     def read_group(
         self,
         locations: Sequence[PatchLocation],
+        out: None = None,
         *,
         scaled: bool = True,
         padding_mode: str | None = None,
         fill: float = 0,
         scheduler: Scheduler = "sync",
-    ) -> list[Voxels]:
-        """Some boxes of any sizes, read together: chunks that they share are decoded once.
+    ) -> list[Voxels]: ...
+    @overload
+    def read_group(
+        self,
+        locations: Sequence[PatchLocation],
+        out: T,
+        *,
+        scaled: bool = True,
+        padding_mode: str | None = None,
+        fill: float = 0,
+        scheduler: Scheduler = "sync",
+    ) -> T: ...
+    def read_group(
+        self,
+        locations: Sequence[PatchLocation],
+        out: Any = None,
+        *,
+        scaled: bool = True,
+        padding_mode: str | None = None,
+        fill: float = 0,
+        scheduler: Scheduler = "sync",
+    ) -> Any:
+        """Read boxes of any sizes as one group: each chunk that they touch is decoded once.
 
-        Boxes may reach over the border where a ``padding_mode`` (as numpy.pad's) says what stands there.
+        Gives an array (C, I, J, K) for each location, or ``out`` where it is given: one array
+        (N, C, I, J, K) or N arrays (C, I, J, K) to read into, of any strides. Options and errors are those of
+        ``zpatch.read_group``, which reads several images.
+
+        >>> image = ScalarImage(np.arange(1000, dtype=np.int16).reshape(10, 10, 10))
+        >>> locations = [PatchLocation((0, 0, 0), (4, 4, 4)), PatchLocation((5, 6, 6), (4, 4, 4))]
+        >>> batch = np.empty((2, 1, 4, 4, 4), np.float32)
+        >>> image.read_group(locations, batch)[1, 0, 0, 0].tolist()
+        [566.0, 567.0, 568.0, 569.0]
         """
-        [found] = read_together(
-            [self], locations, scaled=scaled, padding_mode=padding_mode, fill=fill, scheduler=scheduler
+        [found] = read_group(
+            [self],
+            locations,
+            None if out is None else [out],
+            scaled=scaled,
+            padding_mode=padding_mode,
+            fill=fill,
+            scheduler=scheduler,
         )
         return found
-
-    def refuse_outside(self, location: PatchLocation) -> NoReturn:
-        """Raise the error for a box that reaches outside."""
-        raise PatchLocationError(
-            f"the box from {location.index_ini} to {location.index_fin} is not inside {self!r}; "
-            f"keep it in 0 .. {self.spatial_shape}, or use a GridSampler with a padding_mode"
-        )
 
     @property
     def dask(self) -> Any:
@@ -238,58 +267,6 @@ class SamplingMap(Image):
     """An image whose values say how often a voxel is to be the centre of a patch."""
 
     kind = "sampling"
-
-
-def read_together(
-    images: Sequence[Image],
-    locations: Sequence[PatchLocation],
-    *,
-    scaled: bool | Sequence[bool] = True,
-    padding_mode: str | None = None,
-    fill: float | Sequence[float] = 0,
-    scheduler: Scheduler = "sync",
-    outs: Sequence[Sequence[Voxels]] | None = None,
-) -> list[list[Voxels]]:
-    """The same boxes of several images, in one graph; a list of voxels (C, I, J, K) for each image.
-
-    As ``Image.read_group``; ``scaled`` and ``fill`` may be said for each. ``outs`` is memory to write to, of
-    any strides, for each image and box; values are cast to its type.
-    """
-    check_padding_mode(padding_mode)
-    requests, results, padded = [], [], []
-    for number, image in enumerate(images):
-        scaling = image.scaling if scaled is True or (scaled and scaled[number]) else UNSCALED
-        dtype, spatial_shape = scaling.dtype_of(image.source.dtype), image.spatial_shape
-        channels = image.num_channels
-        filled = fill[number] if isinstance(fill, Sequence) else fill
-        boxes, targets, found = [], [], []
-        for n, location in enumerate(locations):
-            shape = (channels, *location.size)
-            is_inside = location.lies_within(spatial_shape)
-            if padding_mode is None and not is_inside:
-                image.refuse_outside(location)
-            out = outs[number][n] if outs is not None else new_voxels(shape, dtype)
-            if out.shape != shape:
-                raise OptionError(f"the memory for a box of {shape} voxels has the shape {out.shape}")
-            found.append(out)
-            if is_inside:
-                boxes.append(location)
-                targets.append(out)
-                continue
-            assert padding_mode is not None
-            if padding_mode == "constant":
-                check_fill(filled, out.dtype, image)
-            box = PaddedBox.of(location, spatial_shape, padding_mode)
-            inner = new_voxels((channels, *box.inner.size), out.dtype)
-            boxes.append(box.inner)
-            targets.append(inner)
-            padded.append((box, inner, filled, out))
-        requests.append(Request(image.source, boxes, targets, scaling))
-        results.append(found)
-    read_requests(requests, scheduler)
-    for box, inner, filled, out in padded:
-        box.fill_in(inner, filled, out)
-    return results
 
 
 IMAGE_CLASSES: dict[str, type[Image]] = {cls.kind: cls for cls in (ScalarImage, LabelMap, SamplingMap)}

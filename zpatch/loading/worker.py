@@ -19,7 +19,8 @@ from torch.utils.data import Dataset, get_worker_info
 from zpatch.chunks.scaling import UNSCALED
 from zpatch.geometry.affines import Affine, crop_affine
 from zpatch.geometry.boxes import PatchLocation
-from zpatch.images.image import Image, read_together
+from zpatch.images.group_read import read_group
+from zpatch.images.image import Image
 from zpatch.images.subject import Subject
 from zpatch.loading.epoch_plan import Draw
 from zpatch.loading.shared_slots import ImagePlace, SharedPickle, SlotBlock, SlotLayout, new_tensor
@@ -218,13 +219,13 @@ class SubjectDraws(Dataset[Any]):
         images = list(subject.images.values())
         scaled = [self._type_of(image)[1] == (1.0, 0.0) for image in images]
         grid = self.sampler if isinstance(self.sampler, GridSampler) else None
-        read_together(
+        read_group(
             images,
             locations,
             scaled=scaled,
             padding_mode=None if grid is None else grid.padding_mode,
             fill=0 if grid is None else [grid.fill_of(image) for image in images],
-            outs=[[tensor.numpy() for tensor in of] for of in tensors],
+            out=[[tensor.numpy() for tensor in of] for of in tensors],
         )
         return [[crop_affine(image.affine, at.index) for image in images] for at in locations]
 
