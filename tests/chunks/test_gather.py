@@ -602,7 +602,7 @@ def test_a_row_outside_its_map_its_chunk_or_its_box_is_refused(field: int) -> No
         bad[field] = value
         for rows in ([bad], [good, bad]):
             memory = np.full((3, *chunk), GUARD, np.uint8)
-            with pytest.raises(ValueError, match="lies outside its map, its chunk or its patch"):
+            with pytest.raises(ValueError, match="reaches outside its map, its chunk or its box"):
                 run_loop(rows, [bytes(24)], [memory[1]], chunk, "|u1", codec="none")
             assert (memory[::2] == GUARD).all()
 
