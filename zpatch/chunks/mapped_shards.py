@@ -12,8 +12,6 @@ import math
 import mmap
 import os
 import stat
-import threading
-from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +20,7 @@ from numpy.typing import NDArray
 from zpatch.chunks.codec import CRC_BYTES, Bytes, Voxels, crc32c
 from zpatch.chunks.sharded_array import ShardedArray
 from zpatch.errors import DamageError
+from zpatch.runtime.recent import Recent
 
 NO_CHUNK = 2**64 - 1
 OPEN_MAPS = 128
@@ -159,50 +158,17 @@ def _identity(file: Path) -> tuple[int, int, int] | None:
     return status.st_ino, status.st_mtime_ns, status.st_size
 
 
-class _OpenMaps:
-    """The most recently used shards of this process.
-
-    Maps survive a fork and may be read by any thread; the lock is only held to look one up. A dropped
-    map is unmapped when the last array that views it goes.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._lock = threading.Lock()
-        self._maps: OrderedDict[tuple[Path, str, tuple[int, ...]], MappedShard] = OrderedDict()
-        os.register_at_fork(after_in_child=self._renew_lock)
-
-    def _renew_lock(self) -> None:
-        self._lock = threading.Lock()
-
-    def get(self, array: ShardedArray, shard: tuple[int, ...]) -> MappedShard:
-        key = (array.path, array.contents, shard)
-        with self._lock:
-            mapped = self._maps.get(key)
-            if mapped is not None and mapped.is_current():
-                self._maps.move_to_end(key)
-                return mapped
-        mapped = MappedShard(array, shard)
-        with self._lock:
-            self._maps[key] = mapped
-            while len(self._maps) > self._limit:
-                self._maps.popitem(last=False)
-        return mapped
-
-    def forget(self, folder: Path) -> None:
-        with self._lock:
-            for key in [key for key in self._maps if key[0].is_relative_to(folder)]:
-                del self._maps[key]
-
-
-_open_maps = _OpenMaps(OPEN_MAPS)
+# A dropped map is unmapped when the last array that views it is released.
+_open_shards: Recent[tuple[Path, str, tuple[int, ...]], MappedShard] = Recent(OPEN_MAPS)
 
 
 def open_shard(array: ShardedArray, shard: tuple[int, ...]) -> MappedShard:
-    """The mapped shard, from the cache of open maps where it is there."""
-    return _open_maps.get(array, shard)
+    """The mapped shard, from the cache of open maps if it is there and its file has not changed."""
+    key = array.path, array.contents, shard
+    return _open_shards.get(key, lambda: MappedShard(array, shard), MappedShard.is_current)
 
 
 def close_shards(folder: Path) -> None:
-    """Let go of all maps below a folder, before it is replaced."""
-    _open_maps.forget(folder.absolute())
+    """Drop all maps below a folder, before it is replaced."""
+    absolute = folder.absolute()
+    _open_shards.forget(lambda key: key[0].is_relative_to(absolute))

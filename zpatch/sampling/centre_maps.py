@@ -6,9 +6,6 @@ recent ones, of images made by hand with the image.
 
 from __future__ import annotations
 
-import os
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -19,6 +16,7 @@ from numpy.typing import NDArray
 from zpatch.errors import SamplingError
 from zpatch.geometry.boxes import PatchLocation
 from zpatch.images.image import Image
+from zpatch.runtime.recent import Recent
 from zpatch.sampling.centre_draws import AllowedMass
 from zpatch.store.voxel_index import (
     ChunkGrid,
@@ -127,29 +125,7 @@ class WeightMap(_Map):
         return np.asarray(voxels[0])
 
 
-class _RecentMaps:
-    """The maps of stored images that were drawn from last."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._maps: OrderedDict[Any, Any] = OrderedDict()
-        os.register_at_fork(after_in_child=self._renew_lock)
-
-    def _renew_lock(self) -> None:
-        self._lock = threading.Lock()
-
-    def get(self, key: Any, make: Callable[[], Map]) -> Map:
-        with self._lock:
-            found: Map | None = self._maps.pop(key, None)
-        found = make() if found is None else found
-        with self._lock:
-            self._maps[key] = found
-            while len(self._maps) > RECENT_MAPS:
-                self._maps.popitem(last=False)
-        return found
-
-
-_recent = _RecentMaps()
+_recent: Recent[Any, Any] = Recent(RECENT_MAPS)
 
 
 def label_classes(image: Image) -> LabelClasses:
@@ -164,5 +140,6 @@ def weight_map(image: Image, where: str) -> WeightMap:
 
 def _map_of(image: Image, kind: type[Map], make: Callable[[], Map]) -> Map:
     if image.folder and image.record:
-        return _recent.get((kind, image.folder, image.record.contents, image.scaling), make)
+        found: Map = _recent.get((kind, image.folder, image.record.contents, image.scaling), make)
+        return found
     return image.remembered(kind, make)
