@@ -27,7 +27,14 @@ from zpatch.chunks.layout import chunk_counts, covering_chunks, plan_layout
 from zpatch.chunks.mapped_shards import NO_CHUNK, close_shards
 from zpatch.chunks.sharded_array import ChunkFiles, ShardedArray
 from zpatch.geometry.affines import spacing_mm
-from zpatch.geometry.boxes import PatchLocation, Triple, allowed_centres, check_patch_fits, padded_to_4d
+from zpatch.geometry.boxes import (
+    PatchLocation,
+    Triple,
+    allowed_centres,
+    check_patch_fits,
+    padded_to_4d,
+    stored_corners,
+)
 from zpatch.images.group_read import read_group, read_requests
 from zpatch.images.image import Image
 from zpatch.images.subject import Subject
@@ -87,9 +94,7 @@ class PatchGroup:
 
     def boxes(self, array: ShardedArray) -> Boxes:
         """First voxel and stop of each patch, (patches, 4) in stored axis order (c, z, y, x)."""
-        first = [(0, *location.index[::-1]) for location in self.locations]
-        stop = [(array.shape[0], *location.index_fin[::-1]) for location in self.locations]
-        return np.array(first, dtype=np.int64), np.array(stop, dtype=np.int64)
+        return stored_corners(self.locations, range(array.shape[0]))
 
 
 def array_of(image: Image) -> ShardedArray:

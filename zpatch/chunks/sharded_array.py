@@ -11,6 +11,7 @@ import numpy as np
 
 from zpatch.chunks.codec import ChunkCodec
 from zpatch.chunks.layout import chunk_counts
+from zpatch.geometry.boxes import PatchLocation, stored_corners
 
 Index = tuple[int, int, int, int]
 
@@ -72,6 +73,15 @@ class ShardedArray:
     def chunk_bytes(self) -> int:
         """Size of a chunk, unpacked."""
         return math.prod(self.chunks) * self.dtype.itemsize
+
+    def box(self, location: PatchLocation, channels: range | None = None) -> tuple[Index, Index]:
+        """First voxel and stop, in stored axis order, of a box (I, J, K) with some channels, or with all.
+
+        For arrays whose stored axes are (c, z, y, x).
+        """
+        corners = stored_corners([location], channels or range(self.shape[0]))
+        (a, b, c, d), (e, f, g, h) = (corner[0].tolist() for corner in corners)
+        return (a, b, c, d), (e, f, g, h)
 
     def shard_file(self, shard: tuple[int, ...]) -> Path:
         """The file of a shard."""

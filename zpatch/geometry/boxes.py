@@ -77,6 +77,19 @@ class PatchLocation:
     size: Triple
     subject_index: int | None = None
 
+    @classmethod
+    def between(
+        cls, index_ini: Iterable[int], index_fin: Iterable[int], subject_index: int | None = None
+    ) -> PatchLocation:
+        """The box from its first voxel to one past its last voxel.
+
+        >>> PatchLocation.between((0, 8, 16), (4, 12, 20))
+        PatchLocation(index=(0, 8, 16), size=(4, 4, 4), subject_index=None)
+        """
+        i, j, k = map(int, index_ini)
+        p, q, r = map(int, index_fin)
+        return cls((i, j, k), (p - i, q - j, r - k), subject_index)
+
     @property
     def index_ini(self) -> Triple:
         """First voxel of the box."""
@@ -104,11 +117,8 @@ class PatchLocation:
         (5, 5, 5)
         """
         factors = np.broadcast_to(np.asarray(factor, float), (3,))
-        ini = np.floor(np.array(self.index) * factors + 0.5).astype(int)
-        fin = np.floor(np.array(self.index_fin) * factors + 0.5).astype(int)
-        return PatchLocation(
-            _triple_of(ini), _triple_of(np.asarray(fin - ini)), subject_index=self.subject_index
-        )
+        ini, fin = np.floor(np.array([self.index, self.index_fin]) * factors + 0.5)
+        return PatchLocation.between(ini, fin, self.subject_index)
 
     def lies_within(self, spatial_shape: Triple) -> bool:
         """Whether the whole box lies in a volume of that shape."""
@@ -118,14 +128,8 @@ class PatchLocation:
 
     def clipped(self, spatial_shape: Triple) -> PatchLocation:
         """The part of the box inside a volume of that shape (perhaps of size 0)."""
-        ini = np.clip(self.index, 0, spatial_shape)
-        fin = np.clip(self.index_fin, 0, spatial_shape)
-        return PatchLocation(_triple_of(ini), _triple_of(fin - ini), self.subject_index)
-
-
-def _triple_of(array: NDArray[Any]) -> Triple:
-    i, j, k = array.tolist()
-    return i, j, k
+        ini, fin = np.clip([self.index, self.index_fin], 0, spatial_shape)
+        return PatchLocation.between(ini, fin, self.subject_index)
 
 
 def centre_of(start: int, size: int) -> int:
@@ -154,6 +158,25 @@ def check_patch_fits(patch_size: Triple, spatial_shape: Triple, subject: str) ->
                 f"patch of {p} voxels does not fit axis {axis} of {subject!r} ({n} voxels); "
                 f"use a smaller patch_size, or a GridSampler with padding_mode='constant'"
             )
+
+
+def reversed_axes(voxels: NDArray[Any]) -> NDArray[Any]:
+    """A view of voxels (C, I, J, K) in the stored axis order (c, z, y, x), or the other way round."""
+    return voxels.transpose(0, 3, 2, 1)
+
+
+def stored_corners(
+    boxes: Sequence[PatchLocation], channels: range
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """First voxel and stop of some boxes, with some channels, in stored axis order (c, z, y, x): (boxes, 4).
+
+    >>> first, stop = stored_corners([PatchLocation((1, 2, 3), (4, 4, 4))], range(2))
+    >>> first.tolist(), stop.tolist()
+    ([[0, 3, 2, 1]], [[2, 7, 6, 5]])
+    """
+    first = [(channels.start, *box.index_ini[::-1]) for box in boxes]
+    stop = [(channels.stop, *box.index_fin[::-1]) for box in boxes]
+    return np.array(first, np.int64).reshape(-1, 4), np.array(stop, np.int64).reshape(-1, 4)
 
 
 def padded_to_4d(shape: Sequence[int]) -> tuple[int, int, int, int]:

@@ -50,16 +50,16 @@ class PaddedBox:
     @classmethod
     def of(cls, box: PatchLocation, spatial_shape: Triple, mode: str) -> PaddedBox:
         """Split a box by numpy.pad's rules for ``mode``."""
-        firsts, sizes, takes = [], [], []
+        firsts, stops, takes = [], [], []
         for start, stop, n in zip(box.index, box.index_fin, spatial_shape, strict=True):
             source = _padded_axis(start, stop, n, mode)
             used = source[source >= 0]
             low, high = (int(used.min()), int(used.max()) + 1) if used.size else (0, 1)
             firsts.append(low)
-            sizes.append(high - low)
+            stops.append(high)
             takes.append(np.where(source >= 0, source - low, -1))
-        (i, j, k), (p, q, r), (x, y, z) = firsts, sizes, takes
-        return cls(PatchLocation((i, j, k), (p, q, r)), (x, y, z))
+        x, y, z = takes
+        return cls(PatchLocation.between(firsts, stops), (x, y, z))
 
     def fill_in(self, inner: Voxels, fill: float, out: Voxels) -> None:
         """Write the box's voxels (C, I, J, K) into ``out``, given those of its inner box."""

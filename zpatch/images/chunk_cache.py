@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from zpatch.chunks.gather import GatherPlan, copy_chunks
 from zpatch.chunks.scaling import UNSCALED, Scaling
-from zpatch.geometry.boxes import PatchLocation, Triple
+from zpatch.geometry.boxes import PatchLocation, Triple, reversed_axes, stored_corners
 from zpatch.geometry.patch_grid import PatchGrid
-from zpatch.images.voxel_source import ReadTasks, Shape, VoxelSource
+from zpatch.images.voxel_source import ReadTasks, VoxelSource, WrappedSource
 from zpatch.images.voxel_sources import ArraySource, ShardSource
 
 Voxels = NDArray[Any]
@@ -97,7 +97,7 @@ class ChunkLifetimes:
         return a[i] + b[j] + c[k], p[i] + q[j] + r[k]
 
 
-class CachedSource(VoxelSource):
+class CachedSource(WrappedSource):
     """Voxels of another source, read chunk by chunk and held for as long as patches of a sweep want them.
 
     Boxes are read as ever, and ``done`` says how far the sweep is. Any box inside may be asked for: a chunk
@@ -106,7 +106,7 @@ class CachedSource(VoxelSource):
     """
 
     def __init__(self, source: VoxelSource, lives: ChunkLifetimes) -> None:
-        self.source = source
+        super().__init__(source)
         self._lives = lives
         channels, *spatial_shape = source.shape
         i, j, k = map(min, spatial_shape, source.chunk_shape)
@@ -131,21 +131,6 @@ class CachedSource(VoxelSource):
         return cls(source, ChunkLifetimes.of(source.chunk_shape, grid, swept_axis, ranges))
 
     @property
-    def shape(self) -> Shape:
-        """Extent (C, I, J, K)."""
-        return self.source.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Type of the unscaled voxels."""
-        return self.source.dtype
-
-    @property
-    def chunk_shape(self) -> Triple:
-        """Extent of what is held as one."""
-        return self.source.chunk_shape
-
-    @property
     def chunk_bytes(self) -> int:
         """Memory of a chunk with all channels; one at the volume's end takes as much."""
         c, z, y, x = self._chunk
@@ -165,11 +150,9 @@ class CachedSource(VoxelSource):
         self, boxes: Sequence[PatchLocation], outs: Sequence[Voxels], scaling: Scaling, parts: int
     ) -> ReadTasks:
         """The source's own tasks for chunks that are not held, then about ``parts`` tasks that copy."""
-        channels = self.shape[0]
-        low = np.array([(0, *box.index[::-1]) for box in boxes], dtype=np.int64).reshape(-1, 4)
-        high = np.array([(channels, *box.index_fin[::-1]) for box in boxes], dtype=np.int64).reshape(-1, 4)
-        plan = GatherPlan.over(self._chunk, (1, *self._lives.stored_grid), low, high)
-        views = [out.transpose(0, 3, 2, 1) for out in outs]
+        first, stop = stored_corners(boxes, range(self.shape[0]))
+        plan = GatherPlan.over(self._chunk, (1, *self._lives.stored_grid), first, stop)
+        views = [reversed_axes(out) for out in outs]
         numbers = plan.shards.tolist()
         chunks = {number: self._held[number] for number in numbers if number in self._held}
         fresh = {number: self._memory() for number in numbers if number not in chunks}
@@ -193,7 +176,7 @@ class CachedSource(VoxelSource):
         boxes, outs = [], []
         for (i, j, k), (p, q, r), memory in zip(index.tolist(), size.tolist(), chunks.values(), strict=True):
             boxes.append(PatchLocation((i, j, k), (p, q, r)))
-            outs.append(memory[:, :r, :q, :p].transpose(0, 3, 2, 1))
+            outs.append(reversed_axes(memory)[:, :p, :q, :r])
         return boxes, outs
 
     def _copy(
@@ -224,10 +207,6 @@ class CachedSource(VoxelSource):
             _, number = heapq.heappop(self._ends)
             if number in self._held:
                 self._spare.append(self._held.pop(number))
-
-    def dask(self, block_voxels: int | None = None) -> Any:
-        """The source's own dask array; nothing is held of what it reads."""
-        return self.source.dask(block_voxels)
 
 
 def is_quick(source: VoxelSource) -> bool:

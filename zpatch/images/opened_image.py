@@ -16,6 +16,7 @@ from zpatch.chunks.scaling import UNSCALED, Scaling
 from zpatch.digests import Json, new_digest
 from zpatch.errors import OptionError, SourceError
 from zpatch.geometry.affines import Affine
+from zpatch.geometry.boxes import reversed_axes
 from zpatch.images import zarr_images
 from zpatch.images.voxel_source import VoxelSource
 from zpatch.images.voxel_sources import ArraySource, DaskSource, ShardSource
@@ -104,7 +105,7 @@ def _of_nifti(file: header.NiftiFile) -> OpenedImage:
         shape=(1, *file.shape)[-4:],
     )
     return OpenedImage(
-        ArraySource(mapped.transpose(0, 3, 2, 1)),
+        ArraySource(reversed_axes(mapped)),
         file.affine,
         Scaling(file.slope, file.inter),
         path=file.voxel_path,

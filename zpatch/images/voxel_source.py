@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zpatch.chunks.scaling import UNSCALED, Scaling
-from zpatch.geometry.boxes import PatchLocation, Triple
+from zpatch.geometry.boxes import PatchLocation, Triple, reversed_axes
 from zpatch.runtime import buffer_pool
 
 FALLBACK_CHUNK_VOXELS = 64
@@ -56,6 +56,38 @@ class VoxelSource(Protocol):
         """A lazy dask array of the whole, (C, I, J, K), in blocks of about so many voxels a side."""
 
 
+class WrappedSource(VoxelSource):
+    """A source that reads another one, and is like it but for what a class overrides."""
+
+    def __init__(self, source: VoxelSource) -> None:
+        self.source = source
+
+    @property
+    def shape(self) -> Shape:
+        """Extent (C, I, J, K)."""
+        return self.source.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the unscaled voxels."""
+        return self.source.dtype
+
+    @property
+    def chunk_shape(self) -> Triple:
+        """Extent of the source's chunks."""
+        return self.source.chunk_shape
+
+    def tasks(
+        self, boxes: Sequence[PatchLocation], outs: Sequence[Voxels], scaling: Scaling, parts: int
+    ) -> ReadTasks:
+        """The source's own tasks."""
+        return self.source.tasks(boxes, outs, scaling, parts)
+
+    def dask(self, block_voxels: int | None = None) -> Any:
+        """The source's own dask array."""
+        return self.source.dask(block_voxels)
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """Boxes to be read from one source: ``outs[n]`` (C, I, J, K) takes the values of ``boxes[n]``."""
@@ -69,4 +101,4 @@ class Request:
 def new_voxels(shape: Sequence[int], dtype: Any) -> Voxels:
     """Memory for a box (C, I, J, K), in the order (c, z, y, x) of stored voxels."""
     c, i, j, k = shape
-    return buffer_pool.empty((c, k, j, i), dtype).transpose(0, 3, 2, 1)
+    return reversed_axes(buffer_pool.empty((c, k, j, i), dtype))

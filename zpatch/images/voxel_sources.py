@@ -12,7 +12,7 @@ import numpy as np
 from zpatch.chunks.gather import GatherPlan, gather, writes_directly
 from zpatch.chunks.scaling import Scaling
 from zpatch.chunks.sharded_array import ShardedArray
-from zpatch.geometry.boxes import PatchLocation, Triple
+from zpatch.geometry.boxes import PatchLocation, Triple, reversed_axes, stored_corners
 from zpatch.images.group_read import read_boxes
 from zpatch.images.voxel_source import (
     FALLBACK_CHUNK_VOXELS,
@@ -22,15 +22,35 @@ from zpatch.images.voxel_source import (
     Shape,
     Voxels,
     VoxelSource,
+    WrappedSource,
 )
 from zpatch.runtime import buffer_pool
 
 DERIVED_BLOCK_VOXELS = 64
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _ArrayLike(VoxelSource):
+    """The voxels of something with a shape and a type, (C, I, J, K) if a class says nothing else."""
+
+    array: Any
+
+    @property
+    def shape(self) -> Shape:
+        """Extent (C, I, J, K)."""
+        c, i, j, k = self.array.shape
+        return c, i, j, k
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the unscaled voxels, in native byte order."""
+        dtype: np.dtype[Any] = self.array.dtype.newbyteorder("=")
+        return dtype
+
+
 @dataclass(frozen=True, slots=True)
-class ShardSource(VoxelSource):
-    """The voxels of an array in chunks; ``axes`` names its four stored axes, of c, z, y and x."""
+class ShardSource(_ArrayLike):
+    """The voxels of an array in chunks; ``axes`` names its stored axes: c, z, y and x in any order."""
 
     array: ShardedArray
     axes: str = "czyx"
@@ -47,11 +67,6 @@ class ShardSource(VoxelSource):
         return c, i, j, k
 
     @property
-    def dtype(self) -> np.dtype[Any]:
-        """Type of the stored voxels."""
-        return self.array.dtype.newbyteorder("=")
-
-    @property
     def chunk_shape(self) -> Triple:
         """Extent of a chunk."""
         _, i, j, k = (self.array.chunks[axis] for axis in self._order)
@@ -61,11 +76,10 @@ class ShardSource(VoxelSource):
         self, boxes: Sequence[PatchLocation], outs: Sequence[Voxels], scaling: Scaling, parts: int
     ) -> ReadTasks:
         """One task for each part of the chunks, near equal in bytes; each chunk is in one of them."""
-        stored, channels = ["cxyz".index(name) for name in self.axes], self.shape[0]
-        low = np.array([(0, *box.index) for box in boxes], dtype=np.int64).reshape(-1, 4)
-        high = np.array([(channels, *box.index_fin) for box in boxes], dtype=np.int64).reshape(-1, 4)
-        views = [out.transpose(stored) for out in outs]
-        plans = GatherPlan.of(self.array, low[:, stored], high[:, stored]).split(parts)
+        order = ["czyx".index(name) for name in self.axes]
+        first, stop = stored_corners(boxes, range(self.shape[0]))
+        views = [reversed_axes(out).transpose(order) for out in outs]
+        plans = GatherPlan.of(self.array, first[:, order], stop[:, order]).split(parts)
         if all(writes_directly(self.array, out.dtype, scaling) for out in outs):
             return ReadTasks([(partial(gather, self.array, plan, views, scaling),) for plan in plans])
         raw = [buffer_pool.empty(view.shape, self.array.dtype) for view in views]
@@ -84,21 +98,10 @@ class ShardSource(VoxelSource):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ArraySource(VoxelSource):
+class ArraySource(_ArrayLike):
     """The voxels of an array in memory or mapped from a file, (C, I, J, K)."""
 
     array: Voxels
-
-    @property
-    def shape(self) -> Shape:
-        """Extent (C, I, J, K)."""
-        c, i, j, k = self.array.shape
-        return c, i, j, k
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Type of the voxels."""
-        return np.dtype(self.array.dtype.newbyteorder("="))
 
     @property
     def chunk_shape(self) -> Triple:
@@ -122,22 +125,10 @@ class ArraySource(VoxelSource):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class DaskSource(VoxelSource):
+class DaskSource(_ArrayLike):
     """The voxels of any Dask expression (C, I, J, K), computed where a patch needs them."""
 
     array: Any
-
-    @property
-    def shape(self) -> Shape:
-        """Extent (C, I, J, K)."""
-        c, i, j, k = self.array.shape
-        return c, i, j, k
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Type of the voxels."""
-        dtype: np.dtype[Any] = self.array.dtype.newbyteorder("=")
-        return dtype
 
     @property
     def chunk_shape(self) -> Triple:
@@ -196,19 +187,8 @@ def _dask_view(source: VoxelSource, blocks: Sequence[int]) -> Any:
     return da.from_array(_BoxView(source), chunks=chunks, asarray=True, fancy=False, name=False)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _BoxView:
+class _BoxView(WrappedSource):
     """A source as dask wants it: something with a shape that can be sliced."""
-
-    source: VoxelSource
-
-    @property
-    def shape(self) -> Shape:
-        return self.source.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.source.dtype
 
     @property
     def ndim(self) -> int:
@@ -220,9 +200,8 @@ class _BoxView:
         if not all(ranges):
             return np.empty([len(r) for r in ranges], dtype=self.dtype)
         lows = [min(r[0], r[-1]) for r in ranges]
-        i, j, k = lows[1:]
-        p, q, r = (max(r[0], r[-1]) + 1 - low for r, low in zip(ranges[1:], lows[1:], strict=True))
-        voxels = read_boxes(self.source, [PatchLocation((i, j, k), (p, q, r))])[0]
+        stops = [max(r[0], r[-1]) + 1 for r in ranges]
+        voxels = read_boxes(self.source, [PatchLocation.between(lows[1:], stops[1:])])[0]
         lows[0] = 0
         picked = voxels[np.ix_(*(np.array(r) - low for r, low in zip(ranges, lows, strict=True)))]
         dropped = tuple(axis for axis, k in enumerate(key) if not isinstance(k, slice))
