@@ -207,7 +207,7 @@ def flip(file: Path, position: int, mask: int = 1) -> None:
     [
         (Path.unlink, "it is missing"),
         (empty, "it is empty or no regular file"),
-        (cut_within_the_index, "it has 100 bytes, less than its own index"),
+        (cut_within_the_index, "it has 100 bytes, fewer than its index"),
         (cut_in_half, "its index does not match its checksum"),
         (put_a_folder, "no regular file"),
         (put_a_pipe, "no regular file"),

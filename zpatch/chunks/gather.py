@@ -61,7 +61,7 @@ class GatherPlan:
 
     @classmethod
     def of(cls, array: ShardedArray, first: NDArray[np.int64], stop: NDArray[np.int64]) -> GatherPlan:
-        """The plan for some boxes inside an array, each given by first voxel and stop, (boxes, 4)."""
+        """The plan for boxes inside an array, given by their first voxels and stops, (boxes, 4) each."""
         return cls.over(array.chunks, array.shard_grid, first, stop, array.chunks_per_shard)
 
     @classmethod
@@ -73,7 +73,7 @@ class GatherPlan:
         stop: NDArray[np.int64],
         per_shard: Sequence[int] = (1, 1, 1, 1),
     ) -> GatherPlan:
-        """The plan for boxes inside a grid of shards, each of which packs ``per_shard`` chunks."""
+        """The plan for boxes inside a grid of shards of ``per_shard`` chunks each."""
         if not len(first):
             return cls(np.zeros((0, COLUMNS), np.int64))
         chunks = np.array(chunk_shape)
@@ -153,7 +153,7 @@ class LocatedRows:
 
 
 def read_region(array: ShardedArray, first: Sequence[int], stop: Sequence[int]) -> Voxels:
-    """The stored voxels of one box, given by first voxel and stop in the array's own axis order."""
+    """The stored voxels of one box, given by its first voxel and stop in stored axis order."""
     low, high = (np.array([ends], dtype=np.int64) for ends in (first, stop))
     out = np.empty((high - low)[0], dtype=array.dtype)
     gather(array, GatherPlan.of(array, low, high), [out])

@@ -1,9 +1,9 @@
-"""Chunks in memory-mapped files: which file holds a chunk, where in it, and whether its bytes are sound.
+"""Chunks in memory-mapped files: which file holds a chunk, at which offset, and whether its bytes are intact.
 
-A shard file is the chunks of one write unit, one after the other, and an index: for each chunk, in C
-order, its offset and length as little-endian uint64, both 2**64 - 1 for none; then the index's crc32c
-(Zarr v3, sharding_indexed). In stores of zpatch the index stands at the end, and each chunk ends in a
-crc32c of its own. Of an array without shards each file is one chunk.
+A shard file has the chunks of one shard, one after the other, and an index: for each chunk, in C order, its
+offset and length as little-endian uint64, both 2**64 - 1 for a chunk that is missing; then the index's crc32c
+(Zarr v3, sharding_indexed). In stores of zpatch the index is at the end of the file, and each chunk is
+followed by its crc32c. In an array without shards each file is one chunk.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ OPEN_MAPS = 128
 class MappedShard:
     """One file of chunks, memory-mapped, its index parsed and checked once.
 
-    ``extents`` holds offset and length of each chunk's packed bytes without their checksum, (chunks, 2);
-    both are -1 for a chunk that is not there.
+    ``extents`` (chunks, 2) has the offset and length of each chunk's encoded bytes, without their checksum;
+    both are -1 for a chunk that is missing.
     """
 
     def __init__(self, array: ShardedArray, shard: tuple[int, ...]) -> None:
@@ -40,20 +40,20 @@ class MappedShard:
         folder = self.file.parent
         own = array.fill is None
         if own and folder.resolve() != array.path.resolve() / folder.relative_to(array.path):
-            raise self._damage("it lies behind a link to elsewhere")
+            raise self._damage("it is behind a link to another folder")
         self._identity = _identity(self.file) if array.fill is not None else None
         self._map, self.bytes = self._mapped()
         self.extents = self._read_index()
         self._checked = np.zeros(len(self.extents), dtype=bool)
 
     def is_current(self) -> bool:
-        """Whether the file is still the one that was mapped; in stores of zpatch none is ever changed."""
+        """Whether the file is still the one that was mapped; stores of zpatch never change a file."""
         return self._array.fill is None or self._identity == _identity(self.file)
 
     def _mapped(self) -> tuple[mmap.mmap | None, Bytes]:
         try:
-            # A store is data from anywhere: no links, and no waiting for a pipe that stands for a file.
-            # Arrays of others may well be links, as git-annex makes them.
+            # A store may come from anyone: do not follow links, and do not block on a named pipe. Files of
+            # other Zarr arrays may be links, as in git-annex.
             links = os.O_NOFOLLOW if self._array.fill is None else 0
             handle = os.open(self.file, os.O_RDONLY | links | os.O_NONBLOCK)
         except FileNotFoundError:
@@ -82,7 +82,7 @@ class MappedShard:
         else:
             index_bytes = 16 * chunks + files.index_checksum * CRC_BYTES
             if len(self.bytes) < index_bytes:
-                raise self._damage(f"it has {len(self.bytes)} bytes, less than its own index")
+                raise self._damage(f"it has {len(self.bytes)} bytes, fewer than its index")
             at_end = files.index == "end"
             index = self.bytes[-index_bytes:] if at_end else self.bytes[:index_bytes]
             if files.index_checksum and crc32c(index[:-CRC_BYTES]) != index[-CRC_BYTES:].tobytes():
@@ -100,12 +100,12 @@ class MappedShard:
         return extents.astype(np.int64)
 
     def unchecked(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Those of some chunks that were never touched."""
+        """The chunks, of some numbers, whose checksums were not compared yet."""
         fresh = numbers[~self._checked[numbers]]
         return np.unique(fresh) if fresh.size else fresh
 
     def fetch(self, numbers: NDArray[np.int64]) -> None:
-        """Ask the system to read some chunks all at once, and not page by page as they are touched."""
+        """Ask the system to read some chunks ahead, instead of page by page as they are touched."""
         if self._map is None or not hasattr(self._map, "madvise"):
             return
         for offset, length in self.extents[numbers].tolist():
@@ -114,7 +114,7 @@ class MappedShard:
                 self._map.madvise(mmap.MADV_WILLNEED, start, offset + length - start)
 
     def check(self, numbers: NDArray[np.int64]) -> None:
-        """Compare some chunks with their checksums; a missing one is damage where nothing stands for it."""
+        """Compare chunks with their checksums; a missing one is damage if the array has no fill value."""
         for number, (offset, length) in zip(numbers.tolist(), self.extents[numbers].tolist(), strict=True):
             if offset < 0:
                 if self._array.fill is None:
@@ -138,16 +138,16 @@ class MappedShard:
         except ValueError as error:
             raise self.damaged(number, str(error)) from error
 
-    def damaged(self, number: int, what: str) -> DamageError:
-        """The error for a chunk by its number in the shard."""
+    def damaged(self, number: int, problem: str) -> DamageError:
+        """The error for a chunk, by its number in the shard."""
         within = np.unravel_index(number, self._array.chunks_per_shard)
         per_shard = self._array.chunks_per_shard
         place = [int(s * n + w) for s, n, w in zip(self._shard, per_shard, within, strict=True)]
         named = "/".join(str(place[axis]) for axis in self._array.files.axes if axis is not None)
-        return self._damage(f"chunk {number} of the file ({named} of the array) {what}")
+        return self._damage(f"chunk {number} of the file ({named} of the array) {problem}")
 
-    def _damage(self, what: str) -> DamageError:
-        return DamageError(f"damaged: {self._array}: {self.file}: {what}; {self._array.remedy}")
+    def _damage(self, problem: str) -> DamageError:
+        return DamageError(f"damaged: {self._array}: {self.file}: {problem}; {self._array.remedy}")
 
 
 def _identity(file: Path) -> tuple[int, int, int] | None:

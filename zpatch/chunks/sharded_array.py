@@ -18,11 +18,12 @@ Index = tuple[int, int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class ChunkFiles:
-    """How the files of an array are named, and what is in them.
+    """How the files of an array are named, and where their index is.
 
-    ``axes`` says for each number in a file's name which of the array's four axes it counts; None for an
-    axis of length 1 that the array leaves out. Numbers follow ``prefix``, with ``separator`` between.
-    ``index`` is where a shard's index stands, or None where each file is one chunk.
+    ``axes`` has, for each number in a file's name, the axis of the array's four that it counts; None for an
+    axis of length 1 that the stored array does not have as one of those four. Numbers follow ``prefix``, with
+    ``separator`` between them. ``index`` is the end of a shard where its index is ("start" or "end"), or None
+    if each file is one chunk.
     """
 
     axes: tuple[int | None, ...]
@@ -34,12 +35,12 @@ class ChunkFiles:
 
 @dataclass(frozen=True, slots=True)
 class ShardedArray:
-    """Where the voxels of one array lie and how they are packed; shapes are in stored order, 4 axes.
+    """Where the voxels of one array are stored, and how they are encoded; shapes have 4 axes, in stored order.
 
-    Without shards a shard is one chunk. ``fill`` stands for chunks that are not there; None where a missing
-    chunk is damage, as it is in stores of zpatch. ``name`` and ``remedy`` are for errors. ``contents`` tells
-    arrays apart that stood at the same place one after the other, so that an open map of the one is never
-    taken for the other.
+    In an array without shards, a shard is one chunk. ``fill`` is the value of chunks that are missing; None
+    if a missing chunk is damage, as in stores of zpatch. ``name`` and ``remedy`` are for errors. ``contents``
+    differs between arrays that are written to the same path one after the other, so that an open map of one
+    is not used for the other.
     """
 
     path: Path
@@ -56,22 +57,22 @@ class ShardedArray:
 
     @property
     def chunk_grid(self) -> tuple[int, ...]:
-        """How many chunks cover the array along each axis."""
+        """Number of chunks that cover the array along each axis."""
         return chunk_counts(self.shape, self.chunks)
 
     @property
     def shard_grid(self) -> tuple[int, ...]:
-        """How many shards cover the array along each axis."""
+        """Number of shards that cover the array along each axis."""
         return chunk_counts(self.shape, self.shards)
 
     @property
     def chunks_per_shard(self) -> tuple[int, ...]:
-        """How many chunks a shard packs along each axis."""
+        """Number of chunks of a shard along each axis."""
         return tuple(s // c for s, c in zip(self.shards, self.chunks, strict=True))
 
     @property
     def chunk_bytes(self) -> int:
-        """Size of a chunk, unpacked."""
+        """Bytes of a decoded chunk."""
         return math.prod(self.chunks) * self.dtype.itemsize
 
     def box(self, location: PatchLocation, channels: range | None = None) -> tuple[Index, Index]:

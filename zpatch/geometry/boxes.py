@@ -1,8 +1,8 @@
-"""Boxes in voxels, and what moving one does to an affine.
+"""Boxes in voxels, and the axis order of arrays.
 
-Axis order, said once. A user's array is ``(C, I, J, K)``: I is x, the axis that is fastest in a NIfTI
-file, K is z. A stored array is ``(c, z, y, x)``: the same bytes, axes reversed, so that neither view
-costs a copy. Everything in this module speaks (I, J, K); boxes are half-open, in voxels.
+A user's array is ``(C, I, J, K)``: I is x, the fastest axis of a NIfTI file, and K is z. A stored array is
+``(c, z, y, x)``: the same bytes with the axes reversed, so that neither view costs a copy. Boxes are
+(I, J, K), half-open, in voxels.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ AXIS_NAMES = "IJK"
 
 
 def triple(value: int | Sequence[int], name: str) -> Triple:
-    """One integer or three, as three.
+    """One integer, or three, as three integers.
 
     >>> triple(64, "patch_size")
     (64, 64, 64)
@@ -62,11 +62,11 @@ def patch_overlap_triple(value: int | Sequence[int], patch_size: Triple) -> Trip
 
 @dataclass(frozen=True, slots=True)
 class PatchLocation:
-    """Where a patch lies in its volume.
+    """A box of voxels: the location of a patch in its volume.
 
-    ``index`` is the first voxel (I, J, K), ``size`` the extent in voxels, ``subject_index`` the
-    place of the subject in its dataset where there is one. The index may be negative or the box
-    reach over the border where a grid is padded.
+    ``index`` is the first voxel (I, J, K), ``size`` the extent in voxels, ``subject_index`` the index of the
+    subject in its dataset, if it has one. With padding, the index may be negative and the box may reach over
+    the volume's border.
 
     >>> location = PatchLocation((0, 8, 16), (4, 4, 4))
     >>> location.index_fin
@@ -111,7 +111,7 @@ class PatchLocation:
     def scaled(self, factor: float | Sequence[float]) -> PatchLocation:
         """The same box on a grid ``factor`` times as fine.
 
-        Both ends are rounded alike, so boxes that abut still abut: neither gap nor overlap arises.
+        Both ends are rounded in the same way, so boxes that abut still abut, without a gap or an overlap.
 
         >>> PatchLocation((5, 5, 5), (5, 5, 5)).scaled(0.5).index_fin
         (5, 5, 5)
@@ -121,24 +121,24 @@ class PatchLocation:
         return PatchLocation.between(ini, fin, self.subject_index)
 
     def lies_within(self, spatial_shape: Triple) -> bool:
-        """Whether the whole box lies in a volume of that shape."""
+        """Whether the whole box is inside a volume of that shape."""
         return min(self.index + self.size) >= 0 and all(
             b <= n for b, n in zip(self.index_fin, spatial_shape, strict=True)
         )
 
     def clipped(self, spatial_shape: Triple) -> PatchLocation:
-        """The part of the box inside a volume of that shape (perhaps of size 0)."""
+        """The part of the box inside a volume of that shape; its size may be 0."""
         ini, fin = np.clip([self.index, self.index_fin], 0, spatial_shape)
         return PatchLocation.between(ini, fin, self.subject_index)
 
 
 def centre_of(start: int, size: int) -> int:
-    """The voxel called the centre of a patch on one axis."""
+    """The centre voxel of a patch on one axis."""
     return start + size // 2
 
 
 def allowed_centres(spatial_shape: Triple, patch_size: Triple) -> PatchLocation:
-    """The box of voxels that can be the centre of a patch which lies wholly inside.
+    """The box of voxels that can be the centre of a patch wholly inside the volume.
 
     The first ``p // 2`` and the last ``(p - 1) // 2`` voxels of each axis cannot.
 
@@ -180,6 +180,6 @@ def stored_corners(
 
 
 def padded_to_4d(shape: Sequence[int]) -> tuple[int, int, int, int]:
-    """A stored shape with a channel axis in front where it has none."""
+    """A stored shape, with a channel axis in front if it has none."""
     c, z, y, x = (1,) * (4 - len(shape)) + tuple(shape)
     return c, z, y, x
