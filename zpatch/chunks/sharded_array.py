@@ -35,7 +35,7 @@ class ChunkFiles:
 
 @dataclass(frozen=True, slots=True)
 class ShardedArray:
-    """Where the voxels of one array are stored, and how they are encoded; shapes have 4 axes, in stored order.
+    """Where the voxels of one array are stored and how they are encoded; shapes have its 4 stored axes.
 
     In an array without shards, a shard is one chunk. ``fill`` is the value of chunks that are missing; None
     if a missing chunk is damage, as in stores of zpatch. ``name`` and ``remedy`` are for errors. ``contents``

@@ -229,10 +229,10 @@ def _as_array(memory: Any) -> Voxels:
 
 
 def read_requests(requests: Sequence[Request], scheduler: Scheduler = "sync") -> None:
-    """Read all that is requested, in one Dask graph.
+    """Read all requests in one Dask graph.
 
     ``scheduler`` is ``sync`` (this thread), ``threads`` (dask's pool), or a ``distributed.Client``, whose
-    workers must see the same files; what they read is copied here.
+    workers must see the same files; they send the voxels back.
     """
     if is_cluster(scheduler):
         _read_on_cluster(requests, scheduler)
@@ -252,18 +252,18 @@ def read_requests(requests: Sequence[Request], scheduler: Scheduler = "sync") ->
 
 
 def _tasks_of(requests: Sequence[Request], parts: int) -> Iterator[ReadTasks]:
-    """Requests to sources of one class are made into tasks together."""
+    """The tasks of all requests, made together for sources of one class."""
     of_class: dict[type[VoxelSource], list[Request]] = {}
     for request in requests:
         of_class.setdefault(type(request.source), []).append(request)
-    for source_class, those in of_class.items():
-        yield from source_class.tasks_together(those, parts)
+    for source_class, alike in of_class.items():
+        yield from source_class.tasks_together(alike, parts)
 
 
 class _Writing:
-    """Tasks that write to memory of the caller: once stopped, none begins any more and none is still at it.
+    """Runs tasks that write to the caller's memory: after ``stop``, none is running and none will start.
 
-    Where one of several threads fails, dask does not wait for the others.
+    If a task fails in one of several threads, dask does not wait for the other threads.
     """
 
     def __init__(self) -> None:
@@ -291,9 +291,9 @@ class _Writing:
 
 def _read_on_cluster(requests: Sequence[Request], client: Any) -> None:
     graph: Graph = {}
-    places: dict[Any, list[Voxels]] = {}
+    targets: dict[Any, list[Voxels]] = {}
     workers = max(1, sum(client.nthreads().values()))
-    name = f"zpatch-read-{uuid.uuid4().hex}"  # a scheduler takes two tasks of one key for the same
+    name = f"zpatch-read-{uuid.uuid4().hex}"  # a scheduler runs tasks of equal keys once
     for number, request in enumerate(requests):
         step = -(-len(request.boxes) // workers) or 1
         for first in range(0, len(request.boxes), step):
@@ -301,14 +301,16 @@ def _read_on_cluster(requests: Sequence[Request], client: Any) -> None:
             outs = list(request.outs[some])
             layouts = [(out.shape, out.dtype) for out in outs]
             key = (name, number, first)
-            graph[key] = (partial(_read_far, request.source, request.boxes[some], layouts, request.scaling),)
-            places[key] = outs
-    for outs, voxels in zip(places.values(), client.get(graph, list(places)), strict=True):
+            graph[key] = (
+                partial(_read_on_worker, request.source, request.boxes[some], layouts, request.scaling),
+            )
+            targets[key] = outs
+    for outs, voxels in zip(targets.values(), client.get(graph, list(targets)), strict=True):
         for out, values in zip(outs, voxels, strict=True):
             out[...] = values
 
 
-def _read_far(
+def _read_on_worker(
     source: VoxelSource,
     boxes: Sequence[PatchLocation],
     layouts: Sequence[tuple[Shape, np.dtype[Any]]],

@@ -1,4 +1,4 @@
-"""Images: lazy views of voxels with a place in space. Nothing is read until a box is asked for."""
+"""Images: lazy views of voxels with an affine. Nothing is read before a box is."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ T = TypeVar("T")
 
 
 class Image:
-    """Voxels (C, I, J, K) that are read where they are needed.
+    """Voxels (C, I, J, K) that are read box by box.
 
-    ``data`` may be the path of an image in a store, of any OME-Zarr image or Zarr array, or of an
-    uncompressed NIfTI file (memory-mapped); or a numpy, dask or Zarr array. Arrays given by hand are
-    (I, J, K) or (C, I, J, K); Zarr arrays go by their dimension names or ``axes``, slowest first, as in
-    ``"zyx"`` or ``"czyx"``. ``affine`` (4 x 4, voxel to mm) defaults to what the source says.
+    ``data`` may be the path of an image in a store, of an OME-Zarr image or Zarr array, or of an uncompressed
+    NIfTI file (memory-mapped); or a numpy, dask or Zarr array. Arrays of numpy and dask are (I, J, K) or
+    (C, I, J, K). Axes of Zarr arrays are named by the array's dimension names or by ``axes``, slowest first,
+    as in ``"zyx"`` or ``"czyx"``. ``affine`` (4 x 4, voxel to mm) defaults to the affine of the source.
 
     >>> image = ScalarImage(np.arange(24).reshape(2, 3, 4))
     >>> image.shape
@@ -59,7 +59,7 @@ class Image:
 
     @property
     def record(self) -> ImageRecord | None:
-        """What the store's manifest says of the image; None for an image that is in no store."""
+        """The image's line of the store's manifest; None for an image that is in no store."""
         return self._opened.record
 
     @property
@@ -68,10 +68,10 @@ class Image:
         return self._opened.path if self.record else None
 
     def identity(self) -> str:
-        """A digest of what the values are, as far as that can be told without reading files.
+        """A digest that identifies the values, as far as possible without reading voxels from files.
 
-        Seen are the manifest's checksums, of other files their sizes and times, of arrays in memory all
-        voxels; of a Dask expression only where its image came from, if it was made by ``map``.
+        It covers the checksums in the manifest, or the sizes and modification times of other files, or all
+        voxels of an array in memory; for an image made by ``map``, only the image that it was made from.
         """
         return digest(
             compact_json({**self._opened.identity(), "affine": self._affine.tobytes().hex()}).encode()
@@ -79,12 +79,12 @@ class Image:
 
     @property
     def opened(self) -> OpenedImage:
-        """All that is known of where the voxels come from."""
+        """The origin of the voxels: source, scaling, record and path."""
         return self._opened
 
     @property
     def source(self) -> VoxelSource:
-        """Where unscaled voxels are read from."""
+        """The source that unscaled voxels are read from."""
         return self._opened.source
 
     @property
@@ -105,12 +105,12 @@ class Image:
 
     @property
     def scaling(self) -> Scaling:
-        """What turns unscaled voxels into values."""
+        """Slope, intercept and bounds that turn unscaled voxels into values."""
         return self._opened.scaling
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Type of what ``read`` gives."""
+        """Type of the values that ``read`` gives."""
         return self.scaling.dtype_of(self.source.dtype)
 
     @property
@@ -125,19 +125,20 @@ class Image:
 
     @property
     def spatial_unit(self) -> str | None:
-        """What the affine maps to: millimeter, if the source says nothing else."""
+        """Unit of the affine's world coordinates: millimeter, unless the source has another."""
         return self._opened.unit
 
     @property
     def statistics(self) -> Json:
-        """Statistics of the values, as the store has them; empty for an image that is in no store."""
+        """Statistics of the values, from the store; empty for an image that is in no store."""
         return dict(self.record.stats) if self.record else {}
 
     def read(self, location: PatchLocation, scaled: bool = True) -> Voxels:
-        """The voxels of a box (C, I, J, K): only the chunks that cover it are read.
+        """The values of a box, (C, I, J, K): only the chunks that cover it are read.
 
-        Float32 where a slope applies (float64 for sources of 32 bits and more), else the stored type; with
-        ``scaled=False`` always that. A box that reaches outside is a PatchLocationError.
+        They are float32 if a slope applies (float64 for stored types of 32 bits and more), otherwise of the
+        stored type, as they always are with ``scaled=False``. Raises PatchLocationError for a box that
+        reaches outside.
         """
         return self.read_group([location], scaled=scaled)[0]
 
@@ -198,7 +199,7 @@ class Image:
 
     @property
     def dask(self) -> Any:
-        """A lazy dask array of the values, (C, I, J, K), with one block for each shard's region."""
+        """A lazy dask array of the values, (C, I, J, K), with one block for each shard."""
         return self._dask(None)
 
     def _dask(self, block_voxels: int | None) -> Any:
@@ -208,10 +209,10 @@ class Image:
         return array.map_blocks(self.scaling.apply, dtype=self.dtype)
 
     def map(self, fn: Callable[[Any], Any]) -> Self:
-        """Lazy preprocessing: the image of ``fn`` of a dask array, computed only where a patch needs it.
+        """Lazy preprocessing: the image of ``fn(array)``, computed only for the boxes that are read.
 
-        ``fn`` takes and gives a dask array (C, I, J, K), here in blocks of about 64 voxels a side, so that
-        few voxels are computed that no patch wants; the spatial shape must stay as it is.
+        ``fn`` takes and gives a dask array (C, I, J, K). Its blocks have about 64 voxels a side, so that few
+        voxels are computed outside the boxes. Raises OptionError if ``fn`` changes the spatial shape.
         """
         mapped = fn(self._dask(DERIVED_BLOCK_VOXELS))
         if tuple(mapped.shape[1:]) != self.spatial_shape:
@@ -222,22 +223,23 @@ class Image:
         return type(self)(self._opened.derived(mapped), affine=self._affine)
 
     def rescaled(self, slope: float, inter: float, low: float = -math.inf, high: float = math.inf) -> Self:
-        """The image of ``slope * value + inter``, each value first kept between ``low`` and ``high``.
+        """The image of ``slope * value + inter``, each value first clipped to ``low`` and ``high``.
 
-        As quick to read as the image itself. What comes is float32 (float64 for sources of 32 bits and more).
+        It is read as fast as the image itself. Values are float32 (float64 for stored types of 32 bits and
+        more).
         """
         scaling = self.scaling.within(low, high).then(slope, inter)
-        if scaling == UNSCALED:  # the values that are there, but in the type of scaled ones
+        if scaling == UNSCALED:  # the same values, in the type of scaled values
             plain = type(self)(dataclasses.replace(self._opened, scaling=UNSCALED), affine=self._affine)
             return plain.map(lambda array: array.astype(Scaling(2.0).dtype_of(array.dtype)))
         return type(self)(dataclasses.replace(self._opened, scaling=scaling), affine=self._affine)
 
     def with_source(self, source: VoxelSource) -> Self:
-        """The same image, its unscaled voxels read from elsewhere."""
+        """The same image, its unscaled voxels read from another source."""
         return type(self)(dataclasses.replace(self._opened, source=source), affine=self._affine)
 
     def remembered(self, key: Any, make: Callable[[], T]) -> T:
-        """What was made of this image before under a key, or else is made now."""
+        """The value of ``make()``, computed once for a key and kept with the image."""
         if key not in self._remembered:
             self._remembered[key] = make()
         found: T = self._remembered[key]
@@ -264,7 +266,7 @@ class LabelMap(Image):
 
 
 class SamplingMap(Image):
-    """An image whose values say how often a voxel is to be the centre of a patch."""
+    """An image whose values are the relative probability of each voxel to be the centre of a patch."""
 
     kind = "sampling"
 
@@ -273,5 +275,5 @@ IMAGE_CLASSES: dict[str, type[Image]] = {cls.kind: cls for cls in (ScalarImage, 
 
 
 def stored_image(folder: Path, record: ImageRecord) -> Image:
-    """The image of a record: a ScalarImage, LabelMap or SamplingMap. Touches no file."""
+    """The image of a record: a ScalarImage, LabelMap or SamplingMap. Reads no file."""
     return IMAGE_CLASSES[record.kind](OpenedImage.of_record(folder, record))

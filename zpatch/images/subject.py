@@ -38,7 +38,7 @@ class Subject:
         split: str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> Self:
-        """The subject of a mapping: its images may have any names, ``name`` and ``split`` too."""
+        """The subject of a mapping, whose images may have any names, also ``name`` and ``split``."""
         subject = cls.__new__(cls)
         subject._set(images, name, split, metadata)
         return subject
@@ -65,7 +65,7 @@ class Subject:
         return MappingProxyType(self._images)
 
     def with_images(self, **images: Image | None) -> Self:
-        """The same subject with some images added or replaced, and without those that are None."""
+        """The same subject with images added or replaced; an image that is None is removed."""
         changed = {name: image for name, image in (self._images | images).items() if image is not None}
         return self.of(changed, name=self.name, split=self.split, metadata=self.metadata)
 
@@ -77,7 +77,7 @@ class Subject:
             listed = ", ".join(f"{k} {image.spatial_shape}" for k, image in self._images.items())
             raise OptionError(
                 f"the images of subject {self.name!r} differ in shape ({listed}); "
-                f"resample them to one grid, or make subjects of those that agree"
+                f"resample them to one grid, or make a subject of the images of one shape"
             )
         return shapes.pop()
 

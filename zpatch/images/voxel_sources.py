@@ -31,7 +31,7 @@ DERIVED_BLOCK_VOXELS = 64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _ArrayLike(VoxelSource):
-    """The voxels of something with a shape and a type, (C, I, J, K) if a class says nothing else."""
+    """The voxels of an array-like object with a ``shape`` (C, I, J, K) and a ``dtype``."""
 
     array: Any
 
@@ -57,7 +57,7 @@ class ShardSource(_ArrayLike):
 
     @property
     def _order(self) -> list[int]:
-        """Which stored axis is C, I, J and K."""
+        """The number of the stored axis for each of C, I, J and K."""
         return [self.axes.index(name) for name in "cxyz"]
 
     @property
@@ -75,7 +75,7 @@ class ShardSource(_ArrayLike):
     def tasks(
         self, boxes: Sequence[PatchLocation], outs: Sequence[Voxels], scaling: Scaling, parts: int
     ) -> ReadTasks:
-        """One task for each part of the chunks, near equal in bytes; each chunk is in one of them."""
+        """One task for each of about equal parts of the chunks; no chunk is in two of them."""
         order = ["czyx".index(name) for name in self.axes]
         first, stop = stored_corners(boxes, range(self.shape[0]))
         views = [reversed_axes(out).transpose(order) for out in outs]
@@ -87,9 +87,9 @@ class ShardSource(_ArrayLike):
         return ReadTasks([(partial(_cast, raw, views, scaling), list(reads))], reads)
 
     def dask(self, block_voxels: int | None = None) -> Any:
-        """A dask array with one block for each shard's region, or for whole chunks of about a size.
+        """A dask array with one block for each shard, or for whole chunks of about ``block_voxels`` a side.
 
-        All channels are in one block: they are read together.
+        All channels are in one block, because they are read together.
         """
         blocks = [self.shape[0], *(self.array.shards[axis] for axis in self._order[1:])]
         if block_voxels is not None:
@@ -99,13 +99,13 @@ class ShardSource(_ArrayLike):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ArraySource(_ArrayLike):
-    """The voxels of an array in memory or mapped from a file, (C, I, J, K)."""
+    """The voxels of an array (C, I, J, K) in memory or mapped from a file."""
 
     array: Voxels
 
     @property
     def chunk_shape(self) -> Triple:
-        """A cube of a usual chunk's size."""
+        """A cube of the size of a usual chunk."""
         return (FALLBACK_CHUNK_VOXELS,) * 3
 
     def tasks(
@@ -120,13 +120,13 @@ class ArraySource(_ArrayLike):
             scaling.write(self.array[(slice(None), *box.to_slices())], out)
 
     def dask(self, block_voxels: int | None = None) -> Any:
-        """A dask array in blocks of 128 voxels."""
+        """A dask array in blocks of 128 voxels a side."""
         return _dask_view(self, [self.shape[0], *(block_voxels or 128,) * 3])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DaskSource(_ArrayLike):
-    """The voxels of any Dask expression (C, I, J, K), computed where a patch needs them."""
+    """The voxels of any Dask expression (C, I, J, K), computed when a box is read."""
 
     array: Any
 
@@ -139,12 +139,12 @@ class DaskSource(_ArrayLike):
     def tasks(
         self, boxes: Sequence[PatchLocation], outs: Sequence[Voxels], scaling: Scaling, parts: int
     ) -> ReadTasks:
-        """The expression's own tasks, cut down to the boxes, and one to write each."""
+        """The tasks of the expression for these boxes only, and one task to write each box."""
         return _derived_tasks([Request(self, boxes, outs, scaling)])
 
     @classmethod
     def tasks_together(cls, requests: Sequence[Request], parts: int) -> list[ReadTasks]:
-        """The tasks of several expressions, optimised together, so that what they share is computed once."""
+        """The tasks of several expressions, optimised together: shared blocks are computed once."""
         return [_derived_tasks(requests)]
 
     def dask(self, block_voxels: int | None = None) -> Any:
@@ -188,7 +188,7 @@ def _dask_view(source: VoxelSource, blocks: Sequence[int]) -> Any:
 
 
 class _BoxView(WrappedSource):
-    """A source as dask wants it: something with a shape that can be sliced."""
+    """A source as ``dask.array.from_array`` takes it: with ``ndim``, and slicing as in numpy."""
 
     @property
     def ndim(self) -> int:
