@@ -1,4 +1,4 @@
-"""Reading boxes: the voxels that zarr-python and numpy give, whatever the chunks, codecs and schedulers."""
+"""Reading boxes: the voxels of zarr-python and numpy, for all chunks, codecs and schedulers."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def voxels(rng: np.random.Generator) -> NDArray[np.int16]:
     codec=st.sampled_from(list(CODECS)),
     scheduler=st.sampled_from(["sync", "threads"]),
 )
-def test_boxes_read_together_are_those_of_the_zarr_array(
+def test_boxes_of_a_group_have_the_voxels_of_the_zarr_array(
     data: Draw,
     shape: list[int],
     chunk: tuple[int, ...],
@@ -90,7 +90,7 @@ def test_boxes_read_together_are_those_of_the_zarr_array(
 @both_loops
 @pytest.mark.parametrize("chunk", [(64, 64, 64), (40, 72, 96)])
 @pytest.mark.parametrize("codec", list(CODECS))
-def test_chunks_of_several_blocks_are_those_of_the_zarr_array(
+def test_chunks_of_several_blocks_have_the_voxels_of_the_zarr_array(
     folder: Path, rng: np.random.Generator, chunk: tuple[int, ...], codec: str
 ) -> None:
     smooth = 400 * np.sin(np.linspace(0, 30, 100 * 100 * 120)).reshape(100, 100, 120)
@@ -113,7 +113,7 @@ def test_chunks_of_several_blocks_are_those_of_the_zarr_array(
     scaling=st.tuples(*[st.floats(-1e3, 1e3, width=32)] * 2),
     rescaling=st.none() | st.tuples(*[st.floats(-1e3, 1e3, width=32)] * 4),
 )
-def test_scaled_boxes_are_those_that_numpy_computes_in_float32(
+def test_scaled_boxes_have_the_values_that_numpy_computes_in_float32(
     data: Draw,
     shape: tuple[int, ...],
     chunk: tuple[int, ...],
@@ -249,7 +249,7 @@ MakeImage = Callable[[Path, NDArray[Any]], Image]
 @both_loops
 @every_source
 @pytest.mark.parametrize("scheduler", ["sync", "threads"])
-def test_every_source_gives_boxes_in_memory_of_their_own(
+def test_every_source_gives_each_box_its_own_memory(
     folder: Path, voxels: NDArray[np.int16], make: MakeImage, scheduler: group_read.Scheduler
 ) -> None:
     image = make(folder, voxels)
@@ -273,12 +273,12 @@ def test_every_source_gives_boxes_in_the_memory_order_of_the_store(
 
 
 @every_source
-def test_no_boxes_are_no_voxels(folder: Path, voxels: NDArray[np.int16], make: MakeImage) -> None:
+def test_no_boxes_give_no_voxels(folder: Path, voxels: NDArray[np.int16], make: MakeImage) -> None:
     assert make(folder, voxels).read_group([]) == []
 
 
 @pytest.mark.parametrize("make", [as_array, as_dask])
-def test_big_endian_voxels_come_in_native_order(
+def test_big_endian_voxels_are_read_in_native_order(
     folder: Path, voxels: NDArray[np.int16], make: MakeImage
 ) -> None:
     image = make(folder, voxels.astype(">i2"))
@@ -294,7 +294,7 @@ def test_big_endian_voxels_come_in_native_order(
         (DaskSource(da.zeros((2, 3, 4, 5), chunks=(1, 3, 2, 3))), (3, 2, 3)),
     ],
 )
-def test_a_source_says_its_shape_and_what_is_best_read_at_once(
+def test_a_source_has_a_shape_a_type_and_chunks(
     source: ArraySource | DaskSource, chunk_shape: tuple[int, ...]
 ) -> None:
     assert source.shape == (2, 3, 4, 5)
@@ -382,7 +382,7 @@ EXPRESSIONS: list[Callable[[Any], Any]] = [
     source=st.sampled_from(["shards", "dask", "numpy", "a map"]),
     scheduler=st.sampled_from(["sync", "threads"]),
 )
-def test_boxes_of_a_mapped_image_are_those_that_numpy_makes_of_the_whole(
+def test_boxes_of_a_mapped_image_have_the_values_that_numpy_computes_of_the_whole(
     data: Draw,
     shape: list[int],
     chunk: tuple[int, ...],
@@ -427,7 +427,7 @@ def client() -> Iterator[Any]:
 
 @both_loops
 @every_source
-def test_a_cluster_reads_what_is_read_here(
+def test_a_cluster_reads_the_same_voxels(
     folder: Path, voxels: NDArray[np.int16], make: MakeImage, client: Any
 ) -> None:
     image = make(folder, voxels)
@@ -449,7 +449,7 @@ def test_a_cluster_reads_what_is_read_here(
     np.testing.assert_array_equal(out, image.data)
 
 
-def test_one_cluster_may_be_asked_by_several_threads_at_once(
+def test_several_threads_may_read_by_one_cluster_at_once(
     folder: Path, voxels: NDArray[np.int16], client: Any
 ) -> None:
     image = as_shards(folder, voxels)
@@ -471,9 +471,7 @@ def test_one_cluster_may_be_asked_by_several_threads_at_once(
     assert wrong == []
 
 
-def test_what_goes_wrong_on_a_cluster_goes_wrong_here(
-    folder: Path, voxels: NDArray[np.int16], client: Any
-) -> None:
+def test_errors_on_a_cluster_are_raised_here(folder: Path, voxels: NDArray[np.int16], client: Any) -> None:
     image = as_shards(folder, voxels)
     with pytest.raises(PatchLocationError, match="is not inside"):
         image.read_group([PatchLocation((0, 0, 0), (12, 1, 1))], scheduler=client)
@@ -482,8 +480,6 @@ def test_what_goes_wrong_on_a_cluster_goes_wrong_here(
         image.read_group([PatchLocation((0, 0, 0), (1, 1, 1))], scheduler=client)
 
 
-def test_an_unknown_scheduler_is_refused_by_the_names_of_those_that_are_known(
-    folder: Path, voxels: NDArray[np.int16]
-) -> None:
+def test_an_unknown_scheduler_is_refused_with_the_known_ones(folder: Path, voxels: NDArray[np.int16]) -> None:
     with pytest.raises(OptionError, match="must be 'sync', 'threads' or a distributed"):
         as_shards(folder, voxels).read_group([PatchLocation((0, 0, 0), (1, 1, 1))], scheduler="cluster")  # type: ignore[arg-type]
