@@ -16,7 +16,15 @@ from zpatch.store.names import check_name
 class Subject:
     """The images of one subject, by name: ``subject.t1`` or ``subject["t1"]``; iterating gives the names.
 
-    Build one by hand from any images: ``Subject(t1=ScalarImage(array), seg=LabelMap(path))``.
+    Subjects of a store are made by ``Cohort``; others from any images. Raises OptionError for values that are
+    not images, and for a subject without images; UnknownNameError, a KeyError, for an unknown name.
+
+    >>> import numpy as np
+    >>> from zpatch.images.image import LabelMap, ScalarImage
+    >>> volume = np.zeros((4, 5, 6), np.int16)
+    >>> subject = Subject(t1=ScalarImage(volume), seg=LabelMap(volume), name="sub-01")
+    >>> subject.seg.shape, subject.spatial_shape, list(subject)
+    ((1, 4, 5, 6), (4, 5, 6), ['t1', 'seg'])
     """
 
     def __init__(
