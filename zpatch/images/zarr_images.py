@@ -133,13 +133,13 @@ def sharded_array_of(array: Any, axes: StoredAxes) -> ShardedArray | None:
         return None
     metadata: Json = array.metadata.to_dict()
     fill = 0 if array.fill_value is None else array.fill_value
-    found = _of_v2(metadata) if metadata["zarr_format"] == 2 else _of_v3(metadata)
-    if found is None or np.dtype(array.dtype).kind not in "biufc":
+    stored = _of_v2(metadata) if metadata["zarr_format"] == 2 else _of_v3(metadata)
+    if stored is None or np.dtype(array.dtype).kind not in "biufc":
         return None
-    chunks, shards, codec, order, (prefix, separator, index, index_checksum) = found
+    chunks, shards, codec, order = stored.chunks, stored.shards, stored.codec, stored.byte_order
     if any((chunks[n], shards[n]) != (1, 1) for n in range(array.ndim) if n not in axes.kept):
         return None  # a chunk would have voxels along an axis that is not kept
-    places = {number: axis for axis, number in enumerate(axes.kept) if number is not None}
+    axis_of = {number: axis for axis, number in enumerate(axes.kept) if number is not None}
     return ShardedArray(
         path=path,
         shape=axes.four(array.shape),
@@ -148,11 +148,11 @@ def sharded_array_of(array: Any, axes: StoredAxes) -> ShardedArray | None:
         shards=axes.four(shards),
         codec=codec,
         files=ChunkFiles(
-            tuple(places.get(number) for number in range(array.ndim)),
-            prefix,
-            separator,
-            index,
-            index_checksum,
+            tuple(axis_of.get(number) for number in range(array.ndim)),
+            stored.prefix,
+            stored.separator,
+            stored.index,
+            stored.index_checksum,
         ),
         name=str(path),
         fill=fill,
@@ -160,21 +160,31 @@ def sharded_array_of(array: Any, axes: StoredAxes) -> ShardedArray | None:
     )
 
 
-_Names = tuple[str, str, str | None, bool]  # prefix, separator, end that has the index, its checksum
-_Found = tuple[tuple[int, ...], tuple[int, ...], ChunkCodec, str, _Names]
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """How an array is stored, from its metadata: shapes in its own axes, and the fields of ChunkFiles."""
+
+    chunks: tuple[int, ...]
+    shards: tuple[int, ...]
+    codec: ChunkCodec
+    byte_order: str
+    prefix: str
+    separator: str
+    index: str | None = None
+    index_checksum: bool = False
 
 
-def _of_v2(metadata: Json) -> _Found | None:
+def _of_v2(metadata: Json) -> _Stored | None:
     packed = metadata["compressor"] or {"id": "none"}
     if metadata["order"] != "C" or metadata["filters"] or packed["id"] not in ("none", *_COMPRESSORS):
         return None
     chunks = tuple(metadata["chunks"])
     order = ">" if str(metadata["dtype"]).startswith(">") else "<"
     codec = ChunkCodec(_COMPRESSORS.get(packed["id"], "none"), checksum=False, within=packed.get("cname"))
-    return chunks, chunks, codec, order, ("", metadata["dimension_separator"], None, False)
+    return _Stored(chunks, chunks, codec, order, "", metadata["dimension_separator"])
 
 
-def _of_v3(metadata: Json) -> _Found | None:
+def _of_v3(metadata: Json) -> _Stored | None:
     keys = metadata["chunk_key_encoding"]
     if metadata["chunk_grid"]["name"] != "regular" or metadata.get("storage_transformers"):
         return None
@@ -183,20 +193,21 @@ def _of_v3(metadata: Json) -> _Found | None:
     shards = tuple(metadata["chunk_grid"]["configuration"]["chunk_shape"])
     codecs = list(metadata["codecs"])
     if keys["name"] not in ("default", "v2") or codecs[0]["name"] != "sharding_indexed":
-        packed = _packing(codecs) if keys["name"] in ("default", "v2") else None
-        return packed and (shards, shards, *packed, (prefix, separator, None, False))
+        encoding = _encoding(codecs) if keys["name"] in ("default", "v2") else None
+        return encoding and _Stored(shards, shards, *encoding, prefix, separator)
     sharding = codecs[0]["configuration"]
-    packed, index = _packing(list(sharding["codecs"])), _packing(list(sharding["index_codecs"]))
-    if len(codecs) > 1 or packed is None or index is None:
+    encoding, index = _encoding(list(sharding["codecs"])), _encoding(list(sharding["index_codecs"]))
+    if len(codecs) > 1 or encoding is None or index is None:
         return None
-    (index_codec, index_order) = index
+    index_codec, index_order = index
     if index_codec.compressor != "none" or index_order != "<":
         return None
-    names = (prefix, separator, str(sharding.get("index_location", "end")), index_codec.checksum)
-    return tuple(sharding["chunk_shape"]), shards, *packed, names
+    location = str(sharding.get("index_location", "end"))
+    chunks = tuple(sharding["chunk_shape"])
+    return _Stored(chunks, shards, *encoding, prefix, separator, location, index_codec.checksum)
 
 
-def _packing(codecs: list[Json]) -> tuple[ChunkCodec, str] | None:
+def _encoding(codecs: list[Json]) -> tuple[ChunkCodec, str] | None:
     """Codec and byte order of a chain: bytes, optional compressor, optional crc32c; None for others."""
     names = [codec["name"] for codec in codecs]
     if names[:1] != ["bytes"]:
