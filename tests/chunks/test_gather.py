@@ -39,6 +39,7 @@ from zpatch.chunks.gather import GatherPlan, gather, read_region
 from zpatch.chunks.mapped_shards import MappedShard, close_shards
 from zpatch.chunks.scaling import UNSCALED, Scaling
 from zpatch.chunks.sharded_array import ChunkFiles, ShardedArray
+from zpatch.geometry.boxes import Voxels
 from zpatch.images.image import Image
 from zpatch.images.voxel_sources import ShardSource
 
@@ -47,7 +48,6 @@ STORED_FLAG = 2
 GUARD = 0xA5
 
 Draw = st.DataObject
-Voxels = NDArray[Any]
 Box = tuple[tuple[int, int], ...]  # start and stop along each axis
 
 

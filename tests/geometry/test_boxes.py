@@ -21,6 +21,8 @@ from zpatch.geometry.boxes import (
     check_patch_fits,
     patch_overlap_triple,
     patch_size_triple,
+    reversed_axes,
+    stored_corners,
     triple,
 )
 
@@ -38,6 +40,13 @@ def affines(draw: st.DrawFn) -> NDArray[np.float64]:
     affine[:3, :3] = np.linalg.qr(rng.standard_normal((3, 3)))[0] * rng.uniform(0.1, 8, 3)
     affine[:3, 3] = rng.uniform(-200, 200, 3)
     return affine
+
+
+@st.composite
+def boxes_inside(draw: st.DrawFn, spatial_shape: Triple = (7, 8, 9)) -> PatchLocation:
+    size = [draw(st.integers(1, n)) for n in spatial_shape]
+    index = [draw(st.integers(0, n - s)) for n, s in zip(spatial_shape, size, strict=True)]
+    return PatchLocation(tuple(index), tuple(size))
 
 
 def voxels_of(start: int, size: int) -> set[int]:
@@ -169,6 +178,29 @@ def test_clipping_keeps_exactly_the_voxels_inside_the_volume(location: PatchLoca
 def test_a_box_is_within_a_volume_if_all_its_voxels_are(location: PatchLocation, shape: Triple) -> None:
     axes = zip(location.index, location.size, shape, strict=True)
     assert location.lies_within(shape) == all(voxels_of(i, p) <= voxels_of(0, n) for i, p, n in axes)
+
+
+@given(LOCATIONS)
+def test_a_location_is_the_box_between_its_ends(location: PatchLocation) -> None:
+    assert PatchLocation.between(location.index_ini, location.index_fin, location.subject_index) == location
+    assert PatchLocation.between(np.array(location.index_ini), np.array(location.index_fin)) == PatchLocation(
+        location.index, location.size
+    )
+
+
+@given(st.lists(boxes_inside(), max_size=4), st.integers(0, 2), st.integers(3, 5))
+def test_corners_in_stored_order_cut_the_same_voxels_out_of_a_stored_array(
+    boxes: list[PatchLocation], first_channel: int, stop_channel: int
+) -> None:
+    stored = np.arange(5 * 9 * 8 * 7).reshape(5, 9, 8, 7)
+    volume = reversed_axes(stored)
+    assert np.shares_memory(volume, stored)
+    assert volume.shape == (5, 7, 8, 9)
+    first, stop = stored_corners(boxes, range(first_channel, stop_channel))
+    assert first.shape == stop.shape == (len(boxes), 4)
+    for box, a, b in zip(boxes, first, stop, strict=True):
+        part = volume[(slice(first_channel, stop_channel), *box.to_slices())]
+        np.testing.assert_array_equal(reversed_axes(part), stored[tuple(map(slice, a, b))])
 
 
 # Centres

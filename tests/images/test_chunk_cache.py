@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from reading import assert_same_bytes, both_loops, draw_box, random_voxels, stored
 from reading import loop as loop
 
@@ -22,7 +21,7 @@ from zpatch.chunks import gather
 from zpatch.chunks.codec import CODECS
 from zpatch.chunks.mapped_shards import MappedShard, close_shards
 from zpatch.chunks.scaling import UNSCALED, Scaling
-from zpatch.geometry.boxes import PatchLocation, Triple
+from zpatch.geometry.boxes import PatchLocation, Triple, Voxels
 from zpatch.geometry.padding import PaddedBox
 from zpatch.geometry.patch_grid import PatchGrid
 from zpatch.images.chunk_cache import CachedSource, cached
@@ -33,7 +32,6 @@ from zpatch.images.voxel_sources import ArraySource
 from zpatch.runtime.dask_graphs import Scheduler
 
 Draw = st.DataObject
-Voxels = NDArray[Any]
 
 
 @dataclass

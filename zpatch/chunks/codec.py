@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import google_crc32c
 import numpy as np
@@ -13,13 +13,13 @@ from numcodecs import blosc, zstd
 from numpy.typing import NDArray
 
 from zpatch.errors import OptionError
+from zpatch.geometry.boxes import Voxels
 
 CRC_BYTES = 4
 BLOSC_HEADER_BYTES = 16
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 Compressor = Literal["none", "blosc", "zstd", "gzip", "zlib"]
-Voxels = NDArray[Any]
 Bytes = NDArray[np.uint8]
 
 _WINDOW_BITS = {"gzip": 31, "zlib": 15}

@@ -30,18 +30,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from zpatch.chunks.mapped_shards import MappedShard, open_shard
 from zpatch.chunks.scaling import COMPILED_TYPES, UNSCALED, Scaling
 from zpatch.chunks.sharded_array import ShardedArray
+from zpatch.geometry.boxes import Integers, Voxels
 
 try:
     from zpatch.chunks._gather import gather as _compiled
 except ImportError:  # installed without a compiler
     _compiled = None  # type: ignore[assignment]
 
-Voxels = NDArray[Any]
 
 SHARD, CHUNK = 0, 1
 MAP, OFFSET, LENGTH = 0, 1, 2
@@ -57,10 +56,10 @@ class GatherPlan:
     The rows of a chunk follow each other, as do those of a shard.
     """
 
-    rows: NDArray[np.int64]
+    rows: Integers
 
     @classmethod
-    def of(cls, array: ShardedArray, first: NDArray[np.int64], stop: NDArray[np.int64]) -> GatherPlan:
+    def of(cls, array: ShardedArray, first: Integers, stop: Integers) -> GatherPlan:
         """The plan for boxes inside an array, given by their first voxels and stops, (boxes, 4) each."""
         return cls.over(array.chunks, array.shard_grid, first, stop, array.chunks_per_shard)
 
@@ -69,8 +68,8 @@ class GatherPlan:
         cls,
         chunk_shape: Sequence[int],
         shard_grid: Sequence[int],
-        first: NDArray[np.int64],
-        stop: NDArray[np.int64],
+        first: Integers,
+        stop: Integers,
         per_shard: Sequence[int] = (1, 1, 1, 1),
     ) -> GatherPlan:
         """The plan for boxes inside a grid of shards of ``per_shard`` chunks each."""
@@ -104,12 +103,12 @@ class GatherPlan:
         return cls(rows[np.argsort(place[:, 0] * math.prod(per_shard) + place[:, 1], kind="stable")])
 
     @property
-    def shards(self) -> NDArray[np.int64]:
+    def shards(self) -> Integers:
         """Numbers of the shards that are touched, in C order."""
         return np.unique(self.rows[:, SHARD])
 
     @property
-    def chunk_starts(self) -> NDArray[np.int64]:
+    def chunk_starts(self) -> Integers:
         """The first row of each chunk."""
         changes = np.diff(self.rows[:, SHARD]) | np.diff(self.rows[:, CHUNK])
         return np.concatenate([[0], np.flatnonzero(changes) + 1])[: len(self.rows)]
@@ -137,7 +136,7 @@ class LocatedRows:
     ``buffers[row[MAP]]`` holds the bytes of a row's chunk, from ``row[OFFSET]`` on.
     """
 
-    rows: NDArray[np.int64]
+    rows: Integers
     buffers: Sequence[Any]
 
     @classmethod
@@ -275,7 +274,7 @@ def _scaled_from(array: ShardedArray | Voxels, outs: Sequence[Voxels]) -> str:
 
 def _gather_in_python(
     array: ShardedArray,
-    rows: NDArray[np.int64],
+    rows: Integers,
     shards: Mapping[int, MappedShard],
     outs: Sequence[Voxels],
     scaling: Scaling,

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from zpatch.geometry.boxes import padded_to_4d
+from zpatch.geometry.boxes import Integers, padded_to_4d
 
 CHUNK_VOXELS = 32
 SHARD_BYTES = 32 * 2**20
@@ -165,11 +164,11 @@ def chunk_counts(shape: tuple[int, ...], chunks: tuple[int, ...]) -> tuple[int, 
 
 
 def covering_chunks(
-    first: NDArray[np.int64],
-    stop: NDArray[np.int64],
+    first: Integers,
+    stop: Integers,
     shape: tuple[int, ...],
     chunks: tuple[int, ...],
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+) -> tuple[Integers, Integers]:
     """The chunks that some boxes touch: pairs (chunk number, box number), ordered by chunk.
 
     ``first`` and ``stop`` are ``(number of boxes, ndim)``; chunks are numbered in C order.

@@ -15,11 +15,11 @@ import stat
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from zpatch.chunks.codec import CRC_BYTES, Bytes, Voxels, crc32c
+from zpatch.chunks.codec import CRC_BYTES, Bytes, crc32c
 from zpatch.chunks.sharded_array import ShardedArray
 from zpatch.errors import DamageError
+from zpatch.geometry.boxes import Integers, Voxels
 from zpatch.runtime.recent import Recent
 
 NO_CHUNK = 2**64 - 1
@@ -71,7 +71,7 @@ class MappedShard:
             os.close(handle)
         return view, np.frombuffer(view, np.uint8)
 
-    def _read_index(self) -> NDArray[np.int64]:
+    def _read_index(self) -> Integers:
         array, files = self._array, self._array.files
         chunks = math.prod(array.chunks_per_shard)
         if self._map is None:
@@ -99,12 +99,12 @@ class MappedShard:
         extents[~present] = NO_CHUNK
         return extents.astype(np.int64)
 
-    def unchecked(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    def unchecked(self, numbers: Integers) -> Integers:
         """The chunks, of some numbers, whose checksums were not compared yet."""
         fresh = numbers[~self._checked[numbers]]
         return np.unique(fresh) if fresh.size else fresh
 
-    def fetch(self, numbers: NDArray[np.int64]) -> None:
+    def fetch(self, numbers: Integers) -> None:
         """Ask the system to read some chunks ahead, instead of page by page as they are touched."""
         if self._map is None or not hasattr(self._map, "madvise"):
             return
@@ -113,7 +113,7 @@ class MappedShard:
                 start = offset // mmap.PAGESIZE * mmap.PAGESIZE
                 self._map.madvise(mmap.MADV_WILLNEED, start, offset + length - start)
 
-    def check(self, numbers: NDArray[np.int64]) -> None:
+    def check(self, numbers: Integers) -> None:
         """Compare chunks with their checksums; a missing one is damage if the array has no fill value."""
         for number, (offset, length) in zip(numbers.tolist(), self.extents[numbers].tolist(), strict=True):
             if offset < 0:

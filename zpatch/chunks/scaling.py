@@ -6,14 +6,14 @@ import math
 from typing import Any, NamedTuple, Self
 
 import numpy as np
-from numpy.typing import NDArray
+
+from zpatch.geometry.boxes import Voxels
 
 try:
     from zpatch.chunks._gather import scale as _compiled
 except ImportError:  # installed without a compiler
     _compiled = None  # type: ignore[assignment]
 
-Voxels = NDArray[Any]
 
 COMPILED_TYPES = ("u1", "i1", "u2", "i2")  # scaled to float32 by compiled loops
 

@@ -8,10 +8,11 @@ import os
 
 import numpy as np
 
-from zpatch.chunks.codec import Voxels, crc32c, encode_chunk
+from zpatch.chunks.codec import crc32c, encode_chunk
 from zpatch.chunks.mapped_shards import NO_CHUNK
 from zpatch.chunks.sharded_array import ShardedArray
 from zpatch.digests import FileSeal, new_digest
+from zpatch.geometry.boxes import Voxels
 
 
 def write_shard(array: ShardedArray, shard: tuple[int, ...], voxels: Voxels, preset: str) -> FileSeal:

@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 from zpatch.errors import OptionError, PatchLocationError, PatchOverlapError, PatchSizeError
 
 Triple = tuple[int, int, int]
+Voxels = NDArray[Any]
+Integers = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
 AXIS_NAMES = "IJK"
 
@@ -160,14 +163,12 @@ def check_patch_fits(patch_size: Triple, spatial_shape: Triple, subject: str) ->
             )
 
 
-def reversed_axes(voxels: NDArray[Any]) -> NDArray[Any]:
+def reversed_axes(voxels: Voxels) -> Voxels:
     """A view of voxels (C, I, J, K) in the stored axis order (c, z, y, x), or the other way round."""
     return voxels.transpose(0, 3, 2, 1)
 
 
-def stored_corners(
-    boxes: Sequence[PatchLocation], channels: range
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def stored_corners(boxes: Sequence[PatchLocation], channels: range) -> tuple[Integers, Integers]:
     """First voxel and stop of some boxes, with some channels, in stored axis order (c, z, y, x): (boxes, 4).
 
     >>> first, stop = stored_corners([PatchLocation((1, 2, 3), (4, 4, 4))], range(2))

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from zpatch.geometry.affines import Affine
-from zpatch.geometry.boxes import Triple
+from zpatch.geometry.boxes import Triple, Voxels
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +47,15 @@ class Orientation:
             turn[axis, 3] = spatial_shape[axis] - 1 if flip else 0
         return np.asarray(affine @ turn)
 
-    def turn(self, voxels: NDArray[Any]) -> NDArray[Any]:
+    def turn(self, voxels: Voxels) -> Voxels:
         """A part of the file (c, z, y, x) in the orientation of the store; a view."""
         return np.asarray(self._flipped(voxels).transpose(self._order))
 
-    def turn_back(self, voxels: NDArray[Any]) -> NDArray[Any]:
+    def turn_back(self, voxels: Voxels) -> Voxels:
         """A part of the store (c, z, y, x) in the orientation of the file; a view."""
         return self._flipped(voxels.transpose(np.argsort(self._order)))
 
-    def _flipped(self, voxels: NDArray[Any]) -> NDArray[Any]:
+    def _flipped(self, voxels: Voxels) -> Voxels:
         flipped = tuple(3 - axis for axis, flip in enumerate(self.flips) if flip)
         return np.asarray(np.flip(voxels, flipped))
 

@@ -7,14 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from zpatch.errors import OptionError
-from zpatch.geometry.boxes import PatchLocation, Triple
+from zpatch.geometry.boxes import Integers, PatchLocation, Triple, Voxels
 
 PADDING_MODES = ("constant", "edge", "reflect", "symmetric", "wrap")
-
-Voxels = NDArray[Any]
 
 
 def check_padding_mode(mode: str | None) -> None:
@@ -45,7 +42,7 @@ class PaddedBox:
     """
 
     inner: PatchLocation
-    take: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+    take: tuple[Integers, Integers, Integers]
 
     @classmethod
     def of(cls, box: PatchLocation, spatial_shape: Triple, mode: str) -> PaddedBox:
@@ -70,7 +67,7 @@ class PaddedBox:
                 np.moveaxis(out, axis, 0)[positions < 0] = fill
 
 
-def _padded_axis(start: int, stop: int, length: int, mode: str) -> NDArray[np.int64]:
+def _padded_axis(start: int, stop: int, length: int, mode: str) -> Integers:
     """The voxel of an axis at each position from ``start`` to ``stop``; -1 for the fill value."""
     before, after = max(-start, 0), max(stop - length, 0)
     axis = np.arange(length)

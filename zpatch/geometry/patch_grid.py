@@ -22,13 +22,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from zpatch.errors import PatchLocationError
-from zpatch.geometry.boxes import AXIS_NAMES, PatchLocation, Triple
+from zpatch.geometry.boxes import AXIS_NAMES, Integers, PatchLocation, Triple
 
 
-def axis_starts(axis_length: int, patch_length: int, overlap: int) -> NDArray[np.int64]:
+def axis_starts(axis_length: int, patch_length: int, overlap: int) -> Integers:
     """First voxels of the patches on one axis.
 
     >>> axis_starts(11, 4, 2)
@@ -52,7 +51,7 @@ class PatchGrid:
     patch_overlap: Triple
     pad_before: Triple
     pad_after: Triple
-    starts: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+    starts: tuple[Integers, Integers, Integers]
 
     @classmethod
     def over(

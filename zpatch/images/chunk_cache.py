@@ -14,17 +14,13 @@ from functools import partial
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from zpatch.chunks.gather import GatherPlan, copy_chunks
 from zpatch.chunks.scaling import UNSCALED, Scaling
-from zpatch.geometry.boxes import PatchLocation, Triple, reversed_axes, stored_corners
+from zpatch.geometry.boxes import Integers, PatchLocation, Triple, Voxels, reversed_axes, stored_corners
 from zpatch.geometry.patch_grid import PatchGrid
 from zpatch.images.voxel_source import ReadTasks, VoxelSource, WrappedSource
 from zpatch.images.voxel_sources import ArraySource, ShardSource
-
-Voxels = NDArray[Any]
-Integers = NDArray[np.int64]
 
 NEVER = 2**60  # more than any rank, and three of them fit into 64 bits
 

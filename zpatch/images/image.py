@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, overload
 
 import numpy as np
-from numpy.typing import NDArray
 
 from zpatch.chunks.scaling import UNSCALED, Scaling
 from zpatch.digests import Json, compact_json, digest
 from zpatch.errors import OptionError
 from zpatch.geometry.affines import Affine, spacing_mm
-from zpatch.geometry.boxes import PatchLocation, Triple
+from zpatch.geometry.boxes import PatchLocation, Triple, Voxels
 from zpatch.images.group_read import read_group
 from zpatch.images.opened_image import OpenedImage, open_image
 from zpatch.images.voxel_source import VoxelSource
@@ -23,7 +22,6 @@ from zpatch.images.voxel_sources import DERIVED_BLOCK_VOXELS
 from zpatch.runtime.dask_graphs import Scheduler
 from zpatch.store.image_record import ImageRecord, Kind
 
-Voxels = NDArray[Any]
 T = TypeVar("T")
 
 

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from zpatch.chunks.scaling import UNSCALED, Scaling
 from zpatch.digests import Json, new_digest
 from zpatch.errors import OptionError, SourceError
 from zpatch.geometry.affines import Affine
-from zpatch.geometry.boxes import reversed_axes
+from zpatch.geometry.boxes import Voxels, reversed_axes
 from zpatch.images import zarr_images
 from zpatch.images.voxel_source import VoxelSource
 from zpatch.images.voxel_sources import ArraySource, DaskSource, ShardSource
@@ -170,7 +169,7 @@ def _files_below(path: Path) -> Iterator[str]:
         yield from (os.path.join(folder, name) for name in names)
 
 
-def _identity_of_array(array: NDArray[Any]) -> str:
+def _identity_of_array(array: Voxels) -> str:
     """A digest of an array's voxels; of the file and the offset in it, if the array is mapped from a file."""
     if (mapped := _map_of(array)) is not None:
         at = array.__array_interface__["data"][0] - mapped.__array_interface__["data"][0] + mapped.offset

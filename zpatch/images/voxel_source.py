@@ -7,14 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from zpatch.chunks.scaling import UNSCALED, Scaling
-from zpatch.geometry.boxes import PatchLocation, Triple, reversed_axes
+from zpatch.geometry.boxes import PatchLocation, Triple, Voxels, reversed_axes
 from zpatch.runtime import buffer_pool
 
 FALLBACK_CHUNK_VOXELS = 64
-Voxels = NDArray[Any]
 Shape = tuple[int, int, int, int]
 Graph = dict[Any, Any]
 

@@ -12,7 +12,7 @@ import numpy as np
 from zpatch.chunks.gather import GatherPlan, gather, writes_directly
 from zpatch.chunks.scaling import Scaling
 from zpatch.chunks.sharded_array import ShardedArray
-from zpatch.geometry.boxes import PatchLocation, Triple, reversed_axes, stored_corners
+from zpatch.geometry.boxes import PatchLocation, Triple, Voxels, reversed_axes, stored_corners
 from zpatch.images.group_read import read_boxes
 from zpatch.images.voxel_source import (
     FALLBACK_CHUNK_VOXELS,
@@ -20,7 +20,6 @@ from zpatch.images.voxel_source import (
     ReadTasks,
     Request,
     Shape,
-    Voxels,
     VoxelSource,
     WrappedSource,
 )

@@ -13,8 +13,8 @@ import torch
 
 from zpatch.blending.blend import accumulation_dtype
 from zpatch.blending.reduction import as_stored, fitting_fill, reduce_channels
-from zpatch.blending.tiling import Bools
 from zpatch.errors import ModelError, OptionError, SourceError, ZpatchError
+from zpatch.geometry.boxes import Bools
 from zpatch.images.chunk_cache import cached
 from zpatch.images.group_read import read_group
 from zpatch.images.image import Image

@@ -22,9 +22,8 @@ from zpatch.blending.blend import add_batch
 from zpatch.blending.grid_blend import GridBlend, Skipped
 from zpatch.blending.reduction import Finaliser, Reduction
 from zpatch.blending.sinks import CompleteShard, ShardAssembler
-from zpatch.blending.tiling import Bools
 from zpatch.errors import ModelError
-from zpatch.geometry.boxes import PatchLocation, Triple
+from zpatch.geometry.boxes import Bools, PatchLocation, Triple
 from zpatch.images.chunk_cache import cached
 from zpatch.images.group_read import read_group
 from zpatch.images.image import Image

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from zpatch.chunks.scaling import Scaling
 from zpatch.digests import Json
 from zpatch.errors import ZpatchError
-from zpatch.geometry.boxes import AXIS_NAMES, Triple
+from zpatch.geometry.boxes import AXIS_NAMES, Triple, Voxels
 from zpatch.report.planes import Plane, View, views_of
 from zpatch.report.png import Colour, png
 from zpatch.store.image_record import ImageRecord
@@ -33,7 +33,6 @@ CHANNELS_SHOWN = 3
 HUGE = 1e100
 COLOURS = 254
 
-Voxels = NDArray[Any]
 Stored = tuple[Path, ImageRecord]  # an image's folder, and what the manifest says of it
 Overlay = tuple[Stored, bool]  # a label map, and whether its outlines are dashed
 Failed = Callable[[ImageRecord, BaseException], None]

@@ -11,16 +11,14 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from zpatch.chunks.gather import read_region
 from zpatch.chunks.sharded_array import ShardedArray
 from zpatch.errors import MemoryLimitError
 from zpatch.geometry.affines import spacing_mm
-from zpatch.geometry.boxes import AXIS_NAMES, PatchLocation, Triple, padded_to_4d
+from zpatch.geometry.boxes import AXIS_NAMES, PatchLocation, Triple, Voxels, padded_to_4d
 from zpatch.geometry.orientation import AS_STORED
 from zpatch.nifti.header import orientation_to
 from zpatch.store.image_record import ImageRecord
@@ -30,7 +28,6 @@ TILE_SIDE = 1024  # voxels of a plane that are held at once, along each side
 MAX_BLOCK_SIDE = 2048  # voxels of a plane that become one pixel
 MIN_VOLUME = 1e-6  # that directions of axes span
 
-Voxels = NDArray[Any]
 Size = tuple[int, int]
 
 # The axes of pictures point to the patient's left, to his back and to his feet. Of each plane: its name, the

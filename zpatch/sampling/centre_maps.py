@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zpatch.errors import SamplingError
-from zpatch.geometry.boxes import PatchLocation
+from zpatch.geometry.boxes import PatchLocation, Voxels
 from zpatch.images.image import Image
 from zpatch.runtime.recent import Recent
 from zpatch.sampling.centre_draws import AllowedMass
@@ -31,7 +31,6 @@ from zpatch.store.voxel_index import (
 RECENT_MAPS = 64
 MAX_REACHES = 256
 
-Voxels = NDArray[Any]
 Key = TypeVar("Key")
 Map = TypeVar("Map", bound="_Map")
 
