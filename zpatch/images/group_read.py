@@ -26,15 +26,15 @@ T = TypeVar("T")
 
 
 class ReadableImage(Protocol):
-    """What reading needs of an image; its ``repr`` names it in errors."""
+    """The part of an image that is needed to read it; its ``repr`` names it in errors."""
 
     @property
     def source(self) -> VoxelSource:
-        """Where its unscaled voxels are read from."""
+        """The source of its unscaled voxels."""
 
     @property
     def scaling(self) -> Scaling:
-        """What turns unscaled voxels into values."""
+        """Slope, intercept and bounds that turn unscaled voxels into values."""
 
 
 @overload
@@ -71,11 +71,12 @@ def read_group(
 ) -> Any:
     """Read the same boxes of several images as one group: each chunk is decoded once.
 
-    Gives for each image a list with an array (C, I, J, K) for each location, or ``out`` where it is given.
+    Gives for each image a list with an array (C, I, J, K) for each location; or ``out``, if it is given.
 
-    ``out`` is memory to read into: for each image one array (N, C, I, J, K), or N arrays (C, I, J, K), with N
-    the number of locations. Arrays may have any strides; tensors of torch on the CPU will do too. Values are
-    converted to their type: any float type, or another type that has all values of ``image.dtype``.
+    ``out`` is memory to read into: for each image an array (N, C, I, J, K), or N arrays (C, I, J, K), where N
+    is the number of locations. Arrays may have any strides, and may be torch tensors on the CPU. Values are
+    converted to their type, which is any float type (values are then rounded) or a type that has all values
+    of ``image.dtype``.
 
     ``scaled=False`` gives the stored voxels, without slope and intercept. Boxes may reach over the border
     where ``padding_mode`` says how to fill them (constant, edge, reflect, symmetric or wrap, as in
@@ -123,7 +124,7 @@ def read_group(
 
 
 def _for_each(images: Sequence[ReadableImage], value: Any, option: str) -> Sequence[Any]:
-    """The value of an option for each image; one that is no sequence is that of all images."""
+    """The value of an option for each image; a value that is not a sequence is for all images."""
     if not isinstance(value, Sequence) and option != "out":
         return [value] * len(images)
     if len(value) != len(images):
@@ -143,7 +144,7 @@ class Target(NamedTuple):
 class ImageRead:
     """How one image of a group is read.
 
-    ``scaling`` makes values of its stored voxels; ``fill`` is written outside the image where padding is
+    ``scaling`` turns its stored voxels into values; ``fill`` is the value outside the image if the padding is
     constant.
     """
 
@@ -188,10 +189,11 @@ class ImageRead:
         return outs
 
     def target(self, location: PatchLocation, out: Voxels, padding_mode: str | None) -> Target:
-        """What is read for a box; without a ``padding_mode`` it is inside."""
-        channels, *spatial_shape = self.image.source.shape
-        i, j, k = spatial_shape
-        if padding_mode is None or location.lies_within((i, j, k)):
+        """The box inside that is read for a box; without a ``padding_mode``, that box itself."""
+        if padding_mode is None:
+            return Target(location, out)
+        channels, i, j, k = self.image.source.shape
+        if location.lies_within((i, j, k)):
             return Target(location, out)
         if padding_mode == "constant":
             check_fill(self.fill, out.dtype, self.image)
@@ -205,7 +207,7 @@ class ImageRead:
 
 
 def can_hold(memory: np.dtype[Any], values: np.dtype[Any]) -> bool:
-    """Whether memory of a type takes values of another: exactly, or as floats, which may be rounded.
+    """Whether memory of one type can take values of another: exactly, or rounded to floats.
 
     >>> can_hold(np.dtype("float16"), np.dtype("int32")), can_hold(np.dtype("int16"), np.dtype("uint16"))
     (True, False)
@@ -215,7 +217,7 @@ def can_hold(memory: np.dtype[Any], values: np.dtype[Any]) -> bool:
 
 
 def _as_array(memory: Any) -> Voxels:
-    """Memory of the caller as an array that shares it."""
+    """An array that shares the caller's memory."""
     if isinstance(memory, np.ndarray):
         return memory
     if type(memory).__module__.split(".")[0] == "torch":
