@@ -251,8 +251,8 @@ def _gather_compiled(
 ) -> int:
     """Copy rows from ``start`` on, up to the first whose chunk is missing, damaged or encoded otherwise.
 
-    numcodecs judges damage: it also decodes frames of old versions that look damaged, and its errors say
-    what is wrong.
+    numcodecs judges damage: it also decodes frames of old versions that look damaged, and its errors describe
+    the damage.
     """
     at, _ = _compiled(
         located.rows,

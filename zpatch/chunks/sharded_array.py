@@ -20,8 +20,8 @@ Index = tuple[int, int, int, int]
 class ChunkFiles:
     """How the files of an array are named, and where their index is.
 
-    ``axes`` has, for each number in a file's name, the axis of the array's four that it counts; None for an
-    axis of length 1 that the stored array does not have as one of those four. Numbers follow ``prefix``, with
+    ``axes`` has, for each number in a file's name, the axis (0 to 3) along which it counts; None for an axis
+    of length 1 that the array's metadata have besides these four. Numbers follow ``prefix``, with
     ``separator`` between them. ``index`` is the end of a shard where its index is ("start" or "end"), or None
     if each file is one chunk.
     """

@@ -7,7 +7,7 @@ In reading order::
     voxel_sources  sharded arrays, arrays in memory, Dask expressions
     chunk_cache    chunks kept in memory while the patches of a grid need them
     zarr_images    OME-Zarr images and Zarr arrays that other programs wrote
-    opened_image   what Image takes -> source, affine, scaling, record, path
+    opened_image   the data that Image takes -> source, affine, scaling, record, path
     image          Image, ScalarImage, LabelMap, SamplingMap
     normalization  Normalize: intensities on one scale, from stored statistics
     subject        Subject: images by name

@@ -23,7 +23,21 @@ class Cohort(Sequence[Subject]):
     """All subjects of a store, sorted by name; only the manifest is read.
 
     ``cohort[0]`` and ``cohort["sub-01"]`` are subjects; ``cohort[2:5]`` and ``cohort.split("train")`` are
-    cohorts.
+    cohorts. An unknown name is an UnknownNameError, a KeyError.
+
+    >>> import tempfile
+    >>> import nibabel as nib
+    >>> import numpy as np
+    >>> import zpatch as zp
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> for name in ("sub-01", "sub-02"):
+    ...     image = nib.Nifti1Image(np.zeros((8, 9, 10), np.int16), np.eye(4))
+    ...     image.to_filename(f"{folder.name}/{name}.nii.gz")
+    >>> report = zp.convert(folder.name, f"{folder.name}/store")
+    >>> cohort = zp.Cohort(f"{folder.name}/store")
+    >>> cohort.names, cohort["sub-01"].image.shape, len(cohort[:1])
+    (['sub-01', 'sub-02'], (1, 8, 9, 10), 1)
+    >>> folder.cleanup()
     """
 
     def __init__(self, path: str | os.PathLike[str] | Store) -> None:

@@ -1,7 +1,7 @@
 """Boxes of images -> one Dask graph over just the chunks that cover them -> voxels.
 
 Boxes that are read as a group, of one image or of several, are one graph; a chunk that several of them touch
-is decoded once. Voxels are written straight into the memory where they are wanted.
+is decoded once. Voxels are written straight into the memory of their boxes.
 """
 
 from __future__ import annotations

@@ -19,6 +19,8 @@ class Normalize:
     as in ``Normalize(statistics=cohort.statistics["ct"])``. With ``foreground`` they are those of the voxels
     that are not stored as zero. An image whose values are all equal becomes 0.
 
+    Raises OptionError for an unknown mode, and for an image without these statistics.
+
     >>> import numpy as np
     >>> from zpatch.images.image import ScalarImage
     >>> normalize = Normalize("zscore", statistics={"mean": 10.0, "std": 2.0})
