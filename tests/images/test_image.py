@@ -442,6 +442,7 @@ def test_a_group_is_read_into_the_memory_given_as_out_and_out_is_returned(
     [
         ("i2", "i2", True), ("i2", "i4", True), ("i2", "f2", True), ("u1", "i2", True), ("f8", "f4", True),
         ("i8", "f4", True), ("f4", "c8", True), ("?", "u1", True), ("i2", ">i2", True), ("c16", "c8", True),
+        ("u8", "i8", True), ("i8", "u8", False),
         ("i2", "u2", False), ("u2", "i2", False), ("i4", "i2", False), ("f4", "i4", False),
         ("u1", "?", False), ("c8", "f4", False), ("i2", "O", False), ("i2", "U9", False),
         ("i2", "M8[s]", False),

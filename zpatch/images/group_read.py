@@ -209,11 +209,16 @@ class ImageRead:
 def can_hold(memory: np.dtype[Any], values: np.dtype[Any]) -> bool:
     """Whether memory of one type can take values of another: exactly, or rounded to floats.
 
+    int64 also takes uint64, up to 2**63 - 1: it is the widest integer type that torch computes with.
+
     >>> can_hold(np.dtype("float16"), np.dtype("int32")), can_hold(np.dtype("int16"), np.dtype("uint16"))
     (True, False)
     """
-    rounds = memory.kind == "c" or (memory.kind == "f" and values.kind != "c")
-    return rounds or (memory.kind in "biu" and np.can_cast(values, memory, "safe"))
+    if memory.kind in "fc":
+        return memory.kind == "c" or values.kind != "c"
+    if memory == np.dtype(np.int64) and values == np.dtype(np.uint64):
+        return True
+    return memory.kind in "biu" and np.can_cast(values, memory, "safe")
 
 
 def _as_array(memory: Any) -> Voxels:
