@@ -1,4 +1,4 @@
-"""What tests of reading share: both inner loops, images on disk, boxes in them, and equality to the byte."""
+"""Shared by the tests of reading: both inner loops, images on disk, boxes, and equality of bytes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from zpatch.store.store import sharded_array
 EYE = tuple(map(tuple, np.eye(4).tolist()))
 DTYPES = ["|b1", "|u1", "|i1", "<u2", "<i2", "<u4", "<i4", "<u8", "<i8", "<f2", "<f4", "<f8", "<c8", "<c16"]
 
-# For properties of which an example takes well under a millisecond.
+# For properties whose examples take less than a millisecond.
 many_examples = settings(max_examples=10 * settings().max_examples)
 
 Test = TypeVar("Test", bound=Callable[..., None])
@@ -36,7 +36,7 @@ needs_compiled_loop = pytest.mark.skipif(
 
 @pytest.fixture(params=["compiled", "numpy"])
 def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which inner loop reads: the compiled one, or that of numpy and numcodecs alone."""
+    """The inner loop that reads: the compiled one, or numpy and numcodecs."""
     if request.param == "numpy":
         monkeypatch.setattr(gather, "_compiled", None)
     elif gather._compiled is None:
@@ -45,8 +45,8 @@ def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 def both_loops(test: Test) -> Test:
-    """Run a test once with each inner loop; its module must import the fixture ``loop`` too."""
-    if is_hypothesis_test(test):  # one loop for all examples is what is meant
+    """Run a test with each inner loop; its module must also import the fixture ``loop``."""
+    if is_hypothesis_test(test):  # all examples use one loop
         test = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])(test)
     return pytest.mark.usefixtures("loop")(test)
 
@@ -60,7 +60,7 @@ def stored(
     codec: str = "lz4",
     **more: Any,
 ) -> Image:
-    """An image on disk; ``voxels`` is (z, y, x) or (c, z, y, x), ``shard`` counts chunks along each axis.
+    """An image on disk; ``voxels`` is (z, y, x) or (c, z, y, x), ``shard`` is in chunks a side.
 
     Chunks are ``chunk`` (z, y, x), or of three lengths from ``chunk`` on; ``more`` is for the record.
     """
@@ -74,7 +74,7 @@ def stored(
     stage = StagedImage(folder)
     array = sharded_array(folder, record)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda handle: None)  # it takes longer than all else
+        patch.setattr(os, "fsync", lambda handle: None)  # syncing takes longer than the rest of a test
         for place in np.ndindex(*array.shard_grid):
             box = tuple(slice(n * s, (n + 1) * s) for n, s in zip(place, array.shards, strict=True))
             stage.write_shard(record, place, voxels.reshape(array.shape)[box])
@@ -89,7 +89,7 @@ def draw_box(data: st.DataObject, spatial_shape: tuple[int, ...]) -> PatchLocati
 
 
 def random_voxels(shape: tuple[int, ...], dtype: str, seed: int = 0) -> NDArray[Any]:
-    """Voxels of any bits that the type has, NaN and infinity too."""
+    """Voxels of any bits, also NaN and infinity."""
     rng = np.random.default_rng(seed)
     if np.dtype(dtype).kind == "b":
         return rng.integers(0, 2, shape).astype(bool)
@@ -98,7 +98,7 @@ def random_voxels(shape: tuple[int, ...], dtype: str, seed: int = 0) -> NDArray[
 
 
 def assert_same_bytes(found: NDArray[Any], expected: NDArray[Any]) -> None:
-    """Voxels of one type and shape, equal in every bit."""
+    """Voxels of one type and shape have equal bits."""
     assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
     if found.tobytes() != expected.tobytes():
         np.testing.assert_array_equal(found, expected)  # says where they differ

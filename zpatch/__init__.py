@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from zpatch.errors import ZpatchError
     from zpatch.geometry.boxes import PatchLocation
     from zpatch.images.cohort import Cohort
+    from zpatch.images.group_read import read_group
     from zpatch.images.image import Image, LabelMap, SamplingMap, ScalarImage
     from zpatch.images.normalization import Normalize
     from zpatch.images.subject import Subject
@@ -65,6 +66,7 @@ __all__ = [
     "convert",
     "export",
     "predict",
+    "read_group",
     "verify",
     "write_report",
 ]
@@ -75,6 +77,7 @@ _MODULES = {
     "conversion.conversion": ["convert"],
     "conversion.nifti_export": ["export"],
     "images.cohort": ["Cohort"],
+    "images.group_read": ["read_group"],
     "images.image": ["Image", "LabelMap", "SamplingMap", "ScalarImage"],
     "images.normalization": ["Normalize"],
     "images.subject": ["Subject"],

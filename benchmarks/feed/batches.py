@@ -130,7 +130,7 @@ def _groups_of(name: str, image_dtype: str) -> Contender:
 
     def open_it(cohort: Path, store: Path) -> Epoch:
         import zpatch as zp
-        from zpatch.images.image import read_together
+        from zpatch.images.group_read import read_group
         from zpatch.images.voxel_source import new_voxels
 
         subjects, sampler = zp.Cohort(store), zp.UniformSampler(PATCH)
@@ -142,7 +142,7 @@ def _groups_of(name: str, image_dtype: str) -> Contender:
             locations = sampler.locations(subjects[number], PER_SUBJECT, seed)
             dtypes = image_dtype, "uint8"
             outs = [[new_voxels(shape, np.dtype(dtype)) for _ in locations] for dtype in dtypes]
-            read_together([images["ct"], images["seg"]], locations, outs=outs)
+            read_group([images["ct"], images["seg"]], locations, out=outs)
             return PER_SUBJECT
 
         def epoch() -> Iterator[int]:

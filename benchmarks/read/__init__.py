@@ -1,1 +1,1 @@
-"""The stage read."""
+"""The stage read: patches and sampled centres, compared with other libraries."""

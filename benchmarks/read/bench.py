@@ -1,4 +1,4 @@
-"""Reading random patches and drawing where they lie, beside peers and what the machine can do."""
+"""Reading random patches and drawing their centres, compared with peers and the limits of the machine."""
 
 from __future__ import annotations
 
@@ -41,22 +41,23 @@ CODECS = ("lz4", "lz4hc", "zstd", "none")
 SHARDS_MIB = (8, 128)  # beside 32, the default
 
 NOT_SHOWN = (
-    "Reading is of one volume that fits in memory, in a process that does nothing else; a training run opens "
-    "many subjects, and its other work takes caches and cores.",
-    "Warm figures are of the page cache. Cold ones are of this machine's disk, its pages dropped here: a "
-    "virtual machine's host may still hold them, and a network file system is another matter.",
-    "blosc2 is opened once. nnU-Net opens a case anew for each patch, which is slower. tensorstore's own "
-    "cache is off: where it holds a whole volume, it reads voxels that are decoded already.",
-    "The volume's noise leaves half of its bits, whatever the codec. Smoother images tell codecs apart more.",
+    "One volume that fits in memory is read, in a process that does nothing else; a training run opens many "
+    "subjects, and its other work needs caches and cores.",
+    "Warm figures are for files in the page cache. Cold figures are for this machine's disk, after its pages "
+    "were dropped: the host of a virtual machine may still hold them, and a network file system differs.",
+    "blosc2 is opened once. nnU-Net opens a case again for each patch, which is slower. tensorstore's cache "
+    "is off: with a cache that holds the whole volume, it reads voxels that are decoded already.",
+    "The volume's noise makes half of its bits incompressible for any codec. Codecs differ more on smoother "
+    "images.",
     "Label maps are the cells of random points in a head, in steps of voxels that grow with the map. "
-    "TorchIO's time is for positions alone, from a map in memory, without cutting out patches.",
+    "TorchIO's time is for positions only, from a map in memory, without cutting out patches.",
     "Two threads have two cores only while nothing else runs.",
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Groups of so many random cubes of ``patch`` voxels, of a volume of ``shape`` (x, y, z)."""
+    """Groups of ``together`` random cubes, ``patch`` voxels a side, of a volume of ``shape`` (x, y, z)."""
 
     letter: str
     shape: data.Shape
@@ -77,7 +78,7 @@ def run(options: Options) -> str:
     return "\n\n".join(parts)
 
 
-# Reading: zpatch, its peers and the floors, on the same boxes.
+# Reading: zpatch, its peers and the lower bounds, on the same boxes.
 
 
 def _reading(workload: Workload, options: Options) -> str:
@@ -130,7 +131,7 @@ def _cold(head: Path, stores: Path, workload: Workload, options: Options) -> str
     plan = _plan(workload, names, 2 if options.quick else 7, 1)
     found = _measured("cold_times", head, stores, plan)
     if not found["dropped"]:
-        return "Cold: this file system keeps its pages, so it cannot be measured here."
+        return "Cold: this file system does not drop its pages, so cold reads cannot be measured here."
     rows = [
         (
             name,
@@ -161,10 +162,10 @@ def _tidied(options: Options) -> Path:
 
 
 def _measured(function: str, head: Path, stores: Path, plan: Plan) -> Any:
-    return in_fresh_process(f"read_runs:{function}", head, stores, json.dumps(asdict(plan))).value
+    return in_fresh_process(f"read.runs:{function}", head, stores, json.dumps(asdict(plan))).value
 
 
-# Two threads, and what graph and scheduling cost.
+# Two threads, and the cost of graph and scheduling.
 
 
 def _threads(workload: Workload, options: Options) -> str:
@@ -206,9 +207,9 @@ def _drawing(options: Options) -> str:
     for side, source in sources.items():
         store = stores / str(side)
         convert(source, store, codec=PRESET)
-        times = in_fresh_process("read_runs:draw_times", "", store, side, often).value["zpatch"]
+        times = in_fresh_process("read.runs:draw_times", "", store, side, often).value["zpatch"]
         base, peak = (
-            in_fresh_process(f"read_runs:{name}", store).peak_bytes for name in ("open_labels", "draw_labels")
+            in_fresh_process(f"read.runs:{name}", store).peak_bytes for name in ("open_labels", "draw_labels")
         )
         above[side] = (peak - base) / MIB
         rows.append((f"zpatch, {side}^3", seconds(times), mib(peak), f"{above[side]:.1f}"))
@@ -218,7 +219,7 @@ def _drawing(options: Options) -> str:
         rows.append((name, "not installed", "", ""))
     else:
         store = stores / str(against)
-        both = in_fresh_process("read_runs:draw_times", sources[against], store, against, in_turns)
+        both = in_fresh_process("read.runs:draw_times", sources[against], store, against, in_turns)
         times, ours = both.value[TORCHIO], both.value["zpatch"]
         rows.append((f"{name}, {version('torchio')}", seconds(times), mib(both.peak_bytes), ""))
         reached.insert(0, Goal("as fast as TorchIO", times_as_long(times, ours), 200, "times", at_least=True))

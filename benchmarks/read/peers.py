@@ -1,6 +1,6 @@
 """The contenders in reading: each writes its own store of a volume, opens it, and reads groups of boxes.
 
-As in peers.py, a library is imported when its function runs, and used as its documentation says is fastest.
+A library is imported when its function runs, and is used as its documentation recommends for speed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-PRESET = "lz4"  # zpatch's default: what the goals are about, and the codec of the peers that may choose
+PRESET = "lz4"  # zpatch's default, which the goals are for; also the codec of peers that have the choice
 CHUNK = 32
 BLOSC: dict[str, Any] = {"cname": PRESET, "clevel": 5, "shuffle": "shuffle"}
 ZPATCH, FLOOR = f"zpatch, {PRESET}", f"floor: chunks decoded once, {PRESET}"
@@ -31,7 +31,7 @@ Voxels = NDArray[Any]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """Boxes (z, y, x) to read together, as zpatch names them too, and the chunks of 32 that they touch."""
+    """Boxes (z, y, x) to read as a group, the same as locations, and the chunks of 32 that they touch."""
 
     boxes: list[Box]
     locations: list[Any]
@@ -39,7 +39,7 @@ class Group:
 
     @classmethod
     def of(cls, starts: NDArray[np.int64], patch: int, shape: tuple[int, ...]) -> Group:
-        """The cubes at some first voxels (n, 3)."""
+        """The cubes with these first voxels (n, 3)."""
         from zpatch import PatchLocation
 
         boxes = [tuple(slice(a, a + patch) for a in start) for start in starts.tolist()]
@@ -57,10 +57,10 @@ Reader = Callable[[Group], Sequence[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A way to read: ``make(head, store)`` writes what ``open(store)`` reads.
+    """A way to read: ``make(head, store)`` writes the store that ``open(store)`` reads.
 
-    ``head`` is a folder of ``data.plain_head``. ``slow`` ones have fewer repetitions; ``bare`` ones only
-    decode, and give no voxels.
+    ``head`` is a folder of ``data.plain_head``. ``slow`` contenders have fewer repetitions; ``bare`` ones
+    only decode, and give no voxels.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Contender:
 
     @property
     def installed(self) -> bool:
-        """Whether its library is there."""
+        """Whether its library is installed."""
         return importlib.util.find_spec(self.package) is not None
 
     def __str__(self) -> str:
@@ -88,7 +88,7 @@ def raw_voxels(head: Path) -> Voxels:
 
 
 def zpatch_of(name: str, **options: Any) -> Contender:
-    """zpatch, on a store that was converted with those options."""
+    """zpatch, on a store that was converted with these options."""
 
     def make(head: Path, store: Path) -> None:
         convert(head / "source", store, **options)
@@ -97,7 +97,7 @@ def zpatch_of(name: str, **options: Any) -> Contender:
 
 
 def convert(source: Path, store: Path, **options: Any) -> None:
-    """Convert into a store that is not there yet."""
+    """Convert into a new store."""
     import zpatch as zp
 
     report = zp.convert(source, store, **options)
@@ -117,13 +117,13 @@ def zpatch_image(store: Path) -> Any:
 
 
 def in_stored_order(voxels: Any) -> Voxels:
-    """What a reader gave, (z, y, x): zpatch gives (C, I, J, K)."""
+    """The voxels of a reader as (z, y, x); those of zpatch are (C, I, J, K)."""
     array = np.asarray(voxels)
     return array[0].T if array.ndim == 4 else array
 
 
 def _open_floor(store: Path) -> Reader:
-    """Nothing but decompression: each chunk once, out of memory into the same small block."""
+    """Decompression only: each chunk once, from memory into the same small block."""
     from numcodecs import blosc
 
     blosc.use_threads = False
@@ -184,7 +184,7 @@ def _blosc2_of(name: str, chunk: int) -> Contender:
 
 
 def _open_blosc2(store: Path) -> Reader:
-    """As nnU-Net opens it, but once and not for each patch, which would be slower."""
+    """Opened as in nnU-Net, but once instead of for each patch, which would be slower."""
     import blosc2
 
     blosc2.set_nthreads(1)
@@ -195,7 +195,7 @@ def _open_blosc2(store: Path) -> Reader:
 def _tensorstore_of(name: str, chunk: int) -> Contender:
     def make(head: Path, store: Path) -> None:
         voxels = raw_voxels(head)
-        # Whole planes, as zpatch's shards.
+        # Whole planes, like the shards of zpatch.
         layer = [2 * CHUNK, *(-(-n // 64) * 64 for n in voxels.shape[1:])]
         created = {**_tensorstore_spec(store), "metadata": _zarr3_metadata(voxels, layer, chunk)}
         _open_tensorstore(created, create=True).write(voxels).result()
@@ -216,8 +216,8 @@ def _tensorstore_of(name: str, chunk: int) -> Contender:
 
 
 def _open_tensorstore(spec: dict[str, Any], **options: Any) -> Any:
-    """On one core, one thread each for copying and reading is its fastest. Files are mapped, nothing
-    is cached."""
+    """One thread each for copying and reading, which is fastest on one core. Files are mapped, nothing is
+    cached."""
     import tensorstore
 
     one = {"limit": 1}
@@ -253,7 +253,7 @@ def _zarr3_metadata(voxels: Voxels, shard: list[int], chunk: int) -> dict[str, A
 
 
 def _make_zarr(head: Path, store: Path) -> None:
-    """Chunks of 64, a file each."""
+    """Chunks of 64, each in its own file."""
     import zarr
     from zarr.codecs import BloscCodec
 
@@ -270,12 +270,12 @@ def _open_zarr(store: Path) -> Reader:
 
 
 def _open_dask(store: Path) -> Reader:
-    """As everyone calls it: a block for each chunk."""
+    """The usual call: one block for each chunk."""
     return _dask_reader(store)
 
 
 def _open_dask_in_blocks(store: Path) -> Reader:
-    """Blocks of 128, which are fewer tasks: what a box needs of a block is read as one."""
+    """Blocks of 128, which are fewer tasks: the part of a block in a box is read as one."""
     return _dask_reader(store, chunks=(128,) * 3)
 
 
@@ -287,7 +287,7 @@ def _dask_reader(store: Path, **options: Any) -> Reader:
 
 
 def _zarr_array(store: Path) -> Any:
-    """A store's array, zpatch's or zarr's own. One thread and larger batches are its fastest on one core."""
+    """The array of a store of zpatch or zarr. One thread and large batches are fastest on one core."""
     import zarr
 
     zarr.config.set({"threading.max_workers": 1, "codec_pipeline.batch_size": 64})
@@ -326,5 +326,5 @@ CONTENDERS = (
 
 
 def contender_of(name: str) -> Contender:
-    """The contender of that name; others are stores of zpatch's."""
+    """The contender of that name; an unknown name is that of a store of zpatch."""
     return next((c for c in CONTENDERS if c.name == name), None) or zpatch_of(name)

@@ -1,4 +1,4 @@
-"""What stage read measures, each in a fresh process: seconds of contenders that do the same in turns."""
+"""The measurements of stage read, each in a fresh process: seconds of contenders that alternate."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TORCHIO = "TorchIO, map in memory"
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Who reads, how often, how many groups at a time."""
+    """Names of the contenders, repetitions, groups in each, voxels a side of a patch, patches of a group."""
 
     names: Sequence[str]
     repetitions: int
@@ -49,7 +49,7 @@ class Plan:
 
 
 class Groups:
-    """The groups that all read next; of each round others, by its number."""
+    """The groups that all contenders read in a round; each round has other groups, given by its number."""
 
     def __init__(self, shape: tuple[int, ...], plan: Plan, seed: int = 0) -> None:
         self._shape, self._plan, self._seed = shape, plan, seed
@@ -62,7 +62,7 @@ class Groups:
         self._round += 1
         size = (self._plan.groups, self._plan.together, 3)
         starts = rng.integers(0, np.subtract(self._shape, self._plan.patch) + 1, size=size)
-        self.now = [Group.of(those, self._plan.patch, self._shape) for those in starts]
+        self.now = [Group.of(of_group, self._plan.patch, self._shape) for of_group in starts]
 
     def covering(self) -> list[Group]:
         """Groups that together read every voxel."""
@@ -78,7 +78,7 @@ class Groups:
 
 
 def reading_times(head: str, stores: str, plan_text: str) -> dict[str, list[float]]:
-    """Seconds of each contender for the same groups, on one core. What each reads is compared first."""
+    """Seconds of each contender for the same groups, on one core. The voxels they read are checked first."""
     settle(one_core=True)
     plan = Plan(**json.loads(plan_text))
     voxels = raw_voxels(Path(head))
@@ -92,38 +92,38 @@ def reading_times(head: str, stores: str, plan_text: str) -> dict[str, list[floa
 
 
 def _check(contender: Contender, reader: Reader, groups: Groups, voxels: NDArray[Any]) -> None:
-    """Compare with the volume, all of it unless that takes long: so pages and checksums are warm, too."""
+    """Compare the whole volume, or a part if that is slow; pages are then cached and checksums verified."""
     for group in groups.now if contender.slow else groups.covering():
         for box, found in zip(group.boxes, reader(group), strict=not contender.bare):
             assert np.array_equal(in_stored_order(found), voxels[box]), f"{contender.name} read other voxels"
 
 
 def cold_times(head: str, stores: str, plan_text: str) -> dict[str, Any]:
-    """Seconds of each contender, opening included, without and then with the files in the page cache."""
+    """Seconds of each contender, with opening, first without and then with its files in the page cache."""
     from zpatch.chunks.mapped_shards import close_shards
 
     settle(one_core=True)
     plan = Plan(**json.loads(plan_text))
     groups = Groups(raw_voxels(Path(head)).shape, plan, seed=1)
     contenders = [contender_of(name) for name in plan.names]
-    places = [Path(stores, contender.store) for contender in contenders]
+    paths = [Path(stores, contender.store) for contender in contenders]
     dropped: list[bool] = []
-    os.sync()  # what is still to be written cannot be dropped
+    os.sync()  # unwritten pages cannot be dropped
 
     def close() -> None:
-        for place in places:
-            close_shards(place)
+        for path in paths:
+            close_shards(path)
 
     def drop() -> None:
         close()
-        dropped.extend(map(drop_cache, places))
+        dropped.extend(map(drop_cache, paths))
 
-    def read(contender: Contender, place: Path) -> None:
-        groups.read(contender.open(place))
+    def read(contender: Contender, path: Path) -> None:
+        groups.read(contender.open(path))
 
-    pairs = list(zip(contenders, places, strict=True))
+    pairs = list(zip(contenders, paths, strict=True))
     runs: dict[str, Run] = {
-        contender.name: functools.partial(read, contender, place) for contender, place in pairs
+        contender.name: functools.partial(read, contender, path) for contender, path in pairs
     }
     alternate(runs, 1)
     cold = alternate(runs, plan.repetitions, before_each=drop, before_round=groups.renew)
@@ -133,7 +133,7 @@ def cold_times(head: str, stores: str, plan_text: str) -> dict[str, Any]:
 
 
 def thread_times(head: str, stores: str, plan_text: str) -> dict[str, list[float]]:
-    """Seconds of one thread for its groups, and of two that have as many each."""
+    """Seconds of one thread for its groups, and of two threads with as many groups each."""
     settle(one_core=False)
     plan = Plan(**json.loads(plan_text))
     shape = raw_voxels(Path(head)).shape
@@ -184,13 +184,13 @@ def graph_times(head: str, stores: str, plan_text: str) -> dict[str, list[float]
 
 
 def _in_order(graph: dict[Any, Any], keys: list[Any], scheduler: str = "sync") -> Any:
-    """The tasks of a graph that is written in the order of its dependencies, called without Dask."""
+    """Run a graph without Dask; its tasks are in the order of their dependencies."""
     results: dict[Any, Any] = {}
 
     def filled(argument: Any) -> Any:
         if isinstance(argument, list):
             return [filled(a) for a in argument]
-        with contextlib.suppress(TypeError):  # no key, as it cannot be hashed
+        with contextlib.suppress(TypeError):  # unhashable, so not a key
             return results.get(argument, argument)
         return argument
 
@@ -200,7 +200,7 @@ def _in_order(graph: dict[Any, Any], keys: list[Any], scheduler: str = "sync") -
 
 
 def draw_times(source: str, store: str, side: str, repetitions: str) -> dict[str, list[float]]:
-    """Seconds of drawing 1,000 centres, by zpatch alone, or where ``source`` is given by TorchIO in turns."""
+    """Seconds of drawing 1,000 centres: by zpatch, and alternating by TorchIO if ``source`` is not empty."""
     settle(one_core=True)
     runs: dict[str, Run] = {"zpatch": _zpatch_draw(store)}
     alternate(runs, 2)
@@ -210,12 +210,12 @@ def draw_times(source: str, store: str, side: str, repetitions: str) -> dict[str
 
 
 def open_labels(store: str) -> None:
-    """Import what a draw imports, and open the map."""
+    """Import the modules of a draw, and open the map."""
     _zpatch_draw(store)
 
 
 def draw_labels(store: str) -> None:
-    """And draw."""
+    """The same, and draw centres."""
     _zpatch_draw(store)()
 
 
@@ -229,7 +229,7 @@ def _zpatch_draw(store: str) -> Run:
 
 
 def _torchio_draw(labels: NDArray[np.uint8]) -> Run:
-    """What its sampler does when it is asked for patches, without cutting them out."""
+    """The work of TorchIO's sampler for positions, without cutting out patches."""
     import torch
     import torchio  # type: ignore[import-untyped]
 

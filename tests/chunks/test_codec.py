@@ -1,4 +1,4 @@
-"""Packed chunks: every packing comes back to the byte, and what is damaged is an error that says so."""
+"""Encoded chunks: all are decoded to the same bytes, and a damaged one is an error that describes it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def voxels() -> NDArray[np.int16]:
 
 
 @pytest.mark.parametrize("preset", list(CODECS))
-def test_what_a_preset_packs_comes_back_to_the_byte(preset: str) -> None:
+def test_a_chunk_of_any_preset_is_decoded_to_the_same_bytes(preset: str) -> None:
     for dtype in DTYPES:
         voxels = random_voxels((1, 7, 11, 13), dtype)
         data, checksum = encode_chunk(voxels, preset)
@@ -65,21 +65,21 @@ def test_what_a_preset_packs_comes_back_to_the_byte(preset: str) -> None:
 
 
 @every_compressor
-def test_every_compressor_comes_back_to_the_byte(compressor: Compressor) -> None:
+def test_a_chunk_of_any_compressor_is_decoded_to_the_same_bytes(compressor: Compressor) -> None:
     for dtype in DTYPES:
         voxels = random_voxels((1, 7, 11, 13), dtype)
         assert_same_bytes(unpacked(packed(voxels, compressor), compressor, voxels.shape, dtype), voxels)
 
 
 @pytest.mark.parametrize(("name", "shuffle"), BLOSC)
-def test_every_sort_of_blosc_frame_comes_back_to_the_byte(name: str, shuffle: int) -> None:
+def test_a_blosc_frame_of_any_kind_is_decoded_to_the_same_bytes(name: str, shuffle: int) -> None:
     for size, level in itertools.product([1, 15, 16, 127, 128, 1000, 70_000], [0, 1, 9]):
         voxels = np.arange(size, dtype=np.int32) // 3
         data = bytes(blosc.compress(voxels, name.encode(), level, shuffle))
         assert_same_bytes(unpacked(data, "blosc", (1, 1, 1, size), "<i4"), voxels[None, None, None])
 
 
-def test_a_zstd_frame_need_not_say_how_long_its_contents_are() -> None:
+def test_a_zstd_frame_need_not_have_its_decoded_size() -> None:
     voxels = np.arange(3000, dtype=np.int16) % 100
     data = bytes(zstd.compress(voxels, 3))
     descriptor = data[4]
@@ -107,9 +107,11 @@ def test_a_chunk_cut_short_anywhere_is_an_error(compressor: Compressor, voxels: 
             unpacked(data[:length], compressor, voxels.shape, "<i2")
 
 
-def test_a_blosc_frame_is_not_read_beyond_its_end() -> None:
+def test_a_blosc_frame_is_not_read_past_its_end() -> None:
     voxels = np.random.default_rng(0).integers(0, 30, 3000).astype(np.int16)
-    whole = np.frombuffer(packed(voxels, "blosc"), np.uint8)  # what is cut off stands behind the end still
+    whole = np.frombuffer(
+        packed(voxels, "blosc"), np.uint8
+    )  # the bytes that are cut off are still in memory after the end
     for missing in (1, 2, 10, 1000):
         with pytest.raises(ValueError, match="cannot be decoded"):
             ChunkCodec("blosc").decode(whole[:-missing], np.zeros_like(voxels))
@@ -128,7 +130,7 @@ def test_bytes_of_no_format_are_an_error(compressor: Compressor, rng: np.random.
     value=st.integers(0, 255),
     compressor=st.sampled_from(["blosc", "zstd", "gzip", "zlib"]),
 )
-def test_a_changed_byte_is_an_error_or_other_voxels_and_nothing_worse(
+def test_a_changed_byte_gives_an_error_or_other_voxels(
     position: int, value: int, compressor: Compressor
 ) -> None:
     voxels = np.arange(420, dtype=np.int16).reshape(2, 5, 6, 7) % 23
@@ -155,7 +157,7 @@ def test_a_few_bytes_cannot_fill_the_memory(compressor: Compressor) -> None:
         tracemalloc.stop()
 
 
-def test_the_checksum_is_crc32c_in_little_endian_order() -> None:
+def test_the_checksum_is_a_little_endian_crc32c() -> None:
     assert crc32c(b"123456789") == (0xE3069283).to_bytes(4, "little")
     assert crc32c(np.frombuffer(b"123456789", np.uint8)) == crc32c(b"123456789")
     assert ChunkCodec("blosc").crc_bytes == 4
@@ -163,7 +165,7 @@ def test_the_checksum_is_crc32c_in_little_endian_order() -> None:
 
 
 @pytest.mark.parametrize("preset", list(CODECS))
-def test_a_preset_is_packed_as_its_settings_say(preset: str) -> None:
+def test_a_preset_is_encoded_with_its_settings(preset: str) -> None:
     data, _ = encode_chunk(np.zeros((1, 8, 8, 8), np.int16), preset)
     settings = CODECS[preset]
     if settings is None:

@@ -1,10 +1,11 @@
-"""How arrays are cut into chunks and shards: what the store's contract promises, over all shapes."""
+"""How arrays are cut into chunks and shards: the rules of the store, for all shapes."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +15,8 @@ from zpatch.chunks.layout import (
     MAX_SHARD_BYTES,
     SHARD_BYTES,
     Layout,
+    chunk_counts,
+    covering_chunks,
     plan_layout,
     plan_output_layout,
 )
@@ -30,7 +33,7 @@ SPACINGS = st.tuples(*[st.sampled_from([0.0, 0.3, 1.0, 3.0, 8.0])] * 3)
 
 
 def check_cut(layout: Layout, shape: tuple[int, ...]) -> None:
-    """Shards are whole chunks and cover the array, none of them in vain."""
+    """Shards are whole chunks and cover the array; none is outside it."""
     assert len(layout.chunks) == len(layout.shards) == len(shape)
     sides = zip(shape, layout.chunks, layout.shards, layout.shard_counts(shape), strict=True)
     for n, chunk, shard, count in sides:
@@ -124,7 +127,7 @@ def test_a_volume_of_usual_size_is_one_to_six_files(shape: tuple[int, ...], item
 
 
 @given(SPATIAL, st.sampled_from([2**10, 2**16, 2**20, 2**24]))
-def test_a_shard_is_as_large_as_asked_or_one_chunk_deep(shape: tuple[int, ...], wanted: int) -> None:
+def test_a_shard_is_as_large_as_its_limit_or_one_chunk_deep(shape: tuple[int, ...], wanted: int) -> None:
     layout = plan_layout(shape, 2, shard_bytes=wanted)
     assert shard_bytes(layout, 2) <= wanted or layout.shards[0] == layout.chunks[0]
 
@@ -171,12 +174,12 @@ def test_channels_of_small_volumes_share_a_shard() -> None:
     assert plan_layout(shape, 2, shard_bytes=10 * 16 * 64 * 64 * 2).shards[0] == 10
 
 
-def test_channels_of_large_volumes_have_shards_of_their_own() -> None:
+def test_each_channel_of_a_large_volume_has_its_own_shards() -> None:
     assert plan_layout((4, 512, 512, 512), 2).shards[0] == 1
 
 
 @given(SPATIAL, SPACINGS, st.integers(1, 5))
-def test_colours_arrive_together_and_are_in_one_shard_of_chunks_of_their_own(
+def test_colours_share_a_shard_and_each_has_its_own_chunks(
     shape: tuple[int, int, int], spacing: Any, volumes: int
 ) -> None:
     layout = plan_layout((3 * volumes, *shape), 1, spacing=spacing, colours=3)
@@ -201,14 +204,53 @@ def test_output_shards_are_one_chunk_thick_along_the_swept_axis_and_at_most_32_m
 
 
 @given(OUTPUT_SHAPES, st.integers(0, 2))
-def test_output_shards_hold_all_channels_in_chunks_of_one(shape: tuple[int, ...], swept_axis: int) -> None:
+def test_output_shards_have_all_channels_in_chunks_of_one(shape: tuple[int, ...], swept_axis: int) -> None:
     layout = plan_output_layout(shape, 1, swept_axis=swept_axis)
     assert layout.shards[0] == shape[0]
     assert layout.chunks[0] == 1
 
 
 @pytest.mark.parametrize("swept_axis", range(3))
-def test_an_output_of_usual_size_has_one_shard_a_layer_of_chunks(swept_axis: int) -> None:
+def test_an_output_of_usual_size_has_one_shard_for_each_layer_of_chunks(swept_axis: int) -> None:
     layout = plan_output_layout((1, 189, 233, 197), 1, swept_axis=swept_axis)
     counts = layout.shard_counts((1, 189, 233, 197))
     assert math.prod(counts) == counts[1 + swept_axis]
+
+
+# Chunks that boxes touch
+
+
+@st.composite
+def boxes_in_an_array(draw: st.DrawFn) -> tuple[Any, Any, tuple[int, ...], tuple[int, ...]]:
+    ndim = draw(st.integers(1, 4))
+    shape = tuple(draw(st.integers(1, 12)) for _ in range(ndim))
+    chunks = tuple(draw(st.integers(1, 8)) for _ in range(ndim))
+    ends = [
+        [sorted(draw(st.lists(st.integers(0, n), min_size=2, max_size=2, unique=True))) for n in shape]
+        for _ in range(draw(st.integers(0, 5)))
+    ]
+    pairs = np.array(ends, dtype=np.int64).reshape(-1, ndim, 2)
+    return pairs[..., 0], pairs[..., 1], shape, chunks
+
+
+@given(boxes_in_an_array())
+def test_covering_chunks_are_those_that_share_a_voxel_with_a_box_ordered_by_chunk(case: Any) -> None:
+    first, stop, shape, chunks = case
+    counts = chunk_counts(shape, chunks)
+    voxel_chunks = np.zeros(shape, dtype=np.int64)
+    for voxel in np.ndindex(shape):
+        place = tuple(v // c for v, c in zip(voxel, chunks, strict=True))
+        voxel_chunks[voxel] = np.ravel_multi_index(place, counts)
+    expected = [
+        (int(chunk), box)
+        for box, (a, b) in enumerate(zip(first, stop, strict=True))
+        for chunk in np.unique(voxel_chunks[tuple(map(slice, a, b))])
+    ]
+    found = covering_chunks(first, stop, shape, chunks)
+    assert list(zip(*(side.tolist() for side in found), strict=True)) == sorted(expected)
+
+
+@given(st.lists(st.tuples(st.integers(1, 300), st.integers(1, 70)), min_size=1, max_size=4))
+def test_as_many_chunks_are_counted_as_there_are_starts_of_chunks(sides: list[tuple[int, int]]) -> None:
+    shape, chunks = zip(*sides, strict=True)
+    assert chunk_counts(shape, chunks) == tuple(len(range(0, n, c)) for n, c in sides)

@@ -1,4 +1,4 @@
-"""Shard files: zarr-python reads what is written here, and what is damaged is never taken for voxels."""
+"""Shard files: zarr-python reads them, and damaged bytes are never read as voxels."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from zpatch.conversion import conversion_plan
 from zpatch.digests import FileSeal, digest
 from zpatch.errors import DamageError
 from zpatch.images import group_read, voxel_sources
-from zpatch.images.image import read_together
+from zpatch.images.group_read import read_group
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.staged_image import StagedImage
 from zpatch.store.store import sharded_array
@@ -65,7 +65,7 @@ def written(
 
 
 def decode_chunk(array: ShardedArray, chunk: int, out: NDArray[Any]) -> tuple[int, ...]:
-    """Decode a chunk by its number over the whole array, and say where it starts."""
+    """Decode a chunk by its number in the whole array; its first voxel."""
     position = np.unravel_index(chunk, array.chunk_grid)
     shard, within = np.divmod(position, array.chunks_per_shard)
     mapped = open_shard(array, tuple(shard.tolist()))
@@ -146,7 +146,7 @@ def test_shards_of_equal_length_have_the_same_crc_but_not_the_same_seal(tmp_path
 
 
 def refused(array: ShardedArray, why: str, shard: tuple[int, ...] = (0, 1, 0, 0)) -> None:
-    """Reading fails with an error that names the shard's file, says what is wrong, and what to do."""
+    """Reading fails with an error that names the file of the shard, the problem and the remedy."""
     with pytest.raises(DamageError, match=why) as caught:
         decoded(array)
     assert str(array.shard_file(shard)) in str(caught.value)
@@ -207,7 +207,7 @@ def flip(file: Path, position: int, mask: int = 1) -> None:
     [
         (Path.unlink, "it is missing"),
         (empty, "it is empty or no regular file"),
-        (cut_within_the_index, "it has 100 bytes, less than its own index"),
+        (cut_within_the_index, "it has 100 bytes, fewer than its index"),
         (cut_in_half, "its index does not match its checksum"),
         (put_a_folder, "no regular file"),
         (put_a_pipe, "no regular file"),
@@ -234,9 +234,7 @@ def test_a_damaged_shard_leaves_no_file_open(array: ShardedArray, damage: Callab
     assert psutil.Process().num_fds() == before
 
 
-def test_shards_in_a_folder_that_is_a_link_to_elsewhere_are_refused(
-    array: ShardedArray, tmp_path: Path
-) -> None:
+def test_shards_in_a_folder_that_is_a_link_are_refused(array: ShardedArray, tmp_path: Path) -> None:
     shutil.move(array.path / "c", tmp_path / "elsewhere")
     (array.path / "c").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(DamageError):
@@ -244,7 +242,7 @@ def test_shards_in_a_folder_that_is_a_link_to_elsewhere_are_refused(
 
 
 def rewrite_index(file: Path, chunks: int, entry: int, offset: int, length: int) -> None:
-    """Change an entry of the index, with a checksum that fits."""
+    """Change an entry of the index, and its checksum with it."""
     data = bytearray(file.read_bytes())
     index = np.frombuffer(data[-16 * chunks - 4 : -4], "<u8").reshape(chunks, 2).copy()
     index[entry] = offset, length
@@ -266,7 +264,7 @@ def rewrite_index(file: Path, chunks: int, entry: int, offset: int, length: int)
         (3, 100, "chunk 5 of the file .* does not match its checksum"),
     ],
 )
-def test_an_index_that_lies_is_damage_and_never_a_fill_value(
+def test_a_wrong_index_is_damage_and_never_a_fill_value(
     array: ShardedArray, offset: int, length: int, why: str
 ) -> None:
     rewrite_index(array.shard_file((0, 1, 0, 0)), 18, 5, offset, length)
@@ -283,7 +281,7 @@ def test_an_index_that_lies_is_damage_and_never_a_fill_value(
         (12, 20, "cannot be decoded"),
     ],
 )
-def test_a_frame_that_lies_about_its_size_is_not_decoded(
+def test_a_frame_with_a_wrong_size_is_not_decoded(
     tmp_path: Path, codec: str, position: int, value: int, why: str
 ) -> None:
     voxels = np.zeros((4, 4, 2), np.int16)
@@ -322,7 +320,7 @@ def test_a_bit_flip_anywhere_in_a_shard_is_found_or_harmless(
     np.testing.assert_array_equal(decoded(array)[0], voxels)
 
 
-def test_maps_beyond_the_limit_are_let_go(tmp_path: Path) -> None:
+def test_maps_beyond_the_limit_are_released(tmp_path: Path) -> None:
     voxels = np.arange(OPEN_MAPS + 20, dtype=np.int16).reshape(-1, 1, 1)
     array = written(tmp_path / "array", voxels, (1, 1, 1), (1, 1, 1))
     before = psutil.Process().num_fds()
@@ -359,19 +357,19 @@ def test_maps_can_be_read_in_a_forked_child(array: ShardedArray, voxels: NDArray
     np.testing.assert_array_equal(decoded(array)[0], voxels)
 
 
-def test_a_mapped_shard_knows_each_chunk_by_its_place(array: ShardedArray) -> None:
+def test_the_index_of_a_mapped_shard_has_each_chunk_in_c_order(array: ShardedArray) -> None:
     shard = MappedShard(array, (0, 2, 0, 0))
     present = shard.extents[:, 0] >= 0
     # Of 2 x 3 x 3 chunks the last shard holds one layer: the array ends inside it.
     np.testing.assert_array_equal(present, [True] * 9 + [False] * 9)
 
 
-# Damage, as it is met when patches are read
+# Damage, found when patches are read
 
 
 @pytest.fixture(scope="module")
 def whole_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of one image that has 2 x 2 x 2 shards, of which only the first is whole."""
+    """A store of one image with 2 x 2 x 2 shards, of which only the first is wholly inside."""
     folder = tmp_path_factory.mktemp("whole")
     voxels = random_voxels((60, 60, 60), "<i2") // 64
     (folder / "anna").mkdir()
@@ -415,7 +413,7 @@ def read_all(store: Path, scheduler: Any = "sync") -> NDArray[Any]:
         (lambda file: rewrite_index(file, 64, 9, 2**40, 99), "its index points outside the file"),
     ],
 )
-def test_a_group_that_meets_damage_fails_and_names_all_that_helps(
+def test_reading_a_damaged_group_fails_and_names_the_chunk_the_file_and_the_remedy(
     store: Path, damage: Callable[[Path], None], why: str, scheduler: Any
 ) -> None:
     damage(shard_of(store, 0, 0, 1))
@@ -429,7 +427,7 @@ def test_a_group_that_meets_damage_fails_and_names_all_that_helps(
 
 
 @both_loops
-def test_damage_elsewhere_is_no_concern_of_a_group(store: Path) -> None:
+def test_damage_in_other_chunks_does_not_affect_a_group(store: Path) -> None:
     whole = read_all(store)
     flip_in_a_chunk(shard_of(store, 0, 0, 0))
     shard_of(store, 1, 1, 1).unlink()
@@ -477,7 +475,7 @@ def swap(one: Path, other: Path) -> None:
 
 
 @both_loops
-def test_a_shard_swapped_with_one_at_the_border_is_found_where_it_lacks_chunks(
+def test_a_shard_swapped_with_one_at_the_border_is_found_by_its_missing_chunks(
     tmp_path: Path,
 ) -> None:
     voxels = random_voxels((24, 8, 8), "<i2")
@@ -489,7 +487,7 @@ def test_a_shard_swapped_with_one_at_the_border_is_found_where_it_lacks_chunks(
 
 @both_loops
 def test_two_swapped_shards_of_equal_layout_are_found_by_verify_alone(store: Path) -> None:
-    # Each file is sound in itself, and nothing in it says where it belongs: only the manifest's seals do.
+    # Each file is intact, and nothing in it says which shard it is: only the seals of the manifest do.
     whole = read_all(store)
     swap(shard_of(store, 0, 0, 1), shard_of(store, 0, 1, 0))
     assert not np.array_equal(read_all(store), whole)
@@ -508,7 +506,7 @@ def test_a_shard_of_another_image_is_found_by_verify_or_by_its_index(store: Path
 
 
 @both_loops
-def test_damage_is_met_again_when_it_is_read_again(store: Path) -> None:
+def test_damage_is_found_again_when_it_is_read_again(store: Path) -> None:
     flip_in_a_chunk(shard_of(store, 0, 0, 1))
     image = zp.Cohort(store)["anna"].ct
     for _ in range(3):
@@ -517,7 +515,7 @@ def test_damage_is_met_again_when_it_is_read_again(store: Path) -> None:
 
 
 @both_loops
-def test_nothing_is_written_any_more_when_a_group_in_threads_has_failed(
+def test_nothing_is_written_after_a_group_in_threads_has_failed(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shard_of(store, 1, 1, 1).unlink()
@@ -528,7 +526,7 @@ def test_nothing_is_written_any_more_when_a_group_in_threads_has_failed(
             opened(array, plan, outs, scaling)
         finally:
             failed.append(plan)
-            for _ in range(20 if len(failed) > 1 else 0):  # as another thread that is still at it
+            for _ in range(20 if len(failed) > 1 else 0):  # as another thread that is still running
                 time.sleep(0.01)
                 outs[0][...] = 77
 
@@ -538,7 +536,7 @@ def test_nothing_is_written_any_more_when_a_group_in_threads_has_failed(
     image = zp.Cohort(store)["anna"].ct
     out = np.zeros((1, 60, 60, 60), np.int16)
     with pytest.raises(DamageError, match="c/1/1/1: it is missing"):
-        read_together([image], [zp.PatchLocation((0, 0, 0), (60, 60, 60))], scheduler="threads", outs=[[out]])
-    out[...] = 5  # the memory is the caller's again
+        read_group([image], [zp.PatchLocation((0, 0, 0), (60, 60, 60))], scheduler="threads", out=[[out]])
+    out[...] = 5  # the caller may use the memory again
     time.sleep(0.3)
     assert (out == 5).all()

@@ -1,4 +1,4 @@
-"""Slope, intercept and bounds: the arithmetic of numpy, in the precision that each type asks for."""
+"""Slope, intercept and bounds: the arithmetic of numpy, in the precision of each type."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def scaled(scaling: Scaling, values: Any) -> Any:
     return np.clip(values * scaling.slope + scaling.inter, scaling.low, scaling.high)
 
 
-def test_scaled_values_come_in_a_type_that_holds_them() -> None:
+def test_scaled_values_have_a_type_that_holds_them() -> None:
     for code, wide in SCALED.items():
         voxels = np.array([0, 1]).astype(code)
         assert Scaling(2.0, 1.0).dtype_of(voxels.dtype) == np.dtype(wide)
@@ -39,7 +39,7 @@ def test_scaled_values_come_in_a_type_that_holds_them() -> None:
         assert UNSCALED.dtype_of(voxels.dtype) == voxels.dtype
 
 
-def test_one_and_zero_without_bounds_is_no_scaling() -> None:
+def test_slope_one_and_intercept_zero_without_bounds_is_no_scaling() -> None:
     assert Scaling() == Scaling(1, 0) == UNSCALED
     assert not UNSCALED.is_bounded
     assert all(s != UNSCALED for s in (Scaling(2), Scaling(1, 1), Scaling(low=0), Scaling(high=0)))
@@ -49,7 +49,7 @@ def test_one_and_zero_without_bounds_is_no_scaling() -> None:
 
 @many_examples
 @given(first=steep, inter=finite, second=steep, more=finite)
-def test_a_scaling_of_a_scaling_is_one_after_the_other(
+def test_a_scaling_of_a_scaling_applies_both_in_order(
     first: float, inter: float, second: float, more: float
 ) -> None:
     both = Scaling(first, inter).then(second, more)
@@ -62,7 +62,7 @@ def test_a_scaling_of_a_scaling_is_one_after_the_other(
     bounds=st.tuples(finite, finite).map(sorted), slope=steep, inter=finite,
     later=st.tuples(finite, finite).map(sorted), values=st.lists(finite, min_size=1),
 )  # fmt: skip
-def test_bounds_cut_where_they_were_said_whatever_comes_after(
+def test_bounds_clip_before_later_scalings(
     bounds: list[float], slope: float, inter: float, later: list[float], values: list[float]
 ) -> None:
     both = UNSCALED.within(*bounds).then(slope, inter).within(*later)
@@ -72,20 +72,20 @@ def test_bounds_cut_where_they_were_said_whatever_comes_after(
 
 
 @given(bounds=st.tuples(finite, finite).map(sorted), later=st.tuples(finite, finite).map(sorted))
-def test_bounds_within_bounds_are_one_after_the_other(bounds: list[float], later: list[float]) -> None:
+def test_bounds_within_bounds_apply_in_order(bounds: list[float], later: list[float]) -> None:
     values = np.linspace(-1e6, 1e6, 101)
     both = UNSCALED.within(*bounds).within(*later)
     np.testing.assert_array_equal(scaled(both, values), np.clip(np.clip(values, *bounds), *later))
 
 
-def test_a_slope_of_zero_makes_one_value_of_all() -> None:
+def test_a_slope_of_zero_makes_all_values_equal() -> None:
     flat = Scaling(2.0, 1.0).within(0, 5).then(0, 3.5)
     assert scaled(flat, VALUES).tolist() == [3.5] * len(VALUES)
     assert (flat.low, flat.high) == (3.5, 3.5)
     assert UNSCALED.then(0, 3.5).apply(np.array([-7, 9], np.int16)).tolist() == [3.5, 3.5]
 
 
-def test_no_bounds_stay_no_bounds() -> None:
+def test_a_scaling_without_bounds_stays_without_bounds() -> None:
     for slope in (2.0, -2.0):
         later = UNSCALED.then(slope, 3.0)
         assert (later.low, later.high) == (-math.inf, math.inf)
@@ -113,14 +113,14 @@ def test_values_of_big_endian_voxels_are_in_native_order(dtype: str) -> None:
         assert values.tolist() == [n * scaling.slope + scaling.inter for n in range(5)]
 
 
-def test_not_a_number_stays_so_and_infinity_is_kept_between_bounds() -> None:
+def test_nan_stays_nan_and_infinity_is_clipped() -> None:
     voxels = np.array([math.nan, math.inf, -math.inf, 1.0], np.float32)
     values = Scaling(2.0, 1.0, -10, 10).apply(voxels)
     np.testing.assert_array_equal(values, [math.nan, 10, -10, 3])
 
 
 @pytest.mark.parametrize("dtype", ["<f2", "<f4", "<f8", "<i2", "<u8"])
-def test_values_are_cast_to_the_memory_that_is_written(dtype: str) -> None:
+def test_values_are_cast_to_the_type_of_the_memory(dtype: str) -> None:
     voxels = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
     out = np.zeros((4, 3, 4), dtype)[::2].transpose(2, 1, 0)
     for scaling in (UNSCALED, Scaling(0.5, 1.0)):
@@ -129,7 +129,7 @@ def test_values_are_cast_to_the_memory_that_is_written(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("number", [np.float64, np.float32, np.int64, int])
-def test_numbers_of_numpy_scale_as_those_of_python_do(number: Any) -> None:
+def test_numpy_scalars_scale_as_python_floats_do(number: Any) -> None:
     # A numpy scalar would make numpy compute in its own precision, and the compiled loop would differ.
     voxels = np.arange(-500, 500, dtype=np.int16)
     given_, plain = (

@@ -104,7 +104,7 @@ def test_images_read_together_are_channels_of_one(cohort: zp.Cohort) -> None:
 def test_opening_an_image_reads_no_voxels(cohort: zp.Cohort, monkeypatch: pytest.MonkeyPatch) -> None:
     from zpatch.compat import monai
 
-    monkeypatch.setattr(monai, "read_together", lambda *_: pytest.fail("voxels were read"))
+    monkeypatch.setattr(monai, "read_group", lambda *_: pytest.fail("voxels were read"))
     assert ZpatchReader().read(datalist(cohort)[0]["t1"]).shape == cohort[0].t1.shape
 
 

@@ -1,4 +1,4 @@
-"""Boxes in voxels, and what moving one does to an affine. Plain integers and numpy are the oracle."""
+"""Boxes in voxels and affines; plain integers and numpy are the oracle."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from zpatch.geometry.boxes import (
     check_patch_fits,
     patch_overlap_triple,
     patch_size_triple,
+    reversed_axes,
+    stored_corners,
     triple,
 )
 
@@ -40,6 +42,13 @@ def affines(draw: st.DrawFn) -> NDArray[np.float64]:
     return affine
 
 
+@st.composite
+def boxes_inside(draw: st.DrawFn, spatial_shape: Triple = (7, 8, 9)) -> PatchLocation:
+    size = [draw(st.integers(1, n)) for n in spatial_shape]
+    index = [draw(st.integers(0, n - s)) for n, s in zip(spatial_shape, size, strict=True)]
+    return PatchLocation(tuple(index), tuple(size))
+
+
 def voxels_of(start: int, size: int) -> set[int]:
     return set(range(start, start + size))
 
@@ -48,7 +57,7 @@ def voxels_of(start: int, size: int) -> set[int]:
 
 
 @pytest.mark.parametrize("value", [7, np.int16(7), [7, 7, 7], (7, 7, np.int64(7)), np.array([7, 7, 7])])
-def test_one_integer_or_three_become_three_python_integers(value: Any) -> None:
+def test_one_integer_or_three_give_three_python_integers(value: Any) -> None:
     result = triple(value, "patch_size")
     assert result == (7, 7, 7)
     assert all(type(v) is int for v in result)
@@ -92,7 +101,7 @@ def test_an_odd_or_negative_overlap_is_refused_with_its_axis_and_the_reason(
 
 
 @pytest.mark.parametrize("p", range(1, 12))
-def test_an_overlap_too_large_is_refused_with_advice_that_is_the_best_and_works(p: int) -> None:
+def test_an_overlap_that_is_too_large_is_refused_with_the_largest_one_that_fits(p: int) -> None:
     too_large = p + p % 2
     with pytest.raises(
         PatchOverlapError, match=rf"{too_large} voxels on axis I .* the patch \({p}\)"
@@ -107,7 +116,7 @@ def test_an_overlap_too_large_is_refused_with_advice_that_is_the_best_and_works(
 
 
 @given(LOCATIONS)
-def test_a_location_ends_its_size_after_its_start(location: PatchLocation) -> None:
+def test_the_end_of_a_location_is_its_index_plus_its_size(location: PatchLocation) -> None:
     assert location.index_ini == location.index
     assert np.array_equal(np.subtract(location.index_fin, location.index_ini), location.size)
 
@@ -157,9 +166,7 @@ def test_scaling_by_an_integer_multiplies_index_and_size(location: PatchLocation
 
 
 @given(LOCATIONS, SIZES)
-def test_clipping_keeps_the_voxels_inside_the_volume_and_no_others(
-    location: PatchLocation, shape: Triple
-) -> None:
+def test_clipping_keeps_exactly_the_voxels_inside_the_volume(location: PatchLocation, shape: Triple) -> None:
     clipped = location.clipped(shape)
     for i, p, j, q, n in zip(location.index, location.size, clipped.index, clipped.size, shape, strict=True):
         assert voxels_of(j, q) == voxels_of(i, p) & voxels_of(0, n)
@@ -168,11 +175,32 @@ def test_clipping_keeps_the_voxels_inside_the_volume_and_no_others(
 
 
 @given(LOCATIONS, SIZES)
-def test_a_box_lies_within_a_volume_when_each_of_its_voxels_does(
-    location: PatchLocation, shape: Triple
-) -> None:
+def test_a_box_is_within_a_volume_if_all_its_voxels_are(location: PatchLocation, shape: Triple) -> None:
     axes = zip(location.index, location.size, shape, strict=True)
     assert location.lies_within(shape) == all(voxels_of(i, p) <= voxels_of(0, n) for i, p, n in axes)
+
+
+@given(LOCATIONS)
+def test_a_location_is_the_box_between_its_ends(location: PatchLocation) -> None:
+    assert PatchLocation.between(location.index_ini, location.index_fin, location.subject_index) == location
+    assert PatchLocation.between(np.array(location.index_ini), np.array(location.index_fin)) == PatchLocation(
+        location.index, location.size
+    )
+
+
+@given(st.lists(boxes_inside(), max_size=4), st.integers(0, 2), st.integers(3, 5))
+def test_corners_in_stored_order_cut_the_same_voxels_out_of_a_stored_array(
+    boxes: list[PatchLocation], first_channel: int, stop_channel: int
+) -> None:
+    stored = np.arange(5 * 9 * 8 * 7).reshape(5, 9, 8, 7)
+    volume = reversed_axes(stored)
+    assert np.shares_memory(volume, stored)
+    assert volume.shape == (5, 7, 8, 9)
+    first, stop = stored_corners(boxes, range(first_channel, stop_channel))
+    assert first.shape == stop.shape == (len(boxes), 4)
+    for box, a, b in zip(boxes, first, stop, strict=True):
+        part = volume[(slice(first_channel, stop_channel), *box.to_slices())]
+        np.testing.assert_array_equal(reversed_axes(part), stored[tuple(map(slice, a, b))])
 
 
 # Centres
@@ -180,7 +208,7 @@ def test_a_box_lies_within_a_volume_when_each_of_its_voxels_does(
 
 @pytest.mark.parametrize("p", range(1, 13))
 @pytest.mark.parametrize("spare", range(5))
-def test_allowed_centres_are_those_of_all_patches_that_fit_and_of_no_others(p: int, spare: int) -> None:
+def test_allowed_centres_are_the_centres_of_exactly_the_patches_that_fit(p: int, spare: int) -> None:
     n = p + spare
     box = allowed_centres((n, n, n), (p, p, p))
     centres = {start + p // 2 for start in range(n - p + 1)}
@@ -194,7 +222,7 @@ def test_allowed_centres_treat_each_axis_by_its_own_size() -> None:
     assert allowed_centres((10, 11, 12), (4, 5, 12)) == PatchLocation((2, 2, 6), (7, 7, 1))
 
 
-def test_a_patch_that_does_not_fit_is_refused_with_axis_subject_both_sizes_and_a_way_out() -> None:
+def test_a_patch_that_does_not_fit_is_refused_with_axis_subject_both_sizes_and_a_remedy() -> None:
     with pytest.raises(PatchSizeError) as caught:
         check_patch_fits((64, 64, 96), (64, 64, 80), "sub-01")
     for part in ("96 voxels", "axis K", "'sub-01'", "(80 voxels)", "smaller patch_size", "padding_mode"):
@@ -209,7 +237,7 @@ def test_a_patch_as_large_as_the_volume_fits() -> None:
 
 
 @given(affines(), INDICES, SIZES)
-def test_a_voxel_of_a_patch_lies_where_the_same_voxel_of_its_volume_does(
+def test_a_voxel_of_a_patch_has_the_world_position_of_the_same_voxel_of_its_volume(
     affine: NDArray[np.float64], index: Triple, voxel: Triple
 ) -> None:
     before = affine.copy()
@@ -230,7 +258,7 @@ def test_spacing_is_the_voxel_size_however_the_volume_is_turned(
 
 
 @given(affines(), affines(), SIZES)
-def test_affines_are_as_far_apart_as_their_farthest_corner_in_voxels_of_the_first(
+def test_the_distance_of_affines_is_that_of_the_farthest_corner_in_voxels_of_the_first(
     first: NDArray[np.float64], second: NDArray[np.float64], shape: Triple
 ) -> None:
     apart = max(
@@ -241,7 +269,7 @@ def test_affines_are_as_far_apart_as_their_farthest_corner_in_voxels_of_the_firs
     assert found == pytest.approx(apart / min(spacing_mm(first)), rel=1e-9)
 
 
-def test_a_shift_of_one_voxel_puts_corners_one_voxel_apart() -> None:
+def test_a_shift_of_one_voxel_is_a_distance_of_one_voxel() -> None:
     first = np.diag([2.0, 2.0, 2.0, 1.0])
     assert max_corner_distance(first, crop_affine(first, (0, 1, 0)), (5, 6, 7)) == pytest.approx(1)
     assert max_corner_distance(first, first, (5, 6, 7)) == 0

@@ -1,4 +1,4 @@
-"""Volumes turned on their way into a store: nibabel says where every voxel belongs."""
+"""Volumes turned when they are converted; nibabel is the oracle for the position of every voxel."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def as_stored(volume: np.ndarray) -> np.ndarray:
 
 
 @given(turns, shapes)
-def test_turning_back_gives_the_file_again(turn: Orientation, shape: tuple[int, int, int]) -> None:
+def test_turning_back_restores_the_file(turn: Orientation, shape: tuple[int, int, int]) -> None:
     voxels = as_stored(np.arange(np.prod(shape)).reshape(shape))
     turned = turn.turn(voxels)
     assert turned.shape[:0:-1] == turn.shape(shape)
@@ -44,7 +44,7 @@ def test_turning_back_gives_the_file_again(turn: Orientation, shape: tuple[int, 
 
 
 @given(turns, shapes)
-def test_every_voxel_stays_where_it_is_in_the_world(turn: Orientation, shape: tuple[int, int, int]) -> None:
+def test_every_voxel_keeps_its_world_position(turn: Orientation, shape: tuple[int, int, int]) -> None:
     numbers = np.arange(np.prod(shape)).reshape(shape)
     turned = turn.turn(as_stored(numbers))[0].transpose(2, 1, 0)
     affine = turn.affine(AFFINE, shape)
@@ -54,13 +54,13 @@ def test_every_voxel_stays_where_it_is_in_the_world(turn: Orientation, shape: tu
 
 
 @pytest.mark.parametrize("codes", CODES)
-def test_codes_mean_what_they_mean_to_nibabel(codes: str) -> None:
+def test_codes_have_the_meaning_that_nibabel_gives_them(codes: str) -> None:
     turn = orientation_to(AFFINE, codes)
     assert "".join(nib.aff2axcodes(turn.affine(AFFINE, (4, 5, 6)))) == codes
 
 
 @pytest.mark.parametrize("codes", ["", "RA", "RAX", "RRA", "ras", "RASL"])
-def test_codes_that_mean_nothing_are_refused(codes: str, cohort_source: Path, tmp_path: Path) -> None:
+def test_unknown_codes_are_refused(codes: str, cohort_source: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=f"orient must be three letters as RAS, LPS or PIR, not '{codes}'"):
         zp.convert(cohort_source, tmp_path / "a.zarr", orient=codes)
     assert not (tmp_path / "a.zarr").exists()
@@ -88,7 +88,7 @@ def test_a_turned_store_is_nibabel_s_canonical_image_and_exports_the_original(
     assert zp.verify(tmp_path / "a.zarr").ok
 
 
-def test_predictions_of_turned_images_lie_where_the_turned_image_lies(tmp_path: Path) -> None:
+def test_predictions_of_turned_images_have_the_affine_of_the_turned_image(tmp_path: Path) -> None:
     nib.save(nib.Nifti1Image(np.arange(720, dtype=np.float32).reshape(8, 9, 10), AFFINE), tmp_path / "a.nii")
     zp.convert(tmp_path, tmp_path / "a.zarr", orient="PIR")
     cohort = zp.Cohort(tmp_path / "a.zarr")

@@ -1,4 +1,4 @@
-"""Boxes over the border of their volume: what numpy.pad says stands there, read from inside alone."""
+"""Boxes over the border of their volume: filled as by numpy.pad, and read from inside only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from zpatch.errors import OptionError, PatchLocationError
 from zpatch.geometry.boxes import PatchLocation
 from zpatch.geometry.padding import PADDING_MODES, PaddedBox, check_padding_mode
 from zpatch.images import group_read
-from zpatch.images.image import ScalarImage, read_together
+from zpatch.images.group_read import read_group
+from zpatch.images.image import ScalarImage
 
 Draw = st.DataObject
 
@@ -64,7 +65,7 @@ def test_boxes_over_the_border_are_those_of_the_volume_padded_by_numpy(
     mode=st.sampled_from(PADDING_MODES),
 )
 @example(starts=(-40, 0, 30), size=(3, 1, 2), shape=(1, 1, 1), mode="reflect")
-def test_what_a_padded_box_needs_lies_inside_and_is_no_more_than_that(
+def test_a_padded_box_needs_the_smallest_box_inside(
     starts: tuple[int, int, int], size: tuple[int, int, int], shape: tuple[int, int, int], mode: str
 ) -> None:
     box = PatchLocation(starts, size)
@@ -104,7 +105,7 @@ def test_padding_reads_only_from_inside_a_stored_image(
 @both_loops
 @every_mode
 @pytest.mark.parametrize("dtype", ["<f2", "<f4"])
-def test_padded_boxes_of_a_scaled_image_may_be_put_into_memory_of_any_type_and_layout(
+def test_padded_boxes_of_a_scaled_image_are_written_to_memory_of_any_type_and_layout(
     tmp_path: Path, mode: str, dtype: str
 ) -> None:
     voxels = np.arange(9 * 10 * 11, dtype=np.int16).reshape(9, 10, 11) % 101
@@ -112,13 +113,13 @@ def test_padded_boxes_of_a_scaled_image_may_be_put_into_memory_of_any_type_and_l
     values = (voxels.T.astype(np.float32) * np.float32(0.5) - np.float32(3))[None].astype(dtype)
     box = PatchLocation((-4, 5, 1), (9, 9, 20))
     out = np.zeros((2, *box.size, 2), dtype)[:1, ::-1, :, :, 1]
-    [[found]] = read_together([image], [box], padding_mode=mode, fill=2.5, outs=[[out]])
+    [[found]] = read_group([image], [box], padding_mode=mode, fill=2.5, out=[[out]])
     assert found is out
     np.testing.assert_array_equal(found, padded(values, 30, mode, 2.5)[shifted(box, 30)])
 
 
 @both_loops
-def test_boxes_over_the_border_and_inside_may_come_together(tmp_path: Path) -> None:
+def test_boxes_over_the_border_and_inside_may_be_read_together(tmp_path: Path) -> None:
     voxels = random_voxels((8, 8, 8), "|u1")
     image = stored(tmp_path / "image", voxels, chunk=3, shard=1)
     boxes = [PatchLocation((0, 0, 0), (2, 2, 2)), PatchLocation((7, 7, 7), (2, 2, 2))] * 2
@@ -139,7 +140,7 @@ BOX = PatchLocation((-1, 0, 0), (2, 2, 2))
         ("<i8", 2**63), ("<u8", 2**70), ("|b1", 2), ("<f2", 1e6), ("<f4", -1e300), (">i2", np.int64(2**15)),
     ],
 )  # fmt: skip
-def test_a_fill_that_is_no_value_of_the_type_is_refused(dtype: str, fill: float) -> None:
+def test_a_fill_that_is_not_a_value_of_the_type_is_refused(dtype: str, fill: float) -> None:
     image = ScalarImage(np.ones((2, 2, 2), dtype))
     why = f"{image!r} cannot be padded with fill={fill}, which is no value of {image.dtype}; choose another"
     with pytest.raises(OptionError, match=re.escape(why)):
@@ -148,7 +149,7 @@ def test_a_fill_that_is_no_value_of_the_type_is_refused(dtype: str, fill: float)
         assert (image.read_group([BOX], padding_mode=mode, fill=fill)[0] == 1).all()
 
 
-def test_the_refusal_of_a_fill_names_the_image(tmp_path: Path) -> None:
+def test_the_error_for_a_fill_names_the_image(tmp_path: Path) -> None:
     image = stored(tmp_path / "image", np.ones((2, 2, 2), np.uint8), chunk=2, shard=1)
     with pytest.raises(
         OptionError, match=r"^ScalarImage\(.+/.+, shape \(1, 2, 2, 2\), uint8\) cannot be padded"
@@ -163,23 +164,23 @@ def test_the_refusal_of_a_fill_names_the_image(tmp_path: Path) -> None:
         ("<f4", 0.1), ("<f4", np.nan), (">f4", -np.inf), ("<f8", 1e300), ("<c8", 0.5),
     ],
 )  # fmt: skip
-def test_a_fill_that_the_type_holds_stands_outside(dtype: str, fill: float) -> None:
+def test_a_fill_of_the_type_is_written_outside(dtype: str, fill: float) -> None:
     volume = np.ones((2, 2, 2), dtype)
     [found] = ScalarImage(volume).read_group([BOX], padding_mode="constant", fill=fill)
     assert_same_bytes(found[0], np.concatenate([np.full((1, 2, 2), fill, dtype), volume[:1]]))
 
 
-def test_a_fill_may_be_a_value_of_the_memory_that_boxes_are_put_into() -> None:
+def test_a_fill_may_be_a_value_of_the_type_of_the_memory_that_boxes_are_read_into() -> None:
     out = np.zeros((1, 2, 2, 2), np.float32)
-    read_together(
-        [ScalarImage(np.ones((2, 2, 2), np.uint8))], [BOX], padding_mode="constant", fill=-0.5, outs=[[out]]
+    read_group(
+        [ScalarImage(np.ones((2, 2, 2), np.uint8))], [BOX], padding_mode="constant", fill=-0.5, out=[[out]]
     )
     assert (out[0, :, 0, 0] == [-0.5, 1]).all()
 
 
-def test_each_image_may_have_a_fill_of_its_own() -> None:
+def test_each_image_may_have_its_own_fill() -> None:
     images = [ScalarImage(np.ones((2, 2, 2), np.int16)), ScalarImage(np.ones((2, 2, 2), np.uint8))]
-    (one,), (other,) = read_together(images, [BOX], padding_mode="constant", fill=[-1024, 9])
+    (one,), (other,) = read_group(images, [BOX], padding_mode="constant", fill=[-1024, 9])
     assert (one[0, :, 0, 0] == [-1024, 1]).all()
     assert (other[0, :, 0, 0] == [9, 1]).all()
 
@@ -190,7 +191,7 @@ def test_without_a_padding_mode_nothing_is_padded() -> None:
 
 
 @pytest.mark.parametrize("mode", ["mirror", "", "CONSTANT", "empty", "linear_ramp"])
-def test_an_unknown_padding_is_refused_by_the_names_of_those_that_are_known(mode: str) -> None:
+def test_an_unknown_padding_mode_is_refused_with_the_known_ones(mode: str) -> None:
     why = f"one of constant, edge, reflect, symmetric, wrap, not '{mode}'"
     with pytest.raises(OptionError, match=why):
         ScalarImage(np.zeros((2, 2, 2))).read_group([], padding_mode=mode)
@@ -198,6 +199,6 @@ def test_an_unknown_padding_is_refused_by_the_names_of_those_that_are_known(mode
         check_padding_mode(mode)
 
 
-def test_all_paddings_and_none_are_accepted() -> None:
+def test_all_padding_modes_and_none_are_accepted() -> None:
     for mode in (None, *PADDING_MODES):
         check_padding_mode(mode)

@@ -1,16 +1,13 @@
-"""Patches on a grid, and the chunks that a box touches, against their definitions."""
+"""Patches on a grid, against their definition."""
 
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zpatch.chunks.layout import chunk_counts, covering_chunks
 from zpatch.errors import PatchLocationError
 from zpatch.geometry.boxes import PatchLocation, Triple
 from zpatch.geometry.patch_grid import PatchGrid, axis_starts
@@ -42,7 +39,7 @@ def grid_on_one_axis(axis: tuple[int, int, int], *, border: bool) -> PatchGrid:
 
 
 @given(axes())
-def test_starts_are_the_range_of_the_definition_and_one_flush_patch_where_that_leaves_a_rest(
+def test_starts_are_a_range_and_one_patch_flush_with_the_border_if_voxels_are_left(
     axis: tuple[int, int, int],
 ) -> None:
     n, p, o = axis
@@ -53,7 +50,7 @@ def test_starts_are_the_range_of_the_definition_and_one_flush_patch_where_that_l
 
 
 @given(axes())
-def test_patches_of_an_axis_cover_it_and_end_flush_with_it(axis: tuple[int, int, int]) -> None:
+def test_patches_cover_an_axis_and_end_with_it(axis: tuple[int, int, int]) -> None:
     n, p, o = axis
     starts = axis_starts(n, p, o).tolist()
     assert {v for s in starts for v in range(s, s + p)} == set(range(n))
@@ -71,7 +68,7 @@ def test_patches_are_in_lexicographic_order_with_i_slowest(grid: PatchGrid) -> N
 
 
 @given(grids())
-def test_a_patch_is_found_by_its_number_and_its_position_is_found_from_it(grid: PatchGrid) -> None:
+def test_a_patch_is_found_by_its_number_and_has_one_position(grid: PatchGrid) -> None:
     positions = list(itertools.product(*map(range, grid.counts)))
     assert [grid.location(n) for n in range(len(grid))] == list(grid.locations())
     assert [grid.at(position) for position in positions] == list(grid.locations())
@@ -79,9 +76,7 @@ def test_a_patch_is_found_by_its_number_and_its_position_is_found_from_it(grid: 
 
 
 @given(grids(), st.integers(0, 2))
-def test_any_axis_can_be_swept_slowest_while_the_others_keep_their_order(
-    grid: PatchGrid, slowest: int
-) -> None:
+def test_any_axis_can_be_the_slowest_while_the_others_keep_their_order(grid: PatchGrid, slowest: int) -> None:
     locations = list(grid.locations(slowest))
     others = [axis for axis in range(3) if axis != slowest]
     assert locations == sorted(
@@ -99,7 +94,7 @@ def test_a_patch_number_outside_the_grid_is_refused_with_the_number_of_patches(n
 @pytest.mark.parametrize(
     ("index", "axis"), [((1, 0, 0), "I"), ((0, 3, 0), "J"), ((0, 0, 6), "K"), ((0, 0, -2), "K")]
 )
-def test_a_box_that_is_no_patch_of_the_grid_is_refused_with_its_axis(index: Triple, axis: str) -> None:
+def test_a_box_that_is_not_a_patch_of_the_grid_is_refused_with_its_axis(index: Triple, axis: str) -> None:
     grid = PatchGrid.over((6, 6, 6), (2, 2, 2))
     with pytest.raises(PatchLocationError, match=f"not of this grid .axis {axis}; patches of") as caught:
         grid.position_of(PatchLocation(index, (2, 2, 2)))
@@ -126,9 +121,7 @@ def test_a_border_adds_half_the_overlap_on_each_side(axis: tuple[int, int, int])
 
 
 @given(axes(may_be_small=True), st.booleans())
-def test_a_grid_covers_its_volume_and_its_padding_and_nothing_more(
-    axis: tuple[int, int, int], border: bool
-) -> None:
+def test_a_grid_covers_exactly_its_volume_and_its_padding(axis: tuple[int, int, int], border: bool) -> None:
     n, p, o = axis
     grid = grid_on_one_axis(axis, border=border)
     covered = {v for s in grid.starts[0].tolist() for v in range(s, s + p)}
@@ -138,7 +131,7 @@ def test_a_grid_covers_its_volume_and_its_padding_and_nothing_more(
 
 
 @given(axes(may_be_small=True), st.booleans())
-def test_a_volume_smaller_than_the_patch_is_padded_up_to_it_evenly_and_has_one_patch(
+def test_a_volume_smaller_than_the_patch_is_padded_evenly_and_has_one_patch(
     axis: tuple[int, int, int], border: bool
 ) -> None:
     n, p, o = axis
@@ -150,42 +143,3 @@ def test_a_volume_smaller_than_the_patch_is_padded_up_to_it_evenly_and_has_one_p
         assert n + before + after == p
     else:
         assert before == after == (o // 2 if border else 0)
-
-
-# Chunks
-
-
-@st.composite
-def boxes_in_an_array(draw: st.DrawFn) -> tuple[Any, Any, tuple[int, ...], tuple[int, ...]]:
-    ndim = draw(st.integers(1, 4))
-    shape = tuple(draw(st.integers(1, 12)) for _ in range(ndim))
-    chunks = tuple(draw(st.integers(1, 8)) for _ in range(ndim))
-    ends = [
-        [sorted(draw(st.lists(st.integers(0, n), min_size=2, max_size=2, unique=True))) for n in shape]
-        for _ in range(draw(st.integers(0, 5)))
-    ]
-    pairs = np.array(ends, dtype=np.int64).reshape(-1, ndim, 2)
-    return pairs[..., 0], pairs[..., 1], shape, chunks
-
-
-@given(boxes_in_an_array())
-def test_covering_chunks_are_those_that_share_a_voxel_with_a_box_ordered_by_chunk(case: Any) -> None:
-    first, stop, shape, chunks = case
-    counts = chunk_counts(shape, chunks)
-    voxel_chunks = np.zeros(shape, dtype=np.int64)
-    for voxel in np.ndindex(shape):
-        place = tuple(v // c for v, c in zip(voxel, chunks, strict=True))
-        voxel_chunks[voxel] = np.ravel_multi_index(place, counts)
-    expected = [
-        (int(chunk), box)
-        for box, (a, b) in enumerate(zip(first, stop, strict=True))
-        for chunk in np.unique(voxel_chunks[tuple(map(slice, a, b))])
-    ]
-    found = covering_chunks(first, stop, shape, chunks)
-    assert list(zip(*(side.tolist() for side in found), strict=True)) == sorted(expected)
-
-
-@given(st.lists(st.tuples(st.integers(1, 300), st.integers(1, 70)), min_size=1, max_size=4))
-def test_as_many_chunks_are_counted_as_there_are_starts_of_chunks(sides: list[tuple[int, int]]) -> None:
-    shape, chunks = zip(*sides, strict=True)
-    assert chunk_counts(shape, chunks) == tuple(len(range(0, n, c)) for n, c in sides)

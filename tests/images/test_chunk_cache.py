@@ -1,4 +1,4 @@
-"""The chunks about a sweep's front: every voxel right, each chunk read once, and none held for too long."""
+"""Chunks held during a sweep: every voxel is right, each chunk is read once and released in time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from reading import assert_same_bytes, both_loops, draw_box, random_voxels, stored
 from reading import loop as loop
 
@@ -22,7 +21,7 @@ from zpatch.chunks import gather
 from zpatch.chunks.codec import CODECS
 from zpatch.chunks.mapped_shards import MappedShard, close_shards
 from zpatch.chunks.scaling import UNSCALED, Scaling
-from zpatch.geometry.boxes import PatchLocation, Triple
+from zpatch.geometry.boxes import PatchLocation, Triple, Voxels
 from zpatch.geometry.padding import PaddedBox
 from zpatch.geometry.patch_grid import PatchGrid
 from zpatch.images.chunk_cache import CachedSource, cached
@@ -33,12 +32,11 @@ from zpatch.images.voxel_sources import ArraySource
 from zpatch.runtime.dask_graphs import Scheduler
 
 Draw = st.DataObject
-Voxels = NDArray[Any]
 
 
 @dataclass
 class CountedChunks(VoxelSource):
-    """Voxels (C, I, J, K) that come in chunks, and how often each was read."""
+    """Voxels (C, I, J, K) in chunks, and how often each chunk was read."""
 
     voxels: Voxels
     extent: Triple
@@ -123,7 +121,7 @@ chunk_shapes = st.tuples(*[st.integers(1, 6)] * 3)
 
 
 def numbered(spatial_shape: Triple, channels: int = 1) -> Voxels:
-    """Voxels (C, I, J, K) that all differ."""
+    """Voxels (C, I, J, K), all different."""
     shape = channels, *spatial_shape
     return np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
 
@@ -175,7 +173,7 @@ def test_each_chunk_is_read_once_and_held_from_its_first_patch_to_its_last(
 
 
 @given(data=st.data(), sweep=sweeps(), chunk_shape=chunk_shapes)
-def test_patches_may_be_left_out(data: Draw, sweep: Sweep, chunk_shape: Triple) -> None:
+def test_patches_of_a_sweep_may_be_left_out(data: Draw, sweep: Sweep, chunk_shape: Triple) -> None:
     voxels = numbered(sweep.grid.spatial_shape)
     source = CountedChunks(voxels, chunk_shape)
     cache = CachedSource.of(source, sweep.grid, sweep.swept_axis, sweep.ranges)
@@ -194,7 +192,7 @@ def test_patches_may_be_left_out(data: Draw, sweep: Sweep, chunk_shape: Triple) 
 
 
 @given(data=st.data(), sweep=sweeps(), chunk_shape=chunk_shapes)
-def test_any_box_may_be_asked_for_at_any_time(data: Draw, sweep: Sweep, chunk_shape: Triple) -> None:
+def test_any_box_may_be_read_at_any_time(data: Draw, sweep: Sweep, chunk_shape: Triple) -> None:
     voxels = numbered(sweep.grid.spatial_shape)
     source = CountedChunks(voxels, chunk_shape)
     cache = CachedSource.of(source, sweep.grid, sweep.swept_axis, sweep.ranges)
@@ -210,7 +208,7 @@ def test_any_box_may_be_asked_for_at_any_time(data: Draw, sweep: Sweep, chunk_sh
 
 
 @given(sweep=sweeps(), chunk_shape=chunk_shapes, mode=st.sampled_from(["edge", "reflect", "wrap"]))
-def test_padded_patches_get_what_they_take_from_anywhere(
+def test_padded_patches_are_read_wherever_their_voxels_are(
     sweep: Sweep, chunk_shape: Triple, mode: str
 ) -> None:
     shape = sweep.grid.spatial_shape
@@ -245,7 +243,7 @@ def cache_of(image: Image, sweep: Sweep) -> CachedSource:
     wanted=st.sampled_from([None, np.float32, np.float64]),
     scheduler=st.sampled_from(["sync", "threads"]),
 )
-def test_a_stored_image_is_read_as_numpy_has_it(
+def test_a_stored_image_is_read_as_the_array_in_memory(
     data: Draw, shape: list[int], chunk: tuple[int, ...], dtype: str, codec: str, scaling: Scaling,
     wanted: Any, scheduler: Scheduler, tmp_path_factory: pytest.TempPathFactory,
 ) -> None:  # fmt: skip
@@ -354,7 +352,7 @@ def test_several_caches_are_read_in_one_graph() -> None:
 
 
 @pytest.mark.parametrize("scheduler", ["sync", "threads"])
-def test_chunks_that_could_not_be_read_are_not_held(scheduler: Scheduler) -> None:
+def test_chunks_whose_read_failed_are_not_held(scheduler: Scheduler) -> None:
     voxels = numbered((9, 10, 11))
     source = CountedChunks(voxels, (4, 4, 4))
     sweep = sweep_of(ScalarImage(voxels), 5, 2)
@@ -370,7 +368,7 @@ def test_chunks_that_could_not_be_read_are_not_held(scheduler: Scheduler) -> Non
     np.testing.assert_array_equal(read(cache, [box], scheduler=scheduler)[0], of_box(voxels, box))
 
 
-def test_no_boxes_are_no_voxels() -> None:
+def test_no_boxes_give_no_voxels() -> None:
     image = ScalarImage(numbered((9, 10, 11)))
     cache = cache_of(image, sweep_of(image, 5, 2))
     assert read(cache, []) == []
@@ -387,7 +385,7 @@ def test_a_chunk_takes_no_more_memory_than_the_volume() -> None:
     assert cache.held_bytes == 3 * cache.chunk_bytes
 
 
-def test_a_cache_says_of_itself_what_its_source_says() -> None:
+def test_a_cache_has_the_shape_and_type_of_its_source() -> None:
     voxels = numbered((9, 10, 11), channels=2)
     source = CountedChunks(voxels, (4, 5, 6))
     sweep = sweep_of(ScalarImage(voxels), 5, 2)
@@ -397,7 +395,7 @@ def test_a_cache_says_of_itself_what_its_source_says() -> None:
 
 
 @pytest.mark.parametrize("codec", list(CODECS))
-def test_what_is_quick_to_unpack_needs_no_cache(tmp_path: Path, codec: str) -> None:
+def test_a_source_that_is_quick_to_decode_needs_no_cache(tmp_path: Path, codec: str) -> None:
     image = stored(tmp_path / "image", random_voxels((9, 10, 11), "<i2"), chunk=4, shard=2, codec=codec)
     sweep = sweep_of(image, 5, 2)
     source, _ = cached(image.source, sweep.grid, sweep.swept_axis, sweep.ranges)

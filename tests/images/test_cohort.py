@@ -1,4 +1,4 @@
-"""Subjects and cohorts: images by name, subjects by name or place, all from the manifest alone."""
+"""Subjects and cohorts: images by name, subjects by name or index, all from the manifest alone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def subject() -> zp.Subject:
 
 @pytest.fixture
 def split_store(cohort_store: Path, tmp_path: Path) -> Path:
-    """The cohort with splits and metadata: two subjects to train, one to test, one of neither."""
+    """The cohort with splits and metadata: two subjects for training, one for testing, one in no split."""
     store = Path(shutil.copytree(cohort_store, tmp_path / "split.zarr"))
     splits = {"sub-01": "train", "sub-02": "test", "sub-03": "train"}
     with (store / MANIFEST).open("a") as manifest:
@@ -135,11 +135,11 @@ def test_a_slice_of_a_cohort_is_a_cohort(cohort: zp.Cohort, part: slice) -> None
     assert cohort.names == NAMES
 
 
-def test_a_selection_is_in_the_order_asked_for(cohort: zp.Cohort) -> None:
+def test_a_selection_is_in_the_order_of_its_names(cohort: zp.Cohort) -> None:
     assert cohort.select(["sub-03", "sub-01"]).names == ["sub-03", "sub-01"]
 
 
-def test_a_place_beyond_the_end_is_an_index_error(cohort: zp.Cohort) -> None:
+def test_an_index_past_the_end_is_an_index_error(cohort: zp.Cohort) -> None:
     for index in (4, -5):
         with pytest.raises(IndexError):
             cohort[index]
@@ -153,7 +153,7 @@ def test_an_unknown_subject_is_an_error_with_the_nearest_names(cohort: zp.Cohort
         cohort.select(["sub-01", "nobody"])
 
 
-def test_a_part_of_a_cohort_does_not_know_the_rest(cohort: zp.Cohort) -> None:
+def test_a_part_of_a_cohort_has_no_other_subjects(cohort: zp.Cohort) -> None:
     part = cohort[:2]
     assert "sub-04" not in part
     with pytest.raises(UnknownNameError, match=r"no subject 'sub-04' in .*\(it has: sub-01, sub-02\)"):
@@ -175,7 +175,7 @@ def test_an_unknown_split_is_an_error_with_the_nearest_names(split_store: Path) 
         zp.Cohort(split_store).split("trian")
 
 
-def test_a_cohort_without_splits_says_that_it_has_none(cohort: zp.Cohort) -> None:
+def test_a_cohort_without_splits_has_none(cohort: zp.Cohort) -> None:
     with pytest.raises(UnknownNameError, match=r"no split 'train' in .*\(it has: none\)"):
         cohort.split("train")
 
@@ -261,7 +261,7 @@ def test_a_hand_built_subject_may_mix_sources(cohort: zp.Cohort) -> None:
 # Images changed as they are read
 
 
-def test_a_subject_with_other_images_keeps_all_else(cohort: zp.Cohort) -> None:
+def test_a_subject_with_other_images_keeps_its_name_split_and_metadata(cohort: zp.Cohort) -> None:
     subject = zp.Subject(
         t1=zp.ScalarImage(np.ones((2, 3, 4))), seg=zp.LabelMap(np.zeros((2, 3, 4), np.uint8)), name="anna",
         split="train", metadata={"age": 30},
@@ -284,7 +284,7 @@ def test_an_image_may_be_called_name_or_split_when_it_is_added(subject: zp.Subje
     assert changed["name"] is changed["split"] is changed["metadata"] is more
 
 
-def test_a_subject_without_any_image_is_an_error_still(subject: zp.Subject) -> None:
+def test_removing_all_images_of_a_subject_is_an_error(subject: zp.Subject) -> None:
     with pytest.raises(OptionError, match="subject 'anna' has no images"):
         subject.with_images(t1=None, seg=None)
     with pytest.raises(OptionError, match="t2= must be a ScalarImage"):
@@ -299,7 +299,7 @@ def doubled(subject: zp.Subject) -> zp.Subject:
     return subject.with_images(t1=subject.t1.rescaled(2, 0), seg=None)
 
 
-def test_a_mapped_cohort_changes_each_subject_when_it_is_asked_for(cohort: zp.Cohort) -> None:
+def test_a_mapped_cohort_changes_each_subject_when_it_is_accessed(cohort: zp.Cohort) -> None:
     asked: list[str] = []
 
     def noting(subject: zp.Subject) -> zp.Subject:
@@ -315,7 +315,7 @@ def test_a_mapped_cohort_changes_each_subject_when_it_is_asked_for(cohort: zp.Co
     np.testing.assert_allclose(t1.data, (plain - plain.mean()) / plain.std(), atol=1e-5)
     assert [subject.name for subject in mapped] == NAMES
     assert asked == ["sub-02", *NAMES]
-    np.testing.assert_array_equal(cohort["sub-02"].t1.data, plain)  # the cohort itself is as it was
+    np.testing.assert_array_equal(cohort["sub-02"].t1.data, plain)  # the cohort itself is unchanged
 
 
 def test_changes_of_a_cohort_are_made_one_after_the_other(cohort: zp.Cohort) -> None:
@@ -325,7 +325,7 @@ def test_changes_of_a_cohort_are_made_one_after_the_other(cohort: zp.Cohort) -> 
     np.testing.assert_allclose(subject.t1.data, 2 * normalized(cohort[0]).t1.data, rtol=1e-6)
 
 
-def test_parts_of_a_mapped_cohort_are_mapped_too(split_store: Path) -> None:
+def test_parts_of_a_mapped_cohort_are_mapped(split_store: Path) -> None:
     mapped = zp.Cohort(split_store).map(doubled)
     parts = [
         mapped.split("train"),

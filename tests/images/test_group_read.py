@@ -1,4 +1,4 @@
-"""Reading boxes: the voxels that zarr-python and numpy give, whatever the chunks, codecs and schedulers."""
+"""Reading boxes: the voxels of zarr-python and numpy, for all chunks, codecs and schedulers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ from zpatch.chunks.scaling import UNSCALED
 from zpatch.errors import DamageError, OptionError, PatchLocationError
 from zpatch.geometry.boxes import PatchLocation
 from zpatch.images import group_read
-from zpatch.images.image import Image, ScalarImage, read_together
+from zpatch.images.group_read import read_group
+from zpatch.images.image import Image, ScalarImage
 from zpatch.images.voxel_sources import ArraySource, DaskSource
 
 Draw = st.DataObject
@@ -62,7 +63,7 @@ def voxels(rng: np.random.Generator) -> NDArray[np.int16]:
     codec=st.sampled_from(list(CODECS)),
     scheduler=st.sampled_from(["sync", "threads"]),
 )
-def test_boxes_read_together_are_those_of_the_zarr_array(
+def test_boxes_of_a_group_have_the_voxels_of_the_zarr_array(
     data: Draw,
     shape: list[int],
     chunk: tuple[int, ...],
@@ -89,7 +90,7 @@ def test_boxes_read_together_are_those_of_the_zarr_array(
 @both_loops
 @pytest.mark.parametrize("chunk", [(64, 64, 64), (40, 72, 96)])
 @pytest.mark.parametrize("codec", list(CODECS))
-def test_chunks_of_several_blocks_are_those_of_the_zarr_array(
+def test_chunks_of_several_blocks_have_the_voxels_of_the_zarr_array(
     folder: Path, rng: np.random.Generator, chunk: tuple[int, ...], codec: str
 ) -> None:
     smooth = 400 * np.sin(np.linspace(0, 30, 100 * 100 * 120)).reshape(100, 100, 120)
@@ -112,7 +113,7 @@ def test_chunks_of_several_blocks_are_those_of_the_zarr_array(
     scaling=st.tuples(*[st.floats(-1e3, 1e3, width=32)] * 2),
     rescaling=st.none() | st.tuples(*[st.floats(-1e3, 1e3, width=32)] * 4),
 )
-def test_scaled_boxes_are_those_that_numpy_computes_in_float32(
+def test_scaled_boxes_have_the_values_that_numpy_computes_in_float32(
     data: Draw,
     shape: tuple[int, ...],
     chunk: tuple[int, ...],
@@ -222,7 +223,7 @@ def test_images_that_are_read_together_are_one_graph(
     graphs: list[Any] = []
     monkeypatch.setattr(group_read, "run_graph", lambda *how: graphs.append(how) or RUN_GRAPH(*how))
     boxes = [PatchLocation((1, 2, 3), (5, 5, 5)), PatchLocation((0, 0, 0), (11, 10, 9))]
-    found = read_together(images, boxes, scheduler=scheduler)
+    found = read_group(images, boxes, scheduler=scheduler)
     assert len([how for how in graphs if how[2] == scheduler and len(how[0]) > 3]) == 1
     for whole, patches in zip(wholes, found, strict=True):
         for box, patch in zip(boxes, patches, strict=True):
@@ -248,7 +249,7 @@ MakeImage = Callable[[Path, NDArray[Any]], Image]
 @both_loops
 @every_source
 @pytest.mark.parametrize("scheduler", ["sync", "threads"])
-def test_every_source_gives_boxes_in_memory_of_their_own(
+def test_every_source_gives_each_box_its_own_memory(
     folder: Path, voxels: NDArray[np.int16], make: MakeImage, scheduler: group_read.Scheduler
 ) -> None:
     image = make(folder, voxels)
@@ -272,12 +273,12 @@ def test_every_source_gives_boxes_in_the_memory_order_of_the_store(
 
 
 @every_source
-def test_no_boxes_are_no_voxels(folder: Path, voxels: NDArray[np.int16], make: MakeImage) -> None:
+def test_no_boxes_give_no_voxels(folder: Path, voxels: NDArray[np.int16], make: MakeImage) -> None:
     assert make(folder, voxels).read_group([]) == []
 
 
 @pytest.mark.parametrize("make", [as_array, as_dask])
-def test_big_endian_voxels_come_in_native_order(
+def test_big_endian_voxels_are_read_in_native_order(
     folder: Path, voxels: NDArray[np.int16], make: MakeImage
 ) -> None:
     image = make(folder, voxels.astype(">i2"))
@@ -293,7 +294,7 @@ def test_big_endian_voxels_come_in_native_order(
         (DaskSource(da.zeros((2, 3, 4, 5), chunks=(1, 3, 2, 3))), (3, 2, 3)),
     ],
 )
-def test_a_source_says_its_shape_and_what_is_best_read_at_once(
+def test_a_source_has_a_shape_a_type_and_chunks(
     source: ArraySource | DaskSource, chunk_shape: tuple[int, ...]
 ) -> None:
     assert source.shape == (2, 3, 4, 5)
@@ -335,7 +336,7 @@ def test_blocks_that_boxes_and_images_share_are_computed_once(
     shared = image.dask.map_blocks(note, dtype=float, meta=np.empty((0,) * 4))
     images = [ScalarImage(shared * 2), ScalarImage(shared - 5), ScalarImage(shared)]
     boxes = [PatchLocation((0, 0, 0), (7, 6, 4)), PatchLocation((3, 3, 2), (4, 4, 4))] * 2
-    found = read_together(images, boxes, scheduler=scheduler)
+    found = read_group(images, boxes, scheduler=scheduler)
     whole = voxels.transpose(0, 3, 2, 1) + 0.5
     for patches, expected in zip(found, [whole * 2, whole - 5, whole], strict=True):
         for box, patch in zip(boxes, patches, strict=True):
@@ -381,7 +382,7 @@ EXPRESSIONS: list[Callable[[Any], Any]] = [
     source=st.sampled_from(["shards", "dask", "numpy", "a map"]),
     scheduler=st.sampled_from(["sync", "threads"]),
 )
-def test_boxes_of_a_mapped_image_are_those_that_numpy_makes_of_the_whole(
+def test_boxes_of_a_mapped_image_have_the_values_that_numpy_computes_of_the_whole(
     data: Draw,
     shape: list[int],
     chunk: tuple[int, ...],
@@ -426,14 +427,14 @@ def client() -> Iterator[Any]:
 
 @both_loops
 @every_source
-def test_a_cluster_reads_what_is_read_here(
+def test_a_cluster_reads_the_same_voxels(
     folder: Path, voxels: NDArray[np.int16], make: MakeImage, client: Any
 ) -> None:
     image = make(folder, voxels)
     boxes = [PatchLocation((n, 2, 3), (4, 5, 6)) for n in range(7)] + [PatchLocation((0, 0, 0), (11, 10, 9))]
     images = [image, image.rescaled(0.5, 1.25, -100, 100), image.map(lambda array: array - 3)]
-    here = read_together(images, boxes)
-    for expected, found in zip(here, read_together(images, boxes, scheduler=client), strict=True):
+    here = read_group(images, boxes)
+    for expected, found in zip(here, read_group(images, boxes, scheduler=client), strict=True):
         for one, other in zip(expected, found, strict=True):
             assert_same_bytes(other, one)
     over = [PatchLocation((-3, -3, -3), (8, 20, 8)), *boxes]
@@ -444,11 +445,11 @@ def test_a_cluster_reads_what_is_read_here(
         assert_same_bytes(other, one)
     assert image.read_group([], scheduler=client) == []
     out = np.zeros((2, 22, 10, 9), np.float32)[:, ::-2]
-    read_together([image], boxes[-1:], scheduler=client, outs=[[out]])
+    read_group([image], boxes[-1:], scheduler=client, out=[[out]])
     np.testing.assert_array_equal(out, image.data)
 
 
-def test_one_cluster_may_be_asked_by_several_threads_at_once(
+def test_several_threads_may_read_by_one_cluster_at_once(
     folder: Path, voxels: NDArray[np.int16], client: Any
 ) -> None:
     image = as_shards(folder, voxels)
@@ -470,9 +471,7 @@ def test_one_cluster_may_be_asked_by_several_threads_at_once(
     assert wrong == []
 
 
-def test_what_goes_wrong_on_a_cluster_goes_wrong_here(
-    folder: Path, voxels: NDArray[np.int16], client: Any
-) -> None:
+def test_errors_on_a_cluster_are_raised_here(folder: Path, voxels: NDArray[np.int16], client: Any) -> None:
     image = as_shards(folder, voxels)
     with pytest.raises(PatchLocationError, match="is not inside"):
         image.read_group([PatchLocation((0, 0, 0), (12, 1, 1))], scheduler=client)
@@ -481,8 +480,6 @@ def test_what_goes_wrong_on_a_cluster_goes_wrong_here(
         image.read_group([PatchLocation((0, 0, 0), (1, 1, 1))], scheduler=client)
 
 
-def test_an_unknown_scheduler_is_refused_by_the_names_of_those_that_are_known(
-    folder: Path, voxels: NDArray[np.int16]
-) -> None:
+def test_an_unknown_scheduler_is_refused_with_the_known_ones(folder: Path, voxels: NDArray[np.int16]) -> None:
     with pytest.raises(OptionError, match="must be 'sync', 'threads' or a distributed"):
         as_shards(folder, voxels).read_group([PatchLocation((0, 0, 0), (1, 1, 1))], scheduler="cluster")  # type: ignore[arg-type]

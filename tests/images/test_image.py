@@ -1,8 +1,9 @@
-"""Images: lazy views of any source, in one frame (C, I, J, K), scaled by stated rules, never read outside."""
+"""Images: lazy views of any source as (C, I, J, K), scaled by fixed rules, never read outside."""
 
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from reading import loop as loop
 import zpatch as zp
 from zpatch.chunks.scaling import UNSCALED
 from zpatch.errors import NotAStoreError, OptionError, PatchLocationError, SourceError
-from zpatch.images.image import read_together
+from zpatch.images.group_read import read_group, read_requests
+from zpatch.images.voxel_source import Request
 from zpatch.images.voxel_sources import ArraySource
 
 AFFINE = np.array([[0, 2, 0, 10], [3, 0, 0, 20], [0, 0, 4, 30], [0, 0, 0, 1.0]])
@@ -63,7 +65,7 @@ def test_an_array_of_four_axes_has_channels_first(volume: NDArray[np.int16]) -> 
     np.testing.assert_array_equal(image.data, volume)
 
 
-def test_a_dask_array_is_computed_where_it_is_read(volume: NDArray[np.int16]) -> None:
+def test_only_the_boxes_of_a_dask_array_are_computed(volume: NDArray[np.int16]) -> None:
     image = zp.ScalarImage(da.from_array(volume, chunks=3) * 2)
     location = zp.PatchLocation((1, 2, 3), (3, 3, 3))
     np.testing.assert_array_equal(image.read(location), volume[(slice(None), *location.to_slices())] * 2)
@@ -72,7 +74,7 @@ def test_a_dask_array_is_computed_where_it_is_read(volume: NDArray[np.int16]) ->
 @pytest.mark.parametrize("axes", ["zyx", "xyz", "yxz", "czyx", "xyzc", "zcxy", "tzyx"])
 @pytest.mark.parametrize("said", ["by names", "by axes="])
 @pytest.mark.parametrize("opened", ["path", "str", "array"])
-def test_a_zarr_array_goes_by_the_names_of_its_dimensions(
+def test_the_axes_of_a_zarr_array_are_named_by_its_dimension_names(
     tmp_path: Path, volume: NDArray[np.int16], axes: str, said: str, opened: str
 ) -> None:
     letters = axes.translate(str.maketrans("", "", "xyz")) + "xyz"
@@ -91,7 +93,7 @@ def test_a_zarr_array_goes_by_the_names_of_its_dimensions(
 
 
 @pytest.mark.parametrize("axes", [None, "zy", "zyxx", "abc", "zyxct"])
-def test_a_zarr_array_whose_axes_are_not_known_is_an_error(tmp_path: Path, axes: str | None) -> None:
+def test_a_zarr_array_of_unknown_axes_is_an_error(tmp_path: Path, axes: str | None) -> None:
     zarr.create_array(tmp_path / "a.zarr", shape=(2, 3, 4), dtype="u1")
     with pytest.raises(OptionError, match=r"the axes of a Zarr array of shape \(2, 3, 4\) are .*; say axes="):
         zp.ScalarImage(tmp_path / "a.zarr", axes=axes)
@@ -133,7 +135,7 @@ def test_any_ome_zarr_image_is_opened_with_its_scale_and_translation(
 
 
 @pytest.mark.parametrize(("name", "why"), [("a.nrrd", "save it as NIfTI"), ("A.NII.GZ", "convert it first")])
-def test_a_file_of_another_format_is_an_error_that_says_what_is_read(
+def test_a_file_of_another_format_is_an_error_that_names_the_formats(
     tmp_path: Path, name: str, why: str
 ) -> None:
     (tmp_path / name).write_bytes(b"voxels")
@@ -141,21 +143,21 @@ def test_a_file_of_another_format_is_an_error_that_says_what_is_read(
         zp.ScalarImage(tmp_path / name)
 
 
-def test_a_zarr_group_that_is_no_image_is_an_error(tmp_path: Path) -> None:
+def test_a_zarr_group_that_is_not_an_image_is_an_error(tmp_path: Path) -> None:
     zarr.open_group(tmp_path / "group", mode="w")
     with pytest.raises(NotAStoreError, match="group: it is a Zarr group but no OME-Zarr image; name an ima"):
         zp.ScalarImage(tmp_path / "group")
 
 
 @pytest.mark.parametrize("make", [lambda path: None, Path.mkdir])
-def test_a_path_that_is_no_image_is_an_error(tmp_path: Path, make: Callable[[Path], None]) -> None:
+def test_a_path_that_is_not_an_image_is_an_error(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "thing")
     with pytest.raises(NotAStoreError, match="thing: it is no Zarr array or OME-Zarr image"):
         zp.ScalarImage(tmp_path / "thing")
 
 
 @pytest.mark.parametrize("endianness", ["<", ">"])
-def test_an_uncompressed_nifti_file_is_mapped_and_read_where_asked(
+def test_an_uncompressed_nifti_file_is_mapped_and_only_boxes_are_read(
     tmp_path: Path, volume: NDArray[np.int16], endianness: str
 ) -> None:
     header = nib.Nifti1Header(endianness=endianness)
@@ -198,7 +200,7 @@ def test_an_array_of_another_number_of_axes_is_an_error(shape: tuple[int, ...]) 
 
 
 @pytest.mark.parametrize("data", [np.full((1, 2, 3), "a"), np.full((1, 2, 3), None)])
-def test_an_array_of_no_numbers_is_an_error(data: Any) -> None:
+def test_an_array_of_other_things_than_numbers_is_an_error(data: Any) -> None:
     with pytest.raises(OptionError, match="an image is of numbers, not of"):
         zp.ScalarImage(data)
 
@@ -230,7 +232,7 @@ SCALED = {
 
 
 @pytest.mark.parametrize("code", list(SCALED))
-def test_scaled_voxels_come_as_float32_or_for_wide_sources_as_float64(tmp_path: Path, code: str) -> None:
+def test_scaled_voxels_are_float32_or_float64_for_wide_types(tmp_path: Path, code: str) -> None:
     stored = np.arange(60).reshape(3, 4, 5).astype(code)
     image = converted(tmp_path, stored, slope=0.25, inter=-3)
     whole = zp.PatchLocation((0, 0, 0), (3, 4, 5))
@@ -250,7 +252,7 @@ def test_voxels_without_a_slope_keep_their_type(tmp_path: Path, code: str) -> No
     assert image.dtype == image.data.dtype == image.dask.dtype == np.dtype(code)
 
 
-def test_padding_is_filled_with_values_and_not_with_stored_voxels(tmp_path: Path) -> None:
+def test_a_fill_is_a_value_and_not_a_stored_voxel(tmp_path: Path) -> None:
     image = converted(tmp_path, np.zeros((3, 4, 5), np.int16), slope=2, inter=1)
     [patch] = image.read_group([zp.PatchLocation((-1, 0, 0), (2, 1, 1))], padding_mode="constant", fill=7.5)
     assert patch.ravel().tolist() == [7.5, 1]
@@ -277,7 +279,7 @@ def test_a_box_of_negative_size_is_an_error(cohort: zp.Cohort, volume: NDArray[n
             image.read(zp.PatchLocation((2, 2, 2), (1, -1, 1)))
 
 
-def test_a_mapped_image_is_computed_where_patches_need_it(cohort: zp.Cohort) -> None:
+def test_only_the_boxes_of_a_mapped_image_are_computed(cohort: zp.Cohort) -> None:
     t1 = cohort["sub-01"].t1
     mapped = t1.map(lambda array: (array - 100.0) / 2)
     assert isinstance(mapped, zp.ScalarImage)
@@ -288,7 +290,7 @@ def test_a_mapped_image_is_computed_where_patches_need_it(cohort: zp.Cohort) -> 
     np.testing.assert_array_equal(mapped.read(location), (t1.read(location) - 100.0) / 2)
 
 
-def test_a_map_may_change_channels_and_its_kind_stays(volume: NDArray[np.int16]) -> None:
+def test_a_map_may_change_channels_and_keeps_the_kind(volume: NDArray[np.int16]) -> None:
     mapped = zp.LabelMap(volume).map(lambda array: da.concatenate([array, array[:1] > 0]).astype(np.uint8))
     assert isinstance(mapped, zp.LabelMap)
     assert mapped.num_channels == 3
@@ -307,7 +309,7 @@ def test_a_map_that_changes_the_spatial_shape_is_an_error(volume: NDArray[np.int
         zp.ScalarImage(volume).map(lambda array: array[:, ::2])
 
 
-def test_statistics_are_those_of_the_store_and_elsewhere_empty(
+def test_statistics_are_those_of_the_store_or_else_empty(
     cohort: zp.Cohort, volume: NDArray[np.int16]
 ) -> None:
     assert cohort["sub-01"].t1.statistics["max"] == cohort["sub-01"].t1.data.max()
@@ -361,10 +363,14 @@ def test_boxes_are_read_into_memory_of_any_layout_and_type(
     wholes = [volume, volume * 0.5 + 3, volume, volume, volume * 2 + 1]
     locations = [zp.PatchLocation((1, 2, 3), (3, 3, 3)), zp.PatchLocation((0, 0, 0), (5, 6, 7))] * 2
     outs = [[OUT_LAYOUTS[layout]((2, *box.size), dtype) for box in locations] for _ in images]
-    found = read_together(images, locations, outs=outs)
-    for whole, given, results in zip(wholes, outs, found, strict=True):
-        for box, out, result in zip(locations, given, results, strict=True):
-            assert result is out
+    read_requests(
+        [
+            Request(image.source, locations, given, image.scaling)
+            for image, given in zip(images, outs, strict=True)
+        ]
+    )
+    for whole, given in zip(wholes, outs, strict=True):
+        for box, out in zip(locations, given, strict=True):
             expected = whole[(slice(None), *box.to_slices())].astype(np.float32).astype(dtype)
             np.testing.assert_array_equal(out, expected)
 
@@ -374,7 +380,7 @@ def test_memory_around_a_box_is_left_alone(tmp_path: Path, volume: NDArray[np.in
     image = stored(tmp_path / "image", volume.transpose(0, 3, 2, 1), chunk=3, shard=2)
     box = zp.PatchLocation((1, 1, 1), (4, 4, 4))
     memory = np.full((4, 6, 6, 6), 99, np.int16)
-    read_together([image], [box], outs=[[memory[1:3, 1:-1, 1:-1, 1:-1]]])
+    read_group([image], [box], out=[[memory[1:3, 1:-1, 1:-1, 1:-1]]])
     around = np.ones(memory.shape, bool)
     around[1:3, 1:-1, 1:-1, 1:-1] = False
     assert (memory[around] == 99).all()
@@ -388,7 +394,7 @@ def test_boxes_of_one_group_may_be_written_to_memory_of_different_types(
     image = stored(tmp_path / "image", volume.transpose(0, 3, 2, 1), chunk=3, shard=2)
     box = zp.PatchLocation((0, 0, 0), (5, 6, 7))
     outs = [np.zeros(volume.shape, dtype) for dtype in ("i2", "f4", "i2", "f8")]
-    read_together([image], [box] * 4, outs=[outs])
+    read_group([image], [box] * 4, out=[outs])
     for out in outs:
         np.testing.assert_array_equal(out, volume)
 
@@ -397,11 +403,96 @@ def test_memory_of_another_shape_is_an_error(volume: NDArray[np.int16]) -> None:
     box = zp.PatchLocation((0, 0, 0), (2, 2, 2))
     why = r"the memory for a box of \(2, 2, 2, 2\) voxels has the shape \(1, 2, 2, 2\)"
     with pytest.raises(OptionError, match=why):
-        read_together([zp.ScalarImage(volume)], [box], outs=[[np.zeros((1, 2, 2, 2))]])
+        read_group([zp.ScalarImage(volume)], [box], out=[[np.zeros((1, 2, 2, 2))]])
+
+
+GROUP = [zp.PatchLocation((1, 2, 3), (3, 3, 3)), zp.PatchLocation((2, 3, 0), (3, 3, 3))]
+OUTS: dict[str, Callable[[], Any]] = {
+    "one array": lambda: np.zeros((2, 2, 3, 3, 3), np.float32),
+    "one array in stored order": lambda: np.zeros((2, 2, 3, 3, 3), np.int16).transpose(0, 1, 4, 3, 2),
+    "a list of arrays": lambda: [np.zeros((2, 3, 3, 3), dtype) for dtype in ("i2", "f8")],
+    "one tensor": lambda: torch.zeros(2, 2, 3, 3, 3),
+    "a list of tensors": lambda: [torch.zeros((2, 3, 3, 3), dtype=t) for t in (torch.int32, torch.half)],
+}
 
 
 @both_loops
-def test_unscaled_voxels_of_several_images_are_the_stored_ones(
+@pytest.mark.parametrize("out", list(OUTS))
+@pytest.mark.parametrize("padding_mode", [None, "reflect"])
+def test_a_group_is_read_into_the_memory_given_as_out_and_out_is_returned(
+    tmp_path: Path, volume: NDArray[np.int16], out: str, padding_mode: str | None
+) -> None:
+    image = stored(tmp_path / "image", volume.transpose(0, 3, 2, 1), chunk=3, shard=2)
+    reach = -1 if padding_mode else 0
+    locations = [zp.PatchLocation((box.index[0], box.index[1], reach), box.size) for box in GROUP]
+    expected = image.read_group(locations, padding_mode=padding_mode)
+    given = OUTS[out]()
+    assert image.read_group(locations, given, padding_mode=padding_mode) is given
+    for patch, memory in zip(expected, given, strict=True):
+        np.testing.assert_array_equal(np.asarray(memory), patch)
+    outs = [OUTS[out](), np.zeros((2, 2, 3, 3, 3))]
+    assert zp.read_group([image, image], locations, outs, padding_mode=padding_mode) is outs
+    for memory in outs:
+        for patch, part in zip(expected, memory, strict=True):
+            np.testing.assert_array_equal(np.asarray(part), patch)
+
+
+@pytest.mark.parametrize(
+    ("values", "memory", "fits"),
+    [
+        ("i2", "i2", True), ("i2", "i4", True), ("i2", "f2", True), ("u1", "i2", True), ("f8", "f4", True),
+        ("i8", "f4", True), ("f4", "c8", True), ("?", "u1", True), ("i2", ">i2", True), ("c16", "c8", True),
+        ("u8", "i8", True), ("i8", "u8", False),
+        ("i2", "u2", False), ("u2", "i2", False), ("i4", "i2", False), ("f4", "i4", False),
+        ("u1", "?", False), ("c8", "f4", False), ("i2", "O", False), ("i2", "U9", False),
+        ("i2", "M8[s]", False),
+    ],
+)  # fmt: skip
+def test_memory_is_of_floats_or_has_all_values_of_the_image(values: str, memory: str, fits: bool) -> None:
+    image = zp.ScalarImage(np.ones((2, 2, 2), values))
+    box, out = zp.PatchLocation((0, 0, 0), (2, 2, 2)), np.zeros((1, 1, 2, 2, 2), memory)
+    if fits:
+        assert (image.read_group([box], out) == 1).all()
+        return
+    why = f"memory of {out.dtype} cannot hold all values of {image!r}; give memory of {image.dtype} or of"
+    with pytest.raises(OptionError, match=re.escape(why)):
+        image.read_group([box], out)
+
+
+@pytest.mark.parametrize(
+    ("out", "why"),
+    [
+        (np.zeros((3, 2, 3, 3, 3)), "there is memory for 3 boxes, but 2 are read"),
+        ([np.zeros((2, 3, 3, 3))], "there is memory for 1 boxes, but 2 are read"),
+        (np.zeros((2, 3, 3, 3)), r"a box of (2, 3, 3, 3) voxels has the shape (3, 3, 3)"),
+        (np.broadcast_to(0.0, (2, 2, 3, 3, 3)), "is read-only; give an array that can be written to"),
+        ([[0], [0]], "the memory for a box must be a numpy array or a tensor of torch, not list"),
+        (torch.zeros((2, 2, 3, 3, 3), dtype=torch.bfloat16), "cannot be read into this tensor: Got unsupp"),
+        (torch.zeros((2, 2, 3, 3, 3), requires_grad=True), "cannot be read into this tensor: Can't call"),
+        (torch.zeros((2, 2, 3, 3, 3), device="meta"), "cannot be read into this tensor: can't convert meta"),
+    ],
+)  # fmt: skip
+def test_memory_that_cannot_be_read_into_is_refused(volume: NDArray[np.int16], out: Any, why: str) -> None:
+    with pytest.raises(OptionError, match=re.escape(why)):
+        zp.ScalarImage(volume).read_group(GROUP, out)
+
+
+@pytest.mark.parametrize("option", ["out", "scaled", "fill"])
+def test_what_is_given_for_each_image_must_be_given_for_all(volume: NDArray[np.int16], option: str) -> None:
+    images, given = [zp.ScalarImage(volume)] * 2, {option: [[np.zeros((2, 3, 3, 3))] * 2]}
+    with pytest.raises(OptionError, match=f"{option} must have one entry for each of 2 images, not 1"):
+        zp.read_group(images, GROUP, **given)  # type: ignore[call-overload]
+
+
+def test_nothing_is_read_into_memory_when_a_box_is_outside(volume: NDArray[np.int16]) -> None:
+    out = np.zeros((2, 2, 3, 3, 3))
+    with pytest.raises(PatchLocationError, match="is not inside"):
+        zp.ScalarImage(volume).read_group([GROUP[0], zp.PatchLocation((4, 0, 0), (3, 3, 3))], out)
+    assert not out.any()
+
+
+@both_loops
+def test_unscaled_voxels_of_several_images_are_the_stored_voxels(
     tmp_path: Path, volume: NDArray[np.int16]
 ) -> None:
     images = [
@@ -409,29 +500,29 @@ def test_unscaled_voxels_of_several_images_are_the_stored_ones(
         for slope in (1.0, 0.5, -2.0)
     ]
     box = zp.PatchLocation((1, 1, 1), (3, 3, 3))
-    for [patch] in read_together(images, [box], scaled=False):
+    for [patch] in read_group(images, [box], scaled=False):
         assert patch.dtype == np.int16
         np.testing.assert_array_equal(patch, volume[:, 1:4, 1:4, 1:4])
 
 
-def test_no_images_and_no_boxes_are_nothing(volume: NDArray[np.int16]) -> None:
-    assert read_together([], [zp.PatchLocation((0, 0, 0), (1, 1, 1))]) == []
-    assert read_together([zp.ScalarImage(volume)] * 2, []) == [[], []]
+def test_no_images_or_no_boxes_give_empty_lists(volume: NDArray[np.int16]) -> None:
+    assert read_group([], [zp.PatchLocation((0, 0, 0), (1, 1, 1))]) == []
+    assert read_group([zp.ScalarImage(volume)] * 2, []) == [[], []]
 
 
-def test_images_of_different_shapes_may_be_read_together_where_both_have_the_box(
+def test_images_of_different_shapes_may_be_read_together_if_both_have_the_box(
     volume: NDArray[np.int16],
 ) -> None:
     small, large = zp.ScalarImage(volume[:1, :3, :3, :3]), zp.ScalarImage(volume)
     box = zp.PatchLocation((1, 1, 1), (2, 2, 2))
-    [[one], [other]] = read_together([small, large], [box])
+    [[one], [other]] = read_group([small, large], [box])
     np.testing.assert_array_equal(one, other[:1])
     with pytest.raises(PatchLocationError, match=r"is not inside ScalarImage\(shape \(1, 3, 3, 3\)"):
-        read_together([large, small], [zp.PatchLocation((1, 1, 1), (3, 3, 3))])
+        read_group([large, small], [zp.PatchLocation((1, 1, 1), (3, 3, 3))])
 
 
 @both_loops
-def test_a_rescaled_image_keeps_values_between_bounds_and_then_scales_them(
+def test_a_rescaled_image_clips_values_and_then_scales_them(
     tmp_path: Path, volume: NDArray[np.int16]
 ) -> None:
     image = stored(tmp_path / "image", volume.transpose(0, 3, 2, 1), chunk=3, shard=2, slope=0.5, inter=1.0)
@@ -447,7 +538,7 @@ def test_a_rescaled_image_keeps_values_between_bounds_and_then_scales_them(
 
 
 @pytest.mark.parametrize("code", ["u1", "i2", "i4", "f4", "f8"])
-def test_an_array_in_memory_is_rescaled_too(code: str) -> None:
+def test_an_array_in_memory_can_be_rescaled(code: str) -> None:
     voxels = np.arange(24).reshape(1, 2, 3, 4).astype(code)
     image = zp.ScalarImage(voxels).rescaled(0.5, 1, 3, 20)
     assert image.dtype == image.data.dtype == (np.float32 if voxels.itemsize < 4 else np.float64)

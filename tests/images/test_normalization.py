@@ -1,4 +1,4 @@
-"""Normalised images: what numpy makes of the whole volume, from statistics that the store has."""
+"""Normalised images: the values that numpy computes of the whole volume, with statistics of the store."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def volumes() -> dict[str, NDArray[Any]]:
 
 @pytest.fixture(scope="module")
 def cohort(volumes: dict[str, NDArray[Any]], tmp_path_factory: pytest.TempPathFactory) -> zp.Cohort:
-    """Those volumes as a store."""
+    """The volumes as a store."""
     folder = tmp_path_factory.mktemp("normalization")
     for name, volume in volumes.items():
         (folder / "source" / name).mkdir(parents=True)
@@ -101,9 +101,9 @@ def test_an_image_is_normalised_by_the_statistics_of_the_cohort(
 
 @both_loops
 @every_mode
-def test_patches_of_a_normalised_image_are_those_of_the_whole(cohort: zp.Cohort, mode: Any) -> None:
+def test_patches_of_a_normalised_image_have_the_values_of_the_whole(cohort: zp.Cohort, mode: Any) -> None:
     image = zp.Normalize(mode)(cohort["sub-i2"].ct)
-    assert isinstance(image.source, ShardSource)  # as quick to read as the image itself
+    assert isinstance(image.source, ShardSource)  # as fast to read as the image itself
     boxes = [zp.PatchLocation((1, 2, 3), (5, 5, 5)), zp.PatchLocation((0, 0, 0), (9, 10, 11))]
     for box, patch in zip(boxes, image.read_group(boxes), strict=True):
         np.testing.assert_array_equal(patch, image.data[(slice(None), *box.to_slices())])
@@ -163,12 +163,12 @@ def test_a_constant_image_becomes_zero(tmp_path: Path, mode: Any) -> None:
 
 
 @pytest.mark.parametrize("code", ["i2", "u1", "f8"])
-def test_a_normalised_image_is_of_floats_even_where_nothing_changes(code: str) -> None:
+def test_a_normalised_image_is_of_floats_even_if_no_value_changes(code: str) -> None:
     image = zp.Normalize(statistics={"mean": 0.0, "std": 1.0})(given_image(code))
     assert image.dtype.kind == image.data.dtype.kind == "f"
 
 
-def test_what_a_scaling_did_may_be_undone_and_floats_stay_floats(tmp_path: Path) -> None:
+def test_a_scaling_may_be_undone_and_floats_stay_floats(tmp_path: Path) -> None:
     voxels = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
     image = stored(tmp_path / "image", voxels, chunk=2, shard=1, slope=0.5, inter=1.0).rescaled(2, -2)
     assert image.dtype == np.float32
@@ -191,7 +191,7 @@ def test_statistics_that_are_missing_are_an_error(normalize: zp.Normalize, why: 
         normalize(given_image())
 
 
-def test_an_image_without_any_foreground_is_an_error_that_says_so(tmp_path: Path) -> None:
+def test_an_image_without_foreground_is_an_error_that_names_the_foreground(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     nib.Nifti1Image(np.zeros((5, 6, 7), np.int16), np.eye(4)).to_filename(tmp_path / "source" / "sub.nii")
     zp.convert(tmp_path / "source", tmp_path / "store", chunk=4)
@@ -199,18 +199,18 @@ def test_an_image_without_any_foreground_is_an_error_that_says_so(tmp_path: Path
         zp.Normalize(foreground=True)(zp.Cohort(tmp_path / "store")[0].image)
 
 
-def test_an_unknown_mode_is_refused_by_the_names_of_those_that_are_known() -> None:
+def test_an_unknown_mode_is_refused_with_the_known_ones() -> None:
     with pytest.raises(OptionError, match="mode must be one of zscore, clip, not 'minmax'"):
         zp.Normalize("minmax")  # type: ignore[arg-type]
 
 
-def test_what_is_normalised_survives_pickling(cohort: zp.Cohort) -> None:
+def test_a_normalised_image_survives_pickling(cohort: zp.Cohort) -> None:
     normalize = pickle.loads(pickle.dumps(zp.Normalize(foreground=True)))
     image = normalize(cohort["sub-i2"].ct)
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(image)).data, image.data)
 
 
-def test_the_text_of_a_normalization_says_what_it_does() -> None:
+def test_the_text_of_a_normalization_names_its_mode_and_statistics() -> None:
     assert repr(zp.Normalize()) == "Normalize('zscore', each image's own statistics)"
     assert repr(zp.Normalize("clip", statistics={}, foreground=True)) == (
         "Normalize('clip', given statistics, foreground)"

@@ -1,4 +1,4 @@
-"""What tells the voxels of one image from those of another, without reading files."""
+"""The identity of an image: different for different voxels, without reading voxels from files."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def voxels(rng: np.random.Generator) -> Voxels:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_an_image_is_known_again_and_known_from_one_with_another_voxel(
+def test_equal_voxels_have_one_identity_and_another_voxel_has_another(
     way: Callable[[Path, Voxels], zp.Image], folder: Path, voxels: Voxels
 ) -> None:
     image = way(folder, voxels)
@@ -107,7 +107,7 @@ def test_an_image_is_known_again_and_known_from_one_with_another_voxel(
     assert way(folder, voxels).identity() != first
 
 
-def test_volumes_in_one_mapped_file_are_known_from_each_other(folder: Path, voxels: Voxels) -> None:
+def test_volumes_in_one_mapped_file_have_different_identities(folder: Path, voxels: Voxels) -> None:
     np.stack([voxels, voxels]).tofile(folder / "two.raw")
     two = np.memmap(folder / "two.raw", np.int16, "r", shape=(2, *SHAPE))
     second = np.memmap(folder / "two.raw", np.int16, "r", shape=SHAPE, offset=voxels.nbytes)
@@ -117,33 +117,33 @@ def test_volumes_in_one_mapped_file_are_known_from_each_other(folder: Path, voxe
     assert others[0] == others[1] != others[2]
 
 
-def test_what_is_in_memory_is_known_by_its_voxels_wherever_they_lie(voxels: Voxels) -> None:
+def test_the_identity_of_an_array_in_memory_is_that_of_its_voxels(voxels: Voxels) -> None:
     every_second = np.repeat(voxels, 2, axis=2)[:, :, ::2]
     copy = every_second.copy()
     assert zp.ScalarImage(every_second).identity() == zp.ScalarImage(copy).identity()
     assert zp.ScalarImage(copy, affine=np.diag([2, 2, 2, 1])).identity() != zp.ScalarImage(copy).identity()
 
 
-def test_an_affine_of_any_numbers_is_known(voxels: Voxels) -> None:
+def test_an_affine_of_any_numbers_has_an_identity(voxels: Voxels) -> None:
     affines = [np.eye(4), np.full((4, 4), np.nan), np.diag([np.inf, 1, 1, 1])]
     assert len({zp.ScalarImage(voxels, affine=affine).identity() for affine in affines}) == 3
 
 
-def test_an_image_of_another_axis_order_is_another(voxels: Voxels) -> None:
+def test_an_image_of_another_axis_order_has_another_identity(voxels: Voxels) -> None:
     cube = voxels[:9, :9, :9]
     turned = cube.transpose(2, 1, 0)
     assert zp.ScalarImage(turned).identity() != zp.ScalarImage(cube).identity()
     assert zp.ScalarImage(turned.copy()).identity() != zp.ScalarImage(cube.copy()).identity()
 
 
-def test_of_an_expression_only_the_shape_is_known(voxels: Voxels) -> None:
+def test_the_identity_of_an_expression_is_its_shape(voxels: Voxels) -> None:
     array = da.from_array(voxels, chunks=4)
     assert zp.ScalarImage(array).identity() == zp.ScalarImage(array + 1).identity()
     assert zp.ScalarImage(array).identity() != zp.ScalarImage(array[1:]).identity()
 
 
 @pytest.mark.parametrize("way", [as_nifti, as_zarr_3, as_array])
-def test_a_prediction_is_not_gone_on_with_from_voxels_that_have_changed(
+def test_a_prediction_is_not_resumed_from_voxels_that_have_changed(
     way: Callable[[Path, Voxels], zp.Image], folder: Path, voxels: Voxels
 ) -> None:
     def predicted(image: zp.Image) -> zp.Cohort:

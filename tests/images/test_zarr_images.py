@@ -1,4 +1,4 @@
-"""Arrays that others wrote: whatever zarr-python can write, it is read as zarr-python reads it."""
+"""Arrays that other programs wrote: all that zarr-python can write are read as zarr-python reads them."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ Draw = st.DataObject
 
 @pytest.fixture
 def voxels() -> NDArray[np.int16]:
-    """(z, y, x); neither noise nor without any."""
+    """(z, y, x); a smooth volume with some noise."""
     rng = np.random.default_rng(5)
     return (np.arange(990).reshape(SHAPE) // 7 + rng.integers(0, 3, SHAPE)).astype(np.int16)
 
 
 def in_frame(whole: NDArray[Any], axes: str) -> NDArray[Any]:
-    """A whole array as an image has it, (C, I, J, K)."""
+    """A whole array in the axis order of an image, (C, I, J, K)."""
     channels = [a for a in axes if a in "ct"]
     if len(channels) > 1:  # one of them is of length 1
         gone = next(a for a in channels if whole.shape[axes.index(a)] == 1)
@@ -80,7 +80,7 @@ def read_whole(image: Image) -> NDArray[Any]:
 
 
 def check(path: Path, axes: str = "zyx", *, through: type = ShardSource, array: Any = None) -> None:
-    """What is read of an array equals what zarr reads, and comes from where it should."""
+    """An array has the voxels that zarr reads, and is read through the expected source."""
     image = ScalarImage(path if array is None else array, axes=axes)
     assert type(image.source) is through
     expected = in_frame(zarr.open_array(path, mode="r")[...] if array is None else array[...], axes)
@@ -101,12 +101,12 @@ def written_v2(path: Path, voxels: NDArray[Any], **how: Any) -> Path:
     return path
 
 
-# Packings
+# Encodings
 
 
 @both_loops
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
-def test_a_packing_of_version_3_is_read_from_the_files(
+def test_an_encoding_of_version_3_is_read_from_the_files(
     tmp_path: Path, voxels: NDArray[np.int16], compressor: Any
 ) -> None:
     check(written_v3(tmp_path / "plain", voxels, compressors=compressor))
@@ -115,7 +115,7 @@ def test_a_packing_of_version_3_is_read_from_the_files(
 
 @both_loops
 @pytest.mark.parametrize("compressor", V2_COMPRESSORS, ids=repr)
-def test_a_packing_of_version_2_is_read_from_the_files(
+def test_an_encoding_of_version_2_is_read_from_the_files(
     tmp_path: Path, voxels: NDArray[np.int16], compressor: Any
 ) -> None:
     check(written_v2(tmp_path / "a", voxels, compressors=compressor))
@@ -232,7 +232,9 @@ def test_any_order_of_axes_is_read_from_the_files(tmp_path: Path, axes: str, sha
 def test_chunks_that_are_long_along_an_axis_of_length_1_are_read(tmp_path: Path, version: int) -> None:
     voxels = random_voxels((1, 2, 7, 8, 9), "<i2")
     write = written_v2 if version == 2 else written_v3
-    path = write(tmp_path / "a", voxels, chunks=(4, 1, 4, 4, 4))  # room for more points in time
+    path = write(
+        tmp_path / "a", voxels, chunks=(4, 1, 4, 4, 4)
+    )  # chunks of four points in time, of which there is one
     image = ScalarImage(path, axes="tczyx")
     assert_same_bytes(read_whole(image), in_frame(voxels, "tczyx"))
 
@@ -248,7 +250,7 @@ def test_chunks_that_are_long_along_an_axis_of_length_1_are_read(tmp_path: Path,
     version=st.sampled_from([2, 3, "sharded"]),
 )
 @both_loops
-def test_boxes_of_any_array_are_those_that_zarr_gives(
+def test_boxes_of_any_array_are_read_as_zarr_reads_them(
     data: Draw, shape: tuple[int, ...], chunks: tuple[int, ...], packed: tuple[int, ...], dtype: str,
     compressor: Any, axes: str, version: Any, tmp_path_factory: pytest.TempPathFactory,
 ) -> None:  # fmt: skip
@@ -275,9 +277,7 @@ def test_boxes_of_any_array_are_those_that_zarr_gives(
 @both_loops
 @pytest.mark.parametrize("fill", [0, -7, 3.5, np.nan, np.inf])
 @pytest.mark.parametrize("version", [2, 3, "sharded"])
-def test_the_fill_value_stands_for_chunks_that_are_not_there(
-    tmp_path: Path, fill: float, version: Any
-) -> None:
+def test_missing_chunks_have_the_fill_value(tmp_path: Path, fill: float, version: Any) -> None:
     how = {"shards": SHARDS} if version == "sharded" else {}
     dtype = "i2" if isinstance(fill, int) else "f4"
     array = zarr.create_array(
@@ -293,7 +293,7 @@ def test_the_fill_value_stands_for_chunks_that_are_not_there(
 
 
 @both_loops
-def test_a_fill_value_that_was_never_said_is_zero(tmp_path: Path) -> None:
+def test_a_fill_value_that_is_not_given_is_zero(tmp_path: Path) -> None:
     zarr.create_array(tmp_path / "a", shape=SHAPE, chunks=CHUNKS, dtype="i2", zarr_format=2, fill_value=None)
     assert not ScalarImage(tmp_path / "a", axes="zyx").data.any()
 
@@ -303,7 +303,7 @@ def test_a_fill_value_that_was_never_said_is_zero(tmp_path: Path) -> None:
 
 @both_loops
 @pytest.mark.parametrize("how", [{}, {"shards": SHARDS}], ids=["plain", "sharded"])
-def test_an_array_that_was_written_again_is_read_anew(tmp_path: Path, how: dict[str, Any]) -> None:
+def test_an_array_that_was_written_again_is_read_again(tmp_path: Path, how: dict[str, Any]) -> None:
     path = tmp_path / "a"
     array = zarr.create_array(path, shape=SHAPE, chunks=CHUNKS, dtype="i2", compressors=None, **how)
     image = ScalarImage(path, axes="zyx")
@@ -313,11 +313,13 @@ def test_an_array_that_was_written_again_is_read_anew(tmp_path: Path, how: dict[
         assert (image.data == value).all()
         array[4, 5, 6] = value + 1  # one chunk of many
         assert image.data[0, 6, 5, 4] == value + 1
-        time.sleep(0.005)  # no two files of one time
+        time.sleep(0.005)  # so that file times differ
 
 
 @both_loops
-def test_a_chunk_that_was_taken_away_is_read_as_filled(tmp_path: Path, voxels: NDArray[np.int16]) -> None:
+def test_a_chunk_that_was_removed_is_read_as_the_fill_value(
+    tmp_path: Path, voxels: NDArray[np.int16]
+) -> None:
     path = written_v3(tmp_path / "a", voxels)
     image = ScalarImage(path, axes="zyx")
     np.testing.assert_array_equal(image.data[0], voxels.T)
@@ -327,7 +329,7 @@ def test_a_chunk_that_was_taken_away_is_read_as_filled(tmp_path: Path, voxels: N
 
 
 @both_loops
-def test_another_array_at_the_same_place_is_read_as_what_it_is(tmp_path: Path) -> None:
+def test_another_array_at_the_same_path_is_read_as_itself(tmp_path: Path) -> None:
     path = tmp_path / "a"
     arrangements: list[dict[str, Any]] = [
         {"shape": (8, 8, 8), "chunks": (4, 4, 4), "shards": (8, 8, 8), "dtype": "i2", "fill_value": 3},
@@ -338,7 +340,7 @@ def test_another_array_at_the_same_place_is_read_as_what_it_is(tmp_path: Path) -
     ]
     for is_written, arrangement in itertools.product([False, True], arrangements):
         zarr.create_array(path, overwrite=True, **arrangement)
-        image = ScalarImage(path, axes="zyx")  # of chunks that were not there before and are not now
+        image = ScalarImage(path, axes="zyx")  # of chunks that are missing before and after
         filled = np.full(arrangement["shape"][::-1], arrangement["fill_value"])
         np.testing.assert_array_equal(image.data[0], filled)
         if is_written:
@@ -348,14 +350,14 @@ def test_another_array_at_the_same_place_is_read_as_what_it_is(tmp_path: Path) -
         shutil.rmtree(path)
 
 
-# What is not known here
+# Arrays that only zarr can read
 
 
 def check_through_zarr(path: Path, axes: str = "zyx") -> None:
     check(path, axes, through=DaskSource)
 
 
-def test_a_transposed_array_goes_through_zarr(tmp_path: Path, voxels: NDArray[np.int16]) -> None:
+def test_a_transposed_array_is_read_through_zarr(tmp_path: Path, voxels: NDArray[np.int16]) -> None:
     codecs = [TransposeCodec(order=(2, 0, 1)), BytesCodec(), BloscCodec(typesize=2)]
     zarr.create(store=tmp_path / "a", shape=SHAPE, chunks=CHUNKS, dtype="i2", codecs=codecs, zarr_format=3)[
         ...
@@ -364,7 +366,7 @@ def test_a_transposed_array_goes_through_zarr(tmp_path: Path, voxels: NDArray[np
 
 
 @pytest.mark.filterwarnings("ignore:Combining a `sharding_indexed` codec")
-def test_shards_with_a_transposition_inside_or_outside_go_through_zarr(
+def test_shards_with_a_transposition_inside_or_outside_are_read_through_zarr(
     tmp_path: Path, voxels: NDArray[np.int16]
 ) -> None:
     turn = TransposeCodec(order=(2, 1, 0))
@@ -382,7 +384,9 @@ def test_shards_with_a_transposition_inside_or_outside_go_through_zarr(
         check_through_zarr(tmp_path / name)
 
 
-def test_an_index_that_is_packed_goes_through_zarr(tmp_path: Path, voxels: NDArray[np.int16]) -> None:
+def test_an_array_with_a_compressed_index_is_read_through_zarr(
+    tmp_path: Path, voxels: NDArray[np.int16]
+) -> None:
     for name, index in (("big", [BytesCodec(endian="big"), Crc32cCodec()]),):
         sharding = ShardingCodec(chunk_shape=CHUNKS, codecs=[BytesCodec()], index_codecs=index)
         zarr.create(
@@ -401,20 +405,20 @@ def test_an_index_that_is_packed_goes_through_zarr(tmp_path: Path, voxels: NDArr
     ],
     ids=repr,
 )
-def test_what_only_version_2_has_goes_through_zarr(
+def test_filters_and_order_of_version_2_are_read_through_zarr(
     tmp_path: Path, voxels: NDArray[np.int16], how: dict[str, Any]
 ) -> None:
     check_through_zarr(written_v2(tmp_path / "a", voxels, **how))
 
 
 @pytest.mark.parametrize("axes", ["zyx", "xyz"])
-def test_an_array_in_memory_goes_through_zarr(voxels: NDArray[np.int16], axes: str) -> None:
+def test_an_array_in_memory_is_read_through_zarr(voxels: NDArray[np.int16], axes: str) -> None:
     array = zarr.create_array(zarr.storage.MemoryStore(), shape=SHAPE, chunks=CHUNKS, dtype="i2")
     array[...] = voxels
     check(Path("nowhere"), axes, through=DaskSource, array=array)
 
 
-def test_an_array_in_a_zip_file_goes_through_zarr(tmp_path: Path, voxels: NDArray[np.int16]) -> None:
+def test_an_array_in_a_zip_file_is_read_through_zarr(tmp_path: Path, voxels: NDArray[np.int16]) -> None:
     with zarr.storage.ZipStore(tmp_path / "a.zip", mode="w") as store:
         zarr.create_array(store, shape=SHAPE, chunks=SHAPE, dtype="i2")[...] = voxels
     with zarr.storage.ZipStore(tmp_path / "a.zip", mode="r") as store:
@@ -422,17 +426,17 @@ def test_an_array_in_a_zip_file_goes_through_zarr(tmp_path: Path, voxels: NDArra
         check(Path("nowhere"), through=DaskSource, array=array)
 
 
-def test_an_array_through_zarr_may_have_an_axis_to_leave_out(tmp_path: Path) -> None:
+def test_an_array_through_zarr_may_have_an_axis_that_is_not_kept(tmp_path: Path) -> None:
     voxels = random_voxels((1, 2, 7, 8, 9), "<i2")
     path = written_v2(tmp_path / "a", voxels, chunks=(1, 1, 4, 4, 4), order="F")
     check_through_zarr(path, "tczyx")
 
 
-# Opened by what
+# Ways to open an array
 
 
 @pytest.mark.parametrize("opened", ["path", "str", "array", "group", "relative", "link"])
-def test_an_array_is_opened_by_path_or_as_an_array(
+def test_an_array_is_opened_by_its_path_or_as_an_object(
     tmp_path: Path, voxels: NDArray[np.int16], opened: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     group = zarr.create_group(tmp_path / "group")
@@ -500,7 +504,7 @@ def test_each_level_of_a_pyramid_is_opened_by_its_path(tmp_path: Path, version: 
     assert finest.spacing == (2, 3, 4)
 
 
-def test_an_array_beside_a_pyramid_is_no_level_of_it(tmp_path: Path, voxels: NDArray[np.int16]) -> None:
+def test_an_array_beside_a_pyramid_is_not_a_level_of_it(tmp_path: Path, voxels: NDArray[np.int16]) -> None:
     pyramid(tmp_path / "image.zarr", 3)
     path = written_v3(tmp_path / "image.zarr" / "more", voxels)
     with pytest.raises(OptionError, match=r"the axes of a Zarr array of shape .* say axes="):
@@ -508,7 +512,7 @@ def test_an_array_beside_a_pyramid_is_no_level_of_it(tmp_path: Path, voxels: NDA
     check(path)
 
 
-# Damage, and what is no array
+# Damage, and paths that are not arrays
 
 
 @both_loops
@@ -573,13 +577,13 @@ def change(document: Path, key: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["<M8[s]", "|S5"])
-def test_an_array_of_no_numbers_is_an_error(tmp_path: Path, dtype: str) -> None:
+def test_an_array_of_other_things_than_numbers_is_an_error(tmp_path: Path, dtype: str) -> None:
     zarr.create_array(tmp_path / "a", shape=SHAPE, chunks=CHUNKS, dtype=dtype, zarr_format=2)
     with pytest.raises(OptionError, match="an image is of numbers, not of"):
         ScalarImage(tmp_path / "a", axes="zyx")
 
 
-def test_a_pipe_in_the_place_of_a_chunk_is_an_error(tmp_path: Path, voxels: NDArray[np.int16]) -> None:
+def test_a_pipe_instead_of_a_chunk_is_an_error(tmp_path: Path, voxels: NDArray[np.int16]) -> None:
     path = written_v3(tmp_path / "a", voxels)
     file = path / "c" / "0" / "0" / "0"
     file.unlink()

@@ -258,7 +258,7 @@ def test_an_array_whose_axes_nobody_named_is_one_line_that_says_how_to_name_them
 
 def test_axes_of_a_store_are_refused(slide: Path, out: Path) -> None:
     assert predict(slide / "2", out, "-q") == 0
-    with pytest.raises(OptionError, match="is no image by itself; axes are those of a Zarr array"):
+    with pytest.raises(OptionError, match="is not a Zarr array; axes can be given for a Zarr array only"):
         open_subjects(out, axes="zyx")
 
 
@@ -423,5 +423,5 @@ def test_a_slide_resumed_from_another_level_or_network_is_refused(slide: Path, o
     for place, model in ((slide / "1", "tissue"), (slide, "colours")):
         assert predict(place, out, "-q", model=model) == 1
     assert predict(slide, out, "-q", model="tissue") == 0
-    with pytest.raises(OptionError, match="patterns of subjects go with a store"):
+    with pytest.raises(OptionError, match="patterns of subjects are for a store"):
         open_subjects(slide, include=["a"])

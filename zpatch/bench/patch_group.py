@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from zpatch.chunks.layout import covering_chunks
 from zpatch.chunks.sharded_array import ShardedArray
-from zpatch.geometry.boxes import PatchLocation, Triple, allowed_centres, check_patch_fits
-from zpatch.images.image import Image, read_together
+from zpatch.geometry.boxes import PatchLocation, Triple, allowed_centres, check_patch_fits, stored_corners
+from zpatch.images.group_read import read_group
+from zpatch.images.image import Image
 from zpatch.images.subject import Subject
 from zpatch.images.voxel_sources import ShardSource
 from zpatch.store.image_record import ImageRecord
@@ -49,7 +50,7 @@ class PatchGroup:
 
     def read(self) -> None:
         """Read the patches as a sampler reads them, and discard them."""
-        read_together(self.images, self.locations)
+        read_group(self.images, self.locations)
 
     def singly(self) -> list[Self]:
         """One group for each patch."""
@@ -67,9 +68,7 @@ class PatchGroup:
 
     def boxes(self, array: ShardedArray) -> Boxes:
         """First voxel and stop of each patch, two arrays (patches, 4) in stored axis order (c, z, y, x)."""
-        first = [(0, *location.index[::-1]) for location in self.locations]
-        stop = [(array.shape[0], *location.index_fin[::-1]) for location in self.locations]
-        return np.array(first, dtype=np.int64), np.array(stop, dtype=np.int64)
+        return stored_corners(self.locations, range(array.shape[0]))
 
 
 def array_of(image: Image) -> ShardedArray:

@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zpatch.blending import windows
+from zpatch.geometry.boxes import Integers
 
 MIN_TILE_VOXELS = 16
 
-Integers = NDArray[np.int64]
 Weights = NDArray[np.float32]
 
 

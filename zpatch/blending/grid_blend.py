@@ -16,9 +16,9 @@ import torch
 from zpatch.blending.blend import Finalise, accumulation_dtype
 from zpatch.blending.sinks import VolumeSink
 from zpatch.blending.tile_sums import Part, SumsMemory, TileSums, memory_order
-from zpatch.blending.tiling import Bools, Tile, Tiling
+from zpatch.blending.tiling import Tile, Tiling
 from zpatch.errors import IncompleteCoverageError, MemoryLimitError
-from zpatch.geometry.boxes import PatchLocation, Triple
+from zpatch.geometry.boxes import Bools, PatchLocation, Triple
 from zpatch.runtime.byte_sizes import format_bytes
 
 

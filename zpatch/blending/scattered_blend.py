@@ -151,7 +151,7 @@ class ScatteredBlend:
         axes = zip(self._scales, location.index_ini, location.index_fin, strict=True)
         ends = [scale.place(np.array(positions)).tolist() for scale, *positions in axes]
         low, high = zip(*ends, strict=True)
-        return _box(low, high)
+        return PatchLocation.between(low, high)
 
     def _kept(self, box: PatchLocation) -> PatchLocation:
         """The part of a patch's box that is in the volume and, in crop mode, is not cut off."""
@@ -161,7 +161,7 @@ class ScatteredBlend:
             for axis, (a, b) in enumerate(zip(box.index_ini, box.index_fin, strict=True)):
                 first, stop = windows.kept_by_crop(a, b, self._overlap[axis], 0, self._shape[axis])
                 low[axis], high[axis] = max(low[axis], first), min(high[axis], stop)
-        return _box(low, high)
+        return PatchLocation.between(low, high)
 
     def _weighted(
         self, patch: torch.Tensor, box: PatchLocation, kept: PatchLocation, dtype: torch.dtype
@@ -217,13 +217,13 @@ class ScatteredBlend:
                 slab_low, slab_high = low.copy(), high.copy()
                 slab_low[axis], slab_high[axis] = max(start, low[axis]), min(start + side, length)
                 line = np.ones(slab_high[axis] - slab_low[axis], dtype=bool)
-                for place, in_tile, _ in self._pieces(_box(slab_low, slab_high)):
+                for place, in_tile, _ in self._pieces(PatchLocation.between(slab_low, slab_high)):
                     line &= self._missing(place)[in_tile].all(axis=others)
                 if not line.all():
                     high[axis] = slab_low[axis] + int(line.argmin())
                     break
                 high[axis] = slab_high[axis]
-        return _box(low, high)
+        return PatchLocation.between(low, high)
 
     def _pieces(self, box: PatchLocation) -> Iterator[tuple[Triple, Slices, Slices]]:
         """Each tile that a box touches, and the voxels in both, as slices of the tile and of the box."""
@@ -266,8 +266,3 @@ def tile_shape(spatial_shape: Triple, voxels: int = TILE_VOXELS) -> Triple:
         voxels //= sides[axis]
     i, j, k = sides
     return i, j, k
-
-
-def _box(low: Sequence[int], high: Sequence[int]) -> PatchLocation:
-    (i, j, k), (p, q, r) = low, high
-    return PatchLocation((i, j, k), (p - i, q - j, r - k))

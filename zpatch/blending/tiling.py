@@ -22,14 +22,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from zpatch.blending import windows
 from zpatch.blending.axis_tiles import AxisScale, AxisShare, AxisTile, AxisTiles, Weights
-from zpatch.geometry.boxes import Triple
+from zpatch.geometry.boxes import Bools, Triple
 from zpatch.geometry.patch_grid import PatchGrid
 
-Bools = NDArray[np.bool_]
 Slices = tuple[slice, slice, slice]
 
 

@@ -1,1 +1,12 @@
-"""Arrays on disk: chunks packed into shards, and the compiled loop that reads groups of boxes from them."""
+"""Arrays on disk: chunks packed into shards, written once, read through memory maps by a compiled loop.
+
+In reading order::
+
+    scaling        stored voxels -> values: slope, intercept, bounds
+    layout         how an array is cut into chunks, and how chunks are packed into shards
+    codec          voxels <-> bytes of a chunk
+    sharded_array  an array on disk, as data: shapes, codec, names of files
+    mapped_shards  shard files in memory maps, their index and checksums verified once
+    shard_writer   voxels -> one shard file
+    gather         parts of chunks -> boxes; the loop is compiled: _gather.c, _decode.h, _voxels.h
+"""

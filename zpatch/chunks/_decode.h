@@ -1,8 +1,8 @@
-/* Bytes of a chunk -> planes of its voxels' bytes, as far as they are wanted: LZ4 in blosc frames, or none.
+/* Bytes of a chunk -> planes of its voxels' bytes, as far as they are needed: LZ4 in blosc frames, or none.
  *
- * Where blosc shuffled bytes, plane p holds byte p of every voxel, and stays so: there is no decoded chunk.
- * Streams that blosc stored as they are, as it does with noise, are left where they lie. What is not known
- * here (blosc's other compressors, bit shuffling) is reported.
+ * Where blosc shuffled bytes, plane p holds byte p of every voxel. Planes are not joined here: there is no
+ * decoded chunk. Streams that blosc stored uncompressed, as it does with noise, are used in place. Encodings
+ * that are not supported (blosc's other compressors, bit shuffling) are reported.
  *
  * Sources of the formats: README_CHUNK_FORMAT.rst of c-blosc 1 for the header of a frame, lz4_Block_format.md
  * of LZ4 for a stream. Input is never trusted: every read and every write is checked against the end of its
@@ -18,14 +18,14 @@
 #include <string.h>
 
 enum { AXES = 4, SLACK = 64, MAX_ITEM = 8 };
-enum { FINE, DAMAGED, UNKNOWN, NO_MEMORY, BAD_ROW }; /* what became of a chunk, or of a row of the plan */
+enum { FINE, DAMAGED, UNKNOWN, NO_MEMORY, BAD_ROW }; /* states of a chunk or of a row */
 enum { BLOSC_HEADER = 16, BLOSC_SHUFFLED = 1, BLOSC_STORED = 2, BLOSC_BITS = 4, BLOSC_WHOLE = 16 };
 enum { BLOSC_FORMAT = 2, BLOSC_LZ4 = 1 };
 
 typedef struct {
     size_t shape[AXES]; /* of a chunk: c, z, y, x */
     size_t item, bytes; /* of a voxel; of a chunk */
-    int blosc;          /* else the chunk's bytes are its voxels */
+    int blosc;          /* or not: the chunk's bytes are its voxels */
 } Chunks;
 
 typedef struct {
@@ -54,8 +54,8 @@ static int long_length(const uint8_t **in, const uint8_t *in_end, size_t *length
     return 1;
 }
 
-/* Copies in steps of 32 bytes, each of two halves, so that the second may read what the first wrote. May
- * write up to 31 bytes past the end, where there is slack. */
+/* Copies in steps of 32 bytes, each in two halves, so that the second half may read bytes that the first half
+ * wrote. May write up to 31 bytes past the end, where there is slack. */
 static void copy_wild(uint8_t *to, const uint8_t *from, size_t n)
 {
     uint8_t *end = to + n;
@@ -67,7 +67,7 @@ static void copy_wild(uint8_t *to, const uint8_t *from, size_t n)
     } while (to < end);
 }
 
-/* Repeats the `distance` bytes before `to`; may write up to 31 bytes past the end too. */
+/* Repeats the `distance` bytes before `to`. May also write up to 31 bytes past the end. */
 static void copy_match(uint8_t *to, size_t distance, size_t n)
 {
     const uint8_t *from = to - distance;
@@ -83,7 +83,7 @@ static void copy_match(uint8_t *to, size_t distance, size_t n)
             to += 16;
             from += 16;
         } while (to < end);
-    } else { /* eight bytes of the pattern at a time, of which whole repetitions count */
+    } else { /* eight bytes at a time, of which only whole repetitions of the pattern are kept */
         uint64_t pattern = 0;
         size_t step = 8 - 8 % distance;
         memcpy(&pattern, from, 8);
@@ -109,7 +109,7 @@ static int decode_lz4(const uint8_t *in, size_t in_bytes, uint8_t *out, size_t c
             return 0;
         unsigned token = *in++;
         size_t n = token >> 4, distance;
-        /* Most sequences are short: both of their copies are then of fixed size, far from any end. */
+        /* Most sequences are short and far from any end: both of their copies then have a fixed size. */
         if (n < 15 && in_end - in >= 32 && enough - out >= 64) {
             memcpy(out, in, 16);
             in += n;
@@ -166,13 +166,13 @@ static int one_block(Decoded *to, const uint8_t *voxels, const Chunks *chunks)
     return FINE;
 }
 
-/* One block of a frame: `streams` parts, each as long as the others, each of them LZ4 or as it is. Of its
- * voxels, those in the first `wanted` bytes are needed. */
+/* Decodes one block of a frame: `streams` parts of equal length, each compressed by LZ4 or stored as it is.
+ * Only the voxels in the block's first `wanted` bytes are needed. */
 static int decode_block(Decoded *to, size_t block, const uint8_t *in, const uint8_t *in_end, uint8_t *out,
                         size_t bytes, size_t streams, size_t wanted)
 {
     size_t part = bytes / streams, plane = bytes / to->planes;
-    int apart = streams == to->planes; /* each stream is a plane, or the whole, and may stay in the map */
+    int apart = streams == to->planes; /* each stream is a plane, or all of the block, and is used in place */
     wanted = apart ? wanted / streams : part;
     for (size_t s = 0; s < streams; s++, out += part) {
         if (in_end - in < 4)
@@ -198,7 +198,7 @@ static int decode_block(Decoded *to, size_t block, const uint8_t *in, const uint
     return FINE;
 }
 
-/* Decodes what a chunk's voxels from `first` up to `stop` need. */
+/* Decodes the blocks that hold a chunk's voxels from `first` up to `stop`. */
 static int decode_chunk(Decoded *to, const uint8_t *in, size_t length, const Chunks *chunks, size_t first,
                         size_t stop)
 {
@@ -233,7 +233,7 @@ static int decode_chunk(Decoded *to, const uint8_t *in, size_t length, const Chu
     }
     for (size_t b = first / to->block_voxels; b * to->block_voxels < stop; b++) {
         size_t at = little32(in + BLOSC_HEADER + 4 * b), left = chunks->bytes - b * block_bytes;
-        int last = left < block_bytes; /* and short: never in several streams */
+        int last = left < block_bytes; /* shorter than others: always one stream */
         size_t streams = flags & BLOSC_WHOLE || last ? 1 : type_bytes;
         size_t bytes = last ? left : block_bytes, wanted = stop * chunks->item - b * block_bytes;
         if (at < BLOSC_HEADER || at > length || bytes % streams)

@@ -1,8 +1,8 @@
-/* The inner loop of a group read: encoded chunks in memory-mapped shards -> parts of patches.
+/* The inner loop of a group read: encoded chunks in memory-mapped shards -> parts of boxes.
  *
- * Each chunk is decoded as far as its patches need it, and its voxels go from the decoded planes of bytes
- * straight to where they belong. A chunk that is packed in a way not known here is reported, and gathering.py
- * decodes it with numcodecs: same voxels, slower.
+ * Each chunk is decoded as far as its boxes need it, and its voxels are copied from the decoded planes of
+ * bytes straight into the boxes. A chunk in an encoding that is not supported here is reported, and gather.py
+ * decodes it with numcodecs: the same voxels, slower.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -15,14 +15,14 @@
 #include "_voxels.h"
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "voxels are stored in little-endian order; reading goes without this file here"
+#error "voxels are stored in little-endian order; on big-endian machines zpatch reads without this file"
 #endif
 
-enum { ROW_FIELDS = 16 };
-enum { MAP, OFFSET, LENGTH, OUT, PARTS }; /* fields of a row; then (first, extent, target) per axis */
+/* Columns of LocatedRows, as drawn in gather.py; from PARTS on (first, extent, target) for each axis. */
+enum { MAP, OFFSET, LENGTH, BOX, PARTS, COLUMNS = 16 };
 
 typedef struct {
-    Join join, copy;      /* out of several planes; out of one, which holds whole voxels */
+    Join join, copy;      /* for voxels in several planes; for whole voxels in one plane */
     Scale scale;          /* or NULL: voxels are written as they are stored */
     size_t item, written; /* bytes of a stored voxel and of a written one */
     Scaling scaling;
@@ -53,7 +53,7 @@ static int choose_writer(Writer *writer, size_t item, const char *scaled_from)
     return 0;
 }
 
-/* Writes rows of voxels that lie in one block, from voxel `at` of it on. */
+/* Writes rows of voxels of one block, from its voxel `at` on. */
 static void write_rows(const Writer *writer, const uint8_t *const *planes, size_t plane_count, uint8_t *out,
                        size_t at, const Rows *rows, uint8_t *spare)
 {
@@ -73,7 +73,7 @@ static void write_rows(const Writer *writer, const uint8_t *const *planes, size_
     }
 }
 
-/* Writes rows of voxels from voxel `at` of a chunk on, whatever blocks they lie in. */
+/* Writes rows of voxels from voxel `at` of a chunk on, in one block or in several. */
 static void write_from(const Writer *writer, const Decoded *chunk, uint8_t *out, size_t at, const Rows *rows,
                        uint8_t *spare)
 {
@@ -126,7 +126,7 @@ static void write_part(const Writer *writer, const Decoded *chunk, const Chunks 
 static int row_is_sound(const int64_t *row, const Chunks *chunks, const Py_buffer *maps, Py_ssize_t map_count,
                         const Py_buffer *outs, Py_ssize_t out_count)
 {
-    if (row[MAP] < 0 || row[MAP] >= map_count || row[OUT] < 0 || row[OUT] >= out_count)
+    if (row[MAP] < 0 || row[MAP] >= map_count || row[BOX] < 0 || row[BOX] >= out_count)
         return 0;
     int64_t map_bytes = maps[row[MAP]].len;
     if (row[OFFSET] < 0 || row[LENGTH] < 0 || row[OFFSET] > map_bytes ||
@@ -134,7 +134,7 @@ static int row_is_sound(const int64_t *row, const Chunks *chunks, const Py_buffe
         return 0;
     for (int a = 0; a < AXES; a++) {
         const int64_t *part = row + PARTS + 3 * a;
-        int64_t in_chunk = (int64_t)chunks->shape[a], in_out = outs[row[OUT]].shape[a];
+        int64_t in_chunk = (int64_t)chunks->shape[a], in_out = outs[row[BOX]].shape[a];
         if (part[0] < 0 || part[1] < 1 || part[2] < 0 || part[1] > in_chunk || part[1] > in_out)
             return 0;
         if (part[0] > in_chunk - part[1] || part[2] > in_out - part[1])
@@ -153,7 +153,7 @@ static size_t voxel_number(const int64_t *row, const Chunks *chunks, int past_th
     return number + (past_the_end ? 1 : 0);
 }
 
-/* All rows; what became of the last one looked at, whose number is left in `at`. */
+/* Copies all rows. Returns the state of the last row that was reached, and leaves its number in `at`. */
 static int gather_rows(const int64_t *rows, size_t count, const Chunks *chunks, const Writer *writer,
                        const Py_buffer *maps, Py_ssize_t map_count, const Py_buffer *outs,
                        Py_ssize_t out_count, size_t *at)
@@ -167,14 +167,14 @@ static int gather_rows(const int64_t *rows, size_t count, const Chunks *chunks, 
     if (!chunk.start || !chunk.scratch || !line)
         state = NO_MEMORY;
     for (size_t end; state == FINE && *at < count; *at = end) {
-        const int64_t *row = rows + *at * ROW_FIELDS;
+        const int64_t *row = rows + *at * COLUMNS;
         size_t first = SIZE_MAX, stop = 0;
-        if (row[OFFSET] < 0) { /* no such chunk is stored */
+        if (row[OFFSET] < 0) { /* the chunk is missing */
             state = UNKNOWN;
             break;
         }
         for (end = *at; end < count; end++) {
-            const int64_t *next = rows + end * ROW_FIELDS;
+            const int64_t *next = rows + end * COLUMNS;
             if (next[MAP] != row[MAP] || next[OFFSET] != row[OFFSET])
                 break;
             if (!row_is_sound(next, chunks, maps, map_count, outs, out_count)) {
@@ -191,8 +191,8 @@ static int gather_rows(const int64_t *rows, size_t count, const Chunks *chunks, 
         if (state != FINE)
             break;
         for (size_t r = *at; r < end; r++) {
-            const int64_t *part = rows + r * ROW_FIELDS;
-            write_part(writer, &chunk, chunks, part, outs + part[OUT], line,
+            const int64_t *part = rows + r * COLUMNS;
+            write_part(writer, &chunk, chunks, part, outs + part[BOX], line,
                        line + chunks->shape[3] * MAX_ITEM);
         }
     }
@@ -240,8 +240,8 @@ static const char *problem_with(const Chunks *chunks, const Py_buffer *rows, con
             return "a chunk must have 1 byte to 2 GiB, or more where it is not compressed";
         bytes *= chunks->shape[a];
     }
-    if (rows->len % (Py_ssize_t)(ROW_FIELDS * sizeof(int64_t)))
-        return "rows must have 16 fields of int64";
+    if (rows->len % (Py_ssize_t)(COLUMNS * sizeof(int64_t)))
+        return "rows must have 16 columns of int64";
     for (Py_ssize_t i = 0; i < out_count; i++)
         if (outs[i].ndim != AXES || outs[i].itemsize != (Py_ssize_t)writer->written)
             return "outs must have 4 axes and voxels of the size that is written";
@@ -262,7 +262,7 @@ static PyObject *gather(PyObject *module, PyObject *arguments)
         return NULL;
     if (start < 0 || c < 1 || z < 1 || y < 1 || x < 1 || item < 1 ||
         !choose_writer(&writer, (size_t)item, scaled_from)) {
-        PyErr_SetString(PyExc_ValueError, "no chunks of such a shape or of such voxels are known");
+        PyErr_SetString(PyExc_ValueError, "this shape of chunks or type of voxels is not supported");
         return NULL;
     }
     writer.scaling = scaling;
@@ -282,13 +282,13 @@ static PyObject *gather(PyObject *module, PyObject *arguments)
         goto done;
     }
     chunks.bytes = chunks.item * chunks.shape[0] * chunks.shape[1] * chunks.shape[2] * chunks.shape[3];
-    size_t count = (size_t)rows.len / (ROW_FIELDS * sizeof(int64_t)), at = (size_t)start;
+    size_t count = (size_t)rows.len / (COLUMNS * sizeof(int64_t)), at = (size_t)start;
     int state;
     Py_BEGIN_ALLOW_THREADS state =
         gather_rows(rows.buf, count, &chunks, &writer, maps, map_count, outs, out_count, &at);
     Py_END_ALLOW_THREADS if (state == NO_MEMORY) PyErr_NoMemory();
     else if (state == BAD_ROW)
-        PyErr_Format(PyExc_ValueError, "row %zu lies outside its map, its chunk or its patch", at);
+        PyErr_Format(PyExc_ValueError, "row %zu reaches outside its map, its chunk or its box", at);
     else answer = Py_BuildValue("nO", (Py_ssize_t)at, state == DAMAGED ? Py_True : Py_False);
 done:
     if (outs)
@@ -328,7 +328,8 @@ static PyObject *scale(PyObject *module, PyObject *arguments)
     PyBuffer_Release(&out);
     if (fits)
         Py_RETURN_NONE;
-    PyErr_SetString(PyExc_ValueError, "no voxels of such a type are known, or there are not as many of both");
+    PyErr_SetString(PyExc_ValueError,
+                    "the type of the voxels is not supported, or out has another number of voxels");
     return NULL;
 }
 
@@ -336,9 +337,9 @@ static PyMethodDef methods[] = {
     {"gather", gather, METH_VARARGS,
      "gather(rows, start, maps, outs, chunk_shape, itemsize, codec, scaled_from, slope, inter, low, "
      "high)\n--\n\n"
-     "Copy parts of chunks into patches, from row ``start`` on.\n\n"
-     "Gives the row at which it stopped, past the last one where all is done, and whether that row's chunk\n"
-     "is damaged; else it is not there, or packed in a way that is not known here."},
+     "Copy parts of chunks into boxes, from row ``start`` on.\n\n"
+     "Gives the row at which it stopped (the number of rows where all are copied), and whether that row's\n"
+     "chunk is damaged; otherwise the chunk is missing or its encoding is not supported here."},
     {"scale", scale, METH_VARARGS,
      "scale(voxels, out, scaled_from, slope, inter, low, high)\n--\n\n"
      "Write the scaled values of voxels, as float32; both are contiguous."},

@@ -1,4 +1,4 @@
-/* Voxels out of planes of their bytes, as they are stored or scaled. */
+/* Planes of bytes -> voxels, as they are stored or scaled. */
 
 #ifndef ZPATCH_VOXELS_H
 #define ZPATCH_VOXELS_H
@@ -8,22 +8,22 @@
 #include <string.h>
 
 typedef struct {
-    size_t count, voxels, step; /* rows; voxels in each; voxels in the chunk from one to the next */
-    ptrdiff_t out_step;         /* bytes from one to the next where they are written */
-    ptrdiff_t ahead;            /* bytes to the rows that are written next, which are fetched meanwhile */
+    size_t count, voxels, step; /* rows; voxels in each; voxels of the chunk from one row to the next */
+    ptrdiff_t out_step;         /* bytes of the output from one row to the next */
+    ptrdiff_t ahead;            /* bytes of the output to the rows written next, which are prefetched */
 } Rows;
 
-/* Writes voxels whose bytes lie in planes, one for each byte of a voxel, from byte `at` of each on. */
+/* Writes voxels whose bytes are in planes, one for each byte of a voxel, from byte `at` of each plane on. */
 typedef void (*Join)(uint8_t *out, const uint8_t *const *planes, size_t at, const Rows *rows);
 
 typedef struct {
     double slope, inter, low, high;
 } Scaling;
 
-/* Writes slope * voxel + inter of n voxels, kept between low and high; rounded as numpy does, each time. */
+/* Writes slope * voxel + inter for n voxels, clipped to low and high; each step is rounded as in numpy. */
 typedef void (*Scale)(uint8_t *out, const uint8_t *voxels, size_t n, const Scaling *scaling);
 
-/* ---- voxels out of planes ---- */
+/* ---- planes -> voxels ---- */
 
 typedef uint8_t Bytes __attribute__((vector_size(16)));
 typedef uint16_t Pairs __attribute__((vector_size(16)));
@@ -53,8 +53,8 @@ static Bytes eight_bytes_at(const uint8_t *p)
     return bytes;
 }
 
-/* All rows. Those of 16 voxels and more go in steps of 16, of which the last may go back over some that are
- * done; shorter ones in two halves that may overlap, and the shortest voxel by voxel. */
+/* Writes all rows. Rows of 16 voxels and more are written in steps of 16, the last of which may overlap the
+ * one before; rows of 8 to 15 in two halves that may overlap; shorter rows voxel by voxel. */
 #define FOR_EACH_ROW(SIXTEEN, EIGHT, ONE)                     \
     for (size_t row = 0, n = rows->voxels; row < rows->count; \
          row++, out += rows->out_step, at += rows->step) {    \

@@ -1,11 +1,11 @@
-"""Bytes of a chunk -> voxels, and back: the only place that compresses or decompresses voxels."""
+"""Bytes of a chunk <-> voxels: the only module that compresses or decompresses voxels."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import google_crc32c
 import numpy as np
@@ -13,27 +13,27 @@ from numcodecs import blosc, zstd
 from numpy.typing import NDArray
 
 from zpatch.errors import OptionError
+from zpatch.geometry.boxes import Voxels
 
 CRC_BYTES = 4
 BLOSC_HEADER_BYTES = 16
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 Compressor = Literal["none", "blosc", "zstd", "gzip", "zlib"]
-Voxels = NDArray[Any]
 Bytes = NDArray[np.uint8]
 
 _WINDOW_BITS = {"gzip": 31, "zlib": 15}
 
-# Decoding and encoding run in our own threads and processes; blosc's pool is neither fork-safe nor free
-# of the GIL. zarr-python sets the same.
+# Chunks are decoded and encoded in zpatch's own threads and processes: blosc's pool is not fork-safe, and
+# needs the GIL. zarr-python sets the same.
 blosc.use_threads = False
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkCodec:
-    """How a chunk is packed: its compressor, and whether a crc32c of the packed bytes follows them.
+    """How a chunk is encoded: its compressor, and whether a crc32c of the encoded bytes follows them.
 
-    ``within`` is what blosc packs with, where that is known.
+    ``within`` is the compressor that blosc uses, if known.
     """
 
     compressor: Compressor
@@ -42,19 +42,19 @@ class ChunkCodec:
 
     @property
     def is_quick(self) -> bool:
-        """Whether a chunk is unpacked about as fast as it is copied."""
+        """Whether a chunk is decoded about as fast as it is copied."""
         return self.compressor == "none" or self.within in ("lz4", "lz4hc")
 
     @property
     def crc_bytes(self) -> int:
-        """How many bytes the checksum takes."""
+        """Bytes of the checksum."""
         return CRC_BYTES if self.checksum else 0
 
     def decode(self, data: Bytes, out: Voxels) -> None:
-        """Unpack a chunk, without its checksum, into ``out``, C-contiguous and of the chunk's shape.
+        """Decode a chunk, without its checksum, into ``out``, C-contiguous and of the chunk's shape.
 
-        A ValueError says what is wrong with them. How much they unpack to is compared with the chunk
-        first, so that a few bytes cannot fill the memory.
+        Raises ValueError if the bytes are damaged. Their decoded size is compared with the chunk's first, so
+        that a few bytes cannot fill the memory.
         """
         expected = out.nbytes
         if self.compressor == "none":
@@ -62,10 +62,10 @@ class ChunkCodec:
                 raise ValueError(f"has {len(data)} bytes instead of {expected}")
             out.reshape(-1).view(np.uint8)[:] = data
         elif self.compressor == "blosc":
-            # The first 16 bytes of a frame say how many bytes it decodes to.
+            # The header of a frame, its first 16 bytes, has the decoded size.
             if len(data) < BLOSC_HEADER_BYTES or _little(data[4:8]) != expected:
                 raise ValueError(f"does not decode to the {expected} bytes of a chunk")
-            # blosc itself believes the frame's header, and would read on behind the end.
+            # blosc trusts the length in the header, and would read past the end of the data.
             if _little(data[12:16]) > len(data):
                 raise ValueError("cannot be decoded (it is cut short)")
             try:
@@ -79,13 +79,13 @@ class ChunkCodec:
 
 
 def codec_of(preset: str) -> ChunkCodec:
-    """How chunks of a preset are packed."""
+    """How chunks of a preset are encoded."""
     settings = CODECS[preset]
     return ChunkCodec("none") if settings is None else ChunkCodec("blosc", within=settings.compressor)
 
 
 def encode_chunk(voxels: Voxels, preset: str) -> tuple[bytes, bytes]:
-    """A C-contiguous chunk, packed as a preset says, and its crc32c."""
+    """A C-contiguous chunk, encoded by a preset, and its crc32c."""
     settings = CODECS[preset]
     if settings is None:
         data = voxels.tobytes()
@@ -115,7 +115,7 @@ def _decode_zstd(data: Bytes, out: Voxels) -> None:
 
 
 def _zstd_content_size(data: Bytes) -> int | None:
-    """What a zstd frame's header says of its contents' size (RFC 8878, 3.1.1.1); None where nothing."""
+    """The decoded size in the header of a zstd frame (RFC 8878, 3.1.1.1); None if the header has none."""
     if data[:4].tobytes() != ZSTD_MAGIC or len(data) < 18:
         return None
     descriptor = int(data[4])
@@ -149,13 +149,13 @@ class Codec:
 
 CODECS: Mapping[str, Codec | None] = {
     "lz4": Codec("lz4", 5),
-    "lz4hc": Codec("lz4hc", 4),  # above that it takes ever longer, for little
+    "lz4hc": Codec("lz4hc", 4),  # higher levels take much longer and gain little
     "zstd": Codec("zstd", 5),
     "none": None,
 }
 
 
 def check_codec(name: str) -> None:
-    """Refuse a codec that is no preset; nothing else is ever decoded."""
+    """Refuse a name that is no preset."""
     if name not in CODECS:
         raise OptionError(f"codec must be one of {', '.join(CODECS)}, not {name!r}")

@@ -1,8 +1,24 @@
-"""Which part of which chunk goes where in some boxes, and taking it there: each chunk is decoded once.
+"""A group of boxes -> which part of which chunk is copied where -> voxels; each chunk is decoded once.
 
-The inner loop is compiled (`_gather.c`) where a C compiler was at hand when zpatch was installed; without
-it, and for chunks packed in ways that it does not know, numcodecs decodes into a scratch block that stays
-in the processor's cache, and numpy copies. Both give the same voxels.
+The plan is an array of int64, one row for each part of a chunk that is copied into a box. Reading it locates
+the chunks in memory-mapped shards, which changes the first three columns; `_gather.c` names them alike::
+
+    column        0       1       2       3     4      5       6       7-9  10-12  13-15
+    GatherPlan    SHARD   CHUNK   -       BOX   first  extent  target  z    y      x
+    LocatedRows   MAP     OFFSET  LENGTH  BOX   first  extent  target  z    y      x
+
+    SHARD          number of the shard in the array's grid of shards, in C order
+    CHUNK          number of the chunk in its shard, in C order
+    MAP            number of the buffer that holds the chunk's bytes
+    OFFSET LENGTH  where in the buffer the encoded chunk begins, and its bytes; -1 for a chunk that is missing
+    BOX            number of the box
+    first          first voxel of the part in the chunk, along c; then the same three along z, y and x
+    extent         voxels of the part
+    target         first voxel of the part in the box
+
+The inner loop is compiled (`_gather.c`) where a C compiler was available when zpatch was installed. Without
+it, and for chunks in encodings that it does not support, numcodecs decodes into a scratch block that stays in
+the processor's cache, and numpy copies. Both give the same voxels.
 """
 
 from __future__ import annotations
@@ -14,40 +30,37 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from zpatch.chunks.mapped_shards import MappedShard, open_shard
 from zpatch.chunks.scaling import COMPILED_TYPES, UNSCALED, Scaling
 from zpatch.chunks.sharded_array import ShardedArray
+from zpatch.geometry.boxes import Integers, Voxels
 
 try:
     from zpatch.chunks._gather import gather as _compiled
-except ImportError:  # no compiler was there
+except ImportError:  # installed without a compiler
     _compiled = None  # type: ignore[assignment]
 
-Voxels = NDArray[Any]
 
-# Columns of a plan's rows. In those that the compiled loop takes, a map and the extent of the chunk's bytes
-# stand where the shard and the chunk in it stood. Then, for each axis: first in the chunk, extent, first in
-# the box.
-_SHARD, _WITHIN, _BOX, _PARTS, _COLUMNS = 0, 1, 3, 4, 16
-_MAP, _EXTENT = 0, slice(1, 3)
+SHARD, CHUNK = 0, 1
+MAP, OFFSET, LENGTH = 0, 1, 2
+BOX, PARTS, COLUMNS = 3, 4, 16
 _COMPILED_ITEMSIZES = (1, 2, 4, 8)
 _COMPILED_CODECS = ("none", "blosc")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GatherPlan:
-    """What goes where: each of ``rows`` (n, 16) copies a part of a chunk into a part of a box.
+    """Which part of which chunk is copied into which box: one of ``rows`` (n, 16) for each part.
 
-    Rows of one chunk follow each other.
+    The rows of a chunk follow each other, as do those of a shard.
     """
 
-    rows: NDArray[np.int64]
+    rows: Integers
 
     @classmethod
-    def of(cls, array: ShardedArray, first: NDArray[np.int64], stop: NDArray[np.int64]) -> GatherPlan:
-        """The plan for some boxes inside an array, each given by first voxel and stop, (boxes, 4)."""
+    def of(cls, array: ShardedArray, first: Integers, stop: Integers) -> GatherPlan:
+        """The plan for boxes inside an array, given by their first voxels and stops, (boxes, 4) each."""
         return cls.over(array.chunks, array.shard_grid, first, stop, array.chunks_per_shard)
 
     @classmethod
@@ -55,17 +68,17 @@ class GatherPlan:
         cls,
         chunk_shape: Sequence[int],
         shard_grid: Sequence[int],
-        first: NDArray[np.int64],
-        stop: NDArray[np.int64],
+        first: Integers,
+        stop: Integers,
         per_shard: Sequence[int] = (1, 1, 1, 1),
     ) -> GatherPlan:
-        """The plan for boxes inside a grid of shards, each of which packs ``per_shard`` chunks."""
+        """The plan for boxes inside a grid of shards of ``per_shard`` chunks each."""
         if not len(first):
-            return cls(np.zeros((0, _COLUMNS), np.int64))
+            return cls(np.zeros((0, COLUMNS), np.int64))
         chunks = np.array(chunk_shape)
         low = first // chunks
         steps = ((stop - 1) // chunks - low).max(axis=0) + 1
-        # For each box, step from its first chunk on, and axis: what a row's columns are made of.
+        # For each box, each step from its first chunk on and each axis: the numbers that columns are made of.
         position = low[:, None] + np.arange(steps.max())[:, None]
         origin = position * chunks
         start = np.maximum(origin, first[:, None])
@@ -82,26 +95,26 @@ class GatherPlan:
         )
         parts = [table[box, step[axis], axis] for axis in range(4)]
         place = parts[0][:, 3:] + parts[1][:, 3:] + parts[2][:, 3:] + parts[3][:, 3:]
-        rows = np.empty((len(box), _COLUMNS), dtype=np.int64)
-        rows[:, _SHARD : _WITHIN + 1] = place
-        rows[:, _BOX] = box
+        rows = np.empty((len(box), COLUMNS), dtype=np.int64)
+        rows[:, SHARD : CHUNK + 1] = place
+        rows[:, BOX] = box
         for axis, part in enumerate(parts):
-            rows[:, _PARTS + 3 * axis : _PARTS + 3 * axis + 3] = part[:, :3]
+            rows[:, PARTS + 3 * axis : PARTS + 3 * axis + 3] = part[:, :3]
         return cls(rows[np.argsort(place[:, 0] * math.prod(per_shard) + place[:, 1], kind="stable")])
 
     @property
-    def shards(self) -> NDArray[np.int64]:
-        """The shards that are touched, by their numbers in C order."""
-        return np.unique(self.rows[:, _SHARD])
+    def shards(self) -> Integers:
+        """Numbers of the shards that are touched, in C order."""
+        return np.unique(self.rows[:, SHARD])
 
     @property
-    def chunk_starts(self) -> NDArray[np.int64]:
+    def chunk_starts(self) -> Integers:
         """The first row of each chunk."""
-        changes = np.diff(self.rows[:, _SHARD]) | np.diff(self.rows[:, _WITHIN])
+        changes = np.diff(self.rows[:, SHARD]) | np.diff(self.rows[:, CHUNK])
         return np.concatenate([[0], np.flatnonzero(changes) + 1])[: len(self.rows)]
 
     def split(self, parts: int) -> list[GatherPlan]:
-        """The rows in about equal parts, no chunk in two of them."""
+        """The rows in about equal parts, none of which shares a chunk with another."""
         count = len(self.rows)
         if parts == 1 or not count:
             return [self]
@@ -112,12 +125,34 @@ class GatherPlan:
 
 
 def _strides(grid: Sequence[int]) -> list[int]:
-    """How far apart neighbours along each axis are in C order."""
+    """By how much the number of a grid's cell grows along each axis, in C order."""
     return [math.prod(grid[axis + 1 :]) for axis in range(len(grid))]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LocatedRows:
+    """The rows of a plan as the compiled loop takes them: chunks are named by where their bytes are.
+
+    ``buffers[row[MAP]]`` holds the bytes of a row's chunk, from ``row[OFFSET]`` on.
+    """
+
+    rows: Integers
+    buffers: Sequence[Any]
+
+    @classmethod
+    def of(cls, plan: GatherPlan, buffers: Sequence[Any], maps: Any, extents: Any) -> LocatedRows:
+        """``maps`` (n,) and ``extents`` (n, 2), offset and length, are those of each row's chunk."""
+        rows = plan.rows.copy()
+        rows[:, MAP] = maps
+        rows[:, OFFSET : LENGTH + 1] = extents
+        return cls(rows, buffers)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
 def read_region(array: ShardedArray, first: Sequence[int], stop: Sequence[int]) -> Voxels:
-    """The stored voxels of one box, given by first voxel and stop in the array's own axis order."""
+    """The stored voxels of one box, given by its first voxel and stop in stored axis order."""
     low, high = (np.array([ends], dtype=np.int64) for ends in (first, stop))
     out = np.empty((high - low)[0], dtype=array.dtype)
     gather(array, GatherPlan.of(array, low, high), [out])
@@ -131,34 +166,34 @@ def gather(
 
     Boxes of another type than the array's get scaled voxels.
     """
-    maps, rows = _located(array, plan)
+    if not len(plan.rows):
+        return
+    shards, located = _located(array, plan)
+    if array.codec.compressor not in _COMPILED_CODECS or not _is_compiled(array, outs, scaling):
+        _gather_in_python(array, plan.rows, shards, outs, scaling)
+        return
     at = 0
-    if array.codec.compressor in _COMPILED_CODECS and _is_compiled(array, outs, scaling) and len(rows):
-        while (at := _gather_compiled(array, at, rows, maps, outs, scaling)) < len(rows):
-            starts = np.append(plan.chunk_starts, len(rows))  # this chunk is one for numcodecs
-            stop = int(starts[np.searchsorted(starts, at, side="right")])
-            _gather_in_python(array, plan, slice(at, stop), maps, outs, scaling)
-            at = stop
-    else:
-        _gather_in_python(array, plan, slice(None), maps, outs, scaling)
+    while (at := _gather_compiled(array, at, located, outs, scaling)) < len(located):
+        starts = np.append(plan.chunk_starts, len(located))
+        stop = int(starts[np.searchsorted(starts, at, side="right")])  # one chunk, decoded by numcodecs
+        _gather_in_python(array, plan.rows[at:stop], shards, outs, scaling)
+        at = stop
 
 
 def copy_chunks(
     chunks: Mapping[int, Voxels], plan: GatherPlan, outs: Sequence[Voxels], scaling: Scaling = UNSCALED
 ) -> None:
-    """As ``gather``, from chunks that lie unpacked in memory, each under the number of its shard.
+    """As ``gather``, from decoded chunks in memory, each under the number of its shard.
 
-    They are C-contiguous and of one shape, those at the array's end too.
+    Chunks are C-contiguous and of one shape, at the array's end too.
     """
     if not len(plan.rows):
         return
-    numbers, places = np.unique(plan.rows[:, _SHARD], return_inverse=True)
+    numbers, maps = np.unique(plan.rows[:, SHARD], return_inverse=True)
     memory = [chunks[number] for number in numbers.tolist()]
     one = memory[0]
     if _is_compiled(one, outs, scaling):
-        rows = plan.rows.copy()
-        rows[:, _MAP] = places
-        rows[:, _EXTENT] = 0, one.nbytes
+        rows = LocatedRows.of(plan, memory, maps, (0, one.nbytes)).rows
         c, z, y, x = one.shape
         _compiled(
             rows, 0, memory, outs, (c, z, y, x), one.itemsize, "none", _scaled_from(one, outs), *scaling
@@ -166,38 +201,36 @@ def copy_chunks(
         return
     for row in plan.rows.tolist():
         source, target = _slices(row)
-        scaling.write(chunks[row[_SHARD]][source], outs[row[_BOX]][target])
+        scaling.write(chunks[row[SHARD]][source], outs[row[BOX]][target])
 
 
-def _located(array: ShardedArray, plan: GatherPlan) -> tuple[list[MappedShard], NDArray[np.int64]]:
-    """The shards of a plan, and its rows as the compiled loop takes them.
+def _located(array: ShardedArray, plan: GatherPlan) -> tuple[dict[int, MappedShard], LocatedRows]:
+    """The shards of a plan by number, and its rows for the compiled loop.
 
     Chunks that are touched for the first time are compared with their checksums.
     """
-    rows = plan.rows.copy()
-    shards = rows[:, _SHARD]
-    ends = [*(np.flatnonzero(shards[1:] != shards[:-1]) + 1).tolist(), len(rows)]
-    maps: list[MappedShard] = []
-    fresh = []
-    start = 0
-    for end in ends if len(rows) else []:
-        place = np.unravel_index(shards[start], array.shard_grid)
-        mapped = open_shard(array, tuple(map(int, place)))
-        numbers = plan.rows[start:end, _WITHIN]
-        if (unchecked := mapped.unchecked(numbers)).size:
-            mapped.fetch(unchecked)
-            fresh.append((mapped, unchecked))
-        rows[start:end, _MAP] = len(maps)
-        rows[start:end, _EXTENT] = mapped.extents[numbers]
-        maps.append(mapped)
-        start = end
-    for mapped, unchecked in fresh:
-        mapped.check(unchecked)
-    return maps, rows
+    numbers, chunks = plan.rows[:, SHARD], plan.rows[:, CHUNK]
+    ends = [*(np.flatnonzero(numbers[1:] != numbers[:-1]) + 1).tolist(), len(numbers)]
+    maps, extents = np.empty(len(numbers), np.int64), np.empty((len(numbers), 2), np.int64)
+    shards: dict[int, MappedShard] = {}
+    unchecked = []
+    for start, end in itertools.pairwise([0, *ends]):
+        place = np.unravel_index(numbers[start], array.shard_grid)
+        shard = open_shard(array, tuple(map(int, place)))
+        touched = chunks[start:end]
+        if (fresh := shard.unchecked(touched)).size:
+            shard.fetch(fresh)
+            unchecked.append((shard, fresh))
+        maps[start:end] = len(shards)
+        extents[start:end] = shard.extents[touched]
+        shards[int(numbers[start])] = shard
+    for shard, fresh in unchecked:
+        shard.check(fresh)
+    return shards, LocatedRows.of(plan, [shard.bytes for shard in shards.values()], maps, extents)
 
 
 def writes_directly(array: ShardedArray | Voxels, dtype: np.dtype[Any], scaling: Scaling) -> bool:
-    """Whether values of a type are best made as chunks are copied, and not of whole boxes afterwards."""
+    """Whether values of a type are made while chunks are copied, and not from whole boxes afterwards."""
     if scaling == UNSCALED and dtype == array.dtype:
         return True
     return dtype == np.float32 and array.dtype.str[1:] in COMPILED_TYPES
@@ -214,21 +247,17 @@ def _is_compiled(array: ShardedArray | Voxels, outs: Sequence[Voxels], scaling: 
 
 
 def _gather_compiled(
-    array: ShardedArray,
-    start: int,
-    rows: NDArray[np.int64],
-    maps: Sequence[MappedShard],
-    outs: Sequence[Voxels],
-    scaling: Scaling,
+    array: ShardedArray, start: int, located: LocatedRows, outs: Sequence[Voxels], scaling: Scaling
 ) -> int:
-    """Do rows from ``start`` on, up to the first whose chunk is not there or packed in another way.
+    """Copy rows from ``start`` on, up to the first whose chunk is missing, damaged or encoded otherwise.
 
-    Damage is for numcodecs to judge too: it knows frames of old that look like it, and says what is wrong.
+    numcodecs judges damage: it also decodes frames of old versions that look damaged, and its errors describe
+    the damage.
     """
     at, _ = _compiled(
-        rows,
+        located.rows,
         start,
-        [mapped.bytes for mapped in maps],
+        located.buffers,
         outs,
         array.chunks,
         array.dtype.itemsize,
@@ -245,26 +274,24 @@ def _scaled_from(array: ShardedArray | Voxels, outs: Sequence[Voxels]) -> str:
 
 def _gather_in_python(
     array: ShardedArray,
-    plan: GatherPlan,
-    some: slice,
-    maps: Sequence[MappedShard],
+    rows: Integers,
+    shards: Mapping[int, MappedShard],
     outs: Sequence[Voxels],
     scaling: Scaling,
 ) -> None:
     scratch = np.empty(array.chunks, dtype=array.dtype)
-    of_shard = dict(zip(np.unique(plan.rows[:, _SHARD]).tolist(), maps, strict=True))
     decoded = (-1, -1)
-    for row in plan.rows[some].tolist():
-        if (chunk := (row[_SHARD], row[_WITHIN])) != decoded:
-            of_shard[row[_SHARD]].decode(row[_WITHIN], scratch)
+    for row in rows.tolist():
+        if (chunk := (row[SHARD], row[CHUNK])) != decoded:
+            shards[row[SHARD]].decode(row[CHUNK], scratch)
             decoded = chunk
         source, target = _slices(row)
-        scaling.write(scratch[source], outs[row[_BOX]][target])
+        scaling.write(scratch[source], outs[row[BOX]][target])
 
 
 def _slices(row: list[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """Where a row's voxels lie in the chunk and in the box."""
-    axes = [row[n : n + 3] for n in range(_PARTS, _COLUMNS, 3)]
+    """The voxels of a row in the chunk and in the box."""
+    axes = [row[n : n + 3] for n in range(PARTS, COLUMNS, 3)]
     return (
         tuple(slice(first, first + extent) for first, extent, _ in axes),
         tuple(slice(target, target + extent) for _, extent, target in axes),

@@ -1,8 +1,7 @@
 """How a stored array is cut into chunks, and how these are packed into shards.
 
-A chunk is what is decoded at once; a shard is a file, and what is written at once. Shards are full-plane
-slabs of the slowest spatial axis, because that is the order in which a NIfTI file arrives, so that a
-conversion holds two of them and nothing else.
+A chunk is decoded as a whole; a shard is a file, and is written as a whole. Shards are slabs of full planes
+of the slowest spatial axis: a NIfTI file is read in that order, so a conversion needs memory for two slabs.
 """
 
 from __future__ import annotations
@@ -13,9 +12,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from zpatch.geometry.boxes import padded_to_4d
+from zpatch.geometry.boxes import Integers, padded_to_4d
 
 CHUNK_VOXELS = 32
 SHARD_BYTES = 32 * 2**20
@@ -26,19 +24,19 @@ MAX_CHUNKS_IN_SHARD = 2**18
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Chunk and shard shape of an array, both in stored axis order, a shard whole chunks."""
+    """Chunk and shard shape of an array, in stored axis order; a shard is a whole number of chunks."""
 
     chunks: tuple[int, ...]
     shards: tuple[int, ...]
 
     @property
     def slab_extent(self) -> tuple[int, int]:
-        """Channels and planes of a shard: what is needed at once to write a row of shards."""
+        """Channels and planes of a shard: those that must be in memory to write a row of shards."""
         channels, planes, _, _ = padded_to_4d(self.shards)
         return channels, planes
 
     def shard_counts(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """How many shards cover an array of that shape along each axis."""
+        """Number of shards that cover an array of that shape along each axis."""
         return chunk_counts(shape, self.shards)
 
 
@@ -53,9 +51,9 @@ def plan_layout(
 ) -> Layout:
     """Chunks and shards of a stored array ``(z, y, x)`` or ``(c, z, y, x)``.
 
-    ``spacing`` is (z, y, x). Where one axis is over three times as coarse as the finest, chunks are a
-    quarter as deep on it and twice as wide on the others: as many voxels, nearer to a cube in mm.
-    ``colours`` is how many channels of a voxel arrive together (3 of RGB).
+    ``spacing`` is (z, y, x). If one axis is over three times as coarse as the finest, chunks are a quarter as
+    long on it and twice as long on the others: as many voxels, closer to a cube in mm. ``colours`` is the
+    number of channels that are stored together in each voxel of the file (3 for RGB).
 
     >>> plan_layout((189, 233, 197), 1)
     Layout(chunks=(32, 32, 32), shards=(192, 256, 224))
@@ -79,7 +77,7 @@ def plan_layout(
 
 
 class _Layer(NamedTuple):
-    """One layer of chunks over a plane: its planes, the bytes of all, and the chunks of one shard."""
+    """One layer of chunks over a plane: its planes, its bytes, and the number of its chunks in one shard."""
 
     planes: int
     bytes: int
@@ -97,7 +95,7 @@ def _chunk_shape(shape: tuple[int, int, int], spacing: Sequence[float], chunk: i
 
 
 def _shard_depth(planes: int, layer: _Layer, shard_bytes: int) -> int:
-    """Planes of a shard: near ``shard_bytes``, all shards about as deep as each other."""
+    """Planes of a shard: about ``shard_bytes``, and about the same for all shards."""
     layers = -(-planes // layer.planes)
     per_shard = max(1, min(shard_bytes // layer.bytes, MAX_CHUNKS_IN_SHARD // layer.chunks))
     shards = -(-layers // per_shard)
@@ -107,7 +105,7 @@ def _shard_depth(planes: int, layer: _Layer, shard_bytes: int) -> int:
 def _tile_plane(
     plane: tuple[int, int], chunk: tuple[int, int], bytes_per_column: int, colours: int
 ) -> tuple[int, int]:
-    """Extent of a shard in the plane: all of it, or tiles where even one layer of chunks is too large."""
+    """Extent of a shard in the plane: the whole plane, or a tile if one layer of chunks is too large."""
     (ny, nx), (cy, cx) = plane, chunk
     wide_y, wide_x = _round_up(ny, cy), _round_up(nx, cx)
 
@@ -131,11 +129,11 @@ def plan_output_layout(
     chunk: int = CHUNK_VOXELS,
     shard_bytes: int = SHARD_BYTES,
 ) -> Layout:
-    """Chunks and shards of an image that is written while a front sweeps along one spatial axis.
+    """Chunks and shards of an image that is written in a sweep along one spatial axis.
 
-    ``shape`` is ``(c, z, y, x)``, ``swept_axis`` 0, 1 or 2 for z, y or x. A shard is one chunk thick along
-    it, so that it is complete soon after the front has passed. Chunks of a plane are wider, so that they
-    hold as many voxels as others.
+    ``shape`` is ``(c, z, y, x)``, ``swept_axis`` 0, 1 or 2 for z, y or x. A shard is one chunk long along it,
+    so that it is complete as early as possible. Chunks of a volume that is thin on an axis are longer on the
+    others, so that they have as many voxels.
 
     >>> plan_output_layout((1, 1, 30000, 40000), 1, swept_axis=2).chunks
     (1, 1, 256, 256)
@@ -161,17 +159,17 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def chunk_counts(shape: tuple[int, ...], chunks: tuple[int, ...]) -> tuple[int, ...]:
-    """How many chunks cover an array along each axis."""
+    """Number of chunks that cover an array along each axis."""
     return tuple(-(-n // c) for n, c in zip(shape, chunks, strict=True))
 
 
 def covering_chunks(
-    first: NDArray[np.int64],
-    stop: NDArray[np.int64],
+    first: Integers,
+    stop: Integers,
     shape: tuple[int, ...],
     chunks: tuple[int, ...],
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which chunks some boxes touch: pairs (chunk number, box number), ordered by chunk.
+) -> tuple[Integers, Integers]:
+    """The chunks that some boxes touch: pairs (chunk number, box number), ordered by chunk.
 
     ``first`` and ``stop`` are ``(number of boxes, ndim)``; chunks are numbered in C order.
 

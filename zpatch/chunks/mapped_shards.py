@@ -1,9 +1,9 @@
-"""Chunks in memory-mapped files: which file holds a chunk, where in it, and whether its bytes are sound.
+"""Chunks in memory-mapped files: which file holds a chunk, at which offset, and whether its bytes are intact.
 
-A shard file is the chunks of one write unit, one after the other, and an index: for each chunk, in C
-order, its offset and length as little-endian uint64, both 2**64 - 1 for none; then the index's crc32c
-(Zarr v3, sharding_indexed). In stores of zpatch the index stands at the end, and each chunk ends in a
-crc32c of its own. Of an array without shards each file is one chunk.
+A shard file has the chunks of one shard, one after the other, and an index: for each chunk, in C order, its
+offset and length as little-endian uint64, both 2**64 - 1 for a chunk that is missing; then the index's crc32c
+(Zarr v3, sharding_indexed). In stores of zpatch the index is at the end of the file, and each chunk is
+followed by its crc32c. In an array without shards each file is one chunk.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ import math
 import mmap
 import os
 import stat
-import threading
-from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from zpatch.chunks.codec import CRC_BYTES, Bytes, Voxels, crc32c
+from zpatch.chunks.codec import CRC_BYTES, Bytes, crc32c
 from zpatch.chunks.sharded_array import ShardedArray
 from zpatch.errors import DamageError
+from zpatch.geometry.boxes import Integers, Voxels
+from zpatch.runtime.recent import Recent
 
 NO_CHUNK = 2**64 - 1
 OPEN_MAPS = 128
@@ -30,8 +29,8 @@ OPEN_MAPS = 128
 class MappedShard:
     """One file of chunks, memory-mapped, its index parsed and checked once.
 
-    ``extents`` holds offset and length of each chunk's packed bytes without their checksum, (chunks, 2);
-    both are -1 for a chunk that is not there.
+    ``extents`` (chunks, 2) has the offset and length of each chunk's encoded bytes, without their checksum;
+    both are -1 for a chunk that is missing.
     """
 
     def __init__(self, array: ShardedArray, shard: tuple[int, ...]) -> None:
@@ -41,20 +40,20 @@ class MappedShard:
         folder = self.file.parent
         own = array.fill is None
         if own and folder.resolve() != array.path.resolve() / folder.relative_to(array.path):
-            raise self._damage("it lies behind a link to elsewhere")
+            raise self._damage("it is behind a link to another folder")
         self._identity = _identity(self.file) if array.fill is not None else None
         self._map, self.bytes = self._mapped()
         self.extents = self._read_index()
         self._checked = np.zeros(len(self.extents), dtype=bool)
 
     def is_current(self) -> bool:
-        """Whether the file is still the one that was mapped; in stores of zpatch none is ever changed."""
+        """Whether the file is still the one that was mapped; stores of zpatch never change a file."""
         return self._array.fill is None or self._identity == _identity(self.file)
 
     def _mapped(self) -> tuple[mmap.mmap | None, Bytes]:
         try:
-            # A store is data from anywhere: no links, and no waiting for a pipe that stands for a file.
-            # Arrays of others may well be links, as git-annex makes them.
+            # A store may come from anyone: do not follow links, and do not block on a named pipe. Files of
+            # other Zarr arrays may be links, as in git-annex.
             links = os.O_NOFOLLOW if self._array.fill is None else 0
             handle = os.open(self.file, os.O_RDONLY | links | os.O_NONBLOCK)
         except FileNotFoundError:
@@ -72,7 +71,7 @@ class MappedShard:
             os.close(handle)
         return view, np.frombuffer(view, np.uint8)
 
-    def _read_index(self) -> NDArray[np.int64]:
+    def _read_index(self) -> Integers:
         array, files = self._array, self._array.files
         chunks = math.prod(array.chunks_per_shard)
         if self._map is None:
@@ -83,7 +82,7 @@ class MappedShard:
         else:
             index_bytes = 16 * chunks + files.index_checksum * CRC_BYTES
             if len(self.bytes) < index_bytes:
-                raise self._damage(f"it has {len(self.bytes)} bytes, less than its own index")
+                raise self._damage(f"it has {len(self.bytes)} bytes, fewer than its index")
             at_end = files.index == "end"
             index = self.bytes[-index_bytes:] if at_end else self.bytes[:index_bytes]
             if files.index_checksum and crc32c(index[:-CRC_BYTES]) != index[-CRC_BYTES:].tobytes():
@@ -100,13 +99,13 @@ class MappedShard:
         extents[~present] = NO_CHUNK
         return extents.astype(np.int64)
 
-    def unchecked(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Those of some chunks that were never touched."""
+    def unchecked(self, numbers: Integers) -> Integers:
+        """The chunks, of some numbers, whose checksums were not compared yet."""
         fresh = numbers[~self._checked[numbers]]
         return np.unique(fresh) if fresh.size else fresh
 
-    def fetch(self, numbers: NDArray[np.int64]) -> None:
-        """Ask the system to read some chunks all at once, and not page by page as they are touched."""
+    def fetch(self, numbers: Integers) -> None:
+        """Ask the system to read some chunks ahead, instead of page by page as they are touched."""
         if self._map is None or not hasattr(self._map, "madvise"):
             return
         for offset, length in self.extents[numbers].tolist():
@@ -114,8 +113,8 @@ class MappedShard:
                 start = offset // mmap.PAGESIZE * mmap.PAGESIZE
                 self._map.madvise(mmap.MADV_WILLNEED, start, offset + length - start)
 
-    def check(self, numbers: NDArray[np.int64]) -> None:
-        """Compare some chunks with their checksums; a missing one is damage where nothing stands for it."""
+    def check(self, numbers: Integers) -> None:
+        """Compare chunks with their checksums; a missing one is damage if the array has no fill value."""
         for number, (offset, length) in zip(numbers.tolist(), self.extents[numbers].tolist(), strict=True):
             if offset < 0:
                 if self._array.fill is None:
@@ -139,16 +138,16 @@ class MappedShard:
         except ValueError as error:
             raise self.damaged(number, str(error)) from error
 
-    def damaged(self, number: int, what: str) -> DamageError:
-        """The error for a chunk by its number in the shard."""
+    def damaged(self, number: int, problem: str) -> DamageError:
+        """The error for a chunk, by its number in the shard."""
         within = np.unravel_index(number, self._array.chunks_per_shard)
         per_shard = self._array.chunks_per_shard
         place = [int(s * n + w) for s, n, w in zip(self._shard, per_shard, within, strict=True)]
         named = "/".join(str(place[axis]) for axis in self._array.files.axes if axis is not None)
-        return self._damage(f"chunk {number} of the file ({named} of the array) {what}")
+        return self._damage(f"chunk {number} of the file ({named} of the array) {problem}")
 
-    def _damage(self, what: str) -> DamageError:
-        return DamageError(f"damaged: {self._array}: {self.file}: {what}; {self._array.remedy}")
+    def _damage(self, problem: str) -> DamageError:
+        return DamageError(f"damaged: {self._array}: {self.file}: {problem}; {self._array.remedy}")
 
 
 def _identity(file: Path) -> tuple[int, int, int] | None:
@@ -159,50 +158,17 @@ def _identity(file: Path) -> tuple[int, int, int] | None:
     return status.st_ino, status.st_mtime_ns, status.st_size
 
 
-class _OpenMaps:
-    """The most recently used shards of this process.
-
-    Maps survive a fork and may be read by any thread; the lock is only held to look one up. A dropped
-    map is unmapped when the last array that views it goes.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._lock = threading.Lock()
-        self._maps: OrderedDict[tuple[Path, str, tuple[int, ...]], MappedShard] = OrderedDict()
-        os.register_at_fork(after_in_child=self._renew_lock)
-
-    def _renew_lock(self) -> None:
-        self._lock = threading.Lock()
-
-    def get(self, array: ShardedArray, shard: tuple[int, ...]) -> MappedShard:
-        key = (array.path, array.contents, shard)
-        with self._lock:
-            mapped = self._maps.get(key)
-            if mapped is not None and mapped.is_current():
-                self._maps.move_to_end(key)
-                return mapped
-        mapped = MappedShard(array, shard)
-        with self._lock:
-            self._maps[key] = mapped
-            while len(self._maps) > self._limit:
-                self._maps.popitem(last=False)
-        return mapped
-
-    def forget(self, folder: Path) -> None:
-        with self._lock:
-            for key in [key for key in self._maps if key[0].is_relative_to(folder)]:
-                del self._maps[key]
-
-
-_open_maps = _OpenMaps(OPEN_MAPS)
+# A dropped map is unmapped when the last array that views it is released.
+_open_shards: Recent[tuple[Path, str, tuple[int, ...]], MappedShard] = Recent(OPEN_MAPS)
 
 
 def open_shard(array: ShardedArray, shard: tuple[int, ...]) -> MappedShard:
-    """The mapped shard, from the cache of open maps where it is there."""
-    return _open_maps.get(array, shard)
+    """The mapped shard, from the cache of open maps if it is there and its file has not changed."""
+    key = array.path, array.contents, shard
+    return _open_shards.get(key, lambda: MappedShard(array, shard), MappedShard.is_current)
 
 
 def close_shards(folder: Path) -> None:
-    """Let go of all maps below a folder, before it is replaced."""
-    _open_maps.forget(folder.absolute())
+    """Drop all maps below a folder, before it is replaced."""
+    absolute = folder.absolute()
+    _open_shards.forget(lambda key: key[0].is_relative_to(absolute))

@@ -1,4 +1,4 @@
-"""What turns stored voxels into values: slope, intercept and bounds."""
+"""Stored voxels -> values: slope, intercept and bounds."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import math
 from typing import Any, NamedTuple, Self
 
 import numpy as np
-from numpy.typing import NDArray
+
+from zpatch.geometry.boxes import Voxels
 
 try:
     from zpatch.chunks._gather import scale as _compiled
-except ImportError:  # no compiler was there
+except ImportError:  # installed without a compiler
     _compiled = None  # type: ignore[assignment]
 
-Voxels = NDArray[Any]
 
-COMPILED_TYPES = ("u1", "i1", "u2", "i2")  # what is scaled to float32 by compiled loops
+COMPILED_TYPES = ("u1", "i1", "u2", "i2")  # scaled to float32 by compiled loops
 
 
 class Scaling(NamedTuple):
-    """Values are ``slope * voxel + inter``, and where bounds are given kept between ``low`` and ``high``."""
+    """Values are ``slope * voxel + inter``, clipped to ``low`` and ``high``."""
 
     slope: float = 1.0
     inter: float = 0.0
@@ -28,22 +28,22 @@ class Scaling(NamedTuple):
 
     @property
     def is_bounded(self) -> bool:
-        """Whether any value may be cut off."""
+        """Whether any value may be clipped."""
         return self.low > -math.inf or self.high < math.inf
 
     def then(self, slope: float, inter: float) -> Self:
-        """Scale the values of this scaling once more."""
-        slope, inter = float(slope), float(inter)  # a numpy scalar would widen what it is multiplied with
+        """The same scaling, followed by another slope and intercept."""
+        slope, inter = float(slope), float(inter)  # a numpy scalar would widen float32
         low, high = sorted((self.low * slope + inter, self.high * slope + inter)) if slope else (inter, inter)
         return type(self)(self.slope * slope, self.inter * slope + inter, low, high)
 
     def within(self, low: float, high: float) -> Self:
-        """Put values that lie outside two bounds on them."""
+        """The same scaling, followed by clipping to two bounds."""
         low, high = float(low), float(high)
         return self._replace(low=min(max(self.low, low), high), high=max(min(self.high, high), low))
 
     def dtype_of(self, stored: np.dtype[Any]) -> np.dtype[Any]:
-        """What values come in: the stored type, or once scaled float32, float64 from 32 bits on."""
+        """The type of values: the stored type; if scaled, float32, or float64 for 32 bits and more."""
         if self == UNSCALED:
             return stored
         if stored.kind == "c":

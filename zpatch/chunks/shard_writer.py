@@ -1,4 +1,4 @@
-"""Voxels -> a shard file: the chunks of one write unit, one after the other, then their index."""
+"""Voxels -> a shard file: its encoded chunks, one after the other, then their index."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ import os
 
 import numpy as np
 
-from zpatch.chunks.codec import Voxels, crc32c, encode_chunk
+from zpatch.chunks.codec import crc32c, encode_chunk
 from zpatch.chunks.mapped_shards import NO_CHUNK
 from zpatch.chunks.sharded_array import ShardedArray
 from zpatch.digests import FileSeal, new_digest
+from zpatch.geometry.boxes import Voxels
 
 
 def write_shard(array: ShardedArray, shard: tuple[int, ...], voxels: Voxels, preset: str) -> FileSeal:
-    """Write one shard file, whole, and say what was written.
+    """Write one shard file, sync it, and give its seal.
 
-    ``voxels`` is the part of the array that the shard covers, (c, z, y, x), little-endian; at the
-    array's end it may be smaller than the shard. Chunks that lie wholly outside the array are left out.
+    ``voxels`` is the part of the array that the shard covers, (c, z, y, x), little-endian; at the array's end
+    it may be smaller than the shard. Chunks wholly outside the array are not written.
     """
     file = array.shard_file(shard)
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -11,17 +11,19 @@ import numpy as np
 
 from zpatch.chunks.codec import ChunkCodec
 from zpatch.chunks.layout import chunk_counts
+from zpatch.geometry.boxes import PatchLocation, stored_corners
 
 Index = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkFiles:
-    """How the files of an array are named, and what is in them.
+    """How the files of an array are named, and where their index is.
 
-    ``axes`` says for each number in a file's name which of the array's four axes it counts; None for an
-    axis of length 1 that the array leaves out. Numbers follow ``prefix``, with ``separator`` between.
-    ``index`` is where a shard's index stands, or None where each file is one chunk.
+    ``axes`` has, for each number in a file's name, the axis (0 to 3) along which it counts; None for an axis
+    of length 1 that the array's metadata have besides these four. Numbers follow ``prefix``, with
+    ``separator`` between them. ``index`` is the end of a shard where its index is ("start" or "end"), or None
+    if each file is one chunk.
     """
 
     axes: tuple[int | None, ...]
@@ -33,12 +35,12 @@ class ChunkFiles:
 
 @dataclass(frozen=True, slots=True)
 class ShardedArray:
-    """Where the voxels of one array lie and how they are packed; shapes are in stored order, 4 axes.
+    """Where the voxels of one array are stored and how they are encoded; shapes have its 4 stored axes.
 
-    Without shards a shard is one chunk. ``fill`` stands for chunks that are not there; None where a missing
-    chunk is damage, as it is in stores of zpatch. ``name`` and ``remedy`` are for errors. ``contents`` tells
-    arrays apart that stood at the same place one after the other, so that an open map of the one is never
-    taken for the other.
+    In an array without shards, a shard is one chunk. ``fill`` is the value of chunks that are missing; None
+    if a missing chunk is damage, as in stores of zpatch. ``name`` and ``remedy`` are for errors. ``contents``
+    differs between arrays that are written to the same path one after the other, so that an open map of one
+    is not used for the other.
     """
 
     path: Path
@@ -55,23 +57,32 @@ class ShardedArray:
 
     @property
     def chunk_grid(self) -> tuple[int, ...]:
-        """How many chunks cover the array along each axis."""
+        """Number of chunks that cover the array along each axis."""
         return chunk_counts(self.shape, self.chunks)
 
     @property
     def shard_grid(self) -> tuple[int, ...]:
-        """How many shards cover the array along each axis."""
+        """Number of shards that cover the array along each axis."""
         return chunk_counts(self.shape, self.shards)
 
     @property
     def chunks_per_shard(self) -> tuple[int, ...]:
-        """How many chunks a shard packs along each axis."""
+        """Number of chunks of a shard along each axis."""
         return tuple(s // c for s, c in zip(self.shards, self.chunks, strict=True))
 
     @property
     def chunk_bytes(self) -> int:
-        """Size of a chunk, unpacked."""
+        """Bytes of a decoded chunk."""
         return math.prod(self.chunks) * self.dtype.itemsize
+
+    def box(self, location: PatchLocation, channels: range | None = None) -> tuple[Index, Index]:
+        """First voxel and stop, in stored axis order, of a box (I, J, K) with some channels, or with all.
+
+        For arrays whose stored axes are (c, z, y, x).
+        """
+        corners = stored_corners([location], channels or range(self.shape[0]))
+        (a, b, c, d), (e, f, g, h) = (corner[0].tolist() for corner in corners)
+        return (a, b, c, d), (e, f, g, h)
 
     def shard_file(self, shard: tuple[int, ...]) -> Path:
         """The file of a shard."""

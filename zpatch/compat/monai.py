@@ -24,7 +24,8 @@ from zpatch.compat.transforms import meta_tensor, monai_library
 from zpatch.errors import OptionError
 from zpatch.geometry.affines import crop_affine
 from zpatch.geometry.boxes import PatchLocation, triple
-from zpatch.images.image import Image, read_together
+from zpatch.images.group_read import read_group
+from zpatch.images.image import Image
 from zpatch.images.subject import Subject
 from zpatch.sampling.grid_sampler import GridSampler
 from zpatch.sampling.samplers import PatchSize
@@ -79,7 +80,7 @@ class ZpatchReader:
         index = triple((0, 0, 0) if location is None else location, "location")
         i, j, k = (n - start for n, start in zip(images[0].spatial_shape, index, strict=True))
         box = PatchLocation(index, (i, j, k) if size is None else triple(size, "size"))
-        voxels = np.concatenate([found for [found] in read_together(images, [box])])
+        voxels = np.concatenate([found for [found] in read_group(images, [box])])
         affine = crop_affine(images[0].affine, index)
         meta = {
             "affine": affine,

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from zpatch.geometry.boxes import padded_to_4d
+from zpatch.geometry.boxes import Voxels, padded_to_4d
 from zpatch.store.image_record import ImageRecord, Level
 from zpatch.store.staged_image import StagedImage
 
 SMALLEST_SIDE_VOXELS = 64
-
-Voxels = NDArray[Any]
 
 
 def plan_levels(shape: Sequence[int], chunks: Sequence[int], shards: Sequence[int]) -> tuple[Level, ...]:

@@ -13,14 +13,14 @@ Affine = NDArray[np.float64]
 
 
 def crop_affine(affine: Affine, index: Sequence[float] | Affine) -> Affine:
-    """The affine of a patch whose first voxel is ``index``: the origin moves, the axes do not."""
+    """The affine of a patch whose first voxel is ``index``: only the origin changes."""
     moved = np.array(affine, dtype=np.float64)
     moved[:3, 3] += moved[:3, :3] @ np.asarray(index, dtype=np.float64)
     return moved
 
 
 def resized_affine(affine: Affine, shape: Triple, new_shape: Triple) -> Affine:
-    """The affine of the same volume in another number of voxels, whose edges stay where they are.
+    """The affine of the same volume in another number of voxels: its edges keep their world positions.
 
     >>> resized_affine(np.eye(4), (4, 4, 4), (2, 4, 4))[0].tolist()
     [2.0, 0.0, 0.0, 0.5]
@@ -38,7 +38,7 @@ def spacing_mm(affine: Affine) -> tuple[float, float, float]:
 
 
 def max_corner_distance(first: Affine, second: Affine, spatial_shape: Triple) -> float:
-    """How far apart two affines put the same corner of a volume, at most, in voxels of the first."""
+    """The largest distance between a volume's corners under two affines, in voxels of the first."""
     corners = np.array(np.meshgrid(*([0, n - 1] for n in spatial_shape))).reshape(3, -1)
     points = np.vstack([corners, np.ones(corners.shape[1])])
     apart = np.linalg.norm(((first - second) @ points)[:3], axis=0).max()

@@ -1,8 +1,8 @@
-"""Boxes in voxels, and what moving one does to an affine.
+"""Boxes in voxels, and the axis order of arrays.
 
-Axis order, said once. A user's array is ``(C, I, J, K)``: I is x, the axis that is fastest in a NIfTI
-file, K is z. A stored array is ``(c, z, y, x)``: the same bytes, axes reversed, so that neither view
-costs a copy. Everything in this module speaks (I, J, K); boxes are half-open, in voxels.
+A user's array is ``(C, I, J, K)``: I is x, the fastest axis of a NIfTI file, and K is z. A stored array is
+``(c, z, y, x)``: the same bytes with the axes reversed, so that neither view costs a copy. Boxes are
+(I, J, K), half-open, in voxels.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from numpy.typing import NDArray
 from zpatch.errors import OptionError, PatchLocationError, PatchOverlapError, PatchSizeError
 
 Triple = tuple[int, int, int]
+Voxels = NDArray[Any]
+Integers = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
 AXIS_NAMES = "IJK"
 
 
 def triple(value: int | Sequence[int], name: str) -> Triple:
-    """One integer or three, as three.
+    """One integer, or three, as three integers.
 
     >>> triple(64, "patch_size")
     (64, 64, 64)
@@ -62,11 +65,11 @@ def patch_overlap_triple(value: int | Sequence[int], patch_size: Triple) -> Trip
 
 @dataclass(frozen=True, slots=True)
 class PatchLocation:
-    """Where a patch lies in its volume.
+    """A box of voxels: the location of a patch in its volume.
 
-    ``index`` is the first voxel (I, J, K), ``size`` the extent in voxels, ``subject_index`` the
-    place of the subject in its dataset where there is one. The index may be negative or the box
-    reach over the border where a grid is padded.
+    ``index`` is the first voxel (I, J, K), ``size`` the extent in voxels, ``subject_index`` the index of the
+    subject in its dataset, if it has one. With padding, the index may be negative and the box may reach over
+    the volume's border.
 
     >>> location = PatchLocation((0, 8, 16), (4, 4, 4))
     >>> location.index_fin
@@ -76,6 +79,19 @@ class PatchLocation:
     index: Triple
     size: Triple
     subject_index: int | None = None
+
+    @classmethod
+    def between(
+        cls, index_ini: Iterable[int], index_fin: Iterable[int], subject_index: int | None = None
+    ) -> PatchLocation:
+        """The box from its first voxel to one past its last voxel.
+
+        >>> PatchLocation.between((0, 8, 16), (4, 12, 20))
+        PatchLocation(index=(0, 8, 16), size=(4, 4, 4), subject_index=None)
+        """
+        i, j, k = map(int, index_ini)
+        p, q, r = map(int, index_fin)
+        return cls((i, j, k), (p - i, q - j, r - k), subject_index)
 
     @property
     def index_ini(self) -> Triple:
@@ -98,43 +114,34 @@ class PatchLocation:
     def scaled(self, factor: float | Sequence[float]) -> PatchLocation:
         """The same box on a grid ``factor`` times as fine.
 
-        Both ends are rounded alike, so boxes that abut still abut: neither gap nor overlap arises.
+        Both ends are rounded in the same way, so boxes that abut still abut, without a gap or an overlap.
 
         >>> PatchLocation((5, 5, 5), (5, 5, 5)).scaled(0.5).index_fin
         (5, 5, 5)
         """
         factors = np.broadcast_to(np.asarray(factor, float), (3,))
-        ini = np.floor(np.array(self.index) * factors + 0.5).astype(int)
-        fin = np.floor(np.array(self.index_fin) * factors + 0.5).astype(int)
-        return PatchLocation(
-            _triple_of(ini), _triple_of(np.asarray(fin - ini)), subject_index=self.subject_index
-        )
+        ini, fin = np.floor(np.array([self.index, self.index_fin]) * factors + 0.5)
+        return PatchLocation.between(ini, fin, self.subject_index)
 
     def lies_within(self, spatial_shape: Triple) -> bool:
-        """Whether the whole box lies in a volume of that shape."""
+        """Whether the whole box is inside a volume of that shape."""
         return min(self.index + self.size) >= 0 and all(
             b <= n for b, n in zip(self.index_fin, spatial_shape, strict=True)
         )
 
     def clipped(self, spatial_shape: Triple) -> PatchLocation:
-        """The part of the box inside a volume of that shape (perhaps of size 0)."""
-        ini = np.clip(self.index, 0, spatial_shape)
-        fin = np.clip(self.index_fin, 0, spatial_shape)
-        return PatchLocation(_triple_of(ini), _triple_of(fin - ini), self.subject_index)
-
-
-def _triple_of(array: NDArray[Any]) -> Triple:
-    i, j, k = array.tolist()
-    return i, j, k
+        """The part of the box inside a volume of that shape; its size may be 0."""
+        ini, fin = np.clip([self.index, self.index_fin], 0, spatial_shape)
+        return PatchLocation.between(ini, fin, self.subject_index)
 
 
 def centre_of(start: int, size: int) -> int:
-    """The voxel called the centre of a patch on one axis."""
+    """The centre voxel of a patch on one axis."""
     return start + size // 2
 
 
 def allowed_centres(spatial_shape: Triple, patch_size: Triple) -> PatchLocation:
-    """The box of voxels that can be the centre of a patch which lies wholly inside.
+    """The box of voxels that can be the centre of a patch wholly inside the volume.
 
     The first ``p // 2`` and the last ``(p - 1) // 2`` voxels of each axis cannot.
 
@@ -156,7 +163,24 @@ def check_patch_fits(patch_size: Triple, spatial_shape: Triple, subject: str) ->
             )
 
 
+def reversed_axes(voxels: Voxels) -> Voxels:
+    """A view of voxels (C, I, J, K) in the stored axis order (c, z, y, x), or the other way round."""
+    return voxels.transpose(0, 3, 2, 1)
+
+
+def stored_corners(boxes: Sequence[PatchLocation], channels: range) -> tuple[Integers, Integers]:
+    """First voxel and stop of some boxes, with some channels, in stored axis order (c, z, y, x): (boxes, 4).
+
+    >>> first, stop = stored_corners([PatchLocation((1, 2, 3), (4, 4, 4))], range(2))
+    >>> first.tolist(), stop.tolist()
+    ([[0, 3, 2, 1]], [[2, 7, 6, 5]])
+    """
+    first = [(channels.start, *box.index_ini[::-1]) for box in boxes]
+    stop = [(channels.stop, *box.index_fin[::-1]) for box in boxes]
+    return np.array(first, np.int64).reshape(-1, 4), np.array(stop, np.int64).reshape(-1, 4)
+
+
 def padded_to_4d(shape: Sequence[int]) -> tuple[int, int, int, int]:
-    """A stored shape with a channel axis in front where it has none."""
+    """A stored shape, with a channel axis in front if it has none."""
     c, z, y, x = (1,) * (4 - len(shape)) + tuple(shape)
     return c, z, y, x

@@ -1,22 +1,20 @@
-"""Turning a volume so that its axes point where one wants them: permutations and flips, nothing else."""
+"""A volume turned so that its axes point to RAS, LPS, ...: permutations and flips, without resampling."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from zpatch.geometry.affines import Affine
-from zpatch.geometry.boxes import Triple
+from zpatch.geometry.boxes import Triple, Voxels
 
 
 @dataclass(frozen=True, slots=True)
 class Orientation:
-    """How a stored volume was turned from its file.
+    """How a stored volume is turned relative to its file.
 
-    Axis ``a`` of the file (I, J, K) became axis ``axes[a]`` of the store, reversed where ``flips[a]``.
+    Axis ``a`` of the file (I, J, K) is axis ``axes[a]`` of the store, reversed if ``flips[a]``.
 
     >>> turned = Orientation((1, 0, 2), (False, True, False))
     >>> turned.shape((4, 5, 6))
@@ -28,11 +26,11 @@ class Orientation:
 
     @property
     def is_identity(self) -> bool:
-        """Whether nothing was turned."""
+        """Whether the store has the axes of the file."""
         return self == AS_STORED
 
     def permute(self, values: tuple[int, ...]) -> tuple[int, ...]:
-        """Three values of the file's axes, in the order of the store's."""
+        """Three values, one for each axis of the file, in the order of the store's axes."""
         return tuple(values[self.axes.index(axis)] for axis in range(3))
 
     def shape(self, spatial_shape: Triple) -> Triple:
@@ -41,7 +39,7 @@ class Orientation:
         return i, j, k
 
     def affine(self, affine: Affine, spatial_shape: Triple) -> Affine:
-        """The affine of the turned volume: every voxel stays where it is in the world."""
+        """The affine of the turned volume: every voxel keeps its world position."""
         turn = np.zeros((4, 4))
         turn[3, 3] = 1
         for axis, (target, flip) in enumerate(zip(self.axes, self.flips, strict=True)):
@@ -49,26 +47,26 @@ class Orientation:
             turn[axis, 3] = spatial_shape[axis] - 1 if flip else 0
         return np.asarray(affine @ turn)
 
-    def turn(self, voxels: NDArray[Any]) -> NDArray[Any]:
-        """A part of the file (c, z, y, x) as it stands in the store; a view."""
+    def turn(self, voxels: Voxels) -> Voxels:
+        """A part of the file (c, z, y, x) in the orientation of the store; a view."""
         return np.asarray(self._flipped(voxels).transpose(self._order))
 
-    def turn_back(self, voxels: NDArray[Any]) -> NDArray[Any]:
-        """A part of the store (c, z, y, x) as it stands in the file; a view."""
+    def turn_back(self, voxels: Voxels) -> Voxels:
+        """A part of the store (c, z, y, x) in the orientation of the file; a view."""
         return self._flipped(voxels.transpose(np.argsort(self._order)))
 
-    def _flipped(self, voxels: NDArray[Any]) -> NDArray[Any]:
+    def _flipped(self, voxels: Voxels) -> Voxels:
         flipped = tuple(3 - axis for axis, flip in enumerate(self.flips) if flip)
         return np.asarray(np.flip(voxels, flipped))
 
     @property
     def _order(self) -> list[int]:
-        """Which of the file's (c, z, y, x) each of the store's is."""
+        """For each stored axis, the axis of the file (c, z, y, x) that it was."""
         return [0, *(3 - self.axes.index(2 - stored) for stored in range(3))]
 
     @property
     def slowest(self) -> int:
-        """Where the file's slowest axis, z, is among the store's (z, y, x)."""
+        """The position of the file's slowest axis, z, among the stored axes (z, y, x)."""
         return 2 - self.axes[2]
 
 

@@ -1,7 +1,7 @@
-"""Patches on a regular grid, and the chunks that a box touches.
+"""Patches on a regular grid.
 
-Starts on one axis of ``n`` voxels, patch ``p``, overlap ``o``: ``range(0, n - p + 1, p - o)``, and one
-more patch flush with the border where that leaves a rest::
+On an axis of ``n`` voxels, patches of ``p`` voxels with an overlap of ``o`` start at
+``range(0, n - p + 1, p - o)``. If voxels are left over, one more patch is flush with the border::
 
     n = 10, p = 4, o = 2        n = 11, p = 4, o = 2         n = 3, p = 4, padded up to the patch
     0123456789                  0123456789A                  .012
@@ -11,8 +11,8 @@ more patch flush with the border where that leaves a rest::
           ====                        ====
                                        ====   <- flush
 
-With ``border=True`` the grid covers ``o // 2`` voxels more on each side, so starts begin below 0; the
-frame stays the volume's own.
+With ``border=True`` the grid covers ``o // 2`` voxels more on each side. Positions stay relative to the
+volume, so the first starts are below 0.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from zpatch.errors import PatchLocationError
-from zpatch.geometry.boxes import AXIS_NAMES, PatchLocation, Triple
+from zpatch.geometry.boxes import AXIS_NAMES, Integers, PatchLocation, Triple
 
 
-def axis_starts(axis_length: int, patch_length: int, overlap: int) -> NDArray[np.int64]:
+def axis_starts(axis_length: int, patch_length: int, overlap: int) -> Integers:
     """First voxels of the patches on one axis.
 
     >>> axis_starts(11, 4, 2)
@@ -43,8 +42,8 @@ def axis_starts(axis_length: int, patch_length: int, overlap: int) -> NDArray[np
 class PatchGrid:
     """All patches of a volume, in lexicographic order, I slowest.
 
-    ``starts`` holds the first voxels per axis, in the volume's own frame; ``pad_before`` and
-    ``pad_after`` say how far the grid reaches over the volume on each side.
+    ``starts`` holds the first voxels of patches on each axis, relative to the volume; ``pad_before`` and
+    ``pad_after`` are the voxels by which the grid reaches over the volume on each side.
     """
 
     spatial_shape: Triple
@@ -52,7 +51,7 @@ class PatchGrid:
     patch_overlap: Triple
     pad_before: Triple
     pad_after: Triple
-    starts: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+    starts: tuple[Integers, Integers, Integers]
 
     @classmethod
     def over(
@@ -63,7 +62,7 @@ class PatchGrid:
         *,
         border: bool = False,
     ) -> PatchGrid:
-        """The grid over a volume; a volume smaller than the patch counts as padded up to it.
+        """The grid over a volume; a volume smaller than the patch is padded to the size of a patch.
 
         ``border`` pads ``patch_overlap // 2`` voxels on each side of every axis.
         """
@@ -100,7 +99,7 @@ class PatchGrid:
         return PatchLocation((i, j, k), self.patch_size)
 
     def position_of(self, location: PatchLocation) -> Triple:
-        """Where a patch stands in the grid; an error for a box that is none of its patches."""
+        """The position of a patch in the grid; PatchLocationError for a box that is no patch of it."""
         position = [int(np.searchsorted(s, v)) for s, v in zip(self.starts, location.index, strict=True)]
         for axis, s, n, v in zip(AXIS_NAMES, self.starts, position, location.index, strict=True):
             if n == len(s) or s[n] != v or location.size != self.patch_size:
@@ -112,7 +111,7 @@ class PatchGrid:
         return i, j, k
 
     def locations(self, slowest_axis: int = 0) -> Iterator[PatchLocation]:
-        """All patches, with that axis slowest and the others in their own order."""
+        """All patches, with that axis slowest and the other two in the order I, J, K."""
         order = [slowest_axis, *(a for a in range(3) if a != slowest_axis)]
         for position in itertools.product(*(range(self.counts[a]) for a in order)):
             i, j, k = (position[order.index(a)] for a in range(3))

@@ -1,1 +1,15 @@
-"""Lazy images, subjects and cohorts: from a box asked for to the chunks that cover it."""
+"""Lazy images, subjects and cohorts: a box of voxels -> the chunks that cover it.
+
+In reading order::
+
+    voxel_source   the contract of anything that voxels can be read from
+    group_read     boxes of several images -> one Dask graph -> voxels in place
+    voxel_sources  sharded arrays, arrays in memory, Dask expressions
+    chunk_cache    chunks kept in memory while the patches of a grid need them
+    zarr_images    OME-Zarr images and Zarr arrays that other programs wrote
+    opened_image   the data that Image takes -> source, affine, scaling, record, path
+    image          Image, ScalarImage, LabelMap, SamplingMap
+    normalization  Normalize: intensities on one scale, from stored statistics
+    subject        Subject: images by name
+    cohort         Cohort: the subjects of a store, from its manifest
+"""

@@ -1,4 +1,4 @@
-"""Subjects and cohorts: which images belong together, opened from the manifest alone."""
+"""Cohorts: the subjects of a store, opened from its manifest alone."""
 
 from __future__ import annotations
 
@@ -20,10 +20,24 @@ from zpatch.store.voxel_statistics import merged_statistics
 
 
 class Cohort(Sequence[Subject]):
-    """All subjects of a store, in the order of their names; nothing but the manifest is read.
+    """All subjects of a store, sorted by name; only the manifest is read.
 
-    ``cohort[0]``, ``cohort["sub-01"]``, ``cohort[2:5]`` and ``cohort.split("train")``; the last two are
-    cohorts again.
+    ``cohort[0]`` and ``cohort["sub-01"]`` are subjects; ``cohort[2:5]`` and ``cohort.split("train")`` are
+    cohorts. An unknown name is an UnknownNameError, a KeyError.
+
+    >>> import tempfile
+    >>> import nibabel as nib
+    >>> import numpy as np
+    >>> import zpatch as zp
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> for name in ("sub-01", "sub-02"):
+    ...     image = nib.Nifti1Image(np.zeros((8, 9, 10), np.int16), np.eye(4))
+    ...     image.to_filename(f"{folder.name}/{name}.nii.gz")
+    >>> report = zp.convert(folder.name, f"{folder.name}/store")
+    >>> cohort = zp.Cohort(f"{folder.name}/store")
+    >>> cohort.names, cohort["sub-01"].image.shape, len(cohort[:1])
+    (['sub-01', 'sub-02'], (1, 8, 9, 10), 1)
+    >>> folder.cleanup()
     """
 
     def __init__(self, path: str | os.PathLike[str] | Store) -> None:
@@ -56,10 +70,10 @@ class Cohort(Sequence[Subject]):
 
     @property
     def statistics(self) -> dict[str, Json]:
-        """Statistics of each image over all subjects, by its name: what lazy normalisation needs.
+        """Statistics over all subjects by the name of the image, as ``Normalize`` takes them.
 
-        Of an image: count, min, max, mean, std, percentiles, the same of its foreground. Of a label map:
-        how many voxels each value has.
+        For an image: count, min, max, mean, std and percentiles, and the same of its foreground. For a label
+        map: the number of voxels of each value.
         """
         records: dict[str, list[ImageRecord]] = {}
         for name in self._names:
@@ -88,21 +102,21 @@ class Cohort(Sequence[Subject]):
         return self._only(splits[name])
 
     def select(self, names: Sequence[str]) -> Self:
-        """The subjects of those names, in that order."""
+        """The subjects with these names, in this order."""
         for name in names:
             if name not in self._names:
                 raise UnknownNameError.among("subject", name, self._names, f"store {self.store.path}")
         return self._only(list(names))
 
     def matching(self, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Self:
-        """The subjects whose names fit a pattern of ``include`` and none of ``exclude``."""
+        """The subjects whose names match a pattern of ``include`` and no pattern of ``exclude``."""
         return self._only(chosen("subject", self._names, include, exclude, f"store {self.store.path}"))
 
     def map(self, fn: Callable[[Subject], Subject]) -> Self:
-        """The cohort of ``fn(subject)`` for each subject, made when a subject is asked for.
+        """The cohort of ``fn(subject)`` for each subject, computed when a subject is accessed.
 
         ``fn`` may change images, as in ``lambda s: s.with_images(t1=zp.Normalize()(s.t1))``, but not the
-        subject's name. For worker processes that do not fork it must be a function that pickles.
+        subject's name. It must be picklable where worker processes are not forked.
         """
         changed = self._only(self._names)
         changed._changes = (*self._changes, fn)
@@ -152,18 +166,20 @@ class Cohort(Sequence[Subject]):
 def open_subjects(
     path: Path, include: Sequence[str] = (), exclude: Sequence[str] = (), axes: str | None = None
 ) -> Sequence[Subject]:
-    """The subjects of a store that fit some patterns; or of an image by itself, OME-Zarr or a Zarr array,
-    the one subject that is called as it is, with the image ``image``. ``axes`` name those of the array, as
-    in ``"yxc"``, where it does not say them itself."""
+    """The subjects of a store whose names match patterns; or one subject for an OME-Zarr image or Zarr array.
+
+    That subject is named after the path, and its image is called ``image``. ``axes`` names the axes of an
+    array without dimension names, as in ``"yxc"``.
+    """
     is_zarr = (path / ROOT_DOCUMENT).exists() or any(path.glob(".z*"))
     if is_store(path) or not is_zarr:
         if axes is not None:
-            raise OptionError(f"{path} is no image by itself; axes are those of a Zarr array")
+            raise OptionError(f"{path} is not a Zarr array; axes can be given for a Zarr array only")
         return Cohort(path).matching(include, exclude)
     parts = [path.parent.name, path.name] if path.name.isdecimal() else [path.name]
     name = "-".join(re.sub(r"(\.ome)?\.zarr$", "", part) for part in parts)
     name = re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip("._-") or "image"
     subject = Subject(name=name, image=ScalarImage(path, axes=axes))
     if include or exclude:
-        raise OptionError(f"{path} is one image; patterns of subjects go with a store")
+        raise OptionError(f"{path} is one image; patterns of subjects are for a store")
     return [subject]

@@ -1,7 +1,7 @@
-"""Patch requests -> a Dask graph over just the chunks that cover them -> voxels.
+"""Boxes of images -> one Dask graph over just the chunks that cover them -> voxels.
 
-Patches that are read together, of one image or of several, are one graph; chunks that they share are
-decoded once. Voxels go straight into the memory that they are asked for in.
+Boxes that are read as a group, of one image or of several, are one graph; a chunk that several of them touch
+is decoded once. Voxels are written straight into the memory of their boxes.
 """
 
 from __future__ import annotations
@@ -9,22 +9,237 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, Protocol, TypeVar, overload
 
 import numpy as np
 
-from zpatch.chunks.scaling import Scaling
-from zpatch.geometry.boxes import PatchLocation
-from zpatch.images.voxel_source import Graph, ReadTasks, Request, Shape, Voxels, VoxelSource, new_voxels
+from zpatch.chunks.scaling import UNSCALED, Scaling
+from zpatch.errors import OptionError, PatchLocationError
+from zpatch.geometry.boxes import PatchLocation, Voxels
+from zpatch.geometry.padding import PaddedBox, check_fill, check_padding_mode
+from zpatch.images.voxel_source import Graph, ReadTasks, Request, Shape, VoxelSource, new_voxels
 from zpatch.runtime.dask_graphs import Scheduler, is_cluster, run_graph, thread_count
+
+T = TypeVar("T")
+
+
+class ReadableImage(Protocol):
+    """The part of an image that is needed to read it; its ``repr`` names it in errors."""
+
+    @property
+    def source(self) -> VoxelSource:
+        """The source of its unscaled voxels."""
+
+    @property
+    def scaling(self) -> Scaling:
+        """Slope, intercept and bounds that turn unscaled voxels into values."""
+
+
+@overload
+def read_group(
+    images: Sequence[ReadableImage],
+    locations: Sequence[PatchLocation],
+    out: None = None,
+    *,
+    scaled: bool | Sequence[bool] = True,
+    padding_mode: str | None = None,
+    fill: float | Sequence[float] = 0,
+    scheduler: Scheduler = "sync",
+) -> list[list[Voxels]]: ...
+@overload
+def read_group(
+    images: Sequence[ReadableImage],
+    locations: Sequence[PatchLocation],
+    out: T,
+    *,
+    scaled: bool | Sequence[bool] = True,
+    padding_mode: str | None = None,
+    fill: float | Sequence[float] = 0,
+    scheduler: Scheduler = "sync",
+) -> T: ...
+def read_group(
+    images: Sequence[ReadableImage],
+    locations: Sequence[PatchLocation],
+    out: Any = None,
+    *,
+    scaled: bool | Sequence[bool] = True,
+    padding_mode: str | None = None,
+    fill: float | Sequence[float] = 0,
+    scheduler: Scheduler = "sync",
+) -> Any:
+    """Read the same boxes of several images as one group: each chunk is decoded once.
+
+    Gives for each image a list with an array (C, I, J, K) for each location; or ``out``, if it is given.
+
+    ``out`` is memory to read into: for each image an array (N, C, I, J, K), or N arrays (C, I, J, K), where N
+    is the number of locations. Arrays may have any strides, and may be torch tensors on the CPU. Values are
+    converted to their type, which is any float type (values are then rounded) or a type that has all values
+    of ``image.dtype``.
+
+    ``scaled=False`` gives the stored voxels, without slope and intercept. Boxes may reach over the border
+    where ``padding_mode`` says how to fill them (constant, edge, reflect, symmetric or wrap, as in
+    numpy.pad); ``fill`` is the value for constant. ``scaled`` and ``fill`` may be lists, with one value for
+    each image. ``scheduler`` is "sync" (this thread), "threads" (dask's pool) or a ``distributed.Client``,
+    whose workers must see the same files.
+
+    Raises PatchLocationError for a box that reaches outside an image without a ``padding_mode``; OptionError
+    for memory of a wrong number, shape or type, for a ``fill`` that the type does not have, and for an
+    unknown ``padding_mode`` or ``scheduler``; DamageError for chunks that are missing or fail their checksum.
+
+    >>> import zpatch as zp
+    >>> volume = np.arange(1000, dtype=np.int16).reshape(10, 10, 10)
+    >>> images = [zp.ScalarImage(volume), zp.LabelMap(volume % 2)]
+    >>> locations = [zp.PatchLocation((0, 0, 0), (4, 4, 4)), zp.PatchLocation((5, 6, 6), (4, 4, 4))]
+    >>> batch = np.empty((2, 1, 4, 4, 4), np.float32)
+    >>> labels = np.empty((2, 1, 4, 4, 4), np.int16)
+    >>> out = zp.read_group(images, locations, [batch, labels])
+    >>> out[0] is batch, batch[1, 0, 0, 0].tolist(), labels[1, 0, 0, 0].tolist()
+    (True, [566.0, 567.0, 568.0, 569.0], [0, 1, 0, 1])
+    """
+    check_padding_mode(padding_mode)
+    memory = [None] * len(images) if out is None else _for_each(images, out, "out")
+    reads = [
+        ImageRead(image, image.scaling if is_scaled else UNSCALED, value)
+        for image, is_scaled, value in zip(
+            images, _for_each(images, scaled, "scaled"), _for_each(images, fill, "fill"), strict=True
+        )
+    ]
+    requests, found, padding = [], [], []
+    for read, given in zip(reads, memory, strict=True):
+        if padding_mode is None:
+            read.check_inside(locations)
+        outs = read.new_memory(locations) if given is None else read.checked_memory(locations, given)
+        targets = [read.target(at, out, padding_mode) for at, out in zip(locations, outs, strict=True)]
+        requests.append(
+            Request(read.image.source, [t.box for t in targets], [t.out for t in targets], read.scaling)
+        )
+        padding += [target.pad for target in targets if target.pad is not None]
+        found.append(outs)
+    read_requests(requests, scheduler)
+    for pad in padding:
+        pad()
+    return found if out is None else out
+
+
+def _for_each(images: Sequence[ReadableImage], value: Any, option: str) -> Sequence[Any]:
+    """The value of an option for each image; a value that is not a sequence is for all images."""
+    if not isinstance(value, Sequence) and option != "out":
+        return [value] * len(images)
+    if len(value) != len(images):
+        raise OptionError(f"{option} must have one entry for each of {len(images)} images, not {len(value)}")
+    return value  # type: ignore[no-any-return]
+
+
+class Target(NamedTuple):
+    """A box inside an image, the memory that it is read into, and the padding that follows, if any."""
+
+    box: PatchLocation
+    out: Voxels
+    pad: Callable[[], None] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageRead:
+    """How one image of a group is read.
+
+    ``scaling`` turns its stored voxels into values; ``fill`` is the value outside the image if the padding is
+    constant.
+    """
+
+    image: ReadableImage
+    scaling: Scaling
+    fill: float = 0
+
+    def check_inside(self, locations: Sequence[PatchLocation]) -> None:
+        """Refuse boxes that reach outside the image."""
+        spatial_shape = self.image.source.shape[1:]
+        for location in locations:
+            if not location.lies_within(spatial_shape):
+                raise PatchLocationError(
+                    f"the box from {location.index_ini} to {location.index_fin} is not inside "
+                    f"{self.image!r}; keep it in 0 .. {spatial_shape}, or use a GridSampler with a "
+                    f"padding_mode"
+                )
+
+    def new_memory(self, locations: Sequence[PatchLocation]) -> list[Voxels]:
+        """New memory for each box, (C, I, J, K), of the type of the image's values."""
+        dtype, channels = self._dtype, self.image.source.shape[0]
+        return [new_voxels((channels, *location.size), dtype) for location in locations]
+
+    def checked_memory(self, locations: Sequence[PatchLocation], given: Any) -> list[Voxels]:
+        """The caller's memory for each box, as arrays (C, I, J, K) of a fitting shape and type."""
+        outs = list(map(_as_array, given))
+        if len(outs) != len(locations):
+            raise OptionError(f"there is memory for {len(outs)} boxes, but {len(locations)} are read")
+        channels = self.image.source.shape[0]
+        for location, out in zip(locations, outs, strict=True):
+            if out.shape != (shape := (channels, *location.size)):
+                raise OptionError(f"the memory for a box of {shape} voxels has the shape {out.shape}")
+            if not out.flags.writeable:
+                raise OptionError("the memory for a box is read-only; give an array that can be written to")
+        for dtype in {out.dtype for out in outs}:
+            if not can_hold(dtype, self._dtype):
+                raise OptionError(
+                    f"memory of {dtype} cannot hold all values of {self.image!r}; give memory of "
+                    f"{self._dtype} or of floats, or convert the image with "
+                    f"image.map(lambda array: array.astype({dtype.name!r}))"
+                )
+        return outs
+
+    def target(self, location: PatchLocation, out: Voxels, padding_mode: str | None) -> Target:
+        """The box inside that is read for a box; without a ``padding_mode``, that box itself."""
+        if padding_mode is None:
+            return Target(location, out)
+        channels, i, j, k = self.image.source.shape
+        if location.lies_within((i, j, k)):
+            return Target(location, out)
+        if padding_mode == "constant":
+            check_fill(self.fill, out.dtype, self.image)
+        padded = PaddedBox.of(location, (i, j, k), padding_mode)
+        inner = new_voxels((channels, *padded.inner.size), out.dtype)
+        return Target(padded.inner, inner, partial(padded.fill_in, inner, self.fill, out))
+
+    @property
+    def _dtype(self) -> np.dtype[Any]:
+        return self.scaling.dtype_of(self.image.source.dtype)
+
+
+def can_hold(memory: np.dtype[Any], values: np.dtype[Any]) -> bool:
+    """Whether memory of one type can take values of another: exactly, or rounded to floats.
+
+    int64 also takes uint64, up to 2**63 - 1: it is the widest integer type that torch computes with.
+
+    >>> can_hold(np.dtype("float16"), np.dtype("int32")), can_hold(np.dtype("int16"), np.dtype("uint16"))
+    (True, False)
+    """
+    if memory.kind in "fc":
+        return memory.kind == "c" or values.kind != "c"
+    if memory == np.dtype(np.int64) and values == np.dtype(np.uint64):
+        return True
+    return memory.kind in "biu" and np.can_cast(values, memory, "safe")
+
+
+def _as_array(memory: Any) -> Voxels:
+    """An array that shares the caller's memory."""
+    if isinstance(memory, np.ndarray):
+        return memory
+    if type(memory).__module__.split(".")[0] == "torch":
+        try:
+            return memory.numpy()  # type: ignore[no-any-return]
+        except (TypeError, RuntimeError) as error:
+            raise OptionError(f"voxels cannot be read into this tensor: {error}") from None
+    raise OptionError(
+        f"the memory for a box must be a numpy array or a tensor of torch, not {type(memory).__name__}"
+    )
 
 
 def read_requests(requests: Sequence[Request], scheduler: Scheduler = "sync") -> None:
-    """Read all that is requested, in one Dask graph.
+    """Read all requests in one Dask graph.
 
     ``scheduler`` is ``sync`` (this thread), ``threads`` (dask's pool), or a ``distributed.Client``, whose
-    workers must see the same files; what they read is copied here.
+    workers must see the same files; they send the voxels back.
     """
     if is_cluster(scheduler):
         _read_on_cluster(requests, scheduler)
@@ -44,18 +259,18 @@ def read_requests(requests: Sequence[Request], scheduler: Scheduler = "sync") ->
 
 
 def _tasks_of(requests: Sequence[Request], parts: int) -> Iterator[ReadTasks]:
-    """Requests to sources of one class are made into tasks together."""
+    """The tasks of all requests, made together for sources of one class."""
     of_class: dict[type[VoxelSource], list[Request]] = {}
     for request in requests:
         of_class.setdefault(type(request.source), []).append(request)
-    for source_class, those in of_class.items():
-        yield from source_class.tasks_together(those, parts)
+    for source_class, alike in of_class.items():
+        yield from source_class.tasks_together(alike, parts)
 
 
 class _Writing:
-    """Tasks that write to memory of the caller: once stopped, none begins any more and none is still at it.
+    """Runs tasks that write to the caller's memory: after ``stop``, none is running and none will start.
 
-    Where one of several threads fails, dask does not wait for the others.
+    If a task fails in one of several threads, dask does not wait for the other threads.
     """
 
     def __init__(self) -> None:
@@ -83,9 +298,9 @@ class _Writing:
 
 def _read_on_cluster(requests: Sequence[Request], client: Any) -> None:
     graph: Graph = {}
-    places: dict[Any, list[Voxels]] = {}
+    targets: dict[Any, list[Voxels]] = {}
     workers = max(1, sum(client.nthreads().values()))
-    name = f"zpatch-read-{uuid.uuid4().hex}"  # a scheduler takes two tasks of one key for the same
+    name = f"zpatch-read-{uuid.uuid4().hex}"  # a scheduler runs tasks of equal keys once
     for number, request in enumerate(requests):
         step = -(-len(request.boxes) // workers) or 1
         for first in range(0, len(request.boxes), step):
@@ -93,14 +308,16 @@ def _read_on_cluster(requests: Sequence[Request], client: Any) -> None:
             outs = list(request.outs[some])
             layouts = [(out.shape, out.dtype) for out in outs]
             key = (name, number, first)
-            graph[key] = (partial(_read_far, request.source, request.boxes[some], layouts, request.scaling),)
-            places[key] = outs
-    for outs, voxels in zip(places.values(), client.get(graph, list(places)), strict=True):
+            graph[key] = (
+                partial(_read_on_worker, request.source, request.boxes[some], layouts, request.scaling),
+            )
+            targets[key] = outs
+    for outs, voxels in zip(targets.values(), client.get(graph, list(targets)), strict=True):
         for out, values in zip(outs, voxels, strict=True):
             out[...] = values
 
 
-def _read_far(
+def _read_on_worker(
     source: VoxelSource,
     boxes: Sequence[PatchLocation],
     layouts: Sequence[tuple[Shape, np.dtype[Any]]],

@@ -1,4 +1,4 @@
-"""Images: lazy views of voxels with a place in space. Nothing is read until a box is asked for."""
+"""Images: lazy views of voxels with an affine. Nothing is read before a box is."""
 
 from __future__ import annotations
 
@@ -6,35 +6,32 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar, overload
 
 import numpy as np
-from numpy.typing import NDArray
 
 from zpatch.chunks.scaling import UNSCALED, Scaling
 from zpatch.digests import Json, compact_json, digest
-from zpatch.errors import OptionError, PatchLocationError
+from zpatch.errors import OptionError
 from zpatch.geometry.affines import Affine, spacing_mm
-from zpatch.geometry.boxes import PatchLocation, Triple
-from zpatch.geometry.padding import PaddedBox, check_fill, check_padding_mode
-from zpatch.images.group_read import read_requests
+from zpatch.geometry.boxes import PatchLocation, Triple, Voxels
+from zpatch.images.group_read import read_group
 from zpatch.images.opened_image import OpenedImage, open_image
-from zpatch.images.voxel_source import Request, VoxelSource, new_voxels
+from zpatch.images.voxel_source import VoxelSource
 from zpatch.images.voxel_sources import DERIVED_BLOCK_VOXELS
 from zpatch.runtime.dask_graphs import Scheduler
 from zpatch.store.image_record import ImageRecord, Kind
 
-Voxels = NDArray[Any]
 T = TypeVar("T")
 
 
 class Image:
-    """Voxels (C, I, J, K) that are read where they are needed.
+    """Voxels (C, I, J, K) that are read box by box.
 
-    ``data`` may be the path of an image in a store, of any OME-Zarr image or Zarr array, or of an
-    uncompressed NIfTI file (memory-mapped); or a numpy, dask or Zarr array. Arrays given by hand are
-    (I, J, K) or (C, I, J, K); Zarr arrays go by their dimension names or ``axes``, slowest first, as in
-    ``"zyx"`` or ``"czyx"``. ``affine`` (4 x 4, voxel to mm) defaults to what the source says.
+    ``data`` may be the path of an image in a store, of an OME-Zarr image or Zarr array, or of an uncompressed
+    NIfTI file (memory-mapped); or a numpy, dask or Zarr array. Arrays of numpy and dask are (I, J, K) or
+    (C, I, J, K). Axes of Zarr arrays are named by the array's dimension names or by ``axes``, slowest first,
+    as in ``"zyx"`` or ``"czyx"``. ``affine`` (4 x 4, voxel to mm) defaults to the affine of the source.
 
     >>> image = ScalarImage(np.arange(24).reshape(2, 3, 4))
     >>> image.shape
@@ -60,7 +57,7 @@ class Image:
 
     @property
     def record(self) -> ImageRecord | None:
-        """What the store's manifest says of the image; None for an image that is in no store."""
+        """The image's line of the store's manifest; None for an image that is in no store."""
         return self._opened.record
 
     @property
@@ -69,10 +66,10 @@ class Image:
         return self._opened.path if self.record else None
 
     def identity(self) -> str:
-        """A digest of what the values are, as far as that can be told without reading files.
+        """A digest that identifies the values, as far as possible without reading voxels from files.
 
-        Seen are the manifest's checksums, of other files their sizes and times, of arrays in memory all
-        voxels; of a Dask expression only where its image came from, if it was made by ``map``.
+        It covers the checksums in the manifest, or the sizes and modification times of other files, or all
+        voxels of an array in memory; for an image made by ``map``, only the image that it was made from.
         """
         return digest(
             compact_json({**self._opened.identity(), "affine": self._affine.tobytes().hex()}).encode()
@@ -80,12 +77,12 @@ class Image:
 
     @property
     def opened(self) -> OpenedImage:
-        """All that is known of where the voxels come from."""
+        """The origin of the voxels: source, scaling, record and path."""
         return self._opened
 
     @property
     def source(self) -> VoxelSource:
-        """Where unscaled voxels are read from."""
+        """The source that unscaled voxels are read from."""
         return self._opened.source
 
     @property
@@ -106,12 +103,12 @@ class Image:
 
     @property
     def scaling(self) -> Scaling:
-        """What turns unscaled voxels into values."""
+        """Slope, intercept and bounds that turn unscaled voxels into values."""
         return self._opened.scaling
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Type of what ``read`` gives."""
+        """Type of the values that ``read`` gives."""
         return self.scaling.dtype_of(self.source.dtype)
 
     @property
@@ -126,50 +123,81 @@ class Image:
 
     @property
     def spatial_unit(self) -> str | None:
-        """What the affine maps to: millimeter, if the source says nothing else."""
+        """Unit of the affine's world coordinates: millimeter, unless the source has another."""
         return self._opened.unit
 
     @property
     def statistics(self) -> Json:
-        """Statistics of the values, as the store has them; empty for an image that is in no store."""
+        """Statistics of the values, from the store; empty for an image that is in no store."""
         return dict(self.record.stats) if self.record else {}
 
     def read(self, location: PatchLocation, scaled: bool = True) -> Voxels:
-        """The voxels of a box (C, I, J, K): only the chunks that cover it are read.
+        """The values of a box, (C, I, J, K): only the chunks that cover it are read.
 
-        Float32 where a slope applies (float64 for sources of 32 bits and more), else the stored type; with
-        ``scaled=False`` always that. A box that reaches outside is a PatchLocationError.
+        They are float32 if a slope applies (float64 for stored types of 32 bits and more), otherwise of the
+        stored type, as they always are with ``scaled=False``. Raises PatchLocationError for a box that
+        reaches outside.
         """
         return self.read_group([location], scaled=scaled)[0]
 
+    @overload
     def read_group(
         self,
         locations: Sequence[PatchLocation],
+        out: None = None,
         *,
         scaled: bool = True,
         padding_mode: str | None = None,
         fill: float = 0,
         scheduler: Scheduler = "sync",
-    ) -> list[Voxels]:
-        """Some boxes of any sizes, read together: chunks that they share are decoded once.
+    ) -> list[Voxels]: ...
+    @overload
+    def read_group(
+        self,
+        locations: Sequence[PatchLocation],
+        out: T,
+        *,
+        scaled: bool = True,
+        padding_mode: str | None = None,
+        fill: float = 0,
+        scheduler: Scheduler = "sync",
+    ) -> T: ...
+    def read_group(
+        self,
+        locations: Sequence[PatchLocation],
+        out: Any = None,
+        *,
+        scaled: bool = True,
+        padding_mode: str | None = None,
+        fill: float = 0,
+        scheduler: Scheduler = "sync",
+    ) -> Any:
+        """Read boxes of any sizes as one group: each chunk that they touch is decoded once.
 
-        Boxes may reach over the border where a ``padding_mode`` (as numpy.pad's) says what stands there.
+        Gives an array (C, I, J, K) for each location, or ``out`` where it is given: one array
+        (N, C, I, J, K) or N arrays (C, I, J, K) to read into, of any strides. Options and errors are those of
+        ``zpatch.read_group``, which reads several images.
+
+        >>> image = ScalarImage(np.arange(1000, dtype=np.int16).reshape(10, 10, 10))
+        >>> locations = [PatchLocation((0, 0, 0), (4, 4, 4)), PatchLocation((5, 6, 6), (4, 4, 4))]
+        >>> batch = np.empty((2, 1, 4, 4, 4), np.float32)
+        >>> image.read_group(locations, batch)[1, 0, 0, 0].tolist()
+        [566.0, 567.0, 568.0, 569.0]
         """
-        [found] = read_together(
-            [self], locations, scaled=scaled, padding_mode=padding_mode, fill=fill, scheduler=scheduler
+        [found] = read_group(
+            [self],
+            locations,
+            None if out is None else [out],
+            scaled=scaled,
+            padding_mode=padding_mode,
+            fill=fill,
+            scheduler=scheduler,
         )
         return found
 
-    def refuse_outside(self, location: PatchLocation) -> NoReturn:
-        """Raise the error for a box that reaches outside."""
-        raise PatchLocationError(
-            f"the box from {location.index_ini} to {location.index_fin} is not inside {self!r}; "
-            f"keep it in 0 .. {self.spatial_shape}, or use a GridSampler with a padding_mode"
-        )
-
     @property
     def dask(self) -> Any:
-        """A lazy dask array of the values, (C, I, J, K), with one block for each shard's region."""
+        """A lazy dask array of the values, (C, I, J, K), with one block for each shard."""
         return self._dask(None)
 
     def _dask(self, block_voxels: int | None) -> Any:
@@ -179,10 +207,10 @@ class Image:
         return array.map_blocks(self.scaling.apply, dtype=self.dtype)
 
     def map(self, fn: Callable[[Any], Any]) -> Self:
-        """Lazy preprocessing: the image of ``fn`` of a dask array, computed only where a patch needs it.
+        """Lazy preprocessing: the image of ``fn(array)``, computed only for the boxes that are read.
 
-        ``fn`` takes and gives a dask array (C, I, J, K), here in blocks of about 64 voxels a side, so that
-        few voxels are computed that no patch wants; the spatial shape must stay as it is.
+        ``fn`` takes and gives a dask array (C, I, J, K). Its blocks have about 64 voxels a side, so that few
+        voxels are computed outside the boxes. Raises OptionError if ``fn`` changes the spatial shape.
         """
         mapped = fn(self._dask(DERIVED_BLOCK_VOXELS))
         if tuple(mapped.shape[1:]) != self.spatial_shape:
@@ -193,22 +221,23 @@ class Image:
         return type(self)(self._opened.derived(mapped), affine=self._affine)
 
     def rescaled(self, slope: float, inter: float, low: float = -math.inf, high: float = math.inf) -> Self:
-        """The image of ``slope * value + inter``, each value first kept between ``low`` and ``high``.
+        """The image of ``slope * value + inter``, each value first clipped to ``low`` and ``high``.
 
-        As quick to read as the image itself. What comes is float32 (float64 for sources of 32 bits and more).
+        It is read as fast as the image itself. Values are float32 (float64 for stored types of 32 bits and
+        more).
         """
         scaling = self.scaling.within(low, high).then(slope, inter)
-        if scaling == UNSCALED:  # the values that are there, but in the type of scaled ones
+        if scaling == UNSCALED:  # the same values, in the type of scaled values
             plain = type(self)(dataclasses.replace(self._opened, scaling=UNSCALED), affine=self._affine)
             return plain.map(lambda array: array.astype(Scaling(2.0).dtype_of(array.dtype)))
         return type(self)(dataclasses.replace(self._opened, scaling=scaling), affine=self._affine)
 
     def with_source(self, source: VoxelSource) -> Self:
-        """The same image, its unscaled voxels read from elsewhere."""
+        """The same image, its unscaled voxels read from another source."""
         return type(self)(dataclasses.replace(self._opened, source=source), affine=self._affine)
 
     def remembered(self, key: Any, make: Callable[[], T]) -> T:
-        """What was made of this image before under a key, or else is made now."""
+        """The value of ``make()``, computed once for a key and kept with the image."""
         if key not in self._remembered:
             self._remembered[key] = make()
         found: T = self._remembered[key]
@@ -235,66 +264,14 @@ class LabelMap(Image):
 
 
 class SamplingMap(Image):
-    """An image whose values say how often a voxel is to be the centre of a patch."""
+    """An image whose values are the relative probability of each voxel to be the centre of a patch."""
 
     kind = "sampling"
-
-
-def read_together(
-    images: Sequence[Image],
-    locations: Sequence[PatchLocation],
-    *,
-    scaled: bool | Sequence[bool] = True,
-    padding_mode: str | None = None,
-    fill: float | Sequence[float] = 0,
-    scheduler: Scheduler = "sync",
-    outs: Sequence[Sequence[Voxels]] | None = None,
-) -> list[list[Voxels]]:
-    """The same boxes of several images, in one graph; a list of voxels (C, I, J, K) for each image.
-
-    As ``Image.read_group``; ``scaled`` and ``fill`` may be said for each. ``outs`` is memory to write to, of
-    any strides, for each image and box; values are cast to its type.
-    """
-    check_padding_mode(padding_mode)
-    requests, results, padded = [], [], []
-    for number, image in enumerate(images):
-        scaling = image.scaling if scaled is True or (scaled and scaled[number]) else UNSCALED
-        dtype, spatial_shape = scaling.dtype_of(image.source.dtype), image.spatial_shape
-        channels = image.num_channels
-        filled = fill[number] if isinstance(fill, Sequence) else fill
-        boxes, targets, found = [], [], []
-        for n, location in enumerate(locations):
-            shape = (channels, *location.size)
-            is_inside = location.lies_within(spatial_shape)
-            if padding_mode is None and not is_inside:
-                image.refuse_outside(location)
-            out = outs[number][n] if outs is not None else new_voxels(shape, dtype)
-            if out.shape != shape:
-                raise OptionError(f"the memory for a box of {shape} voxels has the shape {out.shape}")
-            found.append(out)
-            if is_inside:
-                boxes.append(location)
-                targets.append(out)
-                continue
-            assert padding_mode is not None
-            if padding_mode == "constant":
-                check_fill(filled, out.dtype, image)
-            box = PaddedBox.of(location, spatial_shape, padding_mode)
-            inner = new_voxels((channels, *box.inner.size), out.dtype)
-            boxes.append(box.inner)
-            targets.append(inner)
-            padded.append((box, inner, filled, out))
-        requests.append(Request(image.source, boxes, targets, scaling))
-        results.append(found)
-    read_requests(requests, scheduler)
-    for box, inner, filled, out in padded:
-        box.fill_in(inner, filled, out)
-    return results
 
 
 IMAGE_CLASSES: dict[str, type[Image]] = {cls.kind: cls for cls in (ScalarImage, LabelMap, SamplingMap)}
 
 
 def stored_image(folder: Path, record: ImageRecord) -> Image:
-    """The image of a record: a ScalarImage, LabelMap or SamplingMap. Touches no file."""
+    """The image of a record: a ScalarImage, LabelMap or SamplingMap. Reads no file."""
     return IMAGE_CLASSES[record.kind](OpenedImage.of_record(folder, record))

@@ -1,4 +1,4 @@
-"""Intensities brought to one scale, from statistics that were gathered when the images were converted."""
+"""Intensities on one scale, from statistics that were computed when the images were converted."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ MODES = ("zscore", "clip")
 class Normalize:
     """Normalise images as they are read: ``normalize(image)`` is a lazy image of the normalised values.
 
-    ``zscore`` gives (value - mean) / std; ``clip`` keeps values between the percentiles 0.5 and 99.5 and
-    scales these to 0 and 1. Statistics are those of the image itself, as the store has them, or the
-    ``statistics`` of a whole cohort, as in ``Normalize(statistics=cohort.statistics["ct"])``. With
-    ``foreground`` they are of the voxels that are not stored as zero. An image without any spread becomes 0.
+    ``zscore`` gives (value - mean) / std; ``clip`` clips values to the percentiles 0.5 and 99.5, and scales
+    these to 0 and 1. Statistics are those of the image in its store, or the ``statistics`` of a whole cohort,
+    as in ``Normalize(statistics=cohort.statistics["ct"])``. With ``foreground`` they are those of the voxels
+    that are not stored as zero. An image whose values are all equal becomes 0.
+
+    Raises OptionError for an unknown mode, and for an image without these statistics.
 
     >>> import numpy as np
     >>> from zpatch.images.image import ScalarImage
@@ -54,10 +56,10 @@ class Normalize:
 
     def _of(self, statistics: Mapping[str, Any], image: Image, key: str) -> Any:
         if statistics.get(key) is None:
-            where = "its foreground has" if self.foreground else "there is"
+            lacking = "its foreground has" if self.foreground else "there is"
             raise OptionError(
-                f"{image!r} cannot be normalised: {where} no {key!r} in its statistics; only scalar images "
-                f"of a store have them, give others as in Normalize(statistics=...)"
+                f"{image!r} cannot be normalised: {lacking} no {key!r} in its statistics; only scalar images "
+                f"of a store have them, give them for other images, as in Normalize(statistics=...)"
             )
         return statistics[key]
 

@@ -1,4 +1,4 @@
-"""Where an image's voxels come from: a store, any OME-Zarr or Zarr array, a NIfTI file, or an array."""
+"""The origin of an image's voxels: a store, an OME-Zarr image, a Zarr array, a NIfTI file, or an array."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from zpatch.chunks.scaling import UNSCALED, Scaling
 from zpatch.digests import Json, new_digest
 from zpatch.errors import OptionError, SourceError
 from zpatch.geometry.affines import Affine
+from zpatch.geometry.boxes import Voxels, reversed_axes
 from zpatch.images import zarr_images
 from zpatch.images.voxel_source import VoxelSource
 from zpatch.images.voxel_sources import ArraySource, DaskSource, ShardSource
@@ -26,10 +26,10 @@ from zpatch.store.image_record import ImageRecord
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OpenedImage:
-    """What is known of voxels: how to read them, where they lie in space, and where in files.
+    """The voxels that an image is made of: how to read them, their affine, and their path.
 
-    ``path`` is their file or folder, in a store or not; None for an array in memory. ``record`` is what the
-    manifest says, of an image in a store.
+    ``path`` is their file or folder, in a store or not; None for an array in memory. ``record`` is the
+    image's line of the manifest; None for an image that is in no store.
     """
 
     source: VoxelSource
@@ -41,20 +41,20 @@ class OpenedImage:
 
     @classmethod
     def of_record(cls, folder: Path, record: ImageRecord) -> Self:
-        """That of an image in a store. Touches no file."""
+        """An image in a store. Reads no file."""
         folder = folder.absolute()
         source = ShardSource(store.sharded_array(folder, record))
         scaling = Scaling(record.slope, record.inter)
         return cls(source, record.affine_array, scaling, record, folder, record.spatial_unit)
 
     def derived(self, array: Any) -> Self:
-        """That of a dask array (C, I, J, K) of values which was made of these voxels."""
+        """The image of a dask array (C, I, J, K) of values that was computed from these voxels."""
         return dataclasses.replace(
             self, source=DaskSource(_with_channels(array)), scaling=UNSCALED, record=None
         )
 
     def identity(self) -> Json:
-        """What tells the values from others, as far as it is known without reading files."""
+        """What identifies the values, as far as it is known without reading voxels from files."""
         known: Json = {"shape": self.source.shape, "dtype": self.source.dtype.str}
         if self.record is not None:
             known |= self.record.to_json()
@@ -66,7 +66,7 @@ class OpenedImage:
 
 
 def open_image(data: Any, axes: str | None = None) -> OpenedImage:
-    """Open whatever ``Image`` takes."""
+    """Open any ``data`` that ``Image`` takes."""
     if isinstance(data, str | os.PathLike):
         return _open_path(Path(data), axes)
     if type(data).__module__.startswith("zarr."):
@@ -104,7 +104,7 @@ def _of_nifti(file: header.NiftiFile) -> OpenedImage:
         shape=(1, *file.shape)[-4:],
     )
     return OpenedImage(
-        ArraySource(mapped.transpose(0, 3, 2, 1)),
+        ArraySource(reversed_axes(mapped)),
         file.affine,
         Scaling(file.slope, file.inter),
         path=file.voxel_path,
@@ -154,7 +154,7 @@ def _check_dtype(dtype: np.dtype[Any]) -> None:
 
 
 def _identity_of_files(path: Path) -> str:
-    """A digest of names, sizes and times of change of a file, or of all files below a folder."""
+    """A digest of names, sizes and modification times of a file, or of all files below a folder."""
     state = new_digest()
     for file in sorted(_files_below(path)):
         status = os.stat(file)
@@ -169,8 +169,8 @@ def _files_below(path: Path) -> Iterator[str]:
         yield from (os.path.join(folder, name) for name in names)
 
 
-def _identity_of_array(array: NDArray[Any]) -> str:
-    """A digest of the voxels of an array; of one that is mapped from a file, of that and its place in it."""
+def _identity_of_array(array: Voxels) -> str:
+    """A digest of an array's voxels; of the file and the offset in it, if the array is mapped from a file."""
     if (mapped := _map_of(array)) is not None:
         at = array.__array_interface__["data"][0] - mapped.__array_interface__["data"][0] + mapped.offset
         return f"{_identity_of_files(Path(mapped.filename))} at {at}, strides {array.strides}"
@@ -178,13 +178,13 @@ def _identity_of_array(array: NDArray[Any]) -> str:
     strides = [abs(step) if n > 1 else 0 for step, n in zip(array.strides, array.shape, strict=True)]
     slowest_first = np.argsort(strides, kind="stable")[::-1]
     ordered = array.transpose(slowest_first)
-    for place in np.ndindex(ordered.shape[:2]):  # a plane at a time, as each is copied
+    for place in np.ndindex(ordered.shape[:2]):  # plane by plane, because tobytes copies
         state.update(ordered[place].tobytes())
     return f"{state.hexdigest()}, axes {slowest_first.tolist()}"
 
 
 def _map_of(array: Any) -> Any:
-    """The map of a file that an array is a view of, if it is."""
+    """The memory map that an array is a view of, if any."""
     found = None
     while array is not None:
         if isinstance(array, np.memmap) and array.filename is not None:

@@ -16,7 +16,15 @@ from zpatch.store.names import check_name
 class Subject:
     """The images of one subject, by name: ``subject.t1`` or ``subject["t1"]``; iterating gives the names.
 
-    Build one by hand from any images: ``Subject(t1=ScalarImage(array), seg=LabelMap(path))``.
+    Subjects of a store are made by ``Cohort``; others from any images. Raises OptionError for values that are
+    not images, and for a subject without images; UnknownNameError, a KeyError, for an unknown name.
+
+    >>> import numpy as np
+    >>> from zpatch.images.image import LabelMap, ScalarImage
+    >>> volume = np.zeros((4, 5, 6), np.int16)
+    >>> subject = Subject(t1=ScalarImage(volume), seg=LabelMap(volume), name="sub-01")
+    >>> subject.seg.shape, subject.spatial_shape, list(subject)
+    ((1, 4, 5, 6), (4, 5, 6), ['t1', 'seg'])
     """
 
     def __init__(
@@ -38,7 +46,7 @@ class Subject:
         split: str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> Self:
-        """The subject of a mapping: its images may have any names, ``name`` and ``split`` too."""
+        """The subject of a mapping, whose images may have any names, also ``name`` and ``split``."""
         subject = cls.__new__(cls)
         subject._set(images, name, split, metadata)
         return subject
@@ -65,7 +73,7 @@ class Subject:
         return MappingProxyType(self._images)
 
     def with_images(self, **images: Image | None) -> Self:
-        """The same subject with some images added or replaced, and without those that are None."""
+        """The same subject with images added or replaced; an image that is None is removed."""
         changed = {name: image for name, image in (self._images | images).items() if image is not None}
         return self.of(changed, name=self.name, split=self.split, metadata=self.metadata)
 
@@ -77,7 +85,7 @@ class Subject:
             listed = ", ".join(f"{k} {image.spatial_shape}" for k, image in self._images.items())
             raise OptionError(
                 f"the images of subject {self.name!r} differ in shape ({listed}); "
-                f"resample them to one grid, or make subjects of those that agree"
+                f"resample them to one grid, or make a subject of the images of one shape"
             )
         return shapes.pop()
 

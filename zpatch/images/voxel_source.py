@@ -1,4 +1,4 @@
-"""The contract of whatever voxels can be read from."""
+"""The contract of anything that voxels can be read from."""
 
 from __future__ import annotations
 
@@ -7,21 +7,19 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from zpatch.chunks.scaling import UNSCALED, Scaling
-from zpatch.geometry.boxes import PatchLocation, Triple
+from zpatch.geometry.boxes import PatchLocation, Triple, Voxels, reversed_axes
 from zpatch.runtime import buffer_pool
 
 FALLBACK_CHUNK_VOXELS = 64
-Voxels = NDArray[Any]
 Shape = tuple[int, int, int, int]
 Graph = dict[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class ReadTasks:
-    """Dask tasks of a read: ``writes`` fill the caller's memory, ``needs`` are what those depend on."""
+    """Dask tasks of a read: ``writes`` fill the caller's memory; ``needs`` are the tasks they depend on."""
 
     writes: Sequence[tuple[Any, ...]]
     needs: Graph = field(default_factory=dict)
@@ -40,25 +38,57 @@ class VoxelSource(Protocol):
 
     @property
     def chunk_shape(self) -> Triple:
-        """Extent along I, J, K of what is best read at once."""
+        """Extent along I, J, K of the blocks that are best read as a whole."""
 
     def tasks(
         self, boxes: Sequence[PatchLocation], outs: Sequence[Voxels], scaling: Scaling, parts: int
     ) -> ReadTasks:
-        """About ``parts`` tasks that write the values of some boxes inside into ``outs``."""
+        """About ``parts`` tasks that write the values of boxes inside the source into ``outs``."""
 
     @classmethod
     def tasks_together(cls, requests: Sequence[Request], parts: int) -> list[ReadTasks]:
-        """The tasks of requests to sources of this class; of each alone, unless they share work."""
+        """The tasks of requests to sources of this class; a class may let requests share work."""
         return [each.source.tasks(each.boxes, each.outs, each.scaling, parts) for each in requests]
 
     def dask(self, block_voxels: int | None = None) -> Any:
-        """A lazy dask array of the whole, (C, I, J, K), in blocks of about so many voxels a side."""
+        """A lazy dask array of all voxels, (C, I, J, K), in blocks of about ``block_voxels`` a side."""
+
+
+class WrappedSource(VoxelSource):
+    """A source that reads from another source, ``source``, and has its shape, type and chunks."""
+
+    def __init__(self, source: VoxelSource) -> None:
+        self.source = source
+
+    @property
+    def shape(self) -> Shape:
+        """Extent (C, I, J, K)."""
+        return self.source.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the unscaled voxels."""
+        return self.source.dtype
+
+    @property
+    def chunk_shape(self) -> Triple:
+        """Extent of the source's chunks."""
+        return self.source.chunk_shape
+
+    def tasks(
+        self, boxes: Sequence[PatchLocation], outs: Sequence[Voxels], scaling: Scaling, parts: int
+    ) -> ReadTasks:
+        """The source's own tasks."""
+        return self.source.tasks(boxes, outs, scaling, parts)
+
+    def dask(self, block_voxels: int | None = None) -> Any:
+        """The source's own dask array."""
+        return self.source.dask(block_voxels)
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Boxes to be read from one source: ``outs[n]`` (C, I, J, K) takes the values of ``boxes[n]``."""
+    """Boxes to read from one source: the values of ``boxes[n]`` are written to ``outs[n]``, (C, I, J, K)."""
 
     source: VoxelSource
     boxes: Sequence[PatchLocation]
@@ -67,6 +97,6 @@ class Request:
 
 
 def new_voxels(shape: Sequence[int], dtype: Any) -> Voxels:
-    """Memory for a box (C, I, J, K), in the order (c, z, y, x) of stored voxels."""
+    """Memory for a box (C, I, J, K), with the strides of stored voxels (c, z, y, x)."""
     c, i, j, k = shape
-    return buffer_pool.empty((c, k, j, i), dtype).transpose(0, 3, 2, 1)
+    return reversed_axes(buffer_pool.empty((c, k, j, i), dtype))

@@ -12,7 +12,7 @@ import numpy as np
 from zpatch.chunks.gather import GatherPlan, gather, writes_directly
 from zpatch.chunks.scaling import Scaling
 from zpatch.chunks.sharded_array import ShardedArray
-from zpatch.geometry.boxes import PatchLocation, Triple
+from zpatch.geometry.boxes import PatchLocation, Triple, Voxels, reversed_axes, stored_corners
 from zpatch.images.group_read import read_boxes
 from zpatch.images.voxel_source import (
     FALLBACK_CHUNK_VOXELS,
@@ -20,24 +20,43 @@ from zpatch.images.voxel_source import (
     ReadTasks,
     Request,
     Shape,
-    Voxels,
     VoxelSource,
+    WrappedSource,
 )
 from zpatch.runtime import buffer_pool
 
 DERIVED_BLOCK_VOXELS = 64
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _ArrayLike(VoxelSource):
+    """The voxels of an array-like object with a ``shape`` (C, I, J, K) and a ``dtype``."""
+
+    array: Any
+
+    @property
+    def shape(self) -> Shape:
+        """Extent (C, I, J, K)."""
+        c, i, j, k = self.array.shape
+        return c, i, j, k
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the unscaled voxels, in native byte order."""
+        dtype: np.dtype[Any] = self.array.dtype.newbyteorder("=")
+        return dtype
+
+
 @dataclass(frozen=True, slots=True)
-class ShardSource(VoxelSource):
-    """The voxels of an array in chunks; ``axes`` names its four stored axes, of c, z, y and x."""
+class ShardSource(_ArrayLike):
+    """The voxels of an array in chunks; ``axes`` names its stored axes: c, z, y and x in any order."""
 
     array: ShardedArray
     axes: str = "czyx"
 
     @property
     def _order(self) -> list[int]:
-        """Which stored axis is C, I, J and K."""
+        """The number of the stored axis for each of C, I, J and K."""
         return [self.axes.index(name) for name in "cxyz"]
 
     @property
@@ -45,11 +64,6 @@ class ShardSource(VoxelSource):
         """Extent (C, I, J, K)."""
         c, i, j, k = (self.array.shape[axis] for axis in self._order)
         return c, i, j, k
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Type of the stored voxels."""
-        return self.array.dtype.newbyteorder("=")
 
     @property
     def chunk_shape(self) -> Triple:
@@ -60,12 +74,11 @@ class ShardSource(VoxelSource):
     def tasks(
         self, boxes: Sequence[PatchLocation], outs: Sequence[Voxels], scaling: Scaling, parts: int
     ) -> ReadTasks:
-        """One task for each part of the chunks, near equal in bytes; each chunk is in one of them."""
-        stored, channels = ["cxyz".index(name) for name in self.axes], self.shape[0]
-        low = np.array([(0, *box.index) for box in boxes], dtype=np.int64).reshape(-1, 4)
-        high = np.array([(channels, *box.index_fin) for box in boxes], dtype=np.int64).reshape(-1, 4)
-        views = [out.transpose(stored) for out in outs]
-        plans = GatherPlan.of(self.array, low[:, stored], high[:, stored]).split(parts)
+        """One task for each of about equal parts of the chunks; no chunk is in two of them."""
+        order = ["czyx".index(name) for name in self.axes]
+        first, stop = stored_corners(boxes, range(self.shape[0]))
+        views = [reversed_axes(out).transpose(order) for out in outs]
+        plans = GatherPlan.of(self.array, first[:, order], stop[:, order]).split(parts)
         if all(writes_directly(self.array, out.dtype, scaling) for out in outs):
             return ReadTasks([(partial(gather, self.array, plan, views, scaling),) for plan in plans])
         raw = [buffer_pool.empty(view.shape, self.array.dtype) for view in views]
@@ -73,9 +86,9 @@ class ShardSource(VoxelSource):
         return ReadTasks([(partial(_cast, raw, views, scaling), list(reads))], reads)
 
     def dask(self, block_voxels: int | None = None) -> Any:
-        """A dask array with one block for each shard's region, or for whole chunks of about a size.
+        """A dask array with one block for each shard, or for whole chunks of about ``block_voxels`` a side.
 
-        All channels are in one block: they are read together.
+        All channels are in one block, because they are read together.
         """
         blocks = [self.shape[0], *(self.array.shards[axis] for axis in self._order[1:])]
         if block_voxels is not None:
@@ -84,25 +97,14 @@ class ShardSource(VoxelSource):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ArraySource(VoxelSource):
-    """The voxels of an array in memory or mapped from a file, (C, I, J, K)."""
+class ArraySource(_ArrayLike):
+    """The voxels of an array (C, I, J, K) in memory or mapped from a file."""
 
     array: Voxels
 
     @property
-    def shape(self) -> Shape:
-        """Extent (C, I, J, K)."""
-        c, i, j, k = self.array.shape
-        return c, i, j, k
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Type of the voxels."""
-        return np.dtype(self.array.dtype.newbyteorder("="))
-
-    @property
     def chunk_shape(self) -> Triple:
-        """A cube of a usual chunk's size."""
+        """A cube of the size of a usual chunk."""
         return (FALLBACK_CHUNK_VOXELS,) * 3
 
     def tasks(
@@ -117,27 +119,15 @@ class ArraySource(VoxelSource):
             scaling.write(self.array[(slice(None), *box.to_slices())], out)
 
     def dask(self, block_voxels: int | None = None) -> Any:
-        """A dask array in blocks of 128 voxels."""
+        """A dask array in blocks of 128 voxels a side."""
         return _dask_view(self, [self.shape[0], *(block_voxels or 128,) * 3])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class DaskSource(VoxelSource):
-    """The voxels of any Dask expression (C, I, J, K), computed where a patch needs them."""
+class DaskSource(_ArrayLike):
+    """The voxels of any Dask expression (C, I, J, K), computed when a box is read."""
 
     array: Any
-
-    @property
-    def shape(self) -> Shape:
-        """Extent (C, I, J, K)."""
-        c, i, j, k = self.array.shape
-        return c, i, j, k
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Type of the voxels."""
-        dtype: np.dtype[Any] = self.array.dtype.newbyteorder("=")
-        return dtype
 
     @property
     def chunk_shape(self) -> Triple:
@@ -148,12 +138,12 @@ class DaskSource(VoxelSource):
     def tasks(
         self, boxes: Sequence[PatchLocation], outs: Sequence[Voxels], scaling: Scaling, parts: int
     ) -> ReadTasks:
-        """The expression's own tasks, cut down to the boxes, and one to write each."""
+        """The tasks of the expression for these boxes only, and one task to write each box."""
         return _derived_tasks([Request(self, boxes, outs, scaling)])
 
     @classmethod
     def tasks_together(cls, requests: Sequence[Request], parts: int) -> list[ReadTasks]:
-        """The tasks of several expressions, optimised together, so that what they share is computed once."""
+        """The tasks of several expressions, optimised together: shared blocks are computed once."""
         return [_derived_tasks(requests)]
 
     def dask(self, block_voxels: int | None = None) -> Any:
@@ -196,19 +186,8 @@ def _dask_view(source: VoxelSource, blocks: Sequence[int]) -> Any:
     return da.from_array(_BoxView(source), chunks=chunks, asarray=True, fancy=False, name=False)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _BoxView:
-    """A source as dask wants it: something with a shape that can be sliced."""
-
-    source: VoxelSource
-
-    @property
-    def shape(self) -> Shape:
-        return self.source.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.source.dtype
+class _BoxView(WrappedSource):
+    """A source as ``dask.array.from_array`` takes it: with ``ndim``, and slicing as in numpy."""
 
     @property
     def ndim(self) -> int:
@@ -220,9 +199,8 @@ class _BoxView:
         if not all(ranges):
             return np.empty([len(r) for r in ranges], dtype=self.dtype)
         lows = [min(r[0], r[-1]) for r in ranges]
-        i, j, k = lows[1:]
-        p, q, r = (max(r[0], r[-1]) + 1 - low for r, low in zip(ranges[1:], lows[1:], strict=True))
-        voxels = read_boxes(self.source, [PatchLocation((i, j, k), (p, q, r))])[0]
+        stops = [max(r[0], r[-1]) + 1 for r in ranges]
+        voxels = read_boxes(self.source, [PatchLocation.between(lows[1:], stops[1:])])[0]
         lows[0] = 0
         picked = voxels[np.ix_(*(np.array(r) - low for r, low in zip(ranges, lows, strict=True)))]
         dropped = tuple(axis for axis, k in enumerate(key) if not isinstance(k, slice))

@@ -1,7 +1,7 @@
-"""Images that others wrote: any OME-Zarr image or Zarr array, of either version of the format.
+"""OME-Zarr images and Zarr arrays that other programs wrote, of either version of the format.
 
-Arrays on local files, packed in the usual ways, are read as those of our own stores are: straight from
-mapped files. All others go through zarr itself, slower, with the same voxels.
+Arrays in local files with the usual codecs are read as those of a zpatch store, from memory-mapped files. All
+other arrays are read through zarr: the same voxels, slower.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _COMPRESSORS: Mapping[str, Compressor] = {name: name for name in ("blosc", "zstd
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ZarrImage:
-    """An array that any Zarr library wrote, with what its metadata says of it.
+    """A Zarr array, and its OME-Zarr metadata.
 
-    ``axes`` are its dimension names or empty; ``scale`` and ``translation`` are per axis, in ``unit``, from
-    OME-Zarr.
+    ``axes`` are its dimension names, or empty; ``scale`` and ``translation`` have a number for each axis, in
+    ``unit``.
     """
 
     array: Any
@@ -41,12 +41,12 @@ class ZarrImage:
 
 
 def open_image_folder(path: Path) -> ImageRecord | ZarrImage:
-    """An image by its folder: one of zpatch, any OME-Zarr image or level of one, or any Zarr array."""
+    """Open a folder: an image of a zpatch store, an OME-Zarr image or a level of one, or a Zarr array."""
     import zarr
 
     try:
         node: Any = zarr.open(path, mode="r")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # all that zarr raises
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the errors that zarr raises
         raise NotAStoreError(f"{path}: it is no Zarr array or OME-Zarr image ({error})") from None
     if isinstance(node, zarr.Array):
         with contextlib.suppress(OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
@@ -63,7 +63,7 @@ def open_image_folder(path: Path) -> ImageRecord | ZarrImage:
 
 
 def _level_of(group: Any, name: str | None) -> ZarrImage:
-    """A level of an OME-Zarr image by its name, or the finest."""
+    """A level of an OME-Zarr image by its name, or the finest level."""
     attributes: Json = dict(group.attrs)
     multiscale = attributes.get("ome", attributes)["multiscales"][0]
     named = {dataset["path"]: dataset for dataset in multiscale["datasets"]}
@@ -77,17 +77,17 @@ def _level_of(group: Any, name: str | None) -> ZarrImage:
 
 
 def zarr_image(array: Any) -> ZarrImage:
-    """An open Zarr array, with what it says of itself."""
+    """An open Zarr array, with its dimension names."""
     names = getattr(array.metadata, "dimension_names", None) or ()
     return ZarrImage(array, "".join(n or "?" for n in names))
 
 
 @dataclass(frozen=True, slots=True)
 class StoredAxes:
-    """Which of an array's axes is which: ``kept[n]`` is the number of the array's axis called ``names[n]``.
+    """The axes of an array by name: ``kept[n]`` is the number of the array's axis that is ``names[n]``.
 
-    ``names`` are c, z, y and x in stored order, those that the array does not have in front; their number is
-    None. Axes that are left out have length 1.
+    ``names`` are c, z, y and x in stored order, with the names that the array does not have first; their
+    number is None. Axes of the array that are not kept have length 1.
     """
 
     names: str
@@ -95,10 +95,10 @@ class StoredAxes:
 
     @classmethod
     def of(cls, array: Any, axes: str) -> StoredAxes:
-        """The axes of an array, named by ``axes``, slowest first: x and y, and perhaps z, and c or t."""
+        """The axes of an array, named by ``axes``, slowest first: y, x, and optionally z, and c or t."""
         shape = tuple(array.shape)
         channels = [a for a in axes if a in CHANNEL_AXES]
-        if len(channels) > 1:  # the first of length 1 is left out
+        if len(channels) > 1:  # the first one of length 1 is not kept
             alone = [a for a in channels if shape[axes.index(a)] == 1] if len(axes) == len(shape) else []
             channels = [a for a in channels if a not in alone[:1]]
         known = len(axes) == len(shape) == len(set(axes)) and set("yx") <= set(axes) <= set("tczyx")
@@ -112,13 +112,13 @@ class StoredAxes:
         return cls("".join([*missing, *kept]), (None,) * len(missing) + tuple(kept.values()))
 
     def four(self, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
-        """A shape of the array with its four axes, those that it does not have of length 1."""
+        """A shape of the array, as four axes; an axis that the array does not have is of length 1."""
         a, b, c, d = (1 if number is None else int(shape[number]) for number in self.kept)
         return a, b, c, d
 
 
 def folder_of(array: Any) -> Path | None:
-    """The folder of an array's files; None where they are not on this machine's file systems."""
+    """The folder of an array's files; None for an array that is not on a local file system."""
     from zarr.storage import LocalStore
 
     if not isinstance(array.store, LocalStore):
@@ -127,19 +127,19 @@ def folder_of(array: Any) -> Path | None:
 
 
 def sharded_array_of(array: Any, axes: StoredAxes) -> ShardedArray | None:
-    """How an array's chunks are read from their files; None where only zarr itself knows that."""
+    """The array as ``gather`` reads it from files; None for an array that only zarr can read."""
     path = folder_of(array)
     if path is None:
         return None
     metadata: Json = array.metadata.to_dict()
     fill = 0 if array.fill_value is None else array.fill_value
-    found = _of_v2(metadata) if metadata["zarr_format"] == 2 else _of_v3(metadata)
-    if found is None or np.dtype(array.dtype).kind not in "biufc":
+    stored = _of_v2(metadata) if metadata["zarr_format"] == 2 else _of_v3(metadata)
+    if stored is None or np.dtype(array.dtype).kind not in "biufc":
         return None
-    chunks, shards, codec, order, (prefix, separator, index, index_checksum) = found
+    chunks, shards, codec, order = stored.chunks, stored.shards, stored.codec, stored.byte_order
     if any((chunks[n], shards[n]) != (1, 1) for n in range(array.ndim) if n not in axes.kept):
-        return None  # a chunk would have voxels along an axis that is left out
-    places = {number: axis for axis, number in enumerate(axes.kept) if number is not None}
+        return None  # a chunk would have voxels along an axis that is not kept
+    axis_of = {number: axis for axis, number in enumerate(axes.kept) if number is not None}
     return ShardedArray(
         path=path,
         shape=axes.four(array.shape),
@@ -148,11 +148,11 @@ def sharded_array_of(array: Any, axes: StoredAxes) -> ShardedArray | None:
         shards=axes.four(shards),
         codec=codec,
         files=ChunkFiles(
-            tuple(places.get(number) for number in range(array.ndim)),
-            prefix,
-            separator,
-            index,
-            index_checksum,
+            tuple(axis_of.get(number) for number in range(array.ndim)),
+            stored.prefix,
+            stored.separator,
+            stored.index,
+            stored.index_checksum,
         ),
         name=str(path),
         fill=fill,
@@ -160,21 +160,31 @@ def sharded_array_of(array: Any, axes: StoredAxes) -> ShardedArray | None:
     )
 
 
-_Names = tuple[str, str, str | None, bool]  # prefix, separator, where the index is, whether it has a checksum
-_Found = tuple[tuple[int, ...], tuple[int, ...], ChunkCodec, str, _Names]
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """How an array is stored, from its metadata: shapes in its own axes, and the fields of ChunkFiles."""
+
+    chunks: tuple[int, ...]
+    shards: tuple[int, ...]
+    codec: ChunkCodec
+    byte_order: str
+    prefix: str
+    separator: str
+    index: str | None = None
+    index_checksum: bool = False
 
 
-def _of_v2(metadata: Json) -> _Found | None:
+def _of_v2(metadata: Json) -> _Stored | None:
     packed = metadata["compressor"] or {"id": "none"}
     if metadata["order"] != "C" or metadata["filters"] or packed["id"] not in ("none", *_COMPRESSORS):
         return None
     chunks = tuple(metadata["chunks"])
     order = ">" if str(metadata["dtype"]).startswith(">") else "<"
     codec = ChunkCodec(_COMPRESSORS.get(packed["id"], "none"), checksum=False, within=packed.get("cname"))
-    return chunks, chunks, codec, order, ("", metadata["dimension_separator"], None, False)
+    return _Stored(chunks, chunks, codec, order, "", metadata["dimension_separator"])
 
 
-def _of_v3(metadata: Json) -> _Found | None:
+def _of_v3(metadata: Json) -> _Stored | None:
     keys = metadata["chunk_key_encoding"]
     if metadata["chunk_grid"]["name"] != "regular" or metadata.get("storage_transformers"):
         return None
@@ -183,21 +193,22 @@ def _of_v3(metadata: Json) -> _Found | None:
     shards = tuple(metadata["chunk_grid"]["configuration"]["chunk_shape"])
     codecs = list(metadata["codecs"])
     if keys["name"] not in ("default", "v2") or codecs[0]["name"] != "sharding_indexed":
-        packed = _packing(codecs) if keys["name"] in ("default", "v2") else None
-        return packed and (shards, shards, *packed, (prefix, separator, None, False))
+        encoding = _encoding(codecs) if keys["name"] in ("default", "v2") else None
+        return encoding and _Stored(shards, shards, *encoding, prefix, separator)
     sharding = codecs[0]["configuration"]
-    packed, index = _packing(list(sharding["codecs"])), _packing(list(sharding["index_codecs"]))
-    if len(codecs) > 1 or packed is None or index is None:
+    encoding, index = _encoding(list(sharding["codecs"])), _encoding(list(sharding["index_codecs"]))
+    if len(codecs) > 1 or encoding is None or index is None:
         return None
-    (index_codec, index_order) = index
+    index_codec, index_order = index
     if index_codec.compressor != "none" or index_order != "<":
         return None
-    where = (prefix, separator, str(sharding.get("index_location", "end")), index_codec.checksum)
-    return tuple(sharding["chunk_shape"]), shards, *packed, where
+    location = str(sharding.get("index_location", "end"))
+    chunks = tuple(sharding["chunk_shape"])
+    return _Stored(chunks, shards, *encoding, prefix, separator, location, index_codec.checksum)
 
 
-def _packing(codecs: list[Json]) -> tuple[ChunkCodec, str] | None:
-    """Codec and byte order of a chain: bytes, perhaps a compressor, perhaps crc32c; None for any other."""
+def _encoding(codecs: list[Json]) -> tuple[ChunkCodec, str] | None:
+    """Codec and byte order of a chain: bytes, optional compressor, optional crc32c; None for others."""
     names = [codec["name"] for codec in codecs]
     if names[:1] != ["bytes"]:
         return None

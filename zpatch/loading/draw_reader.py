@@ -14,7 +14,8 @@ import torch
 from zpatch.chunks.scaling import UNSCALED
 from zpatch.geometry.affines import Affine, crop_affine
 from zpatch.geometry.boxes import PatchLocation
-from zpatch.images.image import Image, read_together
+from zpatch.images.group_read import read_group
+from zpatch.images.image import Image
 from zpatch.images.subject import Subject
 from zpatch.loading.epoch_plan import Draw
 from zpatch.loading.shared_slots import ImagePlace, SlotLayout, new_tensor
@@ -153,13 +154,13 @@ class DrawReader:
         """
         images = list(subject.images.values())
         grid = self._sampler if isinstance(self._sampler, GridSampler) else None
-        read_together(
+        read_group(
             images,
             locations,
             scaled=[(place.slope, place.inter) == (1.0, 0.0) for place in layout.images],
             padding_mode=None if grid is None else grid.padding_mode,
             fill=0 if grid is None else [grid.fill_of(image) for image in images],
-            outs=[[tensor.numpy() for tensor in of] for of in tensors],
+            out=[[tensor.numpy() for tensor in of] for of in tensors],
         )
         return [[crop_affine(image.affine, at.index) for image in images] for at in locations]
 

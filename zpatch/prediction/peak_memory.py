@@ -12,10 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from zpatch.blending.axis_tiles import AxisTile
-from zpatch.geometry.boxes import Triple
+from zpatch.geometry.boxes import Integers, Triple
 from zpatch.geometry.patch_grid import PatchGrid
 from zpatch.images.chunk_cache import is_quick, patches_of_chunks
 from zpatch.images.image import Image
@@ -28,8 +27,6 @@ WEIGHT_BYTES = 4  # of a voxel's summed weights
 BATCHES_READ = 3  # one with the network, one waiting, one being read
 SHARDS_WRITTEN = 2  # besides those that are being filled: one waiting, one being encoded
 SMALL_PIECES_BYTES = 2**23  # what the threads keep of small blocks
-
-Integers = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

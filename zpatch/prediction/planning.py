@@ -13,10 +13,11 @@ import torch
 
 from zpatch.blending.blend import accumulation_dtype
 from zpatch.blending.reduction import as_stored, fitting_fill, reduce_channels
-from zpatch.blending.tiling import Bools
 from zpatch.errors import ModelError, OptionError, SourceError, ZpatchError
+from zpatch.geometry.boxes import Bools
 from zpatch.images.chunk_cache import cached
-from zpatch.images.image import Image, read_together
+from zpatch.images.group_read import read_group
+from zpatch.images.image import Image
 from zpatch.images.normalization import Normalize
 from zpatch.images.subject import Subject
 from zpatch.prediction.network import Network
@@ -104,7 +105,7 @@ def probe(network: Network, subject: Subject, options: PredictOptions) -> tuple[
     images = _images(subject, options)
     location = grid_over(images[0].spatial_shape, options).at((0, 0, 0))
     mode = options.padding_mode or "edge"
-    patches = [found[0].astype(np.float32) for found in read_together(images, [location], padding_mode=mode)]
+    patches = [found[0].astype(np.float32) for found in read_group(images, [location], padding_mode=mode)]
     with network.running():
         outputs = network(torch.from_numpy(np.concatenate(patches)[None]), subject.name, [location])
         try:

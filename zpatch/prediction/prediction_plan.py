@@ -12,13 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from zpatch.blending.tiling import Bools, Tiling, sweep_order
+from zpatch.blending.tiling import Tiling, sweep_order
 from zpatch.digests import Json
-from zpatch.geometry.boxes import (
-    Triple,
-)
+from zpatch.geometry.boxes import Bools, Integers, Triple
 from zpatch.geometry.patch_grid import PatchGrid
 from zpatch.images.image import Image
 from zpatch.images.subject import Subject
@@ -28,7 +25,6 @@ from zpatch.store.image_record import ImageRecord
 BATCHES_AHEAD = 2  # of the network, while a shard waits for the one before it to be written
 FLIPPED_OUTPUTS = 1  # more than those of a batch, while they are summed over all its flips: the sums
 
-Integers = NDArray[np.int64]
 Ranges = tuple[range, range, range]
 
 

@@ -22,11 +22,11 @@ from zpatch.blending.blend import add_batch
 from zpatch.blending.grid_blend import GridBlend, Skipped
 from zpatch.blending.reduction import Finaliser, Reduction
 from zpatch.blending.sinks import CompleteShard, ShardAssembler
-from zpatch.blending.tiling import Bools
 from zpatch.errors import ModelError
-from zpatch.geometry.boxes import PatchLocation, Triple
+from zpatch.geometry.boxes import Bools, PatchLocation, Triple
 from zpatch.images.chunk_cache import cached
-from zpatch.images.image import Image, read_together
+from zpatch.images.group_read import read_group
+from zpatch.images.image import Image
 from zpatch.nifti.writer import make_header
 from zpatch.prediction.network import Network, Outputs
 from zpatch.prediction.prediction_plan import PlannedHead, PredictionPlan, Region
@@ -140,7 +140,7 @@ def _batches(plan: PredictionPlan, region: Region, needed: Bools, options: RunOp
         stored = buffer_pool.empty((len(positions), channels[-1], k, j, i), np.float32)
         batch = stored.transpose(0, 1, 4, 3, 2)
         outs = [[patch[a:b] for patch in batch] for a, b in itertools.pairwise(channels)]
-        read_together(images, locations, padding_mode=options.padding_mode, outs=outs)
+        read_group(images, locations, padding_mode=options.padding_mode, out=outs)
         for _, done in caches:
             done(positions[-1])
         yield locations, torch.from_numpy(batch)

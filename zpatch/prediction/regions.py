@@ -15,11 +15,11 @@ import numpy as np
 
 from zpatch.blending.reduction import kind_of
 from zpatch.blending.sinks import output_record
-from zpatch.blending.tiling import Bools, Tiling
+from zpatch.blending.tiling import Tiling
 from zpatch.chunks.layout import SHARD_BYTES, Layout, plan_output_layout
 from zpatch.errors import MemoryLimitError, PatchSizeError
 from zpatch.geometry.affines import resized_affine
-from zpatch.geometry.boxes import Triple
+from zpatch.geometry.boxes import Bools, Triple
 from zpatch.geometry.patch_grid import PatchGrid
 from zpatch.images.image import Image
 from zpatch.images.subject import Subject

@@ -17,7 +17,7 @@ from PIL import Image
 from zpatch.chunks.scaling import Scaling
 from zpatch.digests import Json
 from zpatch.errors import ZpatchError
-from zpatch.geometry.boxes import AXIS_NAMES, Triple
+from zpatch.geometry.boxes import AXIS_NAMES, Triple, Voxels
 from zpatch.report.labels import Colour, LabelColours, map_channels
 from zpatch.report.planes import Plane, View, is_coloured, parts_of, views_of
 from zpatch.report.problems import Problem
@@ -31,8 +31,6 @@ DASH_PIXELS = 6
 GREYS = 64  # with more, the noise of images would be most of the page's bytes
 HUGE = 1e100
 COMPRESSION = 9
-
-Voxels = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)

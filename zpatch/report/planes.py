@@ -11,16 +11,14 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from zpatch.chunks.gather import read_region
 from zpatch.chunks.sharded_array import ShardedArray
 from zpatch.errors import MemoryLimitError
 from zpatch.geometry.affines import spacing_mm
-from zpatch.geometry.boxes import AXIS_NAMES, Triple, padded_to_4d
+from zpatch.geometry.boxes import AXIS_NAMES, PatchLocation, Triple, Voxels, padded_to_4d
 from zpatch.geometry.orientation import AS_STORED
 from zpatch.nifti.header import orientation_to
 from zpatch.store.image_record import ImageRecord
@@ -31,7 +29,6 @@ MAX_BLOCK_SIDE = 2048  # voxels of a plane that are averaged to one pixel, along
 MIN_VOLUME = 1e-6  # of the box that the unit vectors of the axes span
 CHANNELS_SHOWN = 3
 
-Voxels = NDArray[Any]
 Size = tuple[int, int]
 
 # Picture axes point to the patient's left, back and feet. For each plane: its name, its normal, the axis
@@ -209,11 +206,10 @@ class Plane:
 
     def _read(self, array: ShardedArray, at: int, part: tuple[slice, slice]) -> Voxels:
         """Voxels (C, rows, columns) of a part of the plane."""
-        first, stop = [self.channels.start, 0, 0, 0], [self.channels.stop, 1, 1, 1]
         places = {self.view.normal: slice(at, at + 1), self.view.down: part[0], self.view.across: part[1]}
-        for axis, place in places.items():
-            first[3 - axis], stop[3 - axis] = place.start, place.stop
-        voxels = read_region(array, first, stop).squeeze(3 - self.view.normal)
+        i, j, k = (places[axis] for axis in range(3))
+        box = PatchLocation.between((i.start, j.start, k.start), (i.stop, j.stop, k.stop))
+        voxels = read_region(array, *array.box(box, self.channels)).squeeze(3 - self.view.normal)
         return voxels if self.view.down > self.view.across else voxels.swapaxes(1, 2)
 
 

@@ -19,14 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zpatch.errors import SamplingError
-from zpatch.geometry.boxes import PatchLocation
+from zpatch.geometry.boxes import PatchLocation, Voxels
 from zpatch.store.voxel_index import ChunkGrid, MassTable
 
 MAX_REJECTIONS = 32
 MIN_INTERIOR_SHARE = 0.05
 READ_VOXELS = 2**22  # of a map at a time
 
-Voxels = NDArray[Any]
 Masses = NDArray[Any]
 ReadChunks = Callable[[Sequence[PatchLocation]], Sequence[Voxels]]
 MassesOf = Callable[[Voxels], Masses]

@@ -6,9 +6,6 @@ this process; for other images, as long as the image.
 
 from __future__ import annotations
 
-import os
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -17,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zpatch.errors import SamplingError
-from zpatch.geometry.boxes import PatchLocation
+from zpatch.geometry.boxes import PatchLocation, Voxels
 from zpatch.images.image import Image
+from zpatch.runtime.recent import Recent
 from zpatch.sampling.centre_draws import AllowedMass
 from zpatch.store.voxel_index import (
     ChunkGrid,
@@ -33,7 +31,6 @@ from zpatch.store.voxel_index import (
 RECENT_MAPS = 64
 MAX_BOXES = 256
 
-Voxels = NDArray[Any]
 Key = TypeVar("Key")
 Map = TypeVar("Map", bound="_Map")
 
@@ -127,29 +124,7 @@ class WeightMap(_Map):
         return np.asarray(voxels[0])
 
 
-class _RecentMaps:
-    """The maps of stored images that were drawn from most recently."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._maps: OrderedDict[Any, Any] = OrderedDict()
-        os.register_at_fork(after_in_child=self._renew_lock)
-
-    def _renew_lock(self) -> None:
-        self._lock = threading.Lock()
-
-    def get(self, key: Any, make: Callable[[], Map]) -> Map:
-        with self._lock:
-            found: Map | None = self._maps.pop(key, None)
-        found = make() if found is None else found
-        with self._lock:
-            self._maps[key] = found
-            while len(self._maps) > RECENT_MAPS:
-                self._maps.popitem(last=False)
-        return found
-
-
-_recent = _RecentMaps()
+_recent: Recent[Any, Any] = Recent(RECENT_MAPS)
 
 
 def label_classes(image: Image) -> LabelClasses:
@@ -164,5 +139,6 @@ def weight_map(image: Image, where: str) -> WeightMap:
 
 def _map_of(image: Image, kind: type[Map], make: Callable[[], Map]) -> Map:
     if image.folder and image.record:
-        return _recent.get((kind, image.folder, image.record.contents, image.scaling), make)
+        found: Map = _recent.get((kind, image.folder, image.record.contents, image.scaling), make)
+        return found
     return image.remembered(kind, make)

@@ -19,7 +19,8 @@ from zpatch.geometry.boxes import (
     check_patch_fits,
     patch_size_triple,
 )
-from zpatch.images.image import Image, LabelMap, read_together
+from zpatch.images.group_read import read_group
+from zpatch.images.image import Image, LabelMap
 from zpatch.images.subject import Subject
 from zpatch.sampling.centre_draws import draw_centres
 from zpatch.sampling.centre_maps import label_classes, weight_map
@@ -45,7 +46,7 @@ def read_patches(
     """
     if not locations:
         return []
-    found = read_together(list(subject.images.values()), locations, padding_mode=padding_mode, fill=fill)
+    found = read_group(list(subject.images.values()), locations, padding_mode=padding_mode, fill=fill)
     voxels = dict(zip(subject.images, found, strict=True))
     patches = []
     for n, location in enumerate(locations):
