@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 import zpatch as zp
 from zpatch.chunks.scaling import UNSCALED
 from zpatch.errors import ModelError, OptionError, StoreError, StoreExistsError, UnknownNameError, ZpatchError
-from zpatch.prediction.network import Network, load_model, torch_device
+from zpatch.prediction.model_files import load_model
+from zpatch.prediction.network import Network, torch_device
 from zpatch.prediction.planning import plan_prediction
 from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.store.voxel_index import read_label_table

@@ -15,7 +15,8 @@ import torch
 from zpatch.blending.reduction import Reduction
 from zpatch.images.cohort import Cohort
 from zpatch.images.subject import Subject
-from zpatch.prediction.network import Model, Network, torch_device
+from zpatch.prediction.model_files import Model
+from zpatch.prediction.network import Network, torch_device
 from zpatch.prediction.planning import plan_prediction
 from zpatch.prediction.prediction_options import MaskFunction, PredictOptions
 from zpatch.prediction.prediction_run import begun_shards, run_prediction

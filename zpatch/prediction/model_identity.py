@@ -1,151 +1,117 @@
-"""A digest of what a network is, so that resuming with another one is refused."""
+"""A digest of what a network is, so that a prediction is not resumed with another network.
+
+The digest of a value covers the name of its type and the digests of its members, down to bytes. ``RULES``
+says by type what the members are. Digests are stored with predictions: after a change of a rule, no
+prediction by such a network can be resumed.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import io
 import pickle
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import CellType, CodeType, EllipsisType, FunctionType, MethodType, ModuleType
+from types import CellType, CodeType, EllipsisType, FunctionType, MethodType, ModuleType, NoneType
 from typing import Any
 
 import numpy as np
 import torch
 
 from zpatch.digests import new_digest
+from zpatch.prediction.model_files import ExportedNetwork, file_bytes, script_network
 
-EXPORTED_NETWORK = (
-    "zpatch.network.ExportedNetwork"  # its name in the digests of predictions begun before it moved
-)
-DEEPEST = 200  # values within values that an identity looks at: two calls each, of the 1000 in one another
-BOOKKEEPING = {*vars(torch.nn.Module())} - {"_parameters", "_buffers"}  # no part of what a module does
+DEEPEST = 200  # levels of members that an identity looks at: two calls each, and Python allows 1000
+BOOKKEEPING = {*vars(torch.nn.Module())} - {"_parameters", "_buffers"}  # does not alter a module's output
+EXPORTED_NETWORK = "zpatch.network.ExportedNetwork"  # its name when predictions were first stored
 
-
-class ExportedNetwork(torch.nn.Module):
-    """A program of torch.export that can be called, and pickled: as what its file would be."""
-
-    def __init__(self, program: torch.export.ExportedProgram) -> None:
-        super().__init__()
-        self.program = program
-        self.module = program.module()
-
-    def forward(self, batch: torch.Tensor) -> Any:
-        """What the program gives."""
-        return self.module(batch)
-
-    def train(self, mode: bool = True) -> ExportedNetwork:
-        """Nothing: a program was exported in one mode, and stays in it."""
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _exported, (_stored(torch.export.save, self.program),)
-
-
-def _exported(stored: str | bytes) -> ExportedNetwork:
-    """The network in a file of torch.export, or in the bytes of one."""
-    return ExportedNetwork(torch.export.load(io.BytesIO(stored) if isinstance(stored, bytes) else stored))
-
-
-def _script(stored: str | bytes) -> Any:
-    """The network in a file of TorchScript, or in the bytes of one."""
-    file = io.BytesIO(stored) if isinstance(stored, bytes) else stored
-    return torch.jit.load(file, map_location="cpu")  # type: ignore[no-untyped-call]
-
-
-def _stored(save: Callable[[Any, io.BytesIO], None], model: Any) -> bytes:
-    file = io.BytesIO()
-    save(model, file)
-    return file.getvalue()
+Members = Iterable[Any]  # values, and memoryviews for bytes
 
 
 def identity(model: Any) -> str:
-    """A digest of what a network or another function is: its structure, parameters, code and settings.
+    """A digest of a network or another function: its structure, parameters, code and settings.
 
-    Seen are a function's own code and the values bound in it, and what an object holds, as far as it can be
-    pickled. What they reach beyond that, as by the names of global variables, is not; neither are devices,
-    the state of random generators and iterators, training mode, and what is hooked to a module.
+    The digest covers a function's own code and the values bound in it, and the state of an object, as far as
+    it can be pickled. It does not cover values that they find by global names, nor devices, the state of
+    random generators and iterators, training mode, and hooks of a module.
+
+    >>> identity(torch.nn.ReLU()) == identity(torch.nn.ReLU())
+    True
+    >>> identity(torch.nn.ReLU()) == identity(torch.nn.ReLU6())
+    False
     """
     return _digest(model, {}, 0).hex()
 
 
 def _digest(value: Any, known: dict[int, tuple[Any, bytes]], depth: int) -> bytes:
-    """Of a value, by those of its members; ``known`` keeps the values met so far, with theirs."""
+    """The digest of a value; ``known`` holds the values met so far, with their digests."""
     if isinstance(value, torch.jit.ScriptFunction):
-        value = _script(_stored(torch.jit.save, value))  # a module, as it is after it was pickled
+        value = script_network(file_bytes(torch.jit.save, value))  # a module, as after it is pickled
     if id(value) not in known:
-        known[id(value)] = value, b"within %d" % depth  # while it is not known: it may hold itself
+        known[id(value)] = value, b"within %d" % depth  # until its digest is known: it may contain itself
         members = _members(value) if depth < DEEPEST else ()
         parts = [p if isinstance(p, memoryview) else _digest(p, known, depth + 1) for p in members]
         if isinstance(value, set | frozenset | Mapping):
             parts.sort()
-        is_script = isinstance(value, torch.jit.ScriptModule)  # traced or not: its file says no more
-        kind = _name(torch.jit.ScriptModule if is_script else type(value))
-        if isinstance(value, ExportedNetwork):
-            kind = EXPORTED_NETWORK
-        state = new_digest(kind.encode())
+        state = new_digest(_type_name(value).encode())
         for part in parts:
-            state.update(b" %d " % len(part))  # so that it shows where a part ends
+            state.update(b" %d " % len(part))  # its length shows where a part ends
             state.update(part)
         known[id(value)] = value, state.digest()
     return known[id(value)][1]
 
 
-def _members(value: Any) -> Iterable[Any]:
-    """What to look at in a value, down to bytes, which stand in memoryviews."""
-    match value:
-        case None | bool() | int() | float() | complex() | str() | EllipsisType():
-            return (memoryview(repr(value).encode()),)
-        case bytes() | bytearray():
-            return (memoryview(value),)
-        case list() | tuple() | set() | frozenset():
-            return value
-        case Mapping():
-            return value.items()
-        case FunctionType():
-            bound = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
-            return _name(value), value.__code__, bound, value.__defaults__, value.__kwdefaults__
-        case CodeType():
-            return value.co_code, value.co_names, value.co_consts
-        case type() | ModuleType():
-            return (_name(value),)
-        case MethodType():
-            return value.__func__, value.__self__
-        case torch.Tensor():
-            with contextlib.suppress(RuntimeError, ValueError):  # it is sparse, or has no values
-                dense = value.dequantize() if value.is_quantized else value
-                dense = dense.detach().cpu().resolve_conj().resolve_neg().contiguous()
-                numbers: Any = dense.reshape(-1).view(torch.uint8).numpy()
-                return str(value.dtype), *value.shape, memoryview(numbers)
-        case np.ndarray() if not value.dtype.hasobject:
-            return str(value.dtype), *value.shape, memoryview(value.tobytes())
-        case ExportedNetwork():
-            return (value.module,)
-        case torch.jit.ScriptModule():
-            return _of_script(value)
-        case torch.nn.Module() if "_orig_mod" in value._modules:
-            return (value._orig_mod,)  # what torch.compile adds has addresses
-        case torch.nn.Module():
-            settings = {name: held for name, held in _state(value).items() if name not in BOOKKEEPING}
-            return type(value).forward, settings, list(value._modules.items())
-        case torch.fx.Graph():
-            return (value.python_code("self").src,)
-        case torch.device() | random.Random() | np.random.RandomState() | np.random.Generator() | Iterator():
-            return ()  # they say where, by what chance and how far, not what
-    return _pickled(value)
+def _type_name(value: Any) -> str:
+    if isinstance(value, ExportedNetwork):
+        return EXPORTED_NETWORK
+    if isinstance(value, torch.jit.ScriptModule):  # traced or scripted: its file does not say
+        return _name(torch.jit.ScriptModule)
+    return _name(type(value))
 
 
-def _state(module: torch.nn.Module) -> Mapping[str, Any]:
-    """What a module holds; what it leaves out when it is pickled is no part of it."""
-    with contextlib.suppress(Exception):  # it may refuse, in any way
-        state = module.__getstate__()  # type: ignore[no-untyped-call]
-        if isinstance(state, Mapping):
-            return state
-    return vars(module)
+def _name(value: Any) -> str:
+    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value.__name__)}"
 
 
-def _of_script(module: Any) -> Iterator[Any]:
-    """The members of a module of TorchScript: methods, settings and parameters, inner modules."""
+def _members(value: Any) -> Members:
+    """The members of a value by the first rule for its type."""
+    return next(members for types, members in RULES if isinstance(value, types))(value)
+
+
+# Members by type
+
+
+def _of_literal(value: Any) -> Members:
+    return (memoryview(repr(value).encode()),)
+
+
+def _of_function(function: FunctionType) -> Members:
+    bound = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+    return _name(function), function.__code__, bound, function.__defaults__, function.__kwdefaults__
+
+
+def _of_code(code: CodeType) -> Members:
+    """No names of files, line numbers or local variables."""
+    return code.co_code, code.co_names, code.co_consts
+
+
+def _of_tensor(tensor: torch.Tensor) -> Members:
+    """Its values, in C order, wherever it is; a sparse tensor or one without values is pickled."""
+    with contextlib.suppress(RuntimeError, ValueError):
+        dense = tensor.dequantize() if tensor.is_quantized else tensor
+        dense = dense.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        numbers: Any = dense.reshape(-1).view(torch.uint8).numpy()
+        return str(tensor.dtype), *tensor.shape, memoryview(numbers)
+    return _of_object(tensor)
+
+
+def _of_array(array: np.ndarray[Any, Any]) -> Members:
+    if array.dtype.hasobject:
+        return _of_object(array)
+    return str(array.dtype), *array.shape, memoryview(array.tobytes())
+
+
+def _of_script(module: Any) -> Members:
+    """Methods, settings and parameters, inner modules of a module of TorchScript."""
     for name in sorted(module._c._method_names()):
         yield name, module._c._get_method(name).code_with_constants
     kind: Any = torch._C.ConcreteModuleType.from_jit_type(module._c._type())
@@ -155,8 +121,25 @@ def _of_script(module: Any) -> Iterator[Any]:
     yield list(module._modules.items())
 
 
-def _pickled(value: Any) -> Iterator[Any]:
-    """What pickle would keep of a value."""
+def _of_module(module: torch.nn.Module) -> Members:
+    """The code of ``forward``, settings, parameters and buffers, inner modules."""
+    if "_orig_mod" in module._modules:
+        return (module._orig_mod,)  # a module of torch.compile adds state that contains addresses
+    settings = {name: held for name, held in _state(module).items() if name not in BOOKKEEPING}
+    return type(module).forward, settings, list(module._modules.items())
+
+
+def _state(module: torch.nn.Module) -> Mapping[str, Any]:
+    """The attributes of a module without those that it leaves out when it is pickled."""
+    with contextlib.suppress(Exception):  # it may refuse, in any way
+        state = module.__getstate__()  # type: ignore[no-untyped-call]
+        if isinstance(state, Mapping):
+            return state
+    return vars(module)
+
+
+def _of_object(value: Any) -> Members:
+    """The state of any other value, as pickle would keep it; and its code where it can be called."""
     if isinstance(getattr(value, "__name__", None), str):
         yield _name(value)
     if isinstance(type(value).__call__, FunctionType):
@@ -169,5 +152,23 @@ def _pickled(value: Any) -> Iterator[Any]:
         yield kept if isinstance(kept, str) else [list(p) if isinstance(p, Iterator) else p for p in kept]
 
 
-def _name(value: Any) -> str:
-    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value.__name__)}"
+# The first rule for a type counts.
+RULES: tuple[tuple[type | tuple[type, ...], Callable[[Any], Members]], ...] = (
+    ((NoneType, bool, int, float, complex, str, EllipsisType), _of_literal),
+    ((bytes, bytearray), lambda data: (memoryview(data),)),
+    ((list, tuple, set, frozenset), lambda items: items),
+    (Mapping, lambda mapping: mapping.items()),
+    (FunctionType, _of_function),
+    (CodeType, _of_code),
+    ((type, ModuleType), lambda named: (_name(named),)),
+    (MethodType, lambda method: (method.__func__, method.__self__)),
+    (torch.Tensor, _of_tensor),
+    (np.ndarray, _of_array),
+    (ExportedNetwork, lambda network: (network.module,)),
+    (torch.jit.ScriptModule, _of_script),
+    (torch.nn.Module, _of_module),
+    (torch.fx.Graph, lambda graph: (graph.python_code("self").src,)),
+    # Where, by what chance and how far a network works is no part of what it is:
+    ((torch.device, random.Random, np.random.RandomState, np.random.Generator, Iterator), lambda value: ()),
+    (object, _of_object),
+)

@@ -1,0 +1,96 @@
+"""Networks in files: loaded by name, and kept as the bytes of a file where pickle would refuse them."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import pickle
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zpatch.errors import ModelError, ZpatchError
+
+Model = Callable[[torch.Tensor], Any]
+
+
+def load_model(spec: str) -> Model:
+    """Load a network by name, as ``zpatch predict --model`` takes it.
+
+    ``package.module:factory`` is called without arguments and returns the network; a ``.pt2`` file was
+    written by torch.export, any other file by TorchScript. Raises ModelError.
+    """
+    module_name, colon, factory = spec.partition(":")
+    try:
+        if Path(spec).is_file():
+            if _is_saved_by_torch(Path(spec)):
+                raise ModelError(
+                    f"model {spec!r} was written by torch.save and has no code; give a file of torch.export"
+                    " (.pt2) or TorchScript, or package.module:factory that loads these weights"
+                )
+            return exported_network(spec) if spec.endswith(".pt2") else script_network(spec)
+        if not colon:
+            raise ModelError(f"model {spec!r} is no file; name one, or a factory as package.module:factory")
+        sys.path.insert(0, os.getcwd())
+        model = getattr(importlib.import_module(module_name), factory)()
+    except ZpatchError:
+        raise
+    except Exception as error:  # a user's module may fail in any way
+        raise ModelError(f"model {spec!r} cannot be loaded: {type(error).__name__}: {error}") from error
+    if not callable(model):
+        raise ModelError(f"model {spec!r} gave {type(model).__name__}, which cannot be called")
+    return model  # type: ignore[no-any-return]
+
+
+def _is_saved_by_torch(path: Path) -> bool:
+    """Whether torch.save wrote a file. A file of TorchScript differs only in that it has constants."""
+    if not zipfile.is_zipfile(path):  # as before torch 1.6
+        with path.open("rb") as file:
+            magic = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
+            return file.read(len(magic)) == magic
+    with zipfile.ZipFile(path) as archive:
+        names = {Path(name).name for name in archive.namelist()}
+    return "data.pkl" in names and "constants.pkl" not in names
+
+
+class ExportedNetwork(torch.nn.Module):
+    """A program of torch.export that can be called, and pickled as the bytes of its file."""
+
+    def __init__(self, program: torch.export.ExportedProgram) -> None:
+        super().__init__()
+        self.program = program
+        self.module = program.module()
+
+    def forward(self, batch: torch.Tensor) -> Any:
+        """Run the program."""
+        return self.module(batch)
+
+    def train(self, mode: bool = True) -> ExportedNetwork:
+        """Do nothing: a program keeps the mode it was exported in."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exported_network, (file_bytes(torch.export.save, self.program),)
+
+
+def exported_network(stored: str | bytes) -> ExportedNetwork:
+    """The network in a file of torch.export, given by its path or its bytes."""
+    return ExportedNetwork(torch.export.load(io.BytesIO(stored) if isinstance(stored, bytes) else stored))
+
+
+def script_network(stored: str | bytes) -> Any:
+    """The network in a file of TorchScript, given by its path or its bytes."""
+    file = io.BytesIO(stored) if isinstance(stored, bytes) else stored
+    return torch.jit.load(file, map_location="cpu")  # type: ignore[no-untyped-call]
+
+
+def file_bytes(save: Callable[[Any, io.BytesIO], None], model: Any) -> bytes:
+    """The bytes of the file that ``save`` writes of a network."""
+    file = io.BytesIO()
+    save(model, file)
+    return file.getvalue()
