@@ -20,7 +20,7 @@ import zpatch as zp
 from zpatch.chunks.scaling import UNSCALED
 from zpatch.errors import ModelError, OptionError, StoreError, StoreExistsError, UnknownNameError, ZpatchError
 from zpatch.prediction.model_files import load_model
-from zpatch.prediction.network import Network, torch_device
+from zpatch.prediction.network import Network
 from zpatch.prediction.planning import plan_prediction
 from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.store.voxel_index import read_label_table
@@ -339,13 +339,13 @@ def test_a_fill_that_the_output_cannot_hold_is_refused_before_anything_is_writte
 
 
 def test_a_fill_of_nan_fits_fractions(cohort: zp.Cohort) -> None:
-    options = PredictOptions.of(image="t1", patch_size=24, mask="seg", fill=math.nan)
-    assert plan_prediction(Network(pointwise, torch_device("cpu")), cohort[:1], options)
+    options = PredictOptions.of(image="t1", patch_size=24, mask="seg", fill=math.nan, device="cpu")
+    assert plan_prediction(Network.of(pointwise, options), cohort[:1], options)
 
 
 def test_what_was_begun_is_planned_as_it_was_begun(cohort: zp.Cohort) -> None:
-    options = PredictOptions.of(image="t1", patch_size=24)
-    network = Network(lambda batch: {"once": batch, "twice": batch}, torch_device("cpu"), tta=True)
+    options = PredictOptions.of(image="t1", patch_size=24, device="cpu", tta=True)
+    network = Network.of(lambda batch: {"once": batch, "twice": batch}, options)
     plans = plan_prediction(network, cohort[:2], options)
     assert all(plan.tta for plan in plans)
     first, _ = cohort.names[:2]

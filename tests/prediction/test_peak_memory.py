@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zpatch.geometry.boxes import Triple
-from zpatch.prediction.peak_memory import AxisLifetimes, Held, peak_bytes
+from zpatch.prediction.peak_memory import AxisLifetimes, Held, sweep_peak_bytes
 
 Counts = tuple[int, int, int]
 
@@ -50,7 +50,7 @@ def held_at(patch: Triple, kinds: Sequence[Held]) -> int:
 def test_the_peak_is_that_of_a_replay(sweep: tuple[list[Held], Counts]) -> None:
     kinds, counts = sweep
     replay = [held_at(patch, kinds) for patch in np.ndindex(counts)]
-    assert peak_bytes(kinds, counts) == max(replay)
+    assert sweep_peak_bytes(kinds, counts) == max(replay)
 
 
 @given(sweeps())
@@ -59,7 +59,7 @@ def test_a_kind_with_negative_bytes_takes_away_from_one_that_counts_it_too(
 ) -> None:
     kinds, counts = sweep
     twice = [*kinds, kinds[0], Held(kinds[0].axes, -kinds[0].voxel_bytes)]
-    assert peak_bytes(twice, counts) == peak_bytes(kinds, counts)
+    assert sweep_peak_bytes(twice, counts) == sweep_peak_bytes(kinds, counts)
 
 
 def test_patches_may_be_counted_from_any_number_on() -> None:
@@ -69,12 +69,12 @@ def test_patches_may_be_counted_from_any_number_on() -> None:
 
 def test_where_nothing_is_held_the_peak_is_zero() -> None:
     nothing = AxisLifetimes(*np.zeros((3, 0), dtype=np.int64))
-    assert peak_bytes([Held((nothing, nothing, nothing), 4)], (3, 2, 1)) == 0
+    assert sweep_peak_bytes([Held((nothing, nothing, nothing), 4)], (3, 2, 1)) == 0
 
 
 def test_bytes_are_counted_beyond_32_bits() -> None:
     piece = AxisLifetimes(np.array([0]), np.array([0]), np.array([40_000]))
-    assert peak_bytes([Held((piece, piece, piece), 4)], (1, 1, 1)) == 4 * 40_000**3
+    assert sweep_peak_bytes([Held((piece, piece, piece), 4)], (1, 1, 1)) == 4 * 40_000**3
 
 
 @pytest.mark.parametrize("rows", [10, 1000])
@@ -82,4 +82,4 @@ def test_the_peak_does_not_grow_with_the_length_of_the_sweep(rows: int) -> None:
     row = np.arange(rows)
     slow = AxisLifetimes(row, np.minimum(row + 1, rows - 1), np.full(rows, 16))
     other = AxisLifetimes(np.arange(4), np.arange(4), np.full(4, 16))
-    assert peak_bytes([Held((slow, other, other), 4)], (rows, 4, 4)) == 17 * 16**3 * 4
+    assert sweep_peak_bytes([Held((slow, other, other), 4)], (rows, 4, 4)) == 17 * 16**3 * 4

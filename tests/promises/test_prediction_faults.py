@@ -36,7 +36,7 @@ from zpatch.prediction.network import Network, torch_device
 from zpatch.prediction.planning import plan_prediction
 from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.prediction_plan import PredictionPlan
-from zpatch.prediction.region_run import RunOptions, run_region
+from zpatch.prediction.region_run import WorkFolder, run_region
 from zpatch.store.names import LOCK, MANIFEST, UNFINISHED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -515,9 +515,13 @@ def test_what_an_earlier_run_still_writes_is_never_taken_for_what_this_one_write
     late = Network(Net(seed=1), torch_device("cpu"))
     told: list[int] = []
 
+    def run_late() -> None:
+        options = PredictOptions.of(**OPTIONS)
+        run_region(plan, plan.regions[0], late, WorkFolder(out, left), options, lambda patches: None)
+
     def go_on(patches: int) -> None:
         if not told:
-            run_region(plan, plan.regions[0], late, left, RunOptions(), lambda patches: None)
+            run_late()
             assert list(left.glob("prediction/0/c/**/0"))
         told.append(patches)
 
@@ -525,7 +529,7 @@ def test_what_an_earlier_run_still_writes_is_never_taken_for_what_this_one_write
     predict(cohort, out, Net(), progress=go_on)
     assert_whole(out, expected)
     predict(cohort, out, Net(), overwrite=True)
-    run_region(plan, plan.regions[0], late, left, RunOptions(), lambda patches: None)
+    run_late()
     report = zp.verify(out)
     assert (report.damages, report.leftovers) == ((), (UNFINISHED,))
 

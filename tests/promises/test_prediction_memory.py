@@ -44,7 +44,7 @@ import gc, json, sys, threading, time
 from pathlib import Path
 import torch
 import zpatch as zp
-from zpatch.prediction.network import Network, torch_device
+from zpatch.prediction.network import Network
 from zpatch.prediction.planning import plan_prediction
 from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.prediction_run import run_prediction
@@ -61,12 +61,12 @@ def spread(batch):
 
 small, large, out, wish = sys.argv[1:]
 wish = json.loads(wish)
-channels, tta = wish.pop("channels"), wish.pop("tta", False)
+channels = wish.pop("channels")
 if wish.get("reduce") == "first":
     wish["reduce"] = lambda voxels: voxels[:1]
-options = PredictOptions.of(image="image", **wish)
-network = Network(spread, torch_device("cpu"), tta=tta)
-without_limit = {**wish, "max_memory": None, "patch_size": 16, "patch_overlap": 4}
+options = PredictOptions.of(image="image", device="cpu", **wish)
+network = Network.of(spread, options)
+without_limit = {**wish, "max_memory": None, "tta": False, "patch_size": 16, "patch_overlap": 4}
 zp.predict(spread, zp.Cohort(small), out + ".small", image="image", **without_limit)
 [subject] = zp.Cohort(large)
 subject.image.read(zp.PatchLocation((0, 0, 0), (1, 1, 1)))

@@ -25,7 +25,7 @@ import zpatch as zp
 import zpatch.cli
 from zpatch.chunks.mapped_shards import close_shards
 from zpatch.errors import MemoryLimitError, OptionError
-from zpatch.prediction import inference, planning, prediction_run
+from zpatch.prediction import network, planning, prediction_run
 from zpatch.prediction.network import Network, torch_device
 from zpatch.prediction.planning import plan_prediction, probe
 from zpatch.prediction.prediction_options import PredictOptions
@@ -261,7 +261,7 @@ def test_subjects_made_by_hand_work_in_jobs(out: Path, rng: np.random.Generator)
 def test_jobs_are_refused_where_a_gpu_does_the_work(
     cohort: zp.Cohort, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inference, "torch_device", lambda name: torch.device("meta"))
+    monkeypatch.setattr(network, "torch_device", lambda name: torch.device("meta"))
     options = PredictOptions.of(**OPTIONS)
     heads = probe(Network(pointwise, torch.device("cpu")), cohort[0], options)
     monkeypatch.setattr(planning, "probe", lambda *_: heads)

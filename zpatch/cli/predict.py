@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -38,15 +38,23 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--image", multiple=True, metavar="NAME",
-    help="The image to predict from, if there are several; of those said all are stacked as channels.",
+    help="The image to predict from, if there are several; may be repeated to stack images as channels.",
 )  # fmt: skip
 @click.option(
-    "--axes", metavar="LETTERS", help="Of a Zarr array that does not name its own, slowest first, as in yxc."
+    "--axes", metavar="LETTERS", help="Axes of a Zarr array that has no names for them, slowest first: yxc."
 )
 @click.option("--patch-size", type=Voxels(), required=True, help="One number or I,J,K, as 96 or 128,128,32.")
-@click.option("--overlap", type=Voxels(), default=0, show_default=True, help="Even, smaller than the patch.")
+@click.option(
+    "--overlap",
+    "patch_overlap",
+    type=Voxels(),
+    default=0,
+    show_default=True,
+    help="Even, smaller than the patch.",
+)
 @click.option(
     "--blend",
+    "overlap_mode",
     type=click.Choice(["crop", "average", "hann", "gaussian"]),
     default="hann",
     show_default=True,
@@ -69,25 +77,25 @@ if TYPE_CHECKING:
     type=click.Choice(["zscore", "clip"]),
     help="Scale each image by its statistics: (value - mean) / std, or percentiles 0.5, 99.5 to 0, 1.",
 )
-@click.option("--mask", metavar="NAME", help="An image: patches that lie wholly where it is 0 are not run.")
-@click.option("--fill", type=float, default=0, show_default=True, help="What is kept where no patch was run.")
+@click.option("--mask", metavar="NAME", help="An image: patches wholly where it is 0 are not run.")
+@click.option("--fill", type=float, default=0, show_default=True, help="The value where no patch is run.")
 @click.option("--tta", is_flag=True, help="Average the network over all flips of each patch.")
 @click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Patches at a time.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto takes a GPU.")
+@click.option(
+    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto prefers a GPU."
+)
 @click.option("--amp", is_flag=True, help="Run the network in torch's automatic mixed precision.")
 @click.option("-j", "--jobs", type=click.IntRange(1), default=1, show_default=True, help="Local processes.")
 @click.option("--scheduler", metavar="WHERE", help="Run on a Dask cluster: tcp://... or a scheduler file.")
 @click.option(
     "--max-memory",
     type=Bytes(),
-    help="Run some patches twice, or refuse, where more would be needed: '2 GiB'.",
+    help="Run some patches twice, or refuse, if a prediction needs more: '2 GiB'.",
 )
 @include_option
 @exclude_option
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
-@click.option(
-    "--no-resume", is_flag=True, help="Refuse an output that was begun, instead of going on with it."
-)
+@click.option("--dry-run", is_flag=True, help="Print the plan, and do nothing.")
+@click.option("--no-resume", is_flag=True, help="Refuse an unfinished output instead of resuming it.")
 @overwrite_option
 @json_option
 @talk_options
@@ -95,36 +103,20 @@ def predict_command(
     store: Path,
     output: Path,
     model: str,
-    image: tuple[str, ...],
     axes: str | None,
-    patch_size: int | tuple[int, ...],
-    overlap: int | tuple[int, ...],
-    blend: str,
-    reduce: str,
-    padding_mode: str | None,
-    normalize: str | None,
-    mask: str | None,
-    fill: float,
-    tta: bool,
-    batch_size: int,
-    device: str,
-    amp: bool,
-    jobs: int,
-    scheduler: str | None,
-    max_memory: int | None,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     dry_run: bool,
     no_resume: bool,
-    overwrite: bool,
     json: bool,
+    **given: Any,
 ) -> None:
     """Run a network over every subject of STORE and write its blended output into a store OUTPUT.
 
-    STORE may also be one image, OME-Zarr or a Zarr array: a whole slide, say, or a level of its pyramid.
-    The network takes a float32 batch (B, C, I, J, K) and gives one, kept as the image 'prediction'; or a
-    dict of such, kept under their keys. Nothing is ever loaded whole, and each write unit of the output is
-    written once. Run the same command again after an interruption: only what is missing is done.
+    STORE may also be one image, OME-Zarr or a Zarr array: a whole slide, for example, or a level of its
+    pyramid. The network gets a float32 batch (B, C, I, J, K) and returns one, stored as the image
+    'prediction', or a dict of batches, stored under their keys. No volume is ever loaded whole, and each
+    shard of the output is written once. After an interruption the same command resumes the prediction.
 
     \b
     Examples:
@@ -137,33 +129,21 @@ def predict_command(
     """
     from zpatch.images.cohort import open_subjects
     from zpatch.prediction.model_files import load_model
-    from zpatch.prediction.network import Network, torch_device
+    from zpatch.prediction.network import Network
     from zpatch.prediction.planning import plan_prediction
     from zpatch.prediction.prediction_options import PredictOptions
     from zpatch.prediction.prediction_run import begun_shards, run_prediction
     from zpatch.store.store_writer import check_can_create
 
-    check_can_create(output, overwrite=overwrite, resume=not no_resume)
+    check_can_create(output, overwrite=given["overwrite"], resume=not no_resume)
     subjects = open_subjects(store, include, exclude, axes)
     if not subjects:
         raise click.UsageError(f"no subject of {store} is left to predict")
-    options = PredictOptions.of(
-        image=image or _only_image(subjects[0]),
-        patch_size=patch_size,
-        patch_overlap=overlap,
-        overlap_mode=blend,
-        reduce=_reduction(reduce),
-        batch_size=batch_size,
-        padding_mode=padding_mode,
-        normalize=normalize,
-        mask=mask,
-        fill=fill,
-        max_memory=max_memory,
-        jobs=jobs,
-        scheduler=scheduler,
-    )
-    network = Network(load_model(model), torch_device(device), amp=amp, tta=tta)
-    begun = {} if overwrite else begun_shards(output)
+    given["image"] = given["image"] or _only_image(subjects[0])
+    given["reduce"] = _reduction(given["reduce"])
+    options = PredictOptions.of(resume=not no_resume, **given)
+    network = Network.of(load_model(model), options)
+    begun = {} if options.overwrite else begun_shards(output)
     plans = plan_prediction(network, subjects, options, begun=begun)
     patches, peak = sum(plan.patches_run for plan in plans), max(plan.peak_bytes for plan in plans)
     say(f"{len(plans)} subjects, {patches} patches, {format_bytes(peak)} of memory beside the network's own")
@@ -174,7 +154,7 @@ def predict_command(
             click.echo("\n".join(map(str, plans)))
         return
     with Progress("predicting", patches, unit="patches") as progress:
-        predictions = run_prediction(network, plans, output, options, overwrite=overwrite, progress=progress)
+        predictions = run_prediction(network, plans, output, options, progress=progress)
     if json:
         print_json({"store": str(output), "subjects": predictions.names, "patches": patches})
     else:
@@ -185,7 +165,7 @@ def _only_image(subject: Subject) -> str:
     scalar = [name for name, image in subject.images.items() if image.kind == "scalar"]
     if len(scalar) != 1:
         raise click.UsageError(
-            f"say which --image to predict from; {subject.name} has {', '.join(subject.images)}"
+            f"choose an --image to predict from; {subject.name} has {', '.join(subject.images)}"
         )
     return scalar[0]
 

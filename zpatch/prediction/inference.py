@@ -1,11 +1,12 @@
 """``predict``: a network over whole volumes, planned, resumable, on one machine or many.
 
-grid -> reader -> network -> blending -> shards -> store. Planning runs the network on one patch, to see
-what it gives; all else follows from shapes.
+grid -> reader -> network -> blending -> shards -> store. Planning runs the network on one patch, to learn the
+shape of its outputs; everything else follows from shapes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from zpatch.blending.reduction import Reduction
 from zpatch.images.cohort import Cohort
 from zpatch.images.subject import Subject
 from zpatch.prediction.model_files import Model
-from zpatch.prediction.network import Network, torch_device
+from zpatch.prediction.network import Network
 from zpatch.prediction.planning import plan_prediction
 from zpatch.prediction.prediction_options import MaskFunction, PredictOptions
 from zpatch.prediction.prediction_run import begun_shards, run_prediction
@@ -51,40 +52,39 @@ def predict(
 ) -> Cohort:
     """Run a network over every subject and write its blended output into a store.
 
-    The network takes (B, C, I, J, K) float32 and gives a tensor, kept as the image ``prediction``, or a dict
-    of tensors, kept under their keys; one that makes patches smaller or larger gives an image as much smaller
-    or larger. Several names in ``image`` are stacked as channels; ``normalize`` (``zscore`` or ``clip``)
-    scales each by its stored statistics. A volume smaller than the patch is padded up to it by its edge and
-    cropped back; nothing else is padded unless ``padding_mode`` says so. ``device="auto"`` takes a GPU where
-    there is one; ``amp`` runs the network in torch's autocast, ``tta`` averages it over all flips.
+    The network gets a batch (B, C, I, J, K) of float32 and returns a tensor of five dimensions, stored as the
+    image ``prediction``, or a dict of tensors, stored under their keys. If it makes patches smaller or larger
+    by a whole factor, so is the stored image. Several names in ``image`` are stacked as channels;
+    ``normalize`` (``zscore`` or ``clip``) scales each image by its stored statistics. A volume smaller than
+    the patch is padded by its edge and cropped back; nothing else is padded without ``padding_mode``.
+    ``device="auto"`` chooses a GPU if there is one; ``amp`` runs the network in torch's autocast, ``tta``
+    averages it over all flips.
 
-    ``mask`` names an image, or is a function ``(subject, location) -> bool``: patches that lie wholly outside
-    are not run, and voxels that no patch was run for get ``fill``; those inside the mask are as without it.
+    ``mask`` names an image, or is a function ``(subject, location) -> bool``. Patches wholly outside the mask
+    are not run, and voxels that no patch covers get ``fill``; voxels inside are the same as without a mask.
 
-    Each shard of the output is reduced and written once, when its last patch has come. Memory is that of
-    the front, planned beforehand; ``max_memory`` (bytes, or as in "2 GiB") is kept, if need be by running
-    some patches twice, or refused with MemoryLimitError. ``jobs`` local processes, or the Dask cluster at
-    ``scheduler``, share the volumes out and give the same bytes as one. An output that was begun is gone on
-    with, and refused if model, options or inputs are others (``resume=False`` refuses any); ``overwrite``
-    starts over. ``progress`` is told the patches done. Returns the predictions as a cohort.
+    Each shard of the output is reduced and written once, after its last patch. Memory is planned before
+    anything runs and does not grow with the longest axis. To hold less than ``max_memory`` (bytes, or text
+    such as "2 GiB") some patches are run twice; if that is not enough, MemoryLimitError is raised. ``jobs``
+    local processes, or the Dask cluster at ``scheduler``, share the volumes and give the same bytes as one.
+
+    An unfinished output is resumed; it is refused with StoreExistsError if the model, the options or the
+    inputs changed. ``resume=False`` refuses any existing output, ``overwrite`` starts over. ``progress`` is
+    called with numbers of patches done. Returns the predictions as a cohort.
+
+    >>> import tempfile, numpy as np
+    >>> from zpatch.images.image import ScalarImage
+    >>> subject = Subject(name="ann", t1=ScalarImage(np.ones((40, 40, 40), np.float32)))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     cohort = predict(torch.nn.Upsample(scale_factor=2), [subject], folder + "/out.zarr",
+    ...                      image="t1", patch_size=32, patch_overlap=8, device="cpu")
+    ...     cohort["ann"].prediction.shape
+    (1, 80, 80, 80)
     """
-    options = PredictOptions.of(
-        image=image,
-        patch_size=patch_size,
-        patch_overlap=patch_overlap,
-        overlap_mode=overlap_mode,
-        reduce=reduce,
-        batch_size=batch_size,
-        padding_mode=padding_mode,
-        normalize=normalize,
-        mask=mask,
-        fill=fill,
-        max_memory=max_memory,
-        jobs=jobs,
-        scheduler=scheduler,
-    )
-    check_can_create(Path(output), overwrite=overwrite, resume=resume)
-    network = Network(model, torch_device(device), amp=amp, tta=tta)
-    begun = {} if overwrite else begun_shards(Path(output))
+    given = locals()
+    options = PredictOptions.of(**{f.name: given[f.name] for f in dataclasses.fields(PredictOptions)})
+    check_can_create(Path(output), overwrite=options.overwrite, resume=options.resume)
+    network = Network.of(model, options)
+    begun = {} if options.overwrite else begun_shards(Path(output))
     plans = plan_prediction(network, subjects, options, begun=begun)
-    return run_prediction(network, plans, output, options, overwrite=overwrite, progress=progress)
+    return run_prediction(network, plans, output, options, progress=progress)

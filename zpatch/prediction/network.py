@@ -7,14 +7,16 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 
+from zpatch.digests import Json
 from zpatch.errors import ModelError, OptionError
 from zpatch.geometry.boxes import PatchLocation
 from zpatch.prediction.model_files import Model, file_bytes, script_network
 from zpatch.prediction.model_identity import identity
+from zpatch.prediction.prediction_options import PredictOptions
 
 DEFAULT_OUTPUT = "prediction"
 FLIPPED_AT_ONCE = 8  # the blocks that a flipped output is added in
@@ -56,6 +58,11 @@ class Network:
     amp: bool = False
     tta: bool = False
     identity: str = dataclasses.field(init=False)
+
+    @classmethod
+    def of(cls, model: Model, options: PredictOptions) -> Self:
+        """The network of a prediction with some options. Raises OptionError for a device that is missing."""
+        return cls(model, torch_device(options.device), amp=options.amp, tta=options.tta)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "identity", identity(self.model))
@@ -107,6 +114,10 @@ class Network:
         for flip in flips:
             _add_flipped(sums, _named(self.model(batch.flip(flip))), flip)
         return {key: total.div_(len(flips)) for key, total in sums.items()}
+
+    def stored(self) -> Json:
+        """All that voxels depend on of a network, as it is stored beside the voxels."""
+        return {"model": self.identity, "device": self.device.type, "amp": self.amp, "tta": self.tta}
 
     def on(self, device: torch.device) -> Network:
         """The same network on another device."""

@@ -1,8 +1,8 @@
-"""How much is held at most while a front sweeps over a volume, known before anything runs.
+"""The most memory that a prediction holds, known before anything runs.
 
-What is held (sums, shards, decoded chunks) is a product of pieces of the three axes. A piece is there
-from one patch of its axis to another, so the whole is there from one place in the sweep to another, and what
-is held at each place follows from tables that grow with the axes and not with the volume.
+Sums, shards and decoded chunks are products of pieces of the three axes. A piece is held from one patch of
+its axis to another, so a product is held from one place of the sweep to another. The bytes held at each place
+follow from tables that grow with the axes and not with the volume.
 """
 
 from __future__ import annotations
@@ -15,49 +15,46 @@ import numpy as np
 
 from zpatch.blending.axis_tiles import AxisTile
 from zpatch.geometry.boxes import Integers, Triple
-from zpatch.geometry.patch_grid import PatchGrid
 from zpatch.images.chunk_cache import is_quick, patches_of_chunks
-from zpatch.images.image import Image
 from zpatch.images.voxel_source import VoxelSource
-from zpatch.prediction.prediction_options import PredictOptions
-from zpatch.prediction.prediction_plan import PlannedHead, Ranges, Region, outputs_bytes
+from zpatch.prediction.prediction_plan import PlannedHead, PredictionPlan, Ranges, Region
 from zpatch.runtime.buffer_pool import POOL_SLACK
 
 WEIGHT_BYTES = 4  # of a voxel's summed weights
-BATCHES_READ = 3  # one with the network, one waiting, one being read
+BATCHES_READ = 3  # one in the network, one waiting, one being read
 SHARDS_WRITTEN = 2  # besides those that are being filled: one waiting, one being encoded
-SMALL_PIECES_BYTES = 2**23  # what the threads keep of small blocks
+SMALL_PIECES_BYTES = 2**23  # kept by threads in small blocks
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AxisLifetimes:
-    """Pieces of one axis: ``size`` voxels each, held from patch ``birth`` up to and with ``death``."""
+    """Pieces of one axis: ``size`` voxels each, held from patch ``birth`` up to and including ``death``."""
 
     birth: Integers
     death: Integers
     size: Integers
 
     def within(self, first: int) -> AxisLifetimes:
-        """The same, with patches counted from a number on."""
+        """The same pieces, with patches counted from ``first``."""
         return AxisLifetimes(self.birth - first, self.death - first, self.size)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Held:
-    """What is held of one kind: products of pieces, ``voxel_bytes`` for each voxel; axes in sweep order.
+    """Memory of one kind: the products of pieces of ``axes``, in sweep order, of ``voxel_bytes`` a voxel.
 
-    A kind with negative bytes takes away from another one that counts it too.
+    A kind with negative bytes corrects another kind that counts the same voxels.
     """
 
     axes: tuple[AxisLifetimes, AxisLifetimes, AxisLifetimes]
     voxel_bytes: int
 
 
-def peak_bytes(kinds: Sequence[Held], counts: Sequence[int]) -> int:
-    """The most that is held at any patch of a sweep of so many patches along each axis, in sweep order.
+def sweep_peak_bytes(kinds: Sequence[Held], counts: Sequence[int]) -> int:
+    """The most bytes held at any patch of a sweep over ``counts`` patches along each axis, in sweep order.
 
     >>> pieces = AxisLifetimes(np.array([0, 0]), np.array([0, 1]), np.array([4, 2]))
-    >>> peak_bytes([Held((pieces, pieces, pieces), 1)], (2, 2, 2))
+    >>> sweep_peak_bytes([Held((pieces, pieces, pieces), 1)], (2, 2, 2))
     216
     """
     rows, cross = counts[0], counts[1] * counts[2]
@@ -65,7 +62,7 @@ def peak_bytes(kinds: Sequence[Held], counts: Sequence[int]) -> int:
     for kind in kinds:
         slow, *others = kind.axes
         born, gone = _over_cross_section(others, counts[1], counts[2])
-        # Of what is there in a row, some is all along, some from its birth on, some until its death.
+        # Within a row a piece is held all along, or from its birth on, or until its death, or between both.
         profiles += [np.full(cross, born[-1]), born, born[-1] - gone, born - gone]
         row = np.arange(rows)[:, None]
         before, after = slow.birth < row, row < slow.death
@@ -92,9 +89,9 @@ def _over_cross_section(axes: Sequence[AxisLifetimes], rows: int, columns: int) 
 def held_of_head(
     planned: PlannedHead, shards: Ranges, patches: Ranges, *, masked: bool = False
 ) -> Iterator[Held]:
-    """What is held of sums and of shards while patches sweep over some shards of an output.
+    """The sums and the shards that are held during a sweep over some shards of an output.
 
-    Where patches are ``masked`` out weights are summed too, and a shard may begin with its first patch.
+    With a mask, weights are summed too, and a shard may be begun by its first patch.
     """
     tiling, head = planned.tiling, planned.head
     sums = head.channels * head.sum_bytes + (WEIGHT_BYTES if masked else 0)
@@ -127,43 +124,39 @@ def _shard_lives(shards: Sequence[Sequence[AxisTile]], first: int, masked: bool)
     return AxisLifetimes(births - first, deaths - first, sizes)
 
 
-def fixed_bytes(
-    images: Sequence[Image], planned: Sequence[PlannedHead], options: PredictOptions, *, tta: bool
-) -> int:
-    """What is held in any region: batches on their way in and out, shards being written, and spare pieces."""
-    voxels = options.batch_size * math.prod(options.patch_size)
-    read = voxels * sum(image.num_channels for image in images) * 4
-    batches = (BATCHES_READ + (1 if tta else 0)) * read  # one more that is flipped
-    batches += outputs_bytes([h.head for h in planned], options.batch_size, tta=tta)
-    written = SHARDS_WRITTEN * sum(h.shard_bytes for h in planned)
-    return batches + written + len(planned) * POOL_SLACK + SMALL_PIECES_BYTES
+def region_bytes(plan: PredictionPlan) -> int:
+    """The most bytes that any region of a plan holds, without the network's own."""
+    return _fixed_bytes(plan) + max(_swept_bytes(plan, region) for region in plan.regions)
 
 
-def region_bytes(
-    region: Region,
-    images: Sequence[Image],
-    heads: Sequence[PlannedHead],
-    grid: PatchGrid,
-    batch_size: int,
-    masked: bool,
-) -> int:
-    """The front of a region's sweep: sums and shards, and the chunks that are read."""
-    order = heads[0].tiling.order
+def _fixed_bytes(plan: PredictionPlan) -> int:
+    """Bytes held in any region: batches that are read and predicted, shards in flight, and spare pieces."""
+    voxels = plan.batch_size * math.prod(plan.grid.patch_size)
+    read = voxels * sum(image.num_channels for image in plan.images) * 4
+    batches = (BATCHES_READ + (1 if plan.tta else 0)) * read  # one more that is flipped
+    written = SHARDS_WRITTEN * sum(head.shard_bytes for head in plan.heads)
+    return batches + plan.outputs_bytes + written + len(plan.heads) * POOL_SLACK + SMALL_PIECES_BYTES
+
+
+def _swept_bytes(plan: PredictionPlan, region: Region) -> int:
+    """The most bytes that a region's sweep holds: sums and shards, and the chunks that are read."""
+    order = plan.heads[0].tiling.order
     counts = [len(region.patches[axis]) for axis in order]
     kept = [
         held
-        for head, shards in zip(heads, region.shards, strict=True)
+        for head, shards in zip(plan.heads, region.shards, strict=True)
         if all(shards)
-        for held in held_of_head(head, shards, region.patches, masked=masked)
+        for held in held_of_head(head, shards, region.patches, masked=plan.skipped is not None)
     ]
-    sources = [image.source for image in images if not is_quick(image.source)]
-    chunks = [_held_chunks(source, grid, order, region.patches) for source in sources]
-    together = (batch_size - 1) * sum(_bytes_under(grid.patch_size, source) for source in sources)
-    return peak_bytes(kept, counts) + (peak_bytes(chunks, counts) + together if chunks else 0)
+    sources = [image.source for image in plan.images if not is_quick(image.source)]
+    chunks = [_held_chunks(source, plan, region.patches) for source in sources]
+    of_patch = sum(_bytes_under(plan.grid.patch_size, source) for source in sources)
+    together = (plan.batch_size - 1) * of_patch
+    return sweep_peak_bytes(kept, counts) + (sweep_peak_bytes(chunks, counts) + together if chunks else 0)
 
 
 def _bytes_under(patch_size: Triple, source: VoxelSource) -> int:
-    """The chunks that a patch touches at most, as it lies worst."""
+    """Bytes of the most chunks that a patch touches, wherever it is."""
     extents = [(-(-(p - 1) // c) + 1) * c for p, c in zip(patch_size, source.chunk_shape, strict=True)]
     return math.prod(min(n, e) for n, e in zip(source.shape[1:], extents, strict=True)) * _voxel_bytes(source)
 
@@ -172,14 +165,14 @@ def _voxel_bytes(source: VoxelSource) -> int:
     return source.shape[0] * source.dtype.itemsize
 
 
-def _held_chunks(source: VoxelSource, grid: PatchGrid, order: Triple, patches: Ranges) -> Held:
-    lives = []
-    for axis in order:
+def _held_chunks(source: VoxelSource, plan: PredictionPlan, patches: Ranges) -> Held:
+    grid, lifetimes = plan.grid, []
+    for axis in plan.heads[0].tiling.order:
         run, length = patches[axis], min(source.chunk_shape[axis], grid.spatial_shape[axis])
         starts = grid.starts[axis][run.start : run.stop]
         births, deaths = patches_of_chunks(starts, grid.patch_size[axis], length, grid.spatial_shape[axis])
         touched = births <= deaths
         sizes = np.full(int(touched.sum()), length)
-        lives.append(AxisLifetimes(births[touched], deaths[touched], sizes))
-    slow, middle, fast = lives
+        lifetimes.append(AxisLifetimes(births[touched], deaths[touched], sizes))
+    slow, middle, fast = lifetimes
     return Held((slow, middle, fast), _voxel_bytes(source))

@@ -1,10 +1,11 @@
-"""Plans of all subjects: the network is probed on one patch, the mask is looked at."""
+"""Planning a prediction: run the network on one patch, read the mask, keep the first plan that fits."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 
 from zpatch.blending.blend import accumulation_dtype
 from zpatch.blending.reduction import as_stored, fitting_fill, reduce_channels
-from zpatch.errors import ModelError, OptionError, SourceError, ZpatchError
+
+from zpatch.errors import MemoryLimitError, ModelError, OptionError, SourceError, ZpatchError
 from zpatch.geometry.boxes import Bools
 from zpatch.images.chunk_cache import cached
 from zpatch.images.group_read import read_group
@@ -21,10 +23,11 @@ from zpatch.images.image import Image
 from zpatch.images.normalization import Normalize
 from zpatch.images.subject import Subject
 from zpatch.prediction.network import Network
+from zpatch.prediction.peak_memory import region_bytes
 from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.prediction_plan import Head, PredictionPlan
-from zpatch.prediction.regions import NOT_BEGUN, Shards, grid_over, plan_subject
-from zpatch.runtime.byte_sizes import parse_bytes
+from zpatch.prediction.regions import NOT_BEGUN, Shards, grid_over, partitions, planned_heads
+from zpatch.runtime.byte_sizes import format_bytes, parse_bytes
 from zpatch.runtime.process_memory import resident_bytes
 from zpatch.store.names import check_name, check_names_differ
 
@@ -38,10 +41,80 @@ def plan_prediction(
     *,
     begun: Mapping[str, Shards] = MappingProxyType({}),
 ) -> list[PredictionPlan]:
-    """The plan of each subject; nothing is written. The network is run on one patch of the first subject.
+    """The plan of each subject. The network is run on one patch of the first subject; nothing is written.
 
-    ``begun`` says by subject and head in which shards an output was begun, that is to be gone on with.
+    ``begun`` has the shards of an output that is to be resumed, by subject and output: they are kept. Raises
+    MemoryLimitError if no plan of a subject fits ``options.max_memory``.
     """
+    _check_subjects(subjects)
+    heads = probe(network, subjects[0], options)
+    limit = _bytes_left(options)
+    plans = []
+    for subject in subjects:
+        slabs, of_subject = _slabs(subject, options, len(subjects)), begun.get(subject.name, NOT_BEGUN)
+        found = candidates(subject, heads, options, slabs=slabs, tta=network.tta, begun=of_subject)
+        plans.append(first_fitting(found, limit, of_subject))
+    return plans
+
+
+def candidates(
+    subject: Subject,
+    heads: Sequence[Head],
+    options: PredictOptions,
+    *,
+    slabs: int = 1,
+    tta: bool = False,
+    begun: Shards = NOT_BEGUN,
+) -> Iterator[PredictionPlan]:
+    """Plans of a subject, from the fastest to those that hold less: more regions, then smaller shards.
+
+    Each has at least ``slabs`` regions along the swept axis, if there are as many shards. ``begun`` has the
+    stored shapes of shards by output; if it has all outputs, no other shards are tried.
+    """
+    images = tuple(_images(subject, options))
+    grid = grid_over(images[0].spatial_shape, options)
+    skipped = _outside_mask(subject, options)
+    for planned in planned_heads(subject.name, heads, images[0], grid, options, begun):
+        for regions in partitions(planned, slabs):
+            plan = PredictionPlan(
+                subject=subject,
+                images=images,
+                grid=grid,
+                batch_size=options.batch_size,
+                heads=planned,
+                regions=regions,
+                skipped=skipped,
+                region_bytes=0,
+                jobs=options.jobs,
+                tta=tta,
+            )
+            yield dataclasses.replace(plan, region_bytes=region_bytes(plan))
+
+
+def first_fitting(
+    plans: Iterable[PredictionPlan], limit: int | None, begun: Shards = NOT_BEGUN
+) -> PredictionPlan:
+    """The first plan whose jobs together hold at most ``limit`` bytes.
+
+    Raises MemoryLimitError about the plan that holds least; ``begun`` are shards that could not be changed.
+    """
+    least = None
+    for plan in plans:
+        if limit is None or plan.peak_bytes <= limit:
+            return plan
+        least = plan if least is None or plan.peak_bytes < least.peak_bytes else least
+    assert least is not None
+    assert limit is not None
+    advice = "use a smaller patch_size, batch_size or number of jobs, or allow more"
+    if {head.head.name: head.record.shards for head in least.heads} == begun:
+        advice = "it was begun in these shards: allow more, or say --overwrite to start over in smaller ones"
+    raise MemoryLimitError(
+        f"the prediction of {least.subject.name!r} needs {format_bytes(least.peak_bytes)} beside the "
+        f"network, and {format_bytes(max(limit, 0))} are left of the limit; {advice}"
+    )
+
+
+def _check_subjects(subjects: Sequence[Subject]) -> None:
     given: Any = subjects
     if isinstance(given, Subject):
         raise OptionError("subjects= is one subject; give a list of it")
@@ -49,39 +122,28 @@ def plan_prediction(
         raise OptionError("there is no subject to predict")
     for name, times in Counter(subject.name for subject in subjects).items():
         if times > 1:
-            raise OptionError(f"{times} subjects are called {name!r}; give each a name of its own")
+            raise OptionError(f"{times} subjects are called {name!r}; give each a different name")
     _check_names([subject.name for subject in subjects], "subject", OptionError)
-    heads = probe(network, subjects[0], options)
-    limit = None
-    if options.max_memory is not None:
-        processes = 1 + (options.jobs if options.jobs > 1 else 0)
-        limit = parse_bytes(options.max_memory) - processes * resident_bytes()
-    plans = []
-    for subject in subjects:
-        images = _images(subject, options)
-        grid = grid_over(images[0].spatial_shape, options)
-        slabs = math.ceil(options.jobs / len(subjects))
-        if options.scheduler is not None and options.jobs == 1:
-            slabs = max(1, max(grid.counts) // ROWS_OF_A_REGION)
-        skipped = _outside_mask(subject, options)
-        plans.append(
-            plan_subject(
-                subject,
-                images,
-                heads,
-                options,
-                slabs=slabs,
-                limit=limit,
-                skipped=skipped,
-                tta=network.tta,
-                begun=begun.get(subject.name, NOT_BEGUN),
-            )
-        )
-    return plans
+
+
+def _bytes_left(options: PredictOptions) -> int | None:
+    """Bytes of the memory limit that this process and its workers do not hold yet."""
+    if options.max_memory is None:
+        return None
+    processes = 1 + (options.jobs if options.jobs > 1 else 0)
+    return parse_bytes(options.max_memory) - processes * resident_bytes()
+
+
+def _slabs(subject: Subject, options: PredictOptions, subjects: int) -> int:
+    """The number of regions along the swept axis that lets all jobs, or a cluster, share the work."""
+    if options.scheduler is None or options.jobs > 1:
+        return math.ceil(options.jobs / subjects)
+    grid = grid_over(subject[options.image[0]].spatial_shape, options)
+    return max(1, max(grid.counts) // ROWS_OF_A_REGION)
 
 
 def _check_names(names: Sequence[str], what: str, error: type[ZpatchError]) -> None:
-    """Refuse names that are no folders everywhere, or that some file system cannot tell apart."""
+    """Refuse names that are not valid folders everywhere, or the same to some file system."""
     try:
         for name in names:
             check_name(name, what)
@@ -101,11 +163,11 @@ def _images(subject: Subject, options: PredictOptions) -> list[Image]:
 
 
 def probe(network: Network, subject: Subject, options: PredictOptions) -> tuple[Head, ...]:
-    """What a network gives for the first patch of a subject: its heads, and what is kept of each."""
+    """The outputs of a network, from running it on the first patch of a subject."""
     images = _images(subject, options)
     location = grid_over(images[0].spatial_shape, options).at((0, 0, 0))
-    mode = options.padding_mode or "edge"
-    patches = [found[0].astype(np.float32) for found in read_group(images, [location], padding_mode=mode)]
+    found = read_group(images, [location], padding_mode=options.reading_mode)
+    patches = [voxels[0].astype(np.float32) for voxels in found]
     with network.running():
         outputs = network(torch.from_numpy(np.concatenate(patches)[None]), subject.name, [location])
         try:
@@ -132,7 +194,7 @@ def _head(name: str, output: torch.Tensor, options: PredictOptions) -> Head:
 
 
 def _outside_mask(subject: Subject, options: PredictOptions) -> Bools | None:
-    """Which patches lie wholly outside the mask."""
+    """Which patches are wholly outside the mask; None without a mask."""
     mask = options.mask
     if mask is None:
         return None

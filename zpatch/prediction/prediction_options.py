@@ -1,26 +1,46 @@
-"""What a user may choose of a prediction."""
+"""The options of a prediction: the one list of them, checked, and the part that voxels depend on."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+import torch
+
 from zpatch.blending.reduction import Reduction, check_reduction
 from zpatch.blending.windows import check_overlap_mode
+from zpatch.digests import Json
 from zpatch.errors import OptionError
 from zpatch.geometry.boxes import PatchLocation, Triple, patch_overlap_triple, patch_size_triple
 from zpatch.geometry.padding import check_padding_mode
 from zpatch.images.normalization import Normalize
 from zpatch.images.subject import Subject
+from zpatch.prediction.model_identity import identity
 from zpatch.runtime.byte_sizes import parse_bytes
 
 MaskFunction = Callable[[Subject, PatchLocation], bool]
 
+OF_THE_NETWORK = ("device", "amp", "tta")  # stored as the network has them: "auto" is a device by then
+OF_THE_RUN = ("max_memory", "jobs", "scheduler", "resume", "overwrite")  # the voxels are the same
+
 
 @dataclass(frozen=True, slots=True)
 class PredictOptions:
-    """What a user may choose; see ``predict``."""
+    """The options of ``predict``, which documents them, in one form and checked.
+
+    ``image`` are names of images, stacked as channels. ``patch_size`` and ``patch_overlap`` are voxels along
+    (I, J, K). ``overlap_mode`` and ``reduce`` are those of a PatchAggregator, ``padding_mode`` that of a
+    GridSampler, ``normalize`` is a mode of Normalize. ``batch_size`` counts patches. ``device`` is one of
+    torch's or ``auto``; ``amp`` is autocast, ``tta`` a mean over all flips. ``mask`` is the name of an image
+    or a function, ``fill`` the value where no patch is run. ``max_memory`` is bytes, as a number or as text;
+    ``jobs`` counts local processes, ``scheduler`` is the address of a Dask cluster. ``resume`` allows an
+    existing output to be resumed, ``overwrite`` replaces it.
+
+    >>> PredictOptions.of(image="t1", patch_size=96, patch_overlap=32).patch_overlap
+    (32, 32, 32)
+    """
 
     image: tuple[str, ...]
     patch_size: Triple
@@ -28,6 +48,9 @@ class PredictOptions:
     overlap_mode: str = "hann"
     reduce: Reduction = None
     batch_size: int = 1
+    device: str | torch.device = "auto"
+    amp: bool = False
+    tta: bool = False
     padding_mode: str | None = None
     normalize: str | None = None
     mask: str | MaskFunction | None = None
@@ -35,6 +58,8 @@ class PredictOptions:
     max_memory: int | str | None = None
     jobs: int = 1
     scheduler: str | None = None
+    resume: bool = True
+    overwrite: bool = False
 
     @classmethod
     def of(
@@ -45,7 +70,7 @@ class PredictOptions:
         patch_overlap: int | Sequence[int] = 0,
         **options: Any,
     ) -> Self:
-        """Options in the forms that ``predict`` takes them in."""
+        """Options in the forms in which ``predict`` accepts them."""
         size = patch_size_triple(patch_size)
         return cls(
             image=(image,) if isinstance(image, str) else tuple(image),
@@ -67,3 +92,32 @@ class PredictOptions:
                 raise OptionError(f"{name} must be at least 1, not {count}")
         if self.max_memory is not None:
             parse_bytes(self.max_memory)
+
+    @property
+    def pads_border(self) -> bool:
+        """Whether every volume is padded, by half the overlap; otherwise only one smaller than the patch."""
+        return self.padding_mode is not None
+
+    @property
+    def reading_mode(self) -> str:
+        """The padding mode with which patches are read: ``edge`` where none was chosen."""
+        return self.padding_mode or "edge"
+
+    def stored(self) -> Json:
+        """The options that all voxels depend on, as they are stored beside the voxels.
+
+        A new option belongs here unless it is listed as one of the network or of the run.
+        """
+        names = [field.name for field in dataclasses.fields(self)]
+        return {n: _stored(n, getattr(self, n)) for n in names if n not in OF_THE_NETWORK + OF_THE_RUN}
+
+
+def _stored(name: str, value: Any) -> Any:
+    """An option as JSON. Its form may not change: it is compared with that of predictions on disk."""
+    if callable(value):
+        return identity(value)
+    if name == "reduce":
+        return repr(value)
+    if name == "fill":
+        return repr(float(value))  # JSON has no NaN
+    return list(value) if isinstance(value, tuple) else value

@@ -1,8 +1,8 @@
-"""What a prediction will do, before it does anything: patches, shards, regions, and their memory.
+"""The plan of a prediction, before anything is written: patches, shards, regions, and their memory.
 
-A region is a box of shards that one task fills: it runs every patch that adds to them. One region is
-the whole volume; more are made to share the work out, along the swept axis, or to fit a memory limit, across
-it. Patches that add to two regions are run for each.
+A region is a box of shards that one task fills: it runs every patch that adds to them. One region is the
+whole volume. There are more regions along the swept axis if several tasks share the work, and across it if
+memory is limited. Patches that add to two regions are run for each.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from zpatch.images.subject import Subject
 from zpatch.runtime.byte_sizes import format_bytes
 from zpatch.store.image_record import ImageRecord
 
-BATCHES_AHEAD = 2  # of the network, while a shard waits for the one before it to be written
-FLIPPED_OUTPUTS = 1  # more than those of a batch, while they are summed over all its flips: the sums
+BATCHES_AHEAD = 2  # through the network, while a shard waits until the one before it is written
+OUTPUT_BUFFERS = 2  # of a batch: as the network returns it, and as it is summed
+FLIPPED_OUTPUTS = 1  # more of them with test-time augmentation: the sums over flips
 
 Ranges = tuple[range, range, range]
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """One output of a network, as its first patch showed it.
+    """One output of a network, known from the first patch.
 
-    ``channels`` are summed, ``sum_bytes`` each; ``patch_shape`` is what the network makes of a patch.
-    ``kept_channels`` of ``kept_dtype`` are what is kept of a voxel once it is reduced.
+    ``channels`` are summed, with ``sum_bytes`` each; ``patch_shape`` is the output's extent for one patch.
+    A reduced voxel has ``kept_channels`` of ``kept_dtype``.
     """
 
     name: str
@@ -44,21 +45,20 @@ class Head:
     kept_dtype: str
 
     def shape_for(self, spatial_shape: Triple, patch_size: Triple) -> Triple:
-        """The extent of the output for a whole volume: as the network scales a patch, rounded."""
+        """The extent of the output for a whole volume, scaled as the network scales a patch, and rounded.
+
+        >>> head = Head("seg", 2, 4, patch_shape=(8, 8, 8), kept_channels=1, kept_dtype="|u1")
+        >>> head.shape_for((101, 40, 1), patch_size=(16, 16, 16))
+        (51, 20, 1)
+        """
         scaled = zip(spatial_shape, self.patch_shape, patch_size, strict=True)
         i, j, k = (max(1, math.floor(n * q / p + 0.5)) for n, q, p in scaled)
         return i, j, k
 
 
-def outputs_bytes(heads: Sequence[Head], batch_size: int, *, tta: bool = False) -> int:
-    """What a network gives for a batch, as it is and as it is summed; with ``tta`` also while it is made."""
-    buffers = 2 + (FLIPPED_OUTPUTS if tta else 0)
-    return buffers * batch_size * sum(h.channels * h.sum_bytes * math.prod(h.patch_shape) for h in heads)
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class PlannedHead:
-    """An output of one subject: the record of its image, and the tiles in which it becomes final."""
+    """An output for one subject: ``record`` describes its image, ``tiling`` the tiles that become final."""
 
     head: Head
     record: ImageRecord
@@ -77,13 +77,13 @@ class PlannedHead:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Shards that one task fills: for each head a box of their numbers; and the patches that it runs."""
+    """The work of one task: a box of ``shards`` of each head, and a box of ``patches``, both by number."""
 
     shards: tuple[Ranges, ...]
     patches: Ranges
 
     def wanted(self, heads: Sequence[PlannedHead]) -> list[Bools]:
-        """Which of the shards of each head are the region's."""
+        """Which shards of each head belong to the region, over the positions of shards."""
         found = [np.zeros(head.tiling.shard_counts, dtype=bool) for head in heads]
         for shards, box in zip(found, self.shards, strict=True):
             shards[tuple(slice(numbers.start, numbers.stop) for numbers in box)] = True
@@ -92,17 +92,17 @@ class Region:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PredictionPlan:
-    """What a prediction will do to one subject.
+    """The plan of a prediction for one subject.
 
-    ``swept_axis`` is the longest, so that the front is small. ``skipped`` are patches that lie wholly outside
-    the mask. ``region_bytes`` is what a region holds at most, without the network's own; with ``tta`` that is
-    run on all flips of a batch.
+    ``images`` are read at the patches of ``grid``, ``batch_size`` at a time, and all ``regions`` together
+    fill the shards of ``heads``. ``skipped`` marks patches wholly outside the mask, over the positions of the
+    grid. ``region_bytes`` is the most memory that a region holds, without the network's own; ``jobs`` regions
+    are run at a time. With ``tta`` the network is run on all flips of a batch.
     """
 
     subject: Subject
     images: tuple[Image, ...]
     grid: PatchGrid
-    swept_axis: int
     batch_size: int
     heads: tuple[PlannedHead, ...]
     regions: tuple[Region, ...]
@@ -112,30 +112,38 @@ class PredictionPlan:
     tta: bool = False
 
     @property
+    def swept_axis(self) -> int:
+        """The slowest axis of the order in which patches are run: the longest, so that memory is small."""
+        return self.heads[0].tiling.swept_axis
+
+    @property
     def peak_bytes(self) -> int:
-        """What all jobs together hold at most, without the network's own."""
+        """The most memory that all jobs together hold, without the network's own."""
         return self.jobs * self.region_bytes
 
     @property
     def outputs_bytes(self) -> int:
-        """What the network gives for a batch, as it is and as it is summed."""
-        return outputs_bytes([planned.head for planned in self.heads], self.batch_size, tta=self.tta)
+        """Size of the network's outputs for a batch, in all buffers."""
+        buffers = OUTPUT_BUFFERS + (FLIPPED_OUTPUTS if self.tta else 0)
+        heads = [planned.head for planned in self.heads]
+        patch_bytes = sum(h.channels * h.sum_bytes * math.prod(h.patch_shape) for h in heads)
+        return buffers * self.batch_size * patch_bytes
 
     @property
     def patches(self) -> int:
-        """Patches to be run, each counted once."""
+        """Number of patches to run, each counted once."""
         return len(self.grid) - (0 if self.skipped is None else int(self.skipped.sum()))
 
     @property
     def patches_run(self) -> int:
-        """Patches that all regions run together, in whole batches."""
+        """Patches that all regions together run, in whole batches."""
         return sum(self.count_run(self.needed(region.wanted(self.heads))) for region in self.regions)
 
     @property
     def redone_patches(self) -> int:
-        """Patches that are run again at most when a task was killed: those about its front.
+        """The most patches that are run again after a task was killed: those of its unfinished shards.
 
-        A shard may still be being written until the next one is complete.
+        A shard may still be in flight until the next one is complete.
         """
         rows = 0
         for head in self.heads:
@@ -176,17 +184,17 @@ class PredictionPlan:
         return sum(math.prod(head.tiling.shard_counts) for head in self.heads)
 
     def needed(self, wanted: Sequence[Bools]) -> Bools:
-        """The patches that are run for some shards of each head, over the positions of the grid."""
+        """Which patches are run to fill some shards of each head, over the positions of the grid."""
         found = np.zeros(self.grid.counts, dtype=bool)
         for head, shards in zip(self.heads, wanted, strict=True):
             found |= head.tiling.patches_for(shards)
         return found & self._is_run
 
     def batches(self, needed: Bools) -> Iterator[list[Triple]]:
-        """Positions of the patches of each batch in sweep order, of the batches with any that is needed.
+        """Positions of the patches of each batch with any needed patch, in sweep order.
 
-        What is in a batch depends on the grid and the mask alone, so that a network gives a patch the same
-        output in whichever region it is run.
+        The content of a batch depends on the grid and the mask alone, so that a network gives a patch the
+        same output in whichever region it is run.
         """
         order = sweep_order(self.swept_axis)
         positions = np.argwhere(self._is_run.transpose(order))[:, np.argsort(order)]
@@ -194,11 +202,11 @@ class PredictionPlan:
             yield [(i, j, k) for i, j, k in positions[first : first + self.batch_size].tolist()]
 
     def count_run(self, needed: Bools) -> int:
-        """Number of patches in all batches with any that is needed."""
+        """Number of patches in all batches with any needed patch."""
         return int(np.minimum(self.batch_size, self.patches - self._starts_of_batches(needed)).sum())
 
     def _starts_of_batches(self, needed: Bools) -> Integers:
-        """Which of the patches that are run, in sweep order, begin a batch with any that is needed."""
+        """Numbers, in sweep order, of the patches that begin a batch with any needed patch."""
         order = sweep_order(self.swept_axis)
         is_needed = needed.transpose(order)[self._is_run.transpose(order)]
         starts = np.arange(0, len(is_needed), self.batch_size)

@@ -1,14 +1,16 @@
-"""Predictions in progress: which regions are left, who fills them, and when a subject is complete.
+"""Predictions in progress: which regions are left, which process fills them, and when a subject is complete.
 
-Work in progress lies in ``.unfinished`` of the output, a folder for each subject, until all its shards are
-written; then its images are committed at once. What its voxels depend on stands beside them, and in the name
-of their folder, so that nothing is gone on with that was begun otherwise.
+Unfinished work is stored in ``.unfinished`` of the output, in a folder for each subject, until all shards of
+the subject are written; then its images are committed together. All that the voxels depend on is stored
+beside them and in the name of their folder, so that a prediction is resumed with the same model, options and
+inputs only.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import os
 import shutil
 import uuid
@@ -16,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import cloudpickle
 import torch
@@ -24,12 +26,11 @@ import torch
 from zpatch.digests import Json, compact_json, digest
 from zpatch.errors import ModelError, OptionError, StoreExistsError, WorkerError
 from zpatch.images.cohort import Cohort
-from zpatch.prediction.model_identity import identity
 from zpatch.prediction.network import Network
 from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.prediction_plan import PredictionPlan
-from zpatch.prediction.region_run import RunOptions, finish_subject, run_region
-from zpatch.prediction.shard_ledger import HEADER, begin, check_same, header_of
+from zpatch.prediction.region_run import WorkFolder, finish_subject, run_region
+from zpatch.prediction.shard_ledger import HEADER, check_same, header_of
 from zpatch.runtime.task_contract import Progress
 from zpatch.runtime.tasks import run_tasks
 from zpatch.store.lock import writing_to
@@ -44,48 +45,49 @@ def run_prediction(
     output: str | os.PathLike[str],
     options: PredictOptions,
     *,
-    overwrite: bool = False,
     progress: Progress = lambda patches: None,
 ) -> Cohort:
-    """Carry out the plans of some subjects, or go on with them."""
+    """Run or resume the plans of some subjects; each subject is committed when all its shards are written."""
     store = Path(output)
     _refuse_own_input(plans, options, store)
     if options.jobs > 1 and network.device.type != "cpu":
-        raise OptionError(f"jobs shares out processors; one process feeds {network.device}: leave jobs at 1")
-    if options.jobs > 1 or options.scheduler is not None:
-        _check_can_be_sent(network, options)
-    header = _header(network, options)
+        raise OptionError(f"jobs share processors, but one process feeds {network.device}: leave jobs at 1")
+    sent = _Sent.of(network, options) if options.jobs > 1 or options.scheduler is not None else None
+    header = {**network.stored(), **options.stored()}
     expected = [plan.subject.name for plan in plans]
     attributes = {"tool": "zpatch predict", "expected_subjects": expected, "prediction": header}
-    open_writer = (
-        functools.partial(StoreWriter.create, overwrite=overwrite) if overwrite else StoreWriter.resume
-    )
-    with open_writer(store, attributes) as writer:
+    with _opened(store, attributes, overwrite=options.overwrite) as writer:
         check_same(writer.attributes["prediction"], header, store)
         check_same({"subjects": writer.attributes["expected_subjects"]}, {"subjects": expected}, store)
-        unfinished = writer.path / UNFINISHED
         with writing_to(writer.path):
             inputs = digest(compact_json(header).encode())
-            jobs = [_begun(plan, inputs, unfinished / plan.subject.name, writer) for plan in plans]
+            jobs = [_begun(plan, inputs, writer) for plan in plans]
         left = [job for job in jobs if job is not None]
         if done_before := sum(p.patches_run for p, job in zip(plans, jobs, strict=True) if job is None):
             progress(done_before)
-        run_options = RunOptions(options.reduce, options.padding_mode or "edge", options.fill)
-        for job in _carried_out(network, left, run_options, unfinished, options, progress):
+        work = _Work(network, options, tuple(left))
+        for job in _finished_jobs(work, sent, writer.path / UNFINISHED, progress):
             with writing_to(writer.path):
                 finished = finish_subject(job.plan, job.folder)
-            writer.commit(
-                [(folder, dataclasses.replace(record, inputs=job.inputs)) for folder, record in finished]
-            )
-            shutil.rmtree(job.folder.parent)
-        shutil.rmtree(unfinished, ignore_errors=True)
+            records = [
+                (folder, dataclasses.replace(record, inputs=job.inputs)) for folder, record in finished
+            ]
+            writer.commit(records)
+            job.folder.remove()
+        shutil.rmtree(writer.path / UNFINISHED, ignore_errors=True)
     return Cohort(output)
 
 
-def begun_shards(output: Path) -> dict[str, dict[str, tuple[int, ...]]]:
-    """The shapes of the shards of all predictions that are in an output, or were begun, by subject and name.
+def _opened(store: Path, attributes: Json, *, overwrite: bool) -> StoreWriter:
+    if overwrite:
+        return StoreWriter.create(store, attributes, overwrite=True)
+    return StoreWriter.resume(store, attributes)
 
-    What is gone on with must be written in the same ones.
+
+def begun_shards(output: Path) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The shapes of shards of all predictions in an output, finished or not, by subject and name.
+
+    A prediction is resumed in the same shards.
     """
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     if (output / MANIFEST).exists():
@@ -106,30 +108,20 @@ def _refuse_own_input(plans: Sequence[PredictionPlan], options: PredictOptions, 
         raise StoreExistsError(f"{output}: it is the store that is read; choose another output")
 
 
-def _check_can_be_sent(network: Network, options: PredictOptions) -> None:
-    """Refuse what no other process can have, before anything is touched."""
-    for what, value in (("model", network), ("reduce function", options.reduce)):
-        try:
-            cloudpickle.dumps(value)
-        except Exception as error:  # a user's class may fail in any way
-            raise ModelError(
-                f"the {what} cannot be sent to other processes ({type(error).__name__}: {error}); leave out "
-                f"jobs and scheduler, or give one that can be pickled"
-            ) from error
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Job:
-    """A subject that is to be predicted in a folder; ``inputs`` is a digest of all that it is made from."""
+    """A subject to be predicted in ``folder``; ``inputs`` is the digest of its own part of the header."""
 
     plan: PredictionPlan
-    folder: Path
+    folder: WorkFolder
     inputs: str
 
 
-def _begun(plan: PredictionPlan, prediction: str, folder: Path, writer: StoreWriter) -> _Job | None:
-    """The job of a subject; None where its predictions are committed. ``prediction`` is a digest of what all
-    subjects depend on."""
+def _begun(plan: PredictionPlan, prediction: str, writer: StoreWriter) -> _Job | None:
+    """The job of a subject; None if its predictions are committed.
+
+    ``prediction`` is the digest of the header that all subjects share.
+    """
     header = _subject_header(plan)
     inputs = digest(compact_json(header).encode())
     name = plan.subject.name
@@ -140,33 +132,14 @@ def _begun(plan: PredictionPlan, prediction: str, folder: Path, writer: StoreWri
                 f"{writer.path}: the prediction of {name!r} was made from other inputs, mask or shards; "
                 f"say --overwrite to start over, or choose another output"
             )
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(writer.path / UNFINISHED / name, ignore_errors=True)
         return None
-    return _Job(plan, begin(folder, {**header, "prediction": prediction}), inputs)
-
-
-def _header(network: Network, options: PredictOptions) -> Json:
-    """What all voxels depend on."""
-    return {
-        "model": network.identity,
-        "device": network.device.type,
-        "amp": network.amp,
-        "tta": network.tta,
-        "image": list(options.image),
-        "patch_size": list(options.patch_size),
-        "patch_overlap": list(options.patch_overlap),
-        "overlap_mode": options.overlap_mode,
-        "reduce": identity(options.reduce) if callable(options.reduce) else repr(options.reduce),
-        "batch_size": options.batch_size,
-        "padding_mode": options.padding_mode,
-        "normalize": options.normalize,
-        "mask": identity(options.mask) if callable(options.mask) else options.mask,
-        "fill": repr(float(options.fill)),
-    }
+    folder = WorkFolder.begin(writer.path, name, {**header, "prediction": prediction})
+    return _Job(plan, folder, inputs)
 
 
 def _subject_header(plan: PredictionPlan) -> Json:
-    """What the voxels of one subject depend on beside that."""
+    """What the voxels of one subject depend on, besides the network and the options."""
     masked_out = "" if plan.skipped is None else digest(plan.skipped.tobytes())
     return {
         "inputs": [image.identity() for image in plan.images],
@@ -182,25 +155,69 @@ def _subject_header(plan: PredictionPlan) -> Json:
     }
 
 
-def _carried_out(
-    network: Network,
-    jobs: Sequence[_Job],
-    run_options: RunOptions,
-    unfinished: Path,
-    options: PredictOptions,
-    progress: Progress,
-) -> Iterator[_Job]:
-    """Run all regions of some jobs, and give each job when all its regions are done."""
-    tasks = [(number, region) for number, job in enumerate(jobs) for region in range(len(job.plan.regions))]
+@dataclass(frozen=True, slots=True, eq=False)
+class _Work:
+    """Everything that tasks need; a task is the number of a job and that of its region."""
+
+    network: Network
+    options: PredictOptions
+    jobs: tuple[_Job, ...]
+
+    @property
+    def tasks(self) -> list[tuple[int, int]]:
+        """All regions of all jobs."""
+        return [
+            (number, region)
+            for number, job in enumerate(self.jobs)
+            for region in range(len(job.plan.regions))
+        ]
+
+    def do(self, task: tuple[int, int], progress: Progress) -> None:
+        """Do a task in this process."""
+        job = self.jobs[task[0]]
+        run_region(job.plan, job.plan.regions[task[1]], self.network, job.folder, self.options, progress)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sent:
+    """The network and the options, pickled once for all other processes; the jobs follow them in the file."""
+
+    stream: io.BytesIO
+
+    @classmethod
+    def of(cls, network: Network, options: PredictOptions) -> Self:
+        """Refuse a network or a function that cannot be pickled, before anything is touched."""
+        stream = io.BytesIO()
+        options = dataclasses.replace(options, mask=None)  # a plan says already which patches are masked out
+        for what, value in (("model", network), ("reduce function", options)):
+            try:
+                cloudpickle.dump(value, stream)
+            except Exception as error:  # a user's class may fail in any way
+                raise ModelError(
+                    f"the {what} cannot be sent to other processes ({type(error).__name__}: {error}); leave "
+                    f"out jobs and scheduler, or give one that can be pickled"
+                ) from error
+        return cls(stream)
+
+    def write(self, path: Path, jobs: tuple[_Job, ...]) -> None:
+        """Write the file of a ``_Work``, and free the memory of the pickled network."""
+        with path.open("wb") as file:
+            file.write(self.stream.getbuffer())
+            self.stream.close()
+            cloudpickle.dump(jobs, file)
+
+
+def _finished_jobs(work: _Work, sent: _Sent | None, unfinished: Path, progress: Progress) -> Iterator[_Job]:
+    """Run all regions of all jobs; yields each job when all its regions are done."""
+    tasks, options = work.tasks, work.options
     left = Counter(number for number, _ in tasks)
-    names = [f"predict-{jobs[number].plan.subject.name}-{region}" for number, region in tasks]
-    work = _Work(network, tuple(jobs), run_options)
+    names = [f"predict-{work.jobs[number].plan.subject.name}-{region}" for number, region in tasks]
     shared = unfinished / f"work-{uuid.uuid4().hex}.pickle"
     is_local = options.scheduler is None and min(options.jobs, len(tasks)) <= 1
     try:
-        if not is_local and tasks:
+        if sent is not None and not is_local and tasks:
             with writing_to(unfinished.parent):
-                shared.write_bytes(cloudpickle.dumps(work))
+                sent.write(shared, work.jobs)
         function = work.do if is_local else functools.partial(_do_shared, shared, options.jobs > 1)
         for number, result in run_tasks(
             function,
@@ -213,29 +230,16 @@ def _carried_out(
         ):
             if isinstance(result, WorkerError):
                 raise WorkerError(f"{names[number]}: {result}")
-            left[tasks[number][0]] -= 1
-            if not left[tasks[number][0]]:
-                yield jobs[tasks[number][0]]
+            job, _ = tasks[number]
+            left[job] -= 1
+            if not left[job]:
+                yield work.jobs[job]
     finally:
         shared.unlink(missing_ok=True)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Work:
-    """All that tasks need; a task is the numbers of a job and of its region."""
-
-    network: Network
-    jobs: tuple[_Job, ...]
-    options: RunOptions
-
-    def do(self, task: tuple[int, int], progress: Progress) -> None:
-        """Do a task here."""
-        job = self.jobs[task[0]]
-        run_region(job.plan, job.plan.regions[task[1]], self.network, job.folder, self.options, progress)
-
-
 def _do_shared(path: Path, alone: bool, task: tuple[int, int], progress: Progress) -> None:
-    """Do a task in another process; ``alone`` is one of as many as there are processors."""
+    """Do a task in another process; in one thread if the process is ``alone``, one per processor."""
     if alone:
         torch.set_num_threads(1)
     _work_at(path).do(task, progress)
@@ -244,10 +248,11 @@ def _do_shared(path: Path, alone: bool, task: tuple[int, int], progress: Progres
 @functools.lru_cache(maxsize=1)
 def _work_at(path: Path) -> _Work:
     try:
-        work: _Work = cloudpickle.loads(path.read_bytes())
+        with path.open("rb") as file:
+            work = _Work(*(cloudpickle.load(file) for _ in dataclasses.fields(_Work)))
     except (ImportError, AttributeError) as error:
         raise ModelError(
-            f"the model cannot be had in another process ({error}); its code must be importable there"
+            f"the model cannot be loaded in another process ({error}); its code must be importable there"
         ) from error
     model: Any = work.network.model
     if isinstance(model, torch.nn.Module):

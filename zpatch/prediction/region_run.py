@@ -1,16 +1,17 @@
-"""Carrying out a prediction plan, one region at a time: read, run the network, blend, write.
+"""Running one region of a prediction plan: read, run the network, blend, write.
 
-Batches are read ahead in one thread, and shards are encoded and written in another, while the network runs
-and its outputs are blended in this one. Each hands on one thing at a time, so that none runs away from the
-others. What malloc keeps of freed memory goes back to the system where more is held than the plan says.
+Batches are read ahead in one thread, and shards are encoded and written in another, while this thread runs
+the network and blends its outputs. Each hands over one thing at a time, so none gets far ahead of the others.
+Freed memory that malloc keeps is returned to the system if the process holds more than the plan says.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
+import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,6 +23,7 @@ from zpatch.blending.blend import add_batch
 from zpatch.blending.grid_blend import GridBlend, Skipped
 from zpatch.blending.reduction import Finaliser, Reduction
 from zpatch.blending.sinks import CompleteShard, ShardAssembler
+from zpatch.digests import Json
 from zpatch.errors import ModelError
 from zpatch.geometry.boxes import Bools, PatchLocation, Triple
 from zpatch.images.chunk_cache import cached
@@ -29,8 +31,9 @@ from zpatch.images.group_read import read_group
 from zpatch.images.image import Image
 from zpatch.nifti.writer import make_header
 from zpatch.prediction.network import Network, Outputs
+from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.prediction_plan import PlannedHead, PredictionPlan, Region
-from zpatch.prediction.shard_ledger import ShardLedger
+from zpatch.prediction.shard_ledger import ShardLedger, begin
 from zpatch.runtime import buffer_pool
 from zpatch.runtime.process_memory import resident_bytes, return_freed
 from zpatch.runtime.task_contract import Progress
@@ -38,7 +41,7 @@ from zpatch.runtime.tasks import read_ahead
 from zpatch.sampling.patch import torch_dtype
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.lock import writing_to
-from zpatch.store.names import RAW_HEADER
+from zpatch.store.names import RAW_HEADER, UNFINISHED
 from zpatch.store.store import read_small_array
 
 BATCHES_TO_LEARN = 4
@@ -47,29 +50,46 @@ BATCHES_BETWEEN = 32
 Batch = tuple[list[PatchLocation], torch.Tensor]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class RunOptions:
-    """What a region's run needs to know beside its plan."""
+@dataclass(frozen=True, slots=True)
+class WorkFolder:
+    """The folder in which the outputs of a subject are written until they are committed.
 
-    reduce: Reduction = None
-    padding_mode: str = "edge"
-    fill: float = 0
+    ``output`` is the store that they are written for; ``path`` is a folder in its ``.unfinished``, named
+    ``<subject>/<digest of all that the voxels depend on>``, with a folder for each output.
+    """
+
+    output: Path
+    path: Path
+
+    @classmethod
+    def begin(cls, output: Path, subject: str, header: Json) -> Self:
+        """Begin or resume a subject. Raises StoreExistsError if it was begun with another ``header``."""
+        return cls(output, begin(output / UNFINISHED / subject, header))
+
+    def ledger(self, head: PlannedHead) -> ShardLedger:
+        """The written shards of an output."""
+        return ShardLedger(self.path / head.head.name)
+
+    def remove(self) -> None:
+        """Remove all that was written for the subject."""
+        shutil.rmtree(self.path.parent)
 
 
 def run_region(
     plan: PredictionPlan,
     region: Region,
     network: Network,
-    folder: Path,
-    options: RunOptions,
+    folder: WorkFolder,
+    options: PredictOptions,
     progress: Progress,
 ) -> None:
-    """Fill those shards of a region that are not written yet, below the subject's ``folder``.
+    """Fill the shards of a region that are not written yet, in the subject's ``folder``.
 
-    ``progress`` is told the patches done, now or before. A region that is run twice gives the same bytes.
+    ``progress`` is called with numbers of patches, of an earlier run too. A region that is run twice gives
+    the same bytes. Raises ModelError if the network fails.
     """
     shards = region.wanted(plan.heads)
-    wanted = [_unwritten(head, of, folder) for head, of in zip(plan.heads, shards, strict=True)]
+    wanted = [_unwritten(folder.ledger(head), of) for head, of in zip(plan.heads, shards, strict=True)]
     needed = plan.needed(wanted)
     if done_before := plan.count_run(plan.needed(shards)) - plan.count_run(needed):
         progress(done_before)
@@ -86,23 +106,23 @@ def run_region(
 
 
 class _MemoryGuard:
-    """Has freed memory given back where a region holds more between two batches than it should.
+    """Returns freed memory to the system if a region holds more between two batches than it should.
 
-    That is what its plan says, and what the network keeps for its next run. It is seen in the first few: at
-    first malloc gives back what it takes, until it finds that as much is wanted again and again.
+    It should hold the bytes of its plan and those that the network keeps for its next run. The latter are
+    measured in the first few batches, in which malloc still returns what is freed.
     """
 
     def __init__(self, plan: PredictionPlan) -> None:
-        return_freed()  # what an earlier region has left
+        return_freed()  # the memory of an earlier region
         self._most = resident_bytes() + plan.region_bytes - plan.outputs_bytes
         self._of_network = 0
         self._to_learn = BATCHES_TO_LEARN
-        self._since = 0  # batches, since memory was given back
+        self._since = 0  # batches, since memory was returned
 
     def watch(
         self, network: Network, inputs: torch.Tensor, subject: str, locations: Sequence[PatchLocation]
     ) -> Outputs:
-        """What the network gives."""
+        """Run the network; in the first few batches, measure the memory that it keeps."""
         if not self._to_learn:
             return network(inputs, subject, locations)
         self._to_learn -= 1
@@ -113,24 +133,24 @@ class _MemoryGuard:
         return outputs
 
     def check(self) -> None:
-        """Between two batches."""
+        """Return freed memory, between two batches, if too much is held."""
         self._since += 1
-        if resident_bytes() > self._most + 2 * self._of_network:  # malloc leaves gaps, of about as much
+        if resident_bytes() > self._most + 2 * self._of_network:  # malloc leaves gaps of about that size
             return_freed()
-            if self._since < BATCHES_BETWEEN:  # to take it anew each time would cost more than it saves
+            if self._since < BATCHES_BETWEEN:  # taking it again so often would cost more than it saves
                 self._of_network += self._of_network // 2
             self._since = 0
 
 
-def _unwritten(head: PlannedHead, shards: Bools, folder: Path) -> Bools:
-    ledger, left = ShardLedger(folder / head.head.name), shards.copy()
+def _unwritten(ledger: ShardLedger, shards: Bools) -> Bools:
+    left = shards.copy()
     for i, j, k in np.argwhere(shards).tolist():
         left[i, j, k] = not ledger.has((0, k, j, i))
     return left
 
 
-def _batches(plan: PredictionPlan, region: Region, needed: Bools, options: RunOptions) -> Iterator[Batch]:
-    """The batches to be run, as float32 (B, C, I, J, K), their memory in the order (b, c, k, j, i)."""
+def _batches(plan: PredictionPlan, region: Region, needed: Bools, options: PredictOptions) -> Iterator[Batch]:
+    """The batches with needed patches, as float32 (B, C, I, J, K), stored in the order (b, c, k, j, i)."""
     caches = [cached(image.source, plan.grid, plan.swept_axis, region.patches) for image in plan.images]
     images = [image.with_source(source) for image, (source, _) in zip(plan.images, caches, strict=True)]
     channels = np.cumsum([0, *(image.num_channels for image in images)]).tolist()
@@ -140,7 +160,7 @@ def _batches(plan: PredictionPlan, region: Region, needed: Bools, options: RunOp
         stored = buffer_pool.empty((len(positions), channels[-1], k, j, i), np.float32)
         batch = stored.transpose(0, 1, 4, 3, 2)
         outs = [[patch[a:b] for patch in batch] for a, b in itertools.pairwise(channels)]
-        read_group(images, locations, padding_mode=options.padding_mode, out=outs)
+        read_group(images, locations, padding_mode=options.reading_mode, out=outs)
         for _, done in caches:
             done(positions[-1])
         yield locations, torch.from_numpy(batch)
@@ -150,11 +170,10 @@ class _Blender:
     """Blends what the network gives into the shards of each head."""
 
     def __init__(
-        self, plan: PredictionPlan, wanted: Sequence[Bools], folder: Path, options: RunOptions
+        self, plan: PredictionPlan, wanted: Sequence[Bools], folder: WorkFolder, options: PredictOptions
     ) -> None:
         self._subject = plan.subject.name
-        store = folder.parents[2]  # .unfinished, the subject's, and what all depends on
-        self._sinks = [ShardSink(ShardLedger(folder / h.head.name), h.record, store) for h in plan.heads]
+        self._sinks = [ShardSink(folder.ledger(h), h.record, folder.output) for h in plan.heads]
         self._blends = {
             head.head.name: GridBlend(
                 head.tiling,
@@ -241,26 +260,30 @@ class ShardSink:
         self._pool.shutdown(cancel_futures=True)
 
 
-def finish_subject(plan: PredictionPlan, folder: Path) -> list[tuple[Path, ImageRecord]]:
-    """Write what makes images of the shards of a subject, all of which are written: ready to be committed."""
+def finish_subject(plan: PredictionPlan, folder: WorkFolder) -> list[tuple[Path, ImageRecord]]:
+    """Complete the images of a subject, once all their shards are written: their folders, and their records.
+
+    Raises IncompleteCoverageError if a shard is missing. May be repeated.
+    """
+    ledgers = [folder.ledger(head) for head in plan.heads]
     return [
-        (folder / head.head.name, _finished(head, plan.images[0], folder / head.head.name))
-        for head in plan.heads
+        (ledger.folder, _finished(head, plan.images[0], ledger))
+        for head, ledger in zip(plan.heads, ledgers, strict=True)
     ]
 
 
-def _finished(head: PlannedHead, image: Image, folder: Path) -> ImageRecord:
+def _finished(head: PlannedHead, image: Image, ledger: ShardLedger) -> ImageRecord:
+    """Complete an image, with the NIfTI header of the image it was predicted from if the grid is the same."""
     record, like = head.record, None
     source, keeps_grid = image.record, head.tiling.shape == image.spatial_shape
     if keeps_grid and image.folder and source and source.orientation.is_identity:
         like = read_small_array(image.folder, RAW_HEADER, source.files).tobytes()
-    channels, dtype = record.shape_czyx[0], np.dtype(record.dtype)
     header = make_header(
         record.spatial_shape,
-        channels,
-        dtype,
+        record.shape_czyx[0],
+        np.dtype(record.dtype),
         record.affine_array,
         spatial_unit=record.spatial_unit,
         like=like,
     )
-    return ShardLedger(folder).finish(record, header)
+    return ledger.finish(record, header)

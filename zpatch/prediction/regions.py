@@ -1,6 +1,6 @@
-"""Planning a prediction: into which regions a volume is cut, and how much memory they take.
+"""How outputs are cut into shards, and shards into regions, to share the work or to fit a memory limit.
 
-More regions than jobs ask for are made only to fit a memory limit: shards get smaller, and bands of them
+More regions than tasks ask for are made only to fit a memory limit: shards get smaller, and bands of them
 are filled one after the other, at the price of running the patches between two bands for both.
 """
 
@@ -17,124 +17,82 @@ from zpatch.blending.reduction import kind_of
 from zpatch.blending.sinks import output_record
 from zpatch.blending.tiling import Tiling
 from zpatch.chunks.layout import SHARD_BYTES, Layout, plan_output_layout
-from zpatch.errors import MemoryLimitError, PatchSizeError
+from zpatch.errors import PatchSizeError
 from zpatch.geometry.affines import resized_affine
 from zpatch.geometry.boxes import Bools, Triple
 from zpatch.geometry.patch_grid import PatchGrid
 from zpatch.images.image import Image
-from zpatch.images.subject import Subject
-from zpatch.prediction.peak_memory import fixed_bytes, region_bytes
 from zpatch.prediction.prediction_options import PredictOptions
-from zpatch.prediction.prediction_plan import Head, PlannedHead, PredictionPlan, Ranges, Region
-from zpatch.runtime.byte_sizes import format_bytes
+from zpatch.prediction.prediction_plan import Head, PlannedHead, Ranges, Region
+from zpatch.store.image_record import ImageRecord
 
 SMALLEST_SHARD_BYTES = 2**16
 
-Shards = Mapping[str, tuple[int, ...]]
+Shards = Mapping[str, tuple[int, ...]]  # the stored shape of an output's shards, by its name
 NOT_BEGUN: Shards = MappingProxyType({})
 
 
-def plan_subject(
-    subject: Subject,
-    images: Sequence[Image],
-    heads: Sequence[Head],
-    options: PredictOptions,
-    *,
-    slabs: int = 1,
-    limit: int | None = None,
-    skipped: Bools | None = None,
-    tta: bool = False,
-    begun: Shards = NOT_BEGUN,
-) -> PredictionPlan:
-    """The plan of a subject in ``slabs`` regions along the swept axis, and as many across it as memory asks
-    for: ``limit`` is what all jobs together may hold.
-
-    ``images`` are those to be read, normalised already. ``begun`` are the stored shapes of shards that an
-    output was begun with, by its name: where it says them of all heads, these and no others are taken.
-    Raises MemoryLimitError, with what would fit.
-    """
-    grid = grid_over(images[0].spatial_shape, options)
-    swept_axis = max(range(3), key=lambda axis: (grid.spatial_shape[axis], axis))
-    least = None
-    for layouts in _layouts(heads, grid, options, swept_axis, begun):
-        planned = [
-            _planned_head(head, subject, images[0], grid, options, swept_axis, layout)
-            for head, layout in zip(heads, layouts, strict=True)
-        ]
-        for parts in _ways_to_part(planned[0].tiling, slabs):
-            regions = _regions(planned, parts)
-            fixed = fixed_bytes(images, planned, options, tta=tta)
-            peaks = [
-                region_bytes(region, images, planned, grid, options.batch_size, skipped is not None)
-                for region in regions
-            ]
-            peak = options.jobs * (max(peaks) + fixed)
-            if limit is None or peak <= limit:
-                return PredictionPlan(
-                    subject=subject,
-                    images=tuple(images),
-                    grid=grid,
-                    swept_axis=swept_axis,
-                    batch_size=options.batch_size,
-                    heads=tuple(planned),
-                    regions=tuple(regions),
-                    skipped=skipped,
-                    region_bytes=max(peaks) + fixed,
-                    jobs=options.jobs,
-                    tta=tta,
-                )
-            least = peak if least is None else min(least, peak)
-    assert least is not None
-    assert limit is not None
-    advice = "use a smaller patch_size, batch_size or number of jobs, or allow more"
-    if {head.head.name: head.record.shards for head in planned} == begun:
-        advice = "it was begun in these shards: allow more, or say --overwrite to start over in smaller ones"
-    raise MemoryLimitError(
-        f"the prediction of {subject.name!r} needs {format_bytes(least)} beside the network, and "
-        f"{format_bytes(max(limit, 0))} are left of the limit; {advice}"
-    )
-
-
 def grid_over(spatial_shape: Triple, options: PredictOptions) -> PatchGrid:
-    """The patches of a volume; one smaller than the patch is padded up to it."""
+    """The patches of a volume; a volume smaller than the patch is padded to its size."""
     for axis, (length, size) in enumerate(zip(spatial_shape, options.patch_size, strict=True)):
         if length == 1 < size:
             flat = [1 if n == 1 else p for n, p in zip(spatial_shape, options.patch_size, strict=True)]
             raise PatchSizeError(
-                f"the image is one plane along {'IJK'[axis]}, of which a patch of {size} would be padding; "
+                f"the image is one plane along {'IJK'[axis]}, so a patch of {size} would be padding; "
                 f"use a patch_size of {','.join(map(str, flat))}"
             )
-    border = options.padding_mode is not None
-    return PatchGrid.over(spatial_shape, options.patch_size, options.patch_overlap, border=border)
+    return PatchGrid.over(
+        spatial_shape, options.patch_size, options.patch_overlap, border=options.pads_border
+    )
+
+
+def planned_heads(
+    subject: str, heads: Sequence[Head], image: Image, grid: PatchGrid, options: PredictOptions, begun: Shards
+) -> Iterator[tuple[PlannedHead, ...]]:
+    """The outputs for one subject in ever smaller shards; only in those of ``begun`` if it has all outputs.
+
+    ``image`` is the first one that is read: the affine of the outputs follows from its affine.
+    """
+    swept_axis = max(range(3), key=lambda axis: (grid.spatial_shape[axis], axis))
+    for layouts in _layouts(heads, grid, swept_axis, begun):
+        yield tuple(
+            PlannedHead(
+                head,
+                _record(subject, head, layout, image, grid, options),
+                _tiling(head, layout, grid, options, swept_axis),
+            )
+            for head, layout in zip(heads, layouts, strict=True)
+        )
 
 
 def _layouts(
-    heads: Sequence[Head], grid: PatchGrid, options: PredictOptions, swept_axis: int, begun: Shards
+    heads: Sequence[Head], grid: PatchGrid, swept_axis: int, begun: Shards
 ) -> Iterator[list[Layout]]:
     """How the outputs may be stored: as they were begun, or else in ever smaller shards."""
-
-    def layouts(shard_bytes: int) -> list[Layout]:
-        found = []
-        for head in heads:
-            i, j, k = head.shape_for(grid.spatial_shape, options.patch_size)
-            shape, itemsize = (head.kept_channels, k, j, i), np.dtype(head.kept_dtype).itemsize
-            found.append(
-                plan_output_layout(shape, itemsize, swept_axis=2 - swept_axis, shard_bytes=shard_bytes)
-            )
-        return found
-
-    pairs = list(zip(layouts(SHARD_BYTES), heads, strict=True))
+    layouts = _layouts_of(heads, grid, swept_axis, SHARD_BYTES)
+    pairs = list(zip(layouts, heads, strict=True))
     if all(head.name in begun and _can_have(layout, begun[head.name]) for layout, head in pairs):
         yield [Layout(layout.chunks, _with_channels(begun[head.name])) for layout, head in pairs]
         return
     shard_bytes = SHARD_BYTES
     while shard_bytes >= SMALLEST_SHARD_BYTES:
-        yield layouts(shard_bytes)
+        yield _layouts_of(heads, grid, swept_axis, shard_bytes)
         shard_bytes //= 4
 
 
+def _layouts_of(heads: Sequence[Head], grid: PatchGrid, swept_axis: int, shard_bytes: int) -> list[Layout]:
+    layouts = []
+    for head in heads:
+        i, j, k = head.shape_for(grid.spatial_shape, grid.patch_size)
+        shape, itemsize = (head.kept_channels, k, j, i), np.dtype(head.kept_dtype).itemsize
+        layouts.append(
+            plan_output_layout(shape, itemsize, swept_axis=2 - swept_axis, shard_bytes=shard_bytes)
+        )
+    return layouts
+
+
 def _can_have(layout: Layout, shards: tuple[int, ...]) -> bool:
-    """Whether an image could have other shards than its layout's."""
+    """Whether an image of some layout could also be stored in shards of another shape."""
     channels, *others = shards = _with_channels(shards)
     if len(shards) != 4 or channels != layout.shards[0]:
         return False
@@ -145,42 +103,43 @@ def _with_channels(shards: tuple[int, ...]) -> tuple[int, ...]:
     return (1,) * (4 - len(shards)) + shards
 
 
-def _planned_head(
-    head: Head,
-    subject: Subject,
-    image: Image,
-    grid: PatchGrid,
-    options: PredictOptions,
-    swept_axis: int,
-    layout: Layout,
-) -> PlannedHead:
-    shape = head.shape_for(grid.spatial_shape, options.patch_size)
-    dtype = np.dtype(head.kept_dtype)
-    record = output_record(
-        subject.name,
+def _record(
+    subject: str, head: Head, layout: Layout, image: Image, grid: PatchGrid, options: PredictOptions
+) -> ImageRecord:
+    shape = head.shape_for(grid.spatial_shape, grid.patch_size)
+    return output_record(
+        subject,
         head.name,
         kind_of(options.reduce),
-        dtype,
+        np.dtype(head.kept_dtype),
         layout,
         (head.kept_channels, *shape),
         resized_affine(image.affine, grid.spatial_shape, shape),
         spatial_unit=image.spatial_unit,
         like=image.record,
     )
+
+
+def _tiling(head: Head, layout: Layout, grid: PatchGrid, options: PredictOptions, swept_axis: int) -> Tiling:
     _, k, j, i = layout.shards
-    tiling = Tiling.over(
+    return Tiling.over(
         grid,
         options.overlap_mode,
         swept_axis=swept_axis,
-        output_shape=shape,
+        output_shape=head.shape_for(grid.spatial_shape, grid.patch_size),
         patch_shape=head.patch_shape,
         shard_shape=(i, j, k),
     )
-    return PlannedHead(head, record, tiling)
+
+
+def partitions(heads: Sequence[PlannedHead], slabs: int) -> Iterator[tuple[Region, ...]]:
+    """Regions that together hold all shards: ``slabs`` along the sweep, and ever more across it."""
+    for parts in _ways_to_part(heads[0].tiling, slabs):
+        yield _regions(heads, parts)
 
 
 def _ways_to_part(tiling: Tiling, slabs: int) -> Iterator[Triple]:
-    """In how many regions along I, J, K: as few across the sweep as may do, then ever more."""
+    """Numbers of regions along I, J, K: one across the sweep, then ever more."""
     most = tiling.shard_counts
     parts = [1, 1, 1]
     parts[tiling.swept_axis] = min(slabs, most[tiling.swept_axis])
@@ -195,13 +154,13 @@ def _ways_to_part(tiling: Tiling, slabs: int) -> Iterator[Triple]:
         parts[widest] = min(2 * parts[widest], most[widest])
 
 
-def _regions(heads: Sequence[PlannedHead], parts: Triple) -> list[Region]:
-    """The boxes of shards, about as large as each other; of every head those that begin in the same part.
+def _regions(heads: Sequence[PlannedHead], parts: Triple) -> tuple[Region, ...]:
+    """Boxes of shards of about the same size, of every head the shards that start in the same part.
 
-    A head whose shards are larger has none in some parts.
+    A head with larger shards has none in some parts.
     """
     first = heads[0].tiling
-    cuts = []  # where parts begin, as fractions of the volume
+    cuts = []  # the starts of parts, as fractions of the volume
     for axis in range(3):
         begins = [shards[0] for shards in np.array_split(np.arange(first.shard_counts[axis]), parts[axis])]
         cuts.append(np.array(begins) * first.shard_shape[axis] / first.shape[axis])
@@ -210,7 +169,7 @@ def _regions(heads: Sequence[PlannedHead], parts: Triple) -> list[Region]:
         shards = [_shards_in(head.tiling, cuts, place) for head in heads]
         if any(map(all, shards)):
             regions.append(Region(tuple(shards), _patches_of(heads, shards)))
-    return regions
+    return tuple(regions)
 
 
 def _shards_in(tiling: Tiling, cuts: Sequence[Any], place: Sequence[int]) -> Ranges:
