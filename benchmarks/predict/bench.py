@@ -1,4 +1,4 @@
-"""Predicting a volume patch by patch: beside peers and the floor, in what memory, and by two processes."""
+"""Predicting a volume patch by patch: against peers and the floor, memory, and two processes."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ from benchmarks.stage import MIB, Goal, Options, goals, mib, seconds, table
 ENV = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 SWEPT_PLANE, SWEPT = (256, 256), (320, 608, 1184)  # the longest axis is swept; patches fit all
 LARGER = (512, 512, 512)
-SLOPE_MIB = 1.0  # of peak memory for 1,000 planes more, 500 MiB of scores: what counts as none
+SLOPE_MIB = 1.0  # of peak memory for 1,000 more planes (500 MiB of scores) that counts as none
 LIMIT_BYTES = 512 * MIB
 PATCHES_ALONE = 25
 
 NOT_SHOWN = (
-    "The network of the contest copies, negates and fills: it shows all that is not the model. With a real "
-    "model the differences are the same seconds, of many more.",
+    "The network of the contest copies, negates and fills, so the times are those of everything but the "
+    "model. A real model adds the same seconds to each.",
     "Only zpatch reads compressed voxels, and writes them compressed, with checksums, statistics and fsync. "
     "The others read a memory map of the raw volume, and write one plain file.",
-    "MONAI's windows all weigh alike and patchly's are Gaussian, as neither has Hann's: no more arithmetic. "
+    "MONAI's windows are constant and patchly's Gaussian, as neither has Hann's: no more arithmetic. "
     "Labels are compared at every voxel, scores are not.",
     "The volume fits the grid of patches: no peer has to pad it, and no patch is moved back from its end.",
-    "Memory of processes is looked at every 20 ms, so that a shorter peak may be missed. It is anonymous and "
+    "Memory of processes is sampled every 20 ms, so a shorter peak may be missed. It counts anonymous and "
     "shared pages, not those of mapped files.",
 )
 
@@ -64,9 +64,9 @@ def _contest(options: Options) -> str:
     head, stores = data.plain_head(options.data, (side,) * 3), _tidied(options)
     files = head, stores / "store", stores / "output"
     convert(head / "source", stores / "store")
-    there = [contender for contender in CONTENDERS if contender.installed]
-    fast = [contender.name for contender in there if not contender.slow]
-    slow = [ZPATCH, *(contender.name for contender in there if contender.slow)]
+    installed = [contender for contender in CONTENDERS if contender.installed]
+    fast = [contender.name for contender in installed if not contender.slow]
+    slow = [ZPATCH, *(contender.name for contender in installed if contender.slow)]
     slow_times = _turns(slow, 1 if options.quick else 3, files)
     times = _turns(fast, 2 if options.quick else 7, files)
     ratios = {
@@ -74,12 +74,12 @@ def _contest(options: Options) -> str:
     }
     taken = slow_times | times
     held = {}
-    for contender in there:
+    for contender in installed:
         peak, base = _held_and_base(options, "memory_of", contender.name, *files)
         held[contender.name] = peak - base
     rows = [
         (c, seconds(taken[c.name]), f"{ratios[c.name]:.2f}", mib(held[c.name]))
-        if c in there
+        if c in installed
         else (c.name, "not installed", "", "")
         for c in CONTENDERS
     ]
@@ -99,8 +99,8 @@ def _contest(options: Options) -> str:
 
 
 def _turns(names: Sequence[str], turns: int, files: Sequence[Path]) -> dict[str, list[float]]:
-    """Seconds of a prediction by each, in turns, each in a process of its own, after one that is checked."""
-    servers = {name: Server("predict_runs:predictions_of", name, *files, env=ENV) for name in names}
+    """Seconds of predictions by each contender, in turns, each in its own process, after a checked one."""
+    servers = {name: Server("predict.runs:predictions_of", name, *files, env=ENV) for name in names}
     try:
         for server in servers.values():
             server.ask("check")
@@ -128,17 +128,17 @@ def _memory_goals(held: Mapping[str, int]) -> Iterable[Goal]:
 
 
 def _held_and_base(options: Options, function: str, *arguments: object) -> tuple[int, int]:
-    """Peak memory of a function, and what a process holds that has imported the same and does nothing."""
+    """Peak memory of a function, and the memory of an idle process with the same imports."""
     modules = options.stores / "modules"
     held = _fresh(function, modules, *arguments)
     return held, _fresh("memory_of_imports", modules)
 
 
 def _fresh(function: str, *arguments: object) -> Any:
-    return in_fresh_process(f"predict_runs:{function}", *arguments, env=ENV).value
+    return in_fresh_process(f"predict.runs:{function}", *arguments, env=ENV).value
 
 
-# Memory of zpatch: what the plan states, against the volume's length, and under a limit.
+# Memory of zpatch: against its plan, against the volume's length, and under a limit.
 
 
 def _sweep(options: Options) -> str:
@@ -153,13 +153,13 @@ def _sweep(options: Options) -> str:
         peaks_mib.append((held - base) / MIB)
         rows.append((_text(shape), mib(stated), mib(held - base), f"{shares[-1]:.2f}"))
     slope = 1000 * float(np.polyfit(lengths, peaks_mib[: len(lengths)], 1)[0])
-    head_row = ("", "the plan states MiB", "peak above imports MiB", "of what is stated")
+    head_row = ("", "stated by the plan MiB", "peak above imports MiB", "share of it")
     return "\n\n".join(
         [
             f"### Memory against the length of the volume, {PATCH}-patches",
             table(head_row, rows),
             goals(
-                Goal("peak beside what the plan states, at most", max(shares), 1, "times"),
+                Goal("peak over the bytes stated by the plan, at most", max(shares), 1, "times"),
                 Goal("and at least", min(shares), 0.6, "times", at_least=True),
                 Goal("slope against the length (0, but for noise)", slope, SLOPE_MIB, "MiB for 1,000 planes"),
             ),
@@ -183,7 +183,7 @@ def _limit(options: Options) -> str:
 
 
 def _long_store(shape: data.Shape, options: Options) -> tuple[Path, Path]:
-    """A store of a long volume, alone in the folder for stores, and a place for what is predicted."""
+    """A store of a long volume, alone in the folder for stores, and the path of its prediction."""
     stores = _tidied(options)
     convert(data.long_volume(options.data, shape), stores / "store")
     return stores / "store", stores / "output"
@@ -210,18 +210,18 @@ def _processes(options: Options) -> str:
     labels = set()
     for turn in range(turns):
         for jobs, taken in times.items():
-            # Not watched: to look at the memory of two busy processes takes what they need.
-            server = Server("predict_runs:costly_predictions", store, jobs, env=ENV)
+            # Memory is not sampled: that would take time from two busy processes.
+            server = Server("predict.runs:costly_predictions", store, jobs, env=ENV)
             found = server.ask(f"{output}-{turn}-{jobs}")
             server.close()
             taken.append(found["seconds"])
             labels.add(found["labels"])
-    assert len(labels) == 1, "two processes gave other voxels than one"
+    assert len(labels) == 1, "two processes and one gave different voxels"
     faster = times_as_long(times[1], times[2])
     rows = [
         ("one process", seconds(times[1]), ""),
         ("two processes, their start included", seconds(times[2]), f"{faster:.2f}"),
-        ("what two processes can be here: the network alone", "", f"{_network_alone(turns):.2f}"),
+        ("the most that is possible here: the network alone", "", f"{_network_alone(turns):.2f}"),
     ]
     heading = f"### Two processes, {_text(shape)}, {COSTLY_PATCH}-patches, a small network of convolutions"
     head_row = (
@@ -234,8 +234,8 @@ def _processes(options: Options) -> str:
 
 
 def _network_alone(turns: int) -> float:
-    """How many times as much two processes do of the network as one, without anything around it."""
-    servers = [Server("predict_runs:costly_patches", env=ENV) for _ in range(2)]
+    """The speed of two processes relative to one, running the network alone."""
+    servers = [Server("predict.runs:costly_patches", env=ENV) for _ in range(2)]
 
     def ask(server: Server) -> float:
         taken: float = server.ask(str(PATCHES_ALONE))

@@ -1,8 +1,8 @@
 """The contenders in prediction: each runs a network over a volume, patch by patch, into a label map on disk.
 
-As in read_peers.py, a library is imported when its function runs, and used as its documentation says, with
-the options that are its fastest here. What is common to all but zpatch, reading and writing, is a memory map
-of the raw volume and an uncompressed file, which are faster than any store.
+As in read/peers.py, a library is imported when its function runs, and used as its documentation says, with
+the options that are its fastest here. All but zpatch read a memory map of the raw volume and write an
+uncompressed file, which is faster than any store.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Model = Callable[[torch.Tensor], torch.Tensor]
 
 
 def network(patches: torch.Tensor) -> torch.Tensor:
-    """Scores (B, 3, I, J, K) of patches (B, 1, I, J, K), laid out alike in memory: x, -x and a constant."""
+    """Scores (B, 3, I, J, K) of patches (B, 1, I, J, K), with the same order of axes in memory."""
     scores = torch.empty_like(patches.expand(-1, CLASSES, -1, -1, -1))
     scores[:, 0] = patches[:, 0]
     torch.neg(patches[:, 0], out=scores[:, 1])
@@ -63,10 +63,10 @@ def write_classes(file: Path, slabs: Iterable[NDArray[np.float32]], shape: Seque
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A way to predict: ``predict(head, store, output)`` writes what ``labels(output)`` gives, (z, y, x).
+    """A way to predict: ``predict(head, store, output)`` writes labels, ``labels(output)`` reads them (z, y, x).
 
-    ``head`` is a folder of ``data.plain_head`` and ``store`` zpatch's of the same volume. ``slow`` ones have
-    fewer repetitions.
+    ``head`` is a folder of ``data.plain_head`` and ``store`` the zpatch store of the same volume. ``slow``
+    contenders are repeated less often.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Contender:
 
     @property
     def installed(self) -> bool:
-        """Whether its library is there."""
+        """Whether its library is installed."""
         return importlib.util.find_spec(self.package) is not None
 
     def __str__(self) -> str:
@@ -86,7 +86,7 @@ class Contender:
 
 
 def zpatch_options(patch: int = PATCH) -> dict[str, Any]:
-    """What is to be predicted, in zpatch's words; the overlap is a quarter of the patch."""
+    """The options of the prediction for zpatch; the overlap is a quarter of the patch."""
     return {
         "image": "ct",
         "patch_size": patch,
@@ -115,7 +115,7 @@ def _zpatch(head: Path, store: Path, output: Path) -> None:
 
 
 def _floor(head: Path, store: Path, output: Path) -> None:
-    """One accumulator of the whole volume; plane by plane, so that what is weighted stays in the cache."""
+    """One accumulator of the whole volume; plane by plane, so that products stay in the cache."""
     from zpatch.blending.windows import partition_of_unity
     from zpatch.geometry.patch_grid import axis_starts
 
@@ -137,7 +137,7 @@ def _floor(head: Path, store: Path, output: Path) -> None:
 
 
 def _sliding_window(head: Path, store: Path, output: Path) -> None:
-    """Volume and scores in memory; all windows weigh alike, which saves it the Gaussian."""
+    """Volume and scores in memory; constant windows, which are cheaper than Gaussian ones."""
     from monai.inferers.inferer import SlidingWindowInferer
 
     inferer = SlidingWindowInferer(PATCH, sw_batch_size=1, overlap=OVERLAP / PATCH, mode="constant")
@@ -179,7 +179,7 @@ def _zarr_merger(head: Path, store: Path, output: Path) -> None:
 
 
 def _patchly(head: Path, store: Path, output: Path) -> None:
-    """Its aggregator in chunks, which takes the classes of a chunk once all its patches have come."""
+    """Its aggregator in chunks, which reduces a chunk after its last patch."""
     from patchly import Aggregator, GridSampler  # type: ignore[import-untyped]
 
     voxels = raw_voxels(head)

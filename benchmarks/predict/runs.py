@@ -1,4 +1,4 @@
-"""What stage predict measures, each in a fresh process: predictions in turns, memory, one process or two."""
+"""Measurements of stage predict, each in a fresh process: predictions in turns, memory, two processes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ COSTLY_PATCH = 64
 
 
 def predictions_of(name: str, head: str, store: str, output: str) -> Callable[[str], float]:
-    """Answers ``turn`` with the seconds of a prediction, and ``check`` too, once its voxels are compared."""
+    """Answers ``turn`` with the seconds of a prediction; ``check`` also compares its voxels."""
     settle(one_core=True)
     torch.set_num_threads(1)
     contender, target = contender_of(name), Path(output)
@@ -55,7 +55,7 @@ def predictions_of(name: str, head: str, store: str, output: str) -> Callable[[s
 
 
 def remove(output: Path) -> None:
-    """Remove a file or a store, if it is there."""
+    """Remove a file or a store, if it exists."""
     if output.is_dir():
         shutil.rmtree(output)
     else:
@@ -63,7 +63,7 @@ def remove(output: Path) -> None:
 
 
 def check(labels: Labels, voxels: NDArray[Any]) -> None:
-    """Compare with the network on the whole volume: as it sees single voxels, blending changes no class."""
+    """Compare with the network on the whole volume: the network is pointwise, so no class changes."""
     assert labels.shape == voxels.shape
     assert labels.dtype == np.uint8
     for start in range(0, len(voxels), SLAB):
@@ -76,8 +76,10 @@ def check(labels: Labels, voxels: NDArray[Any]) -> None:
 
 
 def memory_of(modules: str, name: str, head: str, store: str, output: str) -> int:
-    """The most that this process and its descendants hold in a prediction; the file ``modules`` will name
-    its imports, which are more than a pipe takes."""
+    """The most bytes that this process and its descendants hold during a prediction.
+
+    Its imports are written to the file ``modules``, because they are too many for a pipe.
+    """
     contender, target = contender_of(name), Path(output)
     peak = _most_held(lambda: contender.predict(Path(head), Path(store), target))
     _name_imports(modules)
@@ -86,7 +88,7 @@ def memory_of(modules: str, name: str, head: str, store: str, output: str) -> in
 
 
 def memory_of_zpatch(modules: str, store: str, output: str, patch: str, limit: str) -> int:
-    """The same of zpatch on any store. What it predicts is compared."""
+    """The same for zpatch on any store. The prediction is compared."""
     options = zpatch_options(int(patch)) | {"max_memory": int(limit) if limit else None}
     peak = _most_held(lambda: predict_with_zpatch(network, Path(store), Path(output), **options))
     _name_imports(modules)
@@ -99,25 +101,25 @@ def _name_imports(modules: str) -> None:
 
 
 def stated_bytes(store: str, patch: str) -> int:
-    """What the plan of such a prediction says that it needs."""
+    """The bytes that the plan of such a prediction states."""
     import zpatch as zp
     from zpatch.prediction.network import Network
     from zpatch.prediction.planning import plan_prediction
     from zpatch.prediction.prediction_options import PredictOptions
 
-    options = PredictOptions.of(**zpatch_options(int(patch)))
-    (plan,) = plan_prediction(Network(network, torch.device("cpu")), zp.Cohort(store), options)
+    options = PredictOptions.of(**zpatch_options(int(patch)), device="cpu")
+    (plan,) = plan_prediction(Network.of(network, options), zp.Cohort(store), options)
     return plan.peak_bytes
 
 
 def memory_of_imports(modules: str) -> int:
-    """What a process holds that has imported the modules that a file names, and does nothing."""
+    """Bytes of an idle process that has imported the modules listed in a file."""
     import_only(*Path(modules).read_text().split())
     return held_bytes(tree_of(os.getpid()))
 
 
 def _most_held(run: Run) -> int:
-    """The most that this process and its descendants hold in a run, looked at every 20 ms."""
+    """The most bytes that this process and its descendants hold during a run, sampled every 20 ms."""
     peak, over = 0, threading.Event()
 
     def look() -> None:
@@ -139,7 +141,7 @@ def _most_held(run: Run) -> int:
 
 
 def costly_network() -> torch.nn.Module:
-    """A small network that takes much longer than all around it."""
+    """A small network that takes much longer than everything else in a prediction."""
     torch.manual_seed(0)
     return torch.nn.Sequential(
         torch.nn.Conv3d(1, 16, 3, padding=1),
@@ -151,8 +153,8 @@ def costly_network() -> torch.nn.Module:
 
 
 def costly_predictions(store: str, jobs: str) -> Callable[[str], dict[str, Any]]:
-    """Answers, for a place to write to, with the seconds of a prediction with that network by so many
-    processes, their start included, and a digest of its voxels."""
+    """Answers, for a path to write to, with the seconds of a prediction by ``jobs`` processes, their start
+    included, and a digest of its voxels."""
     torch.set_num_threads(1)
     model = costly_network()
 
@@ -168,7 +170,7 @@ def costly_predictions(store: str, jobs: str) -> Callable[[str], dict[str, Any]]
 
 
 def costly_patches() -> Callable[[str], float]:
-    """Answers with the seconds that so many patches take in that network alone."""
+    """Answers, for a number of patches, with the seconds that the network alone takes for them."""
     torch.set_num_threads(1)
     model, patch = costly_network(), torch.zeros((1, 1, *[COSTLY_PATCH] * 3))
 

@@ -35,7 +35,7 @@ def pointwise(batch: torch.Tensor) -> torch.Tensor:
 
 
 def of_neighbours(batch: torch.Tensor) -> torch.Tensor:
-    """What a voxel gets depends on the patch that it lies in."""
+    """The value of a voxel depends on the patch that it is in."""
     return batch - batch.mean(dim=(1, 2, 3, 4), keepdim=True)
 
 
@@ -140,7 +140,7 @@ def test_reductions_are_those_of_the_whole_volume(
     [(lambda v: v > 300, np.uint8), (torch.Tensor.half, np.float32), (torch.Tensor.bfloat16, np.float32)],
     ids=["bool", "float16", "bfloat16"],
 )
-def test_what_a_reduction_makes_is_kept_in_a_type_of_nifti(
+def test_a_reduced_output_is_stored_in_a_type_that_nifti_has(
     cohort: zp.Cohort, out: Path, reduce: Any, dtype: Any
 ) -> None:
     found = predict(cohort[:1], out, reduce=reduce, overlap_mode="crop")[0].prediction
@@ -173,7 +173,7 @@ def test_integers_stay_exact_in_crop_mode(out: Path, dtype: torch.dtype, masked:
     ("shape", "patch_size", "factor"),
     [((3, 40, 40), 16, 2), ((5, 40, 40), 16, 2), ((6, 64, 64), 32, 4), ((2, 50, 50), 16, 16)],
 )
-def test_a_smaller_output_of_a_volume_smaller_than_the_patch_lies_where_its_affine_says(
+def test_a_smaller_output_of_a_volume_smaller_than_the_patch_is_where_its_affine_says(
     out: Path, shape: tuple[int, int, int], patch_size: int, factor: int, mode: str
 ) -> None:
     axes = [np.arange(n, dtype=np.float32) for n in shape]
@@ -210,7 +210,7 @@ def test_a_larger_output_is_that_of_the_whole_volume(
 # Running
 
 
-def test_a_network_is_run_in_evaluation_mode_and_given_back_as_it_was(cohort: zp.Cohort, out: Path) -> None:
+def test_a_network_is_run_in_evaluation_mode_and_its_modes_are_restored(cohort: zp.Cohort, out: Path) -> None:
     class Net(torch.nn.Module):
         def forward(self, batch: torch.Tensor) -> torch.Tensor:
             assert not self.training
@@ -228,7 +228,7 @@ def test_one_subject_where_several_are_wanted_is_refused(cohort: zp.Cohort, out:
         predict(cohort[0], out)  # type: ignore[arg-type]
 
 
-def test_progress_is_told_every_patch(cohort: zp.Cohort, out: Path) -> None:
+def test_progress_counts_every_patch(cohort: zp.Cohort, out: Path) -> None:
     done: list[int] = []
     predict(cohort, out, batch_size=3, progress=done.append)
     assert sum(done) == sum(len(zp.GridSampler(subject, 24, 8)) for subject in cohort)
@@ -280,7 +280,7 @@ def test_a_predicted_label_map_has_an_index_and_feeds_a_label_sampler(cohort: zp
         assert patch.prediction.data[0, 4, 4, 4] == 1
 
 
-def test_subjects_made_by_hand_are_predicted_in_their_own_space(out: Path, rng: np.random.Generator) -> None:
+def test_subjects_of_arrays_are_predicted_in_their_own_space(out: Path, rng: np.random.Generator) -> None:
     volume = rng.normal(size=(20, 21, 22)).astype(np.float32)
     affine = [[0, -2, 0, 5], [1, 0, 0.5, 6], [0, 0, 3, 7], [0, 0, 0, 1]]
     subject = zp.Subject(name="ann", t1=zp.ScalarImage(volume, affine=affine))
@@ -343,7 +343,7 @@ def test_a_fill_of_nan_fits_fractions(cohort: zp.Cohort) -> None:
     assert plan_prediction(Network.of(pointwise, options), cohort[:1], options)
 
 
-def test_what_was_begun_is_planned_as_it_was_begun(cohort: zp.Cohort) -> None:
+def test_a_resumed_prediction_is_planned_in_the_shards_it_was_begun_with(cohort: zp.Cohort) -> None:
     options = PredictOptions.of(image="t1", patch_size=24, device="cpu", tta=True)
     network = Network.of(lambda batch: {"once": batch, "twice": batch}, options)
     plans = plan_prediction(network, cohort[:2], options)
@@ -382,7 +382,7 @@ def test_the_store_that_is_read_is_never_overwritten(cohort_store: Path, out: Pa
 # Failures
 
 
-def test_a_model_that_fails_names_subject_and_location_and_leaves_what_can_be_gone_on_with(
+def test_a_model_that_fails_names_subject_and_location_and_its_output_can_be_resumed(
     cohort: zp.Cohort, out: Path
 ) -> None:
     patches = sum(len(zp.GridSampler(subject, 24, 8)) for subject in cohort[:2])
@@ -480,7 +480,7 @@ def check_doubles(model: Any, cohort: zp.Cohort, out: Path) -> None:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder of its own, with ``sys.path`` put back afterwards."""
+    """A temporary working folder; ``sys.path`` is restored afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path

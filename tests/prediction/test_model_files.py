@@ -63,7 +63,7 @@ def test_a_model_that_cannot_be_loaded_is_an_error_with_its_name(
 @pytest.mark.parametrize("name", ["saved.pt", "saved.pt2"])
 @pytest.mark.parametrize("what", [network, lambda: network().state_dict()])
 @pytest.mark.parametrize("is_zip", [True, False])
-def test_what_torch_save_wrote_is_told_from_a_network(
+def test_a_file_of_torch_save_is_refused_with_advice(
     tmp_path: Path, name: str, what: Callable[[], Any], is_zip: bool
 ) -> None:
     torch.save(what(), tmp_path / name, _use_new_zipfile_serialization=is_zip)

@@ -244,7 +244,7 @@ def test_a_network_may_hold_itself() -> None:
     assert identity(module_with(cfg=around(1))) != identity(module_with(cfg=around(2)))
 
 
-def test_what_a_network_holds_of_itself_makes_a_difference() -> None:
+def test_a_reference_of_a_network_to_itself_makes_a_difference() -> None:
     outer, inner = Holder(), Holder()
     outer.held = inner
     inner.held = inner
@@ -253,7 +253,7 @@ def test_what_a_network_holds_of_itself_makes_a_difference() -> None:
     assert identity(with_bound(outer)) != of_inner
 
 
-def test_values_may_lie_in_one_another_without_end() -> None:
+def test_values_may_be_nested_more_deeply_than_python_recurses() -> None:
     chain = first = Holder()
     for _ in range(5000):
         chain.held = chain = Holder()
@@ -310,7 +310,7 @@ def test_a_function_made_again_with_equal_values_is_the_same(make: Callable[[Any
     assert identity(make(0.5)) == identity(make(0.5))
 
 
-def test_where_a_function_stands_in_its_file_does_not_matter() -> None:
+def test_the_line_of_a_function_in_its_file_does_not_matter() -> None:
     code = "def model(b):\n    return [v + 1 for v in b]\n"
     assert identity(defined(code)) == identity(defined("# a comment\n\n" + code))
 

@@ -79,7 +79,7 @@ SENT: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("kind", SENT)
 @pytest.mark.filterwarnings(JIT_IS_DEPRECATED)
-def test_a_network_comes_back_from_pickle_as_it_was(kind: str, rng: np.random.Generator) -> None:
+def test_a_network_is_the_same_after_pickling(kind: str, rng: np.random.Generator) -> None:
     batch = torch.from_numpy(rng.uniform(-1, 1, (1, 1, 4, 6, 8)).astype(np.float32))
     net = Network(SENT[kind](), CPU, amp=False, tta=True)
     with net.running():
@@ -207,7 +207,7 @@ def test_a_network_is_the_same_on_another_device() -> None:
 
 
 def off_centre(batch: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Depends on where a voxel lies in the patch."""
+    """Depends on the position of a voxel in the patch."""
     i, j, k = (torch.arange(1.0, n + 1) for n in batch.shape[2:])
     return {"a": batch * i[:, None, None] + j[:, None] * k, "b": batch.cumsum(dim=4)[:, :, ::2]}
 
@@ -245,7 +245,7 @@ def test_tta_of_integers_is_a_mean_too() -> None:
     assert found[0, 0, :, 0, 0].tolist() == [0.5, 1, 1, 0.5]
 
 
-def test_tta_leaves_what_a_network_keeps_as_it_is() -> None:
+def test_tta_does_not_modify_a_tensor_that_a_network_keeps() -> None:
     kept = torch.ones(1, 1, 4, 6, 8)
     Network(lambda b: kept, CPU, tta=True)(kept, "ann", [HERE])
     assert torch.equal(kept, torch.ones(1, 1, 4, 6, 8))
@@ -284,14 +284,14 @@ def test_tta_holds_the_sum_and_a_quarter_beside_the_output() -> None:
 
 
 @pytest.mark.parametrize("device", ["cuda:99", torch.device("cuda", 99)])
-def test_a_device_that_is_not_there_is_refused_in_one_line(device: Any) -> None:
+def test_a_missing_device_is_refused_in_one_line(device: Any) -> None:
     with pytest.raises(OptionError) as caught:
         torch_device(device)
     assert str(caught.value).startswith("device 'cuda:99' cannot be used here (")
     assert str(caught.value).endswith("); choose another, or auto")
 
 
-def test_of_what_torch_says_of_a_device_the_first_line_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_device_has_the_first_line_of_torchs_message(monkeypatch: pytest.MonkeyPatch) -> None:
     def empty(size: int, device: torch.device) -> torch.Tensor:
         raise RuntimeError("invalid device ordinal\nFor debugging consider passing CUDA_LAUNCH_BLOCKING=1")
 

@@ -1,4 +1,4 @@
-"""The peak of a front is what a replay of the sweep, patch by patch, holds at most."""
+"""The peak of a sweep is the most that a replay of it, patch by patch, holds."""
 
 from __future__ import annotations
 

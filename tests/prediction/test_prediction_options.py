@@ -70,7 +70,7 @@ def test_patches_are_read_with_the_padding_mode_or_with_the_edge(mode: str | Non
     assert (options.reading_mode, options.pads_border) == (mode or "edge", mode is not None)
 
 
-def test_options_are_taken_in_the_forms_that_predict_takes() -> None:
+def test_options_are_accepted_in_the_forms_of_predict() -> None:
     options = PredictOptions.of(image="t1", patch_size=16, patch_overlap=(4, 4, 0))
     assert (options.image, options.patch_size, options.patch_overlap) == (("t1",), (16,) * 3, (4, 4, 0))
     assert PredictOptions.of(image=["t1", "t2"], patch_size=16).image == ("t1", "t2")

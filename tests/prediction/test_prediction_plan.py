@@ -143,7 +143,7 @@ def test_a_region_runs_the_patches_that_add_to_its_shards_and_no_others(plan: Pr
 
 
 @pytest.mark.parametrize("slabs", [1, 2, 3, 5, 100])
-def test_regions_lie_along_the_swept_axis_as_many_as_are_asked_for(slabs: int) -> None:
+def test_there_are_as_many_regions_along_the_swept_axis_as_requested(slabs: int) -> None:
     plan = planned(slabs=slabs)
     assert plan.swept_axis == 0
     assert len(plan.regions) == min(slabs, 13)
@@ -172,7 +172,7 @@ def test_the_patches_run_are_those_of_the_batches_of_all_regions(plan: Predictio
 
 
 @given(plans(), seeds, st.sampled_from([0.0, 0.1, 0.7, 1.0]))
-def test_what_is_in_a_batch_does_not_depend_on_which_patches_are_needed(
+def test_the_content_of_a_batch_does_not_depend_on_which_patches_are_needed(
     plan: PredictionPlan, rng: np.random.Generator, share: float
 ) -> None:
     some = rng.random(plan.grid.counts) < share
@@ -308,7 +308,7 @@ def test_larger_batches_take_more_memory() -> None:
     assert three - one >= 2 * (3 * patch_bytes + 2 * 2 * patch_bytes)
 
 
-def test_test_time_augmentation_takes_more_memory_for_what_it_flips() -> None:
+def test_test_time_augmentation_takes_more_memory_for_flipped_batches() -> None:
     patch_bytes, channels, batch_size = 16**3 * 4, 2, 3
     plain, flipped = planned(batch_size=batch_size), planned(batch_size=batch_size, tta=True)
     more = FLIPPED_OUTPUTS * batch_size * channels * patch_bytes
@@ -316,7 +316,7 @@ def test_test_time_augmentation_takes_more_memory_for_what_it_flips() -> None:
     assert flipped.peak_bytes - plain.peak_bytes == more + batch_size * patch_bytes
 
 
-def test_a_limit_makes_bands_across_the_sweep_and_says_what_is_run_twice() -> None:
+def test_a_limit_makes_bands_across_the_sweep_and_counts_patches_run_twice() -> None:
     volume: dict[str, Any] = {"shape": (200, 100, 100), "patch_size": 12}
     free = planned(**volume)
     assert planned(**volume, limit=free.peak_bytes).regions == free.regions
@@ -382,7 +382,7 @@ def limited(share: float, **options: Any) -> PredictionPlan:
     return planned(**VOLUME, limit=int(fixed + share * (free - fixed)), **options)
 
 
-def test_what_was_begun_is_planned_in_the_same_shards_under_any_limit() -> None:
+def test_a_resumed_prediction_keeps_its_shards_under_any_limit() -> None:
     first = limited(0.6)
     begun = shards_of(first)
     assert begun != shards_of(planned(**VOLUME)) == shards_of(limited(0.8))
@@ -391,7 +391,7 @@ def test_what_was_begun_is_planned_in_the_same_shards_under_any_limit() -> None:
     assert len(again.regions) > len(first.regions)
 
 
-def test_where_the_shards_that_were_begun_do_not_fit_the_limit_it_is_refused() -> None:
+def test_a_resumed_prediction_whose_shards_exceed_the_limit_is_refused() -> None:
     begun = shards_of(planned(**VOLUME))
     assert shards_of(limited(0.25)) != begun
     with pytest.raises(MemoryLimitError, match=r"'ann' needs .* was begun .*: allow more, or .* --overwrite"):
@@ -453,7 +453,7 @@ def most_redone(plan: PredictionPlan) -> int:
 
 
 @given(plans())
-def test_a_kill_costs_no_more_patches_than_is_said(plan: PredictionPlan) -> None:
+def test_a_kill_costs_no_more_patches_than_the_plan_states(plan: PredictionPlan) -> None:
     assert most_redone(plan) <= plan.redone_patches
 
 

@@ -161,7 +161,7 @@ def bytes_below(folder: Path) -> dict[str, bytes]:
     return {str(f): f.read_bytes() for f in folder.rglob("*") if f.is_file() and f.name != LOCK}
 
 
-# A process that predicts in children of its own
+# A process that predicts in its children
 
 
 @dataclass
@@ -182,7 +182,7 @@ class Ran:
 
 
 class Commands:
-    """A program with all imports behind it, that forks a child for each command, in a group of its own."""
+    """A program that has imported everything; it forks a child per command, in its own process group."""
 
     def __init__(self, folder: Path) -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -339,7 +339,7 @@ def test_a_prediction_killed_again_and_again_loses_nothing(
     assert_whole(out, expected)
 
 
-def test_a_worker_that_is_killed_costs_a_rerun_of_what_it_had_begun(
+def test_a_killed_worker_costs_a_rerun_of_its_unfinished_shards(
     commands: Commands, store: Path, cohort: zp.Cohort, out: Path
 ) -> None:
     expected = undisturbed(cohort, out)
@@ -356,7 +356,7 @@ def test_a_worker_that_is_killed_costs_a_rerun_of_what_it_had_begun(
 
 @pytest.mark.parametrize("fail_at", [1, 50, 118, 170, 200, 233])
 @pytest.mark.parametrize("slow_disk", [False, True], ids=["", "slow disk"])
-def test_what_is_run_again_is_bounded_by_the_plan(
+def test_the_number_of_patches_run_again_is_bounded_by_the_plan(
     cohort: zp.Cohort, out: Path, monkeypatch: pytest.MonkeyPatch, fail_at: int, slow_disk: bool
 ) -> None:
     """On the slow disk, what is being written when the network fails is lost, as by a kill."""
@@ -429,7 +429,7 @@ def begun(cohort: zp.Cohort, out: Path) -> Path:
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_an_output_of_other_choices_is_refused_with_what_changed_and_stays_as_it_was(
+def test_an_output_of_other_options_is_refused_with_the_change_and_is_not_modified(
     cohort: zp.Cohort, begun: Path, options: dict[str, Any], changed: str
 ) -> None:
     before = bytes_below(begun)
@@ -440,7 +440,7 @@ def test_an_output_of_other_choices_is_refused_with_what_changed_and_stays_as_it
     assert bytes_below(begun) == before
 
 
-def test_an_output_of_other_subjects_is_refused_with_what_changed(cohort: zp.Cohort, begun: Path) -> None:
+def test_an_output_of_other_subjects_is_refused_with_the_change(cohort: zp.Cohort, begun: Path) -> None:
     before = bytes_below(begun)
     for others in (cohort[:1], cohort[1:], list(reversed(cohort))):
         with pytest.raises(StoreExistsError, match=r'differs in subjects: \["ann","bob"\] then, \['):
@@ -483,7 +483,7 @@ def test_an_output_of_another_mask_under_the_same_name_is_refused(
     [(2, None), (1, "100 GiB"), (3, "100 GiB")],
     ids=["jobs", "memory", "jobs and memory"],
 )
-def test_how_the_work_is_shared_out_may_change_between_runs(
+def test_jobs_and_memory_limit_may_change_between_runs(
     cohort: zp.Cohort, begun: Path, jobs: int, max_memory: str | None
 ) -> None:
     predict(cohort, begun, Net(), jobs=jobs, max_memory=max_memory)
@@ -491,42 +491,42 @@ def test_how_the_work_is_shared_out_may_change_between_runs(
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_what_was_done_before_is_told_too_when_an_output_is_gone_on_with(
+def test_progress_of_a_resumed_output_includes_earlier_patches(
     cohort: zp.Cohort, begun: Path, jobs: int
 ) -> None:
-    told: list[int] = []
+    reported: list[int] = []
     again = Net()
-    predict(cohort, begun, again, progress=told.append, jobs=jobs)
+    predict(cohort, begun, again, progress=reported.append, jobs=jobs)
     ann, bob = plans_of(cohort, jobs=jobs)
-    assert told[0] == ann.patches_run
-    assert sum(told) == ann.patches_run + bob.patches_run
-    assert jobs > 1 or 1 + bob.patches - told[1] == again.patches
+    assert reported[0] == ann.patches_run
+    assert sum(reported) == ann.patches_run + bob.patches_run
+    assert jobs > 1 or 1 + bob.patches - reported[1] == again.patches
 
 
-def test_what_an_earlier_run_still_writes_is_never_taken_for_what_this_one_writes(
+def test_shards_still_in_flight_from_an_earlier_run_are_never_mixed_with_those_of_this_run(
     cohort: zp.Cohort, out: Path
 ) -> None:
-    """A task of a cluster goes on when its client has gone, whatever then becomes of the output."""
+    """A task of a cluster keeps running when its client has ended, even if the output is replaced."""
     expected = undisturbed(cohort, out)
     plan = plans_of(cohort)[0]
     with pytest.raises(ModelError):
         predict(cohort, out, Net(seed=1, fail_at=60))
     [left] = (folder for folder in (out / UNFINISHED / "ann").iterdir() if folder.is_dir())
     late = Network(Net(seed=1), torch_device("cpu"))
-    told: list[int] = []
+    reported: list[int] = []
 
     def run_late() -> None:
         options = PredictOptions.of(**OPTIONS)
         run_region(plan, plan.regions[0], late, WorkFolder(out, left), options, lambda patches: None)
 
-    def go_on(patches: int) -> None:
-        if not told:
+    def run_both(patches: int) -> None:
+        if not reported:
             run_late()
             assert list(left.glob("prediction/0/c/**/0"))
-        told.append(patches)
+        reported.append(patches)
 
     shutil.rmtree(out)
-    predict(cohort, out, Net(), progress=go_on)
+    predict(cohort, out, Net(), progress=run_both)
     assert_whole(out, expected)
     predict(cohort, out, Net(), overwrite=True)
     run_late()
@@ -551,7 +551,7 @@ def test_the_store_that_is_read_is_never_written_to(store: Path, tmp_path: Path,
     assert bytes_below(tmp_path / "own.zarr") == before
 
 
-def test_an_input_that_fails_is_not_taken_for_an_output_that_does(cohort: zp.Cohort, out: Path) -> None:
+def test_a_failing_input_is_not_reported_as_a_failing_output(cohort: zp.Cohort, out: Path) -> None:
     def failing(values: Any) -> Any:
         return values.map_blocks(lambda block: np.loadtxt("/nowhere/table.csv"), dtype=values.dtype)
 
@@ -561,7 +561,7 @@ def test_an_input_that_fails_is_not_taken_for_an_output_that_does(cohort: zp.Coh
     assert not isinstance(error.value, StoreError)
 
 
-def test_a_fill_of_nan_is_gone_on_with(cohort: zp.Cohort, out: Path) -> None:
+def test_a_prediction_with_a_fill_of_nan_is_resumed(cohort: zp.Cohort, out: Path) -> None:
     with pytest.raises(ModelError):
         predict(cohort, out, Net(fail_at=30), mask="mask", fill=float("nan"))
     found = predict(cohort, out, Net(), mask="mask", fill=float("nan"))
@@ -580,7 +580,7 @@ def test_a_network_that_cannot_be_sent_is_refused_before_anything_is_touched(
     assert bytes_below(out) == before
 
 
-def test_after_a_refusal_the_right_command_goes_on_where_it_was(cohort: zp.Cohort, begun: Path) -> None:
+def test_after_a_refusal_the_right_command_resumes_the_output(cohort: zp.Cohort, begun: Path) -> None:
     with pytest.raises(StoreExistsError):
         predict(cohort, begun, Net(seed=1))
     again = Net()
@@ -590,7 +590,9 @@ def test_after_a_refusal_the_right_command_goes_on_where_it_was(cohort: zp.Cohor
     assert_whole(begun, undisturbed(cohort, begun))
 
 
-def test_without_resume_what_was_begun_is_refused_and_stays_as_it_was(cohort: zp.Cohort, begun: Path) -> None:
+def test_without_resume_an_unfinished_output_is_refused_and_is_not_modified(
+    cohort: zp.Cohort, begun: Path
+) -> None:
     before = bytes_below(begun)
     with pytest.raises(StoreExistsError, match=r"out.zarr: it exists already; say --overwrite"):
         predict(cohort, begun, Net(), resume=False)
@@ -604,7 +606,9 @@ def test_overwriting_starts_over(cohort: zp.Cohort, begun: Path) -> None:
     assert_whole(begun, undisturbed(cohort, begun))
 
 
-def test_what_was_begun_is_incomplete_for_verify(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unfinished_output_is_incomplete_for_verify(
+    begun: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     report = zp.verify(begun)
     assert (report.damages, report.leftovers) == ((), (UNFINISHED,))
     assert report.missing_subjects == ("bob",)
@@ -618,7 +622,7 @@ FAILED = r"the model failed on subject '(ann|bob)', patches at \(\d+, \d+, \d+\)
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_a_network_that_fails_is_one_line_with_subject_and_place_and_a_rerun_goes_on(
+def test_a_network_that_fails_is_one_line_with_subject_and_location_and_a_rerun_resumes(
     commands: Commands, store: Path, cohort: zp.Cohort, out: Path, jobs: int
 ) -> None:
     expected = undisturbed(cohort, out)

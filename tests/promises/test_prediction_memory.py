@@ -161,7 +161,7 @@ def measured(
     ],
     ids=lambda wish: " ".join(map(str, wish.values())),
 )
-def test_what_a_prediction_holds_is_what_its_plan_states_and_at_least_six_tenths_of_it(
+def test_the_peak_memory_of_a_prediction_is_at_most_that_of_its_plan_and_at_least_six_tenths_of_it(
     folder: Path, out: Path, wish: dict[str, Any]
 ) -> None:
     figures = measured(folder, "cube.zarr", out, **wish)
@@ -169,7 +169,7 @@ def test_what_a_prediction_holds_is_what_its_plan_states_and_at_least_six_tenths
     assert figures["measured"] >= 0.6 * figures["stated"]
 
 
-def test_what_is_held_does_not_grow_with_the_swept_axis(folder: Path, out: Path) -> None:
+def test_peak_memory_does_not_grow_with_the_swept_axis(folder: Path, out: Path) -> None:
     wish = {"patch_size": 64, "patch_overlap": 16, "reduce": "argmax"}
     found = []
     for length in (256, 256 + 5 * 96):  # 96 is a whole number of steps and of shards
@@ -194,7 +194,7 @@ def test_a_limit_is_kept_by_running_some_patches_twice(folder: Path, out: Path, 
     assert figures["base"] + figures["measured"] <= limit
 
 
-def test_a_limit_that_nothing_fits_is_refused_and_what_would_fit_is_told(folder: Path, out: Path) -> None:
+def test_a_limit_that_no_plan_fits_is_refused_with_the_least_that_would_fit(folder: Path, out: Path) -> None:
     cohort = zp.Cohort(folder / "cube.zarr")
     options: dict[str, Any] = {"image": "image", "patch_size": 64, "patch_overlap": 16}
     with pytest.raises(MemoryLimitError, match=r"the prediction of 'ann' needs [\d.]+ MiB") as refused:
@@ -203,7 +203,7 @@ def test_a_limit_that_nothing_fits_is_refused_and_what_would_fit_is_told(folder:
     assert not out.exists()
 
 
-def test_a_plan_for_a_long_volume_states_what_one_for_a_short_volume_does(folder: Path) -> None:
+def test_a_plan_for_a_long_volume_states_the_bytes_of_one_for_a_short_volume(folder: Path) -> None:
     network = Network(lambda batch: batch, torch_device("cpu"))
     options = PredictOptions.of(image="t1", patch_size=64, patch_overlap=16)
     stated = []

@@ -148,9 +148,9 @@ def test_progress_of_jobs_adds_up_to_the_patches_that_the_plan_says_are_run(
     cohort: zp.Cohort, out: Path
 ) -> None:
     choice = {"model": pointwise, "jobs": 4, "batch_size": 1}
-    told: list[int] = []
-    predict(cohort, out, progress=told.append, **choice)
-    assert sum(told) == sum(plan.patches_run for plan in plans_of(cohort, **choice))
+    reported: list[int] = []
+    predict(cohort, out, progress=reported.append, **choice)
+    assert sum(reported) == sum(plan.patches_run for plan in plans_of(cohort, **choice))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -235,6 +235,26 @@ def test_any_function_may_be_the_network_of_jobs(cohort: zp.Cohort, out: Path, m
     assert_whole(out, expected)
 
 
+PICKLED: list[int] = []
+
+
+class Counted(torch.nn.Identity):
+    """Counts how often its state is taken: for its identity, and for each pickle."""
+
+    def __getstate__(self) -> Any:
+        PICKLED.append(os.getpid())
+        return super().__getstate__()  # type: ignore[no-untyped-call]
+
+
+def test_a_network_is_pickled_once_for_all_jobs(cohort: zp.Cohort, out: Path) -> None:
+    counts = []
+    for jobs in (1, 3):
+        PICKLED.clear()
+        predict(cohort, out, model=Counted(), jobs=jobs, overwrite=True)
+        counts.append(len(PICKLED))
+    assert counts == [1, 2]
+
+
 def test_functions_for_masks_and_reductions_work_in_jobs(cohort: zp.Cohort, out: Path) -> None:
     limit = 60
     choice: Choice = {
@@ -247,7 +267,7 @@ def test_functions_for_masks_and_reductions_work_in_jobs(cohort: zp.Cohort, out:
     assert_whole(out, expected)
 
 
-def test_subjects_made_by_hand_work_in_jobs(out: Path, rng: np.random.Generator) -> None:
+def test_subjects_of_arrays_work_in_jobs(out: Path, rng: np.random.Generator) -> None:
     volumes = {name: rng.normal(size=(40, 40, 90)).astype(np.float32) for name in ("ann", "bob")}
     subjects = [zp.Subject(name=name, t1=zp.ScalarImage(volume)) for name, volume in volumes.items()]
     expected = in_one_process(subjects, out, model=Conv())
@@ -294,10 +314,10 @@ def test_a_cluster_gives_the_bytes_of_one_process(cohort: zp.Cohort, out: Path, 
         address = cluster.scheduler_address
         for name, choice in CHOICES.items():
             expected = in_one_process(cohort, out.with_name(f"of-{name}") / "x", **choice)
-            told: list[int] = []
-            predict(cohort, out, scheduler=address, overwrite=True, progress=told.append, **choice)
+            reported: list[int] = []
+            predict(cohort, out, scheduler=address, overwrite=True, progress=reported.append, **choice)
             assert_whole(out, expected)
-            assert sum(told) == sum(p.patches_run for p in plans_of(cohort, scheduler=address, **choice))
+            assert sum(reported) == sum(p.patches_run for p in plans_of(cohort, scheduler=address, **choice))
         marks = tmp_path / "marks"
         predict(cohort, out, scheduler=address, model=Conv(marks=marks), overwrite=True)
     pids = marked_by(marks)
@@ -342,7 +362,7 @@ def test_a_cluster_of_which_a_worker_is_killed_gives_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_a_network_that_fails_on_a_cluster_is_the_same_error_and_a_rerun_goes_on(
+def test_a_network_that_fails_on_a_cluster_is_the_same_error_and_a_rerun_resumes(
     cohort: zp.Cohort, out: Path, tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken"
@@ -367,7 +387,7 @@ def test_a_network_that_fails_on_a_cluster_is_the_same_error_and_a_rerun_goes_on
 
 
 @pytest.mark.parametrize("where", ["tcp://127.0.0.1:9", "nowhere.json"])
-def test_a_scheduler_that_does_not_answer_is_one_line_and_what_was_begun_may_be_gone_on_with(
+def test_a_scheduler_that_does_not_answer_is_one_line_and_the_output_can_be_resumed(
     cohort: zp.Cohort, out: Path, where: str
 ) -> None:
     with pytest.raises(OptionError, match="no Dask scheduler answers at"):

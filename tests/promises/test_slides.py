@@ -242,7 +242,7 @@ def test_a_plain_zarr_array_with_named_axes_is_a_slide_too(tmp_path: Path, out: 
     assert (scale["y"], scale["x"], translation["y"], translation["x"]) == (1, 1, 0, 0)
 
 
-def test_an_array_whose_axes_nobody_named_is_one_line_that_says_how_to_name_them(
+def test_an_array_without_names_of_axes_is_one_line_that_says_how_to_name_them(
     tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     group = zarr.open_group(tmp_path, mode="w", zarr_format=2)
@@ -262,7 +262,7 @@ def test_axes_of_a_store_are_refused(slide: Path, out: Path) -> None:
         open_subjects(out, axes="zyx")
 
 
-def test_an_array_with_axes_said_by_hand_is_a_slide_too(tmp_path: Path, out: Path) -> None:
+def test_an_array_with_axes_given_as_an_option_is_a_slide_too(tmp_path: Path, out: Path) -> None:
     group = zarr.open_group(tmp_path, mode="w", zarr_format=2)
     write_array(group, "plain.zarr", pixels(), "yxc")
     subject = zp.Subject(image=zp.ScalarImage(tmp_path / "plain.zarr", axes="yxc"))
@@ -329,7 +329,7 @@ def test_a_prediction_of_a_slide_can_be_predicted_from_again(slide: Path, out: P
     shutil.rmtree(second)
 
 
-def test_a_plan_says_what_a_slide_takes_and_writes_nothing(
+def test_a_plan_states_the_cost_of_a_slide_and_writes_nothing(
     slide: Path, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert predict(slide, out, "--dry-run", "--json", model="tissue") == 0
