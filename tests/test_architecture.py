@@ -34,7 +34,7 @@ DOORS = {
     "sampling": "samplers grid_sampler patch randomness",
     "loading": "patch_queue queue_options subjects_loader patch_batch epoch_plan",
     "blending": "aggregator blend grid_blend tiling axis_tiles windows reduction sinks",
-    "prediction": "inference planning network prediction_options prediction_run",
+    "prediction": "inference planning model_files network prediction_options prediction_run",
     "report": "report",
     "bench": "benchmark_plan benchmark benchmark_report advice",
     "compat": "",

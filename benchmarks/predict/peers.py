@@ -63,7 +63,7 @@ def write_classes(file: Path, slabs: Iterable[NDArray[np.float32]], shape: Seque
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A way to predict: ``predict(head, store, output)`` writes labels, ``labels(output)`` reads them (z, y, x).
+    """A way to predict: ``predict(head, store, output)`` writes what ``labels(output)`` reads, (z, y, x).
 
     ``head`` is a folder of ``data.plain_head`` and ``store`` the zpatch store of the same volume. ``slow``
     contenders are repeated less often.

@@ -1,1 +1,17 @@
-"""A network over whole volumes: planned, resumable, on many machines."""
+"""A network over whole volumes -> predictions in a store: planned, resumable, on many machines.
+
+In reading order::
+
+    model_files         networks in files: loaded by name, and pickled as the bytes of a file
+    model_identity      a digest of what a network is, so that it is not resumed with another network
+    prediction_options  the options of predict, checked, and the part that voxels depend on
+    network             a network on a device, applied to batches of patches
+    prediction_plan     the plan of one subject: patches, shards, regions, figures
+    peak_memory         the bytes that a plan holds at most, before it runs
+    regions             outputs -> shards -> regions, to share work or to fit a memory limit
+    planning            the plans of all subjects: the first that fits of all candidates
+    shard_ledger        which shards of an unfinished image are written, by any process
+    region_run          one region: read, run the network, blend, write
+    prediction_run      regions shared between processes, resumed, and committed subject by subject
+    inference           predict: options -> plans -> run
+"""
