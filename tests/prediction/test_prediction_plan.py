@@ -1,13 +1,9 @@
-"""A prediction's plan: regions part the work, memory is stated beforehand, and what is stated is so."""
+"""The plan of a prediction: its batches, and its figures, which a run keeps to."""
 
 from __future__ import annotations
 
-import functools
-import itertools
 import json
 import math
-import re
-from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -15,160 +11,26 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
+from small_plans import MODES, Bools, adds_to, in_sweep_order, planned, plans, seeds
 
-import zpatch as zp
-import zpatch.prediction.regions
 from zpatch.blending.grid_blend import GridBlend, Skipped
 from zpatch.blending.tiling import Tile, Tiling
-from zpatch.chunks.layout import plan_output_layout
-from zpatch.errors import MemoryLimitError
 from zpatch.geometry.boxes import Triple
 from zpatch.geometry.patch_grid import PatchGrid
-from zpatch.prediction.peak_memory import SMALL_PIECES_BYTES, held_of_head, sweep_peak_bytes
-from zpatch.prediction.planning import candidates, first_fitting
-from zpatch.prediction.prediction_options import PredictOptions
+from zpatch.prediction.peak_memory import held_of_head, sweep_peak_bytes
 from zpatch.prediction.prediction_plan import FLIPPED_OUTPUTS, Head, PlannedHead, PredictionPlan
-from zpatch.prediction.regions import NOT_BEGUN, Shards, grid_over
-from zpatch.runtime.buffer_pool import POOL_SLACK
 from zpatch.runtime.byte_sizes import format_bytes
 
-MODES = ["crop", "average", "hann", "gaussian"]
-
-Bools = NDArray[np.bool_]
-seeds = st.integers(0, 2**32).map(np.random.default_rng)
+pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small_chunks() -> Any:
-    """Output in chunks of 8 voxels and small shards, so that small volumes have many shards."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            zpatch.prediction.regions,
-            "plan_output_layout",
-            functools.partial(plan_output_layout, chunk=8),
-        )
-        patch.setattr(zpatch.prediction.regions, "SHARD_BYTES", 2**16)
-        patch.setattr(zpatch.prediction.regions, "SMALLEST_SHARD_BYTES", 2**12)
-        yield
-
-
-def head(options: PredictOptions, scale: float = 1, name: str = "seg", channels: int = 2) -> Head:
-    """An output whose patches are ``scale`` times as long as the input's."""
-    i, j, k = (max(1, int(p * scale)) for p in options.patch_size)
-    return Head(name, channels, 4, (i, j, k), 1, "|u1")
-
-
-def planned(
-    shape: Triple = (100, 40, 36),
-    patch_size: Any = 16,
-    patch_overlap: Any = 4,
-    *,
-    scales: Sequence[float] = (1,),
-    slabs: int = 1,
-    limit: int | None = None,
-    skipped: Bools | None = None,
-    tta: bool = False,
-    begun: Shards = NOT_BEGUN,
-    **options: Any,
-) -> PredictionPlan:
-    subject = zp.Subject(name="ann", t1=zp.ScalarImage(np.broadcast_to(np.uint8(0), shape)))
-    if skipped is not None:
-        options["mask"] = lambda subject, location: not skipped[grid.position_of(location)]
-    chosen = PredictOptions.of(image="t1", patch_size=patch_size, patch_overlap=patch_overlap, **options)
-    grid = grid_over(shape, chosen)
-    heads = [head(chosen, scale, f"head-{n}") for n, scale in enumerate(scales)]
-    return first_fitting(candidates(subject, heads, chosen, slabs=slabs, tta=tta, begun=begun), limit, begun)
-
-
-@st.composite
-def plans(draw: st.DrawFn) -> PredictionPlan:
-    """Plans of one to three heads, in one region or several, along and across the sweep, some with a mask."""
-    long_axis = draw(st.integers(0, 2))
-    shape = [draw(st.integers(40, 100) if axis == long_axis else st.integers(5, 40)) for axis in range(3)]
-    size = draw(st.tuples(*[st.sampled_from([8, 12, 16])] * 3))
-    everything: dict[str, Any] = {
-        "shape": tuple(shape),
-        "patch_size": size,
-        "patch_overlap": tuple(draw(st.sampled_from([0, 2, p // 4 * 2])) for p in size),
-        "scales": (1, *draw(st.lists(st.sampled_from([0.5, 0.25, 2]), max_size=2))),
-        "slabs": draw(st.integers(1, 9)),
-        "overlap_mode": draw(st.sampled_from(MODES)),
-        "batch_size": draw(st.integers(1, 5)),
-    }
-    plan = planned(**everything)
-    masked = draw(st.sampled_from([None, 0.1, 0.9, 1.0]))
-    if masked is not None:
-        everything["skipped"] = draw(seeds).random(plan.grid.counts) < masked
-    limit = draw(st.sampled_from([None, plan.peak_bytes * 3 // 4]))
-    try:
-        return planned(**everything, limit=limit)
-    except MemoryLimitError:
-        return planned(**everything)
-
-
-def adds_to(plan: PredictionPlan, number: int) -> Bools:
-    """The patches that add to the shards of a region, whether they are run or not."""
-    found = np.zeros(plan.grid.counts, dtype=bool)
-    for head, shards in zip(plan.heads, plan.regions[number].wanted(plan.heads), strict=True):
-        found |= head.tiling.patches_for(shards)
-    return found
-
-
-def in_sweep_order(plan: PredictionPlan) -> list[Triple]:
-    """Positions of the patches that are run."""
-    order = plan.heads[0].tiling.order
-    skipped = np.zeros(plan.grid.counts, bool) if plan.skipped is None else plan.skipped
-    positions = itertools.product(*map(range, plan.grid.counts))
-    run = [(i, j, k) for i, j, k in positions if not skipped[i, j, k]]
-    return sorted(run, key=lambda at: [at[axis] for axis in order])
-
-
-# Regions
-
-
-@given(plans())
-def test_every_shard_of_every_head_is_in_one_region(plan: PredictionPlan) -> None:
-    for of_head in zip(*(region.wanted(plan.heads) for region in plan.regions), strict=True):
-        assert (sum(shards.astype(int) for shards in of_head) == 1).all()
-
-
-@given(plans())
-def test_a_region_runs_the_patches_that_add_to_its_shards_and_no_others(plan: PredictionPlan) -> None:
-    for number, region in enumerate(plan.regions):
-        i, j, k = np.nonzero(adds_to(plan, number))
-        assert [(r.start, r.stop) for r in region.patches] == [(a.min(), a.max() + 1) for a in (i, j, k)]
-        if len(plan.heads) == 1:
-            assert len(i) == math.prod(map(len, region.patches))
-
-
-@pytest.mark.parametrize("slabs", [1, 2, 3, 5, 100])
-def test_there_are_as_many_regions_along_the_swept_axis_as_requested(slabs: int) -> None:
-    plan = planned(slabs=slabs)
-    assert plan.swept_axis == 0
-    assert len(plan.regions) == min(slabs, 13)
-    rows = [len(region.shards[0][0]) for region in plan.regions]
-    assert max(rows) - min(rows) <= 1
-    for region in plan.regions:
-        assert [len(r) for r in region.shards[0][1:]] == list(plan.heads[0].tiling.shard_counts[1:])
-
-
-@pytest.mark.parametrize(
-    ("shape", "axis"), [((90, 40, 40), 0), ((40, 90, 40), 1), ((40, 40, 90), 2), ((40, 90, 90), 2)]
-)
-def test_the_longest_axis_is_swept(shape: Triple, axis: int) -> None:
-    plan = planned(shape)
-    assert plan.swept_axis == axis
-    assert {planned_head.tiling.swept_axis for planned_head in plan.heads} == {axis}
+# Batches
 
 
 @given(plans())
 def test_the_patches_run_are_those_of_the_batches_of_all_regions(plan: PredictionPlan) -> None:
     run = [sum(map(len, plan.batches(adds_to(plan, number)))) for number in range(len(plan.regions))]
     assert plan.patches_run == sum(run) >= plan.patches
-
-
-# Batches
 
 
 @given(plans(), seeds, st.sampled_from([0.0, 0.1, 0.7, 1.0]))
@@ -316,105 +178,6 @@ def test_test_time_augmentation_takes_more_memory_for_flipped_batches() -> None:
     assert flipped.peak_bytes - plain.peak_bytes == more + batch_size * patch_bytes
 
 
-def test_a_limit_makes_bands_across_the_sweep_and_counts_patches_run_twice() -> None:
-    volume: dict[str, Any] = {"shape": (200, 100, 100), "patch_size": 12}
-    free = planned(**volume)
-    assert planned(**volume, limit=free.peak_bytes).regions == free.regions
-    fixed = SMALL_PIECES_BYTES + POOL_SLACK
-    limit = fixed + (free.peak_bytes - fixed) // 2
-    tight = planned(**volume, limit=limit)
-    assert tight.peak_bytes <= limit
-    assert len(tight.regions) > 1 == len(free.regions)
-    assert {len(region.shards[0][0]) for region in tight.regions} == {25}
-    assert tight.patches == free.patches == free.patches_run < tight.patches_run
-
-
-@given(plans(), st.floats(0.2, 1.2))
-def test_a_limit_is_kept_or_refused(plan: PredictionPlan, share: float) -> None:
-    limit = int(plan.peak_bytes * share)
-    options = {
-        "shape": plan.grid.spatial_shape,
-        "patch_size": plan.grid.patch_size,
-        "patch_overlap": plan.grid.patch_overlap,
-        "batch_size": plan.batch_size,
-    }
-    try:
-        assert planned(**cast(Any, options), limit=limit).peak_bytes <= limit
-    except MemoryLimitError:
-        with pytest.raises(MemoryLimitError):
-            planned(**cast(Any, options), limit=limit // 2)
-
-
-def test_a_refusal_says_what_would_fit_and_what_to_do() -> None:
-    with pytest.raises(MemoryLimitError) as caught:
-        planned(limit=1000)
-    message = str(caught.value)
-    assert re.search(r"the prediction of 'ann' needs .* beside the network, and 1000 B are left", message)
-    assert "use a smaller patch_size, batch_size or number of jobs, or allow more" in message
-    low, high = 1000, planned().peak_bytes
-    while high - low > 1:
-        middle = (low + high) // 2
-        try:
-            high = planned(limit=middle).peak_bytes
-        except MemoryLimitError:
-            low = middle
-    assert f"needs {format_bytes(high)} beside" in message
-
-
-def test_a_limit_that_this_process_exceeds_already_leaves_nothing() -> None:
-    with pytest.raises(MemoryLimitError, match="and 0 B are left of the limit"):
-        planned(limit=-5)
-
-
-# Going on
-
-
-def shards_of(plan: PredictionPlan) -> dict[str, tuple[int, ...]]:
-    return {head.head.name: head.record.shards for head in plan.heads}
-
-
-VOLUME: dict[str, Any] = {"shape": (200, 100, 100), "patch_size": 12, "scales": (1, 0.5)}
-
-
-def limited(share: float, **options: Any) -> PredictionPlan:
-    """With so much less for what is held besides that which nothing changes."""
-    free, fixed = planned(**VOLUME).peak_bytes, SMALL_PIECES_BYTES + 2 * POOL_SLACK
-    return planned(**VOLUME, limit=int(fixed + share * (free - fixed)), **options)
-
-
-def test_a_resumed_prediction_keeps_its_shards_under_any_limit() -> None:
-    first = limited(0.6)
-    begun = shards_of(first)
-    assert begun != shards_of(planned(**VOLUME)) == shards_of(limited(0.8))
-    for again in (planned(**VOLUME, begun=begun), limited(0.8, begun=begun), limited(0.35, begun=begun)):
-        assert shards_of(again) == begun
-    assert len(again.regions) > len(first.regions)
-
-
-def test_a_resumed_prediction_whose_shards_exceed_the_limit_is_refused() -> None:
-    begun = shards_of(planned(**VOLUME))
-    assert shards_of(limited(0.25)) != begun
-    with pytest.raises(MemoryLimitError, match=r"'ann' needs .* was begun .*: allow more, or .* --overwrite"):
-        limited(0.25, begun=begun)
-
-
-@pytest.mark.parametrize(
-    "begun",
-    [
-        {},
-        {"head-0": (8, 8, 8)},
-        {"head-0": (8, 8, 8), "head-1": (7, 8, 8)},
-        {"head-0": (8, 8, 8), "head-1": (2, 8, 8, 8)},
-        {"head-0": (8, 8, 8), "head-1": (1, 1, 8, 8, 8)},
-        {"head-0": (8, 8, 8), "head-1": ()},
-        {"head-0": (8, 8, 8), "head-1": (8, 8, 0)},
-    ],
-    ids=["none", "one", "no whole chunks", "other channels", "more dimensions", "no dimensions", "no voxels"],
-)
-def test_shards_that_are_not_those_of_all_heads_say_nothing(begun: Shards) -> None:
-    assert shards_of(planned(**VOLUME, begun=begun)) == shards_of(planned(**VOLUME))
-
-
 # What a kill costs
 
 
@@ -507,7 +270,7 @@ def test_heads_are_counted_together() -> None:
     assert [h.record.shape for h in plan.heads] == [(36, 40, 100), (18, 20, 50)]
 
 
-# Heads and grids
+# Heads
 
 
 @pytest.mark.parametrize(
@@ -523,9 +286,3 @@ def test_an_output_is_scaled_as_its_patches_are(
     patch: Triple, made: Triple, shape: Triple, expected: Triple
 ) -> None:
     assert Head("seg", 1, 4, made, 1, "<f4").shape_for(shape, patch) == expected
-
-
-def test_a_volume_is_padded_by_half_the_overlap_only_where_that_is_asked_for() -> None:
-    for mode, first in ((None, 0), ("reflect", -2)):
-        options = PredictOptions.of(image="t1", patch_size=16, patch_overlap=4, padding_mode=mode)
-        assert grid_over((40, 40, 40), options).starts[0][0] == first
