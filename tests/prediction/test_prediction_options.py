@@ -85,7 +85,7 @@ def test_options_are_accepted_in_the_forms_of_predict() -> None:
         ({"overlap_mode": "mean"}, OptionError, "overlap_mode must be one of"),
         ({"reduce": "argmin"}, OptionError, "reduce must be 'argmax'"),
         ({"padding_mode": "mirror"}, OptionError, "padding_mode must be"),
-        ({"normalize": "minmax"}, OptionError, "'minmax'"),
+        ({"normalize": "minmax"}, OptionError, "normalize must be one of zscore, clip, not 'minmax'"),
         ({"max_memory": "much"}, OptionError, "'much' is not a number of bytes"),
         ({"patch_size": 0}, PatchSizeError, "patch_size"),
         ({"patch_overlap": 3}, PatchOverlapError, "even"),

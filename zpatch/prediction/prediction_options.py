@@ -15,7 +15,7 @@ from zpatch.digests import Json
 from zpatch.errors import OptionError
 from zpatch.geometry.boxes import PatchLocation, Triple, patch_overlap_triple, patch_size_triple
 from zpatch.geometry.padding import check_padding_mode
-from zpatch.images.normalization import Normalize
+from zpatch.images.normalization import MODES
 from zpatch.images.subject import Subject
 from zpatch.prediction.model_identity import identity
 from zpatch.runtime.byte_sizes import parse_bytes
@@ -83,8 +83,8 @@ class PredictOptions:
         check_overlap_mode(self.overlap_mode)
         check_reduction(self.reduce)
         check_padding_mode(self.padding_mode)
-        if self.normalize is not None:
-            Normalize(self.normalize)
+        if self.normalize is not None and self.normalize not in MODES:
+            raise OptionError(f"normalize must be one of {', '.join(MODES)}, not {self.normalize!r}")
         if not self.image:
             raise OptionError("image= names no image to predict from")
         for name, count in (("batch_size", self.batch_size), ("jobs", self.jobs)):
