@@ -21,7 +21,7 @@ import torch
 
 from zpatch.blending.blend import add_batch
 from zpatch.blending.grid_blend import GridBlend, Skipped
-from zpatch.blending.reduction import Finaliser, Reduction
+from zpatch.blending.reduction import Finaliser
 from zpatch.blending.sinks import CompleteShard, ShardAssembler
 from zpatch.digests import Json
 from zpatch.errors import ModelError
