@@ -14,7 +14,6 @@ import torch
 
 from zpatch.blending.blend import accumulation_dtype
 from zpatch.blending.reduction import as_stored, fitting_fill, reduce_channels
-
 from zpatch.errors import MemoryLimitError, ModelError, OptionError, SourceError, ZpatchError
 from zpatch.geometry.boxes import Bools
 from zpatch.images.chunk_cache import cached

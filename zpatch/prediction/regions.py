@@ -19,7 +19,7 @@ from zpatch.blending.tiling import Tiling
 from zpatch.chunks.layout import SHARD_BYTES, Layout, plan_output_layout
 from zpatch.errors import PatchSizeError
 from zpatch.geometry.affines import resized_affine
-from zpatch.geometry.boxes import Bools, Triple
+from zpatch.geometry.boxes import Triple
 from zpatch.geometry.patch_grid import PatchGrid
 from zpatch.images.image import Image
 from zpatch.prediction.prediction_options import PredictOptions
