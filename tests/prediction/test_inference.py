@@ -332,7 +332,7 @@ def test_outputs_whose_names_no_store_can_hold_are_refused_before_anything_is_wr
 def test_a_fill_that_the_output_cannot_hold_is_refused_before_anything_is_written(
     cohort: zp.Cohort, out: Path, fill: float, reduce: Any
 ) -> None:
-    with pytest.raises(OptionError, match=rf"a fill of {re.escape(str(fill))} does not fit the output"):
+    with pytest.raises(OptionError, match=rf"fill={re.escape(str(fill))} does not fit the output"):
         predict(cohort, out, fill=fill, reduce=reduce, mask="seg")
     assert not out.exists()
 

@@ -166,7 +166,7 @@ def test_an_export_replaces_no_file_unless_told_so_and_then_starts_none(
     [
         ({"include": ["sub-11"]}, UnknownNameError, "no subject 'sub-11' in store .*; did you mean 'sub-01'"),
         ({"images": ["t2"]}, UnknownNameError, "no image 't2' in store .*; did you mean 't1'"),
-        ({"exclude": ["*"]}, UnknownNameError, "no image of .* fits --include, --exclude and --image"),
+        ({"exclude": ["*"]}, UnknownNameError, "no image of .* fits include=, exclude= and images="),
         ({"suffix": ".img"}, OptionError, r"suffix must be one of .nii, .nii.gz, not '.img'"),
     ],
 )

@@ -415,5 +415,5 @@ def test_without_distributed_the_way_to_get_it_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(OptionError, match=r"--scheduler needs dask.distributed; pip install 'zpatch\[dist"):
+    with pytest.raises(OptionError, match=r"scheduler= needs dask.distributed; pip install 'zpatch\[dist"):
         run(double, range(3), scheduler="tcp://127.0.0.1:9", folder=tmp_path)

@@ -38,7 +38,11 @@ BUSY = 0.3  # processes on each core
     help="Patches read together, as in a queue; 32 at most.",
 )  # fmt: skip
 @click.option(
-    "--image", multiple=True, metavar="NAME", help="Read this image; may be repeated.  [default: all]"
+    "--image",
+    "images",
+    multiple=True,
+    metavar="NAME",
+    help="Read this image; may be repeated.  [default: all]",
 )
 @include_option
 @click.option(
@@ -55,7 +59,7 @@ def bench_command(
     store: Path,
     patch_size: int | tuple[int, ...] | None,
     patches_per_volume: int,
-    image: tuple[str, ...],
+    images: tuple[str, ...],
     include: tuple[str, ...],
     jobs: int | None,
     seconds: float,
@@ -81,7 +85,7 @@ def bench_command(
 
     plan = plan_benchmark(
         Cohort(store).matching(include),
-        images=image,
+        images=images,
         patch_size=patch_size,
         patches_per_volume=patches_per_volume,
         jobs=jobs,

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 @click.argument("store", type=STORE)
 @click.option(
     "--label-pattern",
+    "label_patterns",
     multiple=True,
     metavar="GLOB",
     help="File names that are label maps; may be repeated. Without it: names that end in seg, dseg, "
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--sampling-pattern",
+    "sampling_patterns",
     multiple=True,
     metavar="GLOB",
     help="File names that are sampling maps (weights for WeightedSampler); may be repeated.",
@@ -95,8 +97,8 @@ if TYPE_CHECKING:
 def convert_command(
     source: Path,
     store: Path,
-    label_pattern: tuple[str, ...],
-    sampling_pattern: tuple[str, ...],
+    label_patterns: tuple[str, ...],
+    sampling_patterns: tuple[str, ...],
     codec: str,
     chunk: int,
     format: str,
@@ -151,8 +153,8 @@ def convert_command(
         affine=affine,
         pyramid=pyramid,
         orient=orient,
-        label_patterns=label_pattern,
-        sampling_patterns=sampling_pattern,
+        label_patterns=label_patterns,
+        sampling_patterns=sampling_patterns,
         include=include,
         exclude=exclude,
         limit=limit,

@@ -23,7 +23,9 @@ from zpatch.runtime.byte_sizes import format_bytes
 @click.command("export", short_help="Write images of a store as NIfTI.")
 @click.argument("store", type=STORE)
 @click.argument("dest", type=click.Path(path_type=Path))
-@click.option("--image", multiple=True, metavar="GLOB", help="Only images that fit; may be repeated.")
+@click.option(
+    "--image", "images", multiple=True, metavar="GLOB", help="Only images that fit; may be repeated."
+)
 @include_option
 @exclude_option
 @click.option(
@@ -39,7 +41,7 @@ from zpatch.runtime.byte_sizes import format_bytes
 def export_command(
     store: Path,
     dest: Path,
-    image: tuple[str, ...],
+    images: tuple[str, ...],
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     suffix: str,
@@ -61,7 +63,7 @@ def export_command(
     from zpatch.store.store import open_store
 
     opened = open_store(store)
-    planned = plan_export(opened, dest, include=include, exclude=exclude, images=image, suffix=suffix)
+    planned = plan_export(opened, dest, include=include, exclude=exclude, images=images, suffix=suffix)
     check_free(planned, overwrite=overwrite)
     total = sum(exported.record.voxel_bytes for exported in planned)
     with Progress("exporting", total) as progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from zpatch.runtime.byte_sizes import parse_bytes
 F = TypeVar("F", bound=Callable[..., Any])
 
 STORE = click.Path(path_type=Path)
+QUOTES = "'\""
 
 
 class Bytes(click.ParamType):  # type: ignore[type-arg]
@@ -78,6 +80,37 @@ include_option = click.option(
 exclude_option = click.option(
     "--exclude", multiple=True, metavar="GLOB", help="No subjects that fit; may be repeated."
 )
+
+
+def flag_of(option: click.Parameter) -> str:
+    """The long name of an option."""
+    return max(option.opts, key=len)
+
+
+def with_flags(text: str, option: str | None, command: click.Command) -> str:
+    """The text of an error with the flags of a command in place of the options' names in Python.
+
+    Names of several words are replaced wherever they are, others where they are written as an argument
+    (``fill=0``), or begin the text of an error that is about this ``option``.
+
+    >>> command = click.Command("predict", params=[click.Option(["--overlap", "patch_overlap"])])
+    >>> with_flags("patch_overlap must be even; say patch_overlap=4", "patch_overlap", command)
+    '--overlap must be even; say --overlap 4'
+    """
+    flags = {option.name: flag_of(option) for option in command.params if isinstance(option, click.Option)}
+
+    def replaced(found: re.Match[str]) -> str:
+        name, is_argument, value = found["name"], found["equals"], found["value"]
+        if not (is_argument or "_" in name or (name == option and found.start() == 0)):
+            return found[0]
+        return flags[name] + (f" {value.strip(QUOTES)}" if value and value != "True" else "")
+
+    names = "|".join(map(re.escape, flags))
+    return re.sub(
+        rf"(?<![\w./{QUOTES}-])(?P<name>{names})(?P<equals>=(?P<value>'[^']*'|-?\w[\w.]*\b)?|(?![\w/{QUOTES}-]))",
+        replaced,
+        text,
+    )
 
 
 def say(text: str) -> None:

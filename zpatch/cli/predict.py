@@ -44,9 +44,17 @@ if TYPE_CHECKING:
     "--axes", metavar="LETTERS", help="Of a Zarr array that does not name its own, slowest first, as in yxc."
 )
 @click.option("--patch-size", type=Voxels(), required=True, help="One number or I,J,K, as 96 or 128,128,32.")
-@click.option("--overlap", type=Voxels(), default=0, show_default=True, help="Even, smaller than the patch.")
+@click.option(
+    "--overlap",
+    "patch_overlap",
+    type=Voxels(),
+    default=0,
+    show_default=True,
+    help="Even, smaller than the patch.",
+)
 @click.option(
     "--blend",
+    "overlap_mode",
     type=click.Choice(["crop", "average", "hann", "gaussian"]),
     default="hann",
     show_default=True,
@@ -98,8 +106,8 @@ def predict_command(
     image: tuple[str, ...],
     axes: str | None,
     patch_size: int | tuple[int, ...],
-    overlap: int | tuple[int, ...],
-    blend: str,
+    patch_overlap: int | tuple[int, ...],
+    overlap_mode: str,
     reduce: str,
     padding_mode: str | None,
     normalize: str | None,
@@ -149,8 +157,8 @@ def predict_command(
     options = PredictOptions.of(
         image=image or _only_image(subjects[0]),
         patch_size=patch_size,
-        patch_overlap=overlap,
-        overlap_mode=blend,
+        patch_overlap=patch_overlap,
+        overlap_mode=overlap_mode,
         reduce=_reduction(reduce),
         batch_size=batch_size,
         padding_mode=padding_mode,

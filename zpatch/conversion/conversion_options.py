@@ -57,15 +57,15 @@ class ConvertOptions:
         if self.max_memory is not None:
             parse_bytes(self.max_memory)
         if self.jobs < 1:
-            raise OptionError(f"jobs must be at least 1, not {self.jobs}")
+            raise OptionError(f"jobs must be at least 1, not {self.jobs}", option="jobs")
         if self.affine not in ("sform", "qform"):
-            raise OptionError(f"affine must be sform or qform, not {self.affine!r}")
+            raise OptionError(f"affine must be sform or qform, not {self.affine!r}", option="affine")
         if self.orient is not None:
             header.orientation_to(np.eye(4), self.orient)
         if self.orient is not None and self.pyramid:
-            raise OptionError("orient and pyramid do not go together yet; convert again with one of them")
+            raise OptionError("orient= and pyramid= cannot be combined yet; leave one out", option="orient")
         if self.chunk < 1:
-            raise OptionError(f"chunk must be at least 1 voxel, not {self.chunk}")
+            raise OptionError(f"chunk must be at least 1 voxel, not {self.chunk}", option="chunk")
 
     @classmethod
     def of(cls, **options: Any) -> Self:

@@ -191,7 +191,7 @@ def plan_conversion(
         options.max_memory_bytes,
         plan.peak_bytes,
         "converting",
-        "choose a smaller --chunk, fewer --jobs, or allow more",
+        "choose a smaller chunk=, fewer jobs=, or allow more",
     )
     return plan
 

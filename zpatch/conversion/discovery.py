@@ -66,9 +66,9 @@ def discover(
     the usual names. ``include`` and ``exclude`` are patterns for subjects, ``limit`` keeps the first ones.
     """
     if format not in FORMATS:
-        raise OptionError(f"format must be one of {', '.join(FORMATS)}, not {format!r}")
+        raise OptionError(f"format must be one of {', '.join(FORMATS)}, not {format!r}", option="format")
     if limit is not None and limit < 1:
-        raise OptionError(f"limit must be at least 1 subject, not {limit}")
+        raise OptionError(f"limit must be at least 1 subject, not {limit}", option="limit")
     if not os.path.exists(source):
         raise SourceError(f"{source}: it does not exist; name the folder that holds the NIfTI files")
     notes: list[str] = []

@@ -176,7 +176,7 @@ def _rows(planes: int, depth: int, *, backwards: bool) -> list[tuple[int, int]]:
 def orientation_to(affine: Affine, codes: str) -> Orientation:
     """How to turn a volume so that its axes point to ``codes``, as RAS or LPS (nibabel's meaning)."""
     if sorted("RLAPSI".find(code) // 2 for code in codes) != [0, 1, 2]:
-        raise OptionError(f"orient must be three letters as RAS, LPS or PIR, not {codes!r}")
+        raise OptionError(f"orient must be three letters as RAS, LPS or PIR, not {codes!r}", option="orient")
     orientations = nibabel_module().orientations
     wanted = orientations.axcodes2ornt(tuple(codes))
     turned = orientations.ornt_transform(orientations.io_orientation(affine), wanted)

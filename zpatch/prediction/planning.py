@@ -95,7 +95,8 @@ def _images(subject: Subject, options: PredictOptions) -> list[Image]:
     shapes = {image.spatial_shape for image in images}
     if len(shapes) > 1:
         raise OptionError(
-            f"the images {', '.join(options.image)} of {subject.name!r} differ in shape: {shapes}"
+            f"the images {', '.join(options.image)} of {subject.name!r} differ in shape: {shapes}",
+            option="image",
         )
     return images if options.normalize is None else list(map(Normalize(options.normalize), images))
 
@@ -145,7 +146,8 @@ def _outside_mask(subject: Subject, options: PredictOptions) -> Bools | None:
     image = subject[mask]
     if image.spatial_shape != grid.spatial_shape:
         raise OptionError(
-            f"the mask {mask!r} of {subject.name!r} is {image.spatial_shape}, the image {grid.spatial_shape}"
+            f"the mask {mask!r} of {subject.name!r} is {image.spatial_shape}, the image {grid.spatial_shape}",
+            option="mask",
         )
     i, j, k = map(range, grid.counts)
     source, done = cached(image.source, grid, 0, (i, j, k))

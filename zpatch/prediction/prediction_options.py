@@ -61,9 +61,9 @@ class PredictOptions:
         if self.normalize is not None:
             Normalize(self.normalize)
         if not self.image:
-            raise OptionError("image= names no image to predict from")
+            raise OptionError("image= names no image to predict from", option="image")
         for name, count in (("batch_size", self.batch_size), ("jobs", self.jobs)):
             if count < 1:
-                raise OptionError(f"{name} must be at least 1, not {count}")
+                raise OptionError(f"{name} must be at least 1, not {count}", option=name)
         if self.max_memory is not None:
             parse_bytes(self.max_memory)

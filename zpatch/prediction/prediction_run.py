@@ -51,7 +51,9 @@ def run_prediction(
     store = Path(output)
     _refuse_own_input(plans, options, store)
     if options.jobs > 1 and network.device.type != "cpu":
-        raise OptionError(f"jobs shares out processors; one process feeds {network.device}: leave jobs at 1")
+        raise OptionError(
+            f"jobs shares out processors; one process feeds {network.device}: leave jobs=1", option="jobs"
+        )
     if options.jobs > 1 or options.scheduler is not None:
         _check_can_be_sent(network, options)
     header = _header(network, options)

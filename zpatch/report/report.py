@@ -82,7 +82,7 @@ def write_report(
     """
     path = Path(OUTPUT if output is None else output)
     if limit < 0:
-        raise OptionError(f"limit must be at least 0, not {limit}")
+        raise OptionError(f"limit must be at least 0, not {limit}", option="limit")
     cohort = Cohort(store).matching(include, exclude)
     _check_may_write(path)
     survey = _surveyed(cohort)

@@ -73,13 +73,17 @@ def _client_of(scheduler: str) -> Any:
     try:
         from distributed import Client
     except ImportError:
-        raise OptionError("--scheduler needs dask.distributed; pip install 'zpatch[distributed]'") from None
+        raise OptionError(
+            "scheduler= needs dask.distributed; pip install 'zpatch[distributed]'", option="scheduler"
+        ) from None
     where = {"scheduler_file": scheduler} if Path(scheduler).is_file() else {"address": scheduler}
     try:
         _check_answers(scheduler)
         return Client(**where, timeout=CLUSTER_TIMEOUT_S, set_as_default=False)
     except (OSError, ValueError, KeyError) as error:
-        raise OptionError(f"no Dask scheduler answers at {scheduler!r} ({error})") from None
+        raise OptionError(
+            f"no Dask scheduler answers at {scheduler!r} ({error})", option="scheduler"
+        ) from None
 
 
 def _check_answers(scheduler: str) -> None:
@@ -110,4 +114,7 @@ def _check_same_folder(client: Any, folder: Path) -> None:
     finally:
         nonce.unlink()
     if blind:
-        raise OptionError(f"workers {', '.join(blind)} do not see {folder}; use a file system that all share")
+        raise OptionError(
+            f"workers {', '.join(blind)} do not see {folder}; use a file system that all share",
+            option="scheduler",
+        )
