@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import click
 import nibabel as nib
 import numpy as np
 import psutil
@@ -24,10 +23,9 @@ import zpatch as zp
 import zpatch.cli
 from zpatch.chunks.mapped_shards import close_shards
 from zpatch.cli import COMMANDS
-from zpatch.cli.progress import Progress
 from zpatch.store.names import FORMAT, LOCK, MANIFEST, ROOT_DOCUMENT, STAGING
 
-HEAVY = ("torch", "dask", "zarr", "nibabel", "numpy", "numcodecs")
+HEAVY = ("torch", "dask", "zarr", "nibabel", "numpy", "numcodecs", "rich")
 NETS = """
 def doubling():
     return lambda batch: batch * 2
@@ -700,22 +698,3 @@ def test_a_second_writer_is_refused(refused: Callable[..., str], cohort_source: 
         line = refused("convert", cohort_source, store, "--overwrite")
     assert f"process {os.getpid()} on " in line
     assert "is writing to it; wait until it has ended" in line
-
-
-# Progress
-
-
-def test_the_rate_is_of_the_last_half_minute_and_not_of_what_an_earlier_command_has_done(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    now = 100.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    with click.Context(click.Command("predict")), Progress("predicting", 1000, "patches") as progress:
-        progress(400)
-        for amount in (20, 20, 20, 20, 50, 50, 50, 50, 50):
-            now += 10
-            progress(amount)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0].endswith(" 42%  420 of 1000 patches  2 patches/s  4:50 left")
-    assert lines[3].endswith(" 48%  480 of 1000 patches  2 patches/s  4:20 left")
-    assert lines[8].endswith(" 73%  730 of 1000 patches  5 patches/s  0:54 left")

@@ -16,12 +16,9 @@ from zpatch.cli.options import (
     exclude_option,
     include_option,
     json_option,
-    print_json,
-    say,
-    table,
     talk_options,
 )
-from zpatch.cli.progress import Progress
+from zpatch.cli.progress import Progress, is_quiet, print_json, say, show_table
 from zpatch.runtime.byte_sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -195,7 +192,7 @@ class CaseReport:
     def add(self, outcome: CaseOutcome) -> None:
         """One more case is done or has failed."""
         if outcome.reason:
-            click.echo(f"failed: {outcome.subject}: {outcome.reason}", err=True)
+            say(f"failed: {outcome.subject}: {outcome.reason}", always=True)
         if self._stream:
             print(dumps(outcome.to_json()), file=self._stream, flush=True)
 
@@ -219,11 +216,11 @@ def _print_plan(plan: ConversionPlan, json: bool) -> None:
             (image.subject, image.source.name, image.source.kind, shape, str(image.file.dtype),
              str(image.shard_files), where)
         )  # fmt: skip
-    click.echo(table(rows))
+    show_table(rows)
     for subject in plan.done:
         say(f"there already: {subject}")
     for failure in plan.failures:
-        click.echo(f"will be left out: {failure.subject}: {failure.reason}", err=True)
+        say(f"will be left out: {failure.subject}: {failure.reason}", always=True)
 
 
 def _print_summary(report: ConversionReport, elapsed_s: float) -> None:
@@ -247,5 +244,6 @@ def _print_summary(report: ConversionReport, elapsed_s: float) -> None:
     ]
     others = {"there already": len(report.done), "failed": len(report.failures), "warnings": len(warned)}
     rows += [(what, str(count), "", "", "", "", "") for what, count in others.items() if count]
-    say(table(rows))
+    if not is_quiet():
+        show_table(rows, err=True)
     click.echo(report.store)

@@ -1,8 +1,7 @@
-"""Options that several commands share, and how they talk."""
+"""Options that several commands share, and their names: in Python, as flags, in errors."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -111,21 +110,3 @@ def with_flags(text: str, option: str | None, command: click.Command) -> str:
         replaced,
         text,
     )
-
-
-def say(text: str) -> None:
-    """A line for people, on stderr; nothing with -q."""
-    if not click.get_current_context().ensure_object(dict).get("quiet"):
-        click.echo(text, err=True)
-
-
-def print_json(value: Any) -> None:
-    """The machine's output, on stdout."""
-    click.echo(json.dumps(value, indent=2))
-
-
-def table(rows: list[tuple[str, ...]]) -> str:
-    """Rows of text in columns; the first row is the heading."""
-    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
-    lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines)
