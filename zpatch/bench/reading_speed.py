@@ -116,9 +116,8 @@ def reading_speed(
             )
             for number in range(processes)
         ]
-        names = [f"read-{number}" for number in range(processes)]
         speeds = []
-        for _, speed in run_tasks(_measured, tasks, folder=store, names=names, jobs=processes):
+        for _, speed in run_tasks(_measured, tasks, jobs=processes):
             if isinstance(speed, WorkerError):
                 raise speed
             speeds.append(speed)

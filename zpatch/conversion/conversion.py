@@ -20,7 +20,7 @@ from zpatch.conversion.conversion_plan import (
 )
 from zpatch.digests import Json
 from zpatch.errors import WorkerError
-from zpatch.runtime.task_contract import Progress
+from zpatch.runtime.task_contract import Cluster, Progress
 from zpatch.runtime.tasks import run_tasks
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.manifest import Key
@@ -133,16 +133,11 @@ def run_conversion(
         opened = StoreWriter.resume(store, attributes)
     with opened as writer:
         tasks = [CaseTask(case, plan.options, plan.folder, writer.staging) for case in plan.cases]
-        results = run_tasks(
-            stage_case,
-            tasks,
-            folder=writer.staging,
-            names=[f"convert-{case.case.subject}" for case in plan.cases],
-            jobs=plan.options.jobs,
-            scheduler=scheduler,
-            progress=progress,
-        )
-        for number, result in results:
+        names = [f"convert-{case.case.subject}" for case in plan.cases]
+        cluster = None if scheduler is None else Cluster(scheduler, writer.staging, names)
+        for number, result in run_tasks(
+            stage_case, tasks, jobs=plan.options.jobs, cluster=cluster, progress=progress
+        ):
             outcomes.append(_outcome(plan.cases[number], result, writer))
             on_case(outcomes[-1])
         failed = [Failure(outcome.subject, outcome.reason) for outcome in outcomes if outcome.reason]

@@ -30,7 +30,7 @@ from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.prediction_plan import PredictionPlan
 from zpatch.prediction.region_run import RunOptions, finish_subject, run_region
 from zpatch.prediction.shard_ledger import HEADER, begin, check_same, header_of
-from zpatch.runtime.task_contract import Progress
+from zpatch.runtime.task_contract import Cluster, Progress
 from zpatch.runtime.tasks import run_tasks
 from zpatch.store.lock import writing_to
 from zpatch.store.names import MANIFEST, UNFINISHED
@@ -204,14 +204,9 @@ def _carried_out(
             with writing_to(unfinished.parent):
                 shared.write_bytes(cloudpickle.dumps(work))
         function = work.do if is_local else functools.partial(_do_shared, shared, options.jobs > 1)
+        cluster = None if options.scheduler is None else Cluster(options.scheduler, unfinished, names)
         for number, result in run_tasks(
-            function,
-            tasks,
-            folder=unfinished,
-            names=names,
-            jobs=options.jobs,
-            scheduler=options.scheduler,
-            progress=progress,
+            function, tasks, jobs=options.jobs, cluster=cluster, progress=progress
         ):
             if isinstance(result, WorkerError):
                 raise WorkerError(f"{names[number]}: {result}")
