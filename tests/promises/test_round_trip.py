@@ -154,7 +154,7 @@ def test_an_export_replaces_no_file_unless_told_so_and_then_starts_none(
 ) -> None:
     (tmp_path / "sub-02").mkdir()
     (tmp_path / "sub-02" / "t1.nii").write_bytes(b"precious")
-    with pytest.raises(StoreExistsError, match=r"sub-02/t1.nii: it exists already; say --overwrite"):
+    with pytest.raises(StoreExistsError, match=r"sub-02/t1.nii: it exists already; say overwrite=True"):
         zp.export(cohort_store, tmp_path, images=["t1"], suffix=".nii")
     assert [p.name for p in tmp_path.rglob("*.nii")] == ["t1.nii"]
     zp.export(cohort_store, tmp_path, images=["t1"], suffix=".nii", overwrite=True)

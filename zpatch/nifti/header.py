@@ -22,16 +22,16 @@ from zpatch.nifti.header_affine import best_affine
 from zpatch.runtime.byte_sizes import format_bytes
 
 SUFFIXES = (".nii", ".nii.gz", ".hdr")
+HEADER_VERSIONS = {348: 1, 540: 2}  # by length
 MAX_HEADER_BYTES = 64 * 2**20
 MAX_TRAILING_BYTES = 64 * 2**20
 MAX_GZIP_RATIO = 1032  # of deflate: 258 bytes from 2 bits
 READ_BYTES = 2**20
 
-_NIFTI1_BYTES, _NIFTI2_BYTES = 348, 540
-_EXTENSION_FLAG_BYTES = 4
+EXTENSION_FLAG_BYTES = 4
+
 _SPATIAL_UNITS = {1: "meter", 2: "millimeter", 3: "micrometer"}  # xyzt_units modulo 8
 _TIME_UNITS = (8, 16, 24)
-_MAGICS = {_NIFTI1_BYTES: (b"n+1", b"ni1"), _NIFTI2_BYTES: (b"n+2", b"ni2")}
 _LINE_ENDS = ([13, 10, 26, 10], [0, 0, 0, 0])
 _SIGNATURES = {
     b"": ("it is empty", "copy the file again"),
@@ -43,6 +43,42 @@ _REPAIR = "repair its header, or copy the file again"
 _TRAILING = "{} trailing bytes after the last voxel"
 
 Warn = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderKind:
+    """The layout of a header: NIfTI-1 or -2, in a byte order.
+
+    ``length`` is that of the fixed part in bytes; ``byte_order`` is ``"<"`` or ``">"``.
+    """
+
+    version: int
+    length: int
+    byte_order: str
+
+    @property
+    def magics(self) -> tuple[bytes, bytes]:
+        """The field ``magic`` of a single file, and of a .hdr/.img pair."""
+        return b"n+%d" % self.version, b"ni%d" % self.version
+
+    def parse(self, raw: bytes) -> Any:
+        """The nibabel header of bytes that begin with one; nothing is checked."""
+        nib = nibabel_module()
+        parsed = (nib.Nifti1Header, nib.Nifti2Header)[self.version - 1]
+        return parsed(raw[: self.length], endianness=self.byte_order, check=False)
+
+
+def header_kind(raw: bytes) -> HeaderKind | None:
+    """The kind of header that some bytes begin with, by its first field, which is its length; or None.
+
+    >>> header_kind(bytes([0, 0, 1, 92]))
+    HeaderKind(version=1, length=348, byte_order='>')
+    """
+    for byte_order in ("<", ">"):
+        length = int.from_bytes(raw[:4], "little" if byte_order == "<" else "big")
+        if length in HEADER_VERSIONS:
+            return HeaderKind(HEADER_VERSIONS[length], length, byte_order)
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,26 +243,22 @@ def read_header(path: Path, *, affine: str = "sform") -> NiftiFile:
 
 def _parse(path: Path, stream: IO[bytes]) -> tuple[Any, bytes]:
     """The header, and all bytes before the voxels; of a pair's header file, all of them."""
-    raw = stream.read(_NIFTI1_BYTES)
-    little, big = (int.from_bytes(raw[:4], order) for order in ("little", "big"))
-    nib = nibabel_module()
-    kinds = {_NIFTI1_BYTES: nib.Nifti1Header, _NIFTI2_BYTES: nib.Nifti2Header}
-    kind = kinds.get(little) or kinds.get(big)
-    if kind is None or len(raw) < _NIFTI1_BYTES:
+    raw = stream.read(min(HEADER_VERSIONS))
+    kind = header_kind(raw)
+    if kind is None or len(raw) < min(HEADER_VERSIONS):
         raise _not_nifti(path, raw, cut=kind is not None)
-    length = little if little in kinds else big
-    raw += stream.read(length - len(raw))
-    if len(raw) < length:
+    raw += stream.read(kind.length - len(raw))
+    if len(raw) < kind.length:
         raise NiftiError(f"{path}: it ends inside its header; copy the file again")
-    header: Any = kind(raw, endianness="<" if little in kinds else ">", check=False)
+    header = kind.parse(raw)
     magic = bytes(header["magic"].tobytes()).rstrip(b"\0")[:3]
-    if magic not in _MAGICS[length]:
+    if magic not in kind.magics:
         raise NiftiError(f"{path}: it is not a NIfTI file (its magic is {magic!r}); {_LEAVE_OUT}")
-    if length == _NIFTI2_BYTES and header["eol_check"].tolist() not in _LINE_ENDS:
+    if kind.version == 2 and header["eol_check"].tolist() not in _LINE_ENDS:
         raise NiftiError(f"{path}: it was copied as text, which changes bytes; copy it again as binary")
-    is_pair = magic[:2] == b"ni"
+    is_pair = magic == kind.magics[1]
     offset = float(header["vox_offset"])
-    least = 0 if is_pair else length + _EXTENSION_FLAG_BYTES
+    least = 0 if is_pair else kind.length + EXTENSION_FLAG_BYTES
     if not least <= offset <= MAX_HEADER_BYTES or offset % 1:
         raise NiftiError(f"{path}: its voxels cannot start at byte {offset:g}, as its header says; {_REPAIR}")
     if is_pair:
@@ -234,7 +266,7 @@ def _parse(path: Path, stream: IO[bytes]) -> tuple[Any, bytes]:
         if stream.read(1):
             raise NiftiError(f"{path}: its header is over {format_bytes(MAX_HEADER_BYTES)} long; {_REPAIR}")
         return header, raw
-    raw += stream.read(int(offset) - length)
+    raw += stream.read(int(offset) - kind.length)
     if len(raw) < offset:
         raise NiftiError(f"{path}: it ends before its first voxel; copy the file again")
     return header, raw

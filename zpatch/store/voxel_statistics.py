@@ -20,7 +20,7 @@ from zpatch.store.value_counts import MAX_COUNTED_VALUES, is_counted_at_once, va
 PERCENTILES = (0.5, 50.0, 99.5)
 BLOCK_VOXELS = 2**18
 
-Json = dict[str, Any]
+
 State = Mapping[str, NDArray[Any]]
 
 
