@@ -41,7 +41,6 @@ from zpatch.store.image_record import ImageRecord
 from zpatch.store.image_writer import ImageTally, Shard
 from zpatch.store.staged_image import StagedImage
 from zpatch.store.store import sharded_array
-from zpatch.store.voxel_statistics import State
 
 LEDGER = ".ledger"
 HEADER = ".ledger.json"
@@ -223,7 +222,7 @@ def _partial_name() -> str:
     return f"{uuid.uuid4().hex}.partial"
 
 
-def _packed(state: State) -> str:
+def _packed(state: Mapping[str, NDArray[Any]]) -> str:
     stream = io.BytesIO()
     np.savez_compressed(stream, **state)  # type: ignore[arg-type]  # none is called allow_pickle
     return base64.b64encode(stream.getvalue()).decode()
