@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +13,11 @@ import click
 import pytest
 
 import zpatch.cli
+from zpatch.chunks.codec import CODECS
 from zpatch.cli import COMMANDS
 from zpatch.cli.options import flag_of, with_flags
+from zpatch.conversion.conversion_options import AFFINES, FORMATS, ConvertOptions
+from zpatch.conversion.nifti_export import SUFFIXES, plan_export
 from zpatch.errors import OptionError
 
 MODEL = ("--model", "torch.nn:Identity", "--image", "t1")
@@ -141,7 +147,40 @@ def test_each_option_is_set_in_the_environment_by_its_flag_alone(
     assert not any(o.resolve_envvar_value(ctx) for o in options if flag_of(o) == "--overlap")
 
 
-def test_an_error_keeps_its_option_through_a_process_border() -> None:
-    import pickle
+def choices_and_defaults(name: str) -> dict[str, tuple[list[str] | None, Any]]:
+    """The parameters of a command, by their names in Python: what may be chosen, and the default."""
+    command = command_of(name)
+    defaults = command.make_context(name, ["one", "other"]).params
+    return {
+        str(param.name): (
+            list(param.type.choices) if isinstance(param.type, click.Choice) else None,
+            defaults[str(param.name)],
+        )
+        for param in command.params
+        if param.expose_value
+    }
 
+
+def test_convert_has_the_options_choices_and_defaults_of_the_function() -> None:
+    shown = choices_and_defaults("convert")
+    allowed = {"format": list(FORMATS), "codec": list(CODECS), "affine": list(AFFINES)}
+    for field in dataclasses.fields(ConvertOptions):
+        choices, default = shown.pop(field.name)
+        assert choices == allowed.get(field.name)
+        assert default == field.default, field.name
+    assert set(shown) == {"source", "store", "scheduler", "report", "dry_run", "overwrite", "json"}
+
+
+def test_export_has_the_options_choices_and_defaults_of_the_function() -> None:
+    shown = choices_and_defaults("export")
+    options = dict(inspect.signature(plan_export).parameters)
+    del options["store"], options["destination"]
+    for name, parameter in options.items():
+        choices, default = shown.pop(name)
+        assert choices == (sorted(SUFFIXES, reverse=True) if name == "suffix" else None)
+        assert default == parameter.default, name
+    assert set(shown) == {"store", "dest", "overwrite", "json"}
+
+
+def test_an_error_keeps_its_option_through_a_process_border() -> None:
     assert pickle.loads(pickle.dumps(OptionError("jobs must be", option="jobs"))).option == "jobs"

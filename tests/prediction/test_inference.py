@@ -358,9 +358,9 @@ def test_an_output_that_exists_is_refused_and_replaced_where_that_is_wanted(
     cohort: zp.Cohort, out: Path
 ) -> None:
     predict(cohort[:1], out)
-    with pytest.raises(StoreExistsError, match=r"out.zarr: it exists already; say --overwrite"):
+    with pytest.raises(StoreExistsError, match=r"out.zarr: it exists already; say overwrite=True"):
         predict(cohort[:1], out, resume=False)
-    with pytest.raises(StoreExistsError, match=r"out.zarr: .* differs in subjects: .*; say --overwrite"):
+    with pytest.raises(StoreExistsError, match=r"out.zarr: .* differs in subjects: .*; say overwrite=True"):
         predict(cohort[1:2], out)
     again = predict(cohort[1:2], out, lambda batch: {"other": batch}, overwrite=True)
     assert (again.names, list(again[0].images)) == (["sub-02"], ["other"])

@@ -391,7 +391,7 @@ def test_what_was_begun_is_planned_in_the_same_shards_under_any_limit() -> None:
 def test_where_the_shards_that_were_begun_do_not_fit_the_limit_it_is_refused() -> None:
     begun = shards_of(planned(**VOLUME))
     assert shards_of(limited(0.25)) != begun
-    with pytest.raises(MemoryLimitError, match=r"'ann' needs .* was begun .*: allow more, or .* --overwrite"):
+    with pytest.raises(MemoryLimitError, match=r"'ann' needs .* was begun .*: allow more, .* overwrite=True"):
         limited(0.25, begun=begun)
 
 

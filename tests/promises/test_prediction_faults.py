@@ -588,7 +588,7 @@ def test_after_a_refusal_the_right_command_goes_on_where_it_was(cohort: zp.Cohor
 
 def test_without_resume_what_was_begun_is_refused_and_stays_as_it_was(cohort: zp.Cohort, begun: Path) -> None:
     before = bytes_below(begun)
-    with pytest.raises(StoreExistsError, match=r"out.zarr: it exists already; say --overwrite"):
+    with pytest.raises(StoreExistsError, match=r"out.zarr: it exists already; say overwrite=True"):
         predict(cohort, begun, Net(), resume=False)
     assert bytes_below(begun) == before
 

@@ -79,7 +79,7 @@ class ReadingTask:
             Path(self.meeting, f"{start}-{self.number}").touch(exist_ok=False)
         except FileExistsError:
             raise WorkerError(
-                "a process that read patches was killed, perhaps for want of memory; try fewer --jobs"
+                "a process that read patches was killed, perhaps for want of memory; try fewer jobs="
             ) from None
         while len(list(self.meeting.glob(f"{start}-*"))) < self.processes:
             time.sleep(POLL_S)

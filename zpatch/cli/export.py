@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -39,12 +40,9 @@ from zpatch.runtime.byte_sizes import format_bytes
 def export_command(
     store: Path,
     dest: Path,
-    images: tuple[str, ...],
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-    suffix: str,
     overwrite: bool,
     json: bool,
+    **options: Any,
 ) -> None:
     """Write images of STORE as NIfTI files DEST/<subject>/<image>.nii.gz.
 
@@ -61,7 +59,7 @@ def export_command(
     from zpatch.store.store import open_store
 
     opened = open_store(store)
-    planned = plan_export(opened, dest, include=include, exclude=exclude, images=images, suffix=suffix)
+    planned = plan_export(opened, dest, **options)
     check_free(planned, overwrite=overwrite)
     total = sum(exported.record.voxel_bytes for exported in planned)
     with Progress("exporting", total) as progress:

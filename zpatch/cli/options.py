@@ -86,6 +86,11 @@ def flag_of(option: click.Parameter) -> str:
     return max(option.opts, key=len)
 
 
+def in_flags(text: str) -> str:
+    """A text about the command that runs, with its flags in place of the options' names in Python."""
+    return with_flags(text, None, click.get_current_context().command)
+
+
 def with_flags(text: str, option: str | None, command: click.Command) -> str:
     """The text of an error with the flags of a command in place of the options' names in Python.
 

@@ -2,12 +2,13 @@
 
 In reading order:
 
-    fingerprints        whether a source file is still the one that was converted
-    cases               a case and its images, as data; names and kinds of images from file names
+    conversion_options  the options of a conversion, checked, and the memory that follows from them
+    cases               a case and its images, as data; names and kinds of images
+    source_files        source folders, looked into: their NIfTI files by name
     case_lists          cases listed in a file: JSON datalists (MSD, MONAI), CSV, TSV
     folder_conventions  cases found by folder names: BIDS, nnU-Net, plain folders
     discovery           which convention a source follows, and the checks that all cases pass
-    conversion_options  what a user may choose, and the memory that follows from it
+    fingerprints        whether a source file is still the one that was converted
     conversion_plan     what will be converted, in which layout, in how much memory
     pyramid             coarser levels for viewers, from the slab in hand
     case_staging        one case: NIfTI slabs into shards of staged images

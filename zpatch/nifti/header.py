@@ -38,7 +38,7 @@ _SIGNATURES = {
     b"/annex/objects/": ("it is a git-annex pointer", "fetch the file with 'git annex get'"),
     b"version https://git-lfs": ("it is a git-lfs pointer", "fetch the file with 'git lfs pull'"),
 }
-_LEAVE_OUT = "replace it, or leave it out with --exclude"
+_LEAVE_OUT = "replace it, or leave it out with exclude="
 _REPAIR = "repair its header, or copy the file again"
 _TRAILING = "{} trailing bytes after the last voxel"
 

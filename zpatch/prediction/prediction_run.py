@@ -140,7 +140,7 @@ def _begun(plan: PredictionPlan, prediction: str, folder: Path, writer: StoreWri
         if any(record is None or record.inputs != inputs for record in committed):
             raise StoreExistsError(
                 f"{writer.path}: the prediction of {name!r} was made from other inputs, mask or shards; "
-                f"say --overwrite to start over, or choose another output"
+                f"say overwrite=True to start over, or choose another output"
             )
         shutil.rmtree(folder, ignore_errors=True)
         return None

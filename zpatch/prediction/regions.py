@@ -88,7 +88,7 @@ def plan_subject(
     assert limit is not None
     advice = "use a smaller patch_size, batch_size or number of jobs, or allow more"
     if {head.head.name: head.record.shards for head in planned} == begun:
-        advice = "it was begun in these shards: allow more, or say --overwrite to start over in smaller ones"
+        advice = "it was begun in these shards: allow more, or say overwrite=True to start over"
     raise MemoryLimitError(
         f"the prediction of {subject.name!r} needs {format_bytes(least)} beside the network, and "
         f"{format_bytes(max(limit, 0))} are left of the limit; {advice}"

@@ -183,7 +183,7 @@ def check_same(before: Json, now: Json, place: Path) -> None:
         more = f" (and {len(changes) - SHOWN_CHANGES} more)" if len(changes) > SHOWN_CHANGES else ""
         raise StoreExistsError(
             f"{place}: the prediction started there differs in {', '.join(changes[:SHOWN_CHANGES])}{more}; "
-            f"say --overwrite to start over, or choose another output"
+            f"say overwrite=True to start over, or choose another output"
         )
 
 

@@ -39,7 +39,7 @@ def check_can_create(path: Path, *, overwrite: bool = False, resume: bool = Fals
         raise StoreExistsError(f"{path}: there is something else there; choose another name")
     if not (overwrite or resume):
         raise StoreExistsError(
-            f"{path}: it exists already; say --overwrite to start over, or choose another name"
+            f"{path}: it exists already; say overwrite=True to start over, or choose another name"
         )
 
 
@@ -100,7 +100,7 @@ class StoreWriter:
         own_attributes = root_attributes(path)
         if ("prediction" in own_attributes) != ("prediction" in attributes):
             what = "predictions" if "prediction" in own_attributes else "images that were converted"
-            raise StoreExistsError(f"{path}: it holds {what}; choose another name, or say --overwrite")
+            raise StoreExistsError(f"{path}: it holds {what}; choose another name, or say overwrite=True")
         lock = take_lock(path)
         try:
             with writing_to(path):
