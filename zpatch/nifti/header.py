@@ -19,66 +19,29 @@ from zpatch.geometry.boxes import padded_to_4d
 from zpatch.geometry.orientation import Orientation
 from zpatch.nifti.gzip_streams import is_gzip, open_bytes
 from zpatch.nifti.header_affine import best_affine
+from zpatch.nifti.signature import (
+    EXTENSION_FLAG_BYTES,
+    HEADER_VERSIONS,
+    LEAVE_OUT,
+    HeaderKind,
+    header_kind,
+    not_nifti,
+)
 from zpatch.runtime.byte_sizes import format_bytes
 
 SUFFIXES = (".nii", ".nii.gz", ".hdr")
-HEADER_VERSIONS = {348: 1, 540: 2}  # by length
 MAX_HEADER_BYTES = 64 * 2**20
 MAX_TRAILING_BYTES = 64 * 2**20
 MAX_GZIP_RATIO = 1032  # of deflate: 258 bytes from 2 bits
 READ_BYTES = 2**20
 
-EXTENSION_FLAG_BYTES = 4
-
 _SPATIAL_UNITS = {1: "meter", 2: "millimeter", 3: "micrometer"}  # xyzt_units modulo 8
 _TIME_UNITS = (8, 16, 24)
 _LINE_ENDS = ([13, 10, 26, 10], [0, 0, 0, 0])
-_SIGNATURES = {
-    b"": ("it is empty", "copy the file again"),
-    b"/annex/objects/": ("it is a git-annex pointer", "fetch the file with 'git annex get'"),
-    b"version https://git-lfs": ("it is a git-lfs pointer", "fetch the file with 'git lfs pull'"),
-}
-_LEAVE_OUT = "replace it, or leave it out with exclude="
 _REPAIR = "repair its header, or copy the file again"
 _TRAILING = "{} trailing bytes after the last voxel"
 
 Warn = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class HeaderKind:
-    """The layout of a header: NIfTI-1 or -2, in a byte order.
-
-    ``length`` is that of the fixed part in bytes; ``byte_order`` is ``"<"`` or ``">"``.
-    """
-
-    version: int
-    length: int
-    byte_order: str
-
-    @property
-    def magics(self) -> tuple[bytes, bytes]:
-        """The field ``magic`` of a single file, and of a .hdr/.img pair."""
-        return b"n+%d" % self.version, b"ni%d" % self.version
-
-    def parse(self, raw: bytes) -> Any:
-        """The nibabel header of bytes that begin with one; nothing is checked."""
-        nib = nibabel_module()
-        parsed = (nib.Nifti1Header, nib.Nifti2Header)[self.version - 1]
-        return parsed(raw[: self.length], endianness=self.byte_order, check=False)
-
-
-def header_kind(raw: bytes) -> HeaderKind | None:
-    """The kind of header that some bytes begin with, by its first field, which is its length; or None.
-
-    >>> header_kind(bytes([0, 0, 1, 92]))
-    HeaderKind(version=1, length=348, byte_order='>')
-    """
-    for byte_order in ("<", ">"):
-        length = int.from_bytes(raw[:4], "little" if byte_order == "<" else "big")
-        if length in HEADER_VERSIONS:
-            return HeaderKind(HEADER_VERSIONS[length], length, byte_order)
-    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +190,13 @@ def nibabel_module() -> Any:
     return nibabel
 
 
+def parsed(kind: HeaderKind, raw: bytes) -> Any:
+    """The nibabel header of bytes that begin with one; nothing is checked."""
+    nib = nibabel_module()
+    header = nib.Nifti1Header if kind.version == 1 else nib.Nifti2Header
+    return header(raw[: kind.length], endianness=kind.byte_order, check=False)
+
+
 def read_header(path: Path, *, affine: str = "sform") -> NiftiFile:
     """Read and check the header of a ``.nii``, ``.nii.gz`` or ``.hdr``, by its first bytes.
 
@@ -246,14 +216,14 @@ def _parse(path: Path, stream: IO[bytes]) -> tuple[Any, bytes]:
     raw = stream.read(min(HEADER_VERSIONS))
     kind = header_kind(raw)
     if kind is None or len(raw) < min(HEADER_VERSIONS):
-        raise _not_nifti(path, raw, cut=kind is not None)
+        raise not_nifti(path, raw, cut=kind is not None)
     raw += stream.read(kind.length - len(raw))
     if len(raw) < kind.length:
         raise NiftiError(f"{path}: it ends inside its header; copy the file again")
-    header = kind.parse(raw)
+    header = parsed(kind, raw)
     magic = bytes(header["magic"].tobytes()).rstrip(b"\0")[:3]
     if magic not in kind.magics:
-        raise NiftiError(f"{path}: it is not a NIfTI file (its magic is {magic!r}); {_LEAVE_OUT}")
+        raise NiftiError(f"{path}: it is not a NIfTI file (its magic is {magic!r}); {LEAVE_OUT}")
     if kind.version == 2 and header["eol_check"].tolist() not in _LINE_ENDS:
         raise NiftiError(f"{path}: it was copied as text, which changes bytes; copy it again as binary")
     is_pair = magic == kind.magics[1]
@@ -270,16 +240,6 @@ def _parse(path: Path, stream: IO[bytes]) -> tuple[Any, bytes]:
     if len(raw) < offset:
         raise NiftiError(f"{path}: it ends before its first voxel; copy the file again")
     return header, raw
-
-
-def _not_nifti(path: Path, raw: bytes, *, cut: bool) -> NiftiError:
-    """The error for a file that does not begin as NIfTI does, with what it is where that is known."""
-    if cut and len(raw) > 4:
-        return NiftiError(f"{path}: it ends inside its header; copy the file again")
-    for start, (what, advice) in _SIGNATURES.items():
-        if raw.startswith(start) and (start or not raw):
-            return NiftiError(f"{path}: {what}, so it is not a NIfTI file; {advice}")
-    return NiftiError(f"{path}: it is not a NIfTI file (its first bytes are no NIfTI header); {_LEAVE_OUT}")
 
 
 def image_of_pair(path: Path) -> Path:
@@ -301,19 +261,11 @@ def _described(
     preferred_affine: str,
 ) -> NiftiFile:
     warnings: list[str] = []
-    dims = tuple(int(n) for n in header["dim"][1 : 1 + max(int(header["dim"][0]), 0)])
-    if not 1 <= int(header["dim"][0]) <= 7 or min(dims) < 1:
-        raise NiftiError(f"{path}: it declares impossible dimensions {header['dim'].tolist()}; {_REPAIR}")
-    dtype = _voxel_type(path, header)
+    dims, dtype = _dims(path, header), _voxel_type(path, header)
     needed = voxel_offset + math.prod(dims) * dtype.itemsize
-    present = os.path.getsize(voxel_path)
-    if present * (MAX_GZIP_RATIO if compressed else 1) < needed:
-        raise NiftiError(
-            f"{voxel_path}: it has {format_bytes(present)}{' of gzip data' if compressed else ''} where its "
-            f"header declares {format_bytes(needed)}; copy the file again"
-        )
-    if present > needed and not compressed:
-        warnings.append(_TRAILING.format(present - needed))
+    trailing = _bytes_beyond(voxel_path, needed, compressed=compressed)
+    if trailing:
+        warnings.append(_TRAILING.format(trailing))
     if compressed != (voxel_path.suffix == ".gz"):
         warnings.append("its name does not fit its compression")
     if int(header["bitpix"]) != dtype.itemsize * 8:
@@ -337,6 +289,25 @@ def _described(
         spatial_unit=_SPATIAL_UNITS.get(units % 8),
         warnings=tuple(warnings),
     )
+
+
+def _dims(path: Path, header: Any) -> tuple[int, ...]:
+    count = int(header["dim"][0])
+    dims = tuple(int(n) for n in header["dim"][1 : 1 + max(count, 0)])
+    if not 1 <= count <= 7 or min(dims) < 1:
+        raise NiftiError(f"{path}: it declares impossible dimensions {header['dim'].tolist()}; {_REPAIR}")
+    return dims
+
+
+def _bytes_beyond(voxel_path: Path, needed: int, *, compressed: bool) -> int:
+    """Refuse a file that is too short for its header; bytes after the last voxel, of one without gzip."""
+    present = os.path.getsize(voxel_path)
+    if present * (MAX_GZIP_RATIO if compressed else 1) < needed:
+        raise NiftiError(
+            f"{voxel_path}: it has {format_bytes(present)}{' of gzip data' if compressed else ''} where its "
+            f"header declares {format_bytes(needed)}; copy the file again"
+        )
+    return 0 if compressed else present - needed
 
 
 def _voxel_type(path: Path, header: Any) -> np.dtype[Any]:

@@ -14,7 +14,8 @@ from zpatch.errors import NiftiError
 from zpatch.geometry.affines import Affine
 from zpatch.geometry.boxes import Triple
 from zpatch.nifti.gzip_streams import gzip_writer
-from zpatch.nifti.header import EXTENSION_FLAG_BYTES, HeaderKind, header_kind, nibabel_module
+from zpatch.nifti.header import nibabel_module, parsed
+from zpatch.nifti.signature import EXTENSION_FLAG_BYTES, HeaderKind, header_kind
 from zpatch.runtime.whole_file import whole_file
 
 _GEOMETRY_FIELDS = (
@@ -27,7 +28,7 @@ _UNITS: Mapping[str | None, str] = {"meter": "meter", "millimeter": "mm", "micro
 def header_of(raw_header: bytes) -> Any:
     """The nibabel header of raw header bytes, in its own byte order; its extensions stay behind, as
     nibabel refuses a header whose extensions do not state their right size."""
-    return _kind_of(raw_header).parse(raw_header)
+    return parsed(_kind_of(raw_header), raw_header)
 
 
 def single_file_header(raw_header: bytes) -> bytes:
