@@ -77,9 +77,9 @@ class Failure:
 class ConversionPlan:
     """What a conversion will do; printing it says so.
 
-    ``format`` is the convention that was found, ``folder`` what source paths are told from. ``failures``
-    cannot be converted; ``done`` are in the store already; ``notes`` say what
-    else lies in the source and is left out.
+    ``format`` is the convention that was found. Paths of sources are stored relative to ``folder``.
+    ``failures`` are cases that cannot be converted, ``done`` subjects that are in the store
+    already; ``notes`` say what else is in the source and is left out.
     """
 
     source: Path
@@ -108,8 +108,8 @@ class ConversionPlan:
 
     @property
     def peak_bytes(self) -> int:
-        """Predicted peak memory above that of the interpreter and its libraries: two slabs and what works
-        on them."""
+        """Predicted peak memory above that of the interpreter and its libraries: slabs, and the code that
+        works on them."""
         largest = max((image.slab_bytes for image in self.images), default=0)
         return self.options.live_slabs * largest + self.options.base_bytes
 

@@ -32,7 +32,7 @@ OWN_NAMES = {LOCK, STAGING, ROOT_DOCUMENT, PARTIAL_DOCUMENT}
 
 def check_can_create(path: Path, *, overwrite: bool = False, resume: bool = False) -> None:
     """Refuse a place that is taken: by anything but a store, and by a store too unless it may be replaced
-    (``overwrite``) or gone on with (``resume``)."""
+    (``overwrite``) or resumed (``resume``)."""
     if _is_vacant(path):
         return
     if not is_store(path):
@@ -89,10 +89,10 @@ class StoreWriter:
 
     @classmethod
     def resume(cls, path: Path, attributes: Json) -> Self:
-        """Go on with the store that is there, or make it.
+        """Resume an existing store, or make a new one.
 
         A torn manifest line is cut off, an image whose replacement was not committed is put back, and
-        what an interrupted writer left in staging is swept.
+        files that an interrupted writer left in staging are removed.
         """
         check_can_create(path, resume=True)
         if _is_vacant(path):
