@@ -67,7 +67,7 @@ def test_a_wrong_option_of_convert_is_named_by_its_flag(
         ),
         ((*PREDICT, "--reduce", "argmin"), "--reduce must be "),
         ((*PREDICT, "--device", "abacus"), "--device must be auto, cpu, cuda, "),
-        ((*PREDICT, "--axes", "zyx"), "--axes are those of a Zarr array"),
+        ((*PREDICT, "--axes", "zyx"), "--axes can be given for a Zarr array only"),
     ],
 )
 def test_a_wrong_option_of_predict_is_named_by_its_flag(

@@ -258,7 +258,7 @@ def test_an_array_whose_axes_nobody_named_is_one_line_that_says_how_to_name_them
 
 def test_axes_of_a_store_are_refused(slide: Path, out: Path) -> None:
     assert predict(slide / "2", out, "-q") == 0
-    with pytest.raises(OptionError, match="is not a Zarr array; axes can be given for a Zarr array only"):
+    with pytest.raises(OptionError, match="is not a Zarr array; axes= can be given for a Zarr array only"):
         open_subjects(out, axes="zyx")
 
 

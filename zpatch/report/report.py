@@ -150,7 +150,8 @@ def _check_may_write(path: Path) -> None:
     """Refuse a path without a folder, and a path of any existing file that is not a report."""
     if not path.parent.is_dir():
         raise OptionError(
-            f"{path}: there is no folder {path.parent}; make it first, or choose another folder"
+            f"{path}: there is no folder {path.parent}; make it first, or choose another folder",
+            option="output",
         )
     if not path.exists():
         return
