@@ -384,7 +384,7 @@ def test_a_patch_that_is_thick_where_the_image_is_one_plane_is_refused_with_the_
             "yxc-v3.ome.zarr is one image; --include and",
         ),
         (["--patch-size", "512,512,1", "--mask", "tissue"], 1, "no image 'tissue' in subject 'yxc-v3'"),
-        (["--patch-size", "512,512,1", "--normalize", "zscore"], 1, "statistics"),
+        (["--patch-size", "512,512,1", "--normalize", "zscore"], 2, "statistics"),
     ],
 )
 def test_options_that_do_not_fit_a_slide_are_one_line(
