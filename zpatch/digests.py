@@ -1,4 +1,4 @@
-"""The hash of the format, and what it seals: files by length and digest, JSON lines with their own digest."""
+"""The hash of the format, and its two seals: of files, and of JSON lines that hold their own digest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CHECK = re.compile(rb'"check":"([0-9a-f]{32})",')
 
 
 def new_digest(data: bytes = b"") -> hashlib.blake2b:
-    """The hash of the format, blake2b-128, to be fed bytes as they come."""
+    """The hash of the format, blake2b-128, to be fed with bytes."""
     return hashlib.blake2b(data, digest_size=16)
 
 
@@ -54,7 +54,7 @@ def unsealed(line: bytes | memoryview, where: str) -> Json:
 
 @dataclass(frozen=True, slots=True)
 class FileSeal:
-    """What a file must be: its length and the blake2b-128 of its bytes."""
+    """The length of a file, and the blake2b-128 of its bytes."""
 
     bytes: int
     checksum: str

@@ -21,6 +21,9 @@ Each is also the built-in that a caller would expect, so that ``except ValueErro
     ├── IncompleteCoverageError (ValueError)    patches are missing, repeated or leave voxels uncovered
     ├── MemoryLimitError (MemoryError)          the plan needs more memory than is allowed
     └── OptionError (ValueError)                an option has a value that means nothing
+
+An error that is about an option names it in ``option``, and writes other options in its text as Python does:
+``max_memory``, ``fill=``, ``padding_mode='edge'``. The command line puts its own names in their place.
 """
 
 from __future__ import annotations
@@ -40,7 +43,9 @@ def one_line(error: BaseException) -> str:
 
 
 class ZpatchError(Exception):
-    """Base of all errors of zpatch."""
+    """Base of all errors of zpatch; ``option`` is the name of the option that it is about, or None."""
+
+    option: str | None = None
 
 
 class SourceError(ZpatchError, ValueError):
@@ -94,9 +99,13 @@ class UnknownNameError(ZpatchError, KeyError):
 class PatchSizeError(ZpatchError, ValueError):
     """A patch size is malformed or does not fit the volume."""
 
+    option = "patch_size"
+
 
 class PatchOverlapError(ZpatchError, ValueError):
     """An overlap is odd, negative or not smaller than the patch."""
+
+    option = "patch_overlap"
 
 
 class PatchLocationError(ZpatchError, IndexError):
@@ -128,4 +137,12 @@ class MemoryLimitError(MemoryError, ZpatchError):  # MemoryError first: only it 
 
 
 class OptionError(ZpatchError, ValueError):
-    """An option has a value that means nothing."""
+    """An option has a value that means nothing.
+
+    >>> OptionError("jobs must be at least 1, not 0", option="jobs").option
+    'jobs'
+    """
+
+    def __init__(self, *arguments: object, option: str | None = None) -> None:
+        super().__init__(*arguments)
+        self.option = option

@@ -114,7 +114,7 @@ def test_a_killed_process_is_an_error_that_names_the_cause(
 
     monkeypatch.setattr(PatchGroup, "read", killed)  # also in forked processes
     plan = dataclasses.replace(plan_benchmark(cohort, patch_size=24, seconds=0.01), jobs=(2,))
-    with pytest.raises(WorkerError, match=r"was killed .* try fewer --jobs"):
+    with pytest.raises(WorkerError, match=r"was killed .* try fewer jobs="):
         run_benchmark(plan)
 
 

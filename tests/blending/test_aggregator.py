@@ -822,7 +822,7 @@ def test_the_fill_is_not_reduced(reduce: Any) -> None:
 
 def test_a_fill_that_is_no_class_is_refused_with_the_first_batch() -> None:
     aggregator = zp.PatchAggregator(8, reduce="argmax", fill=-1)
-    with pytest.raises(OptionError, match=r"a fill of -1 does not fit the output, which is of torch.uint8"):
+    with pytest.raises(OptionError, match=r"fill=-1 does not fit the output, which is of torch.uint8"):
         aggregator.add_batch(torch.ones(1, 3, 8, 8, 4), [zp.PatchLocation((0, 0, 0), (8, 8, 4))])
 
 

@@ -162,7 +162,7 @@ def test_nan_and_infinite_fills_fit_floating_point_types_only(fill: float) -> No
     for dtype in (torch.float16, torch.float32, torch.complex64):
         np.testing.assert_equal(fitting_fill(fill, dtype), fill)
     for dtype in (torch.uint8, torch.int64, torch.bool):
-        with pytest.raises(OptionError, match=rf"a fill of {fill} does not fit .* {dtype}; choose another"):
+        with pytest.raises(OptionError, match=rf"fill={fill} does not fit .* {dtype}; choose another"):
             fitting_fill(fill, dtype)
 
 

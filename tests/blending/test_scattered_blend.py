@@ -275,7 +275,7 @@ def test_a_fill_that_the_output_cannot_hold_is_refused_with_the_first_patch(
     blend = ScatteredBlend(
         (1, 1, 1), "average", (0, 0, 0), TensorSink((1, 1, 1)), lambda v: v.to(dtype), fill=fill
     )
-    with pytest.raises(OptionError, match=rf"a fill of {fill} does not fit the output, which is of {dtype}"):
+    with pytest.raises(OptionError, match=rf"fill={fill} does not fit the output, which is of {dtype}"):
         blend.add(patch_of(1), PatchLocation((0, 0, 0), (1, 1, 1)))
 
 

@@ -182,7 +182,7 @@ def test_integral_floats_are_stored_as_the_smallest_integer_and_exported_as_they
     [
         (
             np.full((2, 3, 4), 1.5, np.float32),
-            "label values must be whole numbers, not 1.5; say --label-patt",
+            "label values must be whole numbers, not 1.5; say label_patt",
         ),
         (np.full((2, 3, 4), np.nan, np.float32), "cannot hold NaN or infinity; repair the file"),
         (np.full((2, 3, 4), np.inf, np.float32), "cannot hold NaN or infinity; repair the file"),

@@ -5,13 +5,20 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from zpatch.conversion.discovery import FORMATS, Case, discover
+from zpatch.conversion import discovery
+from zpatch.conversion.cases import Case
+from zpatch.conversion.conversion_options import FORMATS, ConvertOptions
 from zpatch.errors import OptionError, SourceError
 
 Found = dict[str, dict[str, str]]
+
+
+def discover(source: Path, **options: Any) -> discovery.Discovery:
+    return discovery.discover(source, ConvertOptions(**options))
 
 
 @pytest.fixture
@@ -152,7 +159,7 @@ def test_patterns_choose_subjects(
 
 def test_patterns_that_leave_no_subject_are_an_error(source: Path) -> None:
     touch(source, "a/t1.nii", "b/t1.nii")
-    with pytest.raises(SourceError, match="source: --include and --exclude leave none of 2 subjects"):
+    with pytest.raises(SourceError, match="source: include= and exclude= leave none of 2 subjects"):
         discover(source, include=["c"])
 
 
@@ -245,9 +252,9 @@ def test_linked_files_are_taken_and_linked_folders_are_not_and_that_is_said(sour
     (source / "sub-01" / "t1.nii").symlink_to(source.parent / "elsewhere" / "sub-09" / "t1.nii")
     (source / "sub-09").symlink_to(source.parent / "elsewhere" / "sub-09")
     (source / "sub-01" / "loop").symlink_to(source)
-    discovery = discover(source)
-    assert found(discovery.cases) == {"sub-01": {"t1": "scalar", "t2": "scalar"}}
-    assert discovery.notes == ("2 linked folders (sub-01/loop, sub-09) not followed",)
+    holds = discover(source)
+    assert found(holds.cases) == {"sub-01": {"t1": "scalar", "t2": "scalar"}}
+    assert holds.notes == ("2 linked folders (sub-01/loop, sub-09) not followed",)
 
 
 def test_a_source_of_linked_folders_only_says_why_it_holds_nothing(source: Path) -> None:
@@ -310,15 +317,15 @@ LISTS = {
 def test_a_file_is_known_by_its_suffix_and_its_keys(tmp_path: Path, name: str) -> None:
     expected, text = LISTS[name]
     (tmp_path / name).write_text(text)
-    discovery = discover(tmp_path / name)
-    assert (discovery.format, discovery.folder) == (expected, tmp_path)
+    holds = discover(tmp_path / name)
+    assert (holds.format, holds.folder) == (expected, tmp_path)
 
 
 def test_the_dataset_json_of_an_nnunet_folder_stands_for_the_folder(source: Path) -> None:
     touch(source, "imagesTr/a_0000.nii")
     (source / "dataset.json").write_text(DATASETS["nnunet"])
-    discovery = discover(source / "dataset.json")
-    assert (discovery.format, discovery.folder) == ("nnunet", source)
+    holds = discover(source / "dataset.json")
+    assert (holds.format, holds.folder) == ("nnunet", source)
 
 
 def test_a_format_may_be_forced(source: Path) -> None:
@@ -366,7 +373,7 @@ def test_a_folder_that_cannot_be_read_is_an_error(source: Path, monkeypatch: pyt
     def refuse(folder: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("zpatch.conversion.cases.os.scandir", refuse)
+    monkeypatch.setattr("zpatch.conversion.source_files.os.scandir", refuse)
     with pytest.raises(SourceError, match=r"source: it cannot be read \(Permission denied\)"):
         discover(source)
 
@@ -381,7 +388,7 @@ def test_thousands_of_subjects_need_no_more_than_a_look_each(
     looks = []
     real = os.scandir
     monkeypatch.setattr(
-        "zpatch.conversion.cases.os.scandir", lambda folder: looks.append(folder) or real(folder)
+        "zpatch.conversion.source_files.os.scandir", lambda folder: looks.append(folder) or real(folder)
     )
     assert [case.meta["age"] for case in discover(source).cases] == list(range(200))
     assert len(looks) <= 2 * 200 + 3

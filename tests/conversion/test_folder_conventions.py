@@ -15,11 +15,17 @@ import numpy as np
 import pytest
 
 import zpatch as zp
+from zpatch.conversion import discovery as discovery_module
 from zpatch.conversion.cases import Case
-from zpatch.conversion.discovery import Discovery, discover
+from zpatch.conversion.conversion_options import ConvertOptions
+from zpatch.conversion.discovery import Discovery
 from zpatch.errors import SourceError
 
 PARTICIPANTS = "participants.tsv"
+
+
+def discover(source: Path, **options: Any) -> Discovery:
+    return discovery_module.discover(source, ConvertOptions(**options))
 
 
 @pytest.fixture

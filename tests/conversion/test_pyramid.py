@@ -96,5 +96,5 @@ def test_each_stored_level_is_the_one_above_halved(
 
 
 def test_a_pyramid_of_turned_volumes_is_refused(cohort_source: Path, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="orient and pyramid do not go together"):
+    with pytest.raises(OptionError, match="orient= and pyramid= cannot be combined"):
         zp.convert(cohort_source, tmp_path / "a.zarr", pyramid=True, orient="RAS")

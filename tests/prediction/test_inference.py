@@ -333,7 +333,7 @@ def test_outputs_whose_names_no_store_can_hold_are_refused_before_anything_is_wr
 def test_a_fill_that_the_output_cannot_hold_is_refused_before_anything_is_written(
     cohort: zp.Cohort, out: Path, fill: float, reduce: Any
 ) -> None:
-    with pytest.raises(OptionError, match=rf"a fill of {re.escape(str(fill))} does not fit the output"):
+    with pytest.raises(OptionError, match=rf"fill={re.escape(str(fill))} does not fit the output"):
         predict(cohort, out, fill=fill, reduce=reduce, mask="seg")
     assert not out.exists()
 
@@ -359,9 +359,9 @@ def test_an_output_that_exists_is_refused_and_replaced_where_that_is_wanted(
     cohort: zp.Cohort, out: Path
 ) -> None:
     predict(cohort[:1], out)
-    with pytest.raises(StoreExistsError, match=r"out.zarr: it exists already; say --overwrite"):
+    with pytest.raises(StoreExistsError, match=r"out.zarr: it exists already; say overwrite=True"):
         predict(cohort[:1], out, resume=False)
-    with pytest.raises(StoreExistsError, match=r"out.zarr: .* differs in subjects: .*; say --overwrite"):
+    with pytest.raises(StoreExistsError, match=r"out.zarr: .* differs in subjects: .*; say overwrite=True"):
         predict(cohort[1:2], out)
     again = predict(cohort[1:2], out, lambda batch: {"other": batch}, overwrite=True)
     assert (again.names, list(again[0].images)) == (["sub-02"], ["other"])

@@ -518,11 +518,11 @@ def test_a_header_is_written_once_and_an_equal_one_accepted(tmp_path: Path) -> N
         ({"model": "cd" * 16}, f'model: "{"ab" * 16}" then, "{"cd" * 16}" now;'),
         (
             {"patch_size": [96, 96, 96], "reduce": None},
-            'patch_size: [64,64,64] then, [96,96,96] now, reduce: "argmax" then, null now; say --overwrite',
+            'patch_size: [64,64,64] then, [96,96,96] now, reduce: "argmax" then, null now; say overwrite=',
         ),
         ({"tta": True}, "tta: null then, true now;"),
         ({"patch_size": [64] * 99}, "[64,64,64] then, [64,64,64,64,64,64,64,64,64,64,64,64,64,... now;"),
-        ({f"input {n}": n for n in range(9)}, "input 4: null then, 4 now (and 4 more); say --overwrite"),
+        ({f"input {n}": n for n in range(9)}, "input 4: null then, 4 now (and 4 more); say overwrite=True"),
         ({"mask": "line\nline"}, r'mask: null then, "line\nline" now'),
     ],
 )
@@ -536,7 +536,7 @@ def test_another_header_is_refused_with_the_differences(
     said = str(refusal.value)
     assert said.startswith(f"{tmp_path / 'sub-01'}: the prediction started there differs in ")
     assert text in said
-    assert said.endswith("; say --overwrite to start over, or choose another output")
+    assert said.endswith("; say overwrite=True to start over, or choose another output")
     assert len(said.splitlines()) == 1
     assert contents(tmp_path) == before
 

@@ -594,7 +594,7 @@ def test_without_resume_an_unfinished_output_is_refused_and_is_not_modified(
     cohort: zp.Cohort, begun: Path
 ) -> None:
     before = bytes_below(begun)
-    with pytest.raises(StoreExistsError, match=r"out.zarr: it exists already; say --overwrite"):
+    with pytest.raises(StoreExistsError, match=r"out.zarr: it exists already; say overwrite=True"):
         predict(cohort, begun, Net(), resume=False)
     assert bytes_below(begun) == before
 

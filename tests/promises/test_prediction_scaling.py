@@ -285,7 +285,7 @@ def test_jobs_are_refused_where_a_gpu_does_the_work(
     options = PredictOptions.of(**OPTIONS)
     heads = probe(Network(pointwise, torch.device("cpu")), cohort[0], options)
     monkeypatch.setattr(planning, "probe", lambda *_: heads)
-    with pytest.raises(OptionError, match="one process feeds meta: leave jobs at 1"):
+    with pytest.raises(OptionError, match="one process feeds meta: leave jobs=1"):
         predict(cohort, out, model=pointwise, jobs=2, device="cuda")
     assert not out.exists()
 

@@ -154,7 +154,7 @@ def test_an_export_replaces_no_file_unless_told_so_and_then_starts_none(
 ) -> None:
     (tmp_path / "sub-02").mkdir()
     (tmp_path / "sub-02" / "t1.nii").write_bytes(b"precious")
-    with pytest.raises(StoreExistsError, match=r"sub-02/t1.nii: it exists already; say --overwrite"):
+    with pytest.raises(StoreExistsError, match=r"sub-02/t1.nii: it exists already; say overwrite=True"):
         zp.export(cohort_store, tmp_path, images=["t1"], suffix=".nii")
     assert [p.name for p in tmp_path.rglob("*.nii")] == ["t1.nii"]
     zp.export(cohort_store, tmp_path, images=["t1"], suffix=".nii", overwrite=True)
@@ -166,7 +166,7 @@ def test_an_export_replaces_no_file_unless_told_so_and_then_starts_none(
     [
         ({"include": ["sub-11"]}, UnknownNameError, "no subject 'sub-11' in store .*; did you mean 'sub-01'"),
         ({"images": ["t2"]}, UnknownNameError, "no image 't2' in store .*; did you mean 't1'"),
-        ({"exclude": ["*"]}, UnknownNameError, "no image of .* fits --include, --exclude and --image"),
+        ({"exclude": ["*"]}, UnknownNameError, "no image of .* fits include=, exclude= and images="),
         ({"suffix": ".img"}, OptionError, r"suffix must be one of .nii, .nii.gz, not '.img'"),
     ],
 )

@@ -279,16 +279,17 @@ def test_damage_gives_exit_code_4_and_a_page(run: Run, copy: Path) -> None:
 
 
 def test_stores_and_outputs_that_do_not_exist_are_refused_in_one_line(run: Run, cohort_store: Path) -> None:
-    for arguments, text in [
-        (["nowhere"], "nowhere: it does not exist; make one with 'zpatch convert"),
-        ([cohort_store, "--include", "sub-1"], "did you mean 'sub-01'"),
+    for arguments, expected, text in [
+        (["nowhere"], 1, "nowhere: it does not exist; make one with 'zpatch convert"),
+        ([cohort_store, "--include", "sub-1"], 1, "did you mean 'sub-01'"),
         (
             [cohort_store, "--output", "no/such/it.html"],
+            2,
             "no/such/it.html: there is no folder no/such",
         ),
     ]:
         code, out, err = run(*arguments, "-q")
-        assert (code, out, len(err.splitlines())) == (1, "", 1)
+        assert (code, out, len(err.splitlines())) == (expected, "", 1)
         assert err.startswith("zpatch: error: ")
         assert text in err
     assert run(cohort_store, "--limit", -1)[0] == 2

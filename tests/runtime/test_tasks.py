@@ -21,7 +21,7 @@ from processes import DEADLINE_S, children, eventually, is_running, local_cluste
 from zpatch.errors import OptionError, WorkerError
 from zpatch.runtime import dask_cluster
 from zpatch.runtime.dask_graphs import run_graph, thread_count
-from zpatch.runtime.task_contract import Progress
+from zpatch.runtime.task_contract import Cluster, Progress
 from zpatch.runtime.tasks import read_ahead, run_tasks
 
 LONG_S = 100.0
@@ -81,10 +81,19 @@ def mark_and_wait(marker: Path, progress: Progress) -> str:
     return marker.name
 
 
-def run(function: Callable[..., Any], tasks: Sequence[Any], **options: Any) -> list[tuple[int, Any]]:
-    names = [f"task-{number}" for number in range(len(tasks))]
-    options.setdefault("folder", Path())
-    return list(run_tasks(function, tasks, names=names, **options))
+def run(
+    function: Callable[..., Any],
+    tasks: Sequence[Any],
+    *,
+    scheduler: str | None = None,
+    folder: Path | None = None,
+    **options: Any,
+) -> list[tuple[int, Any]]:
+    if scheduler is not None:
+        assert folder is not None
+        names = [f"task-{number}" for number in range(len(tasks))]
+        options["cluster"] = Cluster(scheduler, folder, names)
+    return list(run_tasks(function, tasks, **options))
 
 
 # Local
@@ -122,9 +131,7 @@ def test_progress_adds_up_and_is_never_told_a_nothing(jobs: int) -> None:
 def test_progress_of_a_task_is_told_before_its_result() -> None:
     told: list[int] = []
     done = 0
-    for number, _ in run_tasks(
-        double, range(1, 9), folder=Path(), names=["task"] * 8, jobs=2, progress=told.append
-    ):
+    for number, _ in run_tasks(double, range(1, 9), jobs=2, progress=told.append):
         done += 3 * (number + 1)
         assert sum(told) >= done
 
@@ -173,7 +180,7 @@ def test_a_task_that_always_kills_its_worker_is_given_up_and_all_others_finish(d
     assert {n for n, result in results.items() if isinstance(result, WorkerError)} == deadly
     assert all(results[n] == names[n] for n in set(range(8)) - deadly)
     text = str(results[min(deadly)])
-    assert text == "its worker was killed 4 times, perhaps for want of memory; try fewer --jobs"
+    assert text == "its worker was killed 4 times, perhaps for want of memory; try fewer jobs="
 
 
 def test_when_every_task_kills_its_worker_each_is_given_up() -> None:
@@ -184,7 +191,7 @@ def test_when_every_task_kills_its_worker_each_is_given_up() -> None:
 
 def test_a_run_that_is_left_early_ends_its_workers_at_once(tmp_path: Path) -> None:
     tasks = [tmp_path / "quick", *(tmp_path / f"slow-{n}" for n in range(4))]
-    results = run_tasks(quick_or_long, tasks, folder=tmp_path, names=["task"] * 5, jobs=2)
+    results = run_tasks(quick_or_long, tasks, jobs=2)
     assert next(results) == (0, "quick")
     assert len(children()) == 2
     began = time.monotonic()
@@ -207,7 +214,7 @@ def test_an_error_of_whoever_takes_the_results_leaves_no_process() -> None:
 
 def take_one() -> None:
     with contextlib.closing(
-        run_tasks(identify, range(50), folder=Path(), names=["task"] * 50, jobs=2)  # type: ignore[type-var]
+        run_tasks(identify, range(50), jobs=2)  # type: ignore[type-var]
     ) as results:
         for _ in results:
             raise RuntimeError("enough")
@@ -415,5 +422,5 @@ def test_without_distributed_the_way_to_get_it_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(OptionError, match=r"--scheduler needs dask.distributed; pip install 'zpatch\[dist"):
+    with pytest.raises(OptionError, match=r"scheduler= needs dask.distributed; pip install 'zpatch\[dist"):
         run(double, range(3), scheduler="tcp://127.0.0.1:9", folder=tmp_path)

@@ -282,7 +282,7 @@ def test_what_is_no_store_is_refused_by_its_name(tmp_path: Path, make: Any, why:
 def test_a_store_that_is_there_is_never_made_anew_unless_told_so(tmp_path: Path) -> None:
     store = tmp_path / "store"
     zp.convert(source_of(tmp_path / "source", 1), store)
-    with pytest.raises(StoreExistsError, match="store: it exists already; say --overwrite"):
+    with pytest.raises(StoreExistsError, match="store: it exists already; say overwrite=True"):
         StoreWriter.create(store, {})
     assert (zp.Cohort(store)[0].t1.data == 1).all()
     StoreWriter.create(store, {}, overwrite=True).__exit__()

@@ -192,9 +192,9 @@ def _check_options(cohort: Cohort, patches_per_volume: int, jobs: int | None, se
     counts = {"patches_per_volume": patches_per_volume, "jobs": 1 if jobs is None else jobs}
     for name, count in counts.items():
         if count < 1:
-            raise OptionError(f"{name} must be at least 1, not {count}")
+            raise OptionError(f"{name} must be at least 1, not {count}", option=name)
     if not seconds > 0:
-        raise OptionError(f"seconds must be above 0, not {seconds}")
+        raise OptionError(f"seconds must be above 0, not {seconds}", option="seconds")
     if not len(cohort):
         raise OptionError(f"{cohort.store.path}: it holds no images, so there is nothing to read")
 

@@ -79,7 +79,7 @@ class ReadingTask:
             Path(self.meeting, f"{start}-{self.number}").touch(exist_ok=False)
         except FileExistsError:
             raise WorkerError(
-                "a process that read patches was killed, perhaps for want of memory; try fewer --jobs"
+                "a process that read patches was killed, perhaps for want of memory; try fewer jobs="
             ) from None
         while len(list(self.meeting.glob(f"{start}-*"))) < self.processes:
             time.sleep(POLL_S)
@@ -116,9 +116,8 @@ def reading_speed(
             )
             for number in range(processes)
         ]
-        names = [f"read-{number}" for number in range(processes)]
         speeds = []
-        for _, speed in run_tasks(_measured, tasks, folder=store, names=names, jobs=processes):
+        for _, speed in run_tasks(_measured, tasks, jobs=processes):
             if isinstance(speed, WorkerError):
                 raise speed
             speeds.append(speed)

@@ -99,7 +99,9 @@ def fitting_fill(fill: float, dtype: torch.dtype) -> float:
         limits = torch.iinfo(torch.uint8 if dtype == torch.bool else dtype)
         fits = math.isfinite(fill) and fill % 1 == 0 and limits.min <= fill <= limits.max
     if not fits:
-        raise OptionError(f"a fill of {fill} does not fit the output, which is of {dtype}; choose another")
+        raise OptionError(
+            f"fill={fill} does not fit the output, which is of {dtype}; choose another", option="fill"
+        )
     return fill if dtype.is_floating_point or dtype.is_complex else int(fill)
 
 
@@ -113,7 +115,7 @@ def _function_of(reduce: Reduction) -> Callable[[torch.Tensor], torch.Tensor]:
     match reduce:
         case ("threshold", float() | int() as limit) if isinstance(reduce, tuple):
             return lambda voxels: (_comparable(voxels) > limit).to(torch.uint8)
-    raise OptionError(f"reduce must be {_NAMES}, not {reduce!r}")
+    raise OptionError(f"reduce must be {_NAMES}, not {reduce!r}", option="reduce")
 
 
 def _unchanged(voxels: torch.Tensor) -> torch.Tensor:

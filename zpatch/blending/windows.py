@@ -27,7 +27,9 @@ OVERLAP_MODES: tuple[str, ...] = get_args(OverlapMode)
 def check_overlap_mode(mode: str) -> None:
     """Raise OptionError for a mode that does not exist."""
     if mode not in OVERLAP_MODES:
-        raise OptionError(f"overlap_mode must be one of {', '.join(OVERLAP_MODES)}, not {mode!r}")
+        raise OptionError(
+            f"overlap_mode must be one of {', '.join(OVERLAP_MODES)}, not {mode!r}", option="overlap_mode"
+        )
 
 
 def window(mode: str, patch_length: int) -> NDArray[np.float64]:

@@ -158,4 +158,4 @@ CODECS: Mapping[str, Codec | None] = {
 def check_codec(name: str) -> None:
     """Refuse a name that is no preset."""
     if name not in CODECS:
-        raise OptionError(f"codec must be one of {', '.join(CODECS)}, not {name!r}")
+        raise OptionError(f"codec must be one of {', '.join(CODECS)}, not {name!r}", option="codec")

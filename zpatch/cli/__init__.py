@@ -11,11 +11,13 @@ from typing import Any
 import click
 
 from zpatch import __version__
-from zpatch.errors import ZpatchError, one_line
+from zpatch.cli.options import flag_of, with_flags
+from zpatch.errors import OptionError, ZpatchError, one_line
 
 COMMANDS = ("convert", "info", "verify", "export", "predict", "report", "bench")
 
 EXIT_ERROR = 1
+EXIT_USAGE = 2
 EXIT_SOME_FAILED = 3
 EXIT_DAMAGED = 4
 EXIT_INTERRUPTED = 130
@@ -29,11 +31,24 @@ class LazyGroup(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of that name."""
+        """The command of that name. Its options are set in the environment by their flags."""
         if cmd_name not in COMMANDS:
             return None
-        command = getattr(importlib.import_module(f"zpatch.cli.{cmd_name}"), f"{cmd_name}_command")
-        return command if isinstance(command, click.Command) else None
+        module = importlib.import_module(f"zpatch.cli.{cmd_name}")
+        command: click.Command = getattr(module, f"{cmd_name}_command")
+        for option in command.params:
+            if isinstance(option, click.Option):
+                option.envvar = f"zpatch_{cmd_name}_{flag_of(option)[2:]}".replace("-", "_").upper()
+                option.allow_from_autoenv = False
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Remember the command, for the texts of its errors."""
+        name, command, rest = super().resolve_command(ctx, args)
+        ctx.ensure_object(dict)["command"] = command
+        return name, command, rest
 
 
 def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None) -> None:
@@ -111,10 +126,12 @@ def run(arguments: list[str] | None = None) -> int:
     except Exception as error:  # the edge of the program: whatever it is, say it in one line
         if state.get("verbose"):
             traceback.print_exc()
-        known = isinstance(error, ZpatchError | OSError)
+        option = error.option if isinstance(error, ZpatchError) else None
         what = one_line(error)
-        if not known:
+        if isinstance(error, ZpatchError):
+            what = with_flags(what, option, state["command"])
+        elif not isinstance(error, OSError):
             what = f"unexpected {type(error).__name__}: {what} (see it whole with -v)"
         click.echo(f"zpatch: error: {what}", err=True)
-        return EXIT_ERROR
+        return EXIT_USAGE if option or isinstance(error, OptionError) else EXIT_ERROR
     return code if isinstance(code, int) else 0

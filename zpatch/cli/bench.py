@@ -13,12 +13,9 @@ from zpatch.cli.options import (
     Voxels,
     include_option,
     json_option,
-    print_json,
-    say,
-    table,
     talk_options,
 )
-from zpatch.cli.progress import Progress
+from zpatch.cli.progress import Progress, print_json, say, show_table
 from zpatch.runtime.byte_sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -38,7 +35,11 @@ BUSY = 0.3  # processes on each core
     help="Patches read together, as in a queue; 32 at most.",
 )  # fmt: skip
 @click.option(
-    "--image", multiple=True, metavar="NAME", help="Read this image; may be repeated.  [default: all]"
+    "--image",
+    "images",
+    multiple=True,
+    metavar="NAME",
+    help="Read this image; may be repeated.  [default: all]",
 )
 @include_option
 @click.option(
@@ -55,7 +56,7 @@ def bench_command(
     store: Path,
     patch_size: int | tuple[int, ...] | None,
     patches_per_volume: int,
-    image: tuple[str, ...],
+    images: tuple[str, ...],
     include: tuple[str, ...],
     jobs: int | None,
     seconds: float,
@@ -81,7 +82,7 @@ def bench_command(
 
     plan = plan_benchmark(
         Cohort(store).matching(include),
-        images=image,
+        images=images,
         patch_size=patch_size,
         patches_per_volume=patches_per_volume,
         jobs=jobs,
@@ -96,8 +97,11 @@ def bench_command(
         return
     for note in _notes(report):
         say(f"note: {note}")
-    click.echo(_speeds(report))
-    click.echo(f"\n{_packings(report)}\n")
+    show_table(_speeds(report))
+    click.echo()
+    click.echo(_packings_heading(report))
+    show_table(_packings(report))
+    click.echo()
     for line in lines:
         click.echo(line)
 
@@ -116,7 +120,7 @@ def _notes(report: BenchmarkReport) -> Iterator[str]:
         yield "what is marked - was not tried, as planning such patches would take much memory"
 
 
-def _speeds(report: BenchmarkReport) -> str:
+def _speeds(report: BenchmarkReport) -> list[tuple[str, ...]]:
     """A row for each number of processes that was measured, and for some in between."""
     from zpatch.bench.advice import rate_text
 
@@ -140,10 +144,17 @@ def _speeds(report: BenchmarkReport) -> str:
                 disk,
             )
         )
-    return table(rows)
+    return rows
 
 
-def _packings(report: BenchmarkReport) -> str:
+def _packings_heading(report: BenchmarkReport) -> str:
+    heading = "bytes decoded for each byte delivered"
+    if report.plan.is_tried:
+        heading += "; patches/s of one process, warm, as tried on a sample, and how many times the files"
+    return heading
+
+
+def _packings(report: BenchmarkReport) -> list[tuple[str, ...]]:
     """A row for each chunk: what follows from geometry, then what was tried, by codec."""
     now = report.packings[0]
     codecs = list(dict.fromkeys(f.codec for f in report.packings)) if report.plan.is_tried else []
@@ -151,16 +162,15 @@ def _packings(report: BenchmarkReport) -> str:
     for figures in sorted(report.packings, key=lambda figures: figures.chunk or 0):
         by_chunk.setdefault(figures.chunk, {})[figures.codec] = figures
     heading = ["chunk", f"{report.plan.group} together", "one by one"]
-    rows = [(*heading, *(_mark(codec or "mixed", codec == now.codec) for codec in codecs))]
+    rows: list[tuple[str, ...]] = [
+        (*heading, *(_mark(codec or "mixed", codec == now.codec) for codec in codecs))
+    ]
     for chunk, by_codec in by_chunk.items():
         [first, *_] = by_codec.values()
         ratios = f"{first.decoded_per_delivered:.2f}", f"{first.patch_by_patch:.2f}"
         cells = [_cell(by_codec.get(codec)) for codec in codecs]
         rows.append((_mark(str(chunk or "other"), chunk == now.chunk), *ratios, *cells))
-    told = "bytes decoded for each byte delivered"
-    if codecs:
-        told += "; patches/s of one process, warm, as tried on a sample, and how many times the files"
-    return f"{told}\n{table(rows)}"
+    return rows
 
 
 def _mark(text: str, is_stored: bool) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import click
 
@@ -14,14 +14,12 @@ from zpatch.cli.options import (
     STORE,
     Bytes,
     exclude_option,
+    in_flags,
     include_option,
     json_option,
-    print_json,
-    say,
-    table,
     talk_options,
 )
-from zpatch.cli.progress import Progress
+from zpatch.cli.progress import Progress, is_quiet, print_json, say, show_table
 from zpatch.runtime.byte_sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -34,6 +32,7 @@ if TYPE_CHECKING:
 @click.argument("store", type=STORE)
 @click.option(
     "--label-pattern",
+    "label_patterns",
     multiple=True,
     metavar="GLOB",
     help="File names that are label maps; may be repeated. Without it: names that end in seg, dseg, "
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--sampling-pattern",
+    "sampling_patterns",
     multiple=True,
     metavar="GLOB",
     help="File names that are sampling maps (weights for WeightedSampler); may be repeated.",
@@ -95,25 +95,12 @@ if TYPE_CHECKING:
 def convert_command(
     source: Path,
     store: Path,
-    label_pattern: tuple[str, ...],
-    sampling_pattern: tuple[str, ...],
-    codec: str,
-    chunk: int,
-    format: str,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-    affine: str,
-    orient: str | None,
-    pyramid: bool,
-    limit: int | None,
-    strict: bool,
-    jobs: int,
     scheduler: str | None,
     report: Path | None,
-    max_memory: int | None,
     dry_run: bool,
     overwrite: bool,
     json: bool,
+    **options: Any,
 ) -> int:
     """Convert a cohort of NIfTI files SOURCE into a store STORE.
 
@@ -144,23 +131,7 @@ def convert_command(
     from zpatch.store.store_writer import check_can_create
 
     check_can_create(store, overwrite=overwrite, resume=True)
-    options = ConvertOptions(
-        format=format,
-        codec=codec,
-        chunk=chunk,
-        affine=affine,
-        pyramid=pyramid,
-        orient=orient,
-        label_patterns=label_pattern,
-        sampling_patterns=sampling_pattern,
-        include=include,
-        exclude=exclude,
-        limit=limit,
-        strict=strict,
-        jobs=jobs,
-        max_memory=max_memory,
-    )
-    plan = plan_conversion(source, options, done={} if overwrite else committed(store))
+    plan = plan_conversion(source, ConvertOptions(**options), done={} if overwrite else committed(store))
     say(str(plan))
     for note in plan.notes:
         say(f"note: {note}")
@@ -185,15 +156,15 @@ def convert_command(
 
 
 class CaseReport:
-    """Says at once which cases fail, and writes what became of each into a file of JSON lines."""
+    """Prints each case that fails at once, and writes the outcome of each case into a file of JSON lines."""
 
     def __init__(self, path: Path | None) -> None:
         self._stream = path.open("w") if path else None
 
     def add(self, outcome: CaseOutcome) -> None:
-        """One more case is done or has failed."""
+        """Report a case that was converted or has failed."""
         if outcome.reason:
-            click.echo(f"failed: {outcome.subject}: {outcome.reason}", err=True)
+            say(f"failed: {outcome.subject}: {in_flags(outcome.reason)}", always=True)
         if self._stream:
             print(dumps(outcome.to_json()), file=self._stream, flush=True)
 
@@ -217,11 +188,11 @@ def _print_plan(plan: ConversionPlan, json: bool) -> None:
             (image.subject, image.source.name, image.source.kind, shape, str(image.file.dtype),
              str(image.shard_files), where)
         )  # fmt: skip
-    click.echo(table(rows))
+    show_table(rows)
     for subject in plan.done:
         say(f"there already: {subject}")
     for failure in plan.failures:
-        click.echo(f"will be left out: {failure.subject}: {failure.reason}", err=True)
+        say(f"will be left out: {failure.subject}: {in_flags(failure.reason)}", always=True)
 
 
 def _print_summary(report: ConversionReport, elapsed_s: float) -> None:
@@ -245,5 +216,6 @@ def _print_summary(report: ConversionReport, elapsed_s: float) -> None:
     ]
     others = {"there already": len(report.done), "failed": len(report.failures), "warnings": len(warned)}
     rows += [(what, str(count), "", "", "", "", "") for what, count in others.items() if count]
-    say(table(rows))
+    if not is_quiet():
+        show_table(rows, err=True)
     click.echo(report.store)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,18 +13,18 @@ from zpatch.cli.options import (
     include_option,
     json_option,
     overwrite_option,
-    print_json,
-    say,
     talk_options,
 )
-from zpatch.cli.progress import Progress
+from zpatch.cli.progress import Progress, print_json, say
 from zpatch.runtime.byte_sizes import format_bytes
 
 
 @click.command("export", short_help="Write images of a store as NIfTI.")
 @click.argument("store", type=STORE)
 @click.argument("dest", type=click.Path(path_type=Path))
-@click.option("--image", multiple=True, metavar="GLOB", help="Only images that fit; may be repeated.")
+@click.option(
+    "--image", "images", multiple=True, metavar="GLOB", help="Only images that fit; may be repeated."
+)
 @include_option
 @exclude_option
 @click.option(
@@ -39,12 +40,9 @@ from zpatch.runtime.byte_sizes import format_bytes
 def export_command(
     store: Path,
     dest: Path,
-    image: tuple[str, ...],
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-    suffix: str,
     overwrite: bool,
     json: bool,
+    **options: Any,
 ) -> None:
     """Write images of STORE as NIfTI files DEST/<subject>/<image>.nii.gz.
 
@@ -61,7 +59,7 @@ def export_command(
     from zpatch.store.store import open_store
 
     opened = open_store(store)
-    planned = plan_export(opened, dest, include=include, exclude=exclude, images=image, suffix=suffix)
+    planned = plan_export(opened, dest, **options)
     check_free(planned, overwrite=overwrite)
     total = sum(exported.record.voxel_bytes for exported in planned)
     with Progress("exporting", total) as progress:

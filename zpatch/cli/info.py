@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zpatch.cli.options import STORE, include_option, json_option, print_json, table, talk_options
+from zpatch.cli.options import STORE, include_option, json_option, talk_options
+from zpatch.cli.progress import print_json, show_table
 from zpatch.runtime.byte_sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def info_command(store: Path, include: tuple[str, ...], limit: int, json: bool) 
     click.echo(_headline(opened, records))
     if records:
         click.echo()
-        click.echo(table([_HEADING, *(_row(record) for record in records[:limit])]))
+        show_table([_HEADING, *(_row(record) for record in records[:limit])])
     if len(records) > limit:
         click.echo(f"... and {len(records) - limit} more (--limit)")
     for record in records:

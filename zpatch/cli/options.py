@@ -1,8 +1,8 @@
-"""Options that several commands share, and how they talk."""
+"""Options that several commands share, and their names: in Python, as flags, in errors."""
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from zpatch.runtime.byte_sizes import parse_bytes
 F = TypeVar("F", bound=Callable[..., Any])
 
 STORE = click.Path(path_type=Path)
+QUOTES = "'\""
 
 
 class Bytes(click.ParamType):  # type: ignore[type-arg]
@@ -80,19 +81,37 @@ exclude_option = click.option(
 )
 
 
-def say(text: str) -> None:
-    """A line for people, on stderr; nothing with -q."""
-    if not click.get_current_context().ensure_object(dict).get("quiet"):
-        click.echo(text, err=True)
+def flag_of(option: click.Parameter) -> str:
+    """The long name of an option."""
+    return max(option.opts, key=len)
 
 
-def print_json(value: Any) -> None:
-    """The machine's output, on stdout."""
-    click.echo(json.dumps(value, indent=2))
+def in_flags(text: str) -> str:
+    """A text about the command that runs, with its flags in place of the options' names in Python."""
+    return with_flags(text, None, click.get_current_context().command)
 
 
-def table(rows: list[tuple[str, ...]]) -> str:
-    """Rows of text in columns; the first row is the heading."""
-    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
-    lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines)
+def with_flags(text: str, option: str | None, command: click.Command) -> str:
+    """The text of an error with the flags of a command in place of the options' names in Python.
+
+    Names of several words are replaced wherever they are, others where they are written as an argument
+    (``fill=0``), or begin the text of an error that is about this ``option``.
+
+    >>> command = click.Command("predict", params=[click.Option(["--overlap", "patch_overlap"])])
+    >>> with_flags("patch_overlap must be even; say patch_overlap=4", "patch_overlap", command)
+    '--overlap must be even; say --overlap 4'
+    """
+    flags = {option.name: flag_of(option) for option in command.params if isinstance(option, click.Option)}
+
+    def replaced(found: re.Match[str]) -> str:
+        name, is_argument, value = found["name"], found["equals"], found["value"]
+        if not (is_argument or "_" in name or (name == option and found.start() == 0)):
+            return found[0]
+        return flags[name] + (f" {value.strip(QUOTES)}" if value and value != "True" else "")
+
+    names = "|".join(map(re.escape, flags))
+    return re.sub(
+        rf"(?<![\w./{QUOTES}-])(?P<name>{names})(?P<equals>=(?P<value>'[^']*'|-?\w[\w.]*\b)?|(?![\w/{QUOTES}-]))",
+        replaced,
+        text,
+    )

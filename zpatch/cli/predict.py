@@ -15,11 +15,9 @@ from zpatch.cli.options import (
     include_option,
     json_option,
     overwrite_option,
-    print_json,
-    say,
     talk_options,
 )
-from zpatch.cli.progress import Progress
+from zpatch.cli.progress import Progress, print_json, say
 from zpatch.runtime.byte_sizes import format_bytes
 
 if TYPE_CHECKING:

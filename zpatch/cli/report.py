@@ -12,11 +12,9 @@ from zpatch.cli.options import (
     exclude_option,
     include_option,
     json_option,
-    print_json,
-    say,
     talk_options,
 )
-from zpatch.cli.progress import Progress
+from zpatch.cli.progress import Progress, print_json, say
 from zpatch.runtime.byte_sizes import format_bytes
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from zpatch.cli import EXIT_DAMAGED
-from zpatch.cli.options import STORE, json_option, print_json, say, talk_options
-from zpatch.cli.progress import Progress
+from zpatch.cli.options import STORE, json_option, talk_options
+from zpatch.cli.progress import Progress, print_json, say
 from zpatch.runtime.byte_sizes import format_bytes
 
 

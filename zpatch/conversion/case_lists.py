@@ -1,6 +1,6 @@
 """Sources that list their files: JSON datalists and tables, each a function from a file to its cases.
 
-Listed files need not lie below the list, and whether they exist is seen when they are read.
+Listed files may be anywhere, and whether they exist is checked when they are read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from zpatch.conversion.cases import Case, CaseImage, is_image_name, kind_by_name, listed_file, stem_of
+from zpatch.conversion.cases import Case, CaseImage, is_image_name, kind_by_name, stem_of
+from zpatch.conversion.source_files import listed_file
 from zpatch.errors import SourceError
 from zpatch.store.image_record import Kind
 
@@ -110,6 +111,17 @@ def case_of_row(subject: str, images: Iterable[CaseImage], row: Row) -> Case:
     meta = {key: value_of(cell) for key, cell in row.items() if key != "split"}
     split = row.get("split", "")
     return Case(subject, tuple(images), split if split.lower() not in _MISSING else None, meta)
+
+
+def looks_like_msd(dataset: Mapping[str, Any]) -> bool:
+    """Whether the contents of a JSON file are those of a ``dataset.json`` of the Medical Decathlon."""
+    return "training" in dataset and "modality" in dataset
+
+
+def read_dict(file: Path) -> Mapping[str, Any]:
+    """The dict that a JSON file holds; an empty one where it holds another value."""
+    document = read_json(file)
+    return document if isinstance(document, dict) else {}
 
 
 def table(file: Path) -> list[Case]:

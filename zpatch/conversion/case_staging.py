@@ -88,7 +88,7 @@ def _stage_image(image: PlannedImage, task: CaseTask, stage: StagedImage, progre
         _stream(image, record, writer, warnings.append, progress)
         record = writer.finish(header.read_header(file.path).raw_header, warnings, source=source.result())
     if task.options.strict and record.warnings:
-        raise SourceError(f"{file.path}: {record.warnings[0]} (--strict)")
+        raise SourceError(f"{file.path}: {record.warnings[0]} (strict=True)")
     return record
 
 
@@ -182,7 +182,7 @@ def label_dtype(file: NiftiFile, layout: Layout) -> np.dtype[Any]:
         if odd.size:
             raise NiftiError(
                 f"{file.path}: label values must be whole numbers, not {odd[0]:g}; "
-                f"say --label-pattern if this is no label map"
+                f"say label_patterns= if this is no label map"
             )
         low, high = min(low, float(voxels.min())), max(high, float(voxels.max()))
     for code in INTEGRAL_DTYPES:

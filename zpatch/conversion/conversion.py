@@ -1,4 +1,4 @@
-"""NIfTI files -> a store, one slab in hand at a time."""
+"""NIfTI files into a store: run the plan, commit case by case, resume."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from zpatch.conversion.conversion_plan import (
 )
 from zpatch.digests import Json
 from zpatch.errors import WorkerError
-from zpatch.runtime.task_contract import Progress
+from zpatch.runtime.task_contract import Cluster, Progress
 from zpatch.runtime.tasks import run_tasks
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.manifest import Key
@@ -33,7 +33,7 @@ TOOL_VERSION = f"zpatch {version('zpatch')}"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CaseOutcome:
-    """What became of a case: its records, or in ``reason`` why there are none."""
+    """The outcome of a case: its records, or in ``reason`` why there are none."""
 
     subject: str
     records: tuple[ImageRecord, ...]
@@ -60,7 +60,7 @@ class CaseOutcome:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ConversionReport:
-    """What a conversion did. ``done`` are the subjects that were in the store already, unchanged."""
+    """The outcome of a conversion. ``done`` are the subjects that were in the store before, unchanged."""
 
     store: Path
     outcomes: tuple[CaseOutcome, ...]
@@ -95,8 +95,8 @@ def convert(
 ) -> ConversionReport:
     """Convert a cohort of NIfTI files into a store, as ``zpatch convert`` does.
 
-    ``options`` are the fields of ConvertOptions. A store that is there already is gone on with: only what is
-    missing or changed is converted; ``overwrite`` starts over, or with ``include`` or ``exclude`` replaces
+    ``options`` are the fields of ConvertOptions. An existing store is resumed: only images that are
+    missing or changed are converted; ``overwrite`` starts over, or with ``include`` or ``exclude`` replaces
     those subjects only. Cases are converted in local processes, or on the Dask cluster at ``scheduler``. A
     case whose files are bad is left out and listed in the report; a SourceError says that none is good.
     """
@@ -121,8 +121,8 @@ def run_conversion(
     progress: Progress = lambda voxel_bytes: None,
     on_case: Callable[[CaseOutcome], None] = lambda outcome: None,
 ) -> ConversionReport:
-    """Do what a plan says. ``progress`` is told the bytes of voxels as they are done, ``on_case`` what
-    became of each case."""
+    """Carry out a plan. Bytes of converted voxels are reported to ``progress``, the outcome of each case to
+    ``on_case``."""
     outcomes = [CaseOutcome(failure.subject, (), failure.reason) for failure in plan.failures]
     for outcome in outcomes:
         on_case(outcome)
@@ -133,16 +133,11 @@ def run_conversion(
         opened = StoreWriter.resume(store, attributes)
     with opened as writer:
         tasks = [CaseTask(case, plan.options, plan.folder, writer.staging) for case in plan.cases]
-        results = run_tasks(
-            stage_case,
-            tasks,
-            folder=writer.staging,
-            names=[f"convert-{case.case.subject}" for case in plan.cases],
-            jobs=plan.options.jobs,
-            scheduler=scheduler,
-            progress=progress,
-        )
-        for number, result in results:
+        names = [f"convert-{case.case.subject}" for case in plan.cases]
+        cluster = None if scheduler is None else Cluster(scheduler, writer.staging, names)
+        for number, result in run_tasks(
+            stage_case, tasks, jobs=plan.options.jobs, cluster=cluster, progress=progress
+        ):
             outcomes.append(_outcome(plan.cases[number], result, writer))
             on_case(outcomes[-1])
         failed = [Failure(outcome.subject, outcome.reason) for outcome in outcomes if outcome.reason]

@@ -1,4 +1,4 @@
-"""What a user may choose of a conversion, and the memory that follows from it."""
+"""The options of a conversion, checked, and the memory that follows from them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from zpatch.errors import OptionError
 from zpatch.nifti import header
 from zpatch.runtime.byte_sizes import parse_bytes
 
+FORMATS = ("auto", "bids", "nnunet", "msd", "json", "csv", "glob")
+AFFINES = ("sform", "qform")
+
 BASE_BYTES = 64 * 2**20
 LIVE_SLABS = 2
 PYRAMID_SLABS = 2
@@ -22,14 +25,15 @@ PYRAMID_SLABS = 2
 
 @dataclass(frozen=True, slots=True)
 class ConvertOptions:
-    """What a user may choose.
+    """The options of ``convert``.
 
-    ``format`` forces a convention; ``codec`` is a preset; ``chunk`` the side of a chunk in voxels;
-    ``affine`` is taken where a header has both, sform or qform; ``pyramid`` adds coarser levels;
-    ``orient`` turns volumes to point there, as RAS. Patterns are globs: of file names for
-    ``label_patterns`` and ``sampling_patterns``, of subjects for ``include`` and ``exclude``. ``limit``
-    takes so many cases at most, ``strict`` fails a case for a warning. ``jobs`` cases are in work at a time;
-    with ``max_memory`` (bytes) shards are made as small as it takes, or the plan is refused.
+    ``format`` is one of ``FORMATS``: the convention of the source, or ``auto`` to detect it. ``codec`` is a
+    preset, ``chunk`` the side of a chunk in voxels. ``affine`` is the one to take where a header has both,
+    sform or qform. ``pyramid`` adds coarser levels; ``orient`` turns volumes so that their axes point to
+    RAS, say. Patterns are globs: of file names in ``label_patterns`` and ``sampling_patterns``, of subjects
+    in ``include`` and ``exclude``. ``limit`` is the largest number of cases; ``strict`` fails a case for a
+    warning. ``jobs`` cases are converted at a time. To stay below ``max_memory`` (bytes, or a text such as
+    ``"2 GiB"``) shards are made smaller; where that is not enough the plan is refused.
     """
 
     format: str = "auto"
@@ -49,23 +53,29 @@ class ConvertOptions:
 
     @property
     def chooses_subjects(self) -> bool:
-        """Whether patterns say which subjects are meant."""
+        """Whether patterns choose among the subjects."""
         return bool(self.include or self.exclude)
 
     def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise OptionError(
+                f"format must be one of {', '.join(FORMATS)}, not {self.format!r}", option="format"
+            )
+        if self.limit is not None and self.limit < 1:
+            raise OptionError(f"limit must be at least 1 subject, not {self.limit}", option="limit")
         check_codec(self.codec)
         if self.max_memory is not None:
             parse_bytes(self.max_memory)
         if self.jobs < 1:
-            raise OptionError(f"jobs must be at least 1, not {self.jobs}")
-        if self.affine not in ("sform", "qform"):
-            raise OptionError(f"affine must be sform or qform, not {self.affine!r}")
+            raise OptionError(f"jobs must be at least 1, not {self.jobs}", option="jobs")
+        if self.affine not in AFFINES:
+            raise OptionError(f"affine must be sform or qform, not {self.affine!r}", option="affine")
         if self.orient is not None:
             header.orientation_to(np.eye(4), self.orient)
         if self.orient is not None and self.pyramid:
-            raise OptionError("orient and pyramid do not go together yet; convert again with one of them")
+            raise OptionError("orient= and pyramid= cannot be combined yet; leave one out", option="orient")
         if self.chunk < 1:
-            raise OptionError(f"chunk must be at least 1 voxel, not {self.chunk}")
+            raise OptionError(f"chunk must be at least 1 voxel, not {self.chunk}", option="chunk")
 
     @classmethod
     def of(cls, **options: Any) -> Self:
@@ -88,12 +98,12 @@ class ConvertOptions:
 
     @property
     def shard_bytes(self) -> int:
-        """How large shards are to be: as usual, or less where the memory limit asks for it."""
+        """Bytes of a shard: as usual, or fewer where the memory limit demands it."""
         if self.max_memory_bytes is None:
             return SHARD_BYTES
         return max(1, min(SHARD_BYTES, (self.max_memory_bytes - self.base_bytes) // self.live_slabs))
 
     @property
     def base_bytes(self) -> int:
-        """Memory of what works on the slabs."""
+        """Memory of the code that works on slabs."""
         return self.jobs * BASE_BYTES

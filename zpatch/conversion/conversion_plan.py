@@ -14,8 +14,9 @@ from types import MappingProxyType
 import numpy as np
 
 from zpatch.chunks.layout import Layout, plan_layout
+from zpatch.conversion.cases import Case, CaseImage
 from zpatch.conversion.conversion_options import ConvertOptions
-from zpatch.conversion.discovery import Case, CaseImage, discover
+from zpatch.conversion.discovery import discover
 from zpatch.conversion.fingerprints import has_fingerprint
 from zpatch.digests import Json
 from zpatch.errors import SourceError, one_line
@@ -76,9 +77,9 @@ class Failure:
 class ConversionPlan:
     """What a conversion will do; printing it says so.
 
-    ``format`` is the convention that was found, ``folder`` what source paths are told from. ``failures``
-    cannot be converted; ``done`` are in the store already; ``notes`` say what
-    else lies in the source and is left out.
+    ``format`` is the convention that was found. Paths of sources are stored relative to ``folder``.
+    ``failures`` are cases that cannot be converted, ``done`` subjects that are in the store
+    already; ``notes`` say what else is in the source and is left out.
     """
 
     source: Path
@@ -107,8 +108,8 @@ class ConversionPlan:
 
     @property
     def peak_bytes(self) -> int:
-        """Predicted peak memory above that of the interpreter and its libraries: two slabs and what works
-        on them."""
+        """Predicted peak memory above that of the interpreter and its libraries: slabs, and the code that
+        works on them."""
         largest = max((image.slab_bytes for image in self.images), default=0)
         return self.options.live_slabs * largest + self.options.base_bytes
 
@@ -155,15 +156,7 @@ def plan_conversion(
 
     ``done`` are the images that are in the store: a case whose files have not changed since is left alone.
     """
-    found = discover(
-        source,
-        format=options.format,
-        label_patterns=options.label_patterns,
-        sampling_patterns=options.sampling_patterns,
-        include=options.include,
-        exclude=options.exclude,
-        limit=options.limit,
-    )
+    found = discover(source, options)
     planned, failures, unchanged = [], [], []
     for case in found.cases:
         if _is_unchanged(case, done, found.folder):
@@ -191,7 +184,7 @@ def plan_conversion(
         options.max_memory_bytes,
         plan.peak_bytes,
         "converting",
-        "choose a smaller --chunk, fewer --jobs, or allow more",
+        "choose a smaller chunk=, fewer jobs=, or allow more",
     )
     return plan
 
@@ -215,7 +208,7 @@ def unexpected(case: Case, error: Exception) -> Failure:
     """The failure of a case by an error that nobody foresaw."""
     files = ", ".join(str(image.path) for image in case.images)
     what = f"unexpected {type(error).__name__}: {one_line(error)}"
-    return Failure(case.subject, f"{files}: {what}; leave the case out with --exclude, and report it")
+    return Failure(case.subject, f"{files}: {what}; leave the case out with exclude=, and report it")
 
 
 def nothing_converted(source: Path, failures: Sequence[Failure]) -> SourceError:
@@ -229,7 +222,7 @@ def _plan_case(case: Case, options: ConvertOptions) -> PlannedCase:
     _check_labels_fit(case, images)
     for image in images:
         if options.strict and image.warnings:
-            raise SourceError(f"{image.source.path}: {image.warnings[0]} (--strict)")
+            raise SourceError(f"{image.source.path}: {image.warnings[0]} (strict=True)")
     return PlannedCase(case, tuple(images))
 
 

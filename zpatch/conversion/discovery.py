@@ -1,30 +1,25 @@
-"""Which cases a source holds: its convention, told from its looks, and the checks that all cases pass."""
+"""Which cases a source holds: the convention that it looks like, and the checks that all cases pass."""
 
 from __future__ import annotations
 
 import dataclasses
 import fnmatch
 import os
-import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from zpatch.conversion.case_lists import DATASET, datalist, read_json, table
-from zpatch.conversion.cases import Case, CaseImage, Note, counted, entries_of, is_image_name, stem_of
-from zpatch.conversion.folder_conventions import DERIVATIVES, bids, glob, nnunet
-from zpatch.errors import OptionError, SourceError
+from zpatch.conversion.case_lists import DATASET, datalist, looks_like_msd, read_dict, table
+from zpatch.conversion.cases import Case, CaseImage, stem_of
+from zpatch.conversion.conversion_options import ConvertOptions
+from zpatch.conversion.folder_conventions import bids, glob, looks_like_bids, looks_like_nnunet, nnunet
+from zpatch.conversion.source_files import Note, counted
+from zpatch.errors import SourceError
 from zpatch.store.image_record import Kind
 from zpatch.store.names import check_name, check_names_differ, matches
 
-__all__ = ["FORMATS", "Case", "CaseImage", "Discovery", "discover", "matches", "stem_of"]
-
-FORMATS = ("auto", "bids", "nnunet", "msd", "json", "csv", "glob")
-
 _LISTS, _FOLDERS = ("json", "csv"), ("bids", "nnunet", "glob")
-_BIDS_FOLDER = re.compile("anat|func|dwi|fmap|perf|pet|micr|meg|eeg|ieeg|beh|nirs|motion|mrs|ses-.+")
 _HOLDS_NOTHING = {
     "bids": "no .nii or .nii.gz file in its sub-* folders",
     "nnunet": "no .nii or .nii.gz file in its imagesTr and imagesTs",
@@ -37,10 +32,10 @@ _HOLDS_NOTHING = {
 
 @dataclass(frozen=True, slots=True)
 class Discovery:
-    """What a source holds.
+    """The cases of a source.
 
-    ``format`` is the convention that was detected or forced, ``folder`` what source paths are told
-    relative to (a listed file may lie outside of it), ``notes`` what was left out, a line each.
+    ``format`` is the convention that was detected or chosen. Paths of sources are stored relative to
+    ``folder``, which need not hold a listed file. ``notes`` say what was left out, a line each.
     """
 
     format: str
@@ -49,41 +44,29 @@ class Discovery:
     notes: tuple[str, ...] = ()
 
 
-def discover(
-    source: Path,
-    *,
-    format: str = "auto",  # noqa: A002 - the command's option is called so
-    label_patterns: Sequence[str] = (),
-    sampling_patterns: Sequence[str] = (),
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    limit: int | None = None,
-) -> Discovery:
+def discover(source: Path, options: ConvertOptions) -> Discovery:
     """The cases of a folder of NIfTI files, or of a file that lists them.
 
-    ``format`` is one of ``FORMATS``. Files that fit a pattern (their name, stem, path or image name)
-    become label or sampling maps in every convention; in ``glob``, ``label_patterns`` take the place of
-    the usual names. ``include`` and ``exclude`` are patterns for subjects, ``limit`` keeps the first ones.
+    Files that fit a pattern of ``options`` (by their name, stem, path or image name) become label or sampling
+    maps in every convention; in ``glob``, label patterns replace the usual names. Of the subjects that
+    ``include`` and ``exclude`` leave, the first ``limit`` are kept.
     """
-    if format not in FORMATS:
-        raise OptionError(f"format must be one of {', '.join(FORMATS)}, not {format!r}")
-    if limit is not None and limit < 1:
-        raise OptionError(f"limit must be at least 1 subject, not {limit}")
     if not os.path.exists(source):
         raise SourceError(f"{source}: it does not exist; name the folder that holds the NIfTI files")
     notes: list[str] = []
-    found = _detected(source) if format == "auto" else format
+    found = _detected(source) if options.format == "auto" else options.format
     folder = source if source.is_dir() else source.parent
-    cases = _with_images(_cases(source, folder, found, notes.append, bool(label_patterns)), notes.append)
+    guess_labels = not options.label_patterns
+    cases = _with_images(_cases(source, folder, found, notes.append, guess_labels), notes.append)
     if not cases:
         more = f" ({'; '.join(notes)})" if notes else ""
         raise SourceError(f"{source}: {_HOLDS_NOTHING[found]}{more}; name the folder that holds them")
     _check_subjects(source, cases)
-    kept = [case for case in cases if matches(case.subject, include or ["*"])]
-    kept = [case for case in kept if not matches(case.subject, exclude)][:limit]
+    kept = [case for case in cases if matches(case.subject, options.include or ["*"])]
+    kept = [case for case in kept if not matches(case.subject, options.exclude)][: options.limit]
     if not kept:
-        raise SourceError(f"{source}: --include and --exclude leave none of {len(cases)} subjects")
-    kept = [_with_patterns(case, folder, label_patterns, sampling_patterns) for case in kept]
+        raise SourceError(f"{source}: include= and exclude= leave none of {len(cases)} subjects")
+    kept = [_with_patterns(case, folder, options) for case in kept]
     for case in kept:
         _check_images(case)
     return Discovery(found, kept, folder, tuple(notes))
@@ -94,12 +77,12 @@ def _detected(source: Path) -> str:
     if not source.is_dir():
         return _detected_list(source)
     if (source / DATASET).is_file() and (source / "imagesTr").is_dir():
-        dataset = _keys_of(source / DATASET)
-        if "channel_names" in dataset or _is_nnunet_1(source, dataset):
+        dataset = read_dict(source / DATASET)
+        if looks_like_nnunet(source, dataset):
             return "nnunet"
         if "training" in dataset:
             return "msd"
-    return "bids" if _looks_like_bids(source) else "glob"
+    return "bids" if looks_like_bids(source) else "glob"
 
 
 def _detected_list(file: Path) -> str:
@@ -110,44 +93,13 @@ def _detected_list(file: Path) -> str:
             f"{file}: it is no folder; name the folder that holds the NIfTI files, "
             f"or a .json, .csv or .tsv file that lists them"
         )
-    dataset = _keys_of(file)
+    dataset = read_dict(file)
     if "channel_names" in dataset and file.name == DATASET:
         return "nnunet"
-    return "msd" if "training" in dataset and "modality" in dataset else "json"
+    return "msd" if looks_like_msd(dataset) else "json"
 
 
-def _keys_of(file: Path) -> Mapping[str, Any]:
-    document = read_json(file)
-    return document if isinstance(document, dict) else {}
-
-
-def _is_nnunet_1(folder: Path, dataset: Mapping[str, Any]) -> bool:
-    """nnU-Net 1 lists ``case.nii.gz`` as the Decathlon does, for files called ``case_0000.nii.gz``."""
-    match dataset:
-        case {"modality": dict(), "training": [{"image": str(image)}, *_]} if is_image_name(image):
-            path = folder / image
-            channel = path.with_name(path.name.replace(stem_of(path), f"{stem_of(path)}_0000", 1))
-            return channel.exists() and not path.exists()
-    return False
-
-
-def _looks_like_bids(folder: Path) -> bool:
-    entries = entries_of(folder)
-    subjects = [entry for entry in entries if entry.name.startswith("sub-") and _is_folder(entry)]
-    if any(entry.name == "dataset_description.json" for entry in entries):
-        return bool(subjects) or any(entry.name == DERIVATIVES for entry in entries)
-    return any(
-        _BIDS_FOLDER.fullmatch(entry.name) and _is_folder(entry)
-        for subject in subjects
-        for entry in entries_of(Path(subject.path))
-    )
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    return entry.is_dir(follow_symlinks=False)
-
-
-def _cases(source: Path, folder: Path, format: str, note: Note, labels_are_told: bool) -> list[Case]:  # noqa: A002
+def _cases(source: Path, folder: Path, format: str, note: Note, guess_labels: bool) -> list[Case]:  # noqa: A002
     if format in _LISTS and source.is_dir():
         raise SourceError(f"{source}: it is a folder; name the .{format} file that lists the NIfTI files")
     if format in _FOLDERS and not source.is_dir() and (format, source.name) != ("nnunet", DATASET):
@@ -163,7 +115,7 @@ def _cases(source: Path, folder: Path, format: str, note: Note, labels_are_told:
             return datalist(source)
         case "csv":
             return table(source)
-    return glob(folder, note, guess_labels=not labels_are_told)
+    return glob(folder, note, guess_labels=guess_labels)
 
 
 def _with_images(cases: list[Case], note: Note) -> list[Case]:
@@ -192,20 +144,18 @@ def _check_images(case: Case) -> None:
             )
 
 
-def _with_patterns(
-    case: Case, folder: Path, label_patterns: Sequence[str], sampling_patterns: Sequence[str]
-) -> Case:
-    """The case with kinds as patterns have them; sampling patterns come first."""
-    if not label_patterns and not sampling_patterns:
+def _with_patterns(case: Case, folder: Path, options: ConvertOptions) -> Case:
+    """The case with the kinds that patterns give its images; sampling patterns go first."""
+    if not options.label_patterns and not options.sampling_patterns:
         return case
 
     def kind(image: CaseImage) -> Kind:
         inside = image.path.is_relative_to(folder)
         path = (image.path.relative_to(folder) if inside else image.path).as_posix()
         names = (image.name, image.path.name, stem_of(image.path), path)
-        if any(fnmatch.fnmatch(name, pattern) for pattern in sampling_patterns for name in names):
+        if any(fnmatch.fnmatch(name, pattern) for pattern in options.sampling_patterns for name in names):
             return "sampling"
-        if any(fnmatch.fnmatch(name, pattern) for pattern in label_patterns for name in names):
+        if any(fnmatch.fnmatch(name, pattern) for pattern in options.label_patterns for name in names):
             return "label"
         return image.kind
 

@@ -1,7 +1,6 @@
-"""What the names in a folder mean: one function a convention, from a folder to its cases.
+"""What the names in a folder mean: for each convention how it looks, and its cases.
 
-None opens a NIfTI file: a case whose file is missing or bad fails on its own, when its header is read.
-Conventions that list their files instead stand in `listings.py`; `discovery.py` chooses among all.
+No NIfTI file is opened: a case whose file is missing or bad fails on its own, when its header is read.
 """
 
 from __future__ import annotations
@@ -18,15 +17,12 @@ from zpatch.conversion.case_lists import DATASET, SOLE_IMAGE, Row, case_of_row, 
 from zpatch.conversion.cases import (
     Case,
     CaseImage,
-    FoundFile,
-    Note,
-    counted,
+    is_image_name,
     kind_by_name,
-    listed_file,
-    nifti_files,
     stem_of,
     usable_name,
 )
+from zpatch.conversion.source_files import FoundFile, Note, counted, entries_of, listed_file, nifti_files
 from zpatch.errors import SourceError
 from zpatch.store.image_record import Kind
 
@@ -38,6 +34,7 @@ _NNUNET_SPLITS = {"imagesTr": "train", "imagesTs": "test", "labelsTr": "train", 
 _BIDS_NAMES = {"t1w": "t1", "t2w": "t2"}
 _NATIVE_SPACES = {"orig", "native", "individual", "scanner", "T1w", "T2w", "FLAIR"}
 
+_BIDS_FOLDER = re.compile("anat|func|dwi|fmap|perf|pet|micr|meg|eeg|ieeg|beh|nirs|motion|mrs|ses-.+")
 _CHANNEL_STEM = re.compile(r"(.+)_(\d{4})")
 _IMAGE_FOLDER = re.compile(r"(images|labels).*", re.IGNORECASE)
 
@@ -88,6 +85,23 @@ class _BidsFile:
     entities: dict[str, str]
     derived: bool
     file: FoundFile
+
+
+def looks_like_bids(folder: Path) -> bool:
+    """Whether a folder has subjects of BIDS, or its description and a folder of derivatives."""
+    entries = entries_of(folder)
+    subjects = [entry for entry in entries if entry.name.startswith("sub-") and _is_folder(entry)]
+    if any(entry.name == "dataset_description.json" for entry in entries):
+        return bool(subjects) or any(entry.name == DERIVATIVES for entry in entries)
+    return any(
+        _BIDS_FOLDER.fullmatch(entry.name) and _is_folder(entry)
+        for subject in subjects
+        for entry in entries_of(Path(subject.path))
+    )
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    return entry.is_dir(follow_symlinks=False)
 
 
 def bids(folder: Path, note: Note) -> list[Case]:
@@ -176,6 +190,21 @@ def _participants(file: Path) -> dict[str, Row]:
             raise SourceError(f"{file}, line {line}: {name} has a row already; keep one a participant")
         people[name] = row
     return people
+
+
+def looks_like_nnunet(folder: Path, dataset: Mapping[str, Any]) -> bool:
+    """Whether a folder with this ``dataset.json`` is of nnU-Net 2, or of nnU-Net 1.
+
+    nnU-Net 1 lists ``case.nii.gz`` as the Decathlon does, for files called ``case_0000.nii.gz``.
+    """
+    match dataset:
+        case {"channel_names": _}:
+            return True
+        case {"modality": dict(), "training": [{"image": str(image)}, *_]} if is_image_name(image):
+            path = folder / image
+            channel = path.with_name(path.name.replace(stem_of(path), f"{stem_of(path)}_0000", 1))
+            return channel.exists() and not path.exists()
+    return False
 
 
 def nnunet(folder: Path, note: Note) -> list[Case]:

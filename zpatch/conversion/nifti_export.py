@@ -70,7 +70,7 @@ def plan_export(
 ) -> list[ExportedImage]:
     """Which images go to which files; nothing is written."""
     if suffix not in SUFFIXES:
-        raise OptionError(f"suffix must be one of {', '.join(SUFFIXES)}, not {suffix!r}")
+        raise OptionError(f"suffix must be one of {', '.join(SUFFIXES)}, not {suffix!r}", option="suffix")
     place = f"store {store.path}"
     subjects = set(chosen("subject", sorted({key[0] for key in store.records}), include, exclude, place))
     names = set(chosen("image", sorted({key[1] for key in store.records}), images, (), place))
@@ -78,7 +78,7 @@ def plan_export(
         record for (subject, image), record in store.records.items() if subject in subjects and image in names
     ]
     if not wanted:
-        raise UnknownNameError(f"no image of {store.path} fits --include, --exclude and --image")
+        raise UnknownNameError(f"no image of {store.path} fits include=, exclude= and images=")
     if not destination.name.endswith(SUFFIXES):
         return [
             ExportedImage(record, destination / record.subject / f"{record.image}{suffix}")
@@ -87,7 +87,8 @@ def plan_export(
     if len(wanted) > 1:
         raise OptionError(
             f"{destination} is one file, and {len(wanted)} images are to go there; "
-            f"choose one with --include and --image, or name a folder"
+            f"choose one with include= and images=, or name a folder",
+            option="destination",
         )
     return [ExportedImage(wanted[0], destination)]
 
@@ -96,7 +97,7 @@ def check_free(planned: Sequence[ExportedImage], *, overwrite: bool) -> None:
     """Refuse to replace files unless it is wanted."""
     for image in planned:
         if image.path.exists() and not overwrite:
-            raise StoreExistsError(f"{image.path}: it exists already; say --overwrite to replace it")
+            raise StoreExistsError(f"{image.path}: it exists already; say overwrite=True to replace it")
 
 
 def export_image(

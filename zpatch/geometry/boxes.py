@@ -34,7 +34,7 @@ def triple(value: int | Sequence[int], name: str) -> Triple:
     try:
         i, j, k = map(operator.index, value if isinstance(value, Iterable) else (value,) * 3)
     except (TypeError, ValueError):
-        raise OptionError(f"{name} must be one integer or three, not {value!r}") from None
+        raise OptionError(f"{name} must be one integer or three, not {value!r}", option=name) from None
     return i, j, k
 
 

@@ -17,7 +17,9 @@ PADDING_MODES = ("constant", "edge", "reflect", "symmetric", "wrap")
 def check_padding_mode(mode: str | None) -> None:
     """Refuse an unknown padding mode."""
     if mode is not None and mode not in PADDING_MODES:
-        raise OptionError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, not {mode!r}")
+        raise OptionError(
+            f"padding_mode must be one of {', '.join(PADDING_MODES)}, not {mode!r}", option="padding_mode"
+        )
 
 
 def check_fill(fill: float, dtype: np.dtype[Any], described_as: object) -> None:

@@ -174,12 +174,14 @@ def open_subjects(
     is_zarr = (path / ROOT_DOCUMENT).exists() or any(path.glob(".z*"))
     if is_store(path) or not is_zarr:
         if axes is not None:
-            raise OptionError(f"{path} is not a Zarr array; axes can be given for a Zarr array only")
+            raise OptionError(
+                f"{path} is not a Zarr array; axes= can be given for a Zarr array only", option="axes"
+            )
         return Cohort(path).matching(include, exclude)
     parts = [path.parent.name, path.name] if path.name.isdecimal() else [path.name]
     name = "-".join(re.sub(r"(\.ome)?\.zarr$", "", part) for part in parts)
     name = re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip("._-") or "image"
     subject = Subject(name=name, image=ScalarImage(path, axes=axes))
     if include or exclude:
-        raise OptionError(f"{path} is one image; patterns of subjects are for a store")
+        raise OptionError(f"{path} is one image; include= and exclude= are for a store", option="include")
     return [subject]

@@ -36,7 +36,7 @@ class Normalize:
         foreground: bool = False,
     ) -> None:
         if mode not in MODES:
-            raise OptionError(f"mode must be one of {', '.join(MODES)}, not {mode!r}")
+            raise OptionError(f"mode must be one of {', '.join(MODES)}, not {mode!r}", option="mode")
         self.mode = mode
         self.statistics = statistics
         self.foreground = foreground

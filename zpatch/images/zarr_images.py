@@ -105,7 +105,8 @@ class StoredAxes:
         if not known or len(channels) > 1:
             raise OptionError(
                 f"the axes of a Zarr array of shape {shape} are {axes or 'not named'!r}; say axes= with one "
-                f"letter for each: y, x, perhaps z, and perhaps c (or t), as in axes='zyx' or --axes yxc"
+                f"letter for each: y, x, perhaps z, and perhaps c (or t), as in axes='zyx'",
+                option="axes",
             )
         kept = {"c" if a in CHANNEL_AXES else a: n for n, a in enumerate(axes) if a in [*"zyx", *channels]}
         missing = [a for a in "czyx" if a not in kept]

@@ -31,7 +31,7 @@ def is_gzip(path: Path) -> bool:
     """Whether a file is gzip data, whatever its name."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise NiftiError(f"{path}: it is no regular file; leave it out with --exclude, or remove it")
+            raise NiftiError(f"{path}: it is no regular file; leave it out with exclude=, or remove it")
         with path.open("rb") as stream:
             return stream.read(2) == _MAGIC
     except OSError as error:

@@ -19,6 +19,14 @@ from zpatch.geometry.boxes import padded_to_4d
 from zpatch.geometry.orientation import Orientation
 from zpatch.nifti.gzip_streams import is_gzip, open_bytes
 from zpatch.nifti.header_affine import best_affine
+from zpatch.nifti.signature import (
+    EXTENSION_FLAG_BYTES,
+    HEADER_VERSIONS,
+    LEAVE_OUT,
+    HeaderKind,
+    header_kind,
+    not_nifti,
+)
 from zpatch.runtime.byte_sizes import format_bytes
 
 SUFFIXES = (".nii", ".nii.gz", ".hdr")
@@ -27,18 +35,9 @@ MAX_TRAILING_BYTES = 64 * 2**20
 MAX_GZIP_RATIO = 1032  # of deflate: 258 bytes from 2 bits
 READ_BYTES = 2**20
 
-_NIFTI1_BYTES, _NIFTI2_BYTES = 348, 540
-_EXTENSION_FLAG_BYTES = 4
 _SPATIAL_UNITS = {1: "meter", 2: "millimeter", 3: "micrometer"}  # xyzt_units modulo 8
 _TIME_UNITS = (8, 16, 24)
-_MAGICS = {_NIFTI1_BYTES: (b"n+1", b"ni1"), _NIFTI2_BYTES: (b"n+2", b"ni2")}
 _LINE_ENDS = ([13, 10, 26, 10], [0, 0, 0, 0])
-_SIGNATURES = {
-    b"": ("it is empty", "copy the file again"),
-    b"/annex/objects/": ("it is a git-annex pointer", "fetch the file with 'git annex get'"),
-    b"version https://git-lfs": ("it is a git-lfs pointer", "fetch the file with 'git lfs pull'"),
-}
-_LEAVE_OUT = "replace it, or leave it out with --exclude"
 _REPAIR = "repair its header, or copy the file again"
 _TRAILING = "{} trailing bytes after the last voxel"
 
@@ -176,7 +175,7 @@ def _rows(planes: int, depth: int, *, backwards: bool) -> list[tuple[int, int]]:
 def orientation_to(affine: Affine, codes: str) -> Orientation:
     """How to turn a volume so that its axes point to ``codes``, as RAS or LPS (nibabel's meaning)."""
     if sorted("RLAPSI".find(code) // 2 for code in codes) != [0, 1, 2]:
-        raise OptionError(f"orient must be three letters as RAS, LPS or PIR, not {codes!r}")
+        raise OptionError(f"orient must be three letters as RAS, LPS or PIR, not {codes!r}", option="orient")
     orientations = nibabel_module().orientations
     wanted = orientations.axcodes2ornt(tuple(codes))
     turned = orientations.ornt_transform(orientations.io_orientation(affine), wanted)
@@ -189,6 +188,13 @@ def nibabel_module() -> Any:
     import nibabel
 
     return nibabel
+
+
+def parsed(kind: HeaderKind, raw: bytes) -> Any:
+    """The nibabel header of bytes that begin with one; nothing is checked."""
+    nib = nibabel_module()
+    header = nib.Nifti1Header if kind.version == 1 else nib.Nifti2Header
+    return header(raw[: kind.length], endianness=kind.byte_order, check=False)
 
 
 def read_header(path: Path, *, affine: str = "sform") -> NiftiFile:
@@ -207,26 +213,22 @@ def read_header(path: Path, *, affine: str = "sform") -> NiftiFile:
 
 def _parse(path: Path, stream: IO[bytes]) -> tuple[Any, bytes]:
     """The header, and all bytes before the voxels; of a pair's header file, all of them."""
-    raw = stream.read(_NIFTI1_BYTES)
-    little, big = (int.from_bytes(raw[:4], order) for order in ("little", "big"))
-    nib = nibabel_module()
-    kinds = {_NIFTI1_BYTES: nib.Nifti1Header, _NIFTI2_BYTES: nib.Nifti2Header}
-    kind = kinds.get(little) or kinds.get(big)
-    if kind is None or len(raw) < _NIFTI1_BYTES:
-        raise _not_nifti(path, raw, cut=kind is not None)
-    length = little if little in kinds else big
-    raw += stream.read(length - len(raw))
-    if len(raw) < length:
+    raw = stream.read(min(HEADER_VERSIONS))
+    kind = header_kind(raw)
+    if kind is None or len(raw) < min(HEADER_VERSIONS):
+        raise not_nifti(path, raw, cut=kind is not None)
+    raw += stream.read(kind.length - len(raw))
+    if len(raw) < kind.length:
         raise NiftiError(f"{path}: it ends inside its header; copy the file again")
-    header: Any = kind(raw, endianness="<" if little in kinds else ">", check=False)
+    header = parsed(kind, raw)
     magic = bytes(header["magic"].tobytes()).rstrip(b"\0")[:3]
-    if magic not in _MAGICS[length]:
-        raise NiftiError(f"{path}: it is not a NIfTI file (its magic is {magic!r}); {_LEAVE_OUT}")
-    if length == _NIFTI2_BYTES and header["eol_check"].tolist() not in _LINE_ENDS:
+    if magic not in kind.magics:
+        raise NiftiError(f"{path}: it is not a NIfTI file (its magic is {magic!r}); {LEAVE_OUT}")
+    if kind.version == 2 and header["eol_check"].tolist() not in _LINE_ENDS:
         raise NiftiError(f"{path}: it was copied as text, which changes bytes; copy it again as binary")
-    is_pair = magic[:2] == b"ni"
+    is_pair = magic == kind.magics[1]
     offset = float(header["vox_offset"])
-    least = 0 if is_pair else length + _EXTENSION_FLAG_BYTES
+    least = 0 if is_pair else kind.length + EXTENSION_FLAG_BYTES
     if not least <= offset <= MAX_HEADER_BYTES or offset % 1:
         raise NiftiError(f"{path}: its voxels cannot start at byte {offset:g}, as its header says; {_REPAIR}")
     if is_pair:
@@ -234,20 +236,10 @@ def _parse(path: Path, stream: IO[bytes]) -> tuple[Any, bytes]:
         if stream.read(1):
             raise NiftiError(f"{path}: its header is over {format_bytes(MAX_HEADER_BYTES)} long; {_REPAIR}")
         return header, raw
-    raw += stream.read(int(offset) - length)
+    raw += stream.read(int(offset) - kind.length)
     if len(raw) < offset:
         raise NiftiError(f"{path}: it ends before its first voxel; copy the file again")
     return header, raw
-
-
-def _not_nifti(path: Path, raw: bytes, *, cut: bool) -> NiftiError:
-    """The error for a file that does not begin as NIfTI does, with what it is where that is known."""
-    if cut and len(raw) > 4:
-        return NiftiError(f"{path}: it ends inside its header; copy the file again")
-    for start, (what, advice) in _SIGNATURES.items():
-        if raw.startswith(start) and (start or not raw):
-            return NiftiError(f"{path}: {what}, so it is not a NIfTI file; {advice}")
-    return NiftiError(f"{path}: it is not a NIfTI file (its first bytes are no NIfTI header); {_LEAVE_OUT}")
 
 
 def image_of_pair(path: Path) -> Path:
@@ -269,19 +261,11 @@ def _described(
     preferred_affine: str,
 ) -> NiftiFile:
     warnings: list[str] = []
-    dims = tuple(int(n) for n in header["dim"][1 : 1 + max(int(header["dim"][0]), 0)])
-    if not 1 <= int(header["dim"][0]) <= 7 or min(dims) < 1:
-        raise NiftiError(f"{path}: it declares impossible dimensions {header['dim'].tolist()}; {_REPAIR}")
-    dtype = _voxel_type(path, header)
+    dims, dtype = _dims(path, header), _voxel_type(path, header)
     needed = voxel_offset + math.prod(dims) * dtype.itemsize
-    present = os.path.getsize(voxel_path)
-    if present * (MAX_GZIP_RATIO if compressed else 1) < needed:
-        raise NiftiError(
-            f"{voxel_path}: it has {format_bytes(present)}{' of gzip data' if compressed else ''} where its "
-            f"header declares {format_bytes(needed)}; copy the file again"
-        )
-    if present > needed and not compressed:
-        warnings.append(_TRAILING.format(present - needed))
+    trailing = _bytes_beyond(voxel_path, needed, compressed=compressed)
+    if trailing:
+        warnings.append(_TRAILING.format(trailing))
     if compressed != (voxel_path.suffix == ".gz"):
         warnings.append("its name does not fit its compression")
     if int(header["bitpix"]) != dtype.itemsize * 8:
@@ -305,6 +289,25 @@ def _described(
         spatial_unit=_SPATIAL_UNITS.get(units % 8),
         warnings=tuple(warnings),
     )
+
+
+def _dims(path: Path, header: Any) -> tuple[int, ...]:
+    count = int(header["dim"][0])
+    dims = tuple(int(n) for n in header["dim"][1 : 1 + max(count, 0)])
+    if not 1 <= count <= 7 or min(dims) < 1:
+        raise NiftiError(f"{path}: it declares impossible dimensions {header['dim'].tolist()}; {_REPAIR}")
+    return dims
+
+
+def _bytes_beyond(voxel_path: Path, needed: int, *, compressed: bool) -> int:
+    """Refuse a file that is too short for its header; bytes after the last voxel, of one without gzip."""
+    present = os.path.getsize(voxel_path)
+    if present * (MAX_GZIP_RATIO if compressed else 1) < needed:
+        raise NiftiError(
+            f"{voxel_path}: it has {format_bytes(present)}{' of gzip data' if compressed else ''} where its "
+            f"header declares {format_bytes(needed)}; copy the file again"
+        )
+    return 0 if compressed else present - needed
 
 
 def _voxel_type(path: Path, header: Any) -> np.dtype[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from zpatch.errors import NiftiError
 from zpatch.geometry.affines import Affine
 from zpatch.geometry.boxes import Triple
 from zpatch.nifti.gzip_streams import gzip_writer
-from zpatch.nifti.header import nibabel_module
+from zpatch.nifti.header import nibabel_module, parsed
+from zpatch.nifti.signature import EXTENSION_FLAG_BYTES, HeaderKind, header_kind
+from zpatch.runtime.whole_file import whole_file
 
-_NIFTI1_BYTES, _NIFTI2_BYTES = 348, 540
-_EXTENSION_FLAG_BYTES = 4
 _GEOMETRY_FIELDS = (
     *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
     *("sform_code", "srow_x", "srow_y", "srow_z", "xyzt_units"),
@@ -28,12 +28,7 @@ _UNITS: Mapping[str | None, str] = {"meter": "meter", "millimeter": "mm", "micro
 def header_of(raw_header: bytes) -> Any:
     """The nibabel header of raw header bytes, in its own byte order; its extensions stay behind, as
     nibabel refuses a header whose extensions do not state their right size."""
-    nib = nibabel_module()
-    kind, length = nib.Nifti1Header, _NIFTI1_BYTES
-    if _is_nifti2(raw_header):
-        kind, length = nib.Nifti2Header, _NIFTI2_BYTES
-    little = int.from_bytes(raw_header[:4], "little") == length
-    return kind(raw_header[:length], endianness="<" if little else ">", check=False)
+    return parsed(_kind_of(raw_header), raw_header)
 
 
 def single_file_header(raw_header: bytes) -> bytes:
@@ -41,16 +36,18 @@ def single_file_header(raw_header: bytes) -> bytes:
     header = header_of(raw_header)
     if header["magic"].tobytes().rstrip(b"\0") not in (b"ni1", b"ni2"):
         return raw_header
-    length = _NIFTI2_BYTES if _is_nifti2(raw_header) else _NIFTI1_BYTES
-    extensions = raw_header[length:] or bytes(_EXTENSION_FLAG_BYTES)
+    length = _kind_of(raw_header).length
+    extensions = raw_header[length:] or bytes(EXTENSION_FLAG_BYTES)
     header["magic"] = header.single_magic
     header["vox_offset"] = length + len(extensions)
     return bytes(header.binaryblock) + extensions
 
 
-def _is_nifti2(raw_header: bytes) -> bool:
-    sizes = {int.from_bytes(raw_header[:4], order) for order in ("little", "big")}
-    return _NIFTI2_BYTES in sizes
+def _kind_of(raw_header: bytes) -> HeaderKind:
+    kind = header_kind(raw_header)
+    if kind is None:
+        raise NiftiError("these are not the bytes of a NIfTI header; take the raw header of a NIfTI file")
+    return kind
 
 
 def make_header(
@@ -89,7 +86,7 @@ def make_header(
     header["vox_offset"] = header.single_vox_offset
     header["magic"] = header.single_magic
     header["scl_slope"], header["scl_inter"] = 1, 0
-    return bytes(header.binaryblock) + bytes(_EXTENSION_FLAG_BYTES)
+    return bytes(header.binaryblock) + bytes(EXTENSION_FLAG_BYTES)
 
 
 def write_nifti(
@@ -99,16 +96,8 @@ def write_nifti(
 
     The file appears whole or not at all.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as raw, contextlib.ExitStack() as stack:
-            stream: Any = raw
-            if path.name.endswith(".gz"):
-                stream = stack.enter_context(gzip_writer(raw))
-            stream.write(raw_header)
-            for slab in slabs:
-                stream.write(np.ascontiguousarray(slab, dtype=dtype).data.cast("B"))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as partial, partial.open("wb") as raw, contextlib.ExitStack() as stack:
+        stream: Any = stack.enter_context(gzip_writer(raw)) if path.name.endswith(".gz") else raw
+        stream.write(raw_header)
+        for slab in slabs:
+            stream.write(np.ascontiguousarray(slab, dtype=dtype).data.cast("B"))

@@ -32,14 +32,16 @@ def torch_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
     except RuntimeError:
         raise OptionError(
-            f"device must be auto, cpu, cuda, cuda:1 or another of torch's, not {device!r}"
+            f"device must be auto, cpu, cuda, cuda:1 or another of torch's, not {device!r}",
+            option="device",
         ) from None
     try:
         torch.empty(0, device=found)
     except Exception as error:  # each device fails in its own way
         reason = str(error).partition("\n")[0]
         raise OptionError(
-            f"device {str(device)!r} cannot be used here ({reason}); choose another, or auto"
+            f"device {str(device)!r} cannot be used here ({reason}); choose another, or auto",
+            option="device",
         ) from error
     return found
 

@@ -106,7 +106,7 @@ def first_fitting(
     assert limit is not None
     advice = "use a smaller patch_size, batch_size or number of jobs, or allow more"
     if {head.head.name: head.record.shards for head in least.heads} == begun:
-        advice = "it was begun in these shards: allow more, or say --overwrite to start over in smaller ones"
+        advice = "it was begun in these shards: allow more, or say overwrite=True to start over"
     raise MemoryLimitError(
         f"the prediction of {least.subject.name!r} needs {format_bytes(least.peak_bytes)} beside the "
         f"network, and {format_bytes(max(limit, 0))} are left of the limit; {advice}"
@@ -156,7 +156,8 @@ def _images(subject: Subject, options: PredictOptions) -> list[Image]:
     shapes = {image.spatial_shape for image in images}
     if len(shapes) > 1:
         raise OptionError(
-            f"the images {', '.join(options.image)} of {subject.name!r} differ in shape: {shapes}"
+            f"the images {', '.join(options.image)} of {subject.name!r} differ in shape: {shapes}",
+            option="image",
         )
     return images if options.normalize is None else list(map(Normalize(options.normalize), images))
 
@@ -206,7 +207,8 @@ def _outside_mask(subject: Subject, options: PredictOptions) -> Bools | None:
     image = subject[mask]
     if image.spatial_shape != grid.spatial_shape:
         raise OptionError(
-            f"the mask {mask!r} of {subject.name!r} is {image.spatial_shape}, the image {grid.spatial_shape}"
+            f"the mask {mask!r} of {subject.name!r} is {image.spatial_shape}, the image {grid.spatial_shape}",
+            option="mask",
         )
     i, j, k = map(range, grid.counts)
     source, done = cached(image.source, grid, 0, (i, j, k))

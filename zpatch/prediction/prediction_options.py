@@ -84,12 +84,14 @@ class PredictOptions:
         check_reduction(self.reduce)
         check_padding_mode(self.padding_mode)
         if self.normalize is not None and self.normalize not in MODES:
-            raise OptionError(f"normalize must be one of {', '.join(MODES)}, not {self.normalize!r}")
+            raise OptionError(
+                f"normalize must be one of {', '.join(MODES)}, not {self.normalize!r}", option="normalize"
+            )
         if not self.image:
-            raise OptionError("image= names no image to predict from")
+            raise OptionError("image= names no image to predict from", option="image")
         for name, count in (("batch_size", self.batch_size), ("jobs", self.jobs)):
             if count < 1:
-                raise OptionError(f"{name} must be at least 1, not {count}")
+                raise OptionError(f"{name} must be at least 1, not {count}", option=name)
         if self.max_memory is not None:
             parse_bytes(self.max_memory)
 

@@ -31,7 +31,7 @@ from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.prediction_plan import PredictionPlan
 from zpatch.prediction.region_run import WorkFolder, finish_subject, run_region
 from zpatch.prediction.shard_ledger import HEADER, check_same, header_of
-from zpatch.runtime.task_contract import Progress
+from zpatch.runtime.task_contract import Cluster, Progress
 from zpatch.runtime.tasks import run_tasks
 from zpatch.store.lock import writing_to
 from zpatch.store.names import MANIFEST, UNFINISHED
@@ -51,7 +51,9 @@ def run_prediction(
     store = Path(output)
     _refuse_own_input(plans, options, store)
     if options.jobs > 1 and network.device.type != "cpu":
-        raise OptionError(f"jobs share processors, but one process feeds {network.device}: leave jobs at 1")
+        raise OptionError(
+            f"jobs share processors, but one process feeds {network.device}: leave jobs=1", option="jobs"
+        )
     sent = _Sent.of(network, options) if options.jobs > 1 or options.scheduler is not None else None
     header = {**network.stored(), **options.stored()}
     expected = [plan.subject.name for plan in plans]
@@ -130,7 +132,7 @@ def _begun(plan: PredictionPlan, prediction: str, writer: StoreWriter) -> _Job |
         if any(record is None or record.inputs != inputs for record in committed):
             raise StoreExistsError(
                 f"{writer.path}: the prediction of {name!r} was made from other inputs, mask or shards; "
-                f"say --overwrite to start over, or choose another output"
+                f"say overwrite=True to start over, or choose another output"
             )
         shutil.rmtree(writer.path / UNFINISHED / name, ignore_errors=True)
         return None
@@ -219,14 +221,9 @@ def _finished_jobs(work: _Work, sent: _Sent | None, unfinished: Path, progress: 
             with writing_to(unfinished.parent):
                 sent.write(shared, work.jobs)
         function = work.do if is_local else functools.partial(_do_shared, shared, options.jobs > 1)
+        cluster = None if options.scheduler is None else Cluster(options.scheduler, unfinished, names)
         for number, result in run_tasks(
-            function,
-            tasks,
-            folder=unfinished,
-            names=names,
-            jobs=options.jobs,
-            scheduler=options.scheduler,
-            progress=progress,
+            function, tasks, jobs=options.jobs, cluster=cluster, progress=progress
         ):
             if isinstance(result, WorkerError):
                 raise WorkerError(f"{names[number]}: {result}")

@@ -20,14 +20,12 @@ repeated.
 from __future__ import annotations
 
 import base64
-import contextlib
 import dataclasses
 import io
 import json
-import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,11 +36,11 @@ from numpy.typing import NDArray
 from zpatch.chunks.shard_writer import write_shard
 from zpatch.digests import FileSeal, Json, compact_json, digest, sealed_line, unsealed
 from zpatch.errors import DamageError, IncompleteCoverageError, StoreExistsError
+from zpatch.runtime.whole_file import whole_file
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.image_writer import ImageTally, Shard
-from zpatch.store.staged_image import StagedImage, sync_folder
+from zpatch.store.staged_image import StagedImage
 from zpatch.store.store import sharded_array
-from zpatch.store.voxel_statistics import State
 
 LEDGER = ".ledger"
 HEADER = ".ledger.json"
@@ -106,7 +104,7 @@ class ShardLedger:
         tally = ImageTally(record, array.name)
         names = dataclasses.replace(array.files, prefix=_partial_name(), separator=".")
         partial = dataclasses.replace(array, path=self._entries, files=names)
-        with _put_in_place(partial.shard_file(shard), file), tally.counting(shard, voxels):
+        with whole_file(file, partial.shard_file(shard), is_synced=True), tally.counting(shard, voxels):
             seal = write_shard(partial, shard, voxels, record.codec)
         entry = _Entry(shard, file.relative_to(self.folder).as_posix(), seal, skipped, _packed(tally.state()))
         _write_sealed(self._entry_file(shard), entry.to_json())
@@ -185,7 +183,7 @@ def check_same(before: Json, now: Json, place: Path) -> None:
         more = f" (and {len(changes) - SHOWN_CHANGES} more)" if len(changes) > SHOWN_CHANGES else ""
         raise StoreExistsError(
             f"{place}: the prediction started there differs in {', '.join(changes[:SHOWN_CHANGES])}{more}; "
-            f"say --overwrite to start over, or choose another output"
+            f"say overwrite=True to start over, or choose another output"
         )
 
 
@@ -207,11 +205,8 @@ def _shown(before: Any, now: Any) -> tuple[str, str]:
 
 
 def _write_sealed(path: Path, value: Json) -> None:
-    partial = path.with_name(_partial_name())
-    with _put_in_place(partial, path), partial.open("wb") as stream:
-        stream.write(sealed_line(value).encode())
-        stream.flush()
-        os.fsync(stream.fileno())
+    with whole_file(path, path.with_name(_partial_name())) as partial:
+        partial.write_bytes(sealed_line(value).encode())
 
 
 def _read_sealed(path: Path) -> Json | None:
@@ -227,21 +222,7 @@ def _partial_name() -> str:
     return f"{uuid.uuid4().hex}.partial"
 
 
-@contextlib.contextmanager
-def _put_in_place(partial: Path, file: Path) -> Iterator[None]:
-    """Rename ``partial``, once the caller has written it, to ``file``, which is so never half written."""
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-        partial.rename(file)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    sync_folder(file.parent)
-
-
-def _packed(state: State) -> str:
+def _packed(state: Mapping[str, NDArray[Any]]) -> str:
     stream = io.BytesIO()
     np.savez_compressed(stream, **state)  # type: ignore[arg-type]  # none is called allow_pickle
     return base64.b64encode(stream.getvalue()).decode()

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import tempfile
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +18,7 @@ from zpatch.report.problems import Problem, problems_of_cohort, problems_of_file
 from zpatch.report.subject_section import SubjectSection, stored_images
 from zpatch.report.summary import CohortSummary
 from zpatch.runtime.task_contract import Progress
+from zpatch.runtime.whole_file import whole_file
 from zpatch.store.verification import verify
 
 OUTPUT = "report.html"
@@ -82,7 +80,7 @@ def write_report(
     """
     path = Path(OUTPUT if output is None else output)
     if limit < 0:
-        raise OptionError(f"limit must be at least 0, not {limit}")
+        raise OptionError(f"limit must be at least 0, not {limit}", option="limit")
     cohort = Cohort(store).matching(include, exclude)
     _check_may_write(path)
     survey = _surveyed(cohort)
@@ -96,7 +94,7 @@ def write_report(
             sections.write(section_html(section, survey.colours))
             progress(1)
         sections.seek(0)
-        with _whole_file(path) as partial, partial.open("w", encoding="utf-8") as page:
+        with whole_file(path) as partial, partial.open("w", encoding="utf-8") as page:
             page.writelines(page_html(survey.summary, problems, survey.colours, len(shown), sections))
     return WrittenReport(
         store=Path(store),
@@ -133,24 +131,12 @@ def _surveyed(cohort: Cohort) -> _Survey:
     return _Survey(summary, tuple(problems), LabelColours(labels))
 
 
-@contextlib.contextmanager
-def _whole_file(path: Path) -> Iterator[Path]:
-    """The path of a file beside ``path`` to write; it is then synced and renamed to ``path``."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        yield partial
-        with partial.open("rb") as stream:
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _check_may_write(path: Path) -> None:
     """Refuse a path without a folder, and a path of any existing file that is not a report."""
     if not path.parent.is_dir():
         raise OptionError(
-            f"{path}: there is no folder {path.parent}; make it first, or choose another folder"
+            f"{path}: there is no folder {path.parent}; make it first, or choose another folder",
+            option="output",
         )
     if not path.exists():
         return

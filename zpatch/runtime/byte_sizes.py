@@ -1,4 +1,4 @@
-"""Bytes, said and read as people write them, and the refusal of what does not fit."""
+"""Numbers of bytes as people write them, and refusing to exceed a limit."""
 
 from __future__ import annotations
 

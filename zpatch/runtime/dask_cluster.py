@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import socket
 import uuid
-from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from zpatch.errors import OptionError, WorkerError
-from zpatch.runtime.task_contract import Progress, Result, Task, TaskFunction, given_up
+from zpatch.runtime.attempts import MAX_DEATHS, Attempts, given_up
+from zpatch.runtime.task_contract import Cluster, Progress, Result, Task, TaskFunction
 
 CLUSTER_TIMEOUT_S = 30
 IN_FLIGHT_PER_THREAD = 2
@@ -20,73 +20,58 @@ PROTOCOLS = ("tcp", "tls", "ucx", "ws", "wss")  # of dask.distributed
 
 
 def run_on_cluster(
-    function: TaskFunction[Task, Result],
-    tasks: Sequence[Task],
-    names: Sequence[str],
-    folder: Path,
-    scheduler: str,
-    progress: Progress,
+    function: TaskFunction[Task, Result], tasks: Sequence[Task], cluster: Cluster, progress: Progress
 ) -> Iterator[tuple[int, Result | WorkerError]]:
-    """As ``tasks.run_tasks``, by the workers of the Dask cluster at ``scheduler``."""
-    with _client_of(scheduler) as client:
+    """As ``tasks.run_tasks``, by the workers of a Dask cluster; progress is reported as tasks end."""
+    with _client_of(cluster.address) as client:
         from distributed import KilledWorker, as_completed
 
-        _check_same_folder(client, folder)
-        run = uuid.uuid4().hex[:8]
-        numbers: dict[Any, int] = {}
-
-        def result_of(future: Any) -> Result:
-            result: Result
-            result, amount = future.result()
-            if amount:
-                progress(amount)
-            return result
-
-        def submit(number: int, attempt: str) -> Any:
-            key = f"{names[number]}-{run}-{attempt}"
-            future = client.submit(_on_worker, function, tasks[number], key=key, pure=False)
-            numbers[future] = number
-            return future
-
-        waiting = deque(range(len(tasks)))
-        suspects: list[int] = []
-        most = IN_FLIGHT_PER_THREAD * max(1, sum(client.nthreads().values()))
-        first = [submit(waiting.popleft(), "together") for _ in range(min(most, len(tasks)))]
-        completed = as_completed(first, loop=client.loop)
-        for future in completed:
-            number = numbers.pop(future)
-            try:
-                yield number, result_of(future)
-            except KilledWorker:
-                suspects.append(number)
-            if waiting:
-                completed.add(submit(waiting.popleft(), "together"))
-        for number in suspects:  # each alone: only now is a death its own fault
-            try:
-                yield number, result_of(submit(number, "alone"))
-            except KilledWorker:
-                yield number, given_up()
+        _check_same_folder(client, cluster.folder)
+        run, attempts = uuid.uuid4().hex[:8], Attempts(len(tasks))
+        while attempts:
+            queue, most = attempts.round(IN_FLIGHT_PER_THREAD * max(1, sum(client.nthreads().values())))
+            in_flight: dict[Any, int] = {}
+            completed = as_completed(loop=client.loop)
+            while queue or in_flight:
+                while queue and len(in_flight) < most:
+                    number = queue.popleft()
+                    key = f"{cluster.names[number]}-{run}-{attempts.deaths_of(number)}"
+                    future = client.submit(_on_worker, function, tasks[number], key=key, pure=False)
+                    in_flight[future] = number
+                    completed.add(future)
+                future = next(completed)
+                number = in_flight.pop(future)
+                try:
+                    result, amount = future.result()
+                except KilledWorker:  # the cluster has run it several times; among others that counts once
+                    for lost in attempts.worker_died([number], 1 if most > 1 else MAX_DEATHS):
+                        yield lost, given_up()
+                    continue
+                if amount:
+                    progress(amount)
+                yield number, result
 
 
-def _client_of(scheduler: str) -> Any:
+def _client_of(address: str) -> Any:
     """A connection to a scheduler, by its address or its file."""
     try:
         from distributed import Client
     except ImportError:
-        raise OptionError("--scheduler needs dask.distributed; pip install 'zpatch[distributed]'") from None
-    where = {"scheduler_file": scheduler} if Path(scheduler).is_file() else {"address": scheduler}
+        raise OptionError(
+            "scheduler= needs dask.distributed; pip install 'zpatch[distributed]'", option="scheduler"
+        ) from None
+    where = {"scheduler_file": address} if Path(address).is_file() else {"address": address}
     try:
-        _check_answers(scheduler)
+        _check_answers(address)
         return Client(**where, timeout=CLUSTER_TIMEOUT_S, set_as_default=False)
     except (OSError, ValueError, KeyError) as error:
-        raise OptionError(f"no Dask scheduler answers at {scheduler!r} ({error})") from None
+        raise OptionError(f"no Dask scheduler answers at {address!r} ({error})", option="scheduler") from None
 
 
-def _check_answers(scheduler: str) -> None:
-    """Knock first: a Client that fails to connect may lock up the interpreter when it is collected."""
-    address = scheduler
-    if Path(scheduler).is_file():
-        address = json.loads(Path(scheduler).read_text())["address"]
+def _check_answers(address: str) -> None:
+    """Connect to the port first: a Client that fails to may lock up the interpreter when it is collected."""
+    if Path(address).is_file():
+        address = json.loads(Path(address).read_text())["address"]
     place = urlsplit(address)
     if place.scheme not in PROTOCOLS or not place.hostname:
         raise ValueError("an address is like tcp://host:8786")
@@ -95,7 +80,7 @@ def _check_answers(scheduler: str) -> None:
 
 
 def _on_worker(function: TaskFunction[Task, Result], task: Task) -> tuple[Result, int]:
-    """The result, and how much was told to be done."""
+    """The result, and the progress in all."""
     amounts: list[int] = []
     return function(task, amounts.append), sum(amounts)
 
@@ -110,4 +95,7 @@ def _check_same_folder(client: Any, folder: Path) -> None:
     finally:
         nonce.unlink()
     if blind:
-        raise OptionError(f"workers {', '.join(blind)} do not see {folder}; use a file system that all share")
+        raise OptionError(
+            f"workers {', '.join(blind)} do not see {folder}; use a file system that all share",
+            option="scheduler",
+        )

@@ -29,7 +29,9 @@ def _getter(scheduler: Scheduler) -> Callable[..., Any]:
         from dask.threaded import get
 
         return get
-    raise OptionError(f"scheduler must be 'sync', 'threads' or a distributed.Client, not {scheduler!r}")
+    raise OptionError(
+        f"scheduler must be 'sync', 'threads' or a distributed.Client, not {scheduler!r}", option="scheduler"
+    )
 
 
 def thread_count(scheduler: Scheduler) -> int:

@@ -1,4 +1,4 @@
-"""What this process holds of the system's memory, and giving back what malloc keeps of it."""
+"""How much memory this process holds, and returning freed memory to the system."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _STATUS = Path("/proc/self/status")
 
 
 def resident_bytes() -> int:
-    """What the process holds, beside mapped files; where the system does not tell, the most it ever held."""
+    """Bytes that the process holds beside mapped files; the most it ever held where only that is known."""
     with contextlib.suppress(OSError):
         for line in _STATUS.read_text().splitlines():
             if line.startswith("RssAnon"):

@@ -1,11 +1,11 @@
-"""What a task is: its function, its progress, and how often its worker may die."""
+"""What a task is, and what a Dask cluster must know of a run of tasks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
-
-from zpatch.errors import WorkerError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -13,11 +13,15 @@ Result = TypeVar("Result")
 Progress = Callable[[int], None]
 TaskFunction = Callable[[Task, Progress], Result]
 
-MAX_DEATHS = 4
 
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """A Dask cluster that runs tasks.
 
-def given_up() -> WorkerError:
-    """The result of a task whose worker died too often."""
-    return WorkerError(
-        f"its worker was killed {MAX_DEATHS} times, perhaps for want of memory; try fewer --jobs"
-    )
+    ``address`` is that of its scheduler, or the scheduler's file. ``folder`` must be seen by all workers, as
+    tasks write below it. ``names`` has one name a task, for the cluster's dashboard.
+    """
+
+    address: str
+    folder: Path
+    names: Sequence[str]

@@ -1,7 +1,7 @@
-"""Where work runs: in this thread, in dask's threads, in local processes, or on a Dask cluster.
+"""Tasks, run in this process, in local processes, or on a Dask cluster.
 
-Tasks that leave this process take paths and give one small record, so that no array passes the scheduler.
-They are idempotent: one whose worker was killed is simply run again.
+Tasks that leave this process take paths and return one small record, so that no array passes the scheduler.
+They are idempotent: a task whose worker was killed is run again.
 """
 
 from __future__ import annotations
@@ -12,24 +12,23 @@ import os
 import signal
 import sys
 import threading
-from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for
-from pathlib import Path
 from typing import Any, TypeVar
 
 from zpatch.errors import WorkerError
+from zpatch.runtime.attempts import Attempts, given_up
 from zpatch.runtime.dask_cluster import run_on_cluster
-from zpatch.runtime.task_contract import MAX_DEATHS, Progress, Result, Task, TaskFunction, given_up
+from zpatch.runtime.task_contract import Cluster, Progress, Result, Task, TaskFunction
 
 T = TypeVar("T")
 POLL_S = 0.2
 
 
 def read_ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, each made in a thread while the one before it is in use: two are alive at most."""
+    """The same items, each made in a thread while the item before it is in use: two are alive at most."""
     end = object()
     with ThreadPoolExecutor(1, thread_name_prefix="zpatch-read-ahead") as pool:
         upcoming = pool.submit(next, items, end)
@@ -43,20 +42,17 @@ def run_tasks(
     function: TaskFunction[Task, Result],
     tasks: Sequence[Task],
     *,
-    folder: Path,
-    names: Sequence[str],
     jobs: int = 1,
-    scheduler: str | None = None,
+    cluster: Cluster | None = None,
     progress: Progress = lambda amount: None,
 ) -> Iterator[tuple[int, Result | WorkerError]]:
     """Run ``function(task, progress)`` for each task; give each task's number and result as they finish.
 
-    In so many local processes as ``jobs``, in this one where that is 1; or on the Dask cluster at
-    ``scheduler``, an address or a scheduler file, whose workers must see ``folder``. A task whose worker
-    dies is run again, and after four deaths its result is a WorkerError.
+    Tasks run in ``jobs`` local processes, in this process where that is 1, or on a Dask ``cluster``. A task
+    whose worker dies is run again, and after four deaths its result is a WorkerError.
     """
-    if scheduler is not None:
-        yield from run_on_cluster(function, tasks, names, folder, scheduler, progress)
+    if cluster is not None:
+        yield from run_on_cluster(function, tasks, cluster, progress)
     elif jobs > 1 and len(tasks) > 1:
         yield from _in_processes(function, tasks, min(jobs, len(tasks)), progress)
     else:
@@ -69,47 +65,40 @@ def _in_processes(
 ) -> Iterator[tuple[int, Result | WorkerError]]:
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     reported = _Reported(context.RawArray("q", len(tasks)), progress)
-    deaths = [0] * len(tasks)
-    waiting = deque(range(len(tasks)))
-    while waiting:
-        # Whoever was there when a worker died is run alone: the next death tells whose fault it is.
-        suspect = deaths[waiting[0]] > 0
-        limit = 1 if suspect else jobs
-        running: dict[Future[Result], int] = {}
-        with _worker_pool(context, limit, reported.amounts) as pool:
+    attempts = Attempts(len(tasks))
+    while attempts:
+        queue, most = attempts.round(jobs)
+        in_flight: dict[Future[Result], int] = {}
+        with _worker_pool(context, most, reported.amounts) as pool:
             try:
-                while running or (waiting and suspect == (deaths[waiting[0]] > 0)):
-                    while waiting and len(running) < limit and suspect == (deaths[waiting[0]] > 0):
-                        future = pool.submit(_in_worker, function, waiting[0], tasks[waiting[0]])
-                        running[future] = waiting.popleft()
-                    done, _ = wait(running, timeout=POLL_S, return_when=FIRST_COMPLETED)
+                while queue or in_flight:
+                    while queue and len(in_flight) < most:
+                        future = pool.submit(_in_worker, function, queue[0], tasks[queue[0]])
+                        in_flight[future] = queue.popleft()
+                    done, _ = wait(in_flight, timeout=POLL_S, return_when=FIRST_COMPLETED)
                     reported.update()
                     for future in done:
                         result = future.result()
-                        yield running.pop(future), result
+                        yield in_flight.pop(future), result
             except BrokenProcessPool:
-                for number in sorted(running.values(), reverse=True):
-                    deaths[number] += 1
-                    if deaths[number] < MAX_DEATHS:
-                        waiting.appendleft(number)
-                    else:
-                        yield number, given_up()
+                for number in attempts.worker_died(in_flight.values()):
+                    yield number, given_up()
 
 
 class _Reported:
-    """Progress of all tasks: each has a number of its own, which only its worker changes. There is no lock
-    that a worker could be killed with."""
+    """Progress of all tasks: each has a number that only its worker changes, so that no lock is needed, with
+    which a worker could be killed."""
 
     def __init__(self, amounts: Any, progress: Progress) -> None:
         self.amounts = amounts
         self._progress = progress
-        self._told = 0
+        self._reported = 0
 
     def update(self) -> None:
         now = sum(self.amounts)
-        if now > self._told:
-            self._progress(now - self._told)
-            self._told = now
+        if now > self._reported:
+            self._progress(now - self._reported)
+            self._reported = now
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from zpatch.chunks.codec import CODECS
 from zpatch.chunks.shard_writer import write_shard
 from zpatch.digests import FileSeal, Json, digest
+from zpatch.runtime.whole_file import sync
 from zpatch.store import image_record
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.names import HISTOGRAM, INDEX, RAW_HEADER, ROOT_DOCUMENT
@@ -58,7 +58,7 @@ class StagedImage:
         if tables:
             folder = self.folder / INDEX
             folder.mkdir()
-            (folder / ROOT_DOCUMENT).write_bytes(_group_document({}))
+            (folder / ROOT_DOCUMENT).write_bytes(group_document({}))
         for name, table in tables.items():
             self._write_small_array(f"{INDEX}/{name}", table)
 
@@ -74,17 +74,17 @@ class StagedImage:
             "ome": image_record.ome_attributes(record),
             TOOL: {k: v for k, v in record.to_json().items() if k != "files"},
         }
-        (self.folder / ROOT_DOCUMENT).write_bytes(_group_document(attributes))
+        (self.folder / ROOT_DOCUMENT).write_bytes(group_document(attributes))
         for file in sorted(self.folder.rglob("*")):
             if file.is_dir():
-                sync_folder(file)
+                sync(file)
                 continue
             key = file.relative_to(self.folder).as_posix()
             if key not in self._seals:
-                _sync_file(file)
+                sync(file)
                 content = file.read_bytes()
                 self._seals[key] = FileSeal(len(content), digest(content))
-        sync_folder(self.folder)
+        sync(self.folder)
         return dataclasses.replace(record, files=dict(sorted(self._seals.items())))
 
     def discard(self) -> None:
@@ -137,20 +137,7 @@ def _write_array_metadata(folder: Path, record: ImageRecord, level: int) -> None
     )
 
 
-def _group_document(attributes: Json) -> bytes:
+def group_document(attributes: Json) -> bytes:
+    """The ``zarr.json`` of a group."""
     document = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
     return json.dumps(document, indent=2, allow_nan=False).encode()
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Make sure that the names in a folder last."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

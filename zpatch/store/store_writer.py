@@ -18,31 +18,28 @@ from typing import IO, Self
 from zpatch.chunks.mapped_shards import close_shards
 from zpatch.digests import FileSeal, Json, digest
 from zpatch.errors import StoreExistsError
+from zpatch.runtime.whole_file import sync, whole_file
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.lock import take_lock, writing_to
 from zpatch.store.manifest import Key, append_lines, read_manifest
 from zpatch.store.names import FORMAT, LOCK, MANIFEST, ROOT_DOCUMENT, STAGING
-from zpatch.store.staged_image import StagedImage, _group_document, _sync_file, sync_folder
+from zpatch.store.staged_image import StagedImage, group_document
 from zpatch.store.store import TOOL, is_store, root_attributes
 
-_OWN_NAMES = {
-    LOCK,
-    STAGING,
-    ROOT_DOCUMENT,
-    f"{ROOT_DOCUMENT}.partial",
-}
+PARTIAL_DOCUMENT = f"{ROOT_DOCUMENT}.partial"
+OWN_NAMES = {LOCK, STAGING, ROOT_DOCUMENT, PARTIAL_DOCUMENT}
 
 
 def check_can_create(path: Path, *, overwrite: bool = False, resume: bool = False) -> None:
     """Refuse a place that is taken: by anything but a store, and by a store too unless it may be replaced
-    (``overwrite``) or gone on with (``resume``)."""
+    (``overwrite``) or resumed (``resume``)."""
     if _is_vacant(path):
         return
     if not is_store(path):
         raise StoreExistsError(f"{path}: there is something else there; choose another name")
     if not (overwrite or resume):
         raise StoreExistsError(
-            f"{path}: it exists already; say --overwrite to start over, or choose another name"
+            f"{path}: it exists already; say overwrite=True to start over, or choose another name"
         )
 
 
@@ -51,7 +48,7 @@ def _is_vacant(path: Path) -> bool:
     if not path.exists():
         return True
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
-    return names <= _OWN_NAMES and (ROOT_DOCUMENT not in names or is_store(path))
+    return names <= OWN_NAMES and (ROOT_DOCUMENT not in names or is_store(path))
 
 
 class StoreWriter:
@@ -92,10 +89,10 @@ class StoreWriter:
 
     @classmethod
     def resume(cls, path: Path, attributes: Json) -> Self:
-        """Go on with the store that is there, or make it.
+        """Resume an existing store, or make a new one.
 
         A torn manifest line is cut off, an image whose replacement was not committed is put back, and
-        what an interrupted writer left in staging is swept.
+        files that an interrupted writer left in staging are removed.
         """
         check_can_create(path, resume=True)
         if _is_vacant(path):
@@ -103,7 +100,7 @@ class StoreWriter:
         own_attributes = root_attributes(path)
         if ("prediction" in own_attributes) != ("prediction" in attributes):
             what = "predictions" if "prediction" in own_attributes else "images that were converted"
-            raise StoreExistsError(f"{path}: it holds {what}; choose another name, or say --overwrite")
+            raise StoreExistsError(f"{path}: it holds {what}; choose another name, or say overwrite=True")
         lock = take_lock(path)
         try:
             with writing_to(path):
@@ -159,7 +156,7 @@ class StoreWriter:
                 aside[-1].parent.mkdir(parents=True, exist_ok=True)
                 target.rename(aside[-1])
             folder.rename(target)
-            sync_folder(target.parent)
+            sync(target.parent)
         append_lines(self._manifest, *(record.to_json() for _, record in images))
         # First out of the place where _put_back looks: half an image is none to put back.
         for folder in aside:
@@ -187,18 +184,14 @@ class StoreWriter:
     def _write_group(self, name: str, attributes: Json) -> None:
         """Write the document of a group, unless it is there with these attributes."""
         folder = self.path / name
-        folder.mkdir(exist_ok=True)
         key = f"{name}/{ROOT_DOCUMENT}".lstrip("/")
-        content = _group_document({TOOL: attributes})
+        content = group_document({TOOL: attributes})
         seal = FileSeal(len(content), digest(content))
         document = folder / ROOT_DOCUMENT
         if self._documents.get(key) == seal and document.is_file() and document.read_bytes() == content:
             return
-        partial = document.with_name(f"{ROOT_DOCUMENT}.partial")
-        partial.write_bytes(content)
-        _sync_file(partial)
-        partial.rename(document)
-        sync_folder(folder)
+        with whole_file(document, folder / PARTIAL_DOCUMENT) as partial:
+            partial.write_bytes(content)
         append_lines(self._manifest, {"document": key, "bytes": seal.bytes, "checksum": seal.checksum})
         self._documents[key] = seal
 

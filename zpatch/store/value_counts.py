@@ -1,7 +1,14 @@
-"""How often each integer occurs; the compiled loop does the counting."""
+"""How often each value occurs: integers one by one, by the compiled loop, and other values in bins.
+
+A bin has the leading 16 bits of the float32 form of its values, which is within 0.5 % of them. Mean and
+variance of binned values are merged as Chan, Golub and LeVeque (1979) do.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +20,8 @@ except ImportError:
     _compiled = None  # type: ignore[assignment]
 
 MAX_COUNTED_VALUES = 2**22
+
+State = Mapping[str, NDArray[Any]]
 
 
 def is_counted_at_once(dtype: np.dtype[Any]) -> bool:
@@ -40,3 +49,186 @@ def value_counts(voxels: NDArray[Any]) -> tuple[int, NDArray[np.int64]] | None:
         return None
     shifted = voxels - np.uint64(low) if voxels.dtype == np.uint64 else voxels.astype(np.int64) - low
     return low, np.bincount(shifted.astype(np.int64).reshape(-1))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Distribution:
+    """Values of voxels: how many there are, their extremes, mean and variance, and how often each occurs.
+
+    ``values`` is in ascending order, ``frequencies`` how often each of them occurs.
+    """
+
+    count: int
+    low: float
+    high: float
+    mean: float
+    variance: float
+    values: NDArray[np.float64]
+    frequencies: NDArray[np.int64]
+
+
+class CountedValues:
+    """How often each integer occurs, from the least to the greatest that was seen."""
+
+    nan = inf = 0
+
+    def __init__(self) -> None:
+        self._least = 0
+        self._counts = np.zeros(0, dtype=np.int64)
+
+    def update(self, block: NDArray[Any]) -> bool:
+        """Count a block; False when the values are spread too widely to be counted."""
+        found = value_counts(block)
+        return found is not None and self._add(*found)
+
+    def _add(self, least: int, counts: NDArray[np.int64]) -> bool:
+        if not self._make_room(least, least + counts.size - 1):
+            return False
+        self._counts[least - self._least :][: counts.size] += counts
+        return True
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """How often each value occurs that does, by its offset from the least."""
+        used = np.flatnonzero(self._counts)
+        return {
+            "least": np.array(self._least),
+            "offset": used.astype(np.uint32),
+            "offset_count": self._counts[used],
+        }
+
+    def merge(self, state: State) -> bool:
+        """Add the counts of a state; False when the values are spread too widely, there or together."""
+        if "offset" not in state:
+            return False
+        least, offsets = int(state["least"]), state["offset"]
+        if offsets.size:
+            if not self._make_room(least, least + int(offsets[-1])):
+                return False
+            self._counts[offsets + (least - self._least)] += state["offset_count"]
+        return True
+
+    def _make_room(self, low: int, high: int) -> bool:
+        """Let the counts reach from ``low`` to ``high`` at least; False when they would be too many."""
+        if self._counts.size:
+            low, high = min(low, self._least), max(high, self._least + self._counts.size - 1)
+        if high - low >= MAX_COUNTED_VALUES:
+            return False
+        if (low, high - low + 1) != (self._least, self._counts.size):
+            counts = np.zeros(high - low + 1, dtype=np.int64)
+            at = self._least - low if self._counts.size else 0
+            counts[at : at + self._counts.size] = self._counts
+            self._least, self._counts = low, counts
+        return True
+
+    def distribution(self, *, foreground: bool) -> Distribution | None:
+        """The values, without zero for the ``foreground``; None where there are none."""
+        counts = self._counts.copy()
+        if foreground and 0 <= -self._least < counts.size:
+            counts[-self._least] = 0
+        present = np.flatnonzero(counts)
+        if not present.size:
+            return None
+        values, counts = present.astype(np.float64) + self._least, counts[present]
+        count = int(counts.sum())
+        mean = float((values * counts).sum() / count)
+        variance = float(((values - mean) ** 2 * counts).sum() / count)
+        return Distribution(count, values[0], values[-1], mean, variance, values, counts)
+
+
+class BinnedValues:
+    """Moments, extremes, and how often each leading half of a float32 occurs."""
+
+    def __init__(self) -> None:
+        self.nan = self.inf = 0
+        self._count = self._zeros = 0
+        self._mean = self._m2 = np.float64(0)
+        self._low, self._high = math.inf, -math.inf
+        self._low_foreground, self._high_foreground = math.inf, -math.inf
+        self._bins = np.zeros(2**16, dtype=np.int64)
+
+    def update(self, block: NDArray[Any]) -> bool:
+        """Take in a block of numbers, complex ones by their magnitude; always True."""
+        block = np.abs(block) if block.dtype.kind == "c" else block
+        with np.errstate(invalid="ignore"):  # signalling NaN
+            values = block.astype(np.float64)
+        if block.dtype.kind == "f":
+            finite = np.isfinite(values)
+            if not finite.all():
+                nan = int(np.isnan(values).sum())
+                self.nan += nan
+                self.inf += int(values.size - finite.sum()) - nan
+                values = values[finite]
+        if not values.size:
+            return True
+        with np.errstate(over="ignore", invalid="ignore"):
+            mean = values.mean()
+            self._merge_moments(values.size, mean, ((values - mean) ** 2).sum())
+        self._low, self._high = min(self._low, values.min()), max(self._high, values.max())
+        nonzero = values[values != 0]
+        self._zeros += values.size - nonzero.size
+        if nonzero.size:
+            self._low_foreground = min(self._low_foreground, nonzero.min())
+            self._high_foreground = max(self._high_foreground, nonzero.max())
+        limit = float(np.finfo(np.float32).max)
+        words = np.clip(nonzero, -limit, limit).astype(np.float32).view(np.uint32)
+        self._bins += np.bincount(words >> 16, minlength=2**16)
+        return True
+
+    def _merge_moments(self, count: int, mean: np.float64, m2: np.float64) -> None:
+        if not self._count:
+            self._count, self._mean, self._m2 = count, mean, m2
+            return
+        delta, total = mean - self._mean, self._count + count
+        self._m2 += m2 + delta**2 * self._count * count / total
+        self._mean += delta * count / total
+        self._count = total
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Totals, moments, extremes, and the bins in use."""
+        used = np.flatnonzero(self._bins)
+        return {
+            "totals": np.array([self._count, self._zeros, self.nan, self.inf]),
+            "moments": np.array([self._mean, self._m2]),
+            "extremes": np.array([self._low, self._high, self._low_foreground, self._high_foreground]),
+            "bin": used.astype(np.uint16),
+            "bin_count": self._bins[used],
+        }
+
+    def merge(self, state: State) -> bool:
+        """Take in a state as if it were one block; always True."""
+        count, zeros, nan, inf = state["totals"].tolist()
+        if count:
+            with np.errstate(over="ignore", invalid="ignore"):
+                self._merge_moments(count, *state["moments"])
+        self._zeros, self.nan, self.inf = self._zeros + zeros, self.nan + nan, self.inf + inf
+        low, high, low_foreground, high_foreground = state["extremes"].tolist()
+        self._low, self._high = min(self._low, low), max(self._high, high)
+        self._low_foreground = min(self._low_foreground, low_foreground)
+        self._high_foreground = max(self._high_foreground, high_foreground)
+        self._bins[state["bin"]] += state["bin_count"]
+        return True
+
+    def distribution(self, *, foreground: bool) -> Distribution | None:
+        """The middle of each bin, without zeros for the ``foreground``; None where there are none."""
+        count = self._count - self._zeros if foreground else self._count
+        if not count:
+            return None
+        mean, m2 = self._mean, self._m2
+        low, high = self._low, self._high
+        if foreground:
+            with np.errstate(over="ignore", invalid="ignore"):
+                mean *= self._count / count
+                m2 -= mean**2 * self._zeros * count / self._count
+            low, high = self._low_foreground, self._high_foreground
+        values, counts = self._ascending(0 if foreground else self._zeros)
+        variance = max(float(m2), 0.0) / count
+        return Distribution(count, low, high, float(mean), variance, np.clip(values, low, high), counts)
+
+    def _ascending(self, zeros: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Middle value and count of each bin in use, in ascending order."""
+        used = np.flatnonzero(self._bins)
+        words = (used.astype(np.uint32) << 16) | np.uint32(2**15)
+        values = np.append(words.view(np.float32).astype(np.float64), [0.0] if zeros else [])
+        counts = np.append(self._bins[used], [zeros] if zeros else []).astype(np.int64)
+        order = np.argsort(values)
+        return values[order], counts[order]

@@ -168,7 +168,7 @@ class LabelIndexBuilder(IndexBuilder):
             raise SourceError(f"{self._where}: the label value {value} does not fit 64 bits; relabel it")
         if len(self._rows) >= MAX_LABELS and value not in self._rows:
             raise SourceError(
-                f"{self._where}: it has over {MAX_LABELS} different values; say --label-pattern if this is "
+                f"{self._where}: it has over {MAX_LABELS} different values; say label_patterns= if this is "
                 f"no label map"
             )
         chunks, counts = self._rows.setdefault(value, ([], []))

@@ -1,0 +1,86 @@
+"""Source folders, looked into: their NIfTI files by name. No file is opened."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from zpatch.conversion.cases import HEADER, VOXELS, stem_of
+from zpatch.errors import SourceError
+from zpatch.nifti.header import SUFFIXES
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class FoundFile:
+    """A file, and the parts of its path below the source folder, the last of them its name."""
+
+    path: Path
+    parts: tuple[str, ...]
+
+    @property
+    def stem(self) -> str:
+        """Its name without the suffix."""
+        return stem_of(self.path)
+
+
+def listed_file(folder: Path, text: str, where: str) -> Path:
+    """The file that a list in ``folder`` names; whether it exists is checked when it is read."""
+    try:
+        usable = bool(text) and b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        usable = False
+    if not usable:
+        raise SourceError(f"{where}: {text!r} cannot be the name of a file; correct it")
+    path = folder / text
+    return path.with_suffix(HEADER) if path.suffix == VOXELS else path
+
+
+def nifti_files(
+    folder: Path, note: Note, *, top: Callable[[str], bool] = lambda name: True
+) -> list[FoundFile]:
+    """All NIfTI files below a folder, sorted by path, recognised by their names alone.
+
+    Hidden files and folders are left out. Linked folders are not followed, which is reported to ``note``. Of
+    the folders in ``folder`` itself only those whose names ``top`` accepts are entered.
+    """
+    found: list[tuple[str, ...]] = []
+    linked: list[str] = []
+    waiting: list[tuple[str, ...]] = [()]
+    while waiting:
+        parts = waiting.pop()
+        for entry in entries_of(folder.joinpath(*parts)):
+            here = (*parts, entry.name)
+            if entry.is_dir(follow_symlinks=False):
+                if parts or top(entry.name):
+                    waiting.append(here)
+            elif entry.is_symlink() and os.path.isdir(entry.path):
+                if parts or top(entry.name):
+                    linked.append("/".join(here))
+            elif entry.name.endswith(SUFFIXES):
+                found.append(here)
+    if linked:
+        note(f"{counted(sorted(linked), 'linked folder')} not followed")
+    return [FoundFile(folder.joinpath(*parts), parts) for parts in sorted(found)]
+
+
+def entries_of(folder: Path) -> list[os.DirEntry[str]]:
+    """The entries of a folder that are not hidden."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise SourceError(f"{folder}: it cannot be read ({error.strerror}); see to its permissions") from None
+
+
+def counted(names: list[str], what: str) -> str:
+    """How many names there are, and the first three.
+
+    >>> counted(["a", "b", "c", "d"], "row")
+    '4 rows (a, b, c, ...)'
+    """
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{len(names)} {what}{'s' if len(names) > 1 else ''} ({shown})"

@@ -1,0 +1,42 @@
+"""A file that appears whole or not at all, whenever the process is killed or the machine loses power."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, partial: Path | None = None, *, is_synced: bool = False) -> Iterator[Path]:
+    """Give the name to write the contents under; then sync that file and rename it to ``path``.
+
+    That name is ``partial``, which must be in the same file system, or else a hidden name in the folder of
+    ``path`` that nobody else uses. An existing file is replaced. Folders are made where they are missing.
+    With ``is_synced`` whoever writes the contents syncs them. After an error ``path`` is as it was, and
+    ``partial`` is removed.
+    """
+    if partial is None:
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    for file in (partial, path):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        if not is_synced:
+            sync(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until the contents of a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
