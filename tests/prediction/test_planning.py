@@ -98,7 +98,9 @@ def test_a_resumed_prediction_keeps_its_shards_under_any_limit() -> None:
 def test_a_resumed_prediction_whose_shards_exceed_the_limit_is_refused() -> None:
     begun = shards_of(planned(**VOLUME))
     assert shards_of(limited(0.25)) != begun
-    with pytest.raises(MemoryLimitError, match=r"'ann' needs .* was begun .*: allow more, or .* --overwrite"):
+    with pytest.raises(
+        MemoryLimitError, match=r"'ann' needs .* was begun .*: allow more, or .* overwrite=True"
+    ):
         limited(0.25, begun=begun)
 
 

@@ -1,5 +1,7 @@
 """Overlapping patches -> one volume, in bounded memory.
 
+In reading order::
+
     windows             weights of patches on one axis; they sum to one at every voxel
     axis_tiles          one axis of an output cut into tiles
     tiling              a volume cut into tiles that become final while patches arrive: the sweep

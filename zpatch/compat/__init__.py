@@ -1,6 +1,6 @@
 """The patch APIs of TorchIO and MONAI on zpatch: scripts that use them run after changing one import.
 
-::
+In reading order::
 
     nifti_cache         NIfTI paths as images: converted once, into a cache
     transforms          transforms of TorchIO and MONAI, and functions of tensors, on patches

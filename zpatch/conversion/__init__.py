@@ -1,6 +1,6 @@
 """NIfTI files into a store, and back.
 
-In reading order:
+In reading order::
 
     conversion_options  the options of a conversion, checked, and the memory that follows from them
     cases               a case and its images, as data; names and kinds of images

@@ -1,6 +1,6 @@
 """Patches to torch: the plan of an epoch, workers that carry it out, the queue, and batches.
 
-::
+In reading order::
 
     epoch_plan       an epoch before anything is read: its patches, their order, the shares of ranks
     stream_position  where a queue's stream is, and its state as JSON

@@ -1,6 +1,6 @@
 """NIfTI files, in and out.
 
-In reading order:
+In reading order::
 
     gzip_streams   the door to gzip and isal
     signature      the first bytes of a file: NIfTI-1 or -2, or another kind of file

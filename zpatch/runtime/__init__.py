@@ -1,11 +1,12 @@
 """Where work runs and the memory it takes: threads, processes, Dask.
 
-In reading order:
+In reading order::
 
     byte_sizes      bytes as people write them, and refusing to exceed a limit
     buffer_pool     memory of patches and tiles, reused
     process_memory  how much memory this process holds, and returning what is freed
     whole_file      a file that appears whole or not at all
+    recent          values made once and kept while they are among the last used
     dask_graphs     the door to Dask: a graph computed here or in threads
     task_contract   what a task is, and what a cluster must know of a run
     attempts        which tasks are still to be started, after how many deaths of workers

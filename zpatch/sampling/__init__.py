@@ -1,6 +1,6 @@
 """Where patches are taken: random numbers, samplers, and the grid.
 
-::
+In reading order::
 
     randomness    random numbers as a function of (seed, epoch, subject, draw)
     patch         Patch and PatchImage: a patch as torch sees it

@@ -1,6 +1,6 @@
 """The Zarr store: its records, how it is written, committed and verified.
 
-In reading order:
+In reading order::
 
     names             names of files, subjects and images in a store, and which fit a pattern
     image_record      one line of the manifest: all that is known of an image, and its OME-Zarr metadata
