@@ -42,8 +42,8 @@ SAVED_AS: Mapping[np.dtype[Any], np.dtype[Any]] = {
     np.dtype(np.float16): np.dtype(np.float32),
 }
 
-# Advice in errors of the command line, and the same advice in Python.
-IN_PYTHON = {"--label-pattern": "ScalarImage", " with --exclude": ""}
+# Advice for convert, and the same advice for an image.
+OF_IMAGES = {"label_patterns=": "ScalarImage", " with exclude=": ""}
 
 _log = logging.getLogger("zpatch")
 
@@ -130,7 +130,7 @@ def _convert(file: Path, kind: Kind, store: Path) -> None:
         run_conversion(_plan(file, kind, store), store, on_case=lambda one: reasons.append(one.reason))
     except SourceError as error:
         reason = reasons[0] if reasons else str(error)
-        for option, name in IN_PYTHON.items():
+        for option, name in OF_IMAGES.items():
             reason = reason.replace(option, name)
         raise SourceError(reason) from None
 
