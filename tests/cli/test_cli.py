@@ -268,9 +268,9 @@ def test_a_store_that_exists_is_gone_on_with_and_only_overwrite_starts_over(
     before = everything_below(store)
     code, out, err = run("convert", cohort_source, store)
     assert (code, out) == (0, f"{store}\n")
-    assert "4 subjects are there already; 0 subjects, 0 images" in err
+    assert "4 subjects are already converted; 0 subjects, 0 images" in err
     assert re.search(r"^converted +0 +0 +0 B", err, re.MULTILINE)
-    assert re.search(r"^there already +4$", err, re.MULTILINE)
+    assert re.search(r"^already converted +4$", err, re.MULTILINE)
     assert {**everything_below(store), LOCK: b""} == before
     assert run("convert", cohort_source, store, "--overwrite", "--limit", "1")[0] == 0
     assert zp.Cohort(store).names == ["sub-01"]
@@ -471,7 +471,7 @@ def test_a_network_that_fails_leaves_an_output_that_verify_calls_incomplete(
     assert text in err
     code, _, err = run("verify", "out.zarr", "-q")
     assert code == 4
-    assert "incomplete: subject 'sub-01' was announced and is not there" in err
+    assert "incomplete: subject 'sub-01' was never committed" in err
     assert not list(Path("out.zarr").rglob("c"))
 
 
@@ -537,7 +537,7 @@ def test_files_that_exist_are_not_exported_over(
     assert "nifti/sub-01/seg.nii.gz: it exists already; say --overwrite" in refused("export", store, "nifti")
     assert everything_below(here / "nifti") == before
     assert run("export", store, "nifti", "--overwrite")[0] == 0
-    assert "8 images are to go there" in refused("export", store, "all.nii.gz", code=2)
+    assert "but 8 images were chosen" in refused("export", store, "all.nii.gz", code=2)
 
 
 @pytest.mark.parametrize(
@@ -601,7 +601,7 @@ def test_the_help_names_every_command_and_the_exit_codes(run: Run) -> None:
     code, out, err = run("--help")
     assert (code, err) == (0, "")
     assert all(f"\n  {command} " in out for command in COMMANDS)
-    assert "Exit codes: 0 all well, 1 error, 2 wrong usage, 3 some cases failed" in out
+    assert "Exit codes: 0 success, 1 error, 2 wrong usage, 3 some cases failed" in out
     assert run("--version")[1] == f"zpatch, version {zp.__version__}\n"
 
 

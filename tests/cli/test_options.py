@@ -81,7 +81,7 @@ def test_a_wrong_option_of_export_is_named_by_its_flag(
     wrong: Callable[..., str], cohort_store: Path, tmp_path: Path
 ) -> None:
     line = wrong("export", cohort_store, tmp_path / "all.nii")
-    assert line.endswith("8 images are to go there; choose one with --include and --image, or name a folder")
+    assert line.endswith("but 8 images were chosen; choose one with --include and --image, or name a folder")
 
 
 def test_a_wrong_option_of_bench_is_named_by_its_flag(wrong: Callable[..., str], cohort_store: Path) -> None:

@@ -294,7 +294,7 @@ def test_an_nnunet_case_that_is_listed_badly_is_an_error(source: Path) -> None:
 
 def test_a_case_in_training_and_in_test_is_an_error(source: Path) -> None:
     touch(nnunet(source), "imagesTr/a_0000.nii.gz", "imagesTs/a_0000.nii.gz")
-    refused(source, "source: 2 cases are called 'a'; give each a name of its own")
+    refused(source, "source: 2 cases are called 'a'; give each a different name")
 
 
 # Medical Decathlon
@@ -449,7 +449,7 @@ def test_numbers_that_json_does_not_know_become_none(source: Path) -> None:
         ({"test": [{"image": 3}]}, "list.json: test[0]: its image is 3, which names no file; correct it"),
         ({"test": [{"image": "a\0b.nii"}]}, "test[0]: 'a\\x00b.nii' cannot be the name of a file"),
         ('[{"image": "\\ud800.nii"}]', "cannot be the name of a file"),
-        ([{"image": "a.nii"}, {"image": "a.nii"}], "2 cases are called 'a'; give each a name of its own"),
+        ([{"image": "a.nii"}, {"image": "a.nii"}], "2 cases are called 'a'; give each a different name"),
         ([{"image": "a b.nii"}], "subject name 'a b' is not usable"),
         ([{"image": "a.nii", "my image": "b.nii"}], "image name 'my image' is not usable"),
         ([{"id": "A", "image": "a.nii"}, {"id": "a", "image": "b.nii"}], "differ in case only"),

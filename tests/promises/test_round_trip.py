@@ -179,7 +179,7 @@ def test_what_cannot_be_exported_is_an_error_that_says_what_there_is(
 
 
 def test_many_images_do_not_go_to_one_file(cohort_store: Path, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"out.nii is one file, and 8 images are to go there; choose one"):
+    with pytest.raises(OptionError, match=r"out.nii is one file, but 8 images were chosen; choose one"):
         zp.export(cohort_store, tmp_path / "out.nii")
 
 

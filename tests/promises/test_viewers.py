@@ -131,8 +131,8 @@ with StaticFileServer(sys.argv[1], bind_address="127.0.0.1", daemon=True) as url
     for (first, stop), span in (((0, 100), "0-99"), ((17, 4000), "17-3999"), ((-20, None), "-20")):
         asked = urllib.request.Request(f"{url}/s/t1/0/c/0/0/0", headers={"Range": f"bytes={span}"})
         with urllib.request.urlopen(asked) as answer:
-            told = answer.status, answer.read().hex(), answer.headers["Access-Control-Allow-OpenedImage"]
-        seen.append(((first, stop), told))
+            served = answer.status, answer.read().hex(), answer.headers["Access-Control-Allow-Origin"]
+        seen.append(((first, stop), served))
 Path(sys.argv[2]).write_text(json.dumps(seen))
 """
 
