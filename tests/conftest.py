@@ -1,4 +1,4 @@
-"""What all tests share: one small cohort, and the rule that nothing is left behind."""
+"""Fixtures for all tests: one small cohort, and a check that nothing is left behind."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def full(request: pytest.FixtureRequest) -> bool:
-    """Whether slow tests run in their full counts."""
+    """Whether slow tests run with their full numbers of cases."""
     return bool(request.config.getoption("--full"))
 
 
@@ -59,20 +59,20 @@ def cohort_store(cohort_source: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def cohort(cohort_store: Path) -> zp.Cohort:
-    """The small cohort, open."""
+    """The small cohort, opened."""
     return zp.Cohort(cohort_store)
 
 
 @pytest.fixture
 def out(tmp_path: Path) -> Iterator[Path]:
-    """Where predictions go."""
+    """The path of a new output for predictions."""
     yield tmp_path / "out.zarr"
     close_shards(tmp_path)
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Torch's convolution rounds differently with another number of threads."""
+    """Run torch in one thread, as its convolution rounds differently with another number of threads."""
     with worker.one_thread():
         yield
 
@@ -85,7 +85,7 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind(tmp_path: Path) -> Iterator[None]:
-    """Fail whatever leaves a process, a shared-memory block or a file below its folder open."""
+    """Fail a test that leaves a process, a shared-memory block or an open file below its folder."""
     before = _shared_memory()
     yield
     close_shards(tmp_path)  # the bounded cache of open maps is kept on purpose

@@ -1,4 +1,4 @@
-"""Other people's libraries and viewers open what is written here, predictions too, and see the same voxels.
+"""Other libraries and viewers open stores and predictions, and read the same voxels.
 
 Each runs in a process of its own: some of them do not survive a fork, and none should touch other tests.
 """
@@ -24,7 +24,7 @@ import zpatch as zp
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
-# look(folder) gives the stored voxels, and of axes, scale and translation what the library tells.
+# look(folder) returns the stored voxels, and the axes, scale and translation as far as the library has them.
 LOOKS = {
     "ome_zarr": """
 def look(folder):
@@ -51,8 +51,8 @@ def look(folder):
     from ngff_zarr import from_ngff_zarr
     images = from_ngff_zarr(folder, version="0.5").images
     first = images[0]
-    told = {key: [getattr(first, key)[d] for d in first.dims] for key in ("scale", "translation")}
-    return [image.data for image in images], dict(axes=list(first.dims), **told)
+    known = {key: [getattr(first, key)[d] for d in first.dims] for key in ("scale", "translation")}
+    return [image.data for image in images], dict(axes=list(first.dims), **known)
 """,
     "niizarr": """
 def look(folder):
@@ -74,7 +74,7 @@ def look(folder):
     from napari_ome_zarr import napari_get_reader
     [(levels, said, kind)] = napari_get_reader(folder)(folder)
     assert kind == "image"
-    axes, scale = list(said["axis_labels"]), list(said["scale"])  # it passes over translations
+    axes, scale = list(said["axis_labels"]), list(said["scale"])  # it ignores translations
     if "channel_axis" in said:  # napari makes a layer of each channel
         axes.insert(said["channel_axis"], "c")
         scale.insert(said["channel_axis"], 1)
@@ -150,7 +150,7 @@ def run(program: str, *arguments: object) -> None:
 
 @dataclass(frozen=True)
 class Written:
-    """An image as it was written: where, its levels in stored order, and what is known of it."""
+    """An image in a store, and its folder."""
 
     folder: Path
     image: zp.Image
@@ -165,7 +165,7 @@ class Written:
 
 @pytest.fixture(scope="module")
 def store(cohort_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with a pyramid, a series in time, and a label map; voxels lie at whole millimetres."""
+    """A store with a pyramid, a time series, and a label map; voxels are at whole millimetres."""
     folder = tmp_path_factory.mktemp("viewers")
     rng = np.random.default_rng(5)
     (folder / "source" / "s").mkdir(parents=True)
@@ -182,7 +182,7 @@ def store(cohort_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def predictions(store: Path) -> Path:
-    """Predictions of it: a label map, and two channels."""
+    """Predictions for that store: a label map, and an image of two channels."""
 
     def network(batch: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"classes": (batch > 0).to(torch.uint8), "logits": torch.cat([batch, -batch], 1)}
@@ -199,7 +199,7 @@ def written(store: Path, predictions: Path) -> list[Written]:
 
 
 @pytest.mark.parametrize("library", LOOKS)
-def test_the_same_voxels_axes_and_places_are_seen_by(
+def test_the_same_voxels_axes_and_affines_are_read_by(
     library: str, written: list[Written], tmp_path: Path
 ) -> None:
     needs(library)
