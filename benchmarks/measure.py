@@ -129,11 +129,11 @@ def in_fresh_process(function: str, *arguments: object, env: Mapping[str, str] |
     """Call ``module:function`` of this package in a new process; arguments arrive as text."""
     command = [sys.executable, "-m", "benchmarks.measure", function, *map(str, arguments)]
     begin = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as said:  # a pipe that is not read would block it at 64 KiB
-        with subprocess.Popen(command, cwd=ROOT, stdout=said, text=True, env=_env(env)) as process:
+    with tempfile.TemporaryFile("w+") as output:  # a pipe that is not read would block it at 64 KiB
+        with subprocess.Popen(command, cwd=ROOT, stdout=output, text=True, env=_env(env)) as process:
             tree_bytes = _peak_of_tree(process)
-        said.seek(0)
-        lines = said.read().splitlines()
+        output.seek(0)
+        lines = output.read().splitlines()
     seconds = time.perf_counter() - begin
     if process.returncode:
         raise RuntimeError(f"{function} ended with {process.returncode} in a fresh process")

@@ -288,7 +288,7 @@ def test_the_command_in_an_error_about_damage_repairs_it_and_changes_nothing_els
     (store / "sub-02" / "zarr.json").write_text("{}")
     close_shards(store)
     code, _, err = run("export", store, store.parent / "out")
-    found = re.search(r"'zpatch (convert) SOURCE (.*)' mends it", err)
+    found = re.search(r"'zpatch (convert) SOURCE (.*)' repairs it", err)
     assert code == 1
     assert found is not None
     assert run("verify", store)[0] == 4
@@ -336,7 +336,7 @@ def test_a_folder_that_is_not_a_store_is_never_overwritten(
     (here / "thesis").mkdir()
     (here / "thesis" / "chapter-1").write_text("All of it")
     line = refused("convert", cohort_source, "thesis", "--overwrite")
-    assert "thesis: there is something else there; choose another name" in line
+    assert "thesis: it exists and is no zpatch store; choose another name" in line
     assert (here / "thesis" / "chapter-1").read_text() == "All of it"
 
 

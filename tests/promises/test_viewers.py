@@ -1,6 +1,6 @@
 """Other libraries and viewers open stores and predictions, and read the same voxels.
 
-Each runs in a process of its own: some of them do not survive a fork, and none should touch other tests.
+Each runs in a separate process: some of them do not survive a fork, and none should affect other tests.
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ def look(folder):
     "napari_ome_zarr": """
 def look(folder):
     from napari_ome_zarr import napari_get_reader
-    [(levels, said, kind)] = napari_get_reader(folder)(folder)
+    [(levels, metadata, kind)] = napari_get_reader(folder)(folder)
     assert kind == "image"
-    axes, scale = list(said["axis_labels"]), list(said["scale"])  # it ignores translations
-    if "channel_axis" in said:  # napari makes a layer of each channel
-        axes.insert(said["channel_axis"], "c")
-        scale.insert(said["channel_axis"], 1)
+    axes, scale = list(metadata["axis_labels"]), list(metadata["scale"])  # it ignores translations
+    if "channel_axis" in metadata:  # napari makes a layer of each channel
+        axes.insert(metadata["channel_axis"], "c")
+        scale.insert(metadata["channel_axis"], 1)
     return levels, dict(axes=axes, scale=scale)
 """,
 }
@@ -88,12 +88,12 @@ import numpy as np
 warnings.simplefilter("ignore")
 {look}
 for folder in sys.argv[2:]:
-    levels, said = look(folder)
+    levels, metadata = look(folder)
     target = Path(sys.argv[1]) / Path(folder).name
     target.mkdir()
     for number, level in enumerate(levels):
         np.save(target / str(number), np.asarray(level))
-    (target / "said.json").write_text(json.dumps(said))
+    (target / "metadata.json").write_text(json.dumps(metadata))
 """
 NEUROGLANCER = """
 import json, subprocess, sys, warnings
@@ -212,14 +212,14 @@ def test_the_same_voxels_axes_and_affines_are_read_by(
         np.testing.assert_array_equal(np.load(seen / "0.npy").reshape(one.voxels.shape), one.voxels)
         levels = [np.load(seen / f"{n}.npy").shape for n in range(1, len(list(seen.glob("*.npy"))))]
         assert levels in ([], [level.shape for level in record.levels])
-        said = json.loads((seen / "said.json").read_text())
+        metadata = json.loads((seen / "metadata.json").read_text())
         leading = [1.0] * (len(record.axes) - 3)
-        np.testing.assert_allclose(said.get("affine", record.affine), record.affine)
-        assert "".join(said.get("axes", record.axes)) == record.axes
+        np.testing.assert_allclose(metadata.get("affine", record.affine), record.affine)
+        assert "".join(metadata.get("axes", record.axes)) == record.axes
         scale = [*leading, *one.image.spacing[::-1]]
-        np.testing.assert_allclose(said.get("scale", scale), scale)
+        np.testing.assert_allclose(metadata.get("scale", scale), scale)
         translation = [*np.zeros(len(leading)), *one.image.affine[2::-1, 3]]
-        np.testing.assert_allclose(said.get("translation", translation), translation)
+        np.testing.assert_allclose(metadata.get("translation", translation), translation)
 
 
 def test_neuroglancer_reads_and_draws_them_from_a_plain_file_server(

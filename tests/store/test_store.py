@@ -348,7 +348,7 @@ def test_a_store_replaced_by_another_process_is_read_anew(tmp_path: Path) -> Non
 def test_a_path_that_is_not_a_store_is_never_overwritten(tmp_path: Path, make: Any, overwrite: bool) -> None:
     make(tmp_path / "precious")
     before = sorted((tmp_path / "precious").rglob("*"))
-    with pytest.raises(StoreExistsError, match="precious: there is something else there; choose another"):
+    with pytest.raises(StoreExistsError, match="precious: it exists and is no zpatch store; choose another"):
         zp.convert(source_of(tmp_path / "source"), tmp_path / "precious", overwrite=overwrite)
     assert sorted((tmp_path / "precious").rglob("*")) == before
 

@@ -116,7 +116,7 @@ class Oracle:
             assert found["min"] - 1e-12 * size <= found[name] <= found["max"] + 1e-12 * size
 
     def largest_neighbour(self, percent: float) -> float:
-        """The larger of the two voxels between which the percentile lies, without the intercept."""
+        """The larger of the two voxels around the percentile, without the intercept."""
         percent = percent if self.slope > 0 else 100 - percent
         below, above = (np.percentile(self.stored, percent, method=side) for side in ("lower", "higher"))
         return abs(self.slope) * max(abs(below), abs(above))

@@ -84,7 +84,7 @@ def _text_of(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise SourceError(f"{file}: it cannot be read ({error.strerror}); see to it") from None
+        raise SourceError(f"{file}: it cannot be read ({error.strerror}); restore the file") from None
     except UnicodeDecodeError as error:
         raise SourceError(f"{file}: it is not UTF-8 (byte {error.start}); save it as UTF-8") from None
 

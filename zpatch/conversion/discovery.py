@@ -49,7 +49,7 @@ def discover(source: Path, options: ConvertOptions) -> Discovery:
 
     Files that match a pattern of ``options`` (by their name, stem, path or image name) become label or
     sampling maps in every convention; in ``glob``, label patterns replace the usual names. ``include`` and
-    ``exclude`` choose subjects, of which the first ``limit`` are kept.
+    ``exclude`` choose subjects, and the first ``limit`` of them are kept.
     """
     if not os.path.exists(source):
         raise SourceError(f"{source}: it does not exist; name the folder that holds the NIfTI files")

@@ -164,7 +164,7 @@ class NiftiFile:
             if trailing > limit:
                 raise NiftiError(
                     f"{self.voxel_path}: its gzip data go on for over {format_bytes(limit)} after its last "
-                    f"voxel; make the file anew"
+                    f"voxel; write the file again"
                 )
         if trailing:
             warn(_TRAILING.format(trailing))
