@@ -323,7 +323,7 @@ def test_a_replaced_store_holds_nothing_of_the_older_one(tmp_path: Path, cohort_
     assert zp.verify(store).ok
 
 
-def test_a_store_replaced_under_another_spelling_of_its_path_is_read_anew(
+def test_a_store_replaced_under_another_spelling_of_its_path_is_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     zp.convert(source_of(tmp_path / "source", 1), tmp_path / "store")
@@ -333,7 +333,7 @@ def test_a_store_replaced_under_another_spelling_of_its_path_is_read_anew(
     assert (zp.Cohort(tmp_path / "store")[0].t1.data == 2).all()
 
 
-def test_a_store_replaced_by_another_process_is_read_anew(tmp_path: Path) -> None:
+def test_a_store_replaced_by_another_process_is_read_again(tmp_path: Path) -> None:
     store = tmp_path / "store"
     zp.convert(source_of(tmp_path / "source", 1), store)
     assert (zp.Cohort(store)[0].t1.data == 1).all()
