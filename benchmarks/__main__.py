@@ -1,4 +1,4 @@
-"""Run the stages named, or all: ``python -m benchmarks [stage ...]``; see README.md."""
+"""Run the given stages, or all: ``python -m benchmarks [stage ...]``; see README.md."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from benchmarks.stage import Options
 def main() -> None:
     stages = _stages()
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("stages", nargs="*", metavar="stage", help=f"of {', '.join(stages)}; default all")
-    parser.add_argument("--quick", action="store_true", help="small and few, printed and not kept")
+    parser.add_argument("stages", nargs="*", metavar="stage", help=f"{', '.join(stages)}; default: all")
+    parser.add_argument("--quick", action="store_true", help="few small volumes; results are printed only")
     parser.add_argument("--full", action="store_true", help="the largest volumes too")
     default = Path(tempfile.gettempdir()) / "zpatch-benchmarks"
     parser.add_argument("--data", type=Path, default=default, help="folder for data and stores (%(default)s)")
@@ -30,11 +30,11 @@ def main() -> None:
         print(f"## {name}\n\n{section}\n", flush=True)
         if not options.quick:
             write_results(name, section, {name: stage.NOT_SHOWN for name, stage in stages.items()})
-            print(f"entered in {RESULTS}")
+            print(f"written to {RESULTS}")
 
 
 def _stages() -> dict[str, ModuleType]:
-    """The stages by name: every folder here that has a ``bench.py``."""
+    """The stages by name: every folder of this package that has a ``bench.py``."""
     folders = [Path(folder) for folder in benchmarks.__path__]
     names = sorted(file.parent.name for folder in folders for file in folder.glob("*/bench.py"))
     return {name: importlib.import_module(f"benchmarks.{name}.bench") for name in names}

@@ -1,4 +1,4 @@
-"""Data to measure with, made once from the MNI152 T1 template in nilearn's wheel, and kept in a folder."""
+"""Data for the benchmarks, made once from the MNI152 T1 template in nilearn's wheel, and kept in a folder."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ VOXEL_MM = (0.45, 0.45, 0.6)
 GZIP_LEVEL = 6  # as dcm2niix writes
 MEMBER_PLANES = 32
 HEADER_BYTES = 352
-COARSE_LABELS = 128  # label maps are made so fine, and their voxels repeated
-TISSUES_HU = (-450, 30, 60)  # where the classes of a cohort's label maps begin
+COARSE_LABELS = 128  # side at which label maps are made, before their voxels are repeated
+TISSUES_HU = (-450, 30, 60)  # lower bounds of the classes of a cohort's label maps
 
 Shape = tuple[int, int, int]
 
@@ -37,25 +37,25 @@ def head(folder: Path, shape: Shape) -> Path:
 
 
 def long_volume(folder: Path, shape: Shape) -> Path:
-    """The same, of any length at little cost: the head's middle planes over and over, a gzip member each."""
+    """The same, with any number of planes at little cost: the middle planes repeated, as gzip members."""
     return _once(folder / _name("long", shape), lambda place: _write_long(place, shape))
 
 
 def plain_head(folder: Path, shape: Shape) -> Path:
-    """The same uncompressed, in ``source/sub-01/ct.nii``, and beside it ``voxels.npy`` (z, y, x)."""
+    """The head uncompressed, in ``source/sub-01/ct.nii``, and its voxels (z, y, x) in ``voxels.npy``."""
     return _once(folder / _name("plain", shape), lambda place: _write_plain_head(place, shape))
 
 
 def cohort(folder: Path, shape: Shape, subjects: int) -> Path:
     """Folders ``nii`` and ``nii.gz`` of the same subjects, ``sub-000/ct.nii`` and ``seg.nii``: the head with
-    noise, and its tissues as labels, both rolled by steps that no two subjects share.
+    noise, and its tissues as labels, both rolled by different steps for each subject.
     """
     place = folder / f"{_name('cohort', shape)}-{subjects}"
     return _once(place, lambda place: _write_subjects(place, shape, subjects))
 
 
 def subject_voxels(source: Path, subject: str) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
-    """Image and label map (z, y, x) of a subject of such a cohort, mapped from its uncompressed files."""
+    """Image and label map (z, y, x) of a subject of such a cohort, memory-mapped from uncompressed files."""
     from zpatch.nifti.header import read_header
 
     folder = source / "nii" / subject
@@ -66,18 +66,18 @@ def subject_voxels(source: Path, subject: str) -> tuple[NDArray[np.int16], NDArr
 
 
 def label_map(folder: Path, side: int, classes: int) -> Path:
-    """A folder with ``sub-01/seg.nii``: a head's voxels by the nearest of some points, 1 to ``classes``."""
+    """A folder with ``sub-01/seg.nii``: the head's voxels labelled 1 to ``classes`` by the nearest point."""
     place = folder / f"labels-{side}-{classes}"
     return _once(place, lambda place: _write_label_map(place, side, classes))
 
 
 def labels_of(source: Path, side: int) -> NDArray[np.uint8]:
-    """The voxels (z, y, x) of such a map, memory-mapped."""
+    """The voxels (z, y, x) of such a label map, memory-mapped."""
     return np.memmap(_label_file(source), np.uint8, "r", offset=HEADER_BYTES, shape=(side,) * 3)
 
 
 def voxels_of(source: Path) -> NDArray[np.int16]:
-    """The voxels (z, y, x) of the file that one of these folders holds."""
+    """The voxels (z, y, x) of the file in one of these folders."""
     import nibabel as nib
 
     image: Any = nib.load(file_of(source))
@@ -86,26 +86,26 @@ def voxels_of(source: Path) -> NDArray[np.int16]:
 
 
 def voxel_bytes(source: Path) -> int:
-    """Bytes of those voxels, by the header."""
+    """Bytes of these voxels, by the header."""
     from zpatch.nifti.header import read_header
 
     return read_header(file_of(source)).voxel_bytes
 
 
 def file_of(source: Path) -> Path:
-    """The file that one of these folders holds."""
+    """The file in one of these folders."""
     return source / "sub-01" / "ct.nii.gz"
 
 
 def tiny_cohort(folder: Path, subjects: int, with_folders: int) -> Path:
-    """A store of many subjects with two images each, all copies of one that was converted.
+    """A store of many subjects with two images each, all copies of one converted subject.
 
     Every subject has its sealed lines in the manifest, which is all that opening reads; the first
-    ``with_folders`` have their folders too. Beside it, ``cohort-source`` holds the files that they all came
-    from, for a conversion that finds nothing to do.
+    ``with_folders`` have their folders too. The source files of all subjects are in the folder
+    ``cohort-source`` beside the store, for a conversion that finds nothing to do.
     """
     place = folder / "cohort"
-    shutil.rmtree(place, ignore_errors=True)  # always anew: a kept one could be of an older format
+    shutil.rmtree(place, ignore_errors=True)  # made each time: an old one could have an older format
     place.mkdir(parents=True)
     _write_cohort(place, subjects, with_folders)
     return place
@@ -143,7 +143,7 @@ def _template() -> NDArray[np.float32]:
 
 
 def _planes(shape: Shape) -> Iterator[NDArray[np.int16]]:
-    """The head's planes (y, x), one by one: linear upsampling, then noise of the plane's own seed."""
+    """The head's planes (y, x): linear upsampling, then noise, whose seed is the number of the plane."""
     for number, plane in enumerate(_smooth_planes(shape)):
         noise = np.random.default_rng([0, number]).standard_normal(plane.shape, dtype=np.float32)
         noisy = np.rint(plane + NOISE_HU * noise).clip(LEAST_HU, None)
@@ -151,7 +151,7 @@ def _planes(shape: Shape) -> Iterator[NDArray[np.int16]]:
 
 
 def _smooth_planes(shape: Shape) -> Iterator[NDArray[np.float32]]:
-    """The same (x, y), in Hounsfield units without noise."""
+    """The same planes (x, y) without noise, in Hounsfield units."""
     volume = _template()
     for axis in (0, 1):
         volume = np.moveaxis(_resampled(np.moveaxis(volume, axis, 0), shape[axis]), 0, axis)
@@ -298,7 +298,7 @@ def _write_cohort(place: Path, subjects: int, with_folders: int) -> None:
 
 
 def _link_sources(subject: Path, folder: Path, names: list[str]) -> None:
-    """The source files of all subjects: links to the same files, so that sizes and times fit the manifest."""
+    """Make the source files of all subjects: links to the same files, as sizes and times must match."""
     shutil.rmtree(folder, ignore_errors=True)
     for name in names:
         (folder / name).mkdir(parents=True)

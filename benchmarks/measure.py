@@ -1,7 +1,7 @@
-"""How things are measured: alternating repetitions in one process, peak memory in a fresh one.
+"""Measuring: alternating repetitions in one process, and peak memory of a fresh process.
 
-This file is also what a fresh process runs: ``python -m benchmarks.measure module:function argument...``, or
-with ``--answer`` before that, one that answers questions.
+Fresh processes run this module: ``python -m benchmarks.measure module:function argument...``. With
+``--answer`` before the function, the process answers questions until its input is closed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_S = 0.02
-WATCH_S = 0.1  # looking costs as much as a small read
+WATCH_S = 0.1  # asking for the memory takes as long as a small read
 CLOSE_S = 30.0
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 KEPT_BYTES = 32 * 2**20
@@ -43,9 +43,9 @@ def alternate(
     before_each: Run = lambda: None,
     before_round: Run = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds that each takes, as A B C A B C ...: whatever else the machine does meets all of them.
+    """Seconds of each run, in the order A B C A B C ..., so that other load on the machine affects all alike.
 
-    ``before_each``, and ``before_round`` ahead of each A, are not timed.
+    ``before_each`` is called before each run, and ``before_round`` before each A; neither is timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repetitions):
@@ -59,7 +59,7 @@ def alternate(
 
 
 def times_as_long(those: Sequence[float], these: Sequence[float]) -> float:
-    """How many times as long those take as these: the median over the repetitions, pair by pair."""
+    """The ratio of two contenders' times, ``those`` over ``these``: the median over pairs of repetitions."""
     return statistics.median(a / b for a, b in zip(those, these, strict=True))
 
 
@@ -75,9 +75,11 @@ def one_core() -> Iterator[None]:
 
 
 def settle(*, one_core: bool) -> None:
-    """Make a fresh process steady: this thread and those it will start on one core, if so wished, and the
-    allocator keeping what is freed, as loaders do that reuse their memory. Without that the kernel's clearing
-    of new pages is a good part of what any reader of large patches takes.
+    """Prepare a fresh process for timing.
+
+    With ``one_core`` this thread and all threads that it starts run on one core. The allocator keeps freed
+    memory, as loaders do that reuse their buffers; otherwise the clearing of new pages by the kernel is a
+    large part of the time of any reader of large patches.
     """
     if one_core:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -87,7 +89,7 @@ def settle(*, one_core: bool) -> None:
 
 
 def drop_cache(path: Path) -> bool:
-    """Have the kernel forget the pages of a file, or of all below a folder; whether it did.
+    """Drop the pages of a file, or of all files below a folder, from the page cache; whether none is left.
 
     Files must be synced, and mapped by no process.
     """
@@ -97,7 +99,7 @@ def drop_cache(path: Path) -> bool:
 
 
 def _drop_file(file: Path) -> bool:
-    """Whether any page is still in memory."""
+    """Drop the pages of a file; whether any is still in memory."""
     with file.open("rb") as stream:
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if not os.fstat(stream.fileno()).st_size:
@@ -112,8 +114,11 @@ def _drop_file(file: Path) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class FreshRun:
-    """What a function did in a fresh process: its value, the tree's peak memory, and the whole time,
-    the interpreter's start and end included."""
+    """The result of a function in a fresh process.
+
+    ``value`` is what it returned, ``peak_bytes`` the peak memory of the process and its children, ``seconds``
+    the time of the whole process, with the start and end of the interpreter.
+    """
 
     value: Any
     peak_bytes: int
@@ -124,11 +129,11 @@ def in_fresh_process(function: str, *arguments: object, env: Mapping[str, str] |
     """Call ``module:function`` of this package in a new process; arguments arrive as text."""
     command = [sys.executable, "-m", "benchmarks.measure", function, *map(str, arguments)]
     begin = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as said:  # a pipe that nobody empties would stop it at 64 KiB
-        with subprocess.Popen(command, cwd=ROOT, stdout=said, text=True, env=_env(env)) as process:
+    with tempfile.TemporaryFile("w+") as output:  # a pipe that is not read would block it at 64 KiB
+        with subprocess.Popen(command, cwd=ROOT, stdout=output, text=True, env=_env(env)) as process:
             tree_bytes = _peak_of_tree(process)
-        said.seek(0)
-        lines = said.read().splitlines()
+        output.seek(0)
+        lines = output.read().splitlines()
     seconds = time.perf_counter() - begin
     if process.returncode:
         raise RuntimeError(f"{function} ended with {process.returncode} in a fresh process")
@@ -137,9 +142,9 @@ def in_fresh_process(function: str, *arguments: object, env: Mapping[str, str] |
 
 
 class Server:
-    """A fresh process that answers questions, so that several can take turns, each with its own libraries.
+    """A fresh process that answers questions, so that contenders with different libraries can take turns.
 
-    ``module:function`` is called there once, and gives what is called with each question.
+    ``module:function`` is called there once, and returns the function that is called with each question.
     """
 
     def __init__(self, function: str, *arguments: object, env: Mapping[str, str] | None = None) -> None:
@@ -150,7 +155,7 @@ class Server:
         self.peak_bytes = 0
 
     def ask(self, question: str, *, watch: bool = False) -> Any:
-        """The answer. With ``watch`` the most memory that the process and its descendants held is kept."""
+        """Return the answer; with ``watch``, update ``peak_bytes`` of the process and its descendants."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         print(question, file=self._process.stdin, flush=True)
@@ -162,9 +167,9 @@ class Server:
         return json.loads(line)
 
     def end(self) -> None:
-        """Ask no more; the process ends by itself."""
+        """Close the input, so that the process ends by itself."""
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended; what it said is the error to see
+        with contextlib.suppress(BrokenPipeError):  # it has ended already, and printed its error
             self._process.stdin.close()
 
     def close(self) -> None:
@@ -194,14 +199,14 @@ def tree_of(pid: int) -> list[int]:
 
 
 def held_bytes(pids: Sequence[int], kinds: Sequence[str] = HELD) -> int:
-    """Memory that some processes hold: anonymous and shared, not the pages of files that they map."""
+    """Memory of some processes together: anonymous and shared, without the pages of mapped files."""
     return sum(_proportional_bytes(pid, kinds) for pid in pids)
 
 
 def _peak_of_tree(process: subprocess.Popen[str]) -> int:
-    """The most that a process and its descendants together held, looked at every 20 ms.
+    """The peak memory of a process and its descendants together, sampled every 20 ms; 0 without descendants.
 
-    The kernel's own high-water mark of the first process, exact, is taken where that is higher.
+    The caller compares it with the kernel's exact high-water mark of the process itself.
     """
     import psutil
 
@@ -217,7 +222,7 @@ def _peak_of_tree(process: subprocess.Popen[str]) -> int:
 
 
 def _proportional_bytes(pid: int, kinds: Sequence[str] = ("Pss:",)) -> int:
-    """Memory of a process, pages that it shares counted by share; 0 once it has gone."""
+    """Memory of a process, with its share of shared pages; 0 once it has ended."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
@@ -240,11 +245,11 @@ def _main(function: str, *arguments: str) -> None:
 
 def _answer(function: str, *arguments: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # the output of libraries must not mix with answers
     answer = _called(function, *arguments)
     for question in sys.stdin:
         print(json.dumps(answer(question.rstrip("\n"))), file=answers, flush=True)
-    del answer  # and what it holds, workers too, while the interpreter is still whole
+    del answer  # with its workers, before the interpreter shuts down
     gc.collect()
 
 

@@ -1,4 +1,4 @@
-"""`results.md`: one section a stage, each rewritten when its stage runs, between machine and caveats."""
+"""`results.md`: the machine, a section for each stage, rewritten when the stage runs, and the caveats."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ TITLE = "# Results"
 LAST_HEADING = "## What the figures do not show"
 ALWAYS_NOT_SHOWN = (
     "Absolute figures belong to this machine, which may be a virtual one with noisy neighbours. Ratios are "
-    "medians over repetitions that alternate in one run, pair by pair, and travel better.",
-    "Each section was measured when its own line says; two sections may be of different days and commits.",
+    "medians over repetitions that alternate in one run, pair by pair, and hold better on other machines.",
+    "Each section states when it was measured; sections may be of different days and commits.",
 )
 
 
 def write_results(stage: str, section: str, not_shown: Mapping[str, Sequence[str]]) -> None:
-    """Enter a section in the place of the stage's older one, and keep those of the other stages."""
+    """Replace the section of a stage, and keep the sections of other stages."""
     sections = _sections(RESULTS.read_text()) if RESULTS.exists() else {}
     sections[stage] = f"{_when()}\n\n{section}"
     caveats = [*ALWAYS_NOT_SHOWN, *(text for name in sorted(sections) for text in not_shown.get(name, ()))]

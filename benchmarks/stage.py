@@ -1,4 +1,4 @@
-"""What a stage is given and what it gives back: sizes and a folder in, Markdown out."""
+"""The options of a stage, and the Markdown of its results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MIB = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How much to measure, and the folder for made data and for stores."""
+    """How much to measure, and the folder ``data`` for generated data and for stores."""
 
     data: Path
     quick: bool = False
@@ -20,13 +20,13 @@ class Options:
 
     @property
     def stores(self) -> Path:
-        """Where stores are written that are thrown away."""
+        """The folder of stores, which are removed after each measurement."""
         return self.data / "stores"
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """A figure that was to be reached: at least or at most ``bound``."""
+    """A goal for a figure: at least or at most ``bound``, in ``unit``."""
 
     what: str
     measured: float
@@ -36,11 +36,11 @@ class Goal:
 
     @property
     def reached(self) -> bool:
-        """Whether it was."""
+        """Whether the goal was reached."""
         return self.measured >= self.bound if self.at_least else self.measured <= self.bound
 
     def row(self) -> tuple[str, str, str, str]:
-        """Its line in a table of goals."""
+        """The goal's row in a table."""
         sign = ">=" if self.at_least else "<="
         goal = f"{sign} {self.bound:.4g} {self.unit}"
         return self.what, goal, f"{self.measured:.3g} {self.unit}", "yes" if self.reached else "**no**"
@@ -58,7 +58,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def seconds(times: Sequence[float]) -> str:
-    """The median of some times, and from where to where they went."""
+    """The median of some times, and their least and most."""
     return f"{statistics.median(times):.3f} ({min(times):.3f} to {max(times):.3f})"
 
 

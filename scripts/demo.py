@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""The whole of zpatch on real data: NIfTI to Zarr, training, prediction, and back to NIfTI.
+"""A demo of zpatch on real data: NIfTI to Zarr, training, prediction, and back to NIfTI.
 
     python scripts/demo.py --out demo
 
 Makes a cohort from the MNI152 template, trains a small U-Net on all subjects but the last two, predicts
-those two, and compares the exported NIfTI files with their true labels. Each stage is a process of its own,
-whose memory is watched from outside.
+those two, and compares the exported NIfTI files with their true labels. Each stage is a separate process,
+whose memory is measured from outside.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ PATCH_SIZE = 64
 PATCH_OVERLAP = 32
 BATCH_SIZE = 2
 MEMORY_POLL_S = 0.05
-# Threads of torch that wait for one another by spinning take the cores from those they wait for: on two
-# cores, beside other busy processes, training was about five times slower for it.
+# Threads of torch that wait by spinning take the cores from the threads that they wait for: on two cores,
+# beside other busy processes, this made training about five times slower.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 AFFINE_TOLERANCE_MM = 1e-3
 TISSUES = {value: name for value, name in LABELS.items() if value}
@@ -54,7 +54,7 @@ Words = Sequence[str | Path | int]
 
 
 class Paths:
-    """Where everything of one run lies."""
+    """The paths of the files of one run."""
 
     def __init__(self, out: Path) -> None:
         self.cohort = out / "cohort"
@@ -65,7 +65,7 @@ class Paths:
         self.picture = out / "planes.png"
 
     def image(self, subject: str) -> Path:
-        """The T1 image of a subject, as it was given."""
+        """The source file of a subject's T1 image."""
         return self.cohort / subject / "t1.nii.gz"
 
     def truth(self, subject: str) -> Path:
@@ -73,13 +73,13 @@ class Paths:
         return self.cohort / subject / "seg.nii.gz"
 
     def predicted(self, subject: str) -> Path:
-        """The labels that the network gave to a subject."""
+        """The labels that were predicted for a subject."""
         return self.exported / subject / "prediction.nii.gz"
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A command to run and watch; `voxel_bytes` is the size of the volumes that it goes through."""
+    """A command to run and measure; `voxel_bytes` is the size of the volumes that it processes."""
 
     name: str
     title: str
@@ -89,7 +89,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a stage took; `peak_bytes` is of its whole process tree, shared pages counted once."""
+    """Time and memory of a stage; `peak_bytes` is of its whole process tree, shared pages counted once."""
 
     stage: Stage
     seconds: float
@@ -103,7 +103,7 @@ class Usage:
 @click.option("--train-seconds", type=click.IntRange(min=1), default=60, show_default=True)
 @click.option("--subjects", type=click.IntRange(min=NUM_TEST_SUBJECTS + 1), default=8, show_default=True)
 def main(out: Path, train_seconds: int, subjects: int) -> None:
-    """Run zpatch from NIfTI to NIfTI on a cohort made from real data, and print what came out."""
+    """Run zpatch from NIfTI to NIfTI on a cohort made from real data, and print the results."""
     paths = Paths(out)
     try:
         make_inputs(paths.cohort, subjects)
@@ -122,14 +122,14 @@ def main(out: Path, train_seconds: int, subjects: int) -> None:
 
 
 def make_inputs(cohort: Path, subjects: int) -> None:
-    """Make the cohort, unless it is there."""
+    """Make the cohort, unless it exists."""
     header("Make a cohort of NIfTI files")
     if cohort.exists():
         if (found := len(list(cohort.iterdir()))) != subjects:
             raise FileExistsError(
                 f"{cohort} holds {found} subjects, not {subjects}; remove it or change --out"
             )
-        click.echo(f"{cohort} is there already")
+        click.echo(f"{cohort} exists already")
         return
     unfinished = cohort.with_suffix(".partial")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -173,7 +173,7 @@ def plan_stages(paths: Paths, names: list[str], tested: list[str], train_seconds
         ),
         Stage(
             "predict",
-            f"Predict {', '.join(tested)}, which the network has not seen",
+            f"Predict {', '.join(tested)}, which were not used for training",
             [zpatch, "predict", paths.store, paths.predictions, "--overwrite", *network, *patches, *included],
             total_bytes(map(paths.image, tested)),
         ),
@@ -201,7 +201,7 @@ def find_zpatch() -> str:
 
 
 def total_bytes(files: Iterable[Path]) -> int:
-    """The voxels of NIfTI files, uncompressed."""
+    """Bytes of the voxels of NIfTI files, uncompressed."""
     headers = [nib.Nifti1Image.from_filename(file).header for file in files]
     return sum(math.prod(h.get_data_shape()) * h.get_data_dtype().itemsize for h in headers)
 
@@ -231,11 +231,11 @@ def tree_bytes(root: psutil.Process) -> int:
 
 
 def process_bytes(process: psutil.Process) -> int:
-    """Memory of a process, with its part of what it shares (PSS); where there is no PSS, its own (USS)."""
+    """Memory of a process with its share of shared pages (PSS), or without them (USS) if PSS is unknown."""
     try:
         memory = process.memory_full_info()
     except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return 0  # it has ended meanwhile
+        return 0  # it has ended in the meantime
     return int(getattr(memory, "pss", memory.uss))
 
 
@@ -245,10 +245,10 @@ def voxels(path: Path) -> Volume:
 
 
 def dice(predicted: Path, truth: Path) -> dict[int, float]:
-    """The Dice coefficient of each tissue, of two NIfTI label maps that lie in the same place."""
+    """The Dice coefficient of each tissue, of two NIfTI label maps with the same affine."""
     ours, theirs = (nib.Nifti1Image.from_filename(path).affine for path in (predicted, truth))
     if not np.allclose(ours, theirs, atol=AFFINE_TOLERANCE_MM):
-        raise click.ClickException(f"{predicted} does not lie where {truth} does")
+        raise click.ClickException(f"{predicted} and {truth} have different affines")
     found, expected = voxels(predicted), voxels(truth)
     scores = {}
     for tissue in TISSUES:
@@ -273,7 +273,7 @@ def draw_planes(paths: Paths, subject: str) -> None:
 
 
 def middle(volume: Volume, axis: int) -> Volume:
-    """The middle plane at right angles to an axis, with the last axis upwards."""
+    """The middle plane perpendicular to an axis, with the last axis upwards."""
     return np.rot90(volume.take(volume.shape[axis] // 2, axis))
 
 
@@ -305,7 +305,7 @@ def print_usages(usages: list[Usage]) -> None:
 
 
 def print_outputs(paths: Paths) -> None:
-    """How fast the training was, and where everything lies."""
+    """The speed of the training, and the paths of all outputs."""
     training = json.loads(paths.model.with_suffix(".json").read_text())
     rate, size = training["patches"] / training["seconds"], training["patch_size"]
     click.echo(f"\nTraining took {rate:.1f} patches of {size} x {size} x {size} voxels per second.\n")
@@ -321,7 +321,7 @@ def print_outputs(paths: Paths) -> None:
 
 
 def header(title: str) -> None:
-    """Begin a new step."""
+    """Print the title of a step."""
     click.secho(f"\n== {title}", bold=True)
     sys.stdout.flush()
 

@@ -4,12 +4,12 @@
     python scripts/make_cohort.py DEST --subjects 8
 
 writes `DEST/sub-01/t1.nii.gz` and `DEST/sub-01/seg.nii.gz` (0 background, 1 grey matter, 2 white
-matter), and so on. Each subject is the template under a smooth random warp, with a bias field and
-noise of its own, seen through a field of view of its own. Two subjects are awkward on purpose, as
-real cohorts are: one has an oblique affine, one is float32 on disk with a slope and an intercept.
+matter), and so on. Each subject is the template under a smooth random warp, with a random bias
+field, noise and field of view. Two subjects are awkward on purpose, as in real cohorts: one has an
+oblique affine, one is float32 on disk with a slope and an intercept.
 
-A subject is a function of the seed and its number: neither `subjects` nor `jobs` changes a byte of
-it (but which subjects are the awkward ones shifts in cohorts of fewer than three).
+A subject depends only on the seed and its number: neither `subjects` nor `jobs` changes a byte of
+it (except in cohorts of fewer than three, where other subjects are the awkward ones).
 """
 
 import gzip
@@ -70,9 +70,9 @@ class Template:
 
 @dataclass(frozen=True, slots=True)
 class SubjectPlan:
-    """All that decides the files of one subject.
+    """All parameters of the files of one subject.
 
-    folder: where its files go.
+    folder: the folder that its files are written to.
     seed, index: its random stream.
     zoom: voxels per template voxel along each axis.
     oblique: whether its affine is rotated about two axes.
@@ -174,14 +174,14 @@ def draw_view(template: Template, plan: SubjectPlan, rng: np.random.Generator) -
 
 
 def acquire(signal: Floats, rng: np.random.Generator) -> Floats:
-    """Turn template intensities (I, J, K) into what a scanner gives: gain, bias field and noise."""
+    """Turn template intensities (I, J, K) into those of a scanner: gain, bias field and noise."""
     bias = np.exp(smooth_field(signal.shape, rng) * np.float32(BIAS_LOG_STD))
     noise = rng.standard_normal(signal.shape, dtype=np.float32) * np.float32(NOISE_STD)
     return np.abs(signal * bias + noise) * np.float32(rng.uniform(*GAIN))  # a magnitude image
 
 
 def classify(grey: Floats, white: Floats) -> npt.NDArray[np.uint8]:
-    """The likeliest of the `LABELS` at each voxel (I, J, K), from probabilities times 255."""
+    """The most probable of the `LABELS` at each voxel (I, J, K), from probabilities times 255."""
     rest = 255 - grey - white
     grey_wins, white_wins = (grey > rest) & (grey >= white), (white > rest) & (white > grey)
     return grey_wins.astype(np.uint8) + 2 * white_wins.astype(np.uint8)
@@ -221,8 +221,8 @@ def write_nifti(
 ) -> None:
     """Write stored voxels (I, J, K), whose values are `stored * slope + intercept`.
 
-    Written by hand because nibabel recomputes the scaling of images that are built from an array,
-    and puts the time into gzip headers.
+    nibabel is used for the header only: it recomputes the scaling of images that are built from an
+    array, and writes the time to gzip headers.
     """
     header = nib.Nifti1Header()
     header.set_data_shape(stored.shape)
@@ -275,7 +275,7 @@ def template_folder() -> Path:
     show_default=True,
     help="Voxels per millimetre along each axis; 0.25 gives small volumes for tests.",
 )
-@click.option("--jobs", "-j", type=click.IntRange(min=1), help="Processes; by default one a core.")
+@click.option("--jobs", "-j", type=click.IntRange(min=1), help="Processes; by default one for each core.")
 def main(destination: Path, subjects: int, seed: int, zoom: float, jobs: int | None) -> None:
     """Make a NIfTI cohort in DESTINATION from the MNI152 template."""
     plans = plan_cohort(destination, subjects=subjects, seed=seed, zoom=zoom)

@@ -4,7 +4,7 @@
     python scripts/train.py cohort.zarr unet.pt2 --seconds 60 --exclude sub-07 --exclude sub-08
 
 The images must be called `t1` and the label maps `seg`, as `scripts/make_cohort.py` names them.
-Beside the model, `unet.json` says how many patches it saw, and how fast.
+The file `unet.json` beside the model holds the number of patches and the time of the training.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ MAX_LENGTH = 48
 NUM_WORKERS = 2
 LEARNING_RATE = 5e-3
 LEARNING_RATE_DECAY = 0.9
-SLOW_STEPS_PER_S = 4  # a machine that is slower gets more time,
-PATIENCE = 3  # up to this many times the time that was asked for
+SLOW_STEPS_PER_S = 4  # slower machines train for longer,
+PATIENCE = 3  # up to this many times the requested time
 PERCENT = 100
 
 
@@ -76,7 +76,7 @@ def main(store: Path, model: Path, seconds: float, exclude: tuple[str, ...], see
 
 
 def endless_batches(queue: zp.Queue) -> Iterator[zp.PatchBatch]:
-    """Batches of one epoch after another, each epoch of other patches."""
+    """Batches of one epoch after another, with different patches in each epoch."""
     loader = zp.SubjectsLoader(queue, batch_size=BATCH_SIZE, drop_last=True)
     for epoch in itertools.count():
         queue.set_epoch(epoch)
@@ -84,7 +84,7 @@ def endless_batches(queue: zp.Queue) -> Iterator[zp.PatchBatch]:
 
 
 def fit(network: UNet, batches: Iterator[zp.PatchBatch], seconds: float) -> int:
-    """Train until `share_done` says that it is over, and return the number of patches seen."""
+    """Train until `share_done` is 1, and return the number of patches."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
     start = time.monotonic()
     steps, done = 0, 0.0
@@ -104,13 +104,13 @@ def fit(network: UNet, batches: Iterator[zp.PatchBatch], seconds: float) -> int:
 
 
 def share_done(elapsed: float, seconds: float, steps: int) -> float:
-    """The share of the training that is done, up to 1: of the time, or of the steps if those lag behind."""
+    """The share of the training that is done, up to 1: of the time, or of the steps if they lag behind."""
     wanted_steps = SLOW_STEPS_PER_S * seconds
     return min(1.0, max(min(elapsed / seconds, steps / wanted_steps), elapsed / (PATIENCE * seconds)))
 
 
 def save(network: UNet, path: Path) -> None:
-    """Export the network for batches of any length and patches of any size that it takes."""
+    """Export the network for batches of any length, and for all patch sizes that it accepts."""
     sides = {
         axis: UNet.SIDE_MULTIPLE * torch.export.Dim(f"side_{axis}", min=1, max=256) for axis in (2, 3, 4)
     }

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Train a small U-Net on several processes, where each reads its share of the subjects.
+"""Train a small U-Net on several processes, each with its share of the subjects.
 
     torchrun --nproc-per-node 2 scripts/train_ddp.py cohort.zarr unet.pt --epochs 5
 
-A queue finds its rank in torch.distributed. Images must be called `t1` and label maps `seg`.
+A queue takes its rank from torch.distributed. Images must be called `t1` and label maps `seg`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import zpatch as zp
 
 
 def check_side(context: click.Context, option: click.Parameter, side: int) -> int:
-    """Refuse a side of patches that the network cannot halve as often as it needs to."""
+    """Refuse a side of patches that the network cannot halve at each level."""
     if side % UNet.SIDE_MULTIPLE:
         raise click.BadParameter(f"{side} is not a multiple of {UNet.SIDE_MULTIPLE}, as the U-Net needs it")
     return side

@@ -1,4 +1,4 @@
-"""A small 3-D U-Net that takes raw intensities: it normalises each patch itself."""
+"""A small 3-D U-Net for raw intensities: its first layer normalises each patch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ LEVELS = 3
 class UNet(nn.Module):
     """Patches (B, C, I, J, K) to logits (B, classes, I, J, K).
 
-    The first layer is an instance norm, so that intensities of any scanner may come in as they are
-    stored. Each side of a patch must be a multiple of `SIDE_MULTIPLE`.
+    The first layer is an instance norm, so that stored intensities of any scanner can be used. Each
+    side of a patch must be a multiple of `SIDE_MULTIPLE`.
     """
 
     SIDE_MULTIPLE = 2 ** (LEVELS - 1)

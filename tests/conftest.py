@@ -1,7 +1,8 @@
-"""What all tests share: one small cohort, and the rule that nothing is left behind."""
+"""Fixtures for all tests: one small cohort, and a check that nothing is left behind."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import sys
@@ -37,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def full(request: pytest.FixtureRequest) -> bool:
-    """Whether slow tests run in their full counts."""
+    """Whether slow tests run with their full numbers of cases."""
     return bool(request.config.getoption("--full"))
 
 
@@ -59,13 +60,13 @@ def cohort_store(cohort_source: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def cohort(cohort_store: Path) -> zp.Cohort:
-    """The small cohort, open."""
+    """The small cohort, opened."""
     return zp.Cohort(cohort_store)
 
 
 @pytest.fixture
 def out(tmp_path: Path) -> Iterator[Path]:
-    """Where predictions go."""
+    """The path of a new output for predictions."""
     yield tmp_path / "out.zarr"
     close_shards(tmp_path)
 
@@ -85,7 +86,7 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind(tmp_path: Path) -> Iterator[None]:
-    """Fail whatever leaves a process, a shared-memory block or a file below its folder open."""
+    """Fail a test that leaves a process, a shared-memory block or an open file below its folder."""
     before = _shared_memory()
     yield
     close_shards(tmp_path)  # the bounded cache of open maps is kept on purpose
@@ -100,12 +101,29 @@ def _left_behind(before: set[str], folder: Path) -> list[str]:
     me = psutil.Process()
     processes = [str(child) for child in me.children(recursive=True) if not _is_resource_tracker(child)]
     blocks = [name for name in _shared_memory() - before if not name.startswith("sem.")]
+    if blocks:
+        elsewhere = _shared_memory_of_others()
+        blocks = [name for name in blocks if name not in elsewhere and (SHARED_MEMORY / name).exists()]
     files = [file.path for file in me.open_files() if Path(file.path).is_relative_to(folder)]
     return processes + blocks + files
 
 
 def _shared_memory() -> set[str]:
     return set(os.listdir(SHARED_MEMORY)) if SHARED_MEMORY.exists() else set()
+
+
+def _shared_memory_of_others() -> set[str]:
+    """The blocks that processes of other test runs have open or mapped: tests run beside each other."""
+    me = psutil.Process()
+    mine = {me.pid, *(child.pid for child in me.children(recursive=True))}
+    found = set()
+    for process in psutil.process_iter():
+        if process.pid not in mine:
+            with contextlib.suppress(psutil.Error, OSError):
+                paths = [file.path for file in process.open_files()]
+                paths += [region.path for region in process.memory_maps(grouped=True)]
+                found |= {Path(path).name for path in paths if path.startswith(f"{SHARED_MEMORY}/")}
+    return found
 
 
 def _is_resource_tracker(process: psutil.Process) -> bool:

@@ -1,8 +1,8 @@
-"""A corpus of malformed, odd and hostile NIfTI files and cohorts, and what has to become of each.
+"""A corpus of malformed, odd and hostile NIfTI files and cohorts, with the expected result of each.
 
-Files are packed byte by byte, so that nothing stands between a test and the defect that it means.
-``FILES`` are made in the folder of the middle one of three subjects; ``COHORTS`` are whole sources;
-``BOMBS`` are files that declare or unfold to more than a machine can hold.
+Files are packed byte by byte, so that each has exactly the intended defect. ``FILES`` are made in the folder
+of the middle one of three subjects; ``COHORTS`` are whole sources; ``BOMBS`` are files that declare or
+decompress to more than fits in memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Fate = Literal["fails", "warns", "converts", "is passed over"]
+Fate = Literal["fails", "warns", "converts", "is ignored"]
 
 SHAPE = (5, 4, 6)
 VOXELS: NDArray[np.int16] = np.arange(np.prod(SHAPE), dtype="<i2").reshape(SHAPE[::-1]) - 30
@@ -38,8 +38,11 @@ BROKEN_GZIP = f"broken gzip data .*; {TRUNCATED}"
 
 @dataclass(frozen=True, slots=True)
 class FileKind:
-    """A kind of bad file: ``make`` puts it into a subject's folder, and ``says`` is a pattern of the reason
-    or the warning. ``voxels`` (z, y, x) are what the store holds where it converts."""
+    """A kind of bad file.
+
+    ``make`` writes it to a subject's folder; ``says`` is a pattern of the reason or the warning. ``voxels``
+    (z, y, x) are the expected voxels in the store if it converts.
+    """
 
     name: str
     fate: Fate
@@ -189,7 +192,7 @@ def flipped(data: bytes, byte: int, bit: int = 0) -> bytes:
 
 
 def edited(fate: Fate, says: str, *names_and_fields: Any) -> None:
-    """One kind for each (name, fields) whose header differs from the good one in those fields only."""
+    """One kind for each (name, fields): a file whose header differs from the good one in these fields."""
     for name, fields in names_and_fields:
         FILES.append(
             FileKind(name, fate, says, lambda folder, f=fields: plain(folder, nifti(**f)), VOXELS)  # type: ignore[misc]
@@ -337,7 +340,7 @@ def gzip_with_a_name_and_a_comment(folder: Path) -> None:
     packed(folder, b"\x1f\x8b\x08\x1c" + bytes(6) + b"\3\0abcname\0comment\0" + deflated + trailer)
 
 
-# Not what their name says ------------------------------------------------------------------------------
+# Another kind than their name ------------------------------------------------------------------------------
 
 
 @kind("fails", "empty|" + NOT_NIFTI)
@@ -439,12 +442,12 @@ def pair_of_header_and_voxels(folder: Path) -> None:
     plain(folder, VOXELS.tobytes(), "t1.img")
 
 
-@kind("is passed over")
+@kind("is ignored")
 def voxels_of_a_pair_without_their_header(folder: Path) -> None:
     plain(folder, VOXELS.tobytes(), "t1.img")
 
 
-# No regular files --------------------------------------------------------------------------------------
+# Irregular files --------------------------------------------------------------------------------------
 
 
 @kind("fails", r"cannot be read \(No such file")
@@ -490,27 +493,27 @@ def link_to_a_device(folder: Path) -> None:
     (folder / "t1.nii").symlink_to("/dev/zero")
 
 
-@kind("is passed over")
+@kind("is ignored")
 def folder_called_nii_gz(folder: Path) -> None:
     (folder / "t1.nii.gz").mkdir()
 
 
-@kind("is passed over")
+@kind("is ignored")
 def companion_of_macos(folder: Path) -> None:
     packed(folder, b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(100), "._t1.nii.gz")
 
 
-@kind("is passed over")
+@kind("is ignored")
 def hidden_folder(folder: Path) -> None:
     good(folder / ".staging")
 
 
-@kind("is passed over")
+@kind("is ignored")
 def unfinished_download(folder: Path) -> None:
     packed(folder, zipped(nifti())[:99], "t1.nii.gz.part")
 
 
-@kind("is passed over")
+@kind("is ignored")
 def link_to_its_own_folder(folder: Path) -> None:
     (folder / "again").symlink_to(folder, target_is_directory=True)
 
@@ -520,7 +523,7 @@ def unreadable_file(folder: Path) -> None:
     good(folder).chmod(0)
 
 
-# Headers that make no sense ----------------------------------------------------------------------------
+# Invalid headers ----------------------------------------------------------------------------
 
 edited(
     "fails",
@@ -710,7 +713,7 @@ edited(
 
 
 def paired(folder: Path, labels: NDArray[Any] | bytes = VOXELS, **fields: Any) -> None:
-    """An image, and a label map with those voxels and fields."""
+    """An image, and a label map with these voxels and fields."""
     good(folder, "t1.nii")
     plain(folder, nifti(labels, **fields), "seg.nii")
 
@@ -831,7 +834,7 @@ def good_image_with_broken_labels(folder: Path) -> None:
     paired(folder, VOXELS.tobytes()[:-1])
 
 
-# More than a machine can hold --------------------------------------------------------------------------
+# More than fits in memory --------------------------------------------------------------------------
 
 _ZEROS = 2**24
 _GIB = 2**30
@@ -843,7 +846,7 @@ def _zeros() -> bytes:
 
 
 def of_zeros(count: int, start: bytes) -> bytes:
-    """Gzip data that decode to ``start`` and so many zeros, at about a thousandth of their length."""
+    """gzip data, a thousandth as long, that decompress to ``start`` and the given number of zeros."""
     whole, rest = divmod(count, _ZEROS)
     return zipped(start) + _zeros() * whole + (zipped(bytes(rest)) if rest else b"")
 

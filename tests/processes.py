@@ -1,4 +1,4 @@
-"""What tests of processes share: who runs, waiting for a condition, a small Dask cluster."""
+"""Helpers for tests of processes: the running children, waiting for a condition, a small Dask cluster."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DEADLINE_S = 10
 
 
 def children() -> list[int]:
-    """The processes that this one has started, but for the one in which Python counts shared memory."""
+    """The running child processes of this one, without Python's resource tracker."""
     found = []
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -42,6 +42,6 @@ def local_cluster(workers: int = 2) -> Iterator[Any]:
     from distributed import LocalCluster
 
     with LocalCluster(
-        n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=50
+        n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=":0", silence_logs=50
     ) as cluster:
         yield cluster

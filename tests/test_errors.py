@@ -38,7 +38,7 @@ BRANCH = re.compile(r"^ {4}((?:│   |    )*)[├└]── (\w+)(?: \((\w+)\))?
 
 
 def tree_in_docstring() -> dict[str, tuple[str, ...]]:
-    """Class name -> names of its bases, as the module's docstring draws them."""
+    """Class name -> names of its bases, from the tree in the module's docstring."""
     assert errors.__doc__ is not None
     bases: dict[str, tuple[str, ...]] = {"ZpatchError": ("Exception",)}
     parents = ["ZpatchError"]
@@ -51,11 +51,11 @@ def tree_in_docstring() -> dict[str, tuple[str, ...]]:
 
 
 def test_the_tree_in_the_docstring_lists_every_class_with_its_bases() -> None:
-    told = {name: sorted(bases) for name, bases in tree_in_docstring().items()}
-    assert told == {error.__name__: sorted(base.__name__ for base in error.__bases__) for error in CLASSES}
+    drawn = {name: sorted(bases) for name, bases in tree_in_docstring().items()}
+    assert drawn == {error.__name__: sorted(base.__name__ for base in error.__bases__) for error in CLASSES}
 
 
-def test_each_error_but_the_base_has_a_built_in_in_the_table() -> None:
+def test_each_error_except_the_base_has_a_built_in_in_the_table() -> None:
     assert BUILT_INS.keys() == {error.__name__ for error in CLASSES} - {"ZpatchError"}
 
 
@@ -67,7 +67,7 @@ def test_each_error_is_caught_as_its_built_in_and_as_a_zpatch_error(name: str) -
 
 
 @pytest.mark.parametrize("error", CLASSES)
-def test_an_error_comes_through_a_process_border_with_its_text(error: type[Exception]) -> None:
+def test_an_error_keeps_its_text_between_processes(error: type[Exception]) -> None:
     copy = pickle.loads(pickle.dumps(error("what, where, 'what to do'")))
     assert type(copy) is error
     assert str(copy) == "what, where, 'what to do'"

@@ -1,4 +1,4 @@
-"""The README is run as it stands: console blocks as commands, python blocks as one program."""
+"""The README is run as written: console blocks as commands, python blocks as one program."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_each_block_of_the_readme_runs_as_written(
     for kind, text in BLOCK.findall(README.read_text()):
         kinds.append(kind)
         if kind == "python":
-            exec(compile(text, "README.md", "exec"), names)  # the README's own code, on purpose
+            exec(compile(text, "README.md", "exec"), names)  # the code of the README, on purpose
             continue
         for line in text.strip().splitlines():
             program, *arguments = shlex.split(line)

@@ -16,12 +16,12 @@ _CHECK = re.compile(rb'"check":"([0-9a-f]{32})",')
 
 
 def new_digest(data: bytes = b"") -> hashlib.blake2b:
-    """The hash of the format, blake2b-128, to be fed with bytes."""
+    """The hash of the format, blake2b-128, of ``data`` so far; ``update`` adds bytes."""
     return hashlib.blake2b(data, digest_size=16)
 
 
 def digest(data: bytes) -> str:
-    """blake2b-128 of some bytes, in hexadecimal."""
+    """The blake2b-128 of ``data``, in hexadecimal."""
     return new_digest(data).hexdigest()
 
 
@@ -36,7 +36,7 @@ def sealed_line(value: Json) -> str:
 
 
 def check_seal(line: bytes | memoryview, where: str) -> None:
-    """Refuse a manifest line that is not the one that was written."""
+    """Raise ``DamageError`` unless a line has a ``check`` that is the digest of the rest of the line."""
     check = _CHECK.search(line)
     if check is None:
         raise DamageError(f"{where} is not a manifest line; restore the file from a copy")
@@ -45,7 +45,7 @@ def check_seal(line: bytes | memoryview, where: str) -> None:
 
 
 def unsealed(line: bytes | memoryview, where: str) -> Json:
-    """The value of a manifest line, once its check holds."""
+    """The value of a manifest line, without its ``check``; a wrong one raises ``DamageError``."""
     check_seal(line, where)
     value = json.loads(bytes(line))
     del value["check"]

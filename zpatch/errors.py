@@ -6,24 +6,24 @@ Each is also the built-in that a caller would expect, so that ``except ValueErro
     ├── SourceError (ValueError)                an input file or folder cannot be used
     │   └── NiftiError                          a file is not the NIfTI image that it should be
     ├── StoreError (OSError)                    a store cannot be used
-    │   ├── NotAStoreError (FileNotFoundError)  there is no store at that place
-    │   ├── StoreExistsError (FileExistsError)  there is something at that place already
-    │   ├── StoreLockedError (BlockingIOError)  somebody else is writing to it
-    │   └── DamageError                         bytes are missing or not those that were written
+    │   ├── NotAStoreError (FileNotFoundError)  there is no store at that path
+    │   ├── StoreExistsError (FileExistsError)  the path exists already
+    │   ├── StoreLockedError (BlockingIOError)  another process is writing to the store
+    │   └── DamageError                         a file is missing or was changed after it was written
     ├── UnknownNameError (KeyError)             no subject, split or image has that name
     ├── PatchSizeError (ValueError)             a patch size is malformed or does not fit
     ├── PatchOverlapError (ValueError)          an overlap is odd, negative or too large
-    ├── PatchLocationError (IndexError)         a location lies outside its image
-    ├── SamplingError (ValueError)              a map has nothing that could be drawn
+    ├── PatchLocationError (IndexError)         a location is outside its image
+    ├── SamplingError (ValueError)              a map has no voxel that could be drawn
     ├── QueueError (RuntimeError)               a queue or one of its workers failed
-    ├── WorkerError (RuntimeError)              a task was given up: its workers were killed
-    ├── ModelError (RuntimeError)               a network failed or gave what cannot be placed
+    ├── WorkerError (RuntimeError)              a task failed because its workers were killed
+    ├── ModelError (RuntimeError)               a network cannot be loaded, or its output cannot be used
     ├── IncompleteCoverageError (ValueError)    patches are missing, repeated or leave voxels uncovered
     ├── MemoryLimitError (MemoryError)          the plan needs more memory than is allowed
-    └── OptionError (ValueError)                an option has a value that means nothing
+    └── OptionError (ValueError)                an option has an invalid value
 
-An error that is about an option names it in ``option``, and writes other options in its text as Python does:
-``max_memory``, ``fill=``, ``padding_mode='edge'``. The command line puts its own names in their place.
+An error about an option names it in ``option``, and writes other options in its text as Python does:
+``max_memory``, ``fill=``, ``padding_mode='edge'``. The command line replaces these by its own flags.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from collections.abc import Iterable
 
 
 def one_line(error: BaseException) -> str:
-    r"""What an error says, on one line and without what a terminal would act on.
+    r"""The text of an error, on one line and with control characters escaped.
 
     >>> one_line(ValueError("a\nb\x1b[2J"))
     'a b\\x1b[2J'
@@ -43,7 +43,7 @@ def one_line(error: BaseException) -> str:
 
 
 class ZpatchError(Exception):
-    """Base of all errors of zpatch; ``option`` is the name of the option that it is about, or None."""
+    """Base of all errors of zpatch; ``option`` is the name of the option that the error is about, or None."""
 
     option: str | None = None
 
@@ -61,25 +61,25 @@ class StoreError(ZpatchError, OSError):
 
 
 class NotAStoreError(StoreError, FileNotFoundError):
-    """There is no store at that place."""
+    """There is no store at that path."""
 
 
 class StoreExistsError(StoreError, FileExistsError):
-    """There is something at that place already."""
+    """The path exists already."""
 
 
 class StoreLockedError(StoreError, BlockingIOError):
-    """Somebody else is writing to the store."""
+    """Another process is writing to the store."""
 
 
 class DamageError(StoreError):
-    """Bytes are missing or not those that were written."""
+    """A file is missing or was changed after it was written."""
 
 
 class UnknownNameError(ZpatchError, KeyError):
     """No subject, split or image has that name."""
 
-    def __str__(self) -> str:  # KeyError would show the text quoted and escaped
+    def __str__(self) -> str:  # KeyError shows its text quoted and escaped
         return str(self.args[0]) if self.args else ""
 
     @classmethod
@@ -109,11 +109,11 @@ class PatchOverlapError(ZpatchError, ValueError):
 
 
 class PatchLocationError(ZpatchError, IndexError):
-    """A location lies outside its image."""
+    """A location is outside its image."""
 
 
 class SamplingError(ZpatchError, ValueError):
-    """A label or probability map has nothing that could be drawn."""
+    """A label map or sampling map has no voxel that could be drawn."""
 
 
 class QueueError(ZpatchError, RuntimeError):
@@ -121,11 +121,11 @@ class QueueError(ZpatchError, RuntimeError):
 
 
 class WorkerError(ZpatchError, RuntimeError):
-    """A task was given up, because its workers were killed again and again."""
+    """A task failed because its workers were killed again and again."""
 
 
 class ModelError(ZpatchError, RuntimeError):
-    """A network failed, or gave an output that cannot be placed."""
+    """A network cannot be loaded, failed, or gave an output that cannot be used."""
 
 
 class IncompleteCoverageError(ZpatchError, ValueError):
@@ -137,7 +137,7 @@ class MemoryLimitError(MemoryError, ZpatchError):  # MemoryError first: only it 
 
 
 class OptionError(ZpatchError, ValueError):
-    """An option has a value that means nothing.
+    """An option has an invalid value.
 
     >>> OptionError("jobs must be at least 1, not 0", option="jobs").option
     'jobs'

@@ -1,4 +1,4 @@
-"""Conversion: speed and memory, and how fast what was converted is there again."""
+"""Conversion: its speed and peak memory, and how fast a converted cohort is opened."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ OPENED_WITH_ZARR = 200
 
 NOT_SHOWN = (
     "Conversion reads from a warm page cache and writes to the disk of this machine: a network file system "
-    "or a cold disk is slower for all. zpatch syncs every file and hashes source and store, and gathers "
-    "statistics; the peers do none of it, and are not charged for that.",
+    "or a cold disk is slower for all. zpatch syncs every file, hashes source and store, and computes "
+    "statistics; the peers do none of this, and the figures make no allowance for it.",
     "The volume is a head upsampled, with white noise. Smoother images, and label maps, compress further and "
     "convert faster, in zpatch and in the peers.",
     "The peers run as a user would call them from Python, with their own threads on all cores; the floors "
@@ -48,7 +48,7 @@ NOT_SHOWN = (
 
 
 def run(options: Options) -> str:
-    """All figures, as Markdown."""
+    """All tables of the stage, as Markdown."""
     parts = _speed(options), _memory(options), _opening(options), _starting(options)
     return "\n\n".join(parts)
 
@@ -93,14 +93,14 @@ def _converters(source: Path, stores: Path) -> dict[str, Run]:
 
 
 def convert_once(source: str | Path, store: str | Path, codec: str = "lz4") -> None:
-    """Convert into a store that is not there yet."""
+    """Convert into a new store."""
     import zpatch as zp
 
     zp.convert(source, store, codec=codec)
 
 
 def _checked_bytes(name: str, run: Run, stores: Path, voxels: NDArray[Any]) -> int:
-    """Run a converter once, to warm up, and compare its voxels with the file's; the bytes it stored."""
+    """Run a converter once, to warm up, check its voxels, and return the number of bytes it stored."""
     shutil.rmtree(stores, ignore_errors=True)
     stores.mkdir(parents=True)
     run()
@@ -132,14 +132,14 @@ def _floors(file: Path, voxels: NDArray[Any], stored_bytes: int, stores: Path) -
 
 
 def _chunks(voxels: NDArray[Any]) -> list[NDArray[Any]]:
-    """All chunks of 32 x 32 x 32, each contiguous; at the ends filled with zeros, as they are stored."""
+    """All chunks of 32 x 32 x 32, each contiguous; chunks at the ends are padded with zeros."""
     padded = np.pad(voxels, [(0, -n % CHUNK) for n in voxels.shape])
     starts = itertools.product(*(range(0, n, CHUNK) for n in padded.shape))
     return [padded[z : z + CHUNK, y : y + CHUNK, x : x + CHUNK].copy() for z, y, x in starts]
 
 
 def _decode(file: Path) -> None:
-    """Decode into one small buffer: nothing is kept."""
+    """Decode into one small buffer, over and over."""
     from isal import igzip
 
     buffer = bytearray(READ_BYTES)
@@ -166,7 +166,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _tidy(options: Options) -> None:
-    """Remove what was written, and let the disk come to rest, so that nobody pays for another's writes."""
+    """Remove the stores and sync the disk, so that no contender waits for another's writes."""
     shutil.rmtree(options.stores, ignore_errors=True)
     options.stores.mkdir(parents=True)
     os.sync()
@@ -193,7 +193,7 @@ def _speed_goals(times: dict[str, list[float]]) -> list[Goal]:
     ]
 
 
-# Memory: of one conversion, and against the size of the volume.
+# Memory of one conversion, and its growth with the size of the volume.
 
 
 def _memory(options: Options) -> str:
@@ -227,10 +227,10 @@ def _memory(options: Options) -> str:
 
 
 def _base_bytes(source: Path, options: Options) -> int:
-    """Peak memory of a process that imports whatever a conversion has imported by its end."""
+    """Peak memory of a process that imports all modules that a conversion imports."""
     _tidy(options)
-    names = in_fresh_process("bench_convert:modules_after", source, options.stores / "memory").value
-    return in_fresh_process("bench_convert:import_only", *names).peak_bytes
+    names = in_fresh_process("convert.bench:modules_after", source, options.stores / "memory").value
+    return in_fresh_process("convert.bench:import_only", *names).peak_bytes
 
 
 def modules_after(source: str, store: str) -> list[str]:
@@ -240,9 +240,9 @@ def modules_after(source: str, store: str) -> list[str]:
 
 
 def import_only(*names: str) -> None:
-    """Import those modules, and do nothing."""
+    """Import these modules, and do nothing else."""
     for name in names:
-        with contextlib.suppress(ImportError):  # some stand under a name that cannot be imported
+        with contextlib.suppress(ImportError):  # some names in sys.modules cannot be imported
             importlib.import_module(name)
 
 
@@ -251,7 +251,7 @@ def _longer(source: Path) -> str:
 
 
 def _slab_bytes(source: Path) -> int:
-    """Bytes of the largest slab, as the plan says."""
+    """Bytes of the largest slab, from the plan."""
     from zpatch.conversion.conversion_options import ConvertOptions
     from zpatch.conversion.conversion_plan import plan_conversion
 
@@ -260,7 +260,7 @@ def _slab_bytes(source: Path) -> int:
 
 def _conversion_in_fresh_process(source: Path, options: Options) -> int:
     _tidy(options)
-    return in_fresh_process("bench_convert:convert_once", source, options.stores / "memory").peak_bytes
+    return in_fresh_process("convert.bench:convert_once", source, options.stores / "memory").peak_bytes
 
 
 def _peer_peak(peer: peers.Peer, source: Path, options: Options) -> int | None:
@@ -268,7 +268,7 @@ def _peer_peak(peer: peers.Peer, source: Path, options: Options) -> int | None:
         return None
     _tidy(options)
     place = options.stores / "memory"
-    return in_fresh_process("bench_convert:peer_once", peer.name, data.file_of(source), place).peak_bytes
+    return in_fresh_process("convert.bench:peer_once", peer.name, data.file_of(source), place).peak_bytes
 
 
 def peer_once(name: str, file: str, store: str) -> None:
@@ -291,16 +291,16 @@ def _opening(options: Options) -> str:
     subjects = 1_000 if options.quick else 10_000
     cohort = data.tiny_cohort(options.data, subjects, OPENED_WITH_ZARR)
     manifest_bytes = (cohort / "manifest.jsonl").stat().st_size
-    base = in_fresh_process("bench_convert:import_cohort").peak_bytes
+    base = in_fresh_process("convert.bench:import_cohort").peak_bytes
     opened: list[FreshRun] = []
     reached: list[FreshRun] = []
     resumed: list[FreshRun] = []
     by_zarr: list[float] = []
     for _ in range(2 if options.quick else 5):
-        opened.append(in_fresh_process("bench_convert:open_cohort", cohort))
-        reached.append(in_fresh_process("bench_convert:reach_every_image", cohort))
-        resumed.append(in_fresh_process("bench_convert:resume", cohort.with_name("cohort-source"), cohort))
-        found = in_fresh_process("bench_convert:open_with_zarr", cohort).value
+        opened.append(in_fresh_process("convert.bench:open_cohort", cohort))
+        reached.append(in_fresh_process("convert.bench:reach_every_image", cohort))
+        resumed.append(in_fresh_process("convert.bench:resume", cohort.with_name("cohort-source"), cohort))
+        found = in_fresh_process("convert.bench:open_with_zarr", cohort).value
         by_zarr.append(found["seconds"] * 2 * subjects / found["images"])
     times = [found.value["seconds"] for found in opened]
     peak = statistics.median(found.peak_bytes for found in opened)
@@ -348,12 +348,12 @@ def _opening_row(
 
 
 def import_cohort() -> None:
-    """Import what opening a cohort imports."""
+    """Import the modules that opening a cohort needs."""
     import_only("zpatch.images.cohort")
 
 
 def open_cohort(path: str) -> dict[str, float]:
-    """Open a cohort, imports not counted."""
+    """Open a cohort; imports are not timed."""
     from zpatch import Cohort
 
     begin = time.perf_counter()
@@ -362,7 +362,7 @@ def open_cohort(path: str) -> dict[str, float]:
 
 
 def reach_every_image(path: str) -> dict[str, float]:
-    """Open a cohort and come by each image of each subject, imports not counted."""
+    """Open a cohort and access each image of each subject; imports are not timed."""
     from zpatch import Cohort
 
     begin = time.perf_counter()
@@ -371,7 +371,7 @@ def reach_every_image(path: str) -> dict[str, float]:
 
 
 def resume(source: str, path: str) -> dict[str, float]:
-    """Convert a cohort that is in its store already, imports not counted."""
+    """Convert a cohort that is already converted; imports are not timed."""
     from zpatch import convert
 
     begin = time.perf_counter()
@@ -381,7 +381,7 @@ def resume(source: str, path: str) -> dict[str, float]:
 
 
 def open_with_zarr(path: str) -> dict[str, float]:
-    """Open the groups and arrays of the subjects that have folders, imports not counted."""
+    """Open the groups and arrays of the subjects that have folders; imports are not timed."""
     names = [f"sub-{number:05d}" for number in range(OPENED_WITH_ZARR)]
     peers.open_each_with_zarr(Path(path), names[:1])
     begin = time.perf_counter()

@@ -1,6 +1,6 @@
-"""The opponents: each a small function that does what its own documentation says, as fast as it can.
+"""The peers: each a small function that converts as the library's documentation says, as fast as it can.
 
-A library is imported when its function runs, so that one that is not installed is reported and not fatal.
+A library is imported when its function runs, so that a missing one is reported and not fatal.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Conversion = Callable[[Path, Path], None]
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """An opponent in conversion: ``convert(file, store)`` makes an LZ4 store without pyramid of a file."""
+    """A peer in conversion: ``convert(file, store)`` converts a file to an LZ4 store without pyramid."""
 
     name: str
     package: str
@@ -27,7 +27,7 @@ class Peer:
 
     @property
     def installed(self) -> bool:
-        """Whether its library is there."""
+        """Whether its library is installed."""
         return importlib.util.find_spec(self.module) is not None
 
     def __str__(self) -> str:
@@ -96,7 +96,7 @@ CONVERTERS = (
 
 
 def open_each_with_zarr(store: Path, names: list[str]) -> int:
-    """Open each image of a store's subjects as zarr-python does, group and array; how many there were."""
+    """Open the group and array of each image of some subjects by zarr-python; return how many there are."""
     import zarr
 
     images = [path.parent for name in names for path in sorted((store / name).glob("*/zarr.json"))]

@@ -69,5 +69,5 @@ def test_processes_start_together_and_a_restarted_process_is_an_error(
     task = task_of(cohort, tmp_path, number=0, processes=2)
     (tmp_path / "warm-1").touch()
     task.meet("warm")
-    with pytest.raises(WorkerError, match="was killed, perhaps for want of memory; try fewer --jobs"):
+    with pytest.raises(WorkerError, match="was killed, perhaps for want of memory; try fewer jobs="):
         task.meet("warm")

@@ -66,7 +66,7 @@ def run(capfd: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture
 def refused(run: Run) -> Callable[..., str]:
-    """Run a command that must fail with an exit code and one line, and with -v a traceback before it."""
+    """Run a command that must fail with an exit code and one line, after a traceback with -v."""
 
     def run_it(*arguments: Any, code: int = 1) -> str:
         found, out, err = run(*arguments, "-q")
@@ -84,7 +84,7 @@ def refused(run: Run) -> Callable[..., str]:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A working folder of its own, with some networks in it."""
+    """A new working folder, with some networks in it."""
     (tmp_path / "nets_of_cli.py").write_text(NETS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -150,9 +150,7 @@ def test_a_cohort_goes_through_every_command(run: Run, cohort_source: Path, here
     ],
     ids=" ".join,
 )
-def test_json_is_all_that_stdout_holds(
-    run: Run, store: Path, cohort_source: Path, command: tuple[str, ...]
-) -> None:
+def test_stdout_holds_only_json(run: Run, store: Path, cohort_source: Path, command: tuple[str, ...]) -> None:
     code, out, _ = run(*(cohort_source if word == "SOURCE" else word for word in command), "--json")
     assert code == 0
 
@@ -162,7 +160,7 @@ def test_json_is_all_that_stdout_holds(
     assert json.loads(out, parse_constant=no_constant)
 
 
-def test_json_names_what_was_done(run: Run, cohort_source: Path, here: Path) -> None:
+def test_json_has_the_results_of_a_command(run: Run, cohort_source: Path, here: Path) -> None:
     report = json.loads(run("convert", cohort_source, "cohort.zarr", "--json")[1])
     assert [case["subject"] for case in report["cases"]] == ["sub-01", "sub-02", "sub-03", "sub-04"]
     assert [case["status"] for case in report["cases"]] == ["converted"] * 4
@@ -217,7 +215,7 @@ def test_defaults_come_from_the_environment(
     assert codecs_of(here / "a.zarr") == {"lz4hc"}
 
 
-def test_a_config_file_calls_options_as_the_command_line_does(run: Run, store: Path, here: Path) -> None:
+def test_a_config_file_names_options_by_their_flags(run: Run, store: Path, here: Path) -> None:
     lines = [
         "[predict]",
         'model = "nets_of_cli:doubling"',
@@ -229,7 +227,7 @@ def test_a_config_file_calls_options_as_the_command_line_does(run: Run, store: P
     assert run("--config", "zpatch.toml", "predict", store, "out.zarr", "-q") == (0, "out.zarr\n", "")
 
 
-def test_the_environment_calls_options_as_the_command_line_does(
+def test_the_environment_names_options_by_their_flags(
     run: Run, store: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"MODEL": "nets_of_cli:doubling", "IMAGE": "t1", "PATCH_SIZE": "24", "JSON": "1"}
@@ -240,7 +238,7 @@ def test_the_environment_calls_options_as_the_command_line_does(
     assert json.loads(out)["subjects"] == zp.Cohort(store).names
 
 
-def test_a_config_file_that_names_what_no_command_has_is_refused(
+def test_unknown_commands_and_options_in_a_config_file_are_refused(
     run: Run, cohort_source: Path, here: Path
 ) -> None:
     (here / "zpatch.toml").write_text('[convert]\ncodek = "zstd"\n')
@@ -261,22 +259,22 @@ def test_a_source_that_is_empty_or_missing_is_refused(refused: Callable[..., str
     assert not (here / "a.zarr").exists()
 
 
-def test_a_store_that_exists_is_gone_on_with_and_only_overwrite_starts_over(
+def test_an_existing_store_is_resumed_and_only_overwrite_starts_over(
     run: Run, cohort_source: Path, store: Path
 ) -> None:
     (store / LOCK).write_text("")
     before = everything_below(store)
     code, out, err = run("convert", cohort_source, store)
     assert (code, out) == (0, f"{store}\n")
-    assert "4 subjects are there already; 0 subjects, 0 images" in err
+    assert "4 subjects are already converted; 0 subjects, 0 images" in err
     assert re.search(r"^converted +0 +0 +0 B", err, re.MULTILINE)
-    assert re.search(r"^there already +4$", err, re.MULTILINE)
+    assert re.search(r"^already converted +4$", err, re.MULTILINE)
     assert {**everything_below(store), LOCK: b""} == before
     assert run("convert", cohort_source, store, "--overwrite", "--limit", "1")[0] == 0
     assert zp.Cohort(store).names == ["sub-01"]
 
 
-def test_the_command_that_an_error_about_damage_names_mends_it_and_touches_nothing_else(
+def test_the_command_in_an_error_about_damage_repairs_it_and_changes_nothing_else(
     run: Run, cohort_source: Path, store: Path
 ) -> None:
     def others() -> dict[str, bytes]:
@@ -290,7 +288,7 @@ def test_the_command_that_an_error_about_damage_names_mends_it_and_touches_nothi
     (store / "sub-02" / "zarr.json").write_text("{}")
     close_shards(store)
     code, _, err = run("export", store, store.parent / "out")
-    found = re.search(r"'zpatch (convert) SOURCE (.*)' mends it", err)
+    found = re.search(r"'zpatch (convert) SOURCE (.*)' repairs it", err)
     assert code == 1
     assert found is not None
     assert run("verify", store)[0] == 4
@@ -302,7 +300,7 @@ def test_the_command_that_an_error_about_damage_names_mends_it_and_touches_nothi
     assert others() == before
 
 
-def test_a_subject_that_cannot_be_replaced_stays_as_it_was(
+def test_a_subject_that_cannot_be_replaced_is_unchanged(
     run: Run, cohort_source: Path, store: Path, here: Path
 ) -> None:
     (here / "bad" / "sub-02").mkdir(parents=True)
@@ -315,7 +313,7 @@ def test_a_subject_that_cannot_be_replaced_stays_as_it_was(
     assert {**everything_below(store), LOCK: b""} == {**before, LOCK: b""}
 
 
-def test_info_of_some_subjects_counts_those_and_refuses_names_of_none(
+def test_info_of_chosen_subjects_counts_only_them_and_refuses_patterns_without_a_match(
     run: Run, refused: Callable[..., str], store: Path
 ) -> None:
     assert " 4 subjects, 8 images, " in run("info", store)[1]
@@ -332,17 +330,17 @@ def test_a_prediction_of_no_subject_is_wrong_usage(run: Run, store: Path, here: 
     assert not (here / "o.zarr").exists()
 
 
-def test_a_folder_that_is_no_store_is_never_overwritten(
+def test_a_folder_that_is_not_a_store_is_never_overwritten(
     refused: Callable[..., str], cohort_source: Path, here: Path
 ) -> None:
     (here / "thesis").mkdir()
     (here / "thesis" / "chapter-1").write_text("All of it")
     line = refused("convert", cohort_source, "thesis", "--overwrite")
-    assert "thesis: there is something else there; choose another name" in line
+    assert "thesis: it exists and is no zpatch store; choose another name" in line
     assert (here / "thesis" / "chapter-1").read_text() == "All of it"
 
 
-def test_a_file_that_is_no_nifti_fails_alone_and_is_left_out_among_good_ones(
+def test_a_file_that_is_not_nifti_fails_alone_and_is_left_out_among_good_ones(
     refused: Callable[..., str], run: Run, cohort_source: Path, here: Path
 ) -> None:
     (here / "bad" / "sub-99").mkdir(parents=True)
@@ -359,7 +357,7 @@ def test_a_file_that_is_no_nifti_fails_alone_and_is_left_out_among_good_ones(
     assert run("verify", "a.zarr")[0] == 0
 
 
-def test_a_file_that_breaks_off_leaves_nothing_of_its_case(run: Run, cohort_source: Path, here: Path) -> None:
+def test_a_truncated_file_leaves_nothing_of_its_case(run: Run, cohort_source: Path, here: Path) -> None:
     source = only(cohort_source, here / "scans", "sub-01", "sub-02")
     file = source / "sub-02" / "t1.nii.gz"
     file.write_bytes(file.read_bytes()[:-5000])
@@ -382,7 +380,7 @@ def test_label_and_image_of_different_shape_are_refused(
     assert not (here / "a.zarr").exists()
 
 
-def test_a_patch_larger_than_the_volume_names_axis_sizes_and_way_out(cohort: zp.Cohort) -> None:
+def test_the_error_about_a_patch_larger_than_the_volume_has_axis_sizes_and_advice(cohort: zp.Cohort) -> None:
     n = cohort["sub-01"].spatial_shape[0]
     with pytest.raises(zp.ZpatchError) as error:
         next(zp.LabelSampler(n + 1)(cohort["sub-01"], 1))
@@ -429,7 +427,7 @@ def test_a_benchmark_in_json_has_figures_and_advice(run: Run, store: Path) -> No
     assert report["advice"]
 
 
-def test_a_benchmark_of_what_cannot_be_read_is_refused(refused: Callable[..., str], store: Path) -> None:
+def test_a_benchmark_of_an_unreadable_store_is_refused(refused: Callable[..., str], store: Path) -> None:
     line = refused("bench", store, "--patch-size", "24,24,500", code=2)
     assert "patch of 500 voxels does not fit axis K of 'sub-0" in line
     for shard in store.glob("*/seg/0/c/0/0/0"):
@@ -462,7 +460,7 @@ def test_an_odd_or_too_large_overlap_is_refused(
         ("failing", "the model failed on subject 'sub-01', patches at (0, 0, 0)"),
     ],
 )
-def test_a_network_that_fails_leaves_an_output_that_verify_calls_incomplete(
+def test_a_network_that_fails_leaves_an_output_that_verify_reports_as_incomplete(
     run: Run, store: Path, factory: str, text: str
 ) -> None:
     code, out, err = run("predict", store, "out.zarr", "--model", f"nets_of_cli:{factory}", *PREDICT, "-q")
@@ -471,7 +469,7 @@ def test_a_network_that_fails_leaves_an_output_that_verify_calls_incomplete(
     assert text in err
     code, _, err = run("verify", "out.zarr", "-q")
     assert code == 4
-    assert "incomplete: subject 'sub-01' was announced and is not there" in err
+    assert "incomplete: subject 'sub-01' was never committed" in err
     assert not list(Path("out.zarr").rglob("c"))
 
 
@@ -485,7 +483,7 @@ def test_a_model_that_cannot_be_loaded_is_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize("command", ["info", "verify", "export", "predict", "report", "bench"])
-def test_a_store_that_is_none_or_of_a_newer_format_is_refused(
+def test_a_folder_that_is_not_a_store_and_a_store_of_a_newer_format_are_refused(
     refused: Callable[..., str], store: Path, cohort_source: Path, command: str
 ) -> None:
     rest: tuple[str, ...] = ()
@@ -529,7 +527,7 @@ def test_more_memory_than_is_allowed_is_refused(
     assert not (here / "a.zarr").exists()
 
 
-def test_files_that_exist_are_not_exported_over(
+def test_existing_files_are_not_replaced_by_an_export(
     refused: Callable[..., str], run: Run, store: Path, here: Path
 ) -> None:
     assert run("export", store, "nifti", "--image", "seg")[0] == 0
@@ -537,7 +535,7 @@ def test_files_that_exist_are_not_exported_over(
     assert "nifti/sub-01/seg.nii.gz: it exists already; say --overwrite" in refused("export", store, "nifti")
     assert everything_below(here / "nifti") == before
     assert run("export", store, "nifti", "--overwrite")[0] == 0
-    assert "8 images are to go there" in refused("export", store, "all.nii.gz", code=2)
+    assert "but 8 images were chosen" in refused("export", store, "all.nii.gz", code=2)
 
 
 @pytest.mark.parametrize(
@@ -555,7 +553,7 @@ def test_files_that_exist_are_not_exported_over(
         (["--config", "nowhere.toml", "info", "a"], "does not exist"),
     ],
 )
-def test_wrong_usage_gives_exit_code_2_and_says_what(run: Run, arguments: list[str], text: str) -> None:
+def test_wrong_usage_gives_exit_code_2_and_a_reason(run: Run, arguments: list[str], text: str) -> None:
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
     assert text in err
@@ -572,7 +570,7 @@ def test_a_reduction_that_does_not_exist_is_refused(run: Run, store: Path, reduc
     assert not Path("out.zarr").exists()
 
 
-def test_a_config_file_that_is_no_toml_is_wrong_usage(run: Run, here: Path) -> None:
+def test_a_config_file_that_is_not_toml_is_wrong_usage(run: Run, here: Path) -> None:
     (here / "zpatch.toml").write_text("codec: zstd")
     code, _, err = run("--config", "zpatch.toml", "info", "a")
     assert code == 2
@@ -601,7 +599,7 @@ def test_the_help_names_every_command_and_the_exit_codes(run: Run) -> None:
     code, out, err = run("--help")
     assert (code, err) == (0, "")
     assert all(f"\n  {command} " in out for command in COMMANDS)
-    assert "Exit codes: 0 all well, 1 error, 2 wrong usage, 3 some cases failed" in out
+    assert "Exit codes: 0 success, 1 error, 2 wrong usage, 3 some cases failed" in out
     assert run("--version")[1] == f"zpatch, version {zp.__version__}\n"
 
 

@@ -81,7 +81,7 @@ def test_a_wrong_option_of_export_is_named_by_its_flag(
     wrong: Callable[..., str], cohort_store: Path, tmp_path: Path
 ) -> None:
     line = wrong("export", cohort_store, tmp_path / "all.nii")
-    assert line.endswith("8 images are to go there; choose one with --include and --image, or name a folder")
+    assert line.endswith("but 8 images were chosen; choose one with --include and --image, or name a folder")
 
 
 def test_a_wrong_option_of_bench_is_named_by_its_flag(wrong: Callable[..., str], cohort_store: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_wrong_option_of_bench_is_named_by_its_flag(wrong: Callable[..., str],
     assert "use a smaller --patch-size, or a GridSampler with padding_mode='constant'" in line
 
 
-def test_a_memory_limit_names_flags_and_is_no_wrong_usage(
+def test_an_error_about_a_memory_limit_names_flags_and_is_not_wrong_usage(
     cohort_source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     command = ["convert", str(cohort_source), str(tmp_path / "a.zarr"), "--max-memory", "1 MiB"]
@@ -131,7 +131,7 @@ def test_names_of_options_become_flags_and_other_words_stay(
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_each_option_is_set_in_the_environment_by_its_flag_alone(
+def test_each_option_has_one_variable_of_the_environment_named_by_its_flag(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = command_of(name)
@@ -148,7 +148,7 @@ def test_each_option_is_set_in_the_environment_by_its_flag_alone(
 
 
 def choices_and_defaults(name: str) -> dict[str, tuple[list[str] | None, Any]]:
-    """The parameters of a command, by their names in Python: what may be chosen, and the default."""
+    """The parameters of a command, by their names in Python: their choices and defaults."""
     command = command_of(name)
     defaults = command.make_context(name, ["one", "other"]).params
     return {
@@ -182,5 +182,5 @@ def test_export_has_the_options_choices_and_defaults_of_the_function() -> None:
     assert set(shown) == {"store", "dest", "overwrite", "json"}
 
 
-def test_an_error_keeps_its_option_through_a_process_border() -> None:
+def test_an_error_keeps_its_option_between_processes() -> None:
     assert pickle.loads(pickle.dumps(OptionError("jobs must be", option="jobs"))).option == "jobs"

@@ -1,4 +1,4 @@
-"""What commands show: bars and tables on a terminal, plain lines elsewhere."""
+"""The output of commands: bars and tables on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ with click.Context(click.Command("info")):
 
 
 def on_a_terminal(program: str, columns: int = 100) -> str:
-    """Everything that a program shows on a terminal."""
+    """The whole output of a program on a terminal."""
     ours, theirs = pty.openpty()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": str(columns)}
     environment |= {"TERM": "xterm"}
@@ -52,7 +52,7 @@ def on_a_terminal(program: str, columns: int = 100) -> str:
     return shown.decode().replace("\r\n", "\n")
 
 
-def test_the_rate_is_of_the_last_half_minute_and_not_of_what_an_earlier_command_has_done(
+def test_the_rate_is_of_the_last_half_minute_without_the_work_of_an_earlier_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = 100.0
@@ -94,7 +94,7 @@ def test_a_terminal_shows_a_bar_that_ends_at_all_and_lines_above_it() -> None:
     assert "predicting" in shown
     assert "1000 of 1000 patches" in shown.split("sub-07 is odd [bold]\n")[1]
     assert "\x1b[?25l" in shown  # the cursor is hidden
-    assert shown.rindex("\x1b[?25h") > shown.rindex("100%")  # and comes back
+    assert shown.rindex("\x1b[?25h") > shown.rindex("100%")  # and is shown again
 
 
 def test_a_bar_of_a_command_that_fails_leaves_the_cursor_and_the_amount_done() -> None:
@@ -113,7 +113,7 @@ def test_a_table_without_a_terminal_is_plain_text_in_columns(capsys: pytest.Capt
     assert capsys.readouterr().out.splitlines() == ["image   voxels", "t1      64x64x8", "[b]seg  4"]
 
 
-def test_a_table_on_a_terminal_has_figures_flush_right_and_breaks_the_last_column_only() -> None:
+def test_a_table_on_a_terminal_has_numbers_flush_right_and_wraps_the_last_column_only() -> None:
     lines = on_a_terminal(TABLE, columns=30).splitlines()
     assert [line.rstrip() for line in lines[1:]] == [
         f"t1      64x64x8  {'F' * 24}",

@@ -1,4 +1,4 @@
-"""Conversion: the store holds what nibabel reads; what is bad fails alone, whole, and with a reason."""
+"""Conversion: the store holds the voxels that nibabel reads; a bad case fails alone and with a reason."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def store(tmp_path: Path) -> Path:
 
 
 def save(path: Path, voxels: NDArray[Any], affine: Any = None) -> Path:
-    """A NIfTI file of just these voxels."""
+    """A NIfTI file of these voxels."""
     path.parent.mkdir(parents=True, exist_ok=True)
     affine = np.eye(4) if affine is None else affine
     nib.Nifti1Image(voxels, affine, dtype=voxels.dtype).to_filename(path)
@@ -68,7 +68,7 @@ def only_image(store: Path) -> zp.Image:
 
 
 def fails(source: Path, store: Path, why: str) -> None:
-    """The one case of a source is refused, and no store is left."""
+    """The only case of a source is refused, and no store is left."""
     with pytest.raises(SourceError, match=why):
         zp.convert(source, store)
     assert not store.exists()
@@ -84,7 +84,7 @@ def test_every_voxel_and_affine_is_that_of_nibabel(cohort_source: Path, cohort: 
             assert image.spacing == pytest.approx(original.header.get_zooms())
 
 
-def test_images_label_maps_and_sampling_maps_are_told_apart(source: Path, store: Path) -> None:
+def test_images_label_maps_and_sampling_maps_are_distinguished(source: Path, store: Path) -> None:
     for name in ("t1", "seg", "where"):
         save(source / "sub" / f"{name}.nii", volume(4, 5, 6))
     zp.convert(source, store, sampling_patterns=["where"])
@@ -117,7 +117,7 @@ def test_statistics_are_those_of_numpy(
     assert stats["foreground_box"] == [where.min(0).tolist(), (where.max(0) + 1).tolist()]
 
 
-def test_voxels_that_are_no_numbers_are_counted_and_warned_of(source: Path, store: Path) -> None:
+def test_nan_and_infinite_voxels_are_counted_and_warned_of(source: Path, store: Path) -> None:
     voxels = volume(4, 5, 6, dtype=np.float32)
     voxels[0, 0, :3], voxels[1, 1, 1], voxels[2, 2, :2] = np.nan, np.inf, -np.inf
     save(source / "sub.nii", voxels)
@@ -165,7 +165,7 @@ def test_label_statistics_count_each_value(cohort_source: Path, cohort: zp.Cohor
         ([-1, 2**40], "i8"),
     ],
 )
-def test_integral_floats_are_stored_as_the_smallest_integer_and_exported_as_they_were(
+def test_integral_floats_are_stored_as_the_smallest_integer_and_exported_as_floats(
     source: Path, store: Path, tmp_path: Path, values: list[int], stored: str
 ) -> None:
     voxels = np.resize(np.array(values, np.float64), (4, 5, 6))
@@ -191,12 +191,14 @@ def test_integral_floats_are_stored_as_the_smallest_integer_and_exported_as_they
         (np.zeros((2, 3, 4), RGB), "a label map cannot have voxels of type"),
     ],
 )
-def test_what_cannot_be_labels_is_refused(source: Path, store: Path, voxels: NDArray[Any], why: str) -> None:
+def test_voxels_that_cannot_be_labels_are_refused(
+    source: Path, store: Path, voxels: NDArray[Any], why: str
+) -> None:
     save(source / "sub_seg.nii", voxels)
     fails(source, store, f"sub_seg.nii: .*{why}")
 
 
-def test_labels_with_a_slope_that_is_no_whole_number_are_refused(source: Path, store: Path) -> None:
+def test_labels_with_a_fractional_slope_are_refused(source: Path, store: Path) -> None:
     path = save(source / "sub_seg.nii", volume(2, 3, 4))
     data = bytearray(path.read_bytes())
     data[112:116] = np.float32(0.5).tobytes()
@@ -204,7 +206,7 @@ def test_labels_with_a_slope_that_is_no_whole_number_are_refused(source: Path, s
     fails(source, store, "a label map cannot have the slope 0.5")
 
 
-def test_label_values_too_large_for_the_index_fail_only_their_own_subject(source: Path, store: Path) -> None:
+def test_label_values_too_large_for_the_index_fail_only_their_subject(source: Path, store: Path) -> None:
     save(source / "good" / "t1.nii", volume(2, 3, 4))
     save(source / "bad" / "seg.nii", np.full((2, 3, 4), 2**63, np.uint64))
     report = zp.convert(source, store)
@@ -228,14 +230,14 @@ def shifted(voxels: float) -> NDArray[np.float64]:
     return affine
 
 
-def test_a_label_map_that_lies_half_a_voxel_away_from_its_image_is_refused(source: Path, store: Path) -> None:
+def test_a_label_map_half_a_voxel_away_from_its_image_is_refused(source: Path, store: Path) -> None:
     save(source / "sub" / "t1.nii", volume(4, 5, 6), shifted(0))
     save(source / "sub" / "seg.nii", volume(4, 5, 6), shifted(0.6))
     fails(source, store, r"seg.nii: its affine puts voxels 0.6 voxels away from those of .*t1.nii; resample")
 
 
 @pytest.mark.parametrize(("apart", "warned"), [(0, False), (0.0005, False), (0.002, True), (0.49, True)])
-def test_a_label_map_that_lies_almost_on_its_image_is_a_warning(
+def test_a_label_map_a_small_distance_from_its_image_is_a_warning(
     source: Path, store: Path, apart: float, warned: bool
 ) -> None:
     save(source / "sub" / "t1.nii", volume(4, 5, 6), shifted(0))
@@ -269,7 +271,7 @@ every_damage = pytest.mark.parametrize("damage", [truncated, not_nifti, vanished
 
 
 @every_damage
-def test_a_bad_file_fails_its_own_subject_whole_and_no_other(source: Path, store: Path, damage: Any) -> None:
+def test_a_bad_file_fails_its_whole_subject_and_no_other(source: Path, store: Path, damage: Any) -> None:
     for subject in ("a", "b", "c"):
         for image in ("t1", "t2"):
             path = save(source / subject / f"{image}.nii.gz", noise())
@@ -295,7 +297,7 @@ def test_when_every_case_is_bad_there_is_an_error_and_no_store(
     fails(source, store, r"no case of .*source can be converted: .*t1.nii.gz: .* \(and 1 more\)")
 
 
-def test_a_bad_sampling_map_fails_only_its_own_subject(source: Path, store: Path) -> None:
+def test_a_bad_sampling_map_fails_only_its_subject(source: Path, store: Path) -> None:
     for subject, weight in (("good", 1), ("negative", -1), ("nan", np.nan)):
         save(source / subject / "where.nii", np.full((2, 3, 4), weight, np.float32))
     save(source / "channels" / "where.nii", np.ones((2, 3, 4, 2), np.float32))
@@ -311,7 +313,7 @@ def plan_of(source: Path, **options: Any) -> ConversionPlan:
     return plan_conversion(source, ConvertOptions(**options))
 
 
-def test_a_file_that_vanishes_after_the_plan_fails_only_its_own_subject(source: Path, store: Path) -> None:
+def test_a_file_that_is_removed_after_planning_fails_only_its_subject(source: Path, store: Path) -> None:
     save(source / "a" / "t1.nii", volume(4, 5, 6))
     path = save(source / "b" / "t1.nii", volume(4, 5, 6))
     plan = plan_of(source)
@@ -321,7 +323,7 @@ def test_a_file_that_vanishes_after_the_plan_fails_only_its_own_subject(source: 
     assert zp.Cohort(store).names == ["a"]
 
 
-def test_a_plan_says_what_it_will_do_and_writes_nothing(source: Path, store: Path) -> None:
+def test_a_plan_prints_its_figures_and_writes_nothing(source: Path, store: Path) -> None:
     save(source / "a" / "t1.nii", volume(10, 20, 30))
     save(source / "a" / "seg.nii", volume(10, 20, 30, dtype=np.uint8))
     save(source / "b" / "t1.nii", volume(10, 20, 30))
@@ -354,7 +356,7 @@ def test_a_plan_that_needs_more_memory_than_is_allowed_is_refused(source: Path, 
         ({"max_memory": "plenty"}, "'plenty' is not a number of bytes; write it like '2 GiB'"),
     ],
 )
-def test_an_option_that_means_nothing_is_refused_before_anything_is_read(
+def test_an_invalid_option_is_refused_before_anything_is_read(
     source: Path, store: Path, options: dict[str, Any], why: str
 ) -> None:
     with pytest.raises(OptionError, match=why):
@@ -449,9 +451,9 @@ def test_volumes_of_many_shards_and_tiled_planes_are_stored_whole(
 def test_progress_adds_up_to_the_bytes_of_all_voxels(source: Path, store: Path) -> None:
     save(source / "a.nii", volume(9, 8, 7))
     save(source / "b.nii", volume(4, 5, 6, dtype=np.uint8))
-    plan, told = plan_of(source), []
-    run_conversion(plan, store, progress=told.append)
-    assert sum(told) == plan.voxel_bytes == 9 * 8 * 7 * 2 + 4 * 5 * 6
+    plan, amounts = plan_of(source), []
+    run_conversion(plan, store, progress=amounts.append)
+    assert sum(amounts) == plan.voxel_bytes == 9 * 8 * 7 * 2 + 4 * 5 * 6
 
 
 def test_a_manifest_line_carries_the_fingerprint_of_its_source(source: Path, store: Path) -> None:
@@ -475,11 +477,11 @@ def test_two_conversions_of_the_same_files_give_the_same_bytes(
     assert files == {
         f.relative_to(cohort_store) for f in cohort_store.rglob("*") if f.is_file() and f.name != ".lock"
     }
-    for file in files - {Path("zarr.json"), Path(MANIFEST)}:  # these say when the store was made
+    for file in files - {Path("zarr.json"), Path(MANIFEST)}:  # these hold the time of the conversion
         assert (store / file).read_bytes() == (cohort_store / file).read_bytes(), file
 
 
-def test_the_root_says_what_made_it_and_from_what(cohort_source: Path, cohort_store: Path) -> None:
+def test_the_root_document_names_the_version_and_the_source(cohort_source: Path, cohort_store: Path) -> None:
     attributes = json.loads((cohort_store / "zarr.json").read_text())["attributes"]["zpatch"]
     assert attributes["format"] == 1
     assert attributes["tool"] == f"zpatch {zp.__version__}"
@@ -513,7 +515,7 @@ def test_a_report_is_plain_json(source: Path, store: Path) -> None:
     assert "it is not a NIfTI file" in cases["b"]["reason"]
 
 
-def test_a_source_without_a_good_case_leaves_the_older_store_alone(source: Path, store: Path) -> None:
+def test_a_source_without_a_good_case_leaves_an_existing_store_unchanged(source: Path, store: Path) -> None:
     path = save(source / "sub" / "t1.nii.gz", volume(4, 5, 6))
     zp.convert(source, store)
     not_nifti(path)
@@ -523,7 +525,7 @@ def test_a_source_without_a_good_case_leaves_the_older_store_alone(source: Path,
 
 
 @pytest.mark.parametrize("stage", ["nifti.header.read_header", "conversion.case_staging.label_dtype"])
-def test_an_error_that_nobody_foresaw_fails_its_own_case_only(
+def test_an_unexpected_error_fails_its_case_only(
     stage: str, source: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for subject in ("a", "b"):

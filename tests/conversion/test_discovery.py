@@ -1,4 +1,4 @@
-"""Which convention a source follows, what names alone say, and the checks that all cases pass."""
+"""The convention of a source, kinds and names from file names alone, and the checks of all cases."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_flat_file_on_its_own_is_a_subject_with_the_image_image(source: Path) 
     }
 
 
-def test_flat_files_and_folders_may_stand_together(source: Path) -> None:
+def test_flat_files_and_folders_may_be_mixed(source: Path) -> None:
     touch(source, "sub-01/t1.nii", "sub-02_t1.nii", "sub-02_seg.nii", "lone.nii")
     assert found(discover(source).cases) == {
         "lone": {"image": "scalar"},
@@ -82,7 +82,7 @@ def test_flat_files_and_folders_may_stand_together(source: Path) -> None:
 
 
 @pytest.mark.parametrize("stem", ["seg", "dseg", "label", "labels", "mask", "brain-mask", "T1_SEG", "aseg"])
-def test_names_that_end_as_label_maps_do_are_label_maps(source: Path, stem: str) -> None:
+def test_names_with_an_ending_of_label_maps_are_label_maps(source: Path, stem: str) -> None:
     assert kind_of(source, f"sub-01/{stem}.nii.gz") == "label"
 
 
@@ -101,23 +101,23 @@ def test_a_source_folder_called_labels_makes_no_label_maps(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("pattern", ["tissue*", "tissue.nii.gz", "tissue", "sub-01/*", "*/tissue.*"])
-def test_a_label_pattern_fits_a_stem_a_name_or_a_path(source: Path, pattern: str) -> None:
+def test_a_label_pattern_matches_a_stem_a_name_or_a_path(source: Path, pattern: str) -> None:
     assert kind_of(source, "sub-01/tissue.nii.gz", label_patterns=[pattern]) == "label"
 
 
-def test_label_patterns_take_the_place_of_the_usual_names(source: Path) -> None:
+def test_label_patterns_replace_the_usual_names(source: Path) -> None:
     touch(source, "sub-01/tissue.nii", "sub-01/seg.nii", "sub-01/lesion.nii")
     [case] = discover(source, label_patterns=["tissue", "les*"]).cases
     assert found([case])["sub-01"] == {"tissue": "label", "seg": "scalar", "lesion": "label"}
 
 
-def test_sampling_patterns_come_before_label_patterns(source: Path) -> None:
+def test_sampling_patterns_take_precedence_over_label_patterns(source: Path) -> None:
     touch(source, "sub-01/mask.nii", "sub-01/seg.nii")
     [case] = discover(source, sampling_patterns=["mask"]).cases
     assert found([case])["sub-01"] == {"mask": "sampling", "seg": "label"}
 
 
-def test_hidden_files_and_folders_and_other_files_are_passed_over(source: Path) -> None:
+def test_hidden_files_and_folders_and_other_files_are_ignored(source: Path) -> None:
     touch(
         source,
         "sub-01/t1.nii",
@@ -133,7 +133,7 @@ def test_hidden_files_and_folders_and_other_files_are_passed_over(source: Path) 
     assert found(discover(source).cases) == {"sub-01": {"t1": "scalar"}}
 
 
-def test_a_broken_link_is_a_file_so_that_its_case_fails_and_is_not_forgotten(source: Path) -> None:
+def test_a_broken_link_counts_as_a_file_so_that_its_case_is_reported_as_failed(source: Path) -> None:
     touch(source, "sub-01/t1.nii")
     (source / "sub-01" / "t2.nii").symlink_to(source / "nowhere")
     assert found(discover(source).cases)["sub-01"] == {"t1": "scalar", "t2": "scalar"}
@@ -163,7 +163,7 @@ def test_patterns_that_leave_no_subject_are_an_error(source: Path) -> None:
         discover(source, include=["c"])
 
 
-def test_a_source_that_is_not_there_is_an_error(source: Path) -> None:
+def test_a_missing_source_is_an_error(source: Path) -> None:
     with pytest.raises(SourceError, match="source: it does not exist; name the folder that holds the NIfTI"):
         discover(source)
 
@@ -209,13 +209,13 @@ def test_a_name_that_could_not_be_a_folder_everywhere_is_quoted_in_the_error(sou
         discover(touch(source / "other", f"sub/{bad}.nii"))
 
 
-def test_a_subject_that_is_not_wanted_may_have_a_bad_name(source: Path) -> None:
+def test_an_excluded_subject_may_have_a_bad_name(source: Path) -> None:
     touch(source, "good/t1.nii", "bad name/t1.nii")
     assert list(found(discover(source, exclude=["bad*"]).cases)) == ["good"]
 
 
 def test_discovery_does_not_open_any_file(source: Path) -> None:
-    touch(source, "sub-01/t1.nii")  # an empty file is no NIfTI, and nobody has looked
+    touch(source, "sub-01/t1.nii")  # an empty file is not NIfTI, but is not opened
     assert found(discover(source).cases) == {"sub-01": {"t1": "scalar"}}
 
 
@@ -228,7 +228,7 @@ def test_files_in_images_and_labels_are_flat_files_of_their_stems(source: Path) 
     }
 
 
-def test_a_file_in_images_is_no_label_map_whatever_its_name(source: Path) -> None:
+def test_a_file_in_images_is_never_a_label_map(source: Path) -> None:
     assert kind_of(source, "imagesTr/patient_mask.nii") == "scalar"
 
 
@@ -246,7 +246,7 @@ def test_a_pair_counts_once_by_its_header_and_a_lone_img_not_at_all(source: Path
     assert [(image.name, image.path.name) for image in case.images] == [("t1", "t1.hdr")]
 
 
-def test_linked_files_are_taken_and_linked_folders_are_not_and_that_is_said(source: Path) -> None:
+def test_linked_files_are_taken_and_linked_folders_are_reported_as_left_out(source: Path) -> None:
     touch(source.parent / "elsewhere", "sub-09/t1.nii")
     touch(source, "sub-01/t2.nii")
     (source / "sub-01" / "t1.nii").symlink_to(source.parent / "elsewhere" / "sub-09" / "t1.nii")
@@ -257,7 +257,7 @@ def test_linked_files_are_taken_and_linked_folders_are_not_and_that_is_said(sour
     assert holds.notes == ("2 linked folders (sub-01/loop, sub-09) not followed",)
 
 
-def test_a_source_of_linked_folders_only_says_why_it_holds_nothing(source: Path) -> None:
+def test_the_error_about_a_source_of_linked_folders_only_says_why(source: Path) -> None:
     touch(source.parent / "elsewhere", "t1.nii")
     source.mkdir()
     (source / "sub-01").symlink_to(source.parent / "elsewhere")
@@ -279,7 +279,7 @@ LOOKS = {
 
 
 @pytest.mark.parametrize("looks", LOOKS)
-def test_a_folder_is_known_by_its_looks(source: Path, looks: str) -> None:
+def test_the_convention_of_a_folder_is_detected_by_its_files(source: Path, looks: str) -> None:
     expected, files = LOOKS[looks]
     assert discover(touch(source, *files)).format == expected
 
@@ -292,13 +292,15 @@ DATASETS = {
 
 
 @pytest.mark.parametrize("expected", DATASETS)
-def test_a_folder_with_a_dataset_json_is_known_by_what_that_says(source: Path, expected: str) -> None:
+def test_the_convention_of_a_folder_with_a_dataset_json_is_detected_by_its_contents(
+    source: Path, expected: str
+) -> None:
     touch(source, "imagesTr/a_0000.nii")
     (source / "dataset.json").write_text(DATASETS[expected])
     assert discover(source).format == expected
 
 
-def test_a_dataset_json_without_images_beside_it_is_not_looked_into(source: Path) -> None:
+def test_a_dataset_json_without_images_beside_it_is_not_read(source: Path) -> None:
     touch(source, "sub-01/t1.nii")
     (source / "dataset.json").write_text("{")
     assert discover(source).format == "glob"
@@ -314,7 +316,7 @@ LISTS = {
 
 
 @pytest.mark.parametrize("name", LISTS)
-def test_a_file_is_known_by_its_suffix_and_its_keys(tmp_path: Path, name: str) -> None:
+def test_the_format_of_a_list_is_detected_by_its_suffix_and_keys(tmp_path: Path, name: str) -> None:
     expected, text = LISTS[name]
     (tmp_path / name).write_text(text)
     holds = discover(tmp_path / name)
@@ -358,7 +360,7 @@ def test_a_format_that_does_not_fit_its_source_is_an_error(
         discover(source / name, format=format_)
 
 
-def test_a_limit_takes_the_first_subjects_that_are_wanted(source: Path) -> None:
+def test_a_limit_takes_the_first_of_the_chosen_subjects(source: Path) -> None:
     touch(source, "a-1/t1.nii", "a-2/t1.nii", "b-1/t1.nii", "b-2/t1.nii")
     assert list(found(discover(source, limit=3).cases)) == ["a-1", "a-2", "b-1"]
     assert list(found(discover(source, include=["b-*"], limit=1).cases)) == ["b-1"]
@@ -378,9 +380,7 @@ def test_a_folder_that_cannot_be_read_is_an_error(source: Path, monkeypatch: pyt
         discover(source)
 
 
-def test_thousands_of_subjects_need_no_more_than_a_look_each(
-    source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_thousands_of_subjects_need_one_listing_each(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(source, *(f"sub-{n:03d}/anat/sub-{n:03d}_T1w.nii" for n in range(200)))
     (source / "participants.tsv").write_text(
         "participant_id\tage\n" + "".join(f"sub-{n:03d}\t{n}\n" for n in range(200))

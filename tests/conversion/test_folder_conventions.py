@@ -1,4 +1,4 @@
-"""Each convention: which cases, images, kinds, splits and metadata its folders and lists mean."""
+"""Each convention: the cases, images, kinds, splits and metadata of its folders and lists."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def refused(source: Path, why: str, **options: Any) -> None:
 # BIDS
 
 
-def test_bids_images_are_called_by_their_suffixes(source: Path) -> None:
+def test_bids_images_are_named_by_their_suffixes(source: Path) -> None:
     touch(source, *(f"sub-01/anat/sub-01_{suffix}.nii.gz" for suffix in ("T1w", "T2w", "FLAIR", "T2starw")))
     touch(source, "sub-01/func/sub-01_task-rest_bold.nii.gz", "sub-01/dwi/sub-01_dwi.nii.gz")
     touch(source, "sub-01/anat/sub-01_T1w.json", "code/x.nii", "sourcedata/sub-01/t1.nii")
@@ -99,7 +99,7 @@ def test_bids_sessions_are_cases(source: Path) -> None:
     }
 
 
-def test_bids_files_of_one_suffix_are_told_apart_by_the_entities_that_differ(source: Path) -> None:
+def test_bids_files_of_one_suffix_are_named_by_the_entities_that_differ(source: Path) -> None:
     touch(
         source,
         "sub-01/anat/sub-01_acq-mprage_run-1_T1w.nii",
@@ -143,7 +143,7 @@ def test_label_maps_of_bids_derivatives_join_the_raw_images(source: Path) -> Non
     assert [image.kind for image in case.images] == ["scalar", "label", "label", "label"]
 
 
-def test_label_maps_of_two_pipelines_are_told_apart_by_the_pipeline(source: Path) -> None:
+def test_label_maps_of_two_pipelines_are_named_by_the_pipeline(source: Path) -> None:
     touch(source, "sub-01/anat/sub-01_T1w.nii")
     touch(source, *(f"derivatives/{name}/sub-01/anat/sub-01_dseg.nii" for name in ("FastSurfer 2", "synth")))
     assert list(found(discover(source))["sub-01"]) == [
@@ -153,7 +153,7 @@ def test_label_maps_of_two_pipelines_are_told_apart_by_the_pipeline(source: Path
     ]
 
 
-def test_derived_images_that_lie_on_no_raw_grid_are_left_out_and_that_is_said(source: Path) -> None:
+def test_derived_images_that_are_on_no_raw_grid_are_reported_as_left_out(source: Path) -> None:
     touch(
         source,
         "sub-01/anat/sub-01_T1w.nii",
@@ -184,7 +184,7 @@ def test_derivatives_on_their_own_give_all_of_their_images(source: Path) -> None
     assert found(discover(source / "all")) == {"sub-01": images}
 
 
-def test_bids_files_that_are_not_named_as_bids_has_it_keep_what_they_have(source: Path) -> None:
+def test_bids_files_with_names_that_break_the_rules_keep_their_names(source: Path) -> None:
     touch(source, "sub-01/anat/T1.nii", "sub-01/anat/sub-01_ses-1.nii", "sub-01/anat/sub-01_T1w_seg.nii")
     assert found(discover(source)) == {
         "sub-01": {"t1": "scalar", "seg": "label"},
@@ -230,7 +230,7 @@ def nnunet(source: Path, channels: Any = None, **more: Any) -> Path:
     return source
 
 
-def test_nnunet_images_are_called_by_their_channels(source: Path) -> None:
+def test_nnunet_images_are_named_by_their_channels(source: Path) -> None:
     touch(
         nnunet(source),
         *("imagesTr/la_003_0000.nii.gz", "imagesTr/la_003_0001.nii.gz", "labelsTr/la_003.nii.gz"),
@@ -279,9 +279,7 @@ def test_a_folder_of_nnunet_1_is_understood_too(source: Path) -> None:
         ({"0": "CT"}, "a.png", "source: no .nii or .nii.gz file in its imagesTr and imagesTs"),
     ],
 )
-def test_what_is_odd_in_an_nnunet_folder_is_an_error(
-    source: Path, channels: Any, name: str, why: str
-) -> None:
+def test_an_oddity_in_an_nnunet_folder_is_an_error(source: Path, channels: Any, name: str, why: str) -> None:
     touch(nnunet(source, channels), f"imagesTr/{name}")
     refused(source, why)
 
@@ -294,7 +292,7 @@ def test_an_nnunet_case_that_is_listed_badly_is_an_error(source: Path) -> None:
 
 def test_a_case_in_training_and_in_test_is_an_error(source: Path) -> None:
     touch(nnunet(source), "imagesTr/a_0000.nii.gz", "imagesTs/a_0000.nii.gz")
-    refused(source, "source: 2 cases are called 'a'; give each a name of its own")
+    refused(source, "source: 2 cases are called 'a'; give each a different name")
 
 
 # Medical Decathlon
@@ -382,26 +380,26 @@ def test_a_case_of_a_datalist_may_name_itself(source: Path) -> None:
     assert subjects(source, *entries) == ["s1", "2", "z"]
 
 
-def test_cases_of_a_datalist_are_called_by_what_their_files_share(source: Path) -> None:
+def test_cases_of_a_datalist_are_named_by_the_shared_start_of_their_files(source: Path) -> None:
     entries = [{"image": f"imagesTr/la_{n}_0000.nii.gz", "label": f"labelsTr/la_{n}.nii.gz"} for n in (1, 2)]
     assert subjects(source, *entries, "imagesTs/la_9_0000.nii.gz") == ["la_1", "la_2", "la_9"]
 
 
-def test_cases_of_a_datalist_are_called_by_their_first_file_where_they_share_nothing(source: Path) -> None:
+def test_cases_of_a_datalist_are_named_by_their_first_file_if_files_share_no_start(source: Path) -> None:
     assert subjects(source, *({"image": f"img{n}.nii", "label": f"seg{n}.nii"} for n in (1, 2))) == [
         "img1",
         "img2",
     ]
 
 
-def test_cases_of_a_datalist_are_called_by_their_folders_where_files_are_alike(source: Path) -> None:
+def test_cases_of_a_datalist_are_named_by_their_folders_if_files_have_the_same_names(source: Path) -> None:
     assert subjects(source, *({"image": f"x/s{n}/t1.nii", "label": f"x/s{n}/seg.nii"} for n in (1, 2))) == [
         "s1",
         "s2",
     ]
 
 
-def test_cases_of_a_datalist_are_called_by_their_paths_where_nothing_else_tells_them_apart(
+def test_cases_of_a_datalist_are_named_by_their_paths_if_nothing_else_differs(
     source: Path,
 ) -> None:
     entries = ["../p/x/t1.nii", "../q/x/t1.nii", "/q/y/t1.nii"]
@@ -422,14 +420,14 @@ def test_cases_of_a_datalist_are_called_by_their_paths_where_nothing_else_tells_
         ),
     ],
 )
-def test_images_of_a_list_are_called_by_what_tells_them_apart_in_every_case(
+def test_images_of_a_list_are_named_by_the_endings_that_differ_in_every_case(
     source: Path, lists: list[list[str]], names: list[str]
 ) -> None:
     file = write(source, "list.json", [{"image": texts} for texts in lists])
     assert [list(images) for images in found(discover(file)).values()] == [names, names]
 
 
-def test_numbers_that_json_does_not_know_become_none(source: Path) -> None:
+def test_nan_and_infinity_in_json_become_none(source: Path) -> None:
     text = '[{"image": "a.nii", "x": NaN, "y": [-Infinity, 1e999], "z": 1.5}]'
     [case] = discover(write(source, "list.json", text)).cases
     assert case.meta == {"x": None, "y": [None, None], "z": 1.5}
@@ -449,7 +447,7 @@ def test_numbers_that_json_does_not_know_become_none(source: Path) -> None:
         ({"test": [{"image": 3}]}, "list.json: test[0]: its image is 3, which names no file; correct it"),
         ({"test": [{"image": "a\0b.nii"}]}, "test[0]: 'a\\x00b.nii' cannot be the name of a file"),
         ('[{"image": "\\ud800.nii"}]', "cannot be the name of a file"),
-        ([{"image": "a.nii"}, {"image": "a.nii"}], "2 cases are called 'a'; give each a name of its own"),
+        ([{"image": "a.nii"}, {"image": "a.nii"}], "2 cases are called 'a'; give each a different name"),
         ([{"image": "a b.nii"}], "subject name 'a b' is not usable"),
         ([{"image": "a.nii", "my image": "b.nii"}], "image name 'my image' is not usable"),
         ([{"id": "A", "image": "a.nii"}, {"id": "a", "image": "b.nii"}], "differ in case only"),
@@ -488,7 +486,7 @@ def test_a_table_has_images_kinds_splits_and_metadata(source: Path) -> None:
 
 
 @pytest.mark.parametrize("column", ["seg", "my_seg", "label", "labels", "brain_mask"])
-def test_a_column_that_is_called_as_label_maps_are_is_one(source: Path, column: str) -> None:
+def test_a_column_with_a_name_of_label_maps_is_one(source: Path, column: str) -> None:
     file = write(source, "list.csv", f"id,{column}\na,a.nii\n")
     assert found(discover(file)) == {"a": {column: "label"}}
 
@@ -502,7 +500,7 @@ def test_a_column_that_is_called_as_label_maps_are_is_one(source: Path, column: 
         ("list.csv", ",case,t1,note\n0,a,a.nii,'x, y'\n".replace("'", '"')),
     ],
 )
-def test_tables_come_as_csv_with_commas_or_semicolons_and_as_tsv(source: Path, name: str, text: str) -> None:
+def test_tables_are_csv_with_commas_or_semicolons_or_tsv(source: Path, name: str, text: str) -> None:
     [case] = discover(write(source, name, text)).cases
     assert (case.subject, [image.name for image in case.images], case.meta) == ("a", ["t1"], {"note": "x, y"})
 
@@ -512,7 +510,7 @@ def test_a_second_name_column_is_metadata(source: Path) -> None:
     assert (case.subject, case.meta) == ("a", {"id": 7})
 
 
-def test_rows_without_images_are_left_out_and_that_is_said(source: Path) -> None:
+def test_rows_without_images_are_reported_as_left_out(source: Path) -> None:
     discovery = discover(write(source, "list.csv", "subject,t1\na,a.nii\nb,\nc,n/a\n"))
     assert list(found(discovery)) == ["a"]
     assert discovery.notes == ("2 subjects (b, c) left out: no image is named for them",)
@@ -521,7 +519,7 @@ def test_rows_without_images_are_left_out_and_that_is_said(source: Path) -> None
 @pytest.mark.parametrize(
     "text", ["1_000", "12345678901234567890", "1.2.840.1", "inf", "0x1", "e5", "+7", "٣"]
 )
-def test_what_only_looks_like_a_number_stays_text(source: Path, text: str) -> None:
+def test_text_that_only_looks_like_a_number_stays_text(source: Path, text: str) -> None:
     [case] = discover(write(source, "list.csv", f"subject,t1,x\na,a.nii,{text}\n")).cases
     assert case.meta == {"x": text}
 
@@ -623,7 +621,7 @@ def as_glob(cohort: Path, source: Path) -> Path:
 
 def put(file: Path, to: Path) -> None:
     to.parent.mkdir(parents=True, exist_ok=True)
-    to.symlink_to(file)  # as datalad has them
+    to.symlink_to(file)  # as in a datalad dataset
 
 
 def header_bytes(path: Path) -> bytes:
@@ -657,7 +655,7 @@ def test_a_cohort_in_each_convention_is_converted_exactly(
             for image in case.images
             if (case.subject, f"{image.name}.nii.gz") == (exported.parent.name, exported.name)
         ]
-        if image.suffix == ".gz":  # a pair comes back as one file, whose header says so
+        if image.suffix == ".gz":  # a pair is exported as one file, with another header
             assert header_bytes(exported) == header_bytes(image)
 
 

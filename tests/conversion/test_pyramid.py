@@ -1,4 +1,4 @@
-"""Coarser levels: every second voxel, averaged or by majority, at the right place."""
+"""Coarser levels: averages or most frequent labels, at the right positions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ shapes = st.tuples(st.integers(1, 2), *(st.integers(1, 7) for _ in range(3)))
 
 
 def groups(voxels: NDArray[Any]) -> NDArray[Any]:
-    """The up to eight voxels (…, n) of each coarse one; odd ends count double."""
+    """The up to eight fine voxels (…, n) of each coarse voxel; an odd last plane counts twice."""
     padded = np.pad(voxels, [(0, 0), *((0, n % 2 if n > 1 else 0) for n in voxels.shape[1:])], mode="edge")
     c, z, y, x = padded.shape
     a, b, d = (2 if n > 1 else 1 for n in (z, y, x))
@@ -41,7 +41,7 @@ def test_images_are_averaged(shape: tuple[int, ...], seed: int) -> None:
 
 
 @given(shapes, st.integers(0, 2**31))
-def test_of_labels_the_most_frequent_is_kept_and_the_least_of_equals(
+def test_the_most_frequent_label_is_kept_and_the_smallest_of_equally_frequent_ones(
     shape: tuple[int, ...], seed: int
 ) -> None:
     voxels = np.random.default_rng(seed).integers(0, 4, shape).astype(np.uint8)
@@ -65,7 +65,7 @@ def test_levels_halve_until_no_side_is_over_64_voxels(shape: tuple[int, ...]) ->
 
 @pytest.mark.parametrize("shape", [(70, 66, 131), (130, 3, 70), (65, 66, 67, 3)])
 @pytest.mark.parametrize("shard_bytes", [1, 2**25])
-def test_each_stored_level_is_the_one_above_halved(
+def test_each_stored_level_is_the_finer_one_halved(
     shape: tuple[int, ...],
     shard_bytes: int,
     tmp_path: Path,

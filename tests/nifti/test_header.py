@@ -1,4 +1,4 @@
-"""NIfTI files: nibabel is the oracle for headers and voxels; what it lets pass is refused or warned of."""
+"""NIfTI files: nibabel is the oracle; broken files that it reads all the same are refused or warned of."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def whole_planes(shape: tuple[int, ...], together: int, depth: int) -> Layout:
 
 
 def joined(file: NiftiFile, layout: Layout | None = None) -> NDArray[Any]:
-    """All slabs, put where they say that they belong."""
+    """All slabs, each in its place by its index of shards."""
     layout = layout or plan_layout(file.shape, file.channel_dtype.itemsize, colours=file.colours)
     together, depth = (1, *layout.shards)[-4:-2]
     out = np.zeros((1, *file.shape)[-4:], file.channel_dtype)
@@ -92,7 +92,7 @@ def plain(tmp_path: Path, voxels: NDArray[np.int16]) -> Path:
 
 
 @any_file
-def test_a_header_says_what_nibabel_reads(path: Path) -> None:
+def test_a_header_has_the_values_that_nibabel_reads(path: Path) -> None:
     file, image = read_header(path), nib.load(path)
     assert file.dims == image.shape
     assert file.dtype == image.get_data_dtype()
@@ -130,7 +130,7 @@ def test_slabs_of_any_layout_joined_are_the_voxels(
 @pytest.mark.parametrize("endianness", ["<", ">"])
 @pytest.mark.parametrize("code", DTYPES)
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
-def test_every_voxel_type_arrives_as_it_was_in_little_endian_order(
+def test_voxels_of_every_type_are_kept_in_little_endian_order(
     tmp_path: Path, rng: np.random.Generator, code: str, endianness: str, suffix: str
 ) -> None:
     dtype = np.dtype(code)
@@ -197,7 +197,7 @@ def test_a_gap_before_the_voxels_is_part_of_the_raw_header(plain: Path, voxels: 
 
 
 @pytest.mark.parametrize("slope", [0.0, np.nan, np.inf])
-def test_a_slope_that_means_nothing_means_no_scaling(plain: Path, slope: float) -> None:
+def test_an_invalid_slope_means_no_scaling(plain: Path, slope: float) -> None:
     file = read_header(overwrite(plain, SCL_SLOPE, "<ff", slope, 7.0))
     assert (file.slope, file.inter) == (1.0, 0.0)
 
@@ -214,7 +214,7 @@ def test_the_sform_comes_before_the_qform_and_both_before_voxel_sizes(plain: Pat
     np.testing.assert_array_equal(file.affine, nib.load(plain).affine)
 
 
-def test_a_singular_sform_gives_way_to_a_usable_qform_with_a_warning(plain: Path) -> None:
+def test_a_singular_sform_is_replaced_by_a_usable_qform_with_a_warning(plain: Path) -> None:
     overwrite(plain, QFORM_CODE, "<h", 1)
     file = read_header(overwrite(plain, SROW_X, "<4f", 0, 0, 0, np.nan))
     assert file.affine_source == "qform"
@@ -232,7 +232,7 @@ def test_an_sform_and_a_qform_that_differ_are_a_warning(plain: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0.0, -0.0, np.nan, np.inf])
-def test_a_voxel_size_that_means_nothing_is_a_warning(plain: Path, size: float) -> None:
+def test_an_invalid_voxel_size_is_a_warning(plain: Path, size: float) -> None:
     overwrite(plain, QFORM_CODE, "<hh", 0, 0)
     file = read_header(overwrite(plain, PIXDIM + 4, "<f", size))
     assert "taken as its magnitude, or as 1 mm" in file.warnings[0]
@@ -283,7 +283,7 @@ def refused(path: Path, why: str) -> None:
         (gzip.compress(b"x" * 5000, mtime=0), "not a NIfTI file"),
     ],
 )
-def test_what_is_not_nifti_is_refused(tmp_path: Path, content: bytes, why: str) -> None:
+def test_a_file_that_is_not_nifti_is_refused(tmp_path: Path, content: bytes, why: str) -> None:
     path = tmp_path / "not.nii.gz"
     path.write_bytes(content)
     refused(path, why)
@@ -317,7 +317,7 @@ def test_what_is_not_nifti_is_refused(tmp_path: Path, content: bytes, why: str) 
         (SCL_SLOPE, "<ff", (2.0, np.nan), "its scl_inter is nan; repair its header"),
     ],
 )
-def test_a_header_that_makes_no_sense_is_refused(
+def test_an_invalid_header_is_refused(
     plain: Path, offset: int, layout: str, values: tuple[Any, ...], why: str
 ) -> None:
     refused(overwrite(plain, offset, layout, *values), why)
@@ -350,7 +350,7 @@ def test_a_header_whose_voxels_are_not_beside_it_is_refused(
     refused(tmp_path / "pair.hdr", "its voxels, pair.img, are not beside it; copy both files of the pair")
 
 
-def test_what_cannot_be_opened_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
     (tmp_path / "folder.nii").mkdir()
     (tmp_path / "broken.nii").symlink_to(tmp_path / "nowhere")
     refused(tmp_path / "folder.nii", "it is no regular file; leave it out")
@@ -442,7 +442,7 @@ def test_gzip_output_does_not_depend_on_name_or_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("shape", "channels"), [((4, 5, 6), 1), ((4, 5, 6), 3), ((40000, 1, 2), 1)])
-def test_a_made_header_is_one_that_nibabel_and_zpatch_read(
+def test_a_built_header_is_read_by_nibabel_and_zpatch(
     tmp_path: Path, shape: tuple[int, int, int], channels: int
 ) -> None:
     affine = np.array([[2, 0.5, 0, 1], [0, 3, 0, 2], [0, 0, 4, 3], [0, 0, 0, 1.0]])  # sheared: no qform

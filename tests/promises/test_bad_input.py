@@ -1,4 +1,4 @@
-"""Bad input: what is broken fails alone, with one line of advice; what is odd converts, with a warning."""
+"""Bad input: a broken file fails its case alone, in one line with advice; an odd one gives a warning."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def run(capfd: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Where a cohort is made."""
+    """The folder in which a cohort is made."""
     folder = tmp_path / "source"
     folder.mkdir()
     return folder
@@ -99,7 +99,7 @@ def stored(store: Path, subject: str, image: str) -> Any:
 
 
 def the_failure(stderr: str) -> str:
-    """The one line that says which case failed and why."""
+    """The line that says which case failed and why."""
     assert "Traceback" not in stderr
     [line] = [line for line in stderr.splitlines() if line.startswith("failed: ")]
     return line.removeprefix("failed: ")
@@ -114,7 +114,7 @@ def check_fails_alone(kind: FileKind, folder: Path, code: int, stderr: str) -> N
 
 
 @each(FILES, "fails")
-def test_a_broken_file_fails_its_own_case_in_one_line_and_no_other(
+def test_a_broken_file_fails_its_case_in_one_line_and_no_other(
     kind: FileKind, source: Path, store: Path, run: Run
 ) -> None:
     folder = between_good_ones(kind, source)
@@ -126,7 +126,7 @@ def test_a_broken_file_fails_its_own_case_in_one_line_and_no_other(
 
 
 @each(FILES, "warns")
-def test_an_odd_file_converts_with_a_warning_that_stays_in_the_store(
+def test_an_odd_file_converts_with_a_warning_that_is_stored(
     kind: FileKind, source: Path, store: Path, run: Run
 ) -> None:
     folder = between_good_ones(kind, source)
@@ -143,7 +143,7 @@ def test_an_odd_file_converts_with_a_warning_that_stays_in_the_store(
 
 
 @each(FILES, "warns")
-def test_strict_makes_a_failure_of_a_warning(kind: FileKind, source: Path, store: Path, run: Run) -> None:
+def test_strict_turns_a_warning_into_a_failure(kind: FileKind, source: Path, store: Path, run: Run) -> None:
     folder = between_good_ones(kind, source)
     code, _, stderr = run("convert", source, store, "--strict")
     assert code == zpatch.cli.EXIT_SOME_FAILED
@@ -154,7 +154,7 @@ def test_strict_makes_a_failure_of_a_warning(kind: FileKind, source: Path, store
 
 
 @each(FILES, "converts")
-def test_what_is_unusual_but_right_converts_without_a_word(
+def test_an_unusual_but_valid_file_converts_without_a_warning(
     kind: FileKind, source: Path, store: Path, run: Run
 ) -> None:
     folder = between_good_ones(kind, source)
@@ -165,7 +165,7 @@ def test_what_is_unusual_but_right_converts_without_a_word(
 
 
 def check_converted(kind: FileKind, folder: Path, store: Path) -> str:
-    """The case is in the store with its voxels, and comes out again as it went in; gives its image's name."""
+    """The case is in the store with its voxels, and its export is its source; returns its image's name."""
     assert zp.Cohort(store).names == sorted([BAD, *GOOD])
     assert zp.verify(store).ok
     image = "seg" if list(folder.glob("seg.*")) else "t1"
@@ -185,8 +185,8 @@ def unzipped(path: Path) -> bytes:
     return gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
 
 
-@each(FILES, "is passed over")
-def test_what_is_no_image_is_passed_over(kind: FileKind, source: Path, store: Path, run: Run) -> None:
+@each(FILES, "is ignored")
+def test_a_file_that_is_not_an_image_is_ignored(kind: FileKind, source: Path, store: Path, run: Run) -> None:
     between_good_ones(kind, source)
     code, _, stderr = run("convert", source, store)
     assert code == 0, stderr
@@ -208,7 +208,7 @@ def test_a_bad_cohort_is_refused_before_anything_is_written(
 
 
 def under_limits(*arguments: Any) -> tuple[int, str, int]:
-    """Run a command where memory is short: its exit code, stderr and peak memory in bytes."""
+    """Run a command with little memory: its exit code, stderr and peak memory in bytes."""
     done = subprocess.run(
         [sys.executable, "-c", UNDER_LIMITS.format(limit=ADDRESS_SPACE), *map(str, arguments)],
         capture_output=True,
@@ -220,7 +220,7 @@ def under_limits(*arguments: Any) -> tuple[int, str, int]:
 
 
 @each(BOMBS, "fails")
-def test_a_bomb_fails_its_own_case_in_bounded_memory(kind: FileKind, source: Path, store: Path) -> None:
+def test_a_bomb_fails_its_case_in_bounded_memory(kind: FileKind, source: Path, store: Path) -> None:
     folder = between_good_ones(kind, source)
     code, stderr, peak_bytes = under_limits("convert", source, store)
     check_fails_alone(kind, folder, code, stderr)
@@ -228,7 +228,7 @@ def test_a_bomb_fails_its_own_case_in_bounded_memory(kind: FileKind, source: Pat
     only_the_good_ones(store)
 
 
-def test_long_headers_are_not_held_until_their_turn_comes(source: Path, store: Path) -> None:
+def test_long_headers_are_not_held_in_memory_until_their_case_is_converted(source: Path, store: Path) -> None:
     start = 60 * 2**20
     raw_header = corpus.header(vox_offset=start) + bytes(4)
     data = corpus.of_zeros(start - len(raw_header), raw_header) + corpus.zipped(corpus.VOXELS.tobytes())
@@ -251,14 +251,14 @@ MENDED_AS_NIBABEL_DOES = (
 
 
 @pytest.mark.parametrize("name", MENDED_AS_NIBABEL_DOES)
-def test_what_a_header_leaves_open_is_read_as_nibabel_reads_it(name: str, tmp_path: Path) -> None:
+def test_fields_that_a_header_leaves_open_are_read_as_by_nibabel(name: str, tmp_path: Path) -> None:
     [kind] = [kind for kind in FILES if kind.name == name]
     kind.make(tmp_path)
     expected = nib.load(tmp_path / "t1.nii").affine
     np.testing.assert_allclose(read_header(tmp_path / "t1.nii").affine, expected)
 
 
-def test_files_of_all_kinds_at_once_leave_what_is_good(source: Path, store: Path, run: Run) -> None:
+def test_among_files_of_all_kinds_the_good_cases_are_converted(source: Path, store: Path, run: Run) -> None:
     expected: dict[Fate, set[str]] = {"fails": set(), "warns": set(), "converts": set()}
     for kind in FILES:
         if kind.fate in expected and kind.name != "unreadable_file":
@@ -276,7 +276,7 @@ def test_files_of_all_kinds_at_once_leave_what_is_good(source: Path, store: Path
 
 
 @pytest.mark.parametrize("name", ["two\nlines", "\x1b[31mred", os.fsdecode(b"no\xff utf-8")])
-def test_a_strange_folder_above_a_case_neither_breaks_the_line_nor_the_store(
+def test_a_strange_folder_name_above_a_case_breaks_neither_the_line_nor_the_store(
     source: Path, store: Path, run: Run, name: str
 ) -> None:
     corpus.goods(source / name)
@@ -289,7 +289,7 @@ def test_a_strange_folder_above_a_case_neither_breaks_the_line_nor_the_store(
     only_the_good_ones(store)
 
 
-def test_no_header_ends_in_anything_but_a_file_or_an_error(
+def test_every_header_is_read_or_refused_by_an_error_of_zpatch(
     tmp_path: Path, rng: np.random.Generator, full: bool
 ) -> None:
     path = tmp_path / "t1.nii"
@@ -316,7 +316,7 @@ def test_no_header_ends_in_anything_but_a_file_or_an_error(
     assert all(reason.startswith(f"{path}: ") and "\n" not in reason for reason in reasons)
 
 
-def test_every_kind_has_a_name_of_its_own() -> None:
+def test_every_kind_has_a_different_name() -> None:
     names = [kind.name for kind in (*FILES, *BOMBS, *COHORTS)]
     assert len(names) == len(set(names))
     assert len(names) >= 45

@@ -1,8 +1,8 @@
-"""What was written when all modules lay in one folder is read, gone on with and verified as before.
+"""Stores and predictions of a version whose modules had no folders are read, resumed and verified as before.
 
-`tests/data/before_folders/stores.tar.xz` holds stores and predictions, finished and killed half way, as that
-version wrote them; `expected.json` says what it made of them, and holds states of queues. `write.py` is the
-program that had all of it written.
+`tests/data/before_folders/stores.tar.xz` holds stores and predictions of that version, finished and killed
+half way; `expected.json` holds its results of reading them, and states of queues. `write.py` is the program
+that wrote all of it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import zpatch.cli
 DATA = Path(__file__).parent.parent / "data" / "before_folders"
 
 CONVERT: dict[str, Any] = {"chunk": 16, "sampling_patterns": ["focus*"]}
-SCANS = ["sub-04", "sub-05"]  # what predictions are made of: long volumes, of several write units
+SCANS = ["sub-04", "sub-05"]  # the input of predictions: long volumes, of several shards
 PREDICT: dict[str, Any] = {
     "image": "scan",
     "patch_size": 16,
@@ -62,7 +62,7 @@ class Net(torch.nn.Module):
 
 
 def queue_over(cohort: zp.Cohort, name: str, **options: Any) -> zp.Queue:
-    """The queue whose state was kept under a name."""
+    """The queue whose state is stored under a name."""
     samplers: dict[str, Callable[[], Any]] = {
         "labels": lambda: zp.LabelSampler(8, "seg", {0: 1, 1: 2, 2: 3}),
         "weights": lambda: zp.WeightedSampler((8, 6, 7), "focus"),
@@ -80,21 +80,21 @@ def queue_over(cohort: zp.Cohort, name: str, **options: Any) -> zp.Queue:
 
 
 def stream_digest(patches: Iterable[zp.Patch]) -> str:
-    """A digest of some patches: where they lie and all that is in them."""
+    """A digest of some patches: their locations and contents."""
     state = hashlib.blake2b(digest_size=16)
     for patch in patches:
         state.update(repr((patch.subject, patch.location.index, patch.location.size)).encode())
         for name, image in patch.images.items():
             voxels = image.data.contiguous().numpy()
-            told = name, image.kind, voxels.dtype.str, voxels.shape, float(image.slope), float(image.inter)
-            state.update(repr(told).encode())
+            header = name, image.kind, voxels.dtype.str, voxels.shape, float(image.slope), float(image.inter)
+            state.update(repr(header).encode())
             state.update(np.asarray(image.affine, dtype=np.float64).tobytes())
             state.update(voxels.tobytes())
     return state.hexdigest()
 
 
 def predict(way: str, output: str) -> list[int]:
-    """Predict the scans by a Net (``net``) or a model in a file; gives the patches of each call of a Net."""
+    """Predict the scans by a Net (``net``) or a model in a file; return the patches of each call of a Net."""
     run: list[int] = []
     if way != "net":
         assert zpatch.cli.run([*PREDICT_COMMAND, output, "--model", way]) == 0
@@ -106,7 +106,7 @@ def predict(way: str, output: str) -> list[int]:
 
 
 def versions() -> dict[str, str]:
-    """What the identity of a model depends on beside the model."""
+    """The versions that the identity of a model depends on."""
     python = ".".join(platform.python_version_tuple()[:2])
     return {"python": python, "torch": torch.__version__.partition("+")[0]}
 
@@ -122,13 +122,13 @@ def bytes_digest(data: bytes) -> str:
 
 
 def as_json(value: Any) -> Any:
-    """A value as JSON gives it back."""
+    """A value after a round trip through JSON."""
     return json.loads(json.dumps(value))
 
 
 @pytest.fixture
 def expected() -> dict[str, Any]:
-    """What the version that wrote the data made of it."""
+    """The results of the version that wrote the data."""
     found: dict[str, Any] = json.loads((DATA / "expected.json").read_text())
     return found
 
@@ -154,7 +154,7 @@ def contents(path: Path) -> bytes:
 
 
 def files_below(folder: Path) -> dict[str, tuple[int, int, bytes]]:
-    """Every file but the lock: which it is on the disk, when it was written, and what is in it."""
+    """The inode, time and contents of every file except the lock."""
     return {
         str(file.relative_to(folder)): (file.stat().st_ino, file.stat().st_mtime_ns, file.read_bytes())
         for file in sorted(folder.rglob("*"))
@@ -163,7 +163,7 @@ def files_below(folder: Path) -> dict[str, tuple[int, int, bytes]]:
 
 
 def assert_sound(store: Path) -> None:
-    """All is there that was announced, as it was written, and nothing else."""
+    """The store is whole: no damage, no missing subject and no leftover."""
     report = zp.verify(store)
     assert report.ok
     assert (report.damages, report.missing_subjects, report.leftovers) == ((), (), ())
@@ -173,7 +173,7 @@ def assert_sound(store: Path) -> None:
 
 
 def assert_is_the_source(store: Path, *subjects: str, turned: bool = False) -> None:
-    """The images of a store are those of the source: their values as read, their files as exported."""
+    """The images of a store equal those of the source, both their values and their exported files."""
     cohort = zp.Cohort(store)
     assert cohort.names == list(subjects)
     originals = sorted(file for name in subjects for file in Path("source", name).iterdir())
@@ -214,7 +214,7 @@ def test_a_finished_store_is_verified_read_and_exported_byte_for_byte(
 
 
 @pytest.mark.parametrize("name", ["packed.zarr", "turned.zarr"])
-def test_a_store_packed_otherwise_or_turned_is_verified_read_and_exported_byte_for_byte(
+def test_a_store_of_another_codec_or_orientation_is_verified_read_and_exported_byte_for_byte(
     unpack: Callable[..., None], expected: dict[str, Any], name: str
 ) -> None:
     unpack("source", "variants")
@@ -225,7 +225,7 @@ def test_a_store_packed_otherwise_or_turned_is_verified_read_and_exported_byte_f
     assert found == expected["voxels_of"][name]
 
 
-def test_a_store_is_unchanged_for_the_same_conversion_of_the_same_files(unpack: Callable[..., None]) -> None:
+def test_the_same_conversion_of_the_same_files_leaves_a_store_unchanged(unpack: Callable[..., None]) -> None:
     unpack("source", "finished")
     before = files_below(Path("cohort.zarr"))
     report = zp.convert("source", "cohort.zarr", **CONVERT)
@@ -233,7 +233,7 @@ def test_a_store_is_unchanged_for_the_same_conversion_of_the_same_files(unpack: 
     assert files_below(Path("cohort.zarr")) == before
 
 
-def test_a_conversion_that_was_killed_is_finished_and_what_was_committed_is_left_alone(
+def test_a_killed_conversion_is_resumed_and_committed_images_are_not_written_again(
     unpack: Callable[..., None], expected: dict[str, Any]
 ) -> None:
     unpack("source", "killed")
@@ -244,11 +244,11 @@ def test_a_conversion_that_was_killed_is_finished_and_what_was_committed_is_left
     report = zp.verify(store)
     assert (report.damages, report.leftovers) == ((), (".staging", "sub-03/focus", "sub-03/seg"))
     committed = {
-        name: told for name, told in files_below(store).items() if name.startswith(("sub-01", "sub-02"))
+        name: file for name, file in files_below(store).items() if name.startswith(("sub-01", "sub-02"))
     }
     assert committed
     [times] = {file.stat().st_mtime_ns for file in Path("source").rglob("*.nii.gz")}
-    assert times == expected["source_mtime_ns"]  # else only the bytes of a file tell that it is the same
+    assert times == expected["source_mtime_ns"]  # otherwise all files would be read to compare them
 
     resumed = zp.convert("source", "cohort.zarr", **CONVERT)
 
@@ -268,14 +268,14 @@ def test_a_conversion_that_was_killed_is_finished_and_what_was_committed_is_left
             np.testing.assert_array_equal(found[name].data, finished[name].data)
 
 
-def test_a_conversion_that_was_killed_is_finished_by_the_same_command(
+def test_a_killed_conversion_is_resumed_by_the_same_command(
     unpack: Callable[..., None], expected: dict[str, Any]
 ) -> None:
     unpack("source", "killed")
     command = ["convert", "source", "cohort.zarr", "--chunk", "16", "--sampling-pattern", "focus*", "-q"]
     assert zpatch.cli.run([*command, "--report", "report.jsonl"]) == 0
-    told = [json.loads(line) for line in Path("report.jsonl").read_text().splitlines()]
-    assert [line["subject"] for line in told if line["status"] == "converted"] == expected["subjects"][2:]
+    lines = [json.loads(line) for line in Path("report.jsonl").read_text().splitlines()]
+    assert [line["subject"] for line in lines if line["status"] == "converted"] == expected["subjects"][2:]
     assert_sound(Path("cohort.zarr"))
     assert_is_the_source(Path("cohort.zarr"), *expected["subjects"])
 
@@ -284,14 +284,14 @@ def test_a_conversion_that_was_killed_is_finished_by_the_same_command(
 
 
 @pytest.fixture
-def as_models_were_known_then(expected: dict[str, Any]) -> None:
-    """A model is known by its code as Python and torch compile it, which other versions do otherwise."""
+def same_versions(expected: dict[str, Any]) -> None:
+    """Skip with other versions of Python and torch, as a model's identity includes its compiled code."""
     if versions() != expected["versions"]:
-        pytest.skip(f"models are known by what these versions make of them: {expected['versions']}")
+        pytest.skip(f"identities of models are those of the versions {expected['versions']}")
 
 
 def assert_is_the_finished_one(store: Path, expected: dict[str, Any]) -> None:
-    """A prediction is whole, and the same as the one that nobody killed."""
+    """A prediction is whole, and equals the one that was not killed."""
     assert_sound(store)
     cohort = zp.Cohort(store)
     assert [(subject.name, list(subject)) for subject in cohort] == [(name, ["prediction"]) for name in SCANS]
@@ -310,18 +310,18 @@ def test_a_finished_prediction_is_verified_read_and_exported(
     assert_is_the_finished_one(Path("finished.zarr"), expected)
 
 
-@pytest.mark.usefixtures("as_models_were_known_then")
-def test_a_finished_prediction_is_unchanged_for_the_same_call(unpack: Callable[..., None]) -> None:
+@pytest.mark.usefixtures("same_versions")
+def test_the_same_call_leaves_a_finished_prediction_unchanged(unpack: Callable[..., None]) -> None:
     unpack("finished", "predictions")
     before = files_below(Path("finished.zarr"))
-    assert predict("net", "finished.zarr") == [1]  # to see what the network gives
+    assert predict("net", "finished.zarr") == [1]  # one patch, to probe the output of the network
     assert files_below(Path("finished.zarr")) == before
 
 
-@pytest.mark.usefixtures("as_models_were_known_then")
+@pytest.mark.usefixtures("same_versions")
 @pytest.mark.filterwarnings(JIT_IS_DEPRECATED)
 @pytest.mark.parametrize("way", ["net", "net.pt2", "net.pt"], ids=["module", "torch.export", "TorchScript"])
-def test_a_prediction_that_was_killed_is_finished_and_what_was_written_is_not_written_again(
+def test_a_killed_prediction_is_resumed_and_finished_shards_are_not_written_again(
     unpack: Callable[..., None], expected: dict[str, Any], way: str
 ) -> None:
     unpack("finished", "predictions")
@@ -330,7 +330,7 @@ def test_a_prediction_that_was_killed_is_finished_and_what_was_written_is_not_wr
     assert (report.damages, report.missing_subjects) == ((), ("sub-05",))
     assert report.leftovers == (".unfinished",)
     before = files_below(store)
-    committed = {name: told for name, told in before.items() if name.startswith("sub-04/")}
+    committed = {name: file for name, file in before.items() if name.startswith("sub-04/")}
     [ledger] = store.glob(".unfinished/sub-05/*/.ledger/prediction")
     records = [json.loads(record.read_text()) for record in ledger.glob("*.json")]
     image = ledger.parent.parent / "prediction"
@@ -349,9 +349,9 @@ def test_a_prediction_that_was_killed_is_finished_and_what_was_written_is_not_wr
     assert_is_the_finished_one(store, expected)
 
 
-@pytest.mark.usefixtures("as_models_were_known_then")
+@pytest.mark.usefixtures("same_versions")
 @pytest.mark.parametrize(("option", "value"), [("patch_overlap", 4), ("reduce", "softmax"), ("tta", True)])
-def test_a_prediction_that_was_killed_is_not_gone_on_with_by_another_call(
+def test_a_killed_prediction_is_not_resumed_by_a_call_with_other_options(
     unpack: Callable[..., None], option: str, value: Any
 ) -> None:
     unpack("finished", "predictions")
@@ -368,7 +368,7 @@ def test_a_prediction_that_was_killed_is_not_gone_on_with_by_another_call(
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("name", ["labels", "weights", "uniform", "grid"])
-def test_a_queue_goes_on_with_the_next_patch_from_its_state(
+def test_a_queue_resumes_with_the_next_patch_from_its_state(
     unpack: Callable[..., None], expected: dict[str, Any], name: str, workers: int
 ) -> None:
     unpack("finished")

@@ -1,4 +1,4 @@
-"""zpatch among the tools of training: torch's DataLoader, torchdata, Lightning, torchrun."""
+"""zpatch with tools for training: torch's DataLoader, torchdata, Lightning, torchrun."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def queue_of(cohort: zp.Cohort, **options: Any) -> zp.Queue:
 
 
 def patches_in(batches: Any) -> list[Any]:
-    """Subject, place and voxels of each patch of some batches."""
+    """Subject, location and voxels of each patch of some batches."""
     return [
         (subject, location, data.numpy().tobytes())
         for batch in batches
@@ -54,7 +54,7 @@ def test_a_plain_dataloader_gives_the_batches_of_subjects_loader(cohort: zp.Coho
         assert found == patches_in(zp.SubjectsLoader(queue, 3))
 
 
-def test_a_grid_is_a_dataset_that_workers_of_a_dataloader_share(cohort: zp.Cohort) -> None:
+def test_a_grid_is_a_dataset_for_workers_of_a_dataloader(cohort: zp.Cohort) -> None:
     grid = zp.GridSampler(cohort[0], PATCH_SIZE, 4)
     loader = DataLoader(grid, batch_size=5, num_workers=2, collate_fn=zp.collate)
     assert [place for batch in loader for place in batch.patch_location] == grid.locations
@@ -66,7 +66,7 @@ def test_a_grid_is_a_dataset_that_workers_of_a_dataloader_share(cohort: zp.Cohor
 
 
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # torchdata's own
-def test_a_stateful_dataloader_resumes_an_epoch_where_it_was_left(cohort: zp.Cohort) -> None:
+def test_a_stateful_dataloader_resumes_an_epoch(cohort: zp.Cohort) -> None:
     torchdata = pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata is not installed")
 
     def loader_over(queue: zp.Queue) -> Any:
@@ -178,6 +178,6 @@ def test_the_example_trains_on_two_ranks(cohort_store: Path, tmp_path: Path) -> 
         raise
     assert process.returncode == 0, errors
     losses = re.findall(r"epoch \d: 16 patches on each rank, loss (\d\.\d+)", output)
-    assert len(losses) == 2  # of 4 subjects, 2 to each rank, 8 patches from each; said by one rank only
+    assert len(losses) == 2  # 4 subjects, 2 for each rank, 8 patches from each; printed by one rank only
     assert float(losses[1]) < float(losses[0])
     UNet().load_state_dict(torch.load(weights))

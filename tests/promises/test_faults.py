@@ -1,4 +1,4 @@
-"""Whatever interrupts a conversion, the same command again gives what an undisturbed one would have given."""
+"""Whatever interrupts a conversion, the same command again gives the store of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from zpatch.store.store_writer import StoreWriter
 SUBJECTS = ("sub-01", "sub-02", "sub-03")
 OPTIONS = ("--chunk", "8", "-q")
 
-# What a program does to a file system, but for the bytes that it writes.
+# The calls by which a program changes a file system, except for writing bytes.
 STEPS = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir", "truncate")
 
 
@@ -72,11 +72,11 @@ def store(tmp_path: Path) -> Iterator[Path]:
     close_shards(tmp_path)
 
 
-# What a store holds
+# The contents of a store
 
 
 def contents(store: Path) -> dict[str, Any]:
-    """Every file byte for byte, the manifest as what it says, the root document but for its time."""
+    """The bytes of every file, the values of the manifest, and the root document without its time."""
     special = {LOCK, MANIFEST, ROOT_DOCUMENT}
     found: dict[str, Any] = {
         str(file.relative_to(store)): file.read_bytes()
@@ -93,7 +93,7 @@ def contents(store: Path) -> dict[str, Any]:
 
 
 def assert_whole(store: Path, expected: dict[str, Any]) -> None:
-    """The store is what an undisturbed conversion makes, with nothing left over."""
+    """The store is that of an undisturbed conversion, without leftovers."""
     found = contents(store)
     assert found.keys() == expected.keys()
     assert [key for key in expected if found[key] != expected[key]] == []
@@ -105,29 +105,29 @@ def assert_whole(store: Path, expected: dict[str, Any]) -> None:
 
 
 def assert_sound(store: Path) -> None:
-    """Whatever is committed is whole; a store that is not there yet holds nothing."""
+    """All committed images are whole; a store without a manifest has none."""
     if (store / MANIFEST).exists():
         assert zp.verify(store).damages == ()
 
 
 def undisturbed(source: Path, store: Path, *options: str) -> dict[str, Any]:
-    """What a conversion gives that nothing disturbs, in another place."""
+    """The contents of an undisturbed conversion to another store."""
     other = store.with_name("undisturbed.zarr")
     assert zpatch.cli.run(["convert", str(source), str(other), *OPTIONS, "--overwrite", *options]) in (0, 3)
     return contents(other)
 
 
 def age(store: Path, subject: str, image: str = "t1") -> bytes:
-    """The voxels of an image, to tell an older one from a newer one."""
+    """The voxels of an image, by which an old and a new version differ."""
     return bytes(zp.Cohort(store)[subject][image].data.tobytes())
 
 
-# A process that converts in children of its own, and harms them
+# A process that converts in child processes, and harms them
 
 
 @dataclass
 class Ran:
-    """How a child ended: its exit code or minus the signal, what it said, and how many steps it took."""
+    """How a child ended: its exit code or minus the signal, its stderr, and the number of its steps."""
 
     code: int
     err: str
@@ -142,7 +142,7 @@ class Ran:
 
 
 class Harm:
-    """A program with all imports behind it, that forks a child for each command."""
+    """A program that has imported everything, and forks a child for each command."""
 
     def __init__(self, folder: Path, prefix: Sequence[str] = ()) -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -152,8 +152,9 @@ class Harm:
         )
 
     def __call__(self, *arguments: Any, **harm: Any) -> Ran:
-        """Run a command; ``kill_at`` kills it at so manieth step, ``kill_after_s`` at that time,
-        ``no_space_at`` fails that and every later file that it makes, ``file_limit`` longer files."""
+        """Run a command. ``kill_at`` kills it at the step of that number, ``kill_after_s`` after that time;
+        ``no_space_at`` lets the file of that number and all later ones fail; ``file_limit`` limits the length
+        of files in bytes."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         order = {"arguments": [str(argument) for argument in arguments], **harm}
@@ -175,7 +176,7 @@ def harm(tmp_path: Path) -> Iterator[Harm]:
 
 
 def serve() -> None:
-    """The other side of Harm."""
+    """The loop of the program of Harm."""
     import zarr.codecs  # noqa: F401 - before the forks, so that children start at once
 
     import zpatch.cli.convert
@@ -241,7 +242,7 @@ def _harmed(store: Path, kill_at: int = 0, no_space_at: int = 0, file_limit: int
 
 
 def some(numbers: Sequence[int], full: bool, quick: int) -> list[int]:
-    """All of some numbers, or in the quick run as many as are told, the first and the last among them."""
+    """All of some numbers, or in the quick run ``quick`` of them, with the first and the last."""
     places = np.linspace(0, len(numbers) - 1, quick).round().astype(int)
     return list(numbers) if full or len(numbers) <= quick else [numbers[n] for n in places]
 
@@ -306,7 +307,7 @@ def test_starting_over_killed_at_any_step_is_finished_by_the_same_command(
     zp.convert(tmp_path / "others", older)
     shutil.copytree(older, store)
     steps = harm.convert(source, store, "--overwrite").steps
-    first = [*range(1, 75, 2), *range(75, steps + 1, 20)]  # most of what differs is in clearing
+    first = [*range(1, 75, 2), *range(75, steps + 1, 20)]  # most differences are in clearing
     for step, ran in killed_everywhere(
         harm, source, store, some(first, full, 10), "--overwrite", before=older
     ):
@@ -370,7 +371,7 @@ def test_a_store_that_is_opened_for_writing_and_killed_again_and_again_loses_not
 # Torn, left over
 
 
-def test_a_manifest_torn_anywhere_is_mended_by_the_same_command(
+def test_a_manifest_cut_anywhere_is_repaired_by_the_same_command(
     source: Path, store: Path, full: bool
 ) -> None:
     expected = undisturbed(source, store)
@@ -385,7 +386,7 @@ def test_a_manifest_torn_anywhere_is_mended_by_the_same_command(
         assert_whole(store, expected)
 
 
-def test_what_an_interrupted_writer_left_behind_is_swept(source: Path, store: Path) -> None:
+def test_leftovers_of_an_interrupted_writer_are_removed(source: Path, store: Path) -> None:
     expected = undisturbed(source, store)
     zp.convert(source, store, chunk=8, include=["sub-01"])
     for leftover in (".staging/abc/0/c/0", ".staging/replaced/sub-09/t1", ".staging/replaced/sub-01/t1/0"):
@@ -396,7 +397,7 @@ def test_what_an_interrupted_writer_left_behind_is_swept(source: Path, store: Pa
     assert_whole(store, expected)
 
 
-def test_a_writer_killed_before_its_first_line_leaves_a_place_that_may_become_a_store(
+def test_a_writer_killed_before_its_first_line_leaves_a_folder_that_can_become_a_store(
     source: Path, store: Path
 ) -> None:
     expected = undisturbed(source, store)
@@ -426,7 +427,7 @@ def many_subjects(source: Path, folder: Path, count: int = 16) -> Path:
 
 @contextlib.contextmanager
 def command(*arguments: Any) -> Iterator[subprocess.Popen[str]]:
-    """The command line as a process with a group of its own, as a terminal starts it."""
+    """The command line in a new process group, as a terminal starts it."""
     program = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "import zpatch.cli; zpatch.cli.main()"
@@ -453,7 +454,7 @@ def begun(process: subprocess.Popen[str], store: Path, subjects: int = 3) -> Cal
 
 
 def all_stopped(process: subprocess.Popen[str]) -> Callable[[], bool]:
-    """Whether each thread of it and of its workers is: the signal stops one only after its system call."""
+    """Whether all threads of a process and its workers are stopped; each stops only after its system call."""
 
     def are_stopped() -> bool:
         parent = psutil.Process(process.pid)
@@ -490,7 +491,7 @@ def test_ctrl_c_stops_all_workers_and_the_same_command_finishes(
     assert_whole(store, undisturbed(scans, store))
 
 
-def test_a_writer_that_was_killed_is_no_second_writer_while_its_workers_end(
+def test_a_new_writer_waits_while_the_workers_of_a_killed_one_end(
     source: Path, store: Path, tmp_path: Path
 ) -> None:
     scans = many_subjects(source, tmp_path / "scans")
@@ -508,7 +509,7 @@ def test_a_writer_that_was_killed_is_no_second_writer_while_its_workers_end(
     assert_whole(store, undisturbed(scans, store))
 
 
-def test_a_second_writer_is_refused_at_once_and_told_who_writes(
+def test_a_second_writer_is_refused_at_once_and_the_error_names_the_first(
     source: Path, store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     scans = many_subjects(source, tmp_path / "scans")
@@ -544,7 +545,7 @@ def assert_clear(ran: Ran, store: Path, *texts: str) -> None:
 
 def finishes(run: Callable[..., Ran], source: Path, store: Path, expected: dict[str, Any]) -> None:
     assert_sound(store)
-    if (store / MANIFEST).exists():  # else not even its first line could be written
+    if (store / MANIFEST).exists():  # otherwise not even its first line could be written
         zp.Cohort(store)
     again = run(source, store)
     assert (again.code, again.err) == (0, "")
@@ -553,7 +554,7 @@ def finishes(run: Callable[..., Ran], source: Path, store: Path, expected: dict[
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))
-def test_a_disk_that_is_full_at_any_new_file_is_one_clear_line_and_a_rerun_finishes(
+def test_a_disk_that_is_full_at_any_new_file_is_an_error_of_one_line_and_a_rerun_finishes(
     harm: Harm, source: Path, store: Path, full: bool, part: int
 ) -> None:
     expected = undisturbed(source, store)
@@ -567,10 +568,10 @@ def test_a_disk_that_is_full_at_any_new_file_is_one_clear_line_and_a_rerun_finis
 
 
 @pytest.mark.slow
-def test_files_that_may_not_grow_are_one_clear_line_and_a_rerun_finishes(
+def test_files_that_may_not_grow_are_an_error_of_one_line_and_a_rerun_finishes(
     harm: Harm, source: Path, store: Path, full: bool
 ) -> None:
-    """The manifest is cut in the middle of a line, which a short write does not tell by itself."""
+    """The manifest is cut in the middle of a line, and the short write raises no error by itself."""
     expected = undisturbed(source, store)
     size = (store.with_name("undisturbed.zarr") / MANIFEST).stat().st_size
     for limit in some(range(200, size, 97), full, 8):
@@ -581,10 +582,10 @@ def test_files_that_may_not_grow_are_one_clear_line_and_a_rerun_finishes(
 
 
 @pytest.mark.slow
-def test_a_small_disk_that_runs_full_is_one_clear_line_and_a_larger_one_lets_a_rerun_finish(
+def test_a_small_disk_that_runs_full_is_an_error_of_one_line_and_on_a_larger_one_a_rerun_finishes(
     source: Path, store: Path, tmp_path: Path, full: bool
 ) -> None:
-    """On a file system of its own, seen by no other process; skipped where that is not allowed."""
+    """On a new file system that no other process sees; skipped where mounting is not allowed."""
     expected = undisturbed(source, store)
     files = [file for file in store.with_name("undisturbed.zarr").rglob("*") if file.is_file()]
     need_kib = 4 * sum(-(-file.stat().st_size // 4096) for file in files)
@@ -613,11 +614,11 @@ def test_a_small_disk_that_runs_full_is_one_clear_line_and_a_larger_one_lets_a_r
             process.communicate(timeout=30)
 
 
-# What changes between runs
+# Changes between runs
 
 
 def test_a_run_that_finds_nothing_to_do_writes_nothing(source: Path, store: Path) -> None:
-    """But for the lock, which says who was there."""
+    """Except for the lock, which names its holder."""
 
     def times() -> dict[Path, tuple[int, int]]:
         return {
@@ -645,7 +646,7 @@ def test_a_file_that_was_only_touched_or_copied_is_not_converted_again(source: P
     assert contents(store) == expected
 
 
-def test_only_what_has_changed_is_converted_and_the_store_is_as_if_made_anew(
+def test_only_changed_cases_are_converted_and_the_store_is_that_of_a_new_conversion(
     source: Path, store: Path
 ) -> None:
     zp.convert(source, store, chunk=8)
@@ -659,10 +660,8 @@ def test_only_what_has_changed_is_converted_and_the_store_is_as_if_made_anew(
     assert_whole(store, undisturbed(source, store))
 
 
-def test_a_file_of_the_same_length_and_time_but_other_bytes_is_taken_for_the_same(
-    source: Path, store: Path
-) -> None:
-    """What a fingerprint cannot see without reading every file; with another time its bytes are compared."""
+def test_a_file_of_the_same_length_and_time_counts_as_unchanged(source: Path, store: Path) -> None:
+    """Its bytes are not read; they are compared once its time is another."""
     path = source / "sub-01" / "t1.nii"
     save(path, 1).with_name("t1.nii.gz").unlink()
     zp.convert(source, store, chunk=8)
@@ -676,7 +675,7 @@ def test_a_file_of_the_same_length_and_time_but_other_bytes_is_taken_for_the_sam
     assert_whole(store, undisturbed(source, store))
 
 
-def test_an_image_that_came_later_joins_its_subject(source: Path, store: Path) -> None:
+def test_an_image_that_was_added_later_joins_its_subject(source: Path, store: Path) -> None:
     zp.convert(source, store, chunk=8)
     save(source / "sub-01" / "t2.nii.gz", 7)
     report = zp.convert(source, store, chunk=8)
@@ -684,7 +683,7 @@ def test_an_image_that_came_later_joins_its_subject(source: Path, store: Path) -
     assert_whole(store, undisturbed(source, store))
 
 
-def test_an_image_that_is_another_kind_now_is_converted_again(source: Path, store: Path) -> None:
+def test_an_image_whose_kind_has_changed_is_converted_again(source: Path, store: Path) -> None:
     shutil.rmtree(source / "sub-02")
     zp.convert(source, store, chunk=8)
     zp.convert(source, store, chunk=8, label_patterns=["t1*", "seg*"])
@@ -692,7 +691,7 @@ def test_an_image_that_is_another_kind_now_is_converted_again(source: Path, stor
     assert_whole(store, undisturbed(source, store, "--label-pattern", "t1*", "--label-pattern", "seg*"))
 
 
-def test_splits_and_metadata_that_have_changed_are_those_of_the_store(source: Path, store: Path) -> None:
+def test_changed_splits_and_metadata_are_updated_in_the_store(source: Path, store: Path) -> None:
     def listed(**ages: int) -> Path:
         lines = ["subject,t1,seg,split,age"]
         for subject in SUBJECTS:
@@ -710,7 +709,7 @@ def test_splits_and_metadata_that_have_changed_are_those_of_the_store(source: Pa
     assert_whole(store, undisturbed(source / "cases.csv", store))
 
 
-def test_sources_that_are_gone_stay_in_the_store(source: Path, store: Path) -> None:
+def test_images_of_removed_sources_stay_in_the_store(source: Path, store: Path) -> None:
     zp.convert(source, store, chunk=8)
     expected = contents(store)
     shutil.rmtree(source / "sub-03")
@@ -722,7 +721,7 @@ def test_sources_that_are_gone_stay_in_the_store(source: Path, store: Path) -> N
 
 
 def break_off(path: Path) -> None:
-    """Damage that only shows after all voxels: the checksum of gzip data."""
+    """Damage that is found only after all voxels: the checksum of gzip data."""
     data = bytearray(path.read_bytes())
     data[-6] ^= 1
     path.write_bytes(data)
@@ -746,7 +745,7 @@ def test_a_case_that_failed_is_converted_once_it_is_repaired(source: Path, store
     assert_whole(store, expected)
 
 
-def test_an_image_whose_file_was_broken_since_stays_as_it_was(source: Path, store: Path) -> None:
+def test_an_image_whose_file_was_broken_later_is_unchanged(source: Path, store: Path) -> None:
     zp.convert(source, store, chunk=8)
     expected = contents(store)
     break_off(source / "sub-02" / "t1.nii.gz")
@@ -756,7 +755,7 @@ def test_an_image_whose_file_was_broken_since_stays_as_it_was(source: Path, stor
 
 
 @pytest.mark.parametrize("overwritten", [False, True])
-def test_a_run_of_which_every_case_fails_leaves_the_older_images_alone(
+def test_a_run_in_which_every_case_fails_leaves_the_older_images_unchanged(
     source: Path, store: Path, overwritten: bool
 ) -> None:
     zp.convert(source, store, chunk=8, include=["sub-01"])
@@ -768,7 +767,7 @@ def test_a_run_of_which_every_case_fails_leaves_the_older_images_alone(
     assert_whole(store, expected)
 
 
-def test_a_first_run_of_which_every_case_fails_leaves_no_store(source: Path, store: Path) -> None:
+def test_a_first_run_in_which_every_case_fails_leaves_no_store(source: Path, store: Path) -> None:
     for subject in SUBJECTS:
         break_off(source / subject / "seg.nii.gz")
     with pytest.raises(SourceError, match=r"no case of .*source can be converted: .*\(and 2 more\)"):
@@ -776,7 +775,7 @@ def test_a_first_run_of_which_every_case_fails_leaves_no_store(source: Path, sto
     assert not store.exists()
 
 
-def test_metadata_called_like_a_field_of_the_manifest_do_no_harm(source: Path, store: Path) -> None:
+def test_metadata_may_have_the_names_of_fields_of_the_manifest(source: Path, store: Path) -> None:
     columns = ("document", "subject", "image", "check", "files")
     rows = ["\t".join(("participant_id", *columns))]
     rows += ["\t".join((subject, *(f"{column}-1" for column in columns))) for subject in SUBJECTS]
@@ -803,7 +802,7 @@ def test_two_jobs_give_the_same_bytes_as_one(source: Path, store: Path) -> None:
     assert_whole(store, undisturbed(source, store))
 
 
-def test_a_worker_killed_in_mid_run_costs_nothing(source: Path, store: Path, tmp_path: Path) -> None:
+def test_a_worker_killed_in_mid_run_changes_no_result(source: Path, store: Path, tmp_path: Path) -> None:
     scans = many_subjects(source, tmp_path / "scans")
     with command("convert", scans, store, *OPTIONS, "--jobs", 2) as process:
         for subjects in (2, 8):
@@ -818,7 +817,7 @@ def test_a_worker_killed_in_mid_run_costs_nothing(source: Path, store: Path, tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", range(5))
-def test_a_cluster_of_which_a_worker_is_killed_gives_the_same_bytes(
+def test_a_cluster_with_a_killed_worker_gives_the_same_bytes(
     source: Path, store: Path, tmp_path: Path, full: bool, moment: int
 ) -> None:
     if moment and not full:

@@ -1,4 +1,4 @@
-"""Memory: each stage holds what its plan states, and a small part of the volume, however large that is.
+"""Memory: each stage holds the memory that its plan states, a small part of a volume of any size.
 
 Each measurement runs in a fresh process, after the same work on a small volume, so that libraries are
 loaded. The peak is VmHWM and not ru_maxrss: the latter outlives exec, so a child of a large pytest process
@@ -39,7 +39,7 @@ def status(key):
 
 def start():
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the present memory
     return status("VmHWM")
 """
 
@@ -87,7 +87,7 @@ print(json.dumps({"growth": status("VmHWM") - before}))
 
 
 def measured(program: str, *arguments: Path) -> dict[str, int]:
-    """What a program prints, run in a fresh process."""
+    """The output of a program in a fresh process."""
     command = [sys.executable, "-c", MEASURE + program, *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "MALLOC_ARENA_MAX": "2"}
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=100)
@@ -110,7 +110,7 @@ def noise(*shape: int) -> bytes:
 
 
 def write_nii(path: Path, shape: tuple[int, int, int]) -> None:
-    """A volume that is mostly a hole in the file, with some planes of noise."""
+    """A volume in a sparse file, with some planes of noise."""
     plane = shape[0] * shape[1] * 2
     with path.open("wb") as stream:
         stream.write(header_of(shape))
@@ -121,7 +121,7 @@ def write_nii(path: Path, shape: tuple[int, int, int]) -> None:
 
 
 def write_nii_gz(path: Path, shape: tuple[int, int, int]) -> None:
-    """A volume of noise: one compressed block again and again, which makes a valid gzip file."""
+    """A volume of noise: one compressed block repeated, which is a valid gzip file."""
     with path.open("wb") as stream:
         stream.write(gzip.compress(header_of(shape), 1))
         block = gzip.compress(noise(PLANES_TOGETHER, shape[0], shape[1]), 1)
@@ -140,7 +140,7 @@ def case(folder: Path, shape: tuple[int, int, int], suffix: str = ".nii") -> Pat
 def converted(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Path, dict[str, int]]]:
-    """The store of a volume of 1 GiB, and what its conversion took."""
+    """The store of a volume of 1 GiB, and the figures of its conversion."""
     folder = tmp_path_factory.mktemp("large")
     small = case(folder / "small", (64, 64, 64), request.param)
     source = case(folder / "source", SHAPE, request.param)
@@ -150,14 +150,14 @@ def converted(
     shutil.rmtree(folder)
 
 
-def test_a_conversion_takes_what_its_plan_states_and_a_small_part_of_the_volume(
+def test_a_conversion_takes_the_memory_of_its_plan_and_a_small_part_of_the_volume(
     converted: tuple[Path, dict[str, int]],
 ) -> None:
     _, figures = converted
     assert 0 < figures["growth"] <= figures["stated"] < VOLUME_BYTES / 4
 
 
-def test_reading_patches_takes_memory_for_those_in_hand_only(
+def test_reading_patches_takes_memory_only_for_the_patches_in_use(
     converted: tuple[Path, dict[str, int]],
 ) -> None:
     # Pages of mapped shards count in RSS while they are in the page cache, and the kernel takes them back
@@ -167,7 +167,7 @@ def test_reading_patches_takes_memory_for_those_in_hand_only(
     assert figures["growth"] < 2 * 16 * figures["patch"] < VOLUME_BYTES / 32  # 16 are read together
 
 
-def test_a_prediction_takes_the_front_and_not_the_volume(tmp_path: Path) -> None:
+def test_a_prediction_takes_memory_for_its_front_and_not_for_the_volume(tmp_path: Path) -> None:
     import zpatch as zp
 
     classes, shape = 4, (256, 256, 512)

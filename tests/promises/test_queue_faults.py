@@ -1,6 +1,6 @@
-"""Faults around a queue: an error that says what and where, in time, and no process or memory left behind.
+"""Faults around a queue raise an error with cause and place, in time, and leave no process or memory behind.
 
-Run by itself this file is a training program that something happens to.
+Run by itself this file is a training program that is interrupted in different ways.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from zpatch.errors import QueueError
 DEADLINE_S = 10
 WORKERS = [0, 2]
 
-# Subjects in their order: the first patch, of which slots are sized, is of one that is well.
+# Subjects in their order: the first patch, by which slots are sized, is of a subject without faults.
 OPTIONS: dict[str, Any] = {"max_length": 5, "patches_per_volume": 3, "shuffle_subjects": False}
 
 
@@ -82,13 +82,13 @@ def test_a_worker_that_ends_in_mid_epoch_is_an_error_that_names_it_and_its_subje
     for _ in range(10 if full else 1):
         deadly = Deadly(tmp_path / "killed", way)
         with (
-            pytest.raises(QueueError) as told,
+            pytest.raises(QueueError) as raised,
             queue_of(num_workers=2, start_method=start_method, transform=deadly) as queue,
         ):
             list(queue)
         seconds, pid = took(deadly)
         assert seconds < DEADLINE_S
-        assert f"worker {pid} {how} over subject 'sub-03'" in str(told.value)
+        assert f"worker {pid} {how} over subject 'sub-03'" in str(raised.value)
         assert multiprocessing.active_children() == []
 
 
@@ -113,7 +113,7 @@ def test_a_transform_that_exits_is_an_error_that_names_the_subject(tmp_path: Pat
 def test_a_worker_that_ends_is_noticed_outside_the_main_thread_too(
     tmp_path: Path, way: str, full: bool
 ) -> None:
-    """Where no signal says so; nor does one of a worker that ends as if all were well."""
+    """No signal reports it there, nor for a worker that ends with exit code 0."""
     if not full and way == "KILL":
         pytest.skip("both ways need --full")
     deadly = Deadly(tmp_path / "killed", way)
@@ -202,9 +202,9 @@ def test_the_death_of_a_worker_of_another_loader_is_the_error_of_torch() -> None
     with queue_of(num_workers=1) as queue:
         before = items(queue)
         other = iter(DataLoader(Fatal(), num_workers=1))
-        with pytest.raises(RuntimeError, match="is killed by signal") as told:
+        with pytest.raises(RuntimeError, match="is killed by signal") as raised:
             time.sleep(DEADLINE_S)
-        assert type(told.value) is RuntimeError
+        assert type(raised.value) is RuntimeError
         del other
         queue.set_epoch(0)
         assert items(queue) == before
@@ -223,7 +223,7 @@ next(iter(queue))
 
 
 def test_a_worker_that_ends_before_it_has_its_reader_is_an_error_too(tmp_path: Path) -> None:
-    """As where the main module does all its work when it is imported."""
+    """As if the main module does all its work when it is imported."""
     program = tmp_path / "stillborn.py"
     program.write_text(STILLBORN)
     environment = {**os.environ, "PYTHONPATH": str(Path(zp.__file__).parent.parent)}
@@ -246,13 +246,13 @@ def test_a_worker_that_hangs_is_an_error_that_names_it_and_its_subject(
     hanging = Deadly(tmp_path / "hung", "hang")
     options: dict[str, Any] = {"num_workers": 2, "timeout": 1 if start_method == "fork" else 6}
     with (
-        pytest.raises(QueueError, match="a worker of the queue gave nothing for") as told,
+        pytest.raises(QueueError, match="a worker of the queue gave nothing for") as raised,
         queue_of(transform=hanging, start_method=start_method, **options) as queue,
     ):
         list(queue)
     seconds, pid = took(hanging)
     assert seconds < options["timeout"] + DEADLINE_S
-    assert f"for {options['timeout']} s: worker {pid} hung over subject 'sub-03'" in str(told.value)
+    assert f"for {options['timeout']} s: worker {pid} hung over subject 'sub-03'" in str(raised.value)
 
 
 def test_a_training_step_longer_than_the_timeout_is_not_a_hang() -> None:
@@ -263,7 +263,7 @@ def test_a_training_step_longer_than_the_timeout_is_not_a_hang() -> None:
         assert number == 11
 
 
-def test_a_slow_worker_that_gives_something_in_time_does_not_hang() -> None:
+def test_a_slow_worker_that_gives_each_patch_in_time_does_not_hang() -> None:
     with queue_of(num_workers=1, timeout=1, transform=streams.slow, patches_per_volume=30) as queue:
         before = time.monotonic()
         assert len(list(queue)) == 120
@@ -295,22 +295,22 @@ def test_a_damaged_shard_is_an_error_with_subject_and_file(
 ) -> None:
     cohort = damaged.select(["sub-03", "sub-01"]) if first else damaged
     with (
-        pytest.raises(QueueError, match="subject 'sub-03' failed in epoch 0: DamageError") as told,
+        pytest.raises(QueueError, match="subject 'sub-03' failed in epoch 0: DamageError") as raised,
         queue_of(cohort, num_workers=workers, transform=transform) as queue,
     ):
         list(queue)
-    assert str(damaged.store.path / "sub-03" / "t1") in str(told.value)
-    assert "Traceback" in str(told.value)
+    assert str(damaged.store.path / "sub-03" / "t1") in str(raised.value)
+    assert "Traceback" in str(raised.value)
 
 
 @pytest.mark.parametrize("workers", WORKERS)
 def test_a_sampler_that_fails_is_an_error_with_subject_reason_and_traceback(workers: int) -> None:
     with (
-        pytest.raises(QueueError, match="subject 'sub-02' failed in epoch 0") as told,
+        pytest.raises(QueueError, match="subject 'sub-02' failed in epoch 0") as raised,
         zp.Queue(small_subjects(4), streams.Picky(6), num_workers=workers) as queue,
     ):
         list(queue)
-    text = str(told.value)
+    text = str(raised.value)
     assert "ArithmeticError: no luck here" in text
     assert "Traceback" in text
     assert "in _starts" in text
@@ -318,7 +318,7 @@ def test_a_sampler_that_fails_is_an_error_with_subject_reason_and_traceback(work
 
 @pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("transform", [None, streams.unchanged], ids=["plain", "transformed"])
-def test_a_patch_that_does_not_fit_a_subject_names_subject_axis_and_way_out(
+def test_the_error_about_a_patch_that_does_not_fit_has_subject_axis_and_advice(
     workers: int, transform: Any
 ) -> None:
     with pytest.raises(QueueError, match=r"patch of 99 voxels does not fit axis I of 'sub-00'.*smaller"):
@@ -337,11 +337,11 @@ def test_a_transform_that_fails_is_an_error_with_traceback_subject_and_place(
     with (
         pytest.raises(
             QueueError, match=f"subject '{subject}' failed in epoch 0: ArithmeticError: no luck"
-        ) as told,
+        ) as raised,
         queue_of(transform=transform, **options) as queue,
     ):
         list(queue)
-    text = str(told.value)
+    text = str(raised.value)
     places = {
         place
         for name, place, _ in stream(small_subjects(4), zp.UniformSampler(6), **OPTIONS)
@@ -409,7 +409,7 @@ def test_no_space_for_the_block_is_an_error_with_advice(monkeypatch: pytest.Monk
         assert items(queue) == stream(small_subjects(4), zp.UniformSampler(6), **OPTIONS)
 
 
-def test_more_memory_than_there_can_be_is_an_error_with_advice() -> None:
+def test_more_memory_than_can_exist_is_an_error_with_advice() -> None:
     with (
         pytest.raises(QueueError, match=r"shared memory cannot be allocated .*smaller max_length"),
         queue_of(num_workers=1, max_length=10**15, shuffle_patches=False) as queue,
@@ -458,7 +458,7 @@ def test_a_full_shared_memory_folder_is_an_error_with_advice(
 
 
 @pytest.mark.parametrize("step", ["block", "worker"])
-def test_a_resumed_epoch_that_cannot_be_begun_keeps_its_place(
+def test_a_resumed_epoch_that_cannot_start_keeps_its_position(
     monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     def full(*arguments: Any) -> Any:
@@ -552,7 +552,7 @@ def test_a_patch_stays_valid_after_the_queue_is_closed(workers: int) -> None:
 
 
 class Program:
-    """A training program in a process group of its own."""
+    """A training program in a new process group."""
 
     def __init__(self, folder: Path, start_method: str, what: str) -> None:
         paths = [str(Path(zp.__file__).parent.parent), *sys.path]
@@ -603,14 +603,14 @@ def program(tmp_path: Path) -> Iterator[Callable[[str, str], Program]]:
         one.process.communicate(timeout=DEADLINE_S)
 
 
-# What the parent is killed by, and what workers are at when it is.
+# The signal that kills the parent, and the work of workers at that time.
 PARENT_QUICK = {("fork", "TERM"), ("spawn", "KILL"), ("forkserver", "KILL")}
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("how", ["KILL", "TERM", "INT"])
 @pytest.mark.parametrize("start_method", START_METHODS)
-def test_workers_end_with_their_parent_however_that_is_killed(
+def test_workers_end_with_their_parent_however_it_is_killed(
     program: Callable[[str, str], Program], start_method: str, how: str, full: bool
 ) -> None:
     if not full and (start_method, how) not in PARENT_QUICK:
@@ -626,7 +626,7 @@ def test_workers_end_with_their_parent_however_that_is_killed(
 def test_ctrl_c_ends_it_all_with_one_traceback(
     program: Callable[[str, str], Program], what: str, full: bool
 ) -> None:
-    """As a terminal does it: every process of the group gets the signal."""
+    """As from a terminal: every process of the group gets the signal."""
     if not full and what == "slowly":
         pytest.skip("a program in the middle of a step needs --full")
     running = program("fork", what)
@@ -646,7 +646,7 @@ def test_a_program_that_ends_without_closing_its_queue_prints_nothing(
 
 
 def run_program(start_method: str, what: str) -> None:
-    """Go through epochs until something happens; say which the workers are once they run."""
+    """Iterate over epochs until interrupted; print the workers' process ids once they run."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
     transform = Deadly(Path("hung"), "hang") if what == "hang" else streams.slow
     queue = queue_of(num_workers=2, start_method=start_method, transform=transform, patches_per_volume=20)

@@ -1,4 +1,4 @@
-"""Ranks: each process gets its share, as much as any other, and the shares are disjoint and always the same.
+"""Ranks: the shares of processes are equal, disjoint and always the same.
 
 Run by torchrun this file is the program of one rank.
 """
@@ -38,11 +38,11 @@ EPOCHS = 3
 UNEVEN = ("pad", "drop")
 TIMEOUT_S = 60
 
-Seen = list[tuple[str, list[int], str]]  # subject, place and voxels of each patch, in order
+Seen = list[tuple[str, list[int], str]]  # subject, location and voxels of each patch, in order
 
 
 def queue_of(count: int, sampler: Any = None, **options: Any) -> zp.Queue:
-    """The queue of a training run with so many subjects."""
+    """The queue of a training run with ``count`` subjects."""
     defaults: dict[str, Any] = {"max_length": 5, "patches_per_volume": 3, "seed": count}
     defaults |= {"transform": streams.noisy, "timeout": TIMEOUT_S / 2}
     sampler = zp.UniformSampler(6) if sampler is None else sampler
@@ -56,7 +56,7 @@ def seen_in(batch: zp.PatchBatch) -> Seen:
 
 
 def epochs_of(queue: zp.Queue, step: Any = lambda batch: None) -> list[Seen]:
-    """What each epoch of a training run sees."""
+    """The patches of each epoch of a training run."""
     seen = []
     with queue:
         loader = zp.SubjectsLoader(queue, 2)
@@ -73,7 +73,7 @@ def epochs_of(queue: zp.Queue, step: Any = lambda batch: None) -> list[Seen]:
 
 
 def train(folder: Path) -> None:
-    """Go through the epochs of each queue as training does, and write down what was seen."""
+    """Iterate over the epochs of each queue as training does, and write the patches to a file."""
     faulthandler.dump_traceback_later(TIMEOUT_S - 10)
     torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=TIMEOUT_S))
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -102,7 +102,7 @@ def train(folder: Path) -> None:
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of some ranks has seen."""
+    """The patches of each rank."""
     folder = tmp_path_factory.mktemp("ranks")
     paths = [str(Path(zp.__file__).parent.parent), *sys.path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
@@ -248,7 +248,7 @@ def test_subjects_change_ranks_from_epoch_to_epoch() -> None:
 
 
 def test_a_subject_that_a_rank_visits_twice_gives_other_patches_the_second_time() -> None:
-    """Where grids are uneven, a rank with fewer patches begins anew: its random transforms do not."""
+    """If grids are uneven, a rank with fewer patches repeats subjects, but not its random transforms."""
     subjects = [small_subjects(1, size=8)[0], small_subjects(2, size=20)[1]]
     seen = []
     for rank in range(2):
@@ -259,13 +259,13 @@ def test_a_subject_that_a_rank_visits_twice_gives_other_patches_the_second_time(
     assert sorted(map(len, seen)) == [1, 27]
 
 
-def test_the_rank_is_that_of_torch_distributed_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rank_is_that_of_torch_distributed_if_it_is_initialized(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = items(queue_of(5, rank=1, world_size=2))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     assert items(queue_of(5)) == wanted
-    assert len(items(queue_of(5, rank=0, world_size=1))) == 15  # what is said goes first
+    assert len(items(queue_of(5, rank=0, world_size=1))) == 15  # arguments take precedence
     with pytest.raises(OptionError, match="1 subjects cannot be dealt out to 2 ranks"):
         queue_of(1)
 
@@ -275,9 +275,9 @@ def test_a_queue_that_was_made_before_torch_distributed_is_refused(
     monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     options: dict[str, Any] = {"num_workers": workers}
-    found, told = queue_of(5, **options), queue_of(5, rank=0, world_size=1, **options)
+    found, given = queue_of(5, **options), queue_of(5, rank=0, world_size=1, **options)
     sampled = queue_of(5, subject_sampler=[1, 2], shuffle_subjects=False, **options)
-    with found, told, sampled:
+    with found, given, sampled:
         next(iter(found))
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
@@ -286,16 +286,16 @@ def test_a_queue_that_was_made_before_torch_distributed_is_refused(
             QueueError, match=r"as rank 0 of 1, and this is rank 1 of 2; make the queue after"
         ):
             next(iter(found))
-        assert len(list(told)) == 15  # these were told what their share is
+        assert len(list(given)) == 15  # its share was given as arguments
         assert len(list(sampled)) == 6
         with queue_of(5, **options) as late:
             assert len(list(late)) == 9
             monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
-            assert len(list(late)) == 9  # the share stays when torch.distributed has gone
+            assert len(list(late)) == 9  # the share is kept after torch.distributed has ended
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_even_epoch_before_an_uneven_one_is_given_whole(workers: int) -> None:
+def test_all_patches_of_an_even_epoch_before_an_uneven_one_are_given(workers: int) -> None:
     subjects = [small_subjects(n + 1, size=8 + 4 * (n % 2))[n] for n in range(4)]
     options: dict[str, Any] = {"rank": 0, "world_size": 2, "uneven": "error", "num_workers": workers}
 
@@ -312,7 +312,7 @@ def test_an_even_epoch_before_an_uneven_one_is_given_whole(workers: int) -> None
             list(queue)
 
 
-def test_a_distributed_sampler_shares_subjects_out_and_shuffles_them_anew_each_epoch() -> None:
+def test_a_distributed_sampler_divides_subjects_and_shuffles_them_in_each_epoch() -> None:
     shares = []
     for rank in range(2):
         sampler: DistributedSampler[Any] = DistributedSampler(range(6), num_replicas=2, rank=rank)  # type: ignore[arg-type]
@@ -326,7 +326,7 @@ def test_a_distributed_sampler_shares_subjects_out_and_shuffles_them_anew_each_e
     assert shares[0][0] != shares[0][1] or shares[0][1] != shares[0][2]
 
 
-# The program that readers are given
+# The example script
 
 
 @pytest.mark.parametrize("side", ["30", "50"])

@@ -1,4 +1,4 @@
-"""NIfTI -> store -> NIfTI: the same bytes, for every header and voxel type that comes in."""
+"""NIfTI -> store -> NIfTI: the same bytes, for every kind of header and voxel type."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def content(path: Path) -> bytes:
 
 
 def back(path: Path, folder: Path, suffix: str, **options: Any) -> bytes:
-    """The content of a file that went through a store."""
+    """The contents of a file after a round trip through a store."""
     (folder / "source").mkdir()
     shutil.copy(path, folder / "source")
     zp.convert(folder / "source", folder / "store", **options)
@@ -133,7 +133,9 @@ def test_bytes_after_the_last_voxel_are_left_out(tmp_path: Path) -> None:
     assert back(path, tmp_path, ".nii") == whole
 
 
-def test_one_image_may_go_to_one_file(cohort_source: Path, cohort_store: Path, tmp_path: Path) -> None:
+def test_one_image_can_be_exported_to_a_named_file(
+    cohort_source: Path, cohort_store: Path, tmp_path: Path
+) -> None:
     [exported] = zp.export(cohort_store, tmp_path / "one.nii", include=["sub-02"], images=["t1"])
     assert exported == tmp_path / "one.nii"
     assert content(exported) == content(cohort_source / "sub-02" / "t1.nii.gz")
@@ -149,7 +151,7 @@ def test_patterns_choose_what_is_exported(cohort_store: Path, tmp_path: Path) ->
     ]
 
 
-def test_an_export_replaces_no_file_unless_told_so_and_then_starts_none(
+def test_an_export_replaces_files_only_with_overwrite_and_otherwise_writes_none(
     cohort_store: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "sub-02").mkdir()
@@ -170,7 +172,7 @@ def test_an_export_replaces_no_file_unless_told_so_and_then_starts_none(
         ({"suffix": ".img"}, OptionError, r"suffix must be one of .nii, .nii.gz, not '.img'"),
     ],
 )
-def test_what_cannot_be_exported_is_an_error_that_says_what_there_is(
+def test_unknown_names_in_an_export_are_an_error_that_lists_the_known_ones(
     cohort_store: Path, tmp_path: Path, options: dict[str, Any], error: type[Exception], why: str
 ) -> None:
     with pytest.raises(error, match=why):
@@ -178,8 +180,8 @@ def test_what_cannot_be_exported_is_an_error_that_says_what_there_is(
     assert not (tmp_path / "out").exists()
 
 
-def test_many_images_do_not_go_to_one_file(cohort_store: Path, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"out.nii is one file, and 8 images are to go there; choose one"):
+def test_several_images_cannot_be_exported_to_one_file(cohort_store: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"out.nii is one file, but 8 images were chosen; choose one"):
         zp.export(cohort_store, tmp_path / "out.nii")
 
 
@@ -194,6 +196,6 @@ def test_a_damaged_image_is_an_error_and_leaves_no_file(cohort_store: Path, tmp_
 
 
 def test_progress_adds_up_to_the_bytes_of_all_voxels(cohort_store: Path, tmp_path: Path) -> None:
-    told: list[int] = []
-    zp.export(cohort_store, tmp_path / "out", images=["t1"], progress=told.append)
-    assert sum(told) == sum(subject.t1.record.voxel_bytes for subject in zp.Cohort(cohort_store))
+    amounts: list[int] = []
+    zp.export(cohort_store, tmp_path / "out", images=["t1"], progress=amounts.append)
+    assert sum(amounts) == sum(subject.t1.record.voxel_bytes for subject in zp.Cohort(cohort_store))

@@ -1,4 +1,4 @@
-"""Whole slides: two-dimensional images of one plane, predicted as they are, a level of a pyramid too."""
+"""Whole slides: two-dimensional images are predicted without conversion, also at a coarser level."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def tissue():
 
 
 def pixels() -> NDArray[np.uint8]:
-    """(y, x, c), coarse enough to pack well."""
+    """Pixels (y, x, c), coarse enough to compress well."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 255, (SHAPE[0] // 8, SHAPE[1] // 8, 3), dtype=np.uint8)
     return coarse.repeat(8, axis=0).repeat(8, axis=1) + rng.integers(0, 3, (*SHAPE, 1), dtype=np.uint8)
@@ -122,7 +122,7 @@ def out(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def there(slides: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The folder of the slides is the working folder; a convolution rounds alike in one thread."""
+    """Make the folder of the slides the working folder, and run torch in one thread for the same rounding."""
     monkeypatch.chdir(slides)
     monkeypatch.syspath_prepend(slides)
     before = torch.get_num_threads()
@@ -138,7 +138,7 @@ def network(name: str) -> Any:
 
 
 def dense(name: str, axes: str, level: int = 0) -> NDArray[np.float32]:
-    """What a network gives for the whole plane at once, (c, y, x)."""
+    """The output of a network for the whole plane at once, (c, y, x)."""
     image = pixels()[:: 2**level, :: 2**level]
     colours = image[..., :1] if axes == "yx" else image
     batch = torch.from_numpy(colours.astype(np.float32)).permute(2, 1, 0)[None, ..., None]  # B, C, I, J, K
@@ -148,7 +148,7 @@ def dense(name: str, axes: str, level: int = 0) -> NDArray[np.float32]:
 
 
 def command(*arguments: Any) -> int:
-    """The command line in this process: its exit code."""
+    """Run the command line in this process, and return its exit code."""
     return zpatch.cli.run([str(argument) for argument in arguments])
 
 
@@ -158,7 +158,7 @@ def predict(slide: Path, out: Path, *options: Any, model: str = "stain") -> int:
 
 
 def as_ome_zarr(folder: Path) -> tuple[NDArray[Any], dict[str, float], dict[str, float], dict[str, str]]:
-    """An image as any OME-Zarr reader sees it: (c, y, x), scale, translation and unit of each axis."""
+    """An image as read by zarr: (c, y, x), and the scale, translation and unit of each axis."""
     group: Any = zarr.open_group(folder, mode="r")
     [multiscale] = group.attrs["ome"]["multiscales"]
     names = [axis["name"] for axis in multiscale["axes"]]
@@ -204,7 +204,7 @@ def test_a_label_map_of_a_slide_is_the_dense_argmax_also_with_jobs(slide: Path, 
 
 
 @pytest.mark.parametrize(("level", "model"), [(0, "stain"), (1, "stain"), (2, "colours")])
-def test_a_level_of_the_pyramid_is_predicted_as_it_is_even_if_it_is_smaller_than_a_patch(
+def test_a_level_of_the_pyramid_is_predicted_even_if_it_is_smaller_than_a_patch(
     slide: Path, out: Path, level: int, model: str
 ) -> None:
     assert predict(slide / str(level), out, "--blend", "crop", "-q", model=model) == 0
@@ -242,7 +242,7 @@ def test_a_plain_zarr_array_with_named_axes_is_a_slide_too(tmp_path: Path, out: 
     assert (scale["y"], scale["x"], translation["y"], translation["x"]) == (1, 1, 0, 0)
 
 
-def test_an_array_without_names_of_axes_is_one_line_that_says_how_to_name_them(
+def test_an_array_without_names_of_axes_is_an_error_of_one_line_that_says_how_to_name_them(
     tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     group = zarr.open_group(tmp_path, mode="w", zarr_format=2)
@@ -303,7 +303,7 @@ def test_a_network_that_shrinks_its_patches_gives_the_coarser_grid(slide: Path, 
     assert (translation["y"], translation["x"]) == pytest.approx((10 + 1.5 * 0.25, 20 + 1.5 * 0.5))
 
 
-# What else is done with the output
+# Further use of the output
 
 
 def test_info_verify_and_export_work_on_the_output(
@@ -356,11 +356,11 @@ def test_the_source_of_a_slide_is_never_written_to(slide: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize("size", ["512", "512,512,2", "1,512,512"])
-def test_a_patch_that_is_thick_where_the_image_is_one_plane_is_refused_with_the_size_that_would_do(
+def test_a_patch_of_several_planes_is_refused_with_a_size_that_fits_a_single_plane(
     slide: Path, out: Path, capsys: pytest.CaptureFixture[str], size: str
 ) -> None:
     arguments = ("--model", "nets_of_slides:stain", "--patch-size", size)
-    assert command("predict", slide, out, *arguments) == 1
+    assert command("predict", slide, out, *arguments) == 2
     [line] = capsys.readouterr().err.splitlines()
     right = "1,512,1" if size.startswith("1,") else "512,512,1"
     assert line.startswith("zpatch: error: ")
@@ -387,7 +387,7 @@ def test_a_patch_that_is_thick_where_the_image_is_one_plane_is_refused_with_the_
         (["--patch-size", "512,512,1", "--normalize", "zscore"], 2, "statistics"),
     ],
 )
-def test_options_that_do_not_fit_a_slide_are_one_line(
+def test_options_that_do_not_fit_a_slide_are_errors_of_one_line(
     slide: Path, out: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, text: str
 ) -> None:
     assert command("predict", slide, out, "--model", "nets_of_slides:tissue", *arguments) == code
@@ -397,7 +397,7 @@ def test_options_that_do_not_fit_a_slide_are_one_line(
     assert not out.exists()
 
 
-def test_places_that_are_no_slide_are_one_line_each(
+def test_paths_that_are_not_slides_are_errors_of_one_line(
     slide: Path, tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "folder").mkdir()
@@ -427,5 +427,5 @@ def test_a_slide_resumed_from_another_level_or_network_is_refused(slide: Path, o
     for place, model in ((slide / "1", "tissue"), (slide, "colours")):
         assert predict(place, out, "-q", model=model) == 1
     assert predict(slide, out, "-q", model="tissue") == 0
-    with pytest.raises(OptionError, match="patterns of subjects are for a store"):
+    with pytest.raises(OptionError, match="include= and exclude= are for a store"):
         open_subjects(slide, include=["a"])

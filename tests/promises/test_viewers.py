@@ -1,6 +1,6 @@
-"""Other people's libraries and viewers open what is written here, predictions too, and see the same voxels.
+"""Other libraries and viewers open stores and predictions, and read the same voxels.
 
-Each runs in a process of its own: some of them do not survive a fork, and none should touch other tests.
+Each runs in a separate process: some of them do not survive a fork, and none should affect other tests.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import zpatch as zp
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
-# look(folder) gives the stored voxels, and of axes, scale and translation what the library tells.
+# look(folder) returns the stored voxels, and the axes, scale and translation as far as the library has them.
 LOOKS = {
     "ome_zarr": """
 def look(folder):
@@ -51,8 +51,8 @@ def look(folder):
     from ngff_zarr import from_ngff_zarr
     images = from_ngff_zarr(folder, version="0.5").images
     first = images[0]
-    told = {key: [getattr(first, key)[d] for d in first.dims] for key in ("scale", "translation")}
-    return [image.data for image in images], dict(axes=list(first.dims), **told)
+    known = {key: [getattr(first, key)[d] for d in first.dims] for key in ("scale", "translation")}
+    return [image.data for image in images], dict(axes=list(first.dims), **known)
 """,
     "niizarr": """
 def look(folder):
@@ -72,12 +72,12 @@ def look(folder):
     "napari_ome_zarr": """
 def look(folder):
     from napari_ome_zarr import napari_get_reader
-    [(levels, said, kind)] = napari_get_reader(folder)(folder)
+    [(levels, metadata, kind)] = napari_get_reader(folder)(folder)
     assert kind == "image"
-    axes, scale = list(said["axis_labels"]), list(said["scale"])  # it passes over translations
-    if "channel_axis" in said:  # napari makes a layer of each channel
-        axes.insert(said["channel_axis"], "c")
-        scale.insert(said["channel_axis"], 1)
+    axes, scale = list(metadata["axis_labels"]), list(metadata["scale"])  # it ignores translations
+    if "channel_axis" in metadata:  # napari makes a layer of each channel
+        axes.insert(metadata["channel_axis"], "c")
+        scale.insert(metadata["channel_axis"], 1)
     return levels, dict(axes=axes, scale=scale)
 """,
 }
@@ -88,12 +88,12 @@ import numpy as np
 warnings.simplefilter("ignore")
 {look}
 for folder in sys.argv[2:]:
-    levels, said = look(folder)
+    levels, metadata = look(folder)
     target = Path(sys.argv[1]) / Path(folder).name
     target.mkdir()
     for number, level in enumerate(levels):
         np.save(target / str(number), np.asarray(level))
-    (target / "said.json").write_text(json.dumps(said))
+    (target / "metadata.json").write_text(json.dumps(metadata))
 """
 NEUROGLANCER = """
 import json, subprocess, sys, warnings
@@ -131,8 +131,8 @@ with StaticFileServer(sys.argv[1], bind_address="127.0.0.1", daemon=True) as url
     for (first, stop), span in (((0, 100), "0-99"), ((17, 4000), "17-3999"), ((-20, None), "-20")):
         asked = urllib.request.Request(f"{url}/s/t1/0/c/0/0/0", headers={"Range": f"bytes={span}"})
         with urllib.request.urlopen(asked) as answer:
-            told = answer.status, answer.read().hex(), answer.headers["Access-Control-Allow-OpenedImage"]
-        seen.append(((first, stop), told))
+            served = answer.status, answer.read().hex(), answer.headers["Access-Control-Allow-Origin"]
+        seen.append(((first, stop), served))
 Path(sys.argv[2]).write_text(json.dumps(seen))
 """
 
@@ -150,7 +150,7 @@ def run(program: str, *arguments: object) -> None:
 
 @dataclass(frozen=True)
 class Written:
-    """An image as it was written: where, its levels in stored order, and what is known of it."""
+    """An image in a store, and its folder."""
 
     folder: Path
     image: zp.Image
@@ -165,7 +165,7 @@ class Written:
 
 @pytest.fixture(scope="module")
 def store(cohort_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with a pyramid, a series in time, and a label map; voxels lie at whole millimetres."""
+    """A store with a pyramid, a time series, and a label map; voxels are at whole millimetres."""
     folder = tmp_path_factory.mktemp("viewers")
     rng = np.random.default_rng(5)
     (folder / "source" / "s").mkdir(parents=True)
@@ -182,7 +182,7 @@ def store(cohort_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def predictions(store: Path) -> Path:
-    """Predictions of it: a label map, and two channels."""
+    """Predictions for that store: a label map, and an image of two channels."""
 
     def network(batch: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"classes": (batch > 0).to(torch.uint8), "logits": torch.cat([batch, -batch], 1)}
@@ -199,7 +199,7 @@ def written(store: Path, predictions: Path) -> list[Written]:
 
 
 @pytest.mark.parametrize("library", LOOKS)
-def test_the_same_voxels_axes_and_places_are_seen_by(
+def test_the_same_voxels_axes_and_affines_are_read_by(
     library: str, written: list[Written], tmp_path: Path
 ) -> None:
     needs(library)
@@ -212,14 +212,14 @@ def test_the_same_voxels_axes_and_places_are_seen_by(
         np.testing.assert_array_equal(np.load(seen / "0.npy").reshape(one.voxels.shape), one.voxels)
         levels = [np.load(seen / f"{n}.npy").shape for n in range(1, len(list(seen.glob("*.npy"))))]
         assert levels in ([], [level.shape for level in record.levels])
-        said = json.loads((seen / "said.json").read_text())
+        metadata = json.loads((seen / "metadata.json").read_text())
         leading = [1.0] * (len(record.axes) - 3)
-        np.testing.assert_allclose(said.get("affine", record.affine), record.affine)
-        assert "".join(said.get("axes", record.axes)) == record.axes
+        np.testing.assert_allclose(metadata.get("affine", record.affine), record.affine)
+        assert "".join(metadata.get("axes", record.axes)) == record.axes
         scale = [*leading, *one.image.spacing[::-1]]
-        np.testing.assert_allclose(said.get("scale", scale), scale)
+        np.testing.assert_allclose(metadata.get("scale", scale), scale)
         translation = [*np.zeros(len(leading)), *one.image.affine[2::-1, 3]]
-        np.testing.assert_allclose(said.get("translation", translation), translation)
+        np.testing.assert_allclose(metadata.get("translation", translation), translation)
 
 
 def test_neuroglancer_reads_and_draws_them_from_a_plain_file_server(

@@ -1,4 +1,4 @@
-"""Whoever was there when a worker died is run alone, and given up after four deaths; no process is needed."""
+"""Tasks in flight when a worker dies are run alone, and given up after four deaths; no process is needed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from zpatch.runtime.attempts import MAX_DEATHS, Attempts, given_up
 def run(
     count: int, jobs: int, deadly: set[int], seed: int = 0
 ) -> tuple[list[int], list[int], list[set[int]]]:
-    """The tasks that finished and that were given up, and all that were in flight at each start."""
+    """The tasks that finished, the tasks that were given up, and the tasks in flight at each start."""
     finished, lost, flights = [], [], []
     rng = random.Random(seed)
     attempts = Attempts(count)
@@ -33,7 +33,7 @@ def run(
     return finished, lost, flights
 
 
-def test_tasks_start_in_order_and_as_many_as_are_wanted() -> None:
+def test_tasks_start_in_order_and_as_many_as_requested() -> None:
     attempts = Attempts(5)
     queue, most = attempts.round(3)
     assert (list(queue), most) == ([0, 1, 2, 3, 4], 3)

@@ -1,4 +1,4 @@
-"""Memory that is handed on: never while anybody looks at it, never without bounds, by threads and forks."""
+"""Reused memory: never while a view of it exists, always bounded, also with threads and after forks."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def kept_bytes() -> int:
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0, 4), (5,), (2, 300, 400), (1, 64, 64, 64)])
 @pytest.mark.parametrize("dtype", ["|u1", "<c16"])
-def test_an_array_is_as_numpy_makes_it(shape: tuple[int, ...], dtype: str) -> None:
+def test_an_array_is_like_one_of_numpy(shape: tuple[int, ...], dtype: str) -> None:
     array, like = empty(shape, dtype), np.empty(shape, dtype)
     assert (array.shape, array.dtype, array.strides) == (like.shape, like.dtype, like.strides)
     assert array.flags.writeable
@@ -64,7 +64,7 @@ def test_arrays_that_are_alive_share_no_memory() -> None:
     assert [int(array.min()) for array in alive] == [int(array.max()) for array in alive] == [*range(30)]
 
 
-def test_memory_is_handed_on_when_nobody_looks_at_it_any_more() -> None:
+def test_memory_is_reused_when_no_view_of_it_exists_any_more() -> None:
     first = empty((SIDE, SIDE), np.uint8)
     place = address(first)
     del first
@@ -89,7 +89,7 @@ def test_memory_is_handed_on_when_nobody_looks_at_it_any_more() -> None:
         lambda array: {"deep": [array[0]]},
     ],
 )
-def test_a_view_of_any_sort_keeps_memory_from_being_handed_on(look: Any) -> None:
+def test_a_view_of_any_kind_keeps_memory_from_being_reused(look: Any) -> None:
     array = empty((SIDE, SIDE), np.uint8)
     place = address(array)
     view = look(array)
@@ -100,7 +100,7 @@ def test_a_view_of_any_sort_keeps_memory_from_being_handed_on(look: Any) -> None
     assert place in map(address, [empty((SIDE, SIDE), np.uint8) for _ in range(9)])
 
 
-def test_voxels_in_a_tensor_stay_what_they_were() -> None:
+def test_voxels_in_a_tensor_do_not_change() -> None:
     tensor = torch.from_numpy(empty((SIDE, SIDE), np.uint8))[10:20]
     tensor.fill_(7)
     for _ in range(5):
@@ -108,7 +108,7 @@ def test_voxels_in_a_tensor_stay_what_they_were() -> None:
     assert (tensor == 7).all()
 
 
-def test_a_copy_of_memory_is_its_own() -> None:
+def test_a_copy_of_an_array_shares_no_memory_with_it() -> None:
     array = empty((SIDE, SIDE), np.uint8)
     array[...] = 3
     copies = [array.copy(), pickle.loads(pickle.dumps(array))]
@@ -138,11 +138,11 @@ def test_no_more_sizes_are_kept_than_a_few() -> None:
     del alive
     assert len(buffer_pool._spare) == KEPT_SIZES
     assert kept_bytes() <= KEPT_SIZES * KEPT_BYTES
-    # The sizes that were asked for last.
+    # The sizes that were requested last.
     assert sorted(buffer_pool._spare) == [LEAST_BYTES + 1000 * n for n in range(20)[-KEPT_SIZES:]]
 
 
-def test_a_size_in_use_is_kept_though_others_come_by() -> None:
+def test_a_size_in_use_is_kept_when_other_sizes_are_requested() -> None:
     for n in range(20):
         empty((SIDE, SIDE), np.uint8)
         empty((LEAST_BYTES + 1000 * n,), np.uint8)
@@ -187,7 +187,7 @@ def test_threads_never_get_the_same_memory() -> None:
     assert kept_bytes() <= KEPT_SIZES * KEPT_BYTES
 
 
-def test_a_forked_child_has_memory_of_its_own() -> None:
+def test_a_forked_child_does_not_share_memory_with_its_parent() -> None:
     array = empty((SIDE, SIDE), np.uint8)
     array[...] = 5
     empty((SIDE, SIDE), np.uint8)[...] = 6  # spare in the child too
@@ -206,7 +206,7 @@ def test_a_forked_child_has_memory_of_its_own() -> None:
     assert (empty((SIDE, SIDE), np.uint8) != 7).all()
 
 
-def test_patches_share_no_memory_while_they_are_alive_and_hand_it_on_afterwards(tmp_path: Path) -> None:
+def test_patches_share_no_memory_while_they_are_alive_and_reuse_it_afterwards(tmp_path: Path) -> None:
     voxels = random_voxels((70, 70, 70), "<i2")
     image = stored(tmp_path / "image", voxels, chunk=(32, 32, 32), shard=1)
     rng = np.random.default_rng(0)
@@ -224,7 +224,7 @@ def test_patches_share_no_memory_while_they_are_alive_and_hand_it_on_afterwards(
     assert len(places) < 15 * 4
 
 
-def test_padded_patches_share_no_memory_with_what_they_were_made_of(tmp_path: Path) -> None:
+def test_padded_patches_share_no_memory_with_their_unpadded_voxels(tmp_path: Path) -> None:
     voxels = random_voxels((70, 70, 70), "<i2")
     image = stored(tmp_path / "image", voxels, chunk=(32, 32, 32), shard=1)
     box = PatchLocation((-4, 0, 0), (64, 64, 64))
@@ -257,7 +257,7 @@ def test_a_pool_never_keeps_much_more_than_was_in_use_at_once(steps: list[tuple[
         assert len({id(box) for *_, box in in_use}) == len(in_use)
 
 
-def test_a_pool_hands_on_what_is_of_the_same_kind_and_size_only() -> None:
+def test_a_pool_reuses_memory_of_the_same_kind_and_size_only() -> None:
     pool: buffer_pool.Pool[object] = buffer_pool.Pool()
     box = pool.take("a", 8, object)
     pool.give_back("a", 8, box)
@@ -267,7 +267,7 @@ def test_a_pool_hands_on_what_is_of_the_same_kind_and_size_only() -> None:
 
 
 class Box(list[int]):
-    """Something that says how large it is, and is noted as long as it is alive."""
+    """An object with a size, which is tracked while it is alive."""
 
     def __init__(self, nbytes: int, alive: list[weakref.ref[Box]]) -> None:
         super().__init__()

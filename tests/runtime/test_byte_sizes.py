@@ -1,4 +1,4 @@
-"""Bytes, said and read as people write them, and the refusal of what does not fit."""
+"""Numbers of bytes, formatted and parsed as people write them, and memory limits."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def test_a_decimal_fraction_is_read_exactly(whole: int, thousandths: int, unit: 
 
 
 @given(st.integers(0, 2**53))
-def test_an_integer_is_a_number_of_bytes_as_it_is_and_as_text(count: int) -> None:
+def test_an_integer_or_its_text_is_a_number_of_bytes(count: int) -> None:
     assert parse_bytes(count) == parse_bytes(str(count)) == parse_bytes(f"{count} B") == count
 
 
 @pytest.mark.parametrize(
     "text", ["", "much", "GiB", "-1", "1e3", "2 PiB", "2 i", "2 ib", "1,5 GB", "1 2", "inf"]
 )
-def test_what_is_no_number_of_bytes_is_refused_with_an_example(text: str) -> None:
+def test_text_that_is_not_a_number_of_bytes_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(OptionError, match="is not a number of bytes; write it like '2 GiB'") as caught:
         parse_bytes(text)
     assert repr(text) in str(caught.value)
@@ -78,7 +78,7 @@ def test_a_number_just_below_a_unit_is_shown_as_one_of_it(count: int) -> None:
     assert format_bytes(count).startswith("1.0 ")
 
 
-def test_a_plan_above_the_limit_is_refused_with_what_both_numbers_and_advice() -> None:
+def test_a_plan_above_the_limit_is_refused_with_both_numbers_and_advice() -> None:
     with pytest.raises(MemoryLimitError) as caught:
         refuse_above(2**30, 3 * 2**30, "converting", "choose a smaller --chunk")
     assert str(caught.value) == (
@@ -96,6 +96,6 @@ def test_without_a_limit_nothing_is_refused() -> None:
     refuse_above(None, 2**60, "converting", "choose a smaller --chunk")
 
 
-def test_a_limit_of_nothing_refuses_everything_else() -> None:
+def test_a_limit_of_zero_refuses_every_plan_above_zero() -> None:
     with pytest.raises(MemoryLimitError, match="limit of 0 B"):
         refuse_above(0, 1, "converting", "choose a smaller --chunk")

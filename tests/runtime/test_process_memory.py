@@ -1,4 +1,4 @@
-"""What a process holds is told, and what malloc keeps of freed memory is given back."""
+"""The memory of a process, and the return of freed memory that malloc keeps."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def test_memory_that_is_filled_is_held_and_memory_that_is_freed_is_not() -> None
 
 
 @LINUX
-def test_what_malloc_keeps_of_freed_memory_is_given_back() -> None:
+def test_freed_memory_that_malloc_keeps_is_returned() -> None:
     command = [sys.executable, "-c", PROGRAM]
-    told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    held, kept, left = map(int, told.split())
+    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    held, kept, left = map(int, output.split())
     assert left <= kept
     assert left < held - 200 * MIB
 
 
-def test_where_the_system_does_not_tell_it_is_the_most_ever_held(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_proc_the_memory_is_the_peak_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_memory, "_STATUS", Path("/no/such/file"))
     assert process_memory.resident_bytes() > 10 * MIB

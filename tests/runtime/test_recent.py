@@ -1,4 +1,4 @@
-"""The cache of what was used last: bounded, for all threads, also after a fork."""
+"""The cache of recently used values: bounded, safe for threads, and usable after a fork."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_the_least_recently_used_value_is_dropped() -> None:
     assert recent.get(2, lambda: "made again") == "made again"
 
 
-def test_a_value_that_is_not_current_is_made_again_and_then_is_the_most_recent() -> None:
+def test_an_outdated_value_is_made_again_and_then_is_the_most_recent() -> None:
     recent: Recent[int, str] = Recent(2)
     recent.get(1, lambda: "old")
     recent.get(2, lambda: "two")

@@ -1,4 +1,4 @@
-"""Where work runs: each task gives one result, whoever is killed, and no process outlives its run."""
+"""Running tasks: each task gives one result, even if workers are killed, and no process outlives its run."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def fail_at_three(number: int, progress: Progress) -> int:
 
 
 def die_once(marker: Path, progress: Progress) -> str:
-    """Kill the worker, but only the first that comes here."""
+    """Kill the worker, but only the first one that runs this."""
     if marker.suffix == ".deadly":
         with contextlib.suppress(FileExistsError):
             marker.touch(exist_ok=False)
@@ -72,7 +72,7 @@ def wait_long(marker: Path, progress: Progress) -> None:
 
 
 def mark_and_wait(marker: Path, progress: Progress) -> str:
-    """Say which worker is at it, and go on when told so."""
+    """Note the process that runs the task, and wait for the file ``go``."""
     with (marker.parent / "runs").open("a") as runs:
         runs.write(f"{marker.name} {os.getpid()}\n")
     until = time.monotonic() + LONG_S
@@ -121,29 +121,29 @@ def test_two_jobs_run_in_two_other_processes() -> None:
 
 
 @both
-def test_progress_adds_up_and_is_never_told_a_nothing(jobs: int) -> None:
-    told: list[int] = []
-    run(double, range(1, 9), jobs=jobs, progress=told.append)
-    assert sum(told) == 3 * sum(range(1, 9))
-    assert min(told) > 0
+def test_progress_adds_up_and_amounts_are_never_zero(jobs: int) -> None:
+    amounts: list[int] = []
+    run(double, range(1, 9), jobs=jobs, progress=amounts.append)
+    assert sum(amounts) == 3 * sum(range(1, 9))
+    assert min(amounts) > 0
 
 
-def test_progress_of_a_task_is_told_before_its_result() -> None:
-    told: list[int] = []
+def test_progress_of_a_task_is_reported_before_its_result() -> None:
+    amounts: list[int] = []
     done = 0
-    for number, _ in run_tasks(double, range(1, 9), jobs=2, progress=told.append):
+    for number, _ in run_tasks(double, range(1, 9), jobs=2, progress=amounts.append):
         done += 3 * (number + 1)
-        assert sum(told) >= done
+        assert sum(amounts) >= done
 
 
 @both
-def test_an_exception_of_a_task_comes_out_as_it_is_and_ends_all(jobs: int) -> None:
+def test_an_exception_of_a_task_is_raised_unchanged_and_ends_the_run(jobs: int) -> None:
     with pytest.raises(ArithmeticError, match="three is too hard"):
         run(fail_at_three, range(6), jobs=jobs)
     assert children() == []
 
 
-def test_a_task_whose_worker_is_killed_is_run_again_and_no_result_is_lost_or_told_twice(
+def test_a_task_whose_worker_is_killed_is_run_again_and_no_result_is_lost_or_repeated(
     tmp_path: Path,
 ) -> None:
     tasks = [tmp_path / (f"{n}.deadly" if n in (2, 5, 6) else f"{n}.mild") for n in range(10)]
@@ -151,7 +151,7 @@ def test_a_task_whose_worker_is_killed_is_run_again_and_no_result_is_lost_or_tol
     assert sorted(found) == [(n, task.name) for n, task in enumerate(tasks)]
 
 
-def test_a_worker_that_someone_kills_costs_a_rerun_only(tmp_path: Path) -> None:
+def test_a_worker_killed_from_outside_costs_only_a_rerun(tmp_path: Path) -> None:
     tasks = [tmp_path / str(n) for n in range(6)]
     victims: list[int] = []
 
@@ -206,7 +206,7 @@ def quick_or_long(task: Path, progress: Progress) -> str:
     return task.name
 
 
-def test_an_error_of_whoever_takes_the_results_leaves_no_process() -> None:
+def test_an_error_of_the_consumer_of_results_leaves_no_process() -> None:
     with pytest.raises(RuntimeError, match="enough"):
         take_one()
     eventually(lambda: not children(), "the end of all workers", DEADLINE_S)
@@ -220,7 +220,7 @@ def take_one() -> None:
             raise RuntimeError("enough")
 
 
-# A test run in the background may have been told to ignore SIGINT, and its children with it.
+# A test that runs in the background may ignore SIGINT, and so do its children.
 PARENT = """
 import signal, sys
 from pathlib import Path
@@ -256,7 +256,7 @@ def test_when_the_parent_is_killed_its_workers_are_gone_within_ten_seconds(
 
 
 class Item:
-    """Something that counts how many of it are alive."""
+    """An object whose living instances are counted."""
 
     alive: ClassVar[weakref.WeakSet[Item]] = weakref.WeakSet()
     most = 0
@@ -269,7 +269,7 @@ class Item:
 
 def made(count: int) -> Iterator[Item]:
     for number in range(count):
-        time.sleep(0.01)  # as a file is read: whoever takes the items has let go of the last one by then
+        time.sleep(0.01)  # as reading a file takes: by then the consumer has released the last item
         yield Item(number)
 
 
@@ -302,7 +302,7 @@ def test_the_next_item_is_made_while_the_last_is_in_use() -> None:
         assert number == 2 or begun[number + 1].wait(DEADLINE_S)
 
 
-def test_an_error_of_reading_ahead_comes_after_the_items_before_it() -> None:
+def test_an_error_of_reading_ahead_is_raised_after_the_items_before_it() -> None:
     def items() -> Iterator[int]:
         yield 1
         raise ArithmeticError("no more")
@@ -325,7 +325,7 @@ def test_reading_ahead_that_is_left_early_leaves_no_thread() -> None:
 
 
 @pytest.mark.parametrize("scheduler", ["sync", "threads"])
-def test_a_graph_is_computed_in_either_way(scheduler: Any) -> None:
+def test_a_graph_is_computed_by_either_scheduler(scheduler: Any) -> None:
     assert run_graph({"a": 1, "b": (lambda a: a + 1, "a")}, "b", scheduler) == 2
     assert thread_count(scheduler) >= 1
 
@@ -350,11 +350,11 @@ def test_a_cluster_gives_each_result_once_and_runs_every_task_on_its_workers(tmp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_progress_of_a_cluster_is_told_when_a_task_has_ended(tmp_path: Path) -> None:
-    told: list[int] = []
+def test_progress_of_a_cluster_is_reported_when_a_task_has_ended(tmp_path: Path) -> None:
+    amounts: list[int] = []
     with local_cluster(1) as cluster:
-        run(double, range(4), scheduler=cluster.scheduler_address, folder=tmp_path, progress=told.append)
-    assert sorted(told) == [3, 6, 9]
+        run(double, range(4), scheduler=cluster.scheduler_address, folder=tmp_path, progress=amounts.append)
+    assert sorted(amounts) == [3, 6, 9]
 
 
 def test_a_cluster_is_found_by_its_scheduler_file(tmp_path: Path) -> None:
@@ -365,7 +365,7 @@ def test_a_cluster_is_found_by_its_scheduler_file(tmp_path: Path) -> None:
     assert sorted(found) == [(0, 0), (1, 2), (2, 4)]
 
 
-def test_a_worker_of_a_cluster_killed_in_mid_run_loses_no_result_and_gives_none_twice(tmp_path: Path) -> None:
+def test_killing_a_worker_of_a_cluster_loses_and_repeats_no_result(tmp_path: Path) -> None:
     tasks = [tmp_path / str(n) for n in range(12)]
 
     def kill_one() -> None:
@@ -396,7 +396,7 @@ def test_a_task_that_always_kills_its_worker_on_a_cluster_is_given_up_and_all_ot
 
 
 @pytest.mark.parametrize("where", ["tcp://127.0.0.1:9", "nowhere.json", "carrier-pigeon://home", ""])
-def test_a_scheduler_that_does_not_answer_is_one_clear_line(
+def test_a_scheduler_that_does_not_answer_is_an_error_of_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     monkeypatch.setattr(dask_cluster, "CLUSTER_TIMEOUT_S", 1)
@@ -411,14 +411,14 @@ def test_workers_that_do_not_see_the_folder_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with local_cluster(1) as cluster:
-        monkeypatch.chdir(tmp_path)  # so that a relative path means another place here than there
+        monkeypatch.chdir(tmp_path)  # so that a relative path is another folder than for the workers
         (tmp_path / "store").mkdir()
         with pytest.raises(OptionError, match=r"workers tcp://.* do not see store; use a file system that"):
             run(double, range(3), scheduler=cluster.scheduler_address, folder=Path("store"))
     assert list((tmp_path / "store").iterdir()) == []
 
 
-def test_without_distributed_the_way_to_get_it_is_told(
+def test_without_distributed_the_error_says_how_to_install_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "distributed", None)

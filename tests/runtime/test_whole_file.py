@@ -1,4 +1,4 @@
-"""A file is there whole or not at all, whatever happens while it is written."""
+"""A file appears whole or not at all, whatever happens while it is written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from zpatch.runtime.whole_file import whole_file
 
 
-def test_a_file_appears_with_all_that_was_written_and_nothing_beside_it(tmp_path: Path) -> None:
+def test_a_file_appears_with_its_whole_contents_and_no_partial_file_is_left(tmp_path: Path) -> None:
     file = tmp_path / "new" / "folder" / "a.txt"
     with whole_file(file) as partial:
         partial.write_text("all of it")
@@ -36,7 +36,7 @@ def write_half(file: Path, error: BaseException) -> None:
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_after_an_error_the_old_file_is_as_it_was(tmp_path: Path, error: BaseException) -> None:
+def test_after_an_error_the_old_file_is_unchanged(tmp_path: Path, error: BaseException) -> None:
     file = tmp_path / "a.txt"
     file.write_text("old")
     with pytest.raises(type(error)):
@@ -57,7 +57,7 @@ def test_a_file_that_cannot_be_synced_is_not_put_in_place(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_contents_are_synced_before_the_file_is_renamed_and_its_folder_after_that(
+def test_contents_are_synced_before_the_file_is_renamed_and_its_folder_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[tuple[str, bool]] = []

@@ -1,4 +1,4 @@
-"""The on-disk contract: names, records, sealed lines and OME-Zarr metadata."""
+"""The format on disk: names, records, sealed lines and OME-Zarr metadata."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def a_diagonal(*spacing: float) -> tuple[tuple[float, ...], ...]:
 
 
 @given(NAMES)
-def test_a_name_of_the_contract_is_accepted(name: str) -> None:
+def test_a_valid_name_is_accepted(name: str) -> None:
     check_name(name, "subject")
 
 
@@ -99,7 +99,7 @@ def test_a_name_of_the_contract_is_accepted(name: str) -> None:
     "name",
     ["", ".a", "-a", "_a", "a/b", "a\\b", "a b", "ä", "a\n", "..", "a:b", "a" * 129, "²", "a\x00"],
 )
-def test_any_other_name_is_refused_and_quoted_with_what_is_allowed(name: str) -> None:
+def test_any_other_name_is_refused_and_quoted_with_the_rules(name: str) -> None:
     with pytest.raises(SourceError, match=r"subject name .* is not usable: .* letters, digits") as caught:
         check_name(name, "subject")
     assert repr(name) in str(caught.value)
@@ -122,12 +122,12 @@ def test_names_that_differ_in_more_than_case_are_accepted() -> None:
 
 
 @pytest.mark.parametrize("codec", ["lz4", "lz4hc", "zstd", "none"])
-def test_each_codec_of_the_contract_is_a_preset(codec: str) -> None:
+def test_each_codec_of_the_format_is_a_preset(codec: str) -> None:
     check_codec(codec)
 
 
 @pytest.mark.parametrize("codec", ["gzip", "LZ4", "", "pickle"])
-def test_any_other_codec_is_refused_with_those_there_are(codec: str) -> None:
+def test_any_other_codec_is_refused_with_a_list_of_all(codec: str) -> None:
     with pytest.raises(OptionError, match=f"one of lz4, lz4hc, zstd, none, not '{codec}'"):
         check_codec(codec)
 
@@ -136,7 +136,7 @@ def test_any_other_codec_is_refused_with_those_there_are(codec: str) -> None:
 
 
 @given(records())
-def test_a_record_comes_back_from_its_line_as_it_was(record: ImageRecord) -> None:
+def test_a_record_survives_a_round_trip_through_its_line(record: ImageRecord) -> None:
     line = sealed_line(record.to_json()).encode()
     check_seal(line, "line 1")
     assert ImageRecord.from_json(unsealed(line, "line 1"), "line 1") == record
@@ -186,7 +186,7 @@ def test_a_line_that_lost_some_of_its_bytes_is_caught(start: int, count: int) ->
     "line",
     [b"", b"{", b"{}", b"[]", b"null", b"5", b'"check"', b'{"check":1}', b'{"a":NaN,"check":""}', b"\xff"],
 )
-def test_what_is_no_sealed_line_is_damage_and_the_error_says_where_and_what_to_do(line: bytes) -> None:
+def test_an_unsealed_line_is_damage_and_the_error_says_where_and_what_to_do(line: bytes) -> None:
     for read in (check_seal, unsealed):
         with pytest.raises(DamageError, match=r"^m\.jsonl, line 7 .*; restore the file from a copy"):
             read(line, "m.jsonl, line 7")
@@ -224,7 +224,7 @@ def test_what_is_no_sealed_line_is_damage_and_the_error_says_where_and_what_to_d
     ],
     ids=str,
 )
-def test_a_record_that_does_not_fit_the_contract_is_damage_and_the_error_says_where(change: Any) -> None:
+def test_an_invalid_record_is_damage_and_the_error_says_where(change: Any) -> None:
     value = {**json.loads(compact_json(a_record().to_json())), **change}
     with pytest.raises(DamageError, match=r"^line 7 is no image record"):
         ImageRecord.from_json(value, "line 7")
@@ -247,7 +247,7 @@ def test_nan_and_infinity_are_never_written(number: float) -> None:
 # What a record says of its image
 
 
-def test_the_users_view_of_a_shape_is_the_stored_one_reversed() -> None:
+def test_the_spatial_shape_is_the_stored_one_reversed() -> None:
     assert a_record().spatial_shape == (40, 30, 20)
     assert a_record().shape_czyx == (1, 20, 30, 40)
     assert a_record(shape=(3, 20, 30, 40), axes="czyx").spatial_shape == (40, 30, 20)
@@ -265,7 +265,7 @@ def test_sizes_are_those_of_the_voxels_and_of_the_files() -> None:
 
 
 def multiscale(record: ImageRecord) -> tuple[list[dict[str, Any]], list[float], list[float]]:
-    """Axes, scale and translation of what is written for OME-Zarr readers."""
+    """Axes, scale and translation in the OME-Zarr metadata."""
     (found,) = image_record.ome_attributes(record)["multiscales"]
     (dataset,) = found["datasets"]
     scale, translation = dataset["coordinateTransformations"]
@@ -274,7 +274,7 @@ def multiscale(record: ImageRecord) -> tuple[list[dict[str, Any]], list[float], 
 
 
 @given(records())
-def test_ome_metadata_is_valid_in_the_eyes_of_ome_zarr_models_and_as_json(record: ImageRecord) -> None:
+def test_ome_metadata_is_valid_for_ome_zarr_models_and_as_json(record: ImageRecord) -> None:
     with np.errstate(over="ignore"):
         attributes = image_record.ome_attributes(record)
     compact_json(attributes)
@@ -310,12 +310,12 @@ def test_an_unknown_unit_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("spacing", [0.0, math.nan, math.inf])
-def test_a_voxel_size_that_is_none_is_written_as_one(spacing: float) -> None:
+def test_an_invalid_voxel_size_is_written_as_one(spacing: float) -> None:
     record = a_record(affine=a_diagonal(spacing, 3.0, 4.0))
     assert multiscale(record)[1] == [4.0, 3.0, 1.0]
     compact_json(image_record.ome_attributes(record))
 
 
-def test_a_place_that_is_no_number_is_written_as_zero() -> None:
+def test_an_origin_that_is_not_a_number_is_written_as_zero() -> None:
     affine = ((2.0, 0.0, 0.0, math.nan), *a_record().affine[1:])
     assert multiscale(a_record(affine=affine))[2] == [9.5, 8.5, 0.0]

@@ -1,4 +1,4 @@
-"""The manifest: lines are checked when it is read and parsed when asked for; the last of each wins."""
+"""The manifest: lines are checked when it is read, records parsed on access; the last line of each wins."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def keys(values: Sequence[ImageRecord]) -> list[tuple[str, str]]:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=st.lists(records(), max_size=4, unique_by=lambda record: (record.subject, record.image)))
-def test_records_come_back_as_they_were_appended_and_in_that_order(
+def test_records_are_read_as_they_were_appended_and_in_that_order(
     path: Path, values: list[ImageRecord]
 ) -> None:
     found = written(path, ROOT, *values)
@@ -70,7 +70,7 @@ def test_records_that_were_pickled_are_the_same(path: Path) -> None:
     assert dict(pickle.loads(pickle.dumps(found))) == dict(found)
 
 
-def test_a_record_is_parsed_only_when_it_is_asked_for(path: Path) -> None:
+def test_a_record_is_parsed_on_access_only(path: Path) -> None:
     good, bad = a_record(image="good"), {**a_record(image="bad").to_json(), "codec": "pickle"}
     found = written(path, bad, good).records
     assert found["sub-01", "good"] == good
@@ -107,7 +107,7 @@ def test_a_document_line_that_lacks_a_field_is_damage(path: Path, missing: str) 
         written(path, ROOT, value)
 
 
-def test_a_manifest_of_nothing_is_empty(path: Path) -> None:
+def test_a_manifest_without_lines_is_empty(path: Path) -> None:
     path.touch()
     found = read_manifest(path)
     assert (dict(found.records), found.documents, found.whole_bytes) == ({}, {}, 0)
@@ -118,7 +118,7 @@ def test_a_missing_manifest_is_damage_that_names_it(path: Path) -> None:
         read_manifest(path)
 
 
-def test_a_torn_last_line_is_passed_over_wherever_it_broke_off(path: Path) -> None:
+def test_an_incomplete_last_line_is_ignored_whatever_its_length(path: Path) -> None:
     values = some_records(1)
     written(path, ROOT, *values)
     data = path.read_bytes()
@@ -131,7 +131,7 @@ def test_a_torn_last_line_is_passed_over_wherever_it_broke_off(path: Path) -> No
         assert found.documents.keys() == {"zarr.json"}
 
 
-def test_a_torn_only_line_leaves_nothing(path: Path) -> None:
+def test_an_incomplete_only_line_leaves_an_empty_manifest(path: Path) -> None:
     written(path, ROOT)
     data = path.read_bytes()
     for cut in range(len(data)):
@@ -141,7 +141,7 @@ def test_a_torn_only_line_leaves_nothing(path: Path) -> None:
 
 
 def test_a_flipped_bit_anywhere_is_damage_that_names_its_line(path: Path, full: bool) -> None:
-    """But for the line break at the very end: without it the last line is a torn one."""
+    """The last line break is left out, as without it the last line is an incomplete one."""
     written(path, ROOT, *some_records(1), ROOT)
     data = path.read_bytes()
     starts = np.cumsum([0, *map(len, data.splitlines(keepends=True))])
@@ -203,7 +203,7 @@ def reads_back(path: Path, record: ImageRecord) -> None:
 
 @pytest.mark.parametrize("text", LURES)
 @pytest.mark.parametrize("field", ["key", "value", "split", "stats", "warnings", "files", "source"])
-def test_text_that_looks_like_a_line_cannot_pass_for_the_names_of_the_image(
+def test_text_that_looks_like_a_line_is_not_taken_for_the_names_of_the_image(
     path: Path, text: str, field: str
 ) -> None:
     assert a_record().source is not None
@@ -221,7 +221,7 @@ def test_text_that_looks_like_a_line_cannot_pass_for_the_names_of_the_image(
 
 @pytest.mark.parametrize("name", FIELDS)
 @pytest.mark.parametrize("field", ["meta", "stats"])
-def test_metadata_may_be_called_like_the_fields_of_a_line(path: Path, name: str, field: str) -> None:
+def test_metadata_may_have_the_names_of_the_fields_of_a_line(path: Path, name: str, field: str) -> None:
     for value in ("x", "0" * 32, {"subject": "x", "image": "y", "document": "z"}, [name]):
         reads_back(path, a_record(**{field: {name: value}}))
 
@@ -233,14 +233,14 @@ def test_metadata_may_be_called_like_the_fields_of_a_line(path: Path, name: str,
     warnings=st.lists(hostile_text, max_size=2).map(tuple),
     split=st.none() | hostile_text,
 )
-def test_no_metadata_whatever_hide_or_change_the_names_of_an_image(path: Path, **changes: Any) -> None:
+def test_no_metadata_can_hide_or_change_the_names_of_an_image(path: Path, **changes: Any) -> None:
     reads_back(path, a_record(**changes))
 
 
 # Appending
 
 
-def test_lines_are_appended_as_they_are_sealed(path: Path) -> None:
+def test_lines_are_appended_sealed(path: Path) -> None:
     append_lines(path, ROOT)
     append_lines(path, *(record.to_json() for record in some_records(1)))
     expected = [ROOT, *(record.to_json() for record in some_records(1))]

@@ -1,4 +1,4 @@
-"""A store: other libraries read it, its manifest is the truth, one process writes it, nothing is made up."""
+"""A store: other libraries read it, its manifest decides what exists, and one process writes it at a time."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_a_record_covers_every_file_of_its_image(cohort_store: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 1, -1])
-def test_a_torn_last_line_is_ignored(copy: Path, kept: int) -> None:
+def test_an_incomplete_last_line_is_ignored(copy: Path, kept: int) -> None:
     before = open_store(copy).records
     manifest = copy / MANIFEST
     whole, last = manifest.read_bytes()[:-1].rsplit(b"\n", 1)
@@ -202,7 +202,7 @@ def test_a_bit_flip_in_the_manifest_is_an_error_that_names_the_line(
         ({"files": [1]}, "no attribute 'items'"),
     ],
 )
-def test_a_line_that_breaks_the_contract_is_damage_once_its_record_is_asked_for(
+def test_an_invalid_record_is_damage_when_it_is_accessed(
     copy: Path, change: dict[str, Any], why: str
 ) -> None:
     lines = (copy / MANIFEST).read_bytes().splitlines()
@@ -273,13 +273,13 @@ def document_that_is_no_json(path: Path) -> None:
         (document_that_is_no_text, "no zpatch store"),
     ],
 )
-def test_what_is_no_store_is_refused_by_its_name(tmp_path: Path, make: Any, why: str) -> None:
+def test_a_path_that_is_not_a_store_is_refused_by_its_name(tmp_path: Path, make: Any, why: str) -> None:
     make(tmp_path / "thing")
     with pytest.raises(NotAStoreError, match=f"thing: .*{why}"):
         zp.Cohort(tmp_path / "thing")
 
 
-def test_a_store_that_is_there_is_never_made_anew_unless_told_so(tmp_path: Path) -> None:
+def test_an_existing_store_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
     store = tmp_path / "store"
     zp.convert(source_of(tmp_path / "source", 1), store)
     with pytest.raises(StoreExistsError, match="store: it exists already; say overwrite=True"):
@@ -289,7 +289,7 @@ def test_a_store_that_is_there_is_never_made_anew_unless_told_so(tmp_path: Path)
     assert len(zp.Cohort(store)) == 0
 
 
-def test_a_conversion_into_a_store_that_is_there_goes_on_with_it_unless_told_to_start_over(
+def test_a_conversion_into_an_existing_store_resumes_it_unless_overwrite_is_set(
     tmp_path: Path,
 ) -> None:
     store = tmp_path / "store"
@@ -303,7 +303,7 @@ def test_a_conversion_into_a_store_that_is_there_goes_on_with_it_unless_told_to_
     assert zp.Cohort(store).names == ["sub-02"]
 
 
-def test_a_store_of_predictions_is_never_gone_on_with(tmp_path: Path) -> None:
+def test_a_conversion_never_resumes_a_store_of_predictions(tmp_path: Path) -> None:
     predictions = tmp_path / "predictions"
     with StoreWriter.create(predictions, {"tool": "zpatch predict", "prediction": {"image": "t1"}}):
         pass
@@ -315,7 +315,7 @@ def test_a_store_of_predictions_is_never_gone_on_with(tmp_path: Path) -> None:
     assert zp.Cohort(predictions).names == ["sub-01"]
 
 
-def test_a_replaced_store_leaves_nothing_of_the_older_one(tmp_path: Path, cohort_store: Path) -> None:
+def test_a_replaced_store_holds_nothing_of_the_older_one(tmp_path: Path, cohort_store: Path) -> None:
     store = Path(shutil.copytree(cohort_store, tmp_path / "store"))
     zp.convert(source_of(tmp_path / "source"), store, overwrite=True)
     assert zp.Cohort(store).names == ["sub-01"]
@@ -323,7 +323,7 @@ def test_a_replaced_store_leaves_nothing_of_the_older_one(tmp_path: Path, cohort
     assert zp.verify(store).ok
 
 
-def test_a_store_replaced_under_another_spelling_of_its_path_is_read_anew(
+def test_a_store_replaced_under_another_spelling_of_its_path_is_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     zp.convert(source_of(tmp_path / "source", 1), tmp_path / "store")
@@ -333,7 +333,7 @@ def test_a_store_replaced_under_another_spelling_of_its_path_is_read_anew(
     assert (zp.Cohort(tmp_path / "store")[0].t1.data == 2).all()
 
 
-def test_a_store_replaced_by_another_process_is_read_anew(tmp_path: Path) -> None:
+def test_a_store_replaced_by_another_process_is_read_again(tmp_path: Path) -> None:
     store = tmp_path / "store"
     zp.convert(source_of(tmp_path / "source", 1), store)
     assert (zp.Cohort(store)[0].t1.data == 1).all()
@@ -345,10 +345,10 @@ def test_a_store_replaced_by_another_process_is_read_anew(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("make", [Path.touch, folder_of_files, plain_group, plain_array])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_something_that_is_no_store_is_never_overwritten(tmp_path: Path, make: Any, overwrite: bool) -> None:
+def test_a_path_that_is_not_a_store_is_never_overwritten(tmp_path: Path, make: Any, overwrite: bool) -> None:
     make(tmp_path / "precious")
     before = sorted((tmp_path / "precious").rglob("*"))
-    with pytest.raises(StoreExistsError, match="precious: there is something else there; choose another"):
+    with pytest.raises(StoreExistsError, match="precious: it exists and is no zpatch store; choose another"):
         zp.convert(source_of(tmp_path / "source"), tmp_path / "precious", overwrite=overwrite)
     assert sorted((tmp_path / "precious").rglob("*")) == before
 
@@ -359,7 +359,7 @@ def test_an_empty_folder_may_become_a_store(tmp_path: Path) -> None:
     assert len(zp.Cohort(tmp_path / "store")) == 1
 
 
-def test_a_place_where_no_folder_can_be_made_is_an_error_that_names_it(tmp_path: Path) -> None:
+def test_a_path_where_no_folder_can_be_made_is_an_error_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match="file/store: it cannot be made"):
         StoreWriter.create(tmp_path / "file" / "store", {})
@@ -375,7 +375,7 @@ with StoreWriter.create(Path(sys.argv[1]), {}):
 """
 
 
-def test_a_second_writer_is_told_who_writes(tmp_path: Path) -> None:
+def test_the_error_of_a_second_writer_names_the_first(tmp_path: Path) -> None:
     store = tmp_path / "store"
     command = [sys.executable, "-c", WRITER, store]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
@@ -398,12 +398,12 @@ def test_a_second_writer_in_the_same_process_is_refused(tmp_path: Path) -> None:
         StoreWriter.create(tmp_path / "store", {}, overwrite=True)
 
 
-def test_staging_is_gone_after_a_conversion(cohort_store: Path) -> None:
+def test_staging_is_removed_after_a_conversion(cohort_store: Path) -> None:
     assert not (cohort_store / ".staging").exists()
     assert not [f for f in cohort_store.rglob("*") if f.name.endswith(".partial")]
 
 
-def test_staging_is_gone_after_a_writer_fails_and_what_it_held_was_never_there(tmp_path: Path) -> None:
+def test_staging_is_removed_after_a_writer_fails_and_its_images_do_not_exist(tmp_path: Path) -> None:
     with contextlib.suppress(RuntimeError), StoreWriter.create(tmp_path / "store", {}) as writer:
         writer.stage().write_raw_header(b"abc")
         raise RuntimeError

@@ -1,4 +1,4 @@
-"""Verification: whatever is done to a store's files, the file is named; what is whole is said to be whole."""
+"""Verification: any change to a store's files is reported with the file's name; an intact store is ok."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def flip(file: Path, position: int, mask: int = 1) -> None:
     file.write_bytes(data)
 
 
-def test_a_healthy_store_is_ok(cohort_store: Path) -> None:
+def test_an_intact_store_is_ok(cohort_store: Path) -> None:
     files = [f for f in cohort_store.rglob("*") if f.is_file() and f.name not in (MANIFEST, ".lock")]
     for quick in (False, True):
         report = zp.verify(cohort_store, quick=quick)
@@ -140,7 +140,7 @@ def put_a_pipe(file: Path) -> None:
 
 @pytest.mark.parametrize("put", [put_a_link, put_a_folder, put_a_pipe])
 @pytest.mark.parametrize("name", ["sub-01/seg/0/c/0/0/0", "sub-01/seg/zarr.json"])
-def test_what_is_no_regular_file_is_named(copy: Path, put: Callable[[Path], None], name: str) -> None:
+def test_an_irregular_file_is_named(copy: Path, put: Callable[[Path], None], name: str) -> None:
     put(copy / name)
     assert found(zp.verify(copy)) == {name: "it is no regular file"}
 
@@ -166,7 +166,7 @@ def test_a_deleted_manifest_is_named(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("make", ["nothing", "a folder"])
-def test_what_is_no_store_cannot_be_verified(tmp_path: Path, make: str) -> None:
+def test_a_path_that_is_not_a_store_cannot_be_verified(tmp_path: Path, make: str) -> None:
     if make == "a folder":
         (tmp_path / "thing").mkdir()
     with pytest.raises(NotAStoreError, match="thing"):
@@ -190,7 +190,7 @@ def test_an_image_that_lost_its_line_is_a_leftover(copy: Path) -> None:
     assert report.leftovers == ("sub-04/t1",)
 
 
-def test_subjects_that_were_announced_and_never_committed_are_named(tmp_path: Path) -> None:
+def test_expected_subjects_that_were_never_committed_are_named(tmp_path: Path) -> None:
     with StoreWriter.create(tmp_path / "store", {"expected_subjects": ["sub-01", "sub-02"]}):
         pass
     report = zp.verify(tmp_path / "store")
@@ -199,12 +199,12 @@ def test_subjects_that_were_announced_and_never_committed_are_named(tmp_path: Pa
 
 
 def test_progress_adds_up_to_the_bytes_of_all_files(cohort_store: Path) -> None:
-    told: list[int] = []
-    report = zp.verify(cohort_store, progress=told.append)
-    assert sum(told) == report.bytes
+    amounts: list[int] = []
+    report = zp.verify(cohort_store, progress=amounts.append)
+    assert sum(amounts) == report.bytes
 
 
-def test_a_report_is_plain_json_and_a_damage_a_line(copy: Path) -> None:
+def test_a_report_is_plain_json_and_a_damage_prints_as_a_line(copy: Path) -> None:
     (copy / "sub-01" / "zarr.json").unlink()
     report = zp.verify(copy)
     assert json.loads(json.dumps(report.to_json())) == {

@@ -1,16 +1,15 @@
-"""The index of a map: its counts and sums are numpy's, and voxels drawn through it follow the exact law."""
+"""The index of a map: its counts and sums are those of numpy."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
-import scipy.stats
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,8 +17,6 @@ from numpy.typing import NDArray
 
 import zpatch as zp
 from zpatch.errors import SamplingError
-from zpatch.geometry.boxes import PatchLocation
-from zpatch.sampling.centre_draws import AllowedMass, ReadChunks, draw_centres
 from zpatch.store.image_record import ImageRecord, Kind
 from zpatch.store.voxel_index import (
     ChunkGrid,
@@ -28,12 +25,10 @@ from zpatch.store.voxel_index import (
     MassTable,
     check_weights,
     index_builder,
-    sum_masses,
     sum_table,
 )
 
 EYE = tuple(map(tuple, np.eye(4).tolist()))
-DRAWS = 20_000
 
 
 def record_of(
@@ -54,7 +49,7 @@ def chunks_of(voxels: NDArray[Any], chunks: tuple[int, ...]) -> Iterator[tuple[t
 
 
 def label_table(voxels: NDArray[Any], chunks: tuple[int, ...]) -> LabelTable:
-    """The index of voxels (c, z, y, x) that came chunk by chunk, last one first."""
+    """The index of voxels (c, z, y, x) that are added chunk by chunk, the last one first."""
     builder = index_builder(record_of(voxels, chunks, "label"), "map.nii")
     assert isinstance(builder, LabelIndexBuilder)
     for first, part in reversed(list(chunks_of(voxels, chunks))):
@@ -92,7 +87,7 @@ def test_a_label_index_counts_each_value_in_each_chunk(
 
 
 @given(shape=st.tuples(*[st.integers(1, 6)] * 3), chunks=st.tuples(*[st.integers(1, 4)] * 3))
-def test_the_index_of_several_channels_counts_what_is_not_zero_in_each(
+def test_the_index_of_several_channels_counts_the_voxels_of_each_that_are_not_zero(
     shape: tuple[int, ...], chunks: tuple[int, ...]
 ) -> None:
     voxels = np.random.default_rng(0).integers(0, 3, (3, *shape)).astype(np.uint8)
@@ -107,14 +102,14 @@ def test_the_index_of_several_channels_counts_what_is_not_zero_in_each(
     assert table.voxel_counts() == {c: int(np.count_nonzero(voxels[c])) for c in (0, 2) if voxels[c].any()}
 
 
-def test_values_are_those_after_slope_and_intercept() -> None:
+def test_values_are_scaled_by_slope_and_intercept() -> None:
     voxels = np.array([0, 1, 1, 2], np.uint8).reshape(1, 1, 1, 4)
     builder = index_builder(record_of(voxels, (1, 1, 1, 4), "label", slope=10, inter=-5), "map.nii")
     builder.update(voxels, (0, 0, 0, 0))
     assert builder.statistics() == {"labels": {"-5": 1, "5": 2, "15": 1}}
 
 
-def test_some_values_together_are_a_table_of_the_chunks_that_hold_any(rng: np.random.Generator) -> None:
+def test_a_table_of_several_values_lists_the_chunks_that_hold_any_of_them(rng: np.random.Generator) -> None:
     voxels = rng.integers(0, 5, (1, 6, 6, 6)).astype(np.uint8)
     voxels[0, :2, :2, :2] = 0
     table = label_table(voxels, (1, 2, 2, 2)).table([1, 3, 77], 27)
@@ -143,7 +138,7 @@ def test_a_weight_index_sums_the_scaled_weights_of_each_chunk(
     kind=st.sampled_from(["label", "labels of two channels", "sampling", "scalar"]),
     owners=st.lists(st.integers(0, 2), min_size=1),
 )
-def test_an_index_merged_from_states_is_that_of_one_pass_in_any_order(
+def test_an_index_merged_from_states_in_any_order_is_that_of_one_pass(
     shape: tuple[int, ...], chunks: tuple[int, ...], kind: str, owners: list[int]
 ) -> None:
     voxels = np.random.default_rng(0).integers(0, 4, (2 if "two" in kind else 1, *shape)).astype(np.uint8)
@@ -160,7 +155,7 @@ def test_an_index_merged_from_states_is_that_of_one_pass_in_any_order(
         np.testing.assert_array_equal(merged.tables()[name], table, strict=True)
 
 
-def test_a_table_lists_chunks_in_their_order_whenever_they_came(rng: np.random.Generator) -> None:
+def test_a_table_lists_chunks_in_order_whenever_they_were_added(rng: np.random.Generator) -> None:
     voxels = rng.integers(0, 3, (1, 6, 6, 6)).astype(np.uint8)
     table = label_table(voxels, (1, 2, 2, 2))
     for start, stop in itertools.pairwise(table.row_start):
@@ -209,7 +204,7 @@ def test_the_stored_sums_of_a_map_are_those_of_its_voxels(tmp_path: Path, rng: n
         (np.inf, "map.nii holds NaN or infinite weights; a sampling map must be finite"),
     ],
 )
-def test_weights_that_are_no_weights_are_refused(weight: float, why: str) -> None:
+def test_negative_and_infinite_weights_and_nan_are_refused(weight: float, why: str) -> None:
     with pytest.raises(SamplingError, match=why):
         check_weights(np.array([0, 1, weight]), "map.nii")
 
@@ -232,155 +227,6 @@ def test_the_chunks_of_a_grid_cover_each_voxel_once_in_stored_order(
     starts = [box.index[::-1] for box in grid.boxes()]
     assert starts == sorted(starts)
     assert len(grid) == len(starts)
-
-
-def draws(
-    masses: NDArray[Any], chunk: int, allowed: PatchLocation, *, count: int = DRAWS, seed: int = 0
-) -> NDArray[np.int64] | None:
-    """Centres drawn from masses (I, J, K) through an index of its chunks."""
-    reach, read = reach_of(masses, chunk, allowed)
-    return draw_centres([(reach, count)], read, np.random.default_rng(seed))[0]
-
-
-def reach_of(masses: NDArray[Any], chunk: int, allowed: PatchLocation) -> tuple[AllowedMass, ReadChunks]:
-    """What is drawn from, and how its chunks are read."""
-    grid = ChunkGrid(masses.shape, (chunk, chunk, chunk))  # type: ignore[arg-type]
-
-    def read(boxes: Sequence[PatchLocation]) -> list[NDArray[Any]]:
-        return [masses[None, *box.to_slices()] for box in boxes]
-
-    return AllowedMass(sum_masses(grid, read, channel), grid, allowed, channel), read
-
-
-def channel(voxels: NDArray[Any]) -> NDArray[Any]:
-    """The only channel of voxels (1, I, J, K)."""
-    return np.asarray(voxels[0])
-
-
-def follow(found: NDArray[np.int64] | None, masses: NDArray[Any], allowed: PatchLocation) -> bool:
-    """Whether draws follow the masses inside a box, by a chi-square test; elsewhere there is none."""
-    assert found is not None
-    law = np.zeros(masses.shape)
-    law[allowed.to_slices()] = masses[allowed.to_slices()]
-    law /= law.sum()
-    seen = np.bincount(np.ravel_multi_index(tuple(found.T), law.shape), minlength=law.size).reshape(law.shape)
-    assert not seen[law == 0].any()
-    if (law > 0).sum() == 1:
-        return True
-    return bool(scipy.stats.chisquare(seen[law > 0], law[law > 0] * len(found)).pvalue > 1e-3)
-
-
-WHOLE = PatchLocation((0, 0, 0), (7, 8, 9))
-BOXES = [
-    WHOLE,
-    PatchLocation((1, 1, 1), (5, 6, 7)),  # whole chunks inside: draws are rejected
-    PatchLocation((2, 3, 1), (2, 3, 2)),  # no whole chunk inside: the part inside is counted
-    PatchLocation((0, 0, 5), (7, 1, 1)),
-    PatchLocation((3, 4, 5), (1, 1, 1)),
-]
-
-
-@pytest.mark.parametrize("allowed", BOXES, ids=str)
-@pytest.mark.parametrize("chunk", [1, 2, 3, 16])
-@pytest.mark.parametrize("kind", ["weights", "counts", "members"])
-def test_centres_are_drawn_by_their_masses(
-    rng: np.random.Generator, allowed: PatchLocation, chunk: int, kind: str
-) -> None:
-    masses = rng.integers(1, 5, WHOLE.size).astype(np.uint8)
-    masses[rng.random(WHOLE.size) < 0.3] = 0
-    masses[3, 4, 5] = 1
-    if kind == "weights":
-        masses = masses * rng.uniform(0.2, 1, WHOLE.size).astype(np.float32)
-    if kind == "members":
-        masses = masses > 0
-    assert follow(draws(masses, chunk, allowed), masses, allowed)
-
-
-def test_chunks_of_very_unequal_mass_are_drawn_by_their_masses() -> None:
-    masses = np.zeros(WHOLE.size)
-    masses[0], masses[3, 2, 2], masses[3, 2, 3] = 1e9, 3, 1  # almost all of it lies outside the box
-    allowed = PatchLocation((1, 1, 1), (5, 6, 7))
-    assert follow(draws(masses, 2, allowed), masses, allowed)
-
-
-def test_a_volume_of_many_chunks_of_which_one_has_mass_is_drawn_from() -> None:
-    masses = np.zeros((20, 20, 20), bool)
-    masses[10, 11, 12] = True
-    allowed = PatchLocation((5, 5, 5), (10, 10, 10))
-    found = draws(masses, 2, allowed, count=10)
-    assert found is not None
-    assert found.tolist() == [[10, 11, 12]] * 10
-
-
-@pytest.mark.parametrize("chunk", [2, 3, 16])
-@pytest.mark.parametrize("outside", [(0, 0, 0), (6, 7, 8), (0, 4, 4), (2, 4, 4), (3, 4, 8)])
-def test_where_no_allowed_voxel_has_any_mass_there_is_no_draw(
-    chunk: int, outside: tuple[int, int, int]
-) -> None:
-    masses = np.zeros(WHOLE.size)
-    masses[outside] = 1
-    assert draws(masses, chunk, PatchLocation((3, 3, 3), (2, 2, 2)), count=5) is None
-
-
-def test_no_draws_are_no_centres() -> None:
-    found = draws(np.ones(WHOLE.size), 2, WHOLE, count=0)
-    assert found is not None
-    assert found.shape == (0, 3)
-
-
-def test_the_same_generator_gives_the_same_centres(rng: np.random.Generator) -> None:
-    masses = rng.random(WHOLE.size)
-    one, same, other = (draws(masses, 3, WHOLE, count=50, seed=seed) for seed in (1, 1, 2))
-    np.testing.assert_array_equal(one, same)
-    assert not np.array_equal(one, other)  # type: ignore[arg-type]
-
-
-def often_rejected() -> tuple[NDArray[Any], PatchLocation]:
-    """Masses of which an eighth lies inside a box, a part of it in whole chunks of 2: some hundreds of draws
-    have one that is rejected 32 times."""
-    masses, allowed = np.full((10, 10, 10), 7.0), PatchLocation((1, 1, 1), (8, 8, 8))
-    masses[allowed.to_slices()] = 1
-    return masses, allowed
-
-
-def test_what_was_drawn_before_does_not_change_a_draw() -> None:
-    masses, allowed = often_rejected()
-    reach, read = reach_of(masses, 2, allowed)
-
-    def drawn(count: int, seed: int) -> NDArray[np.int64] | None:
-        return draw_centres([(reach, count)], read, np.random.default_rng(seed))[0]
-
-    few, many = drawn(10, 1), drawn(DRAWS, 2)
-    np.testing.assert_array_equal(drawn(DRAWS, 2), many)
-    np.testing.assert_array_equal(drawn(10, 1), few)
-    np.testing.assert_array_equal(draws(masses, 2, allowed, seed=2), many)
-    assert follow(many, masses, allowed)
-
-
-def test_the_mass_inside_is_counted_once_for_all_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    masses, allowed = often_rejected()
-    reach, read = reach_of(masses, 2, allowed)
-    counted = []
-    count = AllowedMass._count
-    monkeypatch.setattr(AllowedMass, "_count", lambda self, read: counted.append(self) or count(self, read))
-    for seed in range(3):
-        draw_centres([(reach, 1000), (reach, 1000)], read, np.random.default_rng(seed))
-    assert counted == [reach]
-
-
-def test_a_chunk_that_draws_share_is_read_once(rng: np.random.Generator) -> None:
-    masses = rng.random((8, 8, 8))
-    grid = ChunkGrid((8, 8, 8), (4, 4, 4))
-    read: list[PatchLocation] = []
-
-    def read_chunks(boxes: Sequence[PatchLocation]) -> list[NDArray[Any]]:
-        read.extend(boxes)
-        return [masses[None, *box.to_slices()] for box in boxes]
-
-    table = sum_table(np.array([masses[box.to_slices()].sum() for box in grid.boxes()]))
-    reach = AllowedMass(table, grid, PatchLocation((0, 0, 0), (8, 8, 8)), channel)
-    draw_centres([(reach, 500), (reach, 500)], read_chunks, rng)
-    assert len(read) == 8
 
 
 def test_a_sum_table_leaves_out_chunks_without_mass() -> None:

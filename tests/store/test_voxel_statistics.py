@@ -1,4 +1,4 @@
-"""Statistics gathered box by box are those that numpy gives for the whole array."""
+"""Statistics computed box by box are those of numpy for the whole array."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def floats(draw: st.DrawFn) -> Array:
 
 @st.composite
 def cuts(draw: st.DrawFn, arrays: st.SearchStrategy[Array]) -> tuple[Array, list[tuple[slice, ...]]]:
-    """An array, and boxes that part it, in any order."""
+    """An array, and boxes that divide it, in any order."""
     array = draw(arrays)
     boxes: list[tuple[slice, ...]] = [()]
     for n in array.shape:
@@ -84,7 +84,7 @@ def one_pass(array: Array, boxes: list[tuple[slice, ...]]) -> VoxelStatistics:
 
 
 def merged(array: Array, boxes: list[tuple[slice, ...]]) -> VoxelStatistics:
-    """Each box gathered alone, and their states merged one after the other."""
+    """Statistics of each box alone, and their states merged one after the other."""
     statistics = VoxelStatistics(array.dtype)
     for box in boxes:
         statistics.merge(one_pass(array, [box]).state())
@@ -93,7 +93,7 @@ def merged(array: Array, boxes: list[tuple[slice, ...]]) -> VoxelStatistics:
 
 @dataclass(frozen=True)
 class Oracle:
-    """numpy's answers over finite stored voxels, scaled."""
+    """numpy's statistics of finite stored voxels, scaled."""
 
     stored: NDArray[np.float64]
     slope: float = 1.0
@@ -116,14 +116,14 @@ class Oracle:
             assert found["min"] - 1e-12 * size <= found[name] <= found["max"] + 1e-12 * size
 
     def largest_neighbour(self, percent: float) -> float:
-        """The larger of the two voxels between which the percentile lies, without the intercept."""
+        """The larger of the two voxels around the percentile, without the intercept."""
         percent = percent if self.slope > 0 else 100 - percent
         below, above = (np.percentile(self.stored, percent, method=side) for side in ("lower", "higher"))
         return abs(self.slope) * max(abs(below), abs(above))
 
 
 def box_of(array: Array) -> list[list[int]] | None:
-    """First and stop of what is not zero, in (I, J, K)."""
+    """First and stop of the voxels that are not zero, in (I, J, K)."""
     places = np.argwhere((array != 0).any(axis=0))[:, ::-1]
     return [places.min(axis=0).tolist(), (places.max(axis=0) + 1).tolist()] if len(places) else None
 
@@ -168,7 +168,7 @@ def test_percentiles_of_integers_are_exact_up_to_four_million_values(
     assert (found["percentile_50"] == np.percentile(array, 50)) == exact
 
 
-def test_integers_that_prove_widely_spread_only_in_the_last_slab_are_all_counted() -> None:
+def test_integers_that_are_widely_spread_only_with_the_last_slab_are_all_counted() -> None:
     array = np.arange(64, dtype=np.int32).reshape(1, 4, 4, 4)
     array[0, 3, 3, 3] = 2**31 - 1
     slabs = [(slice(0, 1), slice(z, z + 1), slice(0, 4), slice(0, 4)) for z in range(4)]
@@ -207,12 +207,14 @@ def test_a_volume_without_a_finite_voxel_has_counts_and_no_numbers(value: float)
 
 
 @pytest.mark.parametrize("voxels", [[0.0, 1.0, 1.7e308, -1.7e308], [0.0, 1.0, 2.0, -1.7e308], [1.7e308] * 4])
-def test_voxels_near_the_largest_float64_leave_numbers_that_a_manifest_can_hold(voxels: list[float]) -> None:
+def test_voxels_near_the_largest_float64_have_statistics_that_a_manifest_can_hold(
+    voxels: list[float],
+) -> None:
     found = gathered(np.array(voxels).reshape(1, 1, 2, 2))
     assert (found["count"], found["min"], found["max"]) == (4, min(voxels), max(voxels))
 
 
-def test_a_far_offset_does_not_drown_the_spread_of_floats(rng: np.random.Generator) -> None:
+def test_the_spread_of_floats_is_exact_beside_a_large_offset(rng: np.random.Generator) -> None:
     array = rng.normal(1e6, 1e-2, (1, 20, 20, 20))
     slabs = [(slice(0, 1), slice(z, z + 1), slice(0, 20), slice(0, 20)) for z in range(20)]
     assert gathered(array, slabs)["std"] == pytest.approx(array.std(), rel=1e-4)
@@ -235,7 +237,7 @@ def test_booleans_count_as_zero_and_one() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["i2", "i4", "f4"])
-def test_a_volume_of_several_blocks_is_counted_whole(dtype: str, rng: np.random.Generator) -> None:
+def test_all_blocks_of_a_volume_are_counted(dtype: str, rng: np.random.Generator) -> None:
     array = rng.normal(0, 1000, (2, 40, 70, 60)).astype(dtype)
     assert array.size > BLOCK_VOXELS
     stored = array.astype(np.float64).ravel()
@@ -255,13 +257,13 @@ def test_a_volume_of_zeros_has_no_foreground_and_no_box() -> None:
     assert found["foreground_box"] is None
 
 
-def test_foreground_is_what_is_stored_as_something_else_than_zero_whatever_the_intercept() -> None:
+def test_the_foreground_is_all_voxels_stored_as_nonzero_whatever_the_intercept() -> None:
     array = np.array([0, 0, 1024, 2048], dtype=np.int16).reshape(1, 1, 2, 2)
     foreground = gathered(array, slope=1.0, inter=-1024.0)["foreground"]
     assert (foreground["count"], foreground["min"], foreground["max"]) == (2, 0.0, 1024.0)
 
 
-def test_the_foreground_box_is_told_in_the_users_axes_and_spans_all_channels() -> None:
+def test_the_foreground_box_is_in_i_j_k_and_spans_all_channels() -> None:
     array = np.zeros((2, 5, 6, 7), dtype=np.uint8)
     array[0, 1, 2, 3] = array[1, 4, 2, 5] = 1
     assert gathered(array)["foreground_box"] == [[3, 2, 1], [6, 3, 5]]
@@ -281,7 +283,7 @@ def test_states_merged_one_after_the_other_are_one_pass_to_the_last_bit(
 
 
 @given(cuts(integers() | floats()), st.randoms(use_true_random=False))
-def test_the_order_of_states_matters_to_nothing_but_the_last_digits_of_binned_moments(
+def test_the_order_of_states_affects_only_the_last_digits_of_binned_moments(
     cut: tuple[Array, list[tuple[slice, ...]]], random: Any
 ) -> None:
     array, boxes = cut
@@ -296,7 +298,9 @@ def test_the_order_of_states_matters_to_nothing_but_the_last_digits_of_binned_mo
 
 
 @given(cuts(integers() | floats()))
-def test_a_state_merged_into_nothing_is_that_state(cut: tuple[Array, list[tuple[slice, ...]]]) -> None:
+def test_a_state_merged_into_empty_statistics_is_that_state(
+    cut: tuple[Array, list[tuple[slice, ...]]],
+) -> None:
     array, boxes = cut
     state = one_pass(array, boxes).state()
     again = VoxelStatistics(array.dtype)
@@ -307,7 +311,7 @@ def test_a_state_merged_into_nothing_is_that_state(cut: tuple[Array, list[tuple[
         np.testing.assert_array_equal(again.state()[name], values, strict=True)
 
 
-def test_integers_that_prove_widely_spread_only_together_are_binned_as_in_one_pass() -> None:
+def test_integers_that_are_widely_spread_only_together_are_binned_as_in_one_pass() -> None:
     array = np.arange(64, dtype=np.int32).reshape(1, 4, 4, 4)
     array[0, 2:] += MAX_COUNTED_VALUES
     slabs = [(slice(0, 1), slice(z, z + 2), slice(0, 4), slice(0, 4)) for z in (0, 2)]
@@ -316,7 +320,7 @@ def test_integers_that_prove_widely_spread_only_together_are_binned_as_in_one_pa
     assert merged(array, slabs).result() == one_pass(array, slabs).result()
 
 
-def test_units_of_several_blocks_merge_to_what_numpy_says(rng: np.random.Generator) -> None:
+def test_shards_of_several_blocks_merge_to_the_statistics_of_numpy(rng: np.random.Generator) -> None:
     array = rng.normal(1000, 30, (1, 80, 80, 100)).astype(np.float32)
     slabs = [(slice(0, 1), slice(z, z + 40), slice(0, 80), slice(0, 100)) for z in (0, 40)]
     assert array.size > 2 * BLOCK_VOXELS
@@ -359,6 +363,6 @@ def test_integers_are_counted_value_by_value_with_compiled_loops_and_without(
         (np.zeros(4, "u1"), 65536),
     ],
 )
-def test_compiled_loops_count_into_a_table_that_fits_only(voxels: Array, counts: int) -> None:
+def test_compiled_loops_count_only_into_a_table_of_the_right_size(voxels: Array, counts: int) -> None:
     with pytest.raises(ValueError, match="integers of one or two bytes are counted"):
         counting._compiled(voxels, np.zeros(counts, np.int64))

@@ -1,4 +1,4 @@
-"""The command line: one file a command. Nothing heavy is imported before a command runs."""
+"""The command line: one module for each command, imported when the command runs."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ EXIT_INTERRUPTED = 130
 
 
 class LazyGroup(click.Group):
-    """Imports a command's file when it is asked for."""
+    """Imports the module of a command when it is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the order of the data flow."""
+        """The names of the commands, in the order of the data flow."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of that name. Its options are set in the environment by their flags."""
+        """The command of that name. Variables of the environment are named by the flags of its options."""
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"zpatch.cli.{cmd_name}")
@@ -45,7 +45,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Remember the command, for the texts of its errors."""
+        """Keep the command, for the texts of its errors."""
         name, command, rest = super().resolve_command(ctx, args)
         ctx.ensure_object(dict)["command"] = command
         return name, command, rest
@@ -62,14 +62,14 @@ def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
 
 
 def _defaults(ctx: click.Context, path: Path, name: str, table: dict[str, Any]) -> dict[str, Any]:
-    """A table of the file with the names that click uses for what the command line calls ``--an-option``."""
+    """A table of the file, with the keys that click uses for the flags of the command."""
     command = zpatch.get_command(ctx, name)
     if command is None or not isinstance(table, dict):
-        raise click.BadParameter(f"{path}: [{name}] is no table for one of {', '.join(COMMANDS)}")
+        raise click.BadParameter(f"{path}: [{name}] is not a table for one of {', '.join(COMMANDS)}")
     names = {option.lstrip("-"): p.name for p in command.params for option in p.opts if p.name}
     for key in table:
         if key not in names:
-            raise click.BadParameter(f"{path}: {key!r} in [{name}] is no option of 'zpatch {name}'")
+            raise click.BadParameter(f"{path}: {key!r} in [{name}] is not an option of 'zpatch {name}'")
     return {str(names[key]): value for key, value in table.items()}
 
 
@@ -92,26 +92,26 @@ def zpatch() -> None:
     NIfTI files -> convert -> store -> (training with zpatch.Queue) -> predict -> store -> export -> NIfTI
 
     \b
-    A first walk:
+    First steps:
       zpatch convert scans/ cohort.zarr          NIfTI files into a chunked Zarr store
-      zpatch info cohort.zarr                    what is inside
+      zpatch info cohort.zarr                    its subjects and images
       zpatch predict cohort.zarr out.zarr --model mymodel.pt --image t1 --patch-size 96 --overlap 32
       zpatch export out.zarr results/            predictions as NIfTI
 
     Each option can also be set in the environment, as ZPATCH_<COMMAND>_<OPTION>.
 
-    Exit codes: 0 all well, 1 error, 2 wrong usage, 3 some cases failed and the others are done,
+    Exit codes: 0 success, 1 error, 2 wrong usage, 3 some cases failed and the others are converted,
     4 damage found, 130 interrupted.
     """
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and leave the process with its exit code."""
+    """Run the command line and exit with its exit code."""
     raise SystemExit(run(arguments))
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Run the command line: errors become one line each, tracebacks only with -v."""
+    """Run the command line and return its exit code; errors are one line each, with -v also a traceback."""
     state: dict[str, Any] = {}
     try:
         code = zpatch.main(
@@ -123,7 +123,7 @@ def run(arguments: list[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         click.echo("zpatch: interrupted", err=True)
         return EXIT_INTERRUPTED
-    except Exception as error:  # the edge of the program: whatever it is, say it in one line
+    except Exception as error:  # the edge of the program: any error becomes one line
         if state.get("verbose"):
             traceback.print_exc()
         option = error.option if isinstance(error, ZpatchError) else None
@@ -131,7 +131,7 @@ def run(arguments: list[str] | None = None) -> int:
         if isinstance(error, ZpatchError):
             what = with_flags(what, option, state["command"])
         elif not isinstance(error, OSError):
-            what = f"unexpected {type(error).__name__}: {what} (see it whole with -v)"
+            what = f"unexpected {type(error).__name__}: {what} (-v shows the traceback)"
         click.echo(f"zpatch: error: {what}", err=True)
         return EXIT_USAGE if option or isinstance(error, OptionError) else EXIT_ERROR
     return code if isinstance(code, int) else 0

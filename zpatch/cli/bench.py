@@ -25,14 +25,14 @@ KEPT_SHARE = 0.01
 BUSY = 0.3  # processes on each core
 
 
-@click.command("bench", short_help="Measure how fast patches are read, and say what would be faster.")
+@click.command("bench", short_help="Measure how fast patches are read, and advise faster settings.")
 @click.argument("store", type=STORE)
 @click.option(
     "--patch-size", type=Voxels(), help="One number or I,J,K.  [default: 96, or what fits into all volumes]"
 )
 @click.option(
     "--patches-per-volume", type=click.IntRange(1), default=10, show_default=True,
-    help="Patches read together, as in a queue; 32 at most.",
+    help="Patches read together, as in a queue; at most 32.",
 )  # fmt: skip
 @click.option(
     "--image",
@@ -44,11 +44,11 @@ BUSY = 0.3  # processes on each core
 @include_option
 @click.option(
     "-j", "--jobs", type=click.IntRange(1),
-    help="Processes to measure with, beside one alone.  [default: the number of cores]",
+    help="Processes to measure with, besides a single one.  [default: the number of cores]",
 )  # fmt: skip
 @click.option(
     "--seconds", type=click.FloatRange(0, min_open=True), default=2.0, show_default=True,
-    help="About how long each measurement runs.",
+    help="Approximate duration of each measurement.",
 )  # fmt: skip
 @json_option
 @talk_options
@@ -62,12 +62,12 @@ def bench_command(
     seconds: float,
     json: bool,
 ) -> None:
-    """Measure how many patches a second are read from STORE on this machine, and say what would be faster.
+    """Measure how many patches per second are read from STORE on this machine, and advise faster settings.
 
     Random patches of random subjects are read as the workers of a queue read them, in one process and in
-    several: cold, after the files were dropped from the system's page cache, and warm. Bytes decoded for
-    each byte delivered, and other chunks and codecs tried on a sample of the voxels, say how to convert.
-    Nothing is written to STORE.
+    several: cold, after the files were dropped from the system's page cache, and warm. The advice for
+    converting follows from the bytes decoded for each byte delivered, and from other chunks and codecs
+    tried on a sample of the voxels. Nothing is written to STORE.
 
     \b
     Examples:
@@ -109,19 +109,19 @@ def bench_command(
 def _notes(report: BenchmarkReport) -> Iterator[str]:
     plan, first, last = report.plan, report.speeds[0], report.speeds[-1]
     if report.load > BUSY:
-        yield "other programs keep this machine busy: figures are lower and less sure than they could be"
+        yield "other programs keep this machine busy: figures are lower and less certain than on an idle one"
     if first.cold is None:
-        yield "this system cannot drop files from its memory, so nothing cold was measured"
+        yield "this system cannot drop files from its page cache, so cold reads were not measured"
     elif last.cold is None:
         yield f"there are fewer subjects than {last.processes} processes, so these were not measured cold"
     if (kept := max(speed.kept for speed in report.speeds)) > KEPT_SHARE:
-        yield f"the system kept {kept:.0%} of the files in memory: cold is as cold as it allows"
+        yield f"the system kept {kept:.0%} of the files in its page cache: cold reads are partly warm"
     if plan.is_tried and any(figures.patches_per_s is None for figures in report.packings):
-        yield "what is marked - was not tried, as planning such patches would take much memory"
+        yield "chunks marked - were not tried, as planning such patches would take much memory"
 
 
 def _speeds(report: BenchmarkReport) -> list[tuple[str, ...]]:
-    """A row for each number of processes that was measured, and for some in between."""
+    """A row for each number of processes that was measured, and for estimates in between."""
     from zpatch.bench.advice import rate_text
 
     rows: list[tuple[str, ...]] = [
@@ -155,7 +155,7 @@ def _packings_heading(report: BenchmarkReport) -> str:
 
 
 def _packings(report: BenchmarkReport) -> list[tuple[str, ...]]:
-    """A row for each chunk: what follows from geometry, then what was tried, by codec."""
+    """A row for each chunk: figures that follow from geometry, then the measured ones of each codec."""
     now = report.packings[0]
     codecs = list(dict.fromkeys(f.codec for f in report.packings)) if report.plan.is_tried else []
     by_chunk: dict[int | None, dict[str | None, PackingFigures]] = {}

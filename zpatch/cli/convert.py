@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     type=click.Choice(["lz4", "lz4hc", "zstd", "none"]),
     default="lz4",
     show_default=True,
-    help="lz4 is the fastest to write (label maps: lz4hc), lz4hc faster to read, zstd smaller, none for "
-    "copies out of the map.",
+    help="lz4 is the fastest to write (label maps: lz4hc), lz4hc is faster to read, zstd is smaller, none "
+    "does not compress.",
 )
 @click.option(
     "--chunk", type=click.IntRange(1, 512), default=32, show_default=True, help="Side of a chunk in voxels."
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     type=click.Choice(["auto", "bids", "nnunet", "msd", "json", "csv", "glob"]),
     default="auto",
     show_default=True,
-    help="The convention that SOURCE follows; found out without it.",
+    help="The convention of SOURCE; auto detects it.",
 )
 @include_option
 @exclude_option
@@ -70,23 +70,23 @@ if TYPE_CHECKING:
     type=click.Choice(["sform", "qform"]),
     default="sform",
     show_default=True,
-    help="Which affine to take where a header has both.",
+    help="The affine to take where a header has both.",
 )
 @click.option(
-    "--orient", metavar="CODES", help="Turn volumes to point there, as RAS; export turns them back."
+    "--orient", metavar="CODES", help="Turn volumes so that their axes point to RAS, say; export turns back."
 )
 @click.option("--pyramid", is_flag=True, help="Add coarser levels for viewers, each half of the one before.")
-@click.option("--limit", type=click.IntRange(1), help="Convert so many cases at most.")
-@click.option("--strict", is_flag=True, help="Fail a case for what is otherwise a warning.")
+@click.option("--limit", type=click.IntRange(1), help="Convert at most this many cases.")
+@click.option("--strict", is_flag=True, help="Let a warning fail its case.")
 @click.option("-j", "--jobs", type=click.IntRange(1), default=1, show_default=True, help="Cases at a time.")
 @click.option("--scheduler", metavar="WHERE", help="Run on a Dask cluster: tcp://... or a scheduler file.")
 @click.option(
     "--report", type=click.Path(dir_okay=False, path_type=Path), help="Write a JSON line for each case."
 )
 @click.option(
-    "--max-memory", type=Bytes(), help="Write smaller shards, or refuse, where more would be needed: '2 GiB'."
+    "--max-memory", type=Bytes(), help="Write smaller shards, or refuse, if it needs more: '2 GiB'."
 )
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@click.option("--dry-run", is_flag=True, help="Print the plan, and do nothing.")
 @click.option(
     "--overwrite", is_flag=True, help="Start over; with --include or --exclude replace only those subjects."
 )
@@ -112,12 +112,12 @@ def convert_command(
       a BIDS folder, nnU-Net 2 raw, Medical Decathlon   found by their dataset files
       a MONAI datalist .json, a .csv or .tsv            columns: subject, split, one for each image
       <subject>/<image>.nii[.gz]                        sub-01/t1.nii.gz, sub-01/seg.nii.gz
-      <subject>_<image>.nii[.gz]                        where several files share a <subject>
+      <subject>_<image>.nii[.gz]                        if several files share a <subject>
       <subject>.nii[.gz]                                one image each, called 'image'
 
-    Run the same command again after an interruption, or when files have come or changed: only what is
-    missing or changed is converted. A case whose files are bad is left out, with one line that says why;
-    the others are converted and the exit code is 3.
+    Run the same command again after an interruption, or when files were added or changed: only missing and
+    changed cases are converted. A case with a bad file is left out, and one line says why; the others are
+    converted and the exit code is 3.
 
     \b
     Examples:
@@ -156,13 +156,13 @@ def convert_command(
 
 
 class CaseReport:
-    """Prints each case that fails at once, and writes the outcome of each case into a file of JSON lines."""
+    """Prints each failed case at once, and writes the outcome of each case to a file of JSON lines."""
 
     def __init__(self, path: Path | None) -> None:
         self._stream = path.open("w") if path else None
 
     def add(self, outcome: CaseOutcome) -> None:
-        """Report a case that was converted or has failed."""
+        """Add a case that was converted or has failed."""
         if outcome.reason:
             say(f"failed: {outcome.subject}: {in_flags(outcome.reason)}", always=True)
         if self._stream:
@@ -190,7 +190,7 @@ def _print_plan(plan: ConversionPlan, json: bool) -> None:
         )  # fmt: skip
     show_table(rows)
     for subject in plan.done:
-        say(f"there already: {subject}")
+        say(f"already converted: {subject}")
     for failure in plan.failures:
         say(f"will be left out: {failure.subject}: {in_flags(failure.reason)}", always=True)
 
@@ -214,7 +214,7 @@ def _print_summary(report: ConversionReport, elapsed_s: float) -> None:
             format_bytes(voxels / max(elapsed_s, 1e-9)),
         ),
     ]
-    others = {"there already": len(report.done), "failed": len(report.failures), "warnings": len(warned)}
+    others = {"already converted": len(report.done), "failed": len(report.failures), "warnings": len(warned)}
     rows += [(what, str(count), "", "", "", "", "") for what, count in others.items() if count]
     if not is_quiet():
         show_table(rows, err=True)

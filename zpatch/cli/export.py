@@ -23,7 +23,7 @@ from zpatch.runtime.byte_sizes import format_bytes
 @click.argument("store", type=STORE)
 @click.argument("dest", type=click.Path(path_type=Path))
 @click.option(
-    "--image", "images", multiple=True, metavar="GLOB", help="Only images that fit; may be repeated."
+    "--image", "images", multiple=True, metavar="GLOB", help="Only images that match; may be repeated."
 )
 @include_option
 @exclude_option
@@ -32,7 +32,7 @@ from zpatch.runtime.byte_sizes import format_bytes
     type=click.Choice([".nii.gz", ".nii"]),
     default=".nii.gz",
     show_default=True,
-    help="What files are called, and whether they are compressed.",
+    help="The ending of the files: with or without compression.",
 )
 @overwrite_option
 @json_option
@@ -46,8 +46,8 @@ def export_command(
 ) -> None:
     """Write images of STORE as NIfTI files DEST/<subject>/<image>.nii.gz.
 
-    Where DEST ends in .nii or .nii.gz it is the one file to write. Converted images come back with the
-    same voxels, header, affine, slope and extensions that they came with.
+    If DEST ends in .nii or .nii.gz, a single image is written to that file. Converted images keep the
+    voxels, header, affine, slope and extensions of their source files.
 
     \b
     Examples:

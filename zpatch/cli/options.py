@@ -1,4 +1,4 @@
-"""Options that several commands share, and their names: in Python, as flags, in errors."""
+"""Options that several commands share, and the translation of options' names in Python into flags."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]
     name = "bytes"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Read it."""
+        """Parse a value."""
         try:
             return parse_bytes(value)
         except ValueError as error:
@@ -38,7 +38,7 @@ class Voxels(click.ParamType):  # type: ignore[type-arg]
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> int | tuple[int, ...]:
-        """Read it."""
+        """Parse a value."""
         try:
             numbers = tuple(int(part) for part in str(value).split(","))
         except ValueError:
@@ -57,7 +57,7 @@ def _remember_quiet(ctx: click.Context, _param: click.Parameter, value: bool) ->
 
 
 def talk_options(command: F) -> F:
-    """``-v`` and ``-q``."""
+    """Add ``-v`` and ``-q`` to a command."""
     verbose = click.option(
         "-v", "--verbose", is_flag=True, expose_value=False, callback=_remember_verbosity, is_eager=True,
         help="Show the traceback of an error.",
@@ -70,14 +70,14 @@ def talk_options(command: F) -> F:
 
 
 json_option = click.option(
-    "--json", is_flag=True, help="Print JSON on stdout, and everything else on stderr."
+    "--json", is_flag=True, help="Print JSON to stdout, and everything else to stderr."
 )
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is there already.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace existing output.")
 include_option = click.option(
-    "--include", multiple=True, metavar="GLOB", help="Only subjects that fit; may be repeated."
+    "--include", multiple=True, metavar="GLOB", help="Only subjects that match; may be repeated."
 )
 exclude_option = click.option(
-    "--exclude", multiple=True, metavar="GLOB", help="No subjects that fit; may be repeated."
+    "--exclude", multiple=True, metavar="GLOB", help="No subjects that match; may be repeated."
 )
 
 
@@ -87,15 +87,15 @@ def flag_of(option: click.Parameter) -> str:
 
 
 def in_flags(text: str) -> str:
-    """A text about the command that runs, with its flags in place of the options' names in Python."""
+    """A text, with the flags of the running command in place of the options' names in Python."""
     return with_flags(text, None, click.get_current_context().command)
 
 
 def with_flags(text: str, option: str | None, command: click.Command) -> str:
     """The text of an error with the flags of a command in place of the options' names in Python.
 
-    Names of several words are replaced wherever they are, others where they are written as an argument
-    (``fill=0``), or begin the text of an error that is about this ``option``.
+    Names of several words are always replaced; a name of one word is replaced if it is written as an argument
+    (``fill=0``), or starts the text of an error about this ``option``.
 
     >>> command = click.Command("predict", params=[click.Option(["--overlap", "patch_overlap"])])
     >>> with_flags("patch_overlap must be even; say patch_overlap=4", "patch_overlap", command)

@@ -1,6 +1,6 @@
-"""What a command shows: bars and tables on a terminal, plain lines elsewhere. The door to rich.
+"""The output of commands: bars and tables on a terminal, plain lines elsewhere. The door to rich.
 
-rich is imported when a terminal is about to show something.
+rich is imported only if a bar or a table is drawn on a terminal.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Progress:
     """Shows on stderr how much of ``total`` is done; call it with each amount done.
 
     A terminal shows a bar; elsewhere a line is printed every ten seconds, and with ``-q`` there is neither.
-    ``unit`` is ``"bytes"``, ``"ms"`` (shown in seconds, without a rate) or the plural of what is counted. The
-    rate is that of the last half minute; it leaves out the first amount, which an earlier command may have
-    done.
+    ``unit`` is ``"bytes"``, ``"ms"`` (shown in seconds, without a rate) or a plural noun such as
+    ``"patches"``. The rate is that of the last half minute, without the first amount, which may have been
+    done by an earlier command.
     """
 
     def __init__(self, label: str, total: int, unit: str = "bytes") -> None:
@@ -40,7 +40,7 @@ class Progress:
         self._total = total
         self._unit = unit
         self._done = 0
-        self._marks: deque[tuple[float, int]] = deque()  # when so much was done
+        self._marks: deque[tuple[float, int]] = deque()  # times, and the amounts done by then
         self._shown = time.monotonic()
         self._bar: rich.progress.Progress | None = None
 
@@ -102,7 +102,7 @@ def _clock(seconds: float) -> str:
 
 
 def _bar(label: str, total: int, amounts: Progress) -> rich.progress.Progress:
-    """A bar on stderr. No thread draws it, as one that is forked away with a lock would block a worker."""
+    """A bar on stderr, drawn without a thread: a fork while a thread holds a lock would block a worker."""
     from rich.console import Console
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn
     from rich.progress import Progress as Bar
@@ -122,18 +122,18 @@ def _bar(label: str, total: int, amounts: Progress) -> rich.progress.Progress:
 
 
 def _state() -> dict[str, Any]:
-    """What the command line knows of the command that runs."""
+    """The state of the running command: ``quiet``, ``verbose``, its ``bar`` and its ``command``."""
     state: dict[str, Any] = click.get_current_context().ensure_object(dict)
     return state
 
 
 def is_quiet() -> bool:
-    """Whether only errors and results are to be shown (``-q``)."""
+    """Whether only errors and results are shown (``-q``)."""
     return bool(_state().get("quiet"))
 
 
 def say(text: str, *, always: bool = False) -> None:
-    """Print a line for people on stderr, above the bar where there is one; nothing with ``-q``."""
+    """Print a line to stderr, above the bar if there is one; nothing with ``-q`` unless ``always``."""
     if is_quiet() and not always:
         return
     if (bar := _state().get("bar")) is not None:
@@ -143,14 +143,14 @@ def say(text: str, *, always: bool = False) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print JSON on stdout."""
+    """Print a value to stdout as JSON."""
     click.echo(json.dumps(value, indent=2))
 
 
 def show_table(rows: Sequence[Sequence[str]], *, err: bool = False) -> None:
-    """Print rows in columns, the first as the heading, on stdout or stderr.
+    """Print rows in columns to stdout or stderr; the first row is the heading.
 
-    A terminal shows columns of figures flush right, and breaks long cells of the last column.
+    On a terminal columns of numbers are flush right, and long cells of the last column are wrapped.
     """
     if (sys.stderr if err else sys.stdout).isatty():
         _show_rich_table(rows, err)

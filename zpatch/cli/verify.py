@@ -14,14 +14,14 @@ from zpatch.runtime.byte_sizes import format_bytes
 
 @click.command("verify", short_help="Check every stored byte against the manifest.")
 @click.argument("store", type=STORE)
-@click.option("--quick", is_flag=True, help="Check presence and length of files, and all zarr.json, only.")
+@click.option("--quick", is_flag=True, help="Check only the presence and length of files, and all zarr.json.")
 @json_option
 @talk_options
 def verify_command(store: Path, quick: bool, json: bool) -> int:
-    """Check STORE: every file that its manifest knows must be there with the bytes that were written.
+    """Check that every file in the manifest of STORE is present, with the bytes that were written.
 
-    Damaged, missing and swapped files are named, one a line, and the exit code is 4; so it is where a
-    prediction was not finished.
+    Damaged and missing files are named, one on each line, and the exit code is 4; it is also 4 if a
+    prediction is unfinished.
 
     \b
     Examples:
@@ -37,7 +37,7 @@ def verify_command(store: Path, quick: bool, json: bool) -> int:
     for damage in report.damages:
         click.echo(f"damaged: {store / damage.file}: {damage.what}", err=True)
     for subject in report.missing_subjects:
-        click.echo(f"incomplete: subject {subject!r} was announced and is not there", err=True)
+        click.echo(f"incomplete: subject {subject!r} was never committed", err=True)
     for leftover in report.leftovers:
         say(f"leftover of interrupted work, harmless: {store / leftover}")
     if report.ok:
@@ -47,6 +47,6 @@ def verify_command(store: Path, quick: bool, json: bool) -> int:
     faults = len(report.damages) + len(report.missing_subjects)
     say(
         f"{faults} faults; 'zpatch convert SOURCE {store} --overwrite --include SUBJECT' converts a subject "
-        f"again; predict what was predicted again, or restore files from a copy"
+        f"again; run 'zpatch predict' again for predictions, or restore files from a copy"
     )
     return EXIT_DAMAGED

@@ -1,6 +1,6 @@
-"""Sources that list their files: JSON datalists and tables, each a function from a file to its cases.
+"""Sources that list their files: JSON datalists and tables, each read by a function that returns its cases.
 
-Listed files may be anywhere, and whether they exist is checked when they are read.
+Listed files may be anywhere; whether they exist is checked when they are read.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Row = dict[str, str]
 
 
 def read_json(file: Path) -> Any:
-    """What a JSON file holds; NaN and infinity, which JSON does not know, become None."""
+    """The value of a JSON file; NaN and infinity, which standard JSON lacks, become None."""
     try:
         return json.loads(_text_of(file), parse_constant=lambda name: None, parse_float=_finite)
     except json.JSONDecodeError as error:
@@ -51,8 +51,10 @@ def read_json(file: Path) -> Any:
 
 
 def read_table(file: Path) -> tuple[list[str], list[tuple[int, Row]]]:
-    """The columns of a CSV or TSV file, and its rows with the lines that they end on; a column without
-    a name is left out."""
+    """The columns of a CSV or TSV file, and its rows, each with the number of its last line.
+
+    Columns without a name are left out.
+    """
     text = _text_of(file)
     head = text.partition("\n")[0]
     delimiter = "\t" if file.suffix == ".tsv" else ";" if ";" in head and "," not in head else ","
@@ -82,7 +84,7 @@ def _text_of(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise SourceError(f"{file}: it cannot be read ({error.strerror}); see to it") from None
+        raise SourceError(f"{file}: it cannot be read ({error.strerror}); restore the file") from None
     except UnicodeDecodeError as error:
         raise SourceError(f"{file}: it is not UTF-8 (byte {error.start}); save it as UTF-8") from None
 
@@ -92,7 +94,7 @@ def _finite(text: str) -> float | None:
 
 
 def value_of(cell: str) -> int | float | str | None:
-    """A cell of a table as a number where it is one; what is missing is None, and '007' stays text.
+    """A cell of a table as a number if it is one; a missing value is None, and '007' stays text.
 
     >>> [value_of(cell) for cell in ("7", "1e-3", "007", "n/a", "inf")]
     [7, 0.001, '007', None, 'inf']
@@ -107,28 +109,28 @@ def value_of(cell: str) -> int | float | str | None:
 
 
 def case_of_row(subject: str, images: Iterable[CaseImage], row: Row) -> Case:
-    """A case with what a table says of it: the column ``split`` is its split, all else metadata."""
+    """A case with its row of a table: the column ``split`` is its split, all other columns are metadata."""
     meta = {key: value_of(cell) for key, cell in row.items() if key != "split"}
     split = row.get("split", "")
     return Case(subject, tuple(images), split if split.lower() not in _MISSING else None, meta)
 
 
 def looks_like_msd(dataset: Mapping[str, Any]) -> bool:
-    """Whether the contents of a JSON file are those of a ``dataset.json`` of the Medical Decathlon."""
+    """Whether the contents of a JSON file look like a ``dataset.json`` of the Medical Decathlon."""
     return "training" in dataset and "modality" in dataset
 
 
 def read_dict(file: Path) -> Mapping[str, Any]:
-    """The dict that a JSON file holds; an empty one where it holds another value."""
+    """The dict in a JSON file; an empty one if the file holds another value."""
     document = read_json(file)
     return document if isinstance(document, dict) else {}
 
 
 def table(file: Path) -> list[Case]:
-    """A CSV or TSV file, a row a case: ``subject`` (or ``case``, ``id``), ``split``, a column an image.
+    """The cases of a CSV or TSV file, one in each row: ``subject`` (or ``case``, ``id``), ``split``, images.
 
-    Image columns are those marked ``label:NAME`` or ``sampling:NAME``, and those whose values name NIfTI
-    files; an empty cell means that the case has no such image. All other columns are metadata.
+    Image columns are marked ``label:NAME`` or ``sampling:NAME``, or have values that name NIfTI files; an
+    empty cell means that the case has no such image. All other columns are metadata.
     """
     columns, rows = read_table(file)
     subject_column = next((name for name in SUBJECT_KEYS if name in columns), None)
@@ -182,11 +184,11 @@ def _image_columns(
 
 
 def datalist(file: Path) -> list[Case]:
-    """Lists of dicts in a JSON file, as the Medical Decathlon and MONAI write them.
+    """The cases of a JSON file of lists of dicts, as the Medical Decathlon and MONAI write them.
 
     Values that name NIfTI files are images, named by their keys; ``subject``, ``case`` or ``id`` names the
-    case, else its files do; all else is metadata. The split is ``train``, ``validation`` or ``test``, else
-    the list's own key; ``fold-N`` for a training entry with a ``fold``.
+    case, or else the names of its files do; all other values are metadata. The split is ``train``,
+    ``validation`` or ``test``, or else the key of the list; ``fold-N`` for a training entry with a ``fold``.
     """
     document = read_json(file)
     entries = list(_entries(document, file))
@@ -206,8 +208,10 @@ def datalist(file: Path) -> list[Case]:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A dict of a datalist, taken apart; ``where`` it stands, for errors; ``subject`` as it names itself,
-    or empty."""
+    """A dict of a datalist, parsed.
+
+    ``where`` names its place in errors; ``subject`` is the name in the dict, or empty.
+    """
 
     where: str
     split: str | None
@@ -257,13 +261,13 @@ def _entry(where: str, split: str | None, values: Mapping[str, Any]) -> _Entry:
 
 
 def _modalities(document: Any) -> dict[str, Any]:
-    """What the channels of 4-D images are, as the Decathlon says."""
+    """The names of the channels of 4-D images, from the field ``modality`` of the Decathlon."""
     given = document.get("modality") if isinstance(document, dict) else None
     return {"modality": list(given.values())} if isinstance(given, dict) else {}
 
 
 def _image_names(key: str, count: int, modalities: Sequence[str]) -> list[str]:
-    """Names for the files under a key: the key, or for a list one name each."""
+    """Names for the images under a key: the key itself, or for a list a name for each file."""
     if count == 1:
         return [key]
     if key == SOLE_IMAGE and len(modalities) == count:
@@ -272,7 +276,7 @@ def _image_names(key: str, count: int, modalities: Sequence[str]) -> list[str]:
 
 
 def _names_in_lists(entries: Iterable[_Entry]) -> Sequence[str]:
-    """What the files of an ``image`` list are called beyond the case's name, where all lists agree:
+    """The names of the files of an ``image`` list without the name of the case, where all lists agree:
     ``["a_t1.nii", "a_t2.nii"]`` are ``t1`` and ``t2``."""
     names = set()
     for entry in entries:
@@ -288,7 +292,11 @@ def _names_in_lists(entries: Iterable[_Entry]) -> Sequence[str]:
 
 
 def _subjects_of(entries: Sequence[_Entry]) -> list[str]:
-    """Names for cases that do not name themselves: the first of these that tells all apart."""
+    """Names for entries without a subject, from the names of their files.
+
+    The first of these that is different for each entry: the start that its files share, the first file, or
+    the folder of the first file; if there is none, the whole path of the first file.
+    """
     paths = [[PurePath(text) for texts in entry.files.values() for text in texts] for entry in entries]
     firsts = [files[0] if files else PurePath() for files in paths]
     namings = (
@@ -305,7 +313,7 @@ def _subjects_of(entries: Sequence[_Entry]) -> list[str]:
 
 
 def _shared_start(stems: Sequence[str]) -> str:
-    """The parts between underscores with which all stems begin.
+    """The longest start of all stems that ends before an underscore or at the end of a stem.
 
     >>> _shared_start(["liver_1", "liver_1_mask"])
     'liver_1'

@@ -1,4 +1,4 @@
-"""One case: NIfTI slabs -> shards of a staged image."""
+"""The conversion of one case: slabs of its NIfTI files -> shards of staged images."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ INTEGRAL_DTYPES = ("u1", "i1", "u2", "i2", "u4", "i4", "i8")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CaseTask:
-    """One case for a worker: all that it needs to stage the case's images below ``staging``."""
+    """One case for a worker, whose images are staged below ``staging``.
+
+    Paths of source files are stored relative to ``folder``.
+    """
 
     case: PlannedCase
     options: ConvertOptions
@@ -46,14 +49,14 @@ class CaseTask:
 
 @dataclass(frozen=True, slots=True)
 class StagedCase:
-    """What a worker gives back: the folders of a case's images with their records, or why there are none."""
+    """The result of a worker: the folders of a case's images with their records, or the ``failure``."""
 
     images: tuple[tuple[Path, ImageRecord], ...] = ()
     failure: Failure | None = None
 
 
 def stage_case(task: CaseTask, progress: Progress) -> StagedCase:
-    """Stage all images of a case. A bad file, even the last one, leaves nothing of the case."""
+    """Stage all images of a case. If any of its files is bad, nothing of the case is left."""
     staged: list[tuple[Path, ImageRecord]] = []
     stage = None
     try:
@@ -72,7 +75,7 @@ def stage_case(task: CaseTask, progress: Progress) -> StagedCase:
         if isinstance(error, SourceError | SamplingError):
             return StagedCase(failure=Failure(task.case.case.subject, one_line(error)))
         if isinstance(error, Exception) and not isinstance(error, StoreError):
-            return StagedCase(failure=unexpected(task.case.case, error))  # the other cases go on
+            return StagedCase(failure=unexpected(task.case.case, error))  # only this case fails
         raise
     return StagedCase(tuple(staged))
 
@@ -95,7 +98,7 @@ def _stage_image(image: PlannedImage, task: CaseTask, stage: StagedImage, progre
 def _stream(
     image: PlannedImage, record: ImageRecord, writer: ImageWriter, warn: Warn, progress: Progress
 ) -> None:
-    """Pass the voxels from the file into shards, a slab at a time."""
+    """Write the voxels of the file to shards, a slab at a time."""
     turn, dtype = record.orientation, np.dtype(record.dtype)
     pyramid = PyramidBuilder(writer.stage, record)
     for slab in read_ahead(image.file.slabs(image.layout.slab_extent, warn, backwards=turn.flips[2])):
@@ -139,7 +142,7 @@ def _record_of(image: PlannedImage, task: CaseTask, dtype: np.dtype[Any]) -> Ima
 
 
 def _turned(extent: tuple[int, ...], turn: Orientation) -> tuple[int, ...]:
-    """A shape in the file's stored axis order, in that of the store."""
+    """A shape ([c,] z, y, x) of the file, after turning."""
     *channels, z, y, x = extent
     return *channels, *turn.permute((x, y, z))[::-1]
 
@@ -147,9 +150,9 @@ def _turned(extent: tuple[int, ...], turn: Orientation) -> tuple[int, ...]:
 def _shards_of(
     record: ImageRecord, row: tuple[int, int], voxels: NDArray[Any]
 ) -> Iterator[tuple[Shard, NDArray[Any]]]:
-    """The shards of a slab, which are several only where its plane is tiled.
+    """The shards of a slab and their voxels: several only where a plane has more than one shard.
 
-    The slab is row ``row[1]`` of shards along the axis that was the file's slowest.
+    The slab is the row ``row[1]`` of shards along the axis that is slowest in the file.
     """
     slowest = record.orientation.slowest
     shards = padded_to_4d(record.shards)[1:]
@@ -161,9 +164,9 @@ def _shards_of(
 
 
 def label_dtype(file: NiftiFile, layout: Layout) -> np.dtype[Any]:
-    """The type to store a label map in: its own, or for floats the smallest integer that holds them.
+    """The type to store a label map in: its own, or for floats the smallest integer type that holds them.
 
-    Floats are read twice: once to see that all are integral and how large, once to store them.
+    Files of floats are read twice: first to check that all values are whole, and for their range.
     """
     if file.colours > 1 or file.dtype.kind == "c":
         raise NiftiError(

@@ -30,7 +30,7 @@ class CaseImage:
 class Case:
     """One subject to convert, all its images together.
 
-    ``split`` and ``meta`` are all else that the source says of it: plain JSON, without NaN.
+    ``split`` and ``meta`` are further facts about it in the source: plain JSON, without NaN.
     """
 
     subject: str

@@ -1,4 +1,4 @@
-"""What a conversion will do, before it does anything: which cases, which layout, how much memory."""
+"""The plan of a conversion: its cases, the layout of each image, and the memory it takes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MAX_AFFINE_VOXELS = 0.5
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlannedImage:
-    """One file to convert: where it is, what its header says, and how it will be stored."""
+    """One image to convert: its ``source``, the ``file`` header, and the ``layout`` of the stored array."""
 
     subject: str
     source: CaseImage
@@ -53,13 +53,13 @@ class PlannedImage:
 
     @property
     def shard_files(self) -> int:
-        """Number of shard files it becomes."""
+        """Number of shard files of the stored image."""
         return int(np.prod(self.layout.shard_counts(self.file.shape)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlannedCase:
-    """One subject to convert: a unit that is converted whole or not at all."""
+    """One subject to convert, with all its images or not at all."""
 
     case: Case
     images: tuple[PlannedImage, ...]
@@ -67,7 +67,7 @@ class PlannedCase:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A case that cannot be converted, and why in one line."""
+    """A case that cannot be converted, and the reason in one line."""
 
     subject: str
     reason: str
@@ -75,11 +75,11 @@ class Failure:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ConversionPlan:
-    """What a conversion will do; printing it says so.
+    """What a conversion will do; print it for a summary.
 
     ``format`` is the convention that was found. Paths of sources are stored relative to ``folder``.
-    ``failures`` are cases that cannot be converted, ``done`` subjects that are in the store
-    already; ``notes`` say what else is in the source and is left out.
+    ``failures`` are cases that cannot be converted, ``done`` the subjects that are already converted;
+    ``notes`` say what else is in the source and is left out.
     """
 
     source: Path
@@ -108,8 +108,7 @@ class ConversionPlan:
 
     @property
     def peak_bytes(self) -> int:
-        """Predicted peak memory above that of the interpreter and its libraries: slabs, and the code that
-        works on them."""
+        """Predicted peak memory, without the interpreter and its libraries: slabs, and a fixed part."""
         largest = max((image.slab_bytes for image in self.images), default=0)
         return self.options.live_slabs * largest + self.options.base_bytes
 
@@ -140,7 +139,7 @@ class ConversionPlan:
 
     def __str__(self) -> str:
         shards = sum(image.shard_files for image in self.images)
-        done = f"{len(self.done)} subjects are there already; " if self.done else ""
+        done = f"{len(self.done)} subjects are already converted; " if self.done else ""
         return (
             f"{self.format}: {done}"
             f"{len(self.cases)} subjects, {len(self.images)} images, {format_bytes(self.bytes_in)} in files "
@@ -154,7 +153,7 @@ def plan_conversion(
 ) -> ConversionPlan:
     """Find the cases of a source and read their headers; nothing is written.
 
-    ``done`` are the images that are in the store: a case whose files have not changed since is left alone.
+    ``done`` are the images in the store: a case whose files have not changed since then is not planned.
     """
     found = discover(source, options)
     planned, failures, unchanged = [], [], []
@@ -166,7 +165,7 @@ def plan_conversion(
             planned.append(_plan_case(case, options))
         except SourceError as error:
             failures.append(Failure(case.subject, one_line(error)))
-        except Exception as error:  # a header may be odd in a way that nobody has seen: the others go on
+        except Exception as error:  # a header may be odd in a way that nobody foresaw: only this case fails
             failures.append(unexpected(case, error))
     plan = ConversionPlan(
         source=source,
@@ -190,7 +189,7 @@ def plan_conversion(
 
 
 def _is_unchanged(case: Case, done: Mapping[Key, ImageRecord], folder: Path) -> bool:
-    """Whether all images of a case are in the store, as what they are now, from files as they are now."""
+    """Whether all images of a case are in the store, with their kind, split, metadata and unchanged files."""
     for image in case.images:
         if (case.subject, image.name) not in done:
             return False
@@ -205,14 +204,14 @@ def _is_unchanged(case: Case, done: Mapping[Key, ImageRecord], folder: Path) -> 
 
 
 def unexpected(case: Case, error: Exception) -> Failure:
-    """The failure of a case by an error that nobody foresaw."""
+    """The failure of a case by an error that is not one of zpatch."""
     files = ", ".join(str(image.path) for image in case.images)
     what = f"unexpected {type(error).__name__}: {one_line(error)}"
     return Failure(case.subject, f"{files}: {what}; leave the case out with exclude=, and report it")
 
 
 def nothing_converted(source: Path, failures: Sequence[Failure]) -> SourceError:
-    """The error for a source of which no case is good."""
+    """The error for a source without any case that can be converted."""
     more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
     return SourceError(f"no case of {source} can be converted: {failures[0].reason}{more}")
 
@@ -237,12 +236,12 @@ def _plan_image(subject: str, image: CaseImage, options: ConvertOptions) -> Plan
         colours=file.colours,
     )
     turn = AS_STORED if options.orient is None else header.orientation_to(file.affine, options.orient)
-    file = dataclasses.replace(file, raw_header=b"")  # up to 64 MiB each; read again when its turn comes
+    file = dataclasses.replace(file, raw_header=b"")  # up to 64 MiB each; read again when it is converted
     return PlannedImage(subject, image, file, layout, turn, file.warnings)
 
 
 def _check_labels_fit(case: Case, images: list[PlannedImage]) -> None:
-    """Refuse a label or sampling map that lies on the grid of none of its subject's images."""
+    """Raise ``SourceError`` for a label or sampling map that is on the grid of no image of its subject."""
     scalars = [image for image in images if image.source.kind == "scalar"]
     for position, image in enumerate(images):
         if image.source.kind != "scalar" and scalars:
@@ -259,7 +258,7 @@ def _first(pair: tuple[float, PlannedImage]) -> float:
 
 
 def _voxels_apart(image: PlannedImage, other: PlannedImage) -> float:
-    """How far a map's voxels lie from those of an image; infinitely far where their shapes differ."""
+    """The largest distance between voxels of a map and an image, in voxels; infinity if shapes differ."""
     k, j, i = image.file.shape[-3:]
     if other.file.shape[-3:] != (k, j, i):
         return math.inf

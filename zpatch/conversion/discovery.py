@@ -1,4 +1,4 @@
-"""Which cases a source holds: the convention that it looks like, and the checks that all cases pass."""
+"""The cases of a source: its convention is detected, and the names of all cases are checked."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ class Discovery:
 def discover(source: Path, options: ConvertOptions) -> Discovery:
     """The cases of a folder of NIfTI files, or of a file that lists them.
 
-    Files that fit a pattern of ``options`` (by their name, stem, path or image name) become label or sampling
-    maps in every convention; in ``glob``, label patterns replace the usual names. Of the subjects that
-    ``include`` and ``exclude`` leave, the first ``limit`` are kept.
+    Files that match a pattern of ``options`` (by their name, stem, path or image name) become label or
+    sampling maps in every convention; in ``glob``, label patterns replace the usual names. ``include`` and
+    ``exclude`` choose subjects, and the first ``limit`` of them are kept.
     """
     if not os.path.exists(source):
         raise SourceError(f"{source}: it does not exist; name the folder that holds the NIfTI files")
@@ -73,7 +73,7 @@ def discover(source: Path, options: ConvertOptions) -> Discovery:
 
 
 def _detected(source: Path) -> str:
-    """The convention of a source, by its looks."""
+    """The convention of a source, by the names of its files and folders."""
     if not source.is_dir():
         return _detected_list(source)
     if (source / DATASET).is_file() and (source / "imagesTr").is_dir():
@@ -127,7 +127,7 @@ def _with_images(cases: list[Case], note: Note) -> list[Case]:
 def _check_subjects(source: Path, cases: Sequence[Case]) -> None:
     times = Counter(case.subject for case in cases)
     if twice := next((subject for subject, count in times.items() if count > 1), None):
-        raise SourceError(f"{source}: {times[twice]} cases are called {twice!r}; give each a name of its own")
+        raise SourceError(f"{source}: {times[twice]} cases are called {twice!r}; give each a different name")
     check_names_differ(times, "subject")
 
 
@@ -145,7 +145,7 @@ def _check_images(case: Case) -> None:
 
 
 def _with_patterns(case: Case, folder: Path, options: ConvertOptions) -> Case:
-    """The case with the kinds that patterns give its images; sampling patterns go first."""
+    """The case with the kinds that patterns give its images; sampling patterns take precedence."""
     if not options.label_patterns and not options.sampling_patterns:
         return case
 

@@ -1,4 +1,4 @@
-"""Whether a source file is still the one that was converted."""
+"""Fingerprints of source files, by which a file that has changed since its conversion is found."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from zpatch.store.image_record import SourceFingerprint
 
 
 def fingerprint(path: Path, folder: Path) -> SourceFingerprint:
-    """What tells a source file from another or a later one; its path is told from ``folder``.
+    """The size, time and checksum of a source file, with its path relative to ``folder``.
 
-    Of a .hdr/.img pair both files count.
+    A .hdr/.img pair has one fingerprint, of both files.
     """
     checksum = new_digest()
     try:
@@ -26,14 +26,14 @@ def fingerprint(path: Path, folder: Path) -> SourceFingerprint:
         size, mtime_ns = _size_and_time(files)
     except OSError as error:
         raise NiftiError(f"{path}: it cannot be read ({error.strerror}); restore the file") from None
-    return SourceFingerprint(_told_from(folder, path), size, mtime_ns, checksum.hexdigest())
+    return SourceFingerprint(_relative_path(path, folder), size, mtime_ns, checksum.hexdigest())
 
 
 def has_fingerprint(path: Path, source: SourceFingerprint, folder: Path) -> bool:
-    """Whether a file is the one that a fingerprint was taken of; its bytes are read only in doubt."""
+    """Whether a file still has a fingerprint; its bytes are read only if its time differs."""
     try:
         size, mtime_ns = _size_and_time(_files_of(path))
-        if _told_from(folder, path) != source.path or size != source.bytes:
+        if _relative_path(path, folder) != source.path or size != source.bytes:
             return False
         return mtime_ns == source.mtime_ns or fingerprint(path, folder).checksum == source.checksum
     except (OSError, NiftiError):
@@ -50,5 +50,5 @@ def _size_and_time(files: list[Path]) -> tuple[int, int]:
     return sum(s.st_size for s in statuses), max(s.st_mtime_ns for s in statuses)
 
 
-def _told_from(folder: Path, path: Path) -> str:
+def _relative_path(path: Path, folder: Path) -> str:
     return Path(os.path.relpath(path, folder)).as_posix()

@@ -105,11 +105,11 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def bids(folder: Path, note: Note) -> list[Case]:
-    """BIDS, raw or derived: one case a subject and session.
+    """BIDS, raw or derived: one case for each subject and session.
 
-    Names are suffixes (``T1w`` -> ``t1``). Where a case has several files of one suffix, the entities that
-    tell them apart are added, in every case alike, so that a name means the same throughout. Of the
-    derivatives of a raw dataset only label maps on the grids of raw images are taken.
+    Images are named by their suffixes (``T1w`` -> ``t1``). If a case has several files of one suffix, the
+    entities that differ between them are added to the name, in all cases alike. Of the derivatives of a raw
+    dataset only label maps on the grids of raw images are taken.
     """
     found = nifti_files(folder, note, top=lambda name: name.startswith("sub-") or name == DERIVATIVES)
     files = _without_strays([_bids_file(file) for file in found if _in_subject(file)], note)

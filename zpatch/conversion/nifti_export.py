@@ -1,4 +1,4 @@
-"""A store -> NIfTI files: the same voxels, header, affine, slope and extensions that came in."""
+"""A store -> NIfTI files, with the voxels, header, affine, slope and extensions that were converted."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SUFFIXES = (".nii", ".nii.gz")
 
 @dataclass(frozen=True, slots=True)
 class ExportedImage:
-    """One image and the file that it goes to."""
+    """The record of an image, and the path of the file that it is written to."""
 
     record: ImageRecord
     path: Path
@@ -44,10 +44,12 @@ def export(
     overwrite: bool = False,
     progress: Progress = lambda voxel_bytes: None,
 ) -> list[Path]:
-    """Write images of a store as NIfTI, as ``zpatch export`` does, and return the files.
+    """Write images of a store as NIfTI, as ``zpatch export`` does, and return the paths of the files.
 
-    They go to ``destination/<subject>/<image>.nii.gz``, or to ``destination`` itself where it ends in
-    ``.nii`` or ``.nii.gz``. ``include`` and ``exclude`` are patterns for subjects, ``images`` for images.
+    Images are written to ``destination/<subject>/<image>.nii.gz``, or to ``destination`` itself if it ends
+    in ``.nii`` or ``.nii.gz``. ``include`` and ``exclude`` are patterns for subjects, ``images`` for images.
+    ``progress`` is called with the bytes of voxels of each slab that was written. An existing file raises
+    ``StoreExistsError`` unless ``overwrite`` is set.
     """
     opened = open_store(store)
     planned = plan_export(
@@ -68,7 +70,7 @@ def plan_export(
     images: Sequence[str] = (),
     suffix: str = ".nii.gz",
 ) -> list[ExportedImage]:
-    """Which images go to which files; nothing is written."""
+    """Choose the images, and the file that each is written to; nothing is written yet."""
     if suffix not in SUFFIXES:
         raise OptionError(f"suffix must be one of {', '.join(SUFFIXES)}, not {suffix!r}", option="suffix")
     place = f"store {store.path}"
@@ -86,7 +88,7 @@ def plan_export(
         ]
     if len(wanted) > 1:
         raise OptionError(
-            f"{destination} is one file, and {len(wanted)} images are to go there; "
+            f"{destination} is one file, but {len(wanted)} images were chosen; "
             f"choose one with include= and images=, or name a folder",
             option="destination",
         )
@@ -94,7 +96,7 @@ def plan_export(
 
 
 def check_free(planned: Sequence[ExportedImage], *, overwrite: bool) -> None:
-    """Refuse to replace files unless it is wanted."""
+    """Raise ``StoreExistsError`` for a file that exists, unless ``overwrite`` is set."""
     for image in planned:
         if image.path.exists() and not overwrite:
             raise StoreExistsError(f"{image.path}: it exists already; say overwrite=True to replace it")
@@ -107,7 +109,7 @@ def export_image(
     *,
     progress: Progress = lambda voxel_bytes: None,
 ) -> None:
-    """Write one image, streaming; the file appears whole or not at all."""
+    """Write one image slab by slab; the file appears whole or not at all."""
     folder = store.image_path(record)
     raw_header = read_small_array(folder, RAW_HEADER, record.files).tobytes()
     dtype = np.dtype(np.uint8) if record.colours > 1 else header_of(raw_header).get_data_dtype()
@@ -115,7 +117,7 @@ def export_image(
 
 
 def _in_file_order(store: Store, record: ImageRecord, progress: Progress) -> Iterator[NDArray[Any]]:
-    """The stored voxels as a NIfTI file has them: x fastest, channels slowest unless they are colours."""
+    """Slabs of the stored voxels in NIfTI order: x fastest, channels slowest unless they are colours."""
     array = sharded_array(store.image_path(record), record)
     channels = array.shape[0]
     turn, together = record.orientation, record.colours

@@ -1,7 +1,7 @@
-"""Coarser levels of an image for viewers, built from the slab in hand: nothing is read back.
+"""Coarser levels of an image for viewers, built from each slab as it is converted: nothing is read back.
 
-Each level halves every axis longer than one voxel. Images are averaged; of labels the most frequent of the
-eight is kept, the least of those that are equally frequent.
+Each level halves every axis longer than one voxel. A coarse voxel of an image is the mean of its eight fine
+voxels; in a label map it is the most frequent of their labels, and the smallest of equally frequent ones.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def plan_levels(shape: Sequence[int], chunks: Sequence[int], shards: Sequence[in
 
 
 class PyramidBuilder:
-    """Writes the coarser levels of a staged image while its slabs pass, in file order."""
+    """Writes the coarser levels of a staged image from its slabs, which must be fed in file order."""
 
     def __init__(self, stage: StagedImage, record: ImageRecord) -> None:
         self._first: _LevelWriter | None = None
@@ -49,13 +49,13 @@ class PyramidBuilder:
             self._first = _LevelWriter(stage, record, number, self._first)
 
     def feed(self, voxels: Voxels, channel_row: int) -> None:
-        """Take in a slab (c, z, y, x) of the row of shards ``channel_row`` along the channels."""
+        """Add a slab (c, z, y, x) of the row of shards ``channel_row`` along the channels."""
         if self._first is not None:
             self._first.feed(voxels, channel_row)
 
 
 class _LevelWriter:
-    """One level: gathers the planes of a row of shards from the level above, halves and writes them."""
+    """One level: collects the planes of a row of shards from the finer level, halves and writes them."""
 
     def __init__(
         self, stage: StagedImage, record: ImageRecord, number: int, below: _LevelWriter | None
@@ -101,7 +101,7 @@ class _LevelWriter:
 
 
 def halve(voxels: Voxels, *, majority: bool) -> Voxels:
-    """Half as many voxels (c, z, y, x) on each axis that has more than one; odd ends count double."""
+    """Halve voxels (c, z, y, x) along each spatial axis longer than 1; an odd last plane counts twice."""
     padding = [(0, 0), *((0, n % 2 if n > 1 else 0) for n in voxels.shape[1:])]
     even = np.pad(voxels, padding, mode="edge") if any(p != (0, 0) for p in padding) else voxels
     steps = [2 if n > 1 else 1 for n in even.shape[1:]]
@@ -120,7 +120,7 @@ def _mean(parts: Voxels) -> Voxels:
 
 
 def _most_frequent(parts: Voxels) -> Voxels:
-    """The longest run of each sorted column, the first of those that are equally long."""
+    """The most frequent value of each column (the longest run after sorting), the smallest of equal ones."""
     ordered = np.sort(parts, axis=0)
     best, run = ordered[0].copy(), np.ones(ordered[0].shape, dtype=np.int8)
     longest = run.copy()

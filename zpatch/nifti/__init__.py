@@ -6,5 +6,5 @@ In reading order::
     signature      the first bytes of a file: NIfTI-1 or -2, or another kind of file
     header_affine  which affine of a header counts: sform, qform or voxel sizes
     header         the door to nibabel: what a header says, and voxels streamed slab by slab
-    writer         raw headers, kept or made, and voxels streamed after them
+    writer         raw headers, copied or built, and voxels streamed after them
 """

@@ -1,4 +1,4 @@
-"""The door to gzip: files read as if they were not compressed, by isal where it has a wheel."""
+"""The door to gzip and isal: compressed files read and written as streams, by isal where it has a wheel."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ try:
 
     _gzip: ModuleType = igzip
     _BROKEN: tuple[Any, ...] = (gzip.BadGzipFile, EOFError, zlib.error, igzip_lib.error)
-except ImportError:  # no wheel for this platform: the standard library is slower, and as exact
+except ImportError:  # no wheel for this platform: the standard library is slower, and reads the same
     _gzip = gzip
     _BROKEN = (gzip.BadGzipFile, EOFError, zlib.error)
 
@@ -40,7 +40,7 @@ def is_gzip(path: Path) -> bool:
 
 @contextlib.contextmanager
 def open_bytes(path: Path, *, compressed: bool) -> Iterator[IO[bytes]]:
-    """A file's bytes, decompressed; what goes wrong with them is a NiftiError that names the file."""
+    """A file's bytes, decompressed; broken or unreadable data raise a NiftiError that names the file."""
     try:
         with (_gzip.open if compressed else open)(path, "rb") as stream:
             yield stream
@@ -51,5 +51,5 @@ def open_bytes(path: Path, *, compressed: bool) -> Iterator[IO[bytes]]:
 
 
 def gzip_writer(stream: IO[bytes]) -> Any:
-    """A stream that compresses into another; the same bytes for the same contents, as no time is kept."""
+    """A stream that compresses into another; the same contents give the same bytes, as no time is written."""
     return _gzip.GzipFile(filename="", mode="wb", compresslevel=LEVEL, fileobj=stream, mtime=0)

@@ -1,4 +1,4 @@
-"""The door to NIfTI files: headers read without touching voxels, and voxels streamed slab by slab."""
+"""The door to nibabel: headers read without touching voxels, and voxels streamed slab by slab."""
 
 from __future__ import annotations
 
@@ -46,8 +46,10 @@ Warn = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Slab:
-    """Some planes of a volume as they arrive: ``voxels`` is (c, z, y, x), ``shard`` the place along c and z
-    of the row of shards that they fill."""
+    """Consecutive planes of a volume that fill a row of shards.
+
+    ``voxels`` is (c, z, y, x); ``shard`` is the index of that row among the shards along c and z.
+    """
 
     shard: tuple[int, int]
     voxels: NDArray[Any]
@@ -55,13 +57,15 @@ class Slab:
 
 @dataclass(frozen=True, slots=True)
 class NiftiFile:
-    """What the header of a NIfTI file says.
+    """The checked contents of the header of a NIfTI file.
 
-    Voxels start at ``voxel_offset`` in ``voxel_path``, which is another file only in a .hdr/.img pair.
-    ``raw_header`` is everything before the first voxel, extensions included. ``shape`` is that of the
-    array to store: ``(z, y, x)`` or, where the file has more than three axes or RGB voxels,
-    ``(c, z, y, x)`` with all further axes in one. ``dtype`` is the file's own, ``channel_dtype`` that
-    of one channel in little-endian order.
+    Voxels start at ``voxel_offset`` in ``voxel_path``, which differs from ``path`` only for a .hdr/.img
+    pair. ``raw_header`` is everything before the first voxel, extensions included. ``dims`` are the sides
+    in the order of the file (I, J, K, ...). ``shape`` is that of the array to store: ``(z, y, x)`` or,
+    where the file has more than three axes or RGB voxels, ``(c, z, y, x)`` with all further axes in one.
+    ``dtype`` is the type in the file, ``channel_dtype`` the little-endian type of one channel. ``affine``
+    maps (I, J, K) to ``spatial_unit``, and is from the sform, qform or pixdim, as ``affine_source`` says.
+    ``slope`` and ``inter`` turn stored voxels into values. ``warnings`` say what is odd, a line each.
     """
 
     path: Path
@@ -81,7 +85,7 @@ class NiftiFile:
 
     @property
     def colours(self) -> int:
-        """How many bytes of colour a voxel has: 3 or 4; 1 where voxels are numbers."""
+        """The number of colour channels of a voxel: 3 (RGB) or 4 (RGBA); 1 where voxels are numbers."""
         return len(self.dtype.names) if self.dtype.names else 1
 
     @property
@@ -116,10 +120,10 @@ class NiftiFile:
         """Stream the voxels in file order, one row of shards at a time.
 
         ``shard_extent`` is how many channels and planes a shard holds. With ``backwards`` rows are counted
-        and cut from the last plane, as they are where the slowest axis is to be flipped.
+        from the last plane, for a volume whose slowest axis is to be flipped.
 
-        The gzip stream is drained to its end, where its checksum is compared; until the iterator is
-        exhausted nothing that it gave may be trusted. ``warn`` is told what was odd.
+        gzip data are read to their end, where their checksum is compared: do not trust any slab before the
+        iterator is exhausted. ``warn`` is called with the text of each warning.
         """
         channels, nz, ny, nx = padded_to_4d(self.shape)
         together, depth = shard_extent
@@ -153,14 +157,14 @@ class NiftiFile:
         return raw
 
     def _drain(self, stream: IO[bytes], warn: Warn) -> None:
-        """Read gzip data to their end, but not without end."""
+        """Read gzip data to their end, up to a limit."""
         trailing, limit = 0, max(self.voxel_bytes, MAX_TRAILING_BYTES)
         while self.compressed and (rest := stream.read(2**20)):
             trailing += len(rest)
             if trailing > limit:
                 raise NiftiError(
                     f"{self.voxel_path}: its gzip data go on for over {format_bytes(limit)} after its last "
-                    f"voxel; make the file anew"
+                    f"voxel; write the file again"
                 )
         if trailing:
             warn(_TRAILING.format(trailing))
@@ -173,7 +177,7 @@ def _rows(planes: int, depth: int, *, backwards: bool) -> list[tuple[int, int]]:
 
 
 def orientation_to(affine: Affine, codes: str) -> Orientation:
-    """How to turn a volume so that its axes point to ``codes``, as RAS or LPS (nibabel's meaning)."""
+    """How to turn a volume so that its axes point to ``codes``, as RAS or LPS, in nibabel's sense."""
     if sorted("RLAPSI".find(code) // 2 for code in codes) != [0, 1, 2]:
         raise OptionError(f"orient must be three letters as RAS, LPS or PIR, not {codes!r}", option="orient")
     orientations = nibabel_module().orientations
@@ -191,16 +195,16 @@ def nibabel_module() -> Any:
 
 
 def parsed(kind: HeaderKind, raw: bytes) -> Any:
-    """The nibabel header of bytes that begin with one; nothing is checked."""
+    """The nibabel header at the start of ``raw``; nothing is checked."""
     nib = nibabel_module()
     header = nib.Nifti1Header if kind.version == 1 else nib.Nifti2Header
     return header(raw[: kind.length], endianness=kind.byte_order, check=False)
 
 
 def read_header(path: Path, *, affine: str = "sform") -> NiftiFile:
-    """Read and check the header of a ``.nii``, ``.nii.gz`` or ``.hdr``, by its first bytes.
+    """Read and check the header of a ``.nii``, ``.nii.gz`` or ``.hdr``, recognised by its first bytes.
 
-    ``affine`` says which is taken where a header has both: ``sform`` or ``qform``.
+    ``affine`` says which affine is taken where a header has both: ``sform`` or ``qform``.
     """
     compressed = is_gzip(path)
     with open_bytes(path, compressed=compressed) as stream:
@@ -212,7 +216,7 @@ def read_header(path: Path, *, affine: str = "sform") -> NiftiFile:
 
 
 def _parse(path: Path, stream: IO[bytes]) -> tuple[Any, bytes]:
-    """The header, and all bytes before the voxels; of a pair's header file, all of them."""
+    """The header, and all bytes before the voxels: all bytes of the ``.hdr`` file of a pair."""
     raw = stream.read(min(HEADER_VERSIONS))
     kind = header_kind(raw)
     if kind is None or len(raw) < min(HEADER_VERSIONS):
@@ -300,7 +304,7 @@ def _dims(path: Path, header: Any) -> tuple[int, ...]:
 
 
 def _bytes_beyond(voxel_path: Path, needed: int, *, compressed: bool) -> int:
-    """Refuse a file that is too short for its header; bytes after the last voxel, of one without gzip."""
+    """The number of bytes after the last voxel, or 0 for gzip data; a file that is too short is refused."""
     present = os.path.getsize(voxel_path)
     if present * (MAX_GZIP_RATIO if compressed else 1) < needed:
         raise NiftiError(

@@ -1,4 +1,4 @@
-"""Where a NIfTI header puts its voxels, whatever it says."""
+"""Which affine of a NIfTI header counts: sform, qform or voxel sizes, whatever the header contains."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ MIN_DETERMINANT = 1e-6  # of the directions of the axes; sforms are float32
 
 
 def best_affine(path: Path, header: Any, preferred: str, warnings: list[str]) -> tuple[Affine, str]:
-    """The preferred affine, the other, or voxel sizes alone: nibabel's own order, where sform goes first.
+    """The preferred affine if it is usable, else the other one, else voxel sizes alone, and its name.
 
-    Voxel sizes of ``header`` that mean nothing are mended in place; what is odd is added to ``warnings``.
+    With ``sform`` preferred this is the order of nibabel. Invalid voxel sizes of ``header`` are corrected in
+    place; each oddity adds a line to ``warnings``.
     """
     _mend_voxel_sizes(header, warnings)
     with np.errstate(all="ignore"):  # sforms and quaternions may be any bits
@@ -26,7 +27,7 @@ def best_affine(path: Path, header: Any, preferred: str, warnings: list[str]) ->
 
 
 def _mend_voxel_sizes(header: Any, warnings: list[str]) -> None:
-    """Give the parsed header voxel sizes that mean something, as nibabel does when it loads a file."""
+    """Correct invalid voxel sizes of the parsed header, as nibabel does when it loads a file."""
     sizes = header["pixdim"]
     if sizes[0] not in (-1, 1):
         sizes[0] = 1  # as the standard says of 0

@@ -20,9 +20,9 @@ _SIGNATURES = {
 
 @dataclass(frozen=True, slots=True)
 class HeaderKind:
-    """The layout of a header: NIfTI-1 or -2, in a byte order.
+    """The layout of a header: its ``version`` 1 or 2, and the ``byte_order``, ``"<"`` or ``">"``.
 
-    ``length`` is that of the fixed part in bytes; ``byte_order`` is ``"<"`` or ``">"``.
+    ``length`` is the number of bytes of the fixed part.
     """
 
     version: int
@@ -36,7 +36,7 @@ class HeaderKind:
 
 
 def header_kind(raw: bytes) -> HeaderKind | None:
-    """The kind of header that some bytes begin with, by its first field, which is its length; or None.
+    """The kind of header at the start of ``raw``, by its first field, which is its length, or None.
 
     >>> header_kind(bytes([0, 0, 1, 92]))
     HeaderKind(version=1, length=348, byte_order='>')
@@ -49,7 +49,7 @@ def header_kind(raw: bytes) -> HeaderKind | None:
 
 
 def not_nifti(path: Path, raw: bytes, *, cut: bool) -> NiftiError:
-    """The error for a file that does not begin as NIfTI does, with what it is where that is known."""
+    """The error for a file that does not start as NIfTI does, with the kind of file if it is known."""
     if cut and len(raw) > 4:
         return NiftiError(f"{path}: it ends inside its header; copy the file again")
     for start, (what, advice) in _SIGNATURES.items():

@@ -1,4 +1,4 @@
-"""Writing NIfTI files: raw headers, kept or made, and voxels streamed after them."""
+"""Writing NIfTI files: raw headers, copied or built, and voxels streamed after them."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ _UNITS: Mapping[str | None, str] = {"meter": "meter", "millimeter": "mm", "micro
 
 
 def header_of(raw_header: bytes) -> Any:
-    """The nibabel header of raw header bytes, in its own byte order; its extensions stay behind, as
-    nibabel refuses a header whose extensions do not state their right size."""
+    """The nibabel header of raw header bytes, in their byte order.
+
+    Extensions are left out, as nibabel refuses a header whose extensions state a wrong size.
+    """
     return parsed(_kind_of(raw_header), raw_header)
 
 
 def single_file_header(raw_header: bytes) -> bytes:
-    """The raw header of a .hdr/.img pair, as it has to be in one .nii file; that of a .nii as it is."""
+    """The raw header for a single .nii file: that of a .hdr/.img pair is adapted, that of a .nii kept."""
     header = header_of(raw_header)
     if header["magic"].tobytes().rstrip(b"\0") not in (b"ni1", b"ni2"):
         return raw_header
@@ -59,11 +61,10 @@ def make_header(
     spatial_unit: str | None = "millimeter",
     like: bytes | None = None,
 ) -> bytes:
-    """A raw header for an image that was no NIfTI file; NIfTI-2 where a side is over 32,767 voxels.
+    """A raw header for an image that was not a NIfTI file; NIfTI-2 where a side is over 32,767 voxels.
 
-    ``spatial_unit`` is what the affine maps to; NIfTI knows meters, millimeters and micrometers.
-
-    ``like`` is the raw header of an image on the same grid, whose sform, qform and units are taken over.
+    ``affine`` maps (I, J, K) to ``spatial_unit``, one of NIfTI's meter, millimeter and micrometer. ``like``
+    is the raw header of an image on the same grid, whose sform, qform and units are copied instead.
     """
     nib = nibabel_module()
     dims = (*spatial_shape, channels) if channels > 1 else spatial_shape
@@ -92,7 +93,7 @@ def make_header(
 def write_nifti(
     path: Path, raw_header: bytes, slabs: Iterator[NDArray[Any]], *, dtype: np.dtype[Any]
 ) -> None:
-    """Write raw header bytes, then the slabs in file order as ``dtype``; gzip where the name says so.
+    """Write raw header bytes, then the slabs in file order as ``dtype``; gzip if the name ends in ``.gz``.
 
     The file appears whole or not at all.
     """

@@ -1,7 +1,7 @@
-"""Memory of boxes that nobody looks at any more, kept for the next boxes of their size.
+"""Memory of boxes that are no longer in use, kept for the next boxes of the same size.
 
-Fresh memory of a patch's size comes from the system page by page, and that takes as long as filling it.
-Patches of one size come and go all the time, so their memory is handed on.
+The system provides new memory page by page, which for a patch takes as long as filling it. Patches of one
+size are created and dropped all the time, so their memory is reused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _spare: OrderedDict[int, deque[NDArray[np.uint8]]] = OrderedDict()
 
 
 class _Lease:
-    """Memory in use; arrays that look at it keep it alive."""
+    """Memory in use; arrays that view it keep it alive."""
 
     __slots__ = ("__array_interface__", "_memory", "_returns")
 
@@ -44,13 +44,13 @@ class _Lease:
 
 
 def new_pages(nbytes: int) -> NDArray[np.uint8]:
-    """Memory from the system itself, to which it goes back: malloc would keep it in pieces."""
+    """Memory mapped from the system and returned to it when freed: malloc would keep it in pieces."""
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return np.frombuffer(pages, dtype=np.uint8)
 
 
 def _spare_of(nbytes: int) -> deque[NDArray[np.uint8]]:
-    # No lock: each step is one that other threads cannot come between, and to lose a block is harmless.
+    # No lock: each step is atomic among threads, and to lose a block is harmless.
     spare = _spare.pop(nbytes, None)
     if spare is None:
         spare = deque(maxlen=KEPT_BYTES // nbytes)
@@ -62,7 +62,7 @@ def _spare_of(nbytes: int) -> deque[NDArray[np.uint8]]:
 
 
 def empty(shape: Sequence[int], dtype: Any) -> NDArray[Any]:
-    """As numpy.empty: an array of its own, C-contiguous, of any contents.
+    """As numpy.empty: a new C-contiguous array of undefined contents, which shares memory with no other.
 
     >>> empty((2, 3), np.int16).shape
     (2, 3)
@@ -76,11 +76,11 @@ def empty(shape: Sequence[int], dtype: Any) -> NDArray[Any]:
 
 
 class Pool(Generic[T]):
-    """Boxes of memory that are said to be done with, for the next of their kind.
+    """Boxes of memory that were given back, for the next requests of the same kind and size.
 
-    What is in use and what is kept are together at most ``POOL_SLACK`` more than was in use at once. The
-    boxes are kept as they are, views and all: making new ones leaves small pieces of malloc's about, in the
-    places of large ones.
+    The memory in use and the memory kept are together at most ``POOL_SLACK`` more than the most that was in
+    use at once. Boxes are kept with their views: making new objects would scatter small pieces of malloc's
+    memory among the large ones.
     """
 
     def __init__(self) -> None:
@@ -88,7 +88,7 @@ class Pool(Generic[T]):
         self._in_use = self._most = self._spare = 0
 
     def take(self, kind: Hashable, nbytes: int, make: Callable[[], T]) -> T:
-        """A box of a kind and size, of any contents: one that is kept, or one that is made now."""
+        """A box of a kind and size, with undefined contents: a kept one, or the result of ``make``."""
         self._in_use += nbytes
         self._most = max(self._most, self._in_use)
         kept = self._kept.get((kind, nbytes))
@@ -109,7 +109,7 @@ class Pool(Generic[T]):
             del self._kept[key]
 
     def give_back(self, kind: Hashable, nbytes: int, box: T) -> None:
-        """Take back what ``take`` gave, which nobody looks at any more."""
+        """Return a box from ``take`` that is no longer in use."""
         self._in_use -= nbytes
         self._spare += nbytes
         self._kept.setdefault((kind, nbytes), []).append(box)

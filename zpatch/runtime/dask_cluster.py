@@ -86,7 +86,7 @@ def _on_worker(function: TaskFunction[Task, Result], task: Task) -> tuple[Result
 
 
 def _check_same_folder(client: Any, folder: Path) -> None:
-    """A file written here must be seen by every worker: else they would write somewhere else."""
+    """Raise ``OptionError`` unless every worker sees a file in ``folder``: they write their results there."""
     folder.mkdir(parents=True, exist_ok=True)
     nonce = folder / f".nonce-{uuid.uuid4().hex}"
     nonce.touch()

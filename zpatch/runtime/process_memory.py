@@ -1,4 +1,4 @@
-"""How much memory this process holds, and returning freed memory to the system."""
+"""The memory of this process, and returning freed memory to the system."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _STATUS = Path("/proc/self/status")
 
 
 def resident_bytes() -> int:
-    """Bytes that the process holds beside mapped files; the most it ever held where only that is known."""
+    """Bytes of the process without mapped files; where that is not known, its peak memory."""
     with contextlib.suppress(OSError):
         for line in _STATUS.read_text().splitlines():
             if line.startswith("RssAnon"):

@@ -86,8 +86,8 @@ def _in_processes(
 
 
 class _Reported:
-    """Progress of all tasks: each has a number that only its worker changes, so that no lock is needed, with
-    which a worker could be killed."""
+    """Progress of all tasks. Each task has an amount that only its worker changes: this needs no lock, which
+    a killed worker would never release."""
 
     def __init__(self, amounts: Any, progress: Progress) -> None:
         self.amounts = amounts

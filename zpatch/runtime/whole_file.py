@@ -11,12 +11,11 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def whole_file(path: Path, partial: Path | None = None, *, is_synced: bool = False) -> Iterator[Path]:
-    """Give the name to write the contents under; then sync that file and rename it to ``path``.
+    """Yield the path to write the contents to; then sync that file and rename it to ``path``.
 
-    That name is ``partial``, which must be in the same file system, or else a hidden name in the folder of
-    ``path`` that nobody else uses. An existing file is replaced. Folders are made where they are missing.
-    With ``is_synced`` whoever writes the contents syncs them. After an error ``path`` is as it was, and
-    ``partial`` is removed.
+    It is ``partial``, which must be in the same file system, or by default a unique hidden name in the folder
+    of ``path``. An existing file is replaced, and missing folders are made. With ``is_synced`` the caller
+    syncs the contents. After an error ``path`` is unchanged and ``partial`` is removed.
     """
     if partial is None:
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")

@@ -1,7 +1,7 @@
-/* How often each value occurs among integers of one or two bytes: statistics of what streams past.
+/* How often each value occurs among integers of one or two bytes, for the statistics of an image.
 
-Values are counted by their bits, as unsigned numbers. Neighbours are often alike, and to count one value
-twice in a row waits for the first count; so they are counted in tables of their own, which are summed. */
+Values are counted by their bits, as unsigned numbers. Neighbours are often equal, and counting one value twice
+in a row waits for the first count; so neighbours are counted in different tables, which are summed. */
 
 #define Py_LIMITED_API 0x030B0000
 #define PY_SSIZE_T_CLEAN

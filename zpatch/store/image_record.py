@@ -1,6 +1,6 @@
-"""The on-disk contract: names, records, manifest lines and OME-Zarr metadata.
+"""The record of an image, which is its line in the manifest, and its OME-Zarr metadata.
 
-Everything here is data; nothing touches a file. `store.py` writes and reads it.
+Everything here is data: no file is read or written.
 """
 
 from __future__ import annotations
@@ -29,14 +29,18 @@ AXES = ("zyx", "czyx", "tzyx")
 def codec_for(preset: str, kind: Kind) -> str:
     """The preset for images of a kind in a cohort that is converted with ``preset``.
 
-    LZ4HC makes label maps half as large as LZ4 does, and they are read faster.
+    With LZ4HC label maps are half as large as with LZ4, and are read faster.
     """
     return "lz4hc" if kind == "label" and preset == "lz4" else preset
 
 
 @dataclass(frozen=True, slots=True)
 class SourceFingerprint:
-    """The fingerprint of the file an image came from; ``path`` is relative to the source folder."""
+    """The fingerprint of the file that an image was converted from.
+
+    ``path`` is relative to the source folder; ``bytes``, ``mtime_ns`` and ``checksum`` (blake2b-128) are
+    those of the file, or of both files of a .hdr/.img pair.
+    """
 
     path: str
     bytes: int
@@ -55,16 +59,17 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """All that is known of one committed image; a line of the manifest.
+    """All metadata of one committed image; a line of the manifest.
 
     ``shape``, ``chunks`` and ``shards`` are in stored axis order, named by ``axes`` (``zyx``, ``czyx`` or
     ``tzyx``). ``dtype`` is the little-endian type of the stored, unscaled voxels; ``slope`` and ``inter``
-    turn them into values. ``affine`` maps (I, J, K) to mm and came from ``affine_source``.
-    ``source_dtype`` is the type in the source file where voxels were cast, ``colours`` how many channels
-    are one voxel there (3 of RGB). ``orientation`` is how the volume was turned from its file. ``levels``
-    are coarser ones, each half of the one before. ``stats`` are of scaled values. ``inputs`` is a digest
-    of what a prediction was made from.
-    ``files`` covers every file of the image's group, by its path in it.
+    turn them into values. ``affine`` maps (I, J, K) to mm; ``affine_source`` says whether it is the sform,
+    the qform or made of voxel sizes. ``source_dtype`` is the type in the source file where voxels were
+    cast, ``colours`` the number of channels that make one voxel of the file (3 for RGB). ``orientation``
+    is how the volume was turned from its file. ``levels`` are the coarser levels of a pyramid, each half
+    of the one before. ``stats`` are statistics of scaled values. ``inputs`` is a digest of the model,
+    options and input of a prediction. ``files`` are the seals of all files in the image's folder, by path
+    relative to it.
     """
 
     subject: str
@@ -135,7 +140,7 @@ class ImageRecord:
 
     @classmethod
     def from_json(cls, value: Json, where: str) -> Self:
-        """The record of a manifest line; what does not fit the contract is damage."""
+        """The record of a manifest line; a line that is not a valid record raises ``DamageError``."""
         try:
             value = {
                 **value,
@@ -186,10 +191,10 @@ _AXIS_TYPES = {"z": "space", "y": "space", "x": "space", "c": "channel", "t": "t
 
 
 def ome_attributes(record: ImageRecord) -> Json:
-    """OME-Zarr 0.5 metadata: what that format can say, which is axes, scale and translation.
+    """OME-Zarr 0.5 metadata: axes, and the scale and translation of each level.
 
-    The whole affine stands in the image record and in the raw NIfTI header. A voxel size of zero is
-    written as 1, as the format allows no other; an unknown unit is left out.
+    OME-Zarr 0.5 has no affines: the whole affine is in the image record and in the raw NIfTI header. A voxel
+    size of zero is written as 1, because scales must be positive; an unknown unit is left out.
     """
     axes: list[Json] = [{"name": name, "type": _AXIS_TYPES[name]} for name in record.axes]
     for axis in axes:
@@ -200,7 +205,7 @@ def ome_attributes(record: ImageRecord) -> Json:
     x, y, z = np.nan_to_num(record.affine_array[:3, 3]).tolist()
     datasets = []
     for number in range(len(record.levels) + 1):
-        # A coarse voxel's centre lies between those of the fine ones that it stands for.
+        # The centre of a coarse voxel is the mean of the centres of the fine voxels that it covers.
         factors = [2.0**number if n > 1 else 1.0 for n in record.shape[leading:]]
         scale = [s * f for s, f in zip((k, j, i), factors, strict=True)]
         shift = [o + s * (f - 1) / 2 for o, s, f in zip((z, y, x), (k, j, i), factors, strict=True)]

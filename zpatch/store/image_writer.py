@@ -23,7 +23,7 @@ Shard = tuple[int, int, int, int]
 
 
 class ImageTally:
-    """Statistics and index of an image, computed from its shards, each seen once.
+    """Statistics and index of an image, computed from its shards, each added once.
 
     ``where`` names the image in errors.
     """
@@ -35,14 +35,14 @@ class ImageTally:
         self._index = index_builder(record, where)
 
     def update(self, shard: Shard, voxels: NDArray[Any]) -> None:
-        """Take in a whole shard: ``voxels`` is (c, z, y, x), clipped to the image."""
+        """Add a whole shard: ``voxels`` is (c, z, y, x), clipped to the image."""
         c, z, y, x = (n * s for n, s in zip(shard, self._shards, strict=True))
         self._statistics.update(voxels, (z, y, x))
         self._index.update(voxels, (c, z, y, x))
 
     @contextlib.contextmanager
     def counting(self, shard: Shard, voxels: NDArray[Any]) -> Iterator[None]:
-        """Take in a shard in a thread, while the caller writes it.
+        """Add a shard in a thread, while the caller writes it.
 
         Counting and compressing both release the interpreter lock for much of their time.
         """
@@ -69,7 +69,7 @@ class ImageTally:
         source: SourceFingerprint | None = None,
         skipped: int = 0,
     ) -> ImageRecord:
-        """Write all files of an image but its shards, and return its record with statistics and seals.
+        """Write all files of an image except its shards, and return its record with statistics and seals.
 
         ``skipped`` is how many voxels were filled and not predicted.
         """
@@ -114,7 +114,7 @@ class ImageWriter:
     def finish(
         self, raw_header: bytes, warnings: Sequence[str] = (), source: SourceFingerprint | None = None
     ) -> ImageRecord:
-        """Write all files but the shards, and return the record with statistics and seals."""
+        """Write all files except the shards, and return the record with statistics and seals."""
         self.record = self._tally.finish(
             self.stage, raw_header, warnings=warnings, source=source, skipped=self._skipped
         )

@@ -1,4 +1,4 @@
-"""One writer for each store, and errors of the disk that name it."""
+"""A lock that admits one writer to each store, and errors of the disk that name the store."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DYING_WORKERS_S = 10
 
 @contextlib.contextmanager
 def writing_to(store: Path) -> Iterator[None]:
-    """Whatever the disk says, a full one above all, becomes an error that names the store."""
+    """Turn errors of the disk, such as a full one, into a ``StoreError`` that names the store."""
     try:
         yield
     except OSError as error:
@@ -33,7 +33,11 @@ def writing_to(store: Path) -> Iterator[None]:
 
 
 def take_lock(path: Path) -> IO[str]:
-    """Make the folder of a store where it is not there, and take its lock until the stream is closed."""
+    """Make the folder of a store if it does not exist, and hold its lock until the stream is closed.
+
+    A lock whose holder was killed is waited for, as its workers still hold it for a moment; any other holder
+    raises ``StoreLockedError``.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -64,8 +68,11 @@ def _is_free(lock: IO[str]) -> bool:
 
 
 def _may_live(holder: str) -> bool:
-    """Whether the holder of a lock still runs, as far as can be told. Where it was killed its workers, which
-    hold the lock with it, end a moment later: until then they may still write into staging."""
+    """Whether the holder of a lock may still run; True for a holder on another machine.
+
+    The workers of a killed holder, which hold the lock with it, end a moment later: until then they may still
+    write to staging.
+    """
     found = re.fullmatch(rf"process (\d+) on {re.escape(socket.gethostname())}", holder)
     if found is None:
         return True

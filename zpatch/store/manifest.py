@@ -1,7 +1,7 @@
 """The manifest: one sealed line for each committed image or document; the last line of each wins.
 
-Lines are checked when the manifest is read, and parsed when their record is asked for, so that a cohort of
-ten thousand subjects opens at once.
+Checksums of lines are compared when the manifest is read, and a line is parsed when its record is accessed,
+so that a cohort of ten thousand subjects opens at once.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from zpatch.store.image_record import ImageRecord
 
 Key = tuple[str, str]
 
-# Keys are sorted, and JSON escapes the quotes inside strings, so these find the line's own keys: nothing that
-# sorts before "image" has such a key in it, and nothing that sorts after "subject".
+# Keys are sorted, and JSON escapes the quotes inside strings, so these find the keys of the line itself: no
+# value before "image", and none after "subject", holds such a key.
 _IMAGE = re.compile(rb'"image":"([^"\\]+)"')
 _SUBJECT = re.compile(rb'.*"subject":"([^"\\]+)"', re.DOTALL)
 _DOCUMENT = re.compile(rb'"document":"')
 
 
 class Records(Mapping[Key, ImageRecord]):
-    """The committed images by (subject, image), in the order of the manifest; a record is parsed when it is
-    asked for."""
+    """The committed images by (subject, image), in manifest order; a record is parsed on access."""
 
     def __init__(self, path: Path, data: bytes, lines: Mapping[Key, tuple[int, int, int]]) -> None:
         self._path = path
@@ -51,8 +50,11 @@ class Records(Mapping[Key, ImageRecord]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Manifest:
-    """What a manifest file says. ``documents`` are the sealed files outside the images, by their path below
-    the store; ``whole_bytes`` is the length of its whole lines, after which a torn one may follow."""
+    """The contents of a manifest file.
+
+    ``documents`` are the sealed files outside the images, by their path relative to the store.
+    ``whole_bytes`` is the length of all whole lines; an incomplete one may follow them.
+    """
 
     records: Records
     documents: Mapping[str, FileSeal]
@@ -60,7 +62,7 @@ class Manifest:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read a manifest; a torn last line is passed over, any other that is not as written is damage."""
+    """Read a manifest. An incomplete last line is ignored; any other invalid line raises ``DamageError``."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -77,7 +79,7 @@ def read_manifest(path: Path) -> Manifest:
         image, subject = _IMAGE.search(line), _SUBJECT.match(line)
         if image and subject:
             lines[subject[1].decode(), image[1].decode()] = number, start, stop
-        elif _DOCUMENT.search(line):  # asked second: metadata of an image may hold such a key
+        elif _DOCUMENT.search(line):  # tested second: metadata of an image may hold such a key
             documents.update(_document(unsealed(line, where), where))
         else:
             raise DamageError(f"{where} is no image record; restore the file from a copy")
@@ -93,9 +95,9 @@ def _document(value: Json, where: str) -> dict[str, FileSeal]:
 
 
 def append_lines(path: Path, *values: Json) -> None:
-    """Enter lines in one write, so that the images of a subject are there together, and sync them."""
+    """Append lines in one write, so that the images of a subject are committed together, and sync them."""
     lines = memoryview("".join(sealed_line(value) + "\n" for value in values).encode())
     with path.open("ab", buffering=0) as stream:
-        while lines:  # a disk that runs full takes a part, and says so at the next write only
+        while lines:  # a disk that runs full takes a part, and fails at the next write only
             lines = lines[stream.write(lines) :]
         os.fsync(stream.fileno())

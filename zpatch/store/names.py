@@ -21,7 +21,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 def check_name(name: str, what: str) -> None:
-    """Refuse a subject or image name that could not be a folder everywhere."""
+    """Raise ``SourceError`` for a subject or image name that is not a valid folder name on all systems."""
     if not _NAME.fullmatch(name) or name.casefold() in (ROOT_DOCUMENT, MANIFEST):
         raise SourceError(
             f"{what} name {name!r} is not usable: it must start with a letter or digit and hold only "
@@ -30,7 +30,7 @@ def check_name(name: str, what: str) -> None:
 
 
 def check_names_differ(names: Iterable[str], what: str) -> None:
-    """Refuse names that differ in case only: some file systems cannot tell them apart."""
+    """Raise ``SourceError`` for names that differ in case only: some file systems confuse them."""
     seen: dict[str, str] = {}
     for name in names:
         if (other := seen.setdefault(name.casefold(), name)) != name:
@@ -38,16 +38,16 @@ def check_names_differ(names: Iterable[str], what: str) -> None:
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a name fits any of some glob patterns."""
+    """Whether a name matches any of some glob patterns."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def chosen(
     kind: str, names: Sequence[str], include: Sequence[str], exclude: Sequence[str], place: str
 ) -> list[str]:
-    """Those of some names that fit a pattern of ``include``, if there is one, and none of ``exclude``.
+    """The names that match a pattern of ``include`` (all if there is none), and no pattern of ``exclude``.
 
-    A pattern that fits none is an UnknownNameError, which says what ``kind`` of thing in what ``place``.
+    A pattern without a match raises ``UnknownNameError``, whose text has the ``kind`` and ``place`` of names.
     """
     for pattern in (*include, *exclude):
         if not any(matches(name, [pattern]) for name in names):

@@ -25,9 +25,9 @@ from zpatch.store.store import TOOL, sharded_array
 
 
 class StagedImage:
-    """An image that is being written, in a folder of its own.
+    """An image that is being written, in a separate folder.
 
-    ``seals`` are those of shards that are there already, by their path in the folder.
+    ``seals`` are the seals of shards that are already written, by their path relative to the folder.
     """
 
     def __init__(self, folder: Path, seals: Mapping[str, FileSeal] = MappingProxyType({})) -> None:
@@ -36,7 +36,7 @@ class StagedImage:
 
     @classmethod
     def below(cls, staging: Path) -> Self:
-        """A fresh folder in a staging area."""
+        """An image in a new folder below ``staging``."""
         folder = staging / uuid.uuid4().hex
         folder.mkdir(parents=True)
         return cls(folder)
@@ -50,11 +50,11 @@ class StagedImage:
         self._seals[array.shard_file(shard).relative_to(self.folder).as_posix()] = seal
 
     def write_raw_header(self, raw_header: bytes) -> None:
-        """Keep a NIfTI header as nifti-zarr does: an array of its bytes."""
+        """Write a NIfTI header as in nifti-zarr: an array of its bytes."""
         self._write_small_array(RAW_HEADER, np.frombuffer(raw_header, dtype=np.uint8))
 
     def write_index(self, tables: Mapping[str, NDArray[Any]]) -> None:
-        """Keep a label or weight index: small arrays in a group."""
+        """Write a label or weight index: small arrays in a group."""
         if tables:
             folder = self.folder / INDEX
             folder.mkdir()
@@ -63,7 +63,7 @@ class StagedImage:
             self._write_small_array(f"{INDEX}/{name}", table)
 
     def write_histogram(self, histogram: NDArray[np.float64]) -> None:
-        """Keep the histogram that statistics over a cohort are made of."""
+        """Write the histogram, from which statistics of a cohort are computed."""
         self._write_small_array(HISTOGRAM, histogram, compressors="auto")
 
     def finish(self, record: ImageRecord) -> ImageRecord:

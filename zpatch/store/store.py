@@ -34,7 +34,8 @@ class Store:
 
     ``path`` is absolute, so that a change of the working directory cannot make it another store.
     ``records`` are the committed images by (subject, image) in the order of the manifest; ``documents``
-    are the sealed files outside the images, by path below the store; ``attributes`` are the root's.
+    are the sealed files outside the images, by path relative to the store; ``attributes`` are those of the
+    root document.
     """
 
     path: Path
@@ -48,13 +49,13 @@ class Store:
 
 
 def open_store(path: str | os.PathLike[str]) -> Store:
-    """Open a store for reading. Reads its root document and its manifest, and nothing else."""
+    """Open a store for reading. Only its root document and its manifest are read."""
     root = Path(path)
     return store_of(root, root_attributes(root))
 
 
 def store_of(root: Path, attributes: Json) -> Store:
-    """The store as its manifest says, whatever its root document."""
+    """The store of a manifest, with these attributes of its root document."""
     manifest = read_manifest(root / MANIFEST)
     return Store(root.absolute(), attributes, manifest.records, manifest.documents)
 
@@ -81,13 +82,13 @@ def _root_group(root: Path) -> Json:
         attributes["format"] += 0
     except (ValueError, KeyError, TypeError):
         raise NotAStoreError(
-            f"{root}: it is Zarr but no zpatch store (its zarr.json says nothing of zpatch)"
+            f"{root}: it is Zarr but no zpatch store (its zarr.json has no attributes of zpatch)"
         ) from None
     return dict(attributes)
 
 
 def root_attributes(root: Path) -> Json:
-    """What a store's root document says of it."""
+    """The attributes of zpatch in the root document; a newer format raises ``StoreError``."""
     attributes = _root_group(root)
     if attributes["format"] > FORMAT:
         raise StoreError(
@@ -98,7 +99,7 @@ def root_attributes(root: Path) -> Json:
 
 
 def sharded_array(folder: Path, record: ImageRecord, level: int = 0) -> ShardedArray:
-    """The voxels of the image in ``folder``, or those of a coarser level of it."""
+    """The array of the image in ``folder``, or of its coarser level of that number."""
     array = record.levels[level - 1] if level else record
     return ShardedArray(
         path=folder / str(level),
@@ -115,16 +116,16 @@ def sharded_array(folder: Path, record: ImageRecord, level: int = 0) -> ShardedA
 
 
 def _remedy(folder: Path, record: ImageRecord) -> str:
-    """How a damaged image is mended, once all damage is known."""
+    """The commands that show all damage, and repair a damaged image."""
     root = folder.parent.parent
     again = f"'zpatch convert SOURCE {root} --overwrite --include {record.subject}'"
     if record.source is None:
         again = "the command that wrote it, with --overwrite,"
-    return f"run 'zpatch verify {root}' to see all that is damaged; {again} mends it"
+    return f"run 'zpatch verify {root}' to see all damage; {again} repairs it"
 
 
 def read_small_array(folder: Path, name: str, files: Mapping[str, FileSeal]) -> NDArray[Any]:
-    """A small array of an image, its raw header or a table of its index, compared with its seals."""
+    """A small array of an image (its raw header or a table of its index), compared with its seals."""
     try:
         for key, seal in files.items():
             if key.startswith(f"{name}/") and digest((folder / key).read_bytes()) != seal.checksum:
@@ -143,7 +144,7 @@ def read_small_array(folder: Path, name: str, files: Mapping[str, FileSeal]) -> 
 
 
 def _plain_array(folder: Path) -> NDArray[Any] | None:
-    """An array of one chunk that is not compressed, as tables of an index are; None for any other."""
+    """An array of one uncompressed chunk, as tables of an index are; None for any other array."""
     document: Json = json.loads((folder / ROOT_DOCUMENT).read_bytes())
     whole = {"name": "regular", "configuration": {"chunk_shape": document["shape"]}}
     names = [codec["name"] for codec in document["codecs"]]

@@ -1,7 +1,7 @@
-"""Writing a store: image by image, under a lock, so that a crash leaves what was committed and nothing else.
+"""Writing a store image by image, under a lock, so that a crash leaves the committed images and nothing else.
 
-An image is written under ``.staging``, synced, renamed into place, and only then entered in
-``manifest.jsonl``. That line is the commit: what has no line does not exist.
+An image is written below ``.staging``, synced, renamed into place, and only then entered in
+``manifest.jsonl``. That line is the commit: an image without a line does not exist.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ OWN_NAMES = {LOCK, STAGING, ROOT_DOCUMENT, PARTIAL_DOCUMENT}
 
 
 def check_can_create(path: Path, *, overwrite: bool = False, resume: bool = False) -> None:
-    """Refuse a place that is taken: by anything but a store, and by a store too unless it may be replaced
-    (``overwrite``) or resumed (``resume``)."""
+    """Raise ``StoreExistsError`` for an existing path, unless it is an empty folder, or a store that may be
+    replaced (``overwrite``) or resumed (``resume``)."""
     if _is_vacant(path):
         return
     if not is_store(path):
-        raise StoreExistsError(f"{path}: there is something else there; choose another name")
+        raise StoreExistsError(f"{path}: it exists and is no zpatch store; choose another name")
     if not (overwrite or resume):
         raise StoreExistsError(
             f"{path}: it exists already; say overwrite=True to start over, or choose another name"
@@ -44,7 +44,7 @@ def check_can_create(path: Path, *, overwrite: bool = False, resume: bool = Fals
 
 
 def _is_vacant(path: Path) -> bool:
-    """Whether nothing is there, or only what a writer left that was killed before its first line."""
+    """Whether a path does not exist, or holds only files of a writer killed before its first line."""
     if not path.exists():
         return True
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
@@ -129,13 +129,13 @@ class StoreWriter:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def stage(self) -> StagedImage:
-        """A fresh place to write one image to."""
+        """A new folder to write one image to."""
         return StagedImage.below(self.staging)
 
     def commit(self, images: Sequence[tuple[Path, ImageRecord]]) -> None:
         """Move the staged images of a subject into the store, then enter all of them in the manifest.
 
-        An image that is there already is moved aside until the new one's line is written.
+        An existing version of an image is moved aside until the line of the new one is written.
         """
         with writing_to(self.path):
             try:
@@ -197,8 +197,8 @@ class StoreWriter:
 
 
 def _clear(path: Path) -> None:
-    """Remove all of a store but its lock: the manifest first, so that nothing half there looks whole, and
-    the root document last, so that what is left is still known for a store."""
+    """Remove all of a store except its lock: the manifest first, so that a partly removed store has no
+    images, and the root document last, so that the rest is still recognised as a store."""
     order = {MANIFEST: 0, ROOT_DOCUMENT: 2}
     for entry in sorted(path.iterdir(), key=lambda entry: order.get(entry.name, 1)):
         close_shards(entry)

@@ -1,7 +1,7 @@
 """How often each value occurs: integers one by one, by the compiled loop, and other values in bins.
 
-A bin has the leading 16 bits of the float32 form of its values, which is within 0.5 % of them. Mean and
-variance of binned values are merged as Chan, Golub and LeVeque (1979) do.
+The values of a bin have the leading 16 bits of their float32 form in common, and differ by less than 0.5 %
+from its middle. Means and variances are merged by the formulas of Chan, Golub and LeVeque (1979).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def is_counted_at_once(dtype: np.dtype[Any]) -> bool:
 
 
 def value_counts(voxels: NDArray[Any]) -> tuple[int, NDArray[np.int64]] | None:
-    """The least of some integers, and how often it and each after it occurs; None if spread too widely.
+    """The least integer, and how often it and each larger one occurs; None if they are spread too widely.
 
     >>> value_counts(np.array([3, 5, 3], np.int16))
     (3, array([2, 0, 1]))
@@ -88,7 +88,7 @@ class CountedValues:
         return True
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """How often each value occurs that does, by its offset from the least."""
+        """The least value, and for each value that occurs its offset from the least and its count."""
         used = np.flatnonzero(self._counts)
         return {
             "least": np.array(self._least),
@@ -97,7 +97,7 @@ class CountedValues:
         }
 
     def merge(self, state: State) -> bool:
-        """Add the counts of a state; False when the values are spread too widely, there or together."""
+        """Add the counts of a state; False when they are missing or the values are spread too widely."""
         if "offset" not in state:
             return False
         least, offsets = int(state["least"]), state["offset"]
@@ -108,7 +108,7 @@ class CountedValues:
         return True
 
     def _make_room(self, low: int, high: int) -> bool:
-        """Let the counts reach from ``low`` to ``high`` at least; False when they would be too many."""
+        """Extend the counts to the values ``low`` to ``high``; False when they would be too many."""
         if self._counts.size:
             low, high = min(low, self._least), max(high, self._least + self._counts.size - 1)
         if high - low >= MAX_COUNTED_VALUES:
@@ -121,7 +121,7 @@ class CountedValues:
         return True
 
     def distribution(self, *, foreground: bool) -> Distribution | None:
-        """The values, without zero for the ``foreground``; None where there are none."""
+        """The distribution of all values, or of nonzero values (``foreground``); None if there are none."""
         counts = self._counts.copy()
         if foreground and 0 <= -self._least < counts.size:
             counts[-self._least] = 0
@@ -136,7 +136,7 @@ class CountedValues:
 
 
 class BinnedValues:
-    """Moments, extremes, and how often each leading half of a float32 occurs."""
+    """Moments and extremes of numbers, and their counts in bins by the leading half of their float32."""
 
     def __init__(self) -> None:
         self.nan = self.inf = 0
@@ -147,7 +147,7 @@ class BinnedValues:
         self._bins = np.zeros(2**16, dtype=np.int64)
 
     def update(self, block: NDArray[Any]) -> bool:
-        """Take in a block of numbers, complex ones by their magnitude; always True."""
+        """Count a block of numbers, complex ones by their magnitude; always True."""
         block = np.abs(block) if block.dtype.kind == "c" else block
         with np.errstate(invalid="ignore"):  # signalling NaN
             values = block.astype(np.float64)
@@ -195,7 +195,7 @@ class BinnedValues:
         }
 
     def merge(self, state: State) -> bool:
-        """Take in a state as if it were one block; always True."""
+        """Add a state as if it were one block; always True."""
         count, zeros, nan, inf = state["totals"].tolist()
         if count:
             with np.errstate(over="ignore", invalid="ignore"):
@@ -209,7 +209,10 @@ class BinnedValues:
         return True
 
     def distribution(self, *, foreground: bool) -> Distribution | None:
-        """The middle of each bin, without zeros for the ``foreground``; None where there are none."""
+        """The distribution of all values, or of nonzero values (``foreground``); None if there are none.
+
+        Values are the middles of bins, cut to the extremes.
+        """
         count = self._count - self._zeros if foreground else self._count
         if not count:
             return None

@@ -1,4 +1,4 @@
-"""Whether a store still holds what was written into it."""
+"""Whether every file of a store still holds the bytes that were written to it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from zpatch.store.store import Store, open_store, store_of
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """A file that is not what it was, by its path below the store, and in what way."""
+    """A file that differs from its seal: ``file``, relative to the store, and ``what`` is wrong with it."""
 
     file: str
     what: str
@@ -29,8 +29,13 @@ class Damage:
 
 @dataclass(frozen=True, slots=True)
 class VerificationReport:
-    """What a verification found. ``leftovers`` are folders that no manifest line knows: work that was
-    interrupted; they do no harm. ``missing_subjects`` were announced and never committed."""
+    """What a verification found.
+
+    ``images`` and ``files`` are how many were checked, ``bytes`` the length of the files together, ``quick``
+    whether contents were left unread. ``missing_subjects`` are subjects that a prediction was to write and
+    that were never committed. ``leftovers`` are folders that no manifest line names; interrupted work leaves
+    them, and they do no harm.
+    """
 
     store: Path
     images: int
@@ -43,7 +48,7 @@ class VerificationReport:
 
     @property
     def ok(self) -> bool:
-        """Whether all is there and as it was."""
+        """Whether no file is damaged and no subject is missing."""
         return not self.damages and not self.missing_subjects
 
     def to_json(self) -> Json:
@@ -69,7 +74,9 @@ def verify(
 ) -> VerificationReport:
     """Compare every file of a store with its seal in the manifest, as ``zpatch verify`` does.
 
-    ``quick`` compares presence and length only, and the contents of ``zarr.json`` documents.
+    ``quick`` checks the presence and length of all files, and the contents of ``zarr.json`` documents only.
+    ``progress`` is called with the length in bytes of each file that was checked. Damage is reported, not
+    raised; a folder that is not a store raises ``NotAStoreError``.
     """
     root = Path(store)
     try:
@@ -97,7 +104,7 @@ def verify(
 
 
 def _opened(root: Path) -> Store:
-    """A store whose root document may be damaged: its seal in the manifest says so."""
+    """The store, also where its root document is damaged: the comparison with its seal reports that."""
     try:
         return open_store(root)
     except DamageError:
@@ -109,7 +116,7 @@ def _opened(root: Path) -> Store:
 
 
 def sealed_bytes(store: str | os.PathLike[str]) -> int:
-    """How much there is to verify; 0 where the manifest itself is damaged."""
+    """The number of bytes to verify; 0 where the manifest itself is damaged."""
     try:
         return sum(seal.bytes for _, seal in sealed_files(open_store(store)))
     except DamageError:
@@ -117,7 +124,7 @@ def sealed_bytes(store: str | os.PathLike[str]) -> int:
 
 
 def sealed_files(store: Store) -> Iterator[tuple[str, FileSeal]]:
-    """Every file that the manifest knows, by its path below the store."""
+    """Every file that the manifest names, by its path relative to the store, and its seal."""
     yield from store.documents.items()
     for record in store.records.values():
         for key, seal in record.files.items():

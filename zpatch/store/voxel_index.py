@@ -1,4 +1,4 @@
-"""Which chunks of a map hold what: an index to draw voxels from without reading the map."""
+"""An index of the labels or weights in each chunk of a map, to draw voxels without reading the whole map."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ChunkGrid:
         return i * j * k
 
     def origins(self, chunks: NDArray[np.int64]) -> NDArray[np.int64]:
-        """First voxels (n, 3) of some chunks."""
+        """First voxels (n, 3) of the chunks of these numbers."""
         k, j, i = np.unravel_index(chunks, self.counts[::-1])
         return np.asarray(np.stack([i, j, k], axis=1) * np.array(self.chunk_shape))
 
@@ -66,16 +66,16 @@ class MassTable:
     mass: NDArray[np.float64]
 
     def select(self, keep: NDArray[np.bool_]) -> MassTable:
-        """Some of the chunks."""
+        """The table of the chunks where ``keep`` is true."""
         return MassTable(self.chunk_id[keep], self.mass[keep])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LabelTable:
-    """A label index: for each value (or channel), which chunks hold it and how many voxels each.
+    """A label index: for each value (or channel), the chunks that hold it and its voxels in each of them.
 
     A compressed sparse row table: row ``r`` is value ``values[r]``, in the entries ``row_start[r]`` to
-    ``row_start[r + 1]`` of ``chunk_id`` and ``count``. Chunks are those of the stored array in C order,
+    ``row_start[r + 1]`` of ``chunk_id`` and ``count``. Chunks are numbered in C order of the stored array,
     the channel axis included.
     """
 
@@ -92,7 +92,7 @@ class LabelTable:
         return dict(zip(self.values.tolist(), totals.tolist(), strict=True))
 
     def table(self, values: list[int], spatial_chunks: int) -> MassTable:
-        """The voxels of some values together."""
+        """The number of voxels in each chunk that have any of these values."""
         rows = [slice(*self.row_start[r : r + 2]) for r in np.flatnonzero(np.isin(self.values, values))]
         chunks = [self.chunk_id[row] % spatial_chunks for row in rows]
         counts = [self.count[row] for row in rows]
@@ -104,7 +104,7 @@ class LabelTable:
 
 
 class IndexBuilder:
-    """Builds the index of an image from its voxels as they stream past; of a plain image, nothing."""
+    """Builds the index of an image from its chunks, in any order; the base class builds an empty index."""
 
     def __init__(self, record: ImageRecord, where: str) -> None:
         self._record = record
@@ -113,7 +113,7 @@ class IndexBuilder:
         self._grid = chunk_counts(record.shape_czyx, self._chunks)
 
     def update(self, voxels: NDArray[Any], first: tuple[int, int, int, int]) -> None:
-        """Take in a box (c, z, y, x) of whole chunks whose first voxel lies at ``first``."""
+        """Add voxels (c, z, y, x) of whole chunks; the first voxel is at ``first`` (c, z, y, x)."""
         corner = np.floor_divide(first, self._chunks)
         for position in np.ndindex(chunk_counts(voxels.shape, self._chunks)):
             box = tuple(slice(p * c, (p + 1) * c) for p, c in zip(position, self._chunks, strict=True))
@@ -121,21 +121,21 @@ class IndexBuilder:
             self._add_chunk(int(chunk), voxels[box])
 
     def _add_chunk(self, chunk: int, voxels: NDArray[Any]) -> None:
-        """Take in one chunk."""
+        """Add the voxels of one chunk."""
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """What was gathered, as small arrays to be kept."""
+        """The index of the chunks so far, as small arrays that can be stored and merged."""
         return {}
 
     def merge(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Take in the state of other chunks of the same image: the tables are as of one pass."""
+        """Add the ``state`` of other chunks of the same image: the tables are those of a single pass."""
 
     def tables(self) -> dict[str, NDArray[Any]]:
         """The index as tables to store."""
         return {}
 
     def statistics(self) -> Json:
-        """What the index adds to the image's statistics."""
+        """The statistics of the image that follow from its index."""
         return {}
 
 
@@ -143,11 +143,11 @@ class _NoIndex(IndexBuilder):
     """The builder of an image that needs no index."""
 
     def update(self, voxels: NDArray[Any], first: tuple[int, int, int, int]) -> None:
-        """Nothing is to be learnt."""
+        """Do nothing."""
 
 
 class LabelIndexBuilder(IndexBuilder):
-    """Counts each value in each chunk; of a map of several channels, what is not zero in each."""
+    """Counts each value in each chunk; in a map of several channels, the voxels of each that are not zero."""
 
     def __init__(self, record: ImageRecord, where: str) -> None:
         super().__init__(record, where)
@@ -180,7 +180,7 @@ class LabelIndexBuilder(IndexBuilder):
         return self.tables()
 
     def merge(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Take in the table of other chunks."""
+        """Add the table of other chunks."""
         chunks, counts = state["chunk_id"].tolist(), state["count"].tolist()
         for value, (a, b) in zip(
             state["values"].tolist(), itertools.pairwise(state["row_start"].tolist()), strict=True
@@ -188,7 +188,7 @@ class LabelIndexBuilder(IndexBuilder):
             self._add(value, chunks[a:b], counts[a:b])
 
     def table(self) -> LabelTable:
-        """The index of all chunks, in whichever order they came."""
+        """The index of all chunks, whatever the order in which they were added."""
         values = sorted(self._rows)
         columns = [self._rows[value] for value in values]
         starts = np.cumsum([0, *(len(chunks) for chunks, _ in columns)])
@@ -242,14 +242,14 @@ class WeightIndexBuilder(IndexBuilder):
         self._sums[chunk] = float(weights.sum())
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """The sums so far, and of which chunks they are."""
+        """The numbers of the chunks so far, and the sum of each."""
         return {
             "chunk_id": np.array([*self._sums], dtype=np.int64),
             "sum": np.array([*self._sums.values()], dtype=np.float64),
         }
 
     def merge(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Take in the sums of other chunks."""
+        """Add the sums of other chunks."""
         self._sums.update(zip(state["chunk_id"].tolist(), state["sum"].tolist(), strict=True))
 
     def tables(self) -> dict[str, NDArray[Any]]:
@@ -267,12 +267,12 @@ _BUILDERS: dict[str, type[IndexBuilder]] = {
 
 
 def index_builder(record: ImageRecord, where: str) -> IndexBuilder:
-    """The builder that an image of that kind needs; ``where`` names its file in errors."""
+    """The index builder for the kind of an image; ``where`` names its file in errors."""
     return _BUILDERS[record.kind](record, where)
 
 
 def sum_table(sums: NDArray[np.float64]) -> MassTable:
-    """The table of a weight index: one sum for each chunk in order."""
+    """The table of a weight index; ``sums`` has the sum of each chunk, in order."""
     chunk_id = np.flatnonzero(sums)
     return MassTable(chunk_id, sums[chunk_id])
 
@@ -282,12 +282,12 @@ def sum_masses(
     read: Callable[[Sequence[PatchLocation]], Sequence[Masses]],
     masses_of: Callable[[Masses], Masses],
 ) -> MassTable:
-    """Build a table by reading a map once, chunk by chunk: ``masses_of`` makes masses of a chunk's voxels."""
+    """Build a table by reading a map once, chunk by chunk; ``masses_of`` gives the mass of each voxel."""
     return sum_table(np.array([masses_of(read([box])[0]).sum(dtype=np.float64) for box in grid.boxes()]))
 
 
 def check_weights(weights: NDArray[Any], where: str) -> None:
-    """Refuse weights that are no weights."""
+    """Raise ``SamplingError`` unless all weights are finite and at least 0."""
     if not np.isfinite(weights).all():
         raise SamplingError(f"{where} holds NaN or infinite weights; a sampling map must be finite")
     if (weights < 0).any():

@@ -1,4 +1,4 @@
-"""Statistics of an image's voxels, gathered slab by slab as they stream past, in one process or in several.
+"""Statistics of an image's voxels, computed in one pass over slabs or shards, in one process or in several.
 
 Integers are counted one by one, so that their percentiles are exact (numpy's, with linear interpolation).
 Floats, and integers that are spread over more than four million values, are counted in bins.
@@ -29,7 +29,7 @@ BLOCK_VOXELS = 2**18
 class VoxelStatistics:
     """Collects statistics of unscaled voxels; ``result`` gives them for scaled ones.
 
-    Foreground is all that is stored as another value than zero. Complex voxels count by magnitude.
+    The foreground is all voxels whose stored value is not zero. Complex voxels count by magnitude.
     """
 
     def __init__(self, dtype: np.dtype[Any]) -> None:
@@ -41,7 +41,7 @@ class VoxelStatistics:
         self._box: list[tuple[int, int]] = []
 
     def update(self, voxels: NDArray[Any], first: tuple[int, int, int]) -> None:
-        """Take in a box of voxels (c, z, y, x) whose first voxel is at ``first`` (z, y, x)."""
+        """Add a box of voxels (c, z, y, x) whose first voxel is at ``first`` (z, y, x)."""
         self._widen_box(voxels, first)
         flat = voxels.reshape(-1)
         length = max(flat.size, 1) if is_counted_at_once(flat.dtype) else BLOCK_VOXELS
@@ -50,17 +50,17 @@ class VoxelStatistics:
             self._gathered = [values for values in self._gathered if values.update(block)]
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """All that was gathered, as small arrays that can be stored and merged."""
+        """The counts so far, as small arrays that can be stored and merged."""
         state = {"box": np.array(self._box, dtype=np.int64)}
         for values in self._gathered:
             state |= values.state()
         return state
 
     def merge(self, state: State) -> None:
-        """Take in the state of other voxels of the same image.
+        """Add the ``state`` of other voxels of the same image.
 
-        Integers come out as in one pass, and so does everything else but mean and variance of binned values:
-        these depend on the order of the states, in the last digits.
+        The result is that of a single pass, but for mean and variance of binned values, whose last digits
+        depend on the order in which states are merged.
         """
         self._include(state["box"].tolist())
         self._gathered = [values for values in self._gathered if values.merge(state)]
@@ -94,7 +94,7 @@ class VoxelStatistics:
         }
 
     def histogram(self, slope: float = 1.0, inter: float = 0.0) -> NDArray[np.float64]:
-        """The foreground's scaled values in ascending order, and how often each occurs: (2, n)."""
+        """The scaled values of the foreground in ascending order, and how often each occurs: (2, n)."""
         found = self._gathered[0].distribution(foreground=True)
         if found is None:
             return np.empty((2, 0))
@@ -107,7 +107,7 @@ def merged_statistics(
 ) -> Json:
     """The statistics of several images as if they were one.
 
-    ``histograms`` are those of their foregrounds, ``zeros`` the value of each one's background voxels.
+    ``histograms`` (2, n) are of the foreground of each image, ``zeros`` the scaled value of its background.
     Percentiles are as exact as the histograms are.
     """
     foregrounds = [part["foreground"] for part in stats]
@@ -167,7 +167,7 @@ def _summary(found: Distribution | None, slope: float = 1.0, inter: float = 0.0)
 
 
 def _percentile(values: NDArray[np.float64], ranks: NDArray[np.int64], percent: float) -> float:
-    """As numpy.percentile: ``values`` in ascending order, ``ranks`` how many are at most as large as each."""
+    """As numpy.percentile. ``values`` are in ascending order, ``ranks`` their cumulative frequencies."""
     position = (int(ranks[-1]) - 1) * percent / 100
     below, above = (
         float(values[np.searchsorted(ranks, rank, side="right")])

@@ -4,8 +4,8 @@ Run at commit 42a339e, the last one with all modules in one folder, with this fi
 
     python tests/data/before_folders/write.py
 
-`stores.tar.xz` and `expected.json` are written beside this file. What is half done was killed, by SIGKILL, at
-a step that is told in `main`.
+`stores.tar.xz` and `expected.json` are written beside this file. Unfinished outputs were killed, by SIGKILL,
+at the steps in `main`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ import test_before_folders as then
 from make_cohort import make_cohort
 
 MTIME_NS = 1_767_323_045_500_000_000  # a fraction that a float holds, as which tarfile keeps it
-SCAN_SHAPE = (24, 24, 200)  # of four write units
+SCAN_SHAPE = (24, 24, 200)  # of four shards
 SERIES_SHAPE = (80, 12, 10, 2)  # long enough for a level of a pyramid
 WAYS = ("net", "net.pt2", "net.pt")
 LOCK_HOLDER = "process 1 on a-machine"
@@ -65,7 +65,7 @@ def main() -> None:
         write_networks()
         then.predict("net", "finished.zarr")
         for way in WAYS:
-            # sub-04 is committed; of sub-05 two units have a record, and one more is in place.
+            # sub-04 is committed; of sub-05 two shards have a record, and one more is in place.
             third = "sub-05", ".ledger", "prediction", "0.2.0.0.json"
             kill_at(third, then.predict, way, f"killed-{way}.zarr")
         expected |= expected_of_predictions()
@@ -139,7 +139,7 @@ def write_variants() -> None:
 
 
 def expected_of_stores() -> dict[str, Any]:
-    """What there is to know of the finished store."""
+    """The facts about the finished store that the test compares."""
     cohort = zp.Cohort("cohort.zarr")
     return {
         "source_mtime_ns": MTIME_NS,
@@ -151,7 +151,7 @@ def expected_of_stores() -> dict[str, Any]:
 
 
 def expected_of_variants() -> dict[str, Any]:
-    """What there is to know of the other stores."""
+    """The facts about the other stores that the test compares."""
     stores = {name: zp.Cohort(name) for name in ("packed.zarr", "turned.zarr")}
     return {
         "subjects_of": {name: cohort.names for name, cohort in stores.items()},
@@ -182,7 +182,7 @@ def write_networks() -> None:
 
 
 def expected_of_predictions() -> dict[str, Any]:
-    """What there is to know of the finished prediction, and how much of it a half one has still to do."""
+    """The facts about the finished prediction, and the work that is left to a killed one."""
     finished = zp.Cohort("finished.zarr")
     shutil.copytree("killed-net.zarr", "resumed.zarr")
     run = then.predict("net", "resumed.zarr")
@@ -203,7 +203,7 @@ def expected_of_predictions() -> dict[str, Any]:
 
 
 def expected_of_queues() -> dict[str, Any]:
-    """The state of queues within their second epoch, and digests of what they gave from there on."""
+    """The state of queues within their second epoch, and digests of the patches that follow."""
     kept = {}
     for name in ("labels", "weights", "uniform", "grid"):
         with then.queue_over(zp.Cohort("cohort.zarr"), name) as queue:
@@ -235,7 +235,7 @@ def kill_at(parts: tuple[str, ...], function: Callable[..., Any], *arguments: st
 
 
 def be_killed_at(parts: tuple[str, ...], function: Callable[..., Any], arguments: tuple[str, ...]) -> None:
-    """The other side of kill_at."""
+    """The function of the process that kill_at starts."""
 
     def watch(event: str, args: tuple[Any, ...]) -> None:
         if event == "os.rename" and is_at(Path(os.fsdecode(args[1])), parts):
@@ -251,7 +251,7 @@ def is_at(path: Path, parts: tuple[str, ...]) -> bool:
 
 
 def pack(path: Path, parts: dict[str, list[str]]) -> None:
-    """Pack files and folders, by the part that they go to, whoever wrote them, where and when."""
+    """Pack the files and folders of each part; the archive does not depend on owners, paths and times."""
     with tarfile.open(path, "w:xz", format=tarfile.PAX_FORMAT, preset=9) as archive:
         for part, entries in parts.items():
             for entry in map(Path, entries):
@@ -261,7 +261,7 @@ def pack(path: Path, parts: dict[str, list[str]]) -> None:
 
 
 def normalised(member: tarfile.TarInfo) -> tarfile.TarInfo:
-    """A member of an archive without its owner, and with the one time that all have."""
+    """A member of an archive without its owner, and with the time that all members have."""
     member.uid = member.gid = 0
     member.uname = member.gname = ""
     member.mode = 0o755 if member.isdir() else 0o644
