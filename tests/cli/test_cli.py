@@ -453,6 +453,35 @@ def test_an_odd_or_too_large_overlap_is_refused(
     assert not Path("out.zarr").exists()
 
 
+def test_a_dry_run_says_which_axes_the_network_is_fed(run: Run, store: Path) -> None:
+    command = ("predict", store, "out.zarr", "--model", "nets_of_cli:doubling", *PREDICT, "--dry-run")
+    for axes, text in (
+        ("xyz", "(x, y, z): batches (B, C, x, y, z)"),
+        ("zyx", "(z, y, x): batches (B, C, z, y, x)"),
+    ):
+        _, out, _ = run(*command, *(() if axes == "xyz" else ("--model-axes", axes)))
+        assert out.splitlines()[0] == f"the network is fed {text}; choose other axes by --model-axes"
+        _, out, _ = run(*command, "--model-axes", axes, "--json")
+        assert {plan["model_axes"] for plan in json.loads(out)} == {axes}
+
+
+@pytest.mark.parametrize(
+    ("axes", "text"),
+    [
+        ("ijk", "--model-axes must have x, y and z in the order of the network's batches"),
+        (
+            "yx",
+            "--model-axes yx leaves out z, along which patches have 24 voxels; give a patch size of 1 there",
+        ),
+    ],
+)
+def test_axes_of_a_network_that_mean_nothing_are_refused(
+    refused: Callable[..., str], store: Path, axes: str, text: str
+) -> None:
+    command = ("predict", store, "out.zarr", "--model", "nets_of_cli:doubling", *PREDICT)
+    assert text in refused(*command, "--model-axes", axes, code=2)
+
+
 @pytest.mark.parametrize(
     ("factory", "text"),
     [

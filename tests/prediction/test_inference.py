@@ -414,8 +414,8 @@ def test_a_model_that_fails_names_subject_and_location_and_its_output_can_be_res
     ("model", "text"),
     [
         (lambda batch: batch[:, :, 1:], r"made \(23, 24, 24\) of a patch of \(24, 24, 24\); it must keep"),
-        (lambda batch: batch[:, 0], r"must give a tensor \(B, C, I, J, K\) .*, not \(1, 24, 24, 24\)"),
-        (lambda batch: [batch], r"must give a tensor \(B, C, I, J, K\) .*, not list"),
+        (lambda batch: batch[:, 0], r"must give a tensor \(B, C, x, y, z\) .*, not \(1, 24, 24, 24\)"),
+        (lambda batch: [batch], r"must give a tensor \(B, C, x, y, z\) .*, not list"),
         (lambda batch: torch.cat([batch, batch]), r"not \(2, 1, 24, 24, 24\) for one patch"),
     ],
     ids=["shape", "dimensions", "type", "length"],

@@ -40,6 +40,18 @@ def stain():
         parameter.data = torch.rand(parameter.shape, generator=generator) - 0.5
     return lambda batch: layer(batch.mean(dim=1, keepdim=True))
 
+def stain_2d():
+    # The same in two dimensions, for (B, C, y, x).
+    flat = torch.nn.Conv2d(1, 2, 3, padding=1)
+    generator = torch.Generator().manual_seed(0)
+    weights, flat.bias.data = (torch.rand(shape, generator=generator) - 0.5 for shape in ((2, 1, 3, 3, 1), 2))
+    flat.weight.data = weights[..., 0].transpose(2, 3)
+    return torch.nn.Sequential(Grey(), flat)
+
+class Grey(torch.nn.Module):
+    def forward(self, batch):
+        return batch.mean(dim=1, keepdim=True)
+
 def colours():
     return lambda batch: batch
 
@@ -211,6 +223,16 @@ def test_a_level_of_the_pyramid_is_predicted_even_if_it_is_smaller_than_a_patch(
     voxels, *_ = as_ome_zarr(out / f"yxc-v3-{level}" / "prediction")
     assert (min(voxels.shape[1:]) < PATCH[0]) == (level == 2)
     np.testing.assert_allclose(voxels, dense(model, "yxc", level), atol=1e-3)
+
+
+def test_a_slide_is_predicted_by_a_2d_network(
+    slide: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict(slide / "2", out, "--blend", "crop", "-q", model="stain_2d") == 1
+    assert "; for a 2-D network say --model-axes yx" in capsys.readouterr().err
+    assert predict(slide, out, "--blend", "crop", "-q", "--model-axes", "yx", model="stain_2d") == 0
+    voxels, *_ = as_ome_zarr(out / "yxc-v3" / "prediction")
+    np.testing.assert_allclose(voxels, dense("stain", "yxc"), atol=1e-3)
 
 
 def test_a_slide_is_predicted_from_python_in_the_same_way(slide: Path, out: Path) -> None:

@@ -39,6 +39,14 @@ def window(mode: str, patch_length: int) -> NDArray[np.float64]:
     covered by one patch only keeps a weight. ``gaussian`` has ``sigma = p / 8`` about the patch's centre.
     In ``crop`` all voxels that are kept weigh the same, as in ``average``.
 
+    MONAI's ``constant`` is ``average``, and it has no Hann window. Its ``gaussian`` has the same sigma, but
+    raises the product of the axes' weights to at least 1e-3 of the centre's. 58 % of the voxels of a 3-D
+    patch weigh less than that (32 % in 2-D). Where only such voxels overlap, MONAI averages them; here the
+    patch with the nearest centre prevails. If 3-D patches overlap by a quarter, the share of a patch in a
+    voxel differs from MONAI's by up to 0.86 (0.12 in the mean); if they overlap by half, by up to 0.03
+    (0.006). In 2-D it is up to 0.57 (0.05) and 0.005 (0.001).
+    ``hann`` falls to 1e-3 on an axis at the ends of a patch of 96 voxels, and is not clamped either.
+
     >>> window("hann", 3).round(3).tolist()
     [0.5, 1.0, 0.5]
     """

@@ -12,6 +12,7 @@ from zpatch.cli.options import (
     Bytes,
     Voxels,
     exclude_option,
+    in_flags,
     include_option,
     json_option,
     overwrite_option,
@@ -40,6 +41,14 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--axes", metavar="LETTERS", help="Axes of a Zarr array that has no names for them, slowest first: yxc."
+)
+@click.option(
+    "--model-axes",
+    metavar="LETTERS",
+    default="xyz",
+    show_default=True,
+    help="The spatial axes that the network is fed, in its order: zyx if it was trained on (z, y, x) arrays "
+    "(tifffile, zarr, scikit-image, nnU-Net), yx if it is 2-D, (B, C, H, W).",
 )
 @click.option("--patch-size", type=Voxels(), required=True, help="One number or I,J,K, as 96 or 128,128,32.")
 @click.option(
@@ -112,9 +121,14 @@ def predict_command(
     """Run a network over every subject of STORE and write its blended output into a store OUTPUT.
 
     STORE may also be one image, OME-Zarr or a Zarr array: a whole slide, for example, or a level of its
-    pyramid. The network gets a float32 batch (B, C, I, J, K) and returns one, stored as the image
-    'prediction', or a dict of batches, stored under their keys. No volume is ever loaded whole, and each
-    shard of the output is written once. After an interruption the same command resumes the prediction.
+    pyramid.
+
+    THE NETWORK IS FED (x, y, z): a batch (B, C, x, y, z) of the type of its parameters. If it was trained on
+    (z, y, x) arrays, say --model-axes zyx. It returns a batch in the same axes, stored as the image
+    'prediction', or a dict of batches, stored under their keys.
+
+    No volume is ever loaded whole, and each shard of the output is written once. After an interruption the
+    same command resumes the prediction.
 
     \b
     Examples:
@@ -123,7 +137,7 @@ def predict_command(
       zpatch predict cohort.zarr out.zarr --model mypackage.nets:unet --image t1 --image flair \\
           --patch-size 96,96,64 --overlap 16 --blend gaussian --device cuda --amp
       zpatch predict slide.ome.zarr out.zarr --model mypackage.nets:stain \\
-          --patch-size 1024,1024,1 --overlap 64,64,0 --jobs 4
+          --patch-size 1024,1024,1 --overlap 64,64,0 --model-axes yx --jobs 4
     """
     from zpatch.images.cohort import open_subjects
     from zpatch.prediction.model_files import load_model
@@ -147,9 +161,9 @@ def predict_command(
     say(f"{len(plans)} subjects, {patches} patches, {format_bytes(peak)} of memory beside the network's own")
     if dry_run:
         if json:
-            print_json([plan.to_json() for plan in plans])
+            print_json([{**plan.to_json(), "model_axes": network.axes.letters} for plan in plans])
         else:
-            click.echo("\n".join(map(str, plans)))
+            click.echo("\n".join([in_flags(network.axes.notice), *map(str, plans)]))
         return
     with Progress("predicting", patches, unit="patches") as progress:
         predictions = run_prediction(network, plans, output, options, progress=progress)

@@ -39,6 +39,7 @@ def predict(
     device: str | torch.device = "auto",
     amp: bool = False,
     tta: bool = False,
+    model_axes: str = "xyz",
     padding_mode: str | None = None,
     normalize: str | None = None,
     mask: str | MaskFunction | None = None,
@@ -52,11 +53,16 @@ def predict(
 ) -> Cohort:
     """Run a network over every subject and write its blended output into a store.
 
-    The network gets a batch (B, C, I, J, K) of float32 and returns a tensor of five dimensions, stored as the
-    image ``prediction``, or a dict of tensors, stored under their keys. If it makes patches smaller or larger
-    by a whole factor, so is the stored image. Several names in ``image`` are stacked as channels;
-    ``normalize`` (``zscore`` or ``clip``) scales each image by its stored statistics. A volume smaller than
-    the patch is padded by its edge and cropped back; nothing else is padded without ``padding_mode``.
+    The network is fed a contiguous batch (B, C, x, y, z) of the type of its parameters (without any,
+    float32), where x, y, z are the axes I, J, K of an image. If it was trained on (z, y, x) arrays, as those
+    of tifffile, zarr, scikit-image or nnU-Net, say ``model_axes="zyx"``; any order is possible.
+    ``model_axes="yx"`` feeds a 2-D network (B, C, H, W), with patches of one voxel along z.
+
+    It returns a tensor in the same axes, stored as the image ``prediction``, or a dict of tensors, stored
+    under their keys. If it makes patches smaller or larger by a whole factor, so is the stored image. Several
+    names in ``image`` are stacked as channels; ``normalize`` (``zscore`` or ``clip``) scales each image by
+    its stored statistics. A volume smaller than the patch is padded by its edge and cropped back; nothing
+    else is padded without ``padding_mode``.
     ``device="auto"`` chooses a GPU if there is one; ``amp`` runs the network in torch's autocast, ``tta``
     averages it over all flips.
 

@@ -1,4 +1,4 @@
-"""A network as ``predict`` runs it: on a device, in evaluation mode, applied to batches of patches."""
+"""A network as ``predict`` runs it: on a device, in evaluation mode, fed batches in its own axes."""
 
 from __future__ import annotations
 
@@ -9,17 +9,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+import numpy as np
 import torch
 
 from zpatch.digests import Json
 from zpatch.errors import ModelError, OptionError
-from zpatch.geometry.boxes import PatchLocation
+from zpatch.geometry.boxes import PatchLocation, Triple, Voxels
 from zpatch.prediction.model_files import Model, file_bytes, script_network
 from zpatch.prediction.model_identity import identity
 from zpatch.prediction.prediction_options import PredictOptions
+from zpatch.runtime import buffer_pool
 
 DEFAULT_OUTPUT = "prediction"
+XYZ = "xyz"
+MODEL_AXES = tuple("".join(order) for n in (3, 2) for order in itertools.permutations(XYZ, n))
 FLIPPED_AT_ONCE = 8  # the blocks that a flipped output is added in
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # the types of input
 
 Outputs = dict[str, torch.Tensor]
 
@@ -47,24 +52,126 @@ def torch_device(device: str | torch.device) -> torch.device:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelAxes:
+    """The spatial axes of a network's batches: ``letters`` are x, y, z (which are I, J, K) in its order.
+
+    A network that was trained on (z, y, x) arrays has ``zyx``. With two letters it is two-dimensional, its
+    batches are (B, C, H, W), and patches have one voxel along the axis that is left out.
+
+    >>> axes = ModelAxes("yx")
+    >>> fed = axes.fed(torch.ones(2, 3, 64, 48, 1))
+    >>> fed.shape, fed.is_contiguous(), axes.placed(fed).shape
+    (torch.Size([2, 3, 48, 64]), True, torch.Size([2, 3, 64, 48, 1]))
+    """
+
+    letters: str = XYZ
+
+    def __post_init__(self) -> None:
+        if self.letters not in MODEL_AXES:
+            raise OptionError(
+                f"model_axes must have x, y and z in the order of the network's batches, as 'zyx', or two of "
+                f"them for a 2-D network, as 'yx'; not {self.letters!r}",
+                option="model_axes",
+            )
+
+    def __str__(self) -> str:
+        return f"(B, C, {', '.join(self.letters)})"
+
+    @property
+    def is_default(self) -> bool:
+        """Whether batches are (B, C, I, J, K)."""
+        return self == DEFAULT_AXES
+
+    @property
+    def notice(self) -> str:
+        """One line that says what the network is fed, before it runs; the command line shows its own flag.
+
+        >>> print(ModelAxes("zyx").notice)
+        the network is fed (z, y, x): batches (B, C, z, y, x); choose other axes by model_axes=
+        """
+        axes = ", ".join(self.letters)
+        return f"the network is fed ({axes}): batches {self}; choose other axes by model_axes="
+
+    def check_patch_size(self, patch_size: Triple) -> None:
+        """Refuse patches of several voxels along the axis that a 2-D network does not have."""
+        for axis, letter in enumerate(XYZ):
+            if letter not in self.letters and patch_size[axis] != 1:
+                thin = tuple(1 if a == axis else p for a, p in enumerate(patch_size))
+                raise OptionError(
+                    f"model_axes={self.letters!r} leaves out {letter}, along which patches have "
+                    f"{patch_size[axis]} voxels; give a patch size of 1 there, as "
+                    f"{','.join(map(str, thin))}, or name all three axes for a 3-D network",
+                    option="model_axes",
+                )
+
+    def new_batch(self, patches: int, channels: int, patch_size: Triple) -> Voxels:
+        """Memory for a batch of float32: (B, C, I, J, K), contiguous as the network is fed it."""
+        shape = (patches, channels, *(patch_size[axis] for axis in self._order))
+        return buffer_pool.empty(shape, np.float32).transpose(0, 1, *(2 + axis for axis in self._places))
+
+    def fed(self, batch: torch.Tensor) -> torch.Tensor:
+        """A batch (B, C, I, J, K) in the network's order, contiguous; copied only where it is not."""
+        ordered = batch.permute(0, 1, *(2 + axis for axis in self._order))
+        return ordered.reshape(ordered.shape[: 2 + len(self.letters)]).contiguous()
+
+    def placed(self, output: Any) -> torch.Tensor:
+        """An output in the network's order as (B, C, I, J, K); a view. Raises ModelError if it is none."""
+        if not isinstance(output, torch.Tensor) or output.ndim != 2 + len(self.letters):
+            got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+            raise ModelError(f"the model must give a tensor {self} for a batch, not {got}")
+        full = output if len(self.letters) == 3 else output.unsqueeze(-1)
+        return full.permute(0, 1, *(2 + axis for axis in self._places))
+
+    def described(self, batch: torch.Tensor) -> str:
+        """The shape in which the network is fed a batch (B, C, I, J, K), for people."""
+        patches, channels, *extents = batch.shape
+        fed = (patches, channels, *(extents[XYZ.index(letter)] for letter in self.letters))
+        return f"{fed}" if self.is_default else f"{fed} as {self}"
+
+    def advice(self, batch: torch.Tensor) -> str:
+        """What to try, after an error, where patches are flat and the network may be two-dimensional."""
+        flat = [letter for letter, extent in zip(XYZ, batch.shape[2:], strict=True) if extent == 1]
+        if len(self.letters) == 2 or len(flat) != 1:
+            return ""
+        return f"; for a 2-D network say model_axes={XYZ[::-1].replace(flat[0], '')!r}"
+
+    @property
+    def _order(self) -> list[int]:
+        """The axes of (I, J, K) in the network's order; one that is left out is the last."""
+        return [XYZ.index(letter) for letter in self.letters + "".join(set(XYZ) - set(self.letters))]
+
+    @property
+    def _places(self) -> list[int]:
+        """For each axis of (I, J, K), its place in the network's order."""
+        return [self._order.index(axis) for axis in range(3)]
+
+
+DEFAULT_AXES = ModelAxes()
+
+
+@dataclass(frozen=True, slots=True)
 class Network:
     """A network on a device.
 
     ``model`` is called with a batch; ``amp`` runs it in torch's autocast; ``tta`` averages it over all flips
-    of a patch. ``identity`` is that of the model when this was made: a model may change while it runs, for
-    example if it counts its calls. It is kept on another device and in another process.
+    of a patch; ``axes`` are those of its batches. ``identity`` is that of the model when this was made: a
+    model may change while it runs, for example if it counts its calls. It is kept on another device and in
+    another process.
     """
 
     model: Model
     device: torch.device
     amp: bool = False
     tta: bool = False
+    axes: ModelAxes = DEFAULT_AXES
     identity: str = dataclasses.field(init=False)
 
     @classmethod
     def of(cls, model: Model, options: PredictOptions) -> Self:
-        """The network of a prediction with some options. Raises OptionError for a device that is missing."""
-        return cls(model, torch_device(options.device), amp=options.amp, tta=options.tta)
+        """The network of a prediction with some options. Raises OptionError for its device and axes."""
+        device, axes = torch_device(options.device), ModelAxes(options.model_axes)
+        axes.check_patch_size(options.patch_size)
+        return cls(model, device, amp=options.amp, tta=options.tta, axes=axes)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "identity", identity(self.model))
@@ -88,21 +195,34 @@ class Network:
                 for module, training in modes.items():
                     module.training = training
 
-    def __call__(self, inputs: torch.Tensor, subject: str, locations: Sequence[PatchLocation]) -> Outputs:
-        """The outputs for a batch (B, C, I, J, K), by name; a single output is called ``prediction``.
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The type of the network's input: that of its first parameter; None if it has none."""
+        if not isinstance(self.model, torch.nn.Module):
+            return None
+        return next((p.dtype for p in self.model.parameters() if p.dtype in FLOATS), None)
 
-        A network that fails is a ModelError, which names ``subject`` and ``locations``.
+    def __call__(self, inputs: torch.Tensor, subject: str, locations: Sequence[PatchLocation]) -> Outputs:
+        """The outputs (B, C, I, J, K) for a batch of that shape, by name; a single one is ``prediction``.
+
+        The model is given a contiguous batch in its own axes and type. A network that fails is a ModelError,
+        which names ``subject`` and ``locations``.
         """
         try:
-            batch = inputs.to(self.device)
-            outputs = self._flipped(batch) if self.tta else _named(self.model(batch))
+            batch = inputs.to(self.device, self.dtype or inputs.dtype)
+            return self._flipped(batch) if self.tta else self._run(batch)
+        except ModelError as error:
+            raise ModelError(f"subject {subject!r}: {error}") from error
         except Exception as error:  # a network may fail in any way
             raise ModelError(
                 f"the model failed on subject {subject!r}, patches at "
-                f"{', '.join(str(location.index) for location in locations)}, given {tuple(inputs.shape)}: "
-                f"{type(error).__name__}: {error}"
+                f"{', '.join(str(location.index) for location in locations)}, given "
+                f"{self.axes.described(inputs)}: {type(error).__name__}: {error}{self.axes.advice(inputs)}"
             ) from error
-        return outputs
+
+    def _run(self, batch: torch.Tensor) -> Outputs:
+        outputs = _named(self.model(self.axes.fed(batch)))
+        return {key: self.axes.placed(output) for key, output in outputs.items()}
 
     def _flipped(self, batch: torch.Tensor) -> Outputs:
         """The mean over all flips, of each output in float32 or finer.
@@ -114,19 +234,24 @@ class Network:
         flips = [flip for n in range(len(axes) + 1) for flip in itertools.combinations(axes, n)]
         sums: Outputs = {}
         for flip in flips:
-            _add_flipped(sums, _named(self.model(batch.flip(flip))), flip)
+            _add_flipped(sums, self._run(batch.flip(flip)), flip)
         return {key: total.div_(len(flips)) for key, total in sums.items()}
 
     def stored(self) -> Json:
         """All that voxels depend on of a network, as it is stored beside the voxels."""
-        return {"model": self.identity, "device": self.device.type, "amp": self.amp, "tta": self.tta}
+        stored = {"model": self.identity, "device": self.device.type, "amp": self.amp, "tta": self.tta}
+        return stored if self.axes.is_default else {**stored, "model_axes": self.axes.letters}
 
     def on(self, device: torch.device) -> Network:
         """The same network on another device."""
-        return _network(self.model, device, self.amp, self.tta, self.identity)
+        model, _, *others = self._values()
+        return _network(model, device, *others)
+
+    def _values(self) -> list[Any]:
+        return [getattr(self, field.name) for field in dataclasses.fields(self)]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        model, *others = (getattr(self, field.name) for field in dataclasses.fields(self))
+        model, *others = self._values()
         if isinstance(model, torch.jit.ScriptModule | torch.jit.ScriptFunction):  # pickle refuses them
             model = file_bytes(torch.jit.save, model)
         return _network, (model, *others)

@@ -22,7 +22,12 @@ from zpatch.runtime.byte_sizes import parse_bytes
 
 MaskFunction = Callable[[Subject, PatchLocation], bool]
 
-OF_THE_NETWORK = ("device", "amp", "tta")  # stored as the network has them: "auto" is a device by then
+OF_THE_NETWORK = (
+    "device",
+    "amp",
+    "tta",
+    "model_axes",
+)  # stored as the network has them: "auto" is a device by then
 OF_THE_RUN = ("max_memory", "jobs", "scheduler", "resume", "overwrite")  # the voxels are the same
 
 
@@ -33,7 +38,8 @@ class PredictOptions:
     ``image`` are names of images, stacked as channels. ``patch_size`` and ``patch_overlap`` are voxels along
     (I, J, K). ``overlap_mode`` and ``reduce`` are those of a PatchAggregator, ``padding_mode`` that of a
     GridSampler, ``normalize`` is a mode of Normalize. ``batch_size`` counts patches. ``device`` is one of
-    torch's or ``auto``; ``amp`` is autocast, ``tta`` a mean over all flips. ``mask`` is the name of an image
+    torch's or ``auto``; ``amp`` is autocast, ``tta`` a mean over all flips, ``model_axes`` the axes of the
+    network's batches, as ``xyz``, ``zyx`` or (2-D) ``yx``. ``mask`` is the name of an image
     or a function, ``fill`` the value where no patch is run. ``max_memory`` is bytes, as a number or as text;
     ``jobs`` counts local processes, ``scheduler`` is the address of a Dask cluster. ``resume`` allows an
     existing output to be resumed, ``overwrite`` replaces it.
@@ -51,6 +57,7 @@ class PredictOptions:
     device: str | torch.device = "auto"
     amp: bool = False
     tta: bool = False
+    model_axes: str = "xyz"
     padding_mode: str | None = None
     normalize: str | None = None
     mask: str | MaskFunction | None = None

@@ -30,11 +30,10 @@ from zpatch.images.chunk_cache import cached
 from zpatch.images.group_read import read_group
 from zpatch.images.image import Image
 from zpatch.nifti.writer import make_header
-from zpatch.prediction.network import Network, Outputs
+from zpatch.prediction.network import ModelAxes, Network, Outputs
 from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.prediction_plan import PlannedHead, PredictionPlan, Region
 from zpatch.prediction.shard_ledger import ShardLedger, begin
-from zpatch.runtime import buffer_pool
 from zpatch.runtime.process_memory import resident_bytes, return_freed
 from zpatch.runtime.task_contract import Progress
 from zpatch.runtime.tasks import read_ahead
@@ -96,7 +95,7 @@ def run_region(
     guard = _MemoryGuard(plan)
     with _Blender(plan, wanted, folder, options) as blender:
         with network.running():
-            for locations, inputs in read_ahead(_batches(plan, region, needed, options)):
+            for locations, inputs in read_ahead(_batches(plan, region, needed, options, network.axes)):
                 outputs = guard.watch(network, inputs, plan.subject.name, locations)
                 blender.add(outputs, locations)
                 del outputs
@@ -149,16 +148,16 @@ def _unwritten(ledger: ShardLedger, shards: Bools) -> Bools:
     return left
 
 
-def _batches(plan: PredictionPlan, region: Region, needed: Bools, options: PredictOptions) -> Iterator[Batch]:
-    """The batches with needed patches, as float32 (B, C, I, J, K), stored in the order (b, c, k, j, i)."""
+def _batches(
+    plan: PredictionPlan, region: Region, needed: Bools, options: PredictOptions, axes: ModelAxes
+) -> Iterator[Batch]:
+    """The batches with needed patches, as float32 (B, C, I, J, K), in memory in the network's order."""
     caches = [cached(image.source, plan.grid, plan.swept_axis, region.patches) for image in plan.images]
     images = [image.with_source(source) for image, (source, _) in zip(plan.images, caches, strict=True)]
     channels = np.cumsum([0, *(image.num_channels for image in images)]).tolist()
-    i, j, k = plan.grid.patch_size
     for positions in plan.batches(needed):
         locations = [plan.grid.at(position) for position in positions]
-        stored = buffer_pool.empty((len(positions), channels[-1], k, j, i), np.float32)
-        batch = stored.transpose(0, 1, 4, 3, 2)
+        batch = axes.new_batch(len(positions), channels[-1], plan.grid.patch_size)
         outs = [[patch[a:b] for patch in batch] for a, b in itertools.pairwise(channels)]
         read_group(images, locations, padding_mode=options.reading_mode, out=outs)
         for _, done in caches:
