@@ -15,7 +15,7 @@ import pytest
 
 import zpatch as zp
 from zpatch.chunks.mapped_shards import close_shards
-from zpatch.loading import worker
+from zpatch.loading import draw_reader
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
@@ -73,7 +73,7 @@ def out(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Torch's convolution rounds differently with another number of threads."""
-    with worker.one_thread():
+    with draw_reader.one_thread():
         yield
 
 
