@@ -95,6 +95,10 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Print the plan, and do nothing.")
 @click.option("--no-resume", is_flag=True, help="Refuse an unfinished output instead of resuming it.")
 @overwrite_option
+@click.option(
+    "--verify", is_flag=True,
+    help="Compare every byte of a finished output, not only lengths, and mend what is damaged.",
+)  # fmt: skip
 @json_option
 @talk_options
 def predict_command(
@@ -114,7 +118,8 @@ def predict_command(
     STORE may also be one image, OME-Zarr or a Zarr array: a whole slide, for example, or a level of its
     pyramid. The network gets a float32 batch (B, C, I, J, K) and returns one, stored as the image
     'prediction', or a dict of batches, stored under their keys. No volume is ever loaded whole, and each
-    shard of the output is written once. After an interruption the same command resumes the prediction.
+    shard of the output is written once. After an interruption the same command resumes the prediction; if
+    files of OUTPUT are lost or damaged, it computes those shards again.
 
     \b
     Examples:

@@ -48,6 +48,7 @@ def predict(
     scheduler: str | None = None,
     resume: bool = True,
     overwrite: bool = False,
+    verify: bool = False,
     progress: Progress = lambda patches: None,
 ) -> Cohort:
     """Run a network over every subject and write its blended output into a store.
@@ -69,8 +70,10 @@ def predict(
     local processes, or the Dask cluster at ``scheduler``, share the volumes and give the same bytes as one.
 
     An unfinished output is resumed; it is refused with StoreExistsError if the model, the options or the
-    inputs changed. ``resume=False`` refuses any existing output, ``overwrite`` starts over. ``progress`` is
-    called with numbers of patches done. Returns the predictions as a cohort.
+    inputs changed. ``resume=False`` refuses any existing output, ``overwrite`` starts over. Files of the
+    output that are missing or have another length are made again, and so are those with other bytes if
+    ``verify`` is set: the network is run for the damaged shards only. ``progress`` is called with numbers of
+    patches done. Returns the predictions as a cohort.
 
     >>> import tempfile, numpy as np
     >>> from zpatch.images.image import ScalarImage

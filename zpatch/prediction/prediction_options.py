@@ -23,7 +23,7 @@ from zpatch.runtime.byte_sizes import parse_bytes
 MaskFunction = Callable[[Subject, PatchLocation], bool]
 
 OF_THE_NETWORK = ("device", "amp", "tta")  # stored as the network has them: "auto" is a device by then
-OF_THE_RUN = ("max_memory", "jobs", "scheduler", "resume", "overwrite")  # the voxels are the same
+OF_THE_RUN = ("max_memory", "jobs", "scheduler", "resume", "overwrite", "verify")  # the voxels are the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class PredictOptions:
     torch's or ``auto``; ``amp`` is autocast, ``tta`` a mean over all flips. ``mask`` is the name of an image
     or a function, ``fill`` the value where no patch is run. ``max_memory`` is bytes, as a number or as text;
     ``jobs`` counts local processes, ``scheduler`` is the address of a Dask cluster. ``resume`` allows an
-    existing output to be resumed, ``overwrite`` replaces it.
+    existing output to be resumed, ``overwrite`` replaces it; ``verify`` compares every byte that is stored.
 
     >>> PredictOptions.of(image="t1", patch_size=96, patch_overlap=32).patch_overlap
     (32, 32, 32)
@@ -60,6 +60,7 @@ class PredictOptions:
     scheduler: str | None = None
     resume: bool = True
     overwrite: bool = False
+    verify: bool = False
 
     @classmethod
     def of(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import itertools
 import os
 import shutil
 import uuid
@@ -33,10 +34,12 @@ from zpatch.prediction.region_run import WorkFolder, finish_subject, run_region
 from zpatch.prediction.shard_ledger import HEADER, check_same, header_of
 from zpatch.runtime.task_contract import Cluster, Progress
 from zpatch.runtime.tasks import run_tasks
+from zpatch.store.image_record import ImageRecord
 from zpatch.store.lock import writing_to
-from zpatch.store.names import MANIFEST, UNFINISHED
+from zpatch.store.names import MANIFEST, ROOT_DOCUMENT, UNFINISHED
 from zpatch.store.store import open_store
 from zpatch.store.store_writer import StoreWriter
+from zpatch.store.verification import damage_of, files_of
 
 
 def run_prediction(
@@ -63,19 +66,13 @@ def run_prediction(
         check_same({"subjects": writer.attributes["expected_subjects"]}, {"subjects": expected}, store)
         with writing_to(writer.path):
             inputs = digest(compact_json(header).encode())
-            jobs = [_begun(plan, inputs, writer) for plan in plans]
+            jobs = [_begun(plan, inputs, writer, verify=options.verify) for plan in plans]
         left = [job for job in jobs if job is not None]
         if done_before := sum(p.patches_run for p, job in zip(plans, jobs, strict=True) if job is None):
             progress(done_before)
         work = _Work(network, options, tuple(left))
         for job in _finished_jobs(work, sent, writer.path / UNFINISHED, progress):
-            with writing_to(writer.path):
-                finished = finish_subject(job.plan, job.folder)
-            records = [
-                (folder, dataclasses.replace(record, inputs=job.inputs)) for folder, record in finished
-            ]
-            writer.commit(records)
-            job.folder.remove()
+            _commit(job, writer)
         shutil.rmtree(writer.path / UNFINISHED, ignore_errors=True)
     return Cohort(output)
 
@@ -112,32 +109,62 @@ def _refuse_own_input(plans: Sequence[PredictionPlan], options: PredictOptions, 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Job:
-    """A subject to be predicted in ``folder``; ``inputs`` is the digest of its own part of the header."""
+    """A subject to be predicted in ``folder``; ``inputs`` is the digest of its own part of the header.
+
+    If it is committed and damaged, ``committed`` are the records of its images.
+    """
 
     plan: PredictionPlan
     folder: WorkFolder
     inputs: str
+    committed: tuple[ImageRecord, ...] = ()
 
 
-def _begun(plan: PredictionPlan, prediction: str, writer: StoreWriter) -> _Job | None:
-    """The job of a subject; None if its predictions are committed.
+def _begun(plan: PredictionPlan, prediction: str, writer: StoreWriter, *, verify: bool) -> _Job | None:
+    """The job of a subject; None if its predictions are committed and not damaged.
 
-    ``prediction`` is the digest of the header that all subjects share.
+    ``prediction`` is the digest of the header that all subjects share. Of a damaged subject all bytes are
+    compared with their seals, and the shards that are sound are kept. Damage is found by the presence and
+    length of files, or with ``verify`` in every byte.
     """
     header = _subject_header(plan)
     inputs = digest(compact_json(header).encode())
     name = plan.subject.name
-    committed = [writer.records.get((name, head.head.name)) for head in plan.heads]
-    if any(committed):
-        if any(record is None or record.inputs != inputs for record in committed):
+    keys = [(name, head.head.name) for head in plan.heads]
+    committed = tuple(writer.records[key] for key in keys if key in writer.records)
+    if committed:
+        if len(committed) < len(keys) or any(record.inputs != inputs for record in committed):
             raise StoreExistsError(
                 f"{writer.path}: the prediction of {name!r} was made from other inputs, mask or shards; "
                 f"say overwrite=True to start over, or choose another output"
             )
-        shutil.rmtree(writer.path / UNFINISHED / name, ignore_errors=True)
-        return None
+        if not _is_damaged(committed, writer, verify=verify):
+            shutil.rmtree(writer.path / UNFINISHED / name, ignore_errors=True)
+            return None
     folder = WorkFolder.begin(writer.path, name, {**header, "prediction": prediction})
-    return _Job(plan, folder, inputs)
+    for head, record in zip(plan.heads, committed, strict=False):
+        folder.ledger(head).adopt(writer.path / name / record.image, record)
+    return _Job(plan, folder, inputs, committed)
+
+
+def _is_damaged(committed: Sequence[ImageRecord], writer: StoreWriter, *, verify: bool) -> bool:
+    """Whether a file of some images of a subject, or the document of the subject, is damaged."""
+    document = f"{committed[0].subject}/{ROOT_DOCUMENT}"
+    files = itertools.chain([(document, writer.documents[document])], *map(files_of, committed))
+    return any(damage_of(writer.path, key, seal, quick=not verify) for key, seal in files)
+
+
+def _commit(job: _Job, writer: StoreWriter) -> None:
+    """Commit the images of a job; or mend them, if they are the same as before they were damaged."""
+    with writing_to(writer.path):
+        finished = finish_subject(job.plan, job.folder, job.committed)
+    images = [(folder, dataclasses.replace(record, inputs=job.inputs)) for folder, record in finished]
+    before = [compact_json(record.to_json()) for record in job.committed]
+    if before == [compact_json(record.to_json()) for _, record in images]:
+        writer.mend(images)
+    else:
+        writer.commit(images)
+    job.folder.remove()
 
 
 def _subject_header(plan: PredictionPlan) -> Json:

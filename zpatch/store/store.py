@@ -118,7 +118,9 @@ def _remedy(folder: Path, record: ImageRecord) -> str:
     """How a damaged image is mended, once all damage is known."""
     root = folder.parent.parent
     again = f"'zpatch convert SOURCE {root} --overwrite --include {record.subject}'"
-    if record.source is None:
+    if record.inputs is not None:
+        again = "the same 'zpatch predict' command, with --verify,"
+    elif record.source is None:
         again = "the command that wrote it, with --overwrite,"
     return f"run 'zpatch verify {root}' to see all that is damaged; {again} mends it"
 
