@@ -21,6 +21,7 @@ from zpatch.prediction.network import Network
 from zpatch.prediction.planning import plan_prediction
 from zpatch.prediction.prediction_options import MaskFunction, PredictOptions
 from zpatch.prediction.prediction_run import begun_shards, run_prediction
+from zpatch.runtime.failures import Failures
 from zpatch.runtime.task_contract import Progress
 from zpatch.store.store_writer import check_can_create
 
@@ -49,6 +50,7 @@ def predict(
     resume: bool = True,
     overwrite: bool = False,
     verify: bool = False,
+    keep_going: bool = True,
     progress: Progress = lambda patches: None,
 ) -> Cohort:
     """Run a network over every subject and write its blended output into a store.
@@ -75,6 +77,12 @@ def predict(
     ``verify`` is set: the network is run for the damaged shards only. ``progress`` is called with numbers of
     patches done. Returns the predictions as a cohort.
 
+    A subject whose files are missing or damaged, or on which the network fails, fails alone: the others are
+    predicted and committed, then its error is raised; if several failed, an error of the first one's class
+    that names all. The same call tries them again. ``keep_going=False`` raises the first error at once.
+    Errors of the output, of options, of the memory limit, and of the network on its very first patch always
+    are raised at once.
+
     >>> import tempfile, numpy as np
     >>> from zpatch.images.image import ScalarImage
     >>> subject = Subject(name="ann", t1=ScalarImage(np.ones((40, 40, 40), np.float32)))
@@ -89,5 +97,12 @@ def predict(
     check_can_create(Path(output), overwrite=options.overwrite, resume=options.resume)
     network = Network.of(model, options)
     begun = {} if options.overwrite else begun_shards(Path(output))
-    plans = plan_prediction(network, subjects, options, begun=begun)
-    return run_prediction(network, plans, output, options, progress=progress)
+    failures = Failures(keep_going=options.keep_going)
+    plans = plan_prediction(network, subjects, options, begun=begun, failures=failures)
+    names = [subject.name for subject in subjects]
+    predictions = run_prediction(
+        network, plans, output, options, subjects=names, failures=failures, progress=progress
+    )
+    if failures.found:
+        raise failures.error()
+    return predictions

@@ -23,7 +23,15 @@ from zpatch.runtime.byte_sizes import parse_bytes
 MaskFunction = Callable[[Subject, PatchLocation], bool]
 
 OF_THE_NETWORK = ("device", "amp", "tta")  # stored as the network has them: "auto" is a device by then
-OF_THE_RUN = ("max_memory", "jobs", "scheduler", "resume", "overwrite", "verify")  # the voxels are the same
+OF_THE_RUN = (
+    "max_memory",
+    "jobs",
+    "scheduler",
+    "resume",
+    "overwrite",
+    "verify",
+    "keep_going",
+)  # the voxels are the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +45,7 @@ class PredictOptions:
     or a function, ``fill`` the value where no patch is run. ``max_memory`` is bytes, as a number or as text;
     ``jobs`` counts local processes, ``scheduler`` is the address of a Dask cluster. ``resume`` allows an
     existing output to be resumed, ``overwrite`` replaces it; ``verify`` compares every byte that is stored.
+    With ``keep_going`` a subject that fails does not stop the others.
 
     >>> PredictOptions.of(image="t1", patch_size=96, patch_overlap=32).patch_overlap
     (32, 32, 32)
@@ -61,6 +70,7 @@ class PredictOptions:
     resume: bool = True
     overwrite: bool = False
     verify: bool = False
+    keep_going: bool = True
 
     @classmethod
     def of(

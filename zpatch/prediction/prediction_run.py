@@ -32,6 +32,7 @@ from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.prediction_plan import PredictionPlan
 from zpatch.prediction.region_run import WorkFolder, finish_subject, run_region
 from zpatch.prediction.shard_ledger import HEADER, check_same, header_of
+from zpatch.runtime.failures import Failures, is_of_subject, without_locals
 from zpatch.runtime.task_contract import Cluster, Progress
 from zpatch.runtime.tasks import run_tasks
 from zpatch.store.image_record import ImageRecord
@@ -48,10 +49,16 @@ def run_prediction(
     output: str | os.PathLike[str],
     options: PredictOptions,
     *,
+    subjects: Sequence[str] = (),
+    failures: Failures | None = None,
     progress: Progress = lambda patches: None,
 ) -> Cohort:
-    """Run or resume the plans of some subjects; each subject is committed when all its shards are written."""
-    store = Path(output)
+    """Run or resume the plans of some subjects; each subject is committed when all its shards are written.
+
+    ``subjects`` are all that the output is meant for, if some have no plan. ``failures`` notes the subjects
+    that fail; their error is raised here if no subject at all is predicted.
+    """
+    store, failures = Path(output), failures or Failures()
     _refuse_own_input(plans, options, store)
     if options.jobs > 1 and network.device.type != "cpu":
         raise OptionError(
@@ -59,22 +66,45 @@ def run_prediction(
         )
     sent = _Sent.of(network, options) if options.jobs > 1 or options.scheduler is not None else None
     header = {**network.stored(), **options.stored()}
-    expected = [plan.subject.name for plan in plans]
+    expected = list(subjects) or [plan.subject.name for plan in plans]
     attributes = {"tool": "zpatch predict", "expected_subjects": expected, "prediction": header}
     with _opened(store, attributes, overwrite=options.overwrite) as writer:
         check_same(writer.attributes["prediction"], header, store)
         check_same({"subjects": writer.attributes["expected_subjects"]}, {"subjects": expected}, store)
-        with writing_to(writer.path):
-            inputs = digest(compact_json(header).encode())
-            jobs = [_begun(plan, inputs, writer, verify=options.verify) for plan in plans]
-        left = [job for job in jobs if job is not None]
-        if done_before := sum(p.patches_run for p, job in zip(plans, jobs, strict=True) if job is None):
+        jobs, done = _begun_jobs(plans, header, writer, options, failures)
+        if done_before := sum(plan.patches_run for plan in done):
             progress(done_before)
-        work = _Work(network, options, tuple(left))
-        for job in _finished_jobs(work, sent, writer.path / UNFINISHED, progress):
-            _commit(job, writer)
-        shutil.rmtree(writer.path / UNFINISHED, ignore_errors=True)
+        committed = len(done)
+        work = _Work(network, options, tuple(jobs))
+        for job in _finished_jobs(work, sent, writer.path / UNFINISHED, failures, progress):
+            with failures.caught(job.plan.subject.name):
+                _commit(job, writer)
+                committed += 1
+        if not committed:
+            raise failures.error()
+        if not failures.found:
+            shutil.rmtree(writer.path / UNFINISHED, ignore_errors=True)
     return Cohort(output)
+
+
+def _begun_jobs(
+    plans: Sequence[PredictionPlan],
+    header: Json,
+    writer: StoreWriter,
+    options: PredictOptions,
+    failures: Failures,
+) -> tuple[list[_Job], list[PredictionPlan]]:
+    """The jobs of subjects that are to be predicted, and the plans of those that are done."""
+    prediction = digest(compact_json(header).encode())
+    jobs, done = [], []
+    for plan in plans:
+        with failures.caught(plan.subject.name), writing_to(writer.path):
+            job = _begun(plan, prediction, writer, verify=options.verify)
+            if job is None:
+                done.append(plan)
+            else:
+                jobs.append(job)
+    return jobs, done
 
 
 def _opened(store: Path, attributes: Json, *, overwrite: bool) -> StoreWriter:
@@ -201,10 +231,16 @@ class _Work:
             for region in range(len(job.plan.regions))
         ]
 
-    def do(self, task: tuple[int, int], progress: Progress) -> None:
-        """Do a task in this process."""
+    def do(self, task: tuple[int, int], progress: Progress) -> Exception | None:
+        """Do a task in this process; its result is the error of the subject, if there is one."""
         job = self.jobs[task[0]]
-        run_region(job.plan, job.plan.regions[task[1]], self.network, job.folder, self.options, progress)
+        try:
+            run_region(job.plan, job.plan.regions[task[1]], self.network, job.folder, self.options, progress)
+        except Exception as error:
+            if self.options.keep_going and is_of_subject(error):
+                return without_locals(error)
+            raise
+        return None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -236,8 +272,13 @@ class _Sent:
             cloudpickle.dump(jobs, file)
 
 
-def _finished_jobs(work: _Work, sent: _Sent | None, unfinished: Path, progress: Progress) -> Iterator[_Job]:
-    """Run all regions of all jobs; yields each job when all its regions are done."""
+def _finished_jobs(
+    work: _Work, sent: _Sent | None, unfinished: Path, failures: Failures, progress: Progress
+) -> Iterator[_Job]:
+    """Run all regions of all jobs; yields each job when all its regions are done.
+
+    If a region fails, the others of its subject are run nevertheless: the next run needs not to.
+    """
     tasks, options = work.tasks, work.options
     left = Counter(number for number, _ in tasks)
     names = [f"predict-{work.jobs[number].plan.subject.name}-{region}" for number, region in tasks]
@@ -252,9 +293,12 @@ def _finished_jobs(work: _Work, sent: _Sent | None, unfinished: Path, progress: 
         for number, result in run_tasks(
             function, tasks, jobs=options.jobs, cluster=cluster, progress=progress
         ):
-            if isinstance(result, WorkerError):
-                raise WorkerError(f"{names[number]}: {result}")
             job, _ = tasks[number]
+            if result is not None:
+                if isinstance(result, WorkerError):
+                    result = WorkerError(f"{names[number]}: {result}")
+                failures.add(work.jobs[job].plan.subject.name, result)
+                continue  # the job never has all its regions
             left[job] -= 1
             if not left[job]:
                 yield work.jobs[job]
@@ -262,11 +306,11 @@ def _finished_jobs(work: _Work, sent: _Sent | None, unfinished: Path, progress: 
         shared.unlink(missing_ok=True)
 
 
-def _do_shared(path: Path, alone: bool, task: tuple[int, int], progress: Progress) -> None:
+def _do_shared(path: Path, alone: bool, task: tuple[int, int], progress: Progress) -> Exception | None:
     """Do a task in another process; in one thread if the process is ``alone``, one per processor."""
     if alone:
         torch.set_num_threads(1)
-    _work_at(path).do(task, progress)
+    return _work_at(path).do(task, progress)
 
 
 @functools.lru_cache(maxsize=1)
