@@ -634,6 +634,8 @@ def test_a_network_that_fails_on_a_subject_is_one_line_with_subject_and_location
     if jobs == 1:  # the first subject was done by then
         assert (ran.code, lines, zp.Cohort(out).names) == (3, [], ["ann"])
         assert line.startswith("failed: bob: the model failed on subject 'bob'")
+    commands.forget()
+    commands.fail_at(3)
     ran = commands.predict(store, out, "--jobs", jobs, "--stop-at-first")
     assert re.search(FAILED, ran.refusal())
     assert zp.verify(out).damages == ()

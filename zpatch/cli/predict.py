@@ -12,6 +12,7 @@ from zpatch.cli.options import (
     STORE,
     Bytes,
     Voxels,
+    cluster_timeout_option,
     exclude_option,
     in_flags,
     include_option,
@@ -26,7 +27,6 @@ from zpatch.runtime.byte_sizes import format_bytes
 if TYPE_CHECKING:
     from zpatch.blending.reduction import Reduction
     from zpatch.images.subject import Subject
-    from zpatch.prediction.prediction_plan import PredictionPlan
 
 
 @click.command("predict", short_help="Run a network over every subject, patch by patch.")
@@ -89,6 +89,7 @@ if TYPE_CHECKING:
 @click.option("--amp", is_flag=True, help="Run the network in torch's automatic mixed precision.")
 @click.option("-j", "--jobs", type=click.IntRange(1), default=1, show_default=True, help="Local processes.")
 @click.option("--scheduler", metavar="WHERE", help="Run on a Dask cluster: tcp://... or a scheduler file.")
+@cluster_timeout_option
 @click.option(
     "--max-memory",
     type=Bytes(),
@@ -158,7 +159,7 @@ def predict_command(
     options = PredictOptions.of(resume=not no_resume, **given)
     network = Network.of(load_model(model), options)
     begun = {} if options.overwrite else begun_shards(output)
-    plans: list[PredictionPlan] = []
+    plans: list[Any] = []
 
     def say_why(failure: Failure) -> None:
         if plans and len(subjects) > 1:  # else it is the error of the command

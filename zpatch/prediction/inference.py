@@ -22,7 +22,7 @@ from zpatch.prediction.planning import plan_prediction
 from zpatch.prediction.prediction_options import MaskFunction, PredictOptions
 from zpatch.prediction.prediction_run import begun_shards, run_prediction
 from zpatch.runtime.failures import Failures
-from zpatch.runtime.task_contract import Progress
+from zpatch.runtime.task_contract import CLUSTER_TIMEOUT_S, Progress
 from zpatch.store.store_writer import check_can_create
 
 
@@ -47,6 +47,7 @@ def predict(
     max_memory: int | str | None = None,
     jobs: int = 1,
     scheduler: str | None = None,
+    cluster_timeout: float = CLUSTER_TIMEOUT_S,
     resume: bool = True,
     overwrite: bool = False,
     verify: bool = False,
@@ -70,6 +71,7 @@ def predict(
     anything runs and does not grow with the longest axis. To hold less than ``max_memory`` (bytes, or text
     such as "2 GiB") some patches are run twice; if that is not enough, MemoryLimitError is raised. ``jobs``
     local processes, or the Dask cluster at ``scheduler``, share the volumes and give the same bytes as one.
+    WorkerError is raised if a cluster has no workers for ``cluster_timeout`` seconds, or loses its scheduler.
 
     An unfinished output is resumed; it is refused with StoreExistsError if the model, the options or the
     inputs changed. ``resume=False`` refuses any existing output, ``overwrite`` starts over. Files of the

@@ -289,7 +289,9 @@ def _finished_jobs(
             with writing_to(unfinished.parent):
                 sent.write(shared, work.jobs)
         function = work.do if is_local else functools.partial(_do_shared, shared, options.jobs > 1)
-        cluster = None if options.scheduler is None else Cluster(options.scheduler, unfinished, names)
+        cluster = None
+        if options.scheduler is not None:
+            cluster = Cluster(options.scheduler, unfinished, names, options.cluster_timeout)
         for number, result in run_tasks(
             function, tasks, jobs=options.jobs, cluster=cluster, progress=progress
         ):
