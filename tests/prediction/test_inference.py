@@ -395,7 +395,7 @@ def test_a_model_that_fails_names_subject_and_location_and_its_output_can_be_res
             return batch
 
     with pytest.raises(ModelError) as error:
-        predict(cohort, out, Model())
+        predict(cohort, out, Model(), keep_going=False)
     text = str(error.value)
     assert "the model failed on subject 'sub-03', patches at (0, " in text
     assert "given (1, 1, 24, 24, 24): ArithmeticError: too hard" in text

@@ -622,14 +622,22 @@ FAILED = r"the model failed on subject '(ann|bob)', patches at \(\d+, \d+, \d+\)
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_a_network_that_fails_is_one_line_with_subject_and_location_and_a_rerun_resumes(
+def test_a_network_that_fails_on_a_subject_is_one_line_with_subject_and_location_and_a_rerun_resumes(
     commands: Commands, store: Path, cohort: zp.Cohort, out: Path, jobs: int
 ) -> None:
     expected = undisturbed(cohort, out)
     commands.fail_at(150)
-    line = commands.predict(store, out, "--jobs", jobs).refusal()
+    ran = commands.predict(store, out, "--jobs", jobs)
+    *lines, line = ran.err.splitlines()
     assert re.search(FAILED, line)
     assert line.endswith("given (2, 1, 20, 20, 20): ArithmeticError: too hard")
+    if jobs == 1:  # the first subject was done by then
+        assert (ran.code, lines, zp.Cohort(out).names) == (3, [], ["ann"])
+        assert line.startswith("failed: bob: the model failed on subject 'bob'")
+    commands.forget()
+    commands.fail_at(3)
+    ran = commands.predict(store, out, "--jobs", jobs, "--stop-at-first")
+    assert re.search(FAILED, ran.refusal())
     assert zp.verify(out).damages == ()
     commands.fail_at(None)
     commands.forget()

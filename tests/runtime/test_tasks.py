@@ -87,12 +87,13 @@ def run(
     *,
     scheduler: str | None = None,
     folder: Path | None = None,
+    timeout_s: float = 60,
     **options: Any,
 ) -> list[tuple[int, Any]]:
     if scheduler is not None:
         assert folder is not None
         names = [f"task-{number}" for number in range(len(tasks))]
-        options["cluster"] = Cluster(scheduler, folder, names)
+        options["cluster"] = Cluster(scheduler, folder, names, timeout_s)
     return list(run_tasks(function, tasks, **options))
 
 
@@ -350,11 +351,110 @@ def test_a_cluster_gives_each_result_once_and_runs_every_task_on_its_workers(tmp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_progress_of_a_cluster_is_reported_when_a_task_has_ended(tmp_path: Path) -> None:
+def test_progress_of_a_cluster_adds_up_to_that_of_its_tasks(tmp_path: Path) -> None:
     amounts: list[int] = []
     with local_cluster(1) as cluster:
         run(double, range(4), scheduler=cluster.scheduler_address, folder=tmp_path, progress=amounts.append)
     assert sorted(amounts) == [3, 6, 9]
+
+
+def step_by_step(steps: int, progress: Progress) -> None:
+    for _ in range(steps):
+        time.sleep(0.1)
+        progress(1)
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_progress_of_a_cluster_is_reported_while_a_task_runs(tmp_path: Path) -> None:
+    told: list[tuple[float, int]] = []
+    with local_cluster(1) as cluster:
+        run(
+            step_by_step,
+            [50],
+            scheduler=cluster.scheduler_address,
+            folder=tmp_path,
+            progress=lambda amount: told.append((time.monotonic(), amount)),
+        )
+    assert sum(amount for _, amount in told) == 50
+    assert len(told) >= 4
+    assert max(amount for _, amount in told) <= 20
+    assert told[-1][0] - told[0][0] > 2
+
+
+@pytest.mark.slow
+def test_a_cluster_without_workers_is_waited_for_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with local_cluster(0) as cluster:
+        late = threading.Timer(3, cluster.scale, [1])
+        late.start()
+        found = run(double, range(3), scheduler=cluster.scheduler_address, folder=tmp_path, timeout_s=60)
+        late.join()
+    assert sorted(found) == [(0, 0), (1, 2), (2, 4)]
+    said = [record.getMessage() for record in caplog.records if record.name == "zpatch"]
+    assert said == [f"waiting for workers: the Dask cluster at {cluster.scheduler_address} has none "
+                    "(for at most 60 s)"]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_cluster_that_has_no_workers_or_loses_all_of_them_is_given_up_in_time(
+    tmp_path: Path, workers: int
+) -> None:
+    def kill_all() -> None:
+        runs = tmp_path / "runs"
+        eventually(lambda: runs.exists() and len(runs.read_text().splitlines()) >= 2, "both at work")
+        cluster.scale(0)
+
+    tasks = [tmp_path / str(n) for n in range(6)]
+    with local_cluster(workers) as cluster:
+        killer = threading.Thread(target=kill_all)
+        if workers:
+            killer.start()
+        began = time.monotonic()
+        with pytest.raises(WorkerError, match=r"had no worker for 2 s \(cluster_timeout\); start"):
+            run(mark_and_wait, tasks, scheduler=cluster.scheduler_address, folder=tmp_path, timeout_s=2)
+        assert time.monotonic() - began < 45
+        if workers:
+            killer.join()
+
+
+SCHEDULER = "from distributed.cli.dask_scheduler import main; main()"
+WORKER = "from distributed.cli.dask_worker import main; main()"
+
+
+@pytest.mark.slow
+def test_a_scheduler_that_dies_in_mid_run_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "scheduler.json"
+    options = ["--scheduler-file", str(file)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
+    scheduler = subprocess.Popen(
+        [sys.executable, "-c", SCHEDULER, *options, "--port", "0", "--no-dashboard"],
+        **quiet,  # type: ignore[call-overload]
+    )
+    worker = subprocess.Popen([sys.executable, "-c", WORKER, *options, "--no-dashboard"], **quiet)  # type: ignore[call-overload]
+
+    def kill_it() -> None:
+        eventually(lambda: (tmp_path / "runs").exists(), "a task at work")
+        scheduler.kill()
+
+    try:
+        eventually(file.exists, "a scheduler")
+        killer = threading.Thread(target=kill_it)
+        killer.start()
+        began = time.monotonic()
+        tasks = [tmp_path / str(n) for n in range(4)]
+        with pytest.raises(WorkerError, match=r"the Dask scheduler at .* has ended; start it, then") as e:
+            run(mark_and_wait, tasks, scheduler=str(file), folder=tmp_path)
+        assert "\n" not in str(e.value)
+        assert time.monotonic() - began < 60
+        killer.join()
+    finally:
+        for process in (scheduler, worker):
+            process.kill()
+            process.wait()
 
 
 def test_a_cluster_is_found_by_its_scheduler_file(tmp_path: Path) -> None:
@@ -399,7 +499,7 @@ def test_a_task_that_always_kills_its_worker_on_a_cluster_is_given_up_and_all_ot
 def test_a_scheduler_that_does_not_answer_is_an_error_of_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    monkeypatch.setattr(dask_cluster, "CLUSTER_TIMEOUT_S", 1)
+    monkeypatch.setattr(dask_cluster, "CONNECT_TIMEOUT_S", 1)
     with pytest.raises(OptionError, match="no Dask scheduler answers at ") as caught:
         run(double, range(3), scheduler=where, folder=tmp_path)
     assert repr(where) in str(caught.value)

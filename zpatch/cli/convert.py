@@ -13,6 +13,7 @@ from zpatch.cli import EXIT_SOME_FAILED
 from zpatch.cli.options import (
     STORE,
     Bytes,
+    cluster_timeout_option,
     exclude_option,
     in_flags,
     include_option,
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
 @click.option("--strict", is_flag=True, help="Let a warning fail its case.")
 @click.option("-j", "--jobs", type=click.IntRange(1), default=1, show_default=True, help="Cases at a time.")
 @click.option("--scheduler", metavar="WHERE", help="Run on a Dask cluster: tcp://... or a scheduler file.")
+@cluster_timeout_option
 @click.option(
     "--report", type=click.Path(dir_okay=False, path_type=Path), help="Write a JSON line for each case."
 )

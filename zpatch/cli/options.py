@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from zpatch.runtime.byte_sizes import parse_bytes
+from zpatch.runtime.task_contract import CLUSTER_TIMEOUT_S
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -73,6 +74,10 @@ json_option = click.option(
     "--json", is_flag=True, help="Print JSON to stdout, and everything else to stderr."
 )
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace existing output.")
+cluster_timeout_option = click.option(
+    "--cluster-timeout", type=click.FloatRange(0, min_open=True), default=CLUSTER_TIMEOUT_S,
+    show_default=True, metavar="SECONDS", help="Wait so long for workers of a Dask cluster that has none.",
+)  # fmt: skip
 include_option = click.option(
     "--include", multiple=True, metavar="GLOB", help="Only subjects that match; may be repeated."
 )

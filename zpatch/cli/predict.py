@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from zpatch.cli import EXIT_SOME_FAILED
 from zpatch.cli.options import (
     STORE,
     Bytes,
     Voxels,
+    cluster_timeout_option,
     exclude_option,
     in_flags,
     include_option,
@@ -19,6 +21,7 @@ from zpatch.cli.options import (
     talk_options,
 )
 from zpatch.cli.progress import Progress, print_json, say
+from zpatch.errors import one_line
 from zpatch.runtime.byte_sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -94,16 +97,25 @@ if TYPE_CHECKING:
 @click.option("--amp", is_flag=True, help="Run the network in torch's automatic mixed precision.")
 @click.option("-j", "--jobs", type=click.IntRange(1), default=1, show_default=True, help="Local processes.")
 @click.option("--scheduler", metavar="WHERE", help="Run on a Dask cluster: tcp://... or a scheduler file.")
+@cluster_timeout_option
 @click.option(
     "--max-memory",
     type=Bytes(),
     help="Run some patches twice, or refuse, if a prediction needs more: '2 GiB'.",
 )
+@click.option(
+    "--keep-going/--stop-at-first", default=True, show_default=True,
+    help="When a subject fails, predict the others, or end at once.",
+)  # fmt: skip
 @include_option
 @exclude_option
 @click.option("--dry-run", is_flag=True, help="Print the plan, and do nothing.")
 @click.option("--no-resume", is_flag=True, help="Refuse an unfinished output instead of resuming it.")
 @overwrite_option
+@click.option(
+    "--verify", is_flag=True,
+    help="Compare every byte of a finished output, not only lengths, and mend what is damaged.",
+)  # fmt: skip
 @json_option
 @talk_options
 def predict_command(
@@ -117,7 +129,7 @@ def predict_command(
     no_resume: bool,
     json: bool,
     **given: Any,
-) -> None:
+) -> int:
     """Run a network over every subject of STORE and write its blended output into a store OUTPUT.
 
     STORE may also be one image, OME-Zarr or a Zarr array: a whole slide, for example, or a level of its
@@ -128,7 +140,9 @@ def predict_command(
     'prediction', or a dict of batches, stored under their keys.
 
     No volume is ever loaded whole, and each shard of the output is written once. After an interruption the
-    same command resumes the prediction.
+    same command resumes the prediction; if files of OUTPUT are lost or damaged, it computes those shards
+    again. A subject that is damaged, or on which the network fails, is left out, with one line that says why;
+    the others are predicted and the exit code is 3.
 
     \b
     Examples:
@@ -145,6 +159,7 @@ def predict_command(
     from zpatch.prediction.planning import plan_prediction
     from zpatch.prediction.prediction_options import PredictOptions
     from zpatch.prediction.prediction_run import begun_shards, run_prediction
+    from zpatch.runtime.failures import Failure, Failures
     from zpatch.store.store_writer import check_can_create
 
     check_can_create(output, overwrite=given["overwrite"], resume=not no_resume)
@@ -156,7 +171,16 @@ def predict_command(
     options = PredictOptions.of(resume=not no_resume, **given)
     network = Network.of(load_model(model), options)
     begun = {} if options.overwrite else begun_shards(output)
-    plans = plan_prediction(network, subjects, options, begun=begun)
+    plans: list[Any] = []
+
+    def say_why(failure: Failure) -> None:
+        if plans and len(subjects) > 1:  # else it is the error of the command
+            say(f"failed: {in_flags(str(failure))}", always=True)
+
+    failures = Failures(keep_going=options.keep_going, on_failure=say_why)
+    plans += plan_prediction(network, subjects, options, begun=begun, failures=failures)
+    for failure in failures.found:
+        say_why(failure)
     patches, peak = sum(plan.patches_run for plan in plans), max(plan.peak_bytes for plan in plans)
     say(f"{len(plans)} subjects, {patches} patches, {format_bytes(peak)} of memory beside the network's own")
     if dry_run:
@@ -164,13 +188,19 @@ def predict_command(
             print_json([{**plan.to_json(), "model_axes": network.axes.letters} for plan in plans])
         else:
             click.echo("\n".join([in_flags(network.axes.notice), *map(str, plans)]))
-        return
+        return EXIT_SOME_FAILED if failures.found else 0
+    names = [subject.name for subject in subjects]
     with Progress("predicting", patches, unit="patches") as progress:
-        predictions = run_prediction(network, plans, output, options, progress=progress)
+        predictions = run_prediction(
+            network, plans, output, options, subjects=names, failures=failures, progress=progress
+        )
     if json:
-        print_json({"store": str(output), "subjects": predictions.names, "patches": patches})
+        failed = [{"subject": f.subject, "reason": one_line(f.error)} for f in failures.found]
+        done = {"store": str(output), "subjects": predictions.names, "patches": patches}
+        print_json({**done, "failed": failed})
     else:
         click.echo(output)
+    return EXIT_SOME_FAILED if failures.found else 0
 
 
 def _only_image(subject: Subject) -> str:

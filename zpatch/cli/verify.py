@@ -45,8 +45,5 @@ def verify_command(store: Path, quick: bool, json: bool) -> int:
         say(f"{report.images} images, {report.files} files, {format_bytes(report.bytes)}: {how} as written")
         return 0
     faults = len(report.damages) + len(report.missing_subjects)
-    say(
-        f"{faults} faults; 'zpatch convert SOURCE {store} --overwrite --include SUBJECT' converts a subject "
-        f"again; run 'zpatch predict' again for predictions, or restore files from a copy"
-    )
+    say(f"{faults} faults; {report.remedy}")
     return EXIT_DAMAGED

@@ -134,7 +134,9 @@ def run_conversion(
     with opened as writer:
         tasks = [CaseTask(case, plan.options, plan.folder, writer.staging) for case in plan.cases]
         names = [f"convert-{case.case.subject}" for case in plan.cases]
-        cluster = None if scheduler is None else Cluster(scheduler, writer.staging, names)
+        cluster = None
+        if scheduler is not None:
+            cluster = Cluster(scheduler, writer.staging, names, plan.options.cluster_timeout)
         for number, result in run_tasks(
             stage_case, tasks, jobs=plan.options.jobs, cluster=cluster, progress=progress
         ):

@@ -14,6 +14,7 @@ from zpatch.chunks.layout import CHUNK_VOXELS, SHARD_BYTES
 from zpatch.errors import OptionError
 from zpatch.nifti import header
 from zpatch.runtime.byte_sizes import parse_bytes
+from zpatch.runtime.task_contract import CLUSTER_TIMEOUT_S, check_cluster_timeout
 
 FORMATS = ("auto", "bids", "nnunet", "msd", "json", "csv", "glob")
 AFFINES = ("sform", "qform")
@@ -33,7 +34,8 @@ class ConvertOptions:
     RAS, say. Patterns are globs: of file names in ``label_patterns`` and ``sampling_patterns``, of subjects
     in ``include`` and ``exclude``. ``limit`` is the largest number of cases; ``strict`` fails a case for a
     warning. ``jobs`` cases are converted at a time. To stay below ``max_memory`` (bytes, or a text such as
-    ``"2 GiB"``) shards are made smaller; where that is not enough the plan is refused.
+    ``"2 GiB"``) shards are made smaller; where that is not enough the plan is refused. A
+    Dask cluster may be without workers for ``cluster_timeout`` seconds.
     """
 
     format: str = "auto"
@@ -50,6 +52,7 @@ class ConvertOptions:
     strict: bool = False
     jobs: int = 1
     max_memory: int | str | None = None
+    cluster_timeout: float = CLUSTER_TIMEOUT_S
 
     @property
     def chooses_subjects(self) -> bool:
@@ -64,6 +67,7 @@ class ConvertOptions:
         if self.limit is not None and self.limit < 1:
             raise OptionError(f"limit must be at least 1 subject, not {self.limit}", option="limit")
         check_codec(self.codec)
+        check_cluster_timeout(self.cluster_timeout)
         if self.max_memory is not None:
             parse_bytes(self.max_memory)
         if self.jobs < 1:

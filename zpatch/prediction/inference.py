@@ -21,7 +21,8 @@ from zpatch.prediction.network import Network
 from zpatch.prediction.planning import plan_prediction
 from zpatch.prediction.prediction_options import MaskFunction, PredictOptions
 from zpatch.prediction.prediction_run import begun_shards, run_prediction
-from zpatch.runtime.task_contract import Progress
+from zpatch.runtime.failures import Failures
+from zpatch.runtime.task_contract import CLUSTER_TIMEOUT_S, Progress
 from zpatch.store.store_writer import check_can_create
 
 
@@ -47,8 +48,11 @@ def predict(
     max_memory: int | str | None = None,
     jobs: int = 1,
     scheduler: str | None = None,
+    cluster_timeout: float = CLUSTER_TIMEOUT_S,
     resume: bool = True,
     overwrite: bool = False,
+    verify: bool = False,
+    keep_going: bool = True,
     progress: Progress = lambda patches: None,
 ) -> Cohort:
     """Run a network over every subject and write its blended output into a store.
@@ -73,10 +77,19 @@ def predict(
     anything runs and does not grow with the longest axis. To hold less than ``max_memory`` (bytes, or text
     such as "2 GiB") some patches are run twice; if that is not enough, MemoryLimitError is raised. ``jobs``
     local processes, or the Dask cluster at ``scheduler``, share the volumes and give the same bytes as one.
+    WorkerError is raised if a cluster has no workers for ``cluster_timeout`` seconds, or loses its scheduler.
 
     An unfinished output is resumed; it is refused with StoreExistsError if the model, the options or the
-    inputs changed. ``resume=False`` refuses any existing output, ``overwrite`` starts over. ``progress`` is
-    called with numbers of patches done. Returns the predictions as a cohort.
+    inputs changed. ``resume=False`` refuses any existing output, ``overwrite`` starts over. Files of the
+    output that are missing or have another length are made again, and so are those with other bytes if
+    ``verify`` is set: the network is run for the damaged shards only. ``progress`` is called with numbers of
+    patches done. Returns the predictions as a cohort.
+
+    A subject whose files are missing or damaged, or on which the network fails, fails alone: the others are
+    predicted and committed, then its error is raised; if several failed, an error of the first one's class
+    that names all. The same call tries them again. ``keep_going=False`` raises the first error at once.
+    Errors of the output, of options, of the memory limit, and of the network on its very first patch always
+    are raised at once.
 
     >>> import tempfile, numpy as np
     >>> from zpatch.images.image import ScalarImage
@@ -92,5 +105,12 @@ def predict(
     check_can_create(Path(output), overwrite=options.overwrite, resume=options.resume)
     network = Network.of(model, options)
     begun = {} if options.overwrite else begun_shards(Path(output))
-    plans = plan_prediction(network, subjects, options, begun=begun)
-    return run_prediction(network, plans, output, options, progress=progress)
+    failures = Failures(keep_going=options.keep_going)
+    plans = plan_prediction(network, subjects, options, begun=begun, failures=failures)
+    names = [subject.name for subject in subjects]
+    predictions = run_prediction(
+        network, plans, output, options, subjects=names, failures=failures, progress=progress
+    )
+    if failures.found:
+        raise failures.error()
+    return predictions

@@ -27,6 +27,7 @@ from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.prediction_plan import Head, PredictionPlan
 from zpatch.prediction.regions import NOT_BEGUN, Shards, grid_over, partitions, planned_heads
 from zpatch.runtime.byte_sizes import format_bytes, parse_bytes
+from zpatch.runtime.failures import Failures
 from zpatch.runtime.process_memory import resident_bytes
 from zpatch.store.names import check_name, check_names_differ
 
@@ -39,20 +40,29 @@ def plan_prediction(
     options: PredictOptions,
     *,
     begun: Mapping[str, Shards] = MappingProxyType({}),
+    failures: Failures | None = None,
 ) -> list[PredictionPlan]:
     """The plan of each subject. The network is run on one patch of the first subject; nothing is written.
 
-    ``begun`` has the shards of an output that is to be resumed, by subject and output: they are kept. Raises
-    MemoryLimitError if no plan of a subject fits ``options.max_memory``.
+    ``begun`` has the shards of an output that is to be resumed, by subject and output: they are kept.
+    ``failures`` notes the subjects that cannot be read, unless none can. Raises MemoryLimitError if no plan
+    of a subject fits ``options.max_memory``.
     """
     _check_subjects(subjects)
-    heads = probe(network, subjects[0], options)
-    limit = _bytes_left(options)
-    plans = []
+    failures = failures or Failures()
+    heads: tuple[Head, ...] = ()
+    limit: int | None = None
+    plans: list[PredictionPlan] = []
     for subject in subjects:
-        slabs, of_subject = _slabs(subject, options, len(subjects)), begun.get(subject.name, NOT_BEGUN)
-        found = candidates(subject, heads, options, slabs=slabs, tta=network.tta, begun=of_subject)
-        plans.append(first_fitting(found, limit, of_subject))
+        with failures.caught(subject.name, but=ModelError):  # that of a network that fails on its first patch
+            if not heads:
+                heads = probe(network, subject, options)
+                limit = _bytes_left(options)
+            slabs, of_subject = _slabs(subject, options, len(subjects)), begun.get(subject.name, NOT_BEGUN)
+            found = candidates(subject, heads, options, slabs=slabs, tta=network.tta, begun=of_subject)
+            plans.append(first_fitting(found, limit, of_subject))
+    if not plans:
+        raise failures.error()
     return plans
 
 

@@ -19,16 +19,21 @@ from zpatch.images.normalization import MODES
 from zpatch.images.subject import Subject
 from zpatch.prediction.model_identity import identity
 from zpatch.runtime.byte_sizes import parse_bytes
+from zpatch.runtime.task_contract import CLUSTER_TIMEOUT_S, check_cluster_timeout
 
 MaskFunction = Callable[[Subject, PatchLocation], bool]
 
-OF_THE_NETWORK = (
-    "device",
-    "amp",
-    "tta",
-    "model_axes",
-)  # stored as the network has them: "auto" is a device by then
-OF_THE_RUN = ("max_memory", "jobs", "scheduler", "resume", "overwrite")  # the voxels are the same
+OF_THE_NETWORK = ("device", "amp", "tta", "model_axes")  # stored by the network: "auto" is a device by then
+OF_THE_RUN = (
+    "max_memory",
+    "jobs",
+    "scheduler",
+    "cluster_timeout",
+    "resume",
+    "overwrite",
+    "verify",
+    "keep_going",
+)  # the voxels are the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +46,10 @@ class PredictOptions:
     torch's or ``auto``; ``amp`` is autocast, ``tta`` a mean over all flips, ``model_axes`` the axes of the
     network's batches, as ``xyz``, ``zyx`` or (2-D) ``yx``. ``mask`` is the name of an image
     or a function, ``fill`` the value where no patch is run. ``max_memory`` is bytes, as a number or as text;
-    ``jobs`` counts local processes, ``scheduler`` is the address of a Dask cluster. ``resume`` allows an
-    existing output to be resumed, ``overwrite`` replaces it.
+    ``jobs`` counts local processes, ``scheduler`` is the address of a Dask cluster, which may be
+    without workers for ``cluster_timeout`` seconds. ``resume`` allows an
+    existing output to be resumed, ``overwrite`` replaces it; ``verify`` compares every byte that is stored.
+    With ``keep_going`` a subject that fails does not stop the others.
 
     >>> PredictOptions.of(image="t1", patch_size=96, patch_overlap=32).patch_overlap
     (32, 32, 32)
@@ -65,8 +72,11 @@ class PredictOptions:
     max_memory: int | str | None = None
     jobs: int = 1
     scheduler: str | None = None
+    cluster_timeout: float = CLUSTER_TIMEOUT_S
     resume: bool = True
     overwrite: bool = False
+    verify: bool = False
+    keep_going: bool = True
 
     @classmethod
     def of(
@@ -99,6 +109,7 @@ class PredictOptions:
         for name, count in (("batch_size", self.batch_size), ("jobs", self.jobs)):
             if count < 1:
                 raise OptionError(f"{name} must be at least 1, not {count}", option=name)
+        check_cluster_timeout(self.cluster_timeout)
         if self.max_memory is not None:
             parse_bytes(self.max_memory)
 

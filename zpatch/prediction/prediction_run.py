@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import itertools
 import os
 import shutil
 import uuid
@@ -31,12 +32,15 @@ from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.prediction_plan import PredictionPlan
 from zpatch.prediction.region_run import WorkFolder, finish_subject, run_region
 from zpatch.prediction.shard_ledger import HEADER, check_same, header_of
+from zpatch.runtime.failures import Failures, is_of_subject, without_locals
 from zpatch.runtime.task_contract import Cluster, Progress
 from zpatch.runtime.tasks import run_tasks
+from zpatch.store.image_record import ImageRecord
 from zpatch.store.lock import writing_to
-from zpatch.store.names import MANIFEST, UNFINISHED
+from zpatch.store.names import MANIFEST, ROOT_DOCUMENT, UNFINISHED
 from zpatch.store.store import open_store
 from zpatch.store.store_writer import StoreWriter
+from zpatch.store.verification import damage_of, files_of
 
 
 def run_prediction(
@@ -45,10 +49,16 @@ def run_prediction(
     output: str | os.PathLike[str],
     options: PredictOptions,
     *,
+    subjects: Sequence[str] = (),
+    failures: Failures | None = None,
     progress: Progress = lambda patches: None,
 ) -> Cohort:
-    """Run or resume the plans of some subjects; each subject is committed when all its shards are written."""
-    store = Path(output)
+    """Run or resume the plans of some subjects; each subject is committed when all its shards are written.
+
+    ``subjects`` are all that the output is meant for, if some have no plan. ``failures`` notes the subjects
+    that fail; their error is raised here if no subject at all is predicted.
+    """
+    store, failures = Path(output), failures or Failures()
     _refuse_own_input(plans, options, store)
     if options.jobs > 1 and network.device.type != "cpu":
         raise OptionError(
@@ -56,28 +66,45 @@ def run_prediction(
         )
     sent = _Sent.of(network, options) if options.jobs > 1 or options.scheduler is not None else None
     header = {**network.stored(), **options.stored()}
-    expected = [plan.subject.name for plan in plans]
+    expected = list(subjects) or [plan.subject.name for plan in plans]
     attributes = {"tool": "zpatch predict", "expected_subjects": expected, "prediction": header}
     with _opened(store, attributes, overwrite=options.overwrite) as writer:
         check_same(writer.attributes["prediction"], header, store)
         check_same({"subjects": writer.attributes["expected_subjects"]}, {"subjects": expected}, store)
-        with writing_to(writer.path):
-            inputs = digest(compact_json(header).encode())
-            jobs = [_begun(plan, inputs, writer) for plan in plans]
-        left = [job for job in jobs if job is not None]
-        if done_before := sum(p.patches_run for p, job in zip(plans, jobs, strict=True) if job is None):
+        jobs, done = _begun_jobs(plans, header, writer, options, failures)
+        if done_before := sum(plan.patches_run for plan in done):
             progress(done_before)
-        work = _Work(network, options, tuple(left))
-        for job in _finished_jobs(work, sent, writer.path / UNFINISHED, progress):
-            with writing_to(writer.path):
-                finished = finish_subject(job.plan, job.folder)
-            records = [
-                (folder, dataclasses.replace(record, inputs=job.inputs)) for folder, record in finished
-            ]
-            writer.commit(records)
-            job.folder.remove()
-        shutil.rmtree(writer.path / UNFINISHED, ignore_errors=True)
+        committed = len(done)
+        work = _Work(network, options, tuple(jobs))
+        for job in _finished_jobs(work, sent, writer.path / UNFINISHED, failures, progress):
+            with failures.caught(job.plan.subject.name):
+                _commit(job, writer)
+                committed += 1
+        if not committed:
+            raise failures.error()
+        if not failures.found:
+            shutil.rmtree(writer.path / UNFINISHED, ignore_errors=True)
     return Cohort(output)
+
+
+def _begun_jobs(
+    plans: Sequence[PredictionPlan],
+    header: Json,
+    writer: StoreWriter,
+    options: PredictOptions,
+    failures: Failures,
+) -> tuple[list[_Job], list[PredictionPlan]]:
+    """The jobs of subjects that are to be predicted, and the plans of those that are done."""
+    prediction = digest(compact_json(header).encode())
+    jobs, done = [], []
+    for plan in plans:
+        with failures.caught(plan.subject.name), writing_to(writer.path):
+            job = _begun(plan, prediction, writer, verify=options.verify)
+            if job is None:
+                done.append(plan)
+            else:
+                jobs.append(job)
+    return jobs, done
 
 
 def _opened(store: Path, attributes: Json, *, overwrite: bool) -> StoreWriter:
@@ -112,32 +139,62 @@ def _refuse_own_input(plans: Sequence[PredictionPlan], options: PredictOptions, 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Job:
-    """A subject to be predicted in ``folder``; ``inputs`` is the digest of its own part of the header."""
+    """A subject to be predicted in ``folder``; ``inputs`` is the digest of its own part of the header.
+
+    If it is committed and damaged, ``committed`` are the records of its images.
+    """
 
     plan: PredictionPlan
     folder: WorkFolder
     inputs: str
+    committed: tuple[ImageRecord, ...] = ()
 
 
-def _begun(plan: PredictionPlan, prediction: str, writer: StoreWriter) -> _Job | None:
-    """The job of a subject; None if its predictions are committed.
+def _begun(plan: PredictionPlan, prediction: str, writer: StoreWriter, *, verify: bool) -> _Job | None:
+    """The job of a subject; None if its predictions are committed and not damaged.
 
-    ``prediction`` is the digest of the header that all subjects share.
+    ``prediction`` is the digest of the header that all subjects share. Of a damaged subject all bytes are
+    compared with their seals, and the shards that are sound are kept. Damage is found by the presence and
+    length of files, or with ``verify`` in every byte.
     """
     header = _subject_header(plan)
     inputs = digest(compact_json(header).encode())
     name = plan.subject.name
-    committed = [writer.records.get((name, head.head.name)) for head in plan.heads]
-    if any(committed):
-        if any(record is None or record.inputs != inputs for record in committed):
+    keys = [(name, head.head.name) for head in plan.heads]
+    committed = tuple(writer.records[key] for key in keys if key in writer.records)
+    if committed:
+        if len(committed) < len(keys) or any(record.inputs != inputs for record in committed):
             raise StoreExistsError(
                 f"{writer.path}: the prediction of {name!r} was made from other inputs, mask or shards; "
                 f"say overwrite=True to start over, or choose another output"
             )
-        shutil.rmtree(writer.path / UNFINISHED / name, ignore_errors=True)
-        return None
+        if not _is_damaged(committed, writer, verify=verify):
+            shutil.rmtree(writer.path / UNFINISHED / name, ignore_errors=True)
+            return None
     folder = WorkFolder.begin(writer.path, name, {**header, "prediction": prediction})
-    return _Job(plan, folder, inputs)
+    for head, record in zip(plan.heads, committed, strict=False):
+        folder.ledger(head).adopt(writer.path / name / record.image, record)
+    return _Job(plan, folder, inputs, committed)
+
+
+def _is_damaged(committed: Sequence[ImageRecord], writer: StoreWriter, *, verify: bool) -> bool:
+    """Whether a file of some images of a subject, or the document of the subject, is damaged."""
+    document = f"{committed[0].subject}/{ROOT_DOCUMENT}"
+    files = itertools.chain([(document, writer.documents[document])], *map(files_of, committed))
+    return any(damage_of(writer.path, key, seal, quick=not verify) for key, seal in files)
+
+
+def _commit(job: _Job, writer: StoreWriter) -> None:
+    """Commit the images of a job; or mend them, if they are the same as before they were damaged."""
+    with writing_to(writer.path):
+        finished = finish_subject(job.plan, job.folder, job.committed)
+    images = [(folder, dataclasses.replace(record, inputs=job.inputs)) for folder, record in finished]
+    before = [compact_json(record.to_json()) for record in job.committed]
+    if before == [compact_json(record.to_json()) for _, record in images]:
+        writer.mend(images)
+    else:
+        writer.commit(images)
+    job.folder.remove()
 
 
 def _subject_header(plan: PredictionPlan) -> Json:
@@ -174,10 +231,16 @@ class _Work:
             for region in range(len(job.plan.regions))
         ]
 
-    def do(self, task: tuple[int, int], progress: Progress) -> None:
-        """Do a task in this process."""
+    def do(self, task: tuple[int, int], progress: Progress) -> Exception | None:
+        """Do a task in this process; its result is the error of the subject, if there is one."""
         job = self.jobs[task[0]]
-        run_region(job.plan, job.plan.regions[task[1]], self.network, job.folder, self.options, progress)
+        try:
+            run_region(job.plan, job.plan.regions[task[1]], self.network, job.folder, self.options, progress)
+        except Exception as error:
+            if self.options.keep_going and is_of_subject(error):
+                return without_locals(error)
+            raise
+        return None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -209,8 +272,13 @@ class _Sent:
             cloudpickle.dump(jobs, file)
 
 
-def _finished_jobs(work: _Work, sent: _Sent | None, unfinished: Path, progress: Progress) -> Iterator[_Job]:
-    """Run all regions of all jobs; yields each job when all its regions are done."""
+def _finished_jobs(
+    work: _Work, sent: _Sent | None, unfinished: Path, failures: Failures, progress: Progress
+) -> Iterator[_Job]:
+    """Run all regions of all jobs; yields each job when all its regions are done.
+
+    If a region fails, the others of its subject are run nevertheless: the next run needs not to.
+    """
     tasks, options = work.tasks, work.options
     left = Counter(number for number, _ in tasks)
     names = [f"predict-{work.jobs[number].plan.subject.name}-{region}" for number, region in tasks]
@@ -221,13 +289,18 @@ def _finished_jobs(work: _Work, sent: _Sent | None, unfinished: Path, progress: 
             with writing_to(unfinished.parent):
                 sent.write(shared, work.jobs)
         function = work.do if is_local else functools.partial(_do_shared, shared, options.jobs > 1)
-        cluster = None if options.scheduler is None else Cluster(options.scheduler, unfinished, names)
+        cluster = None
+        if options.scheduler is not None:
+            cluster = Cluster(options.scheduler, unfinished, names, options.cluster_timeout)
         for number, result in run_tasks(
             function, tasks, jobs=options.jobs, cluster=cluster, progress=progress
         ):
-            if isinstance(result, WorkerError):
-                raise WorkerError(f"{names[number]}: {result}")
             job, _ = tasks[number]
+            if result is not None:
+                if isinstance(result, WorkerError):
+                    result = WorkerError(f"{names[number]}: {result}")
+                failures.add(work.jobs[job].plan.subject.name, result)
+                continue  # the job never has all its regions
             left[job] -= 1
             if not left[job]:
                 yield work.jobs[job]
@@ -235,11 +308,11 @@ def _finished_jobs(work: _Work, sent: _Sent | None, unfinished: Path, progress: 
         shared.unlink(missing_ok=True)
 
 
-def _do_shared(path: Path, alone: bool, task: tuple[int, int], progress: Progress) -> None:
+def _do_shared(path: Path, alone: bool, task: tuple[int, int], progress: Progress) -> Exception | None:
     """Do a task in another process; in one thread if the process is ``alone``, one per processor."""
     if alone:
         torch.set_num_threads(1)
-    _work_at(path).do(task, progress)
+    return _work_at(path).do(task, progress)
 
 
 @functools.lru_cache(maxsize=1)

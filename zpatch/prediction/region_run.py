@@ -259,19 +259,23 @@ class ShardSink:
         self._pool.shutdown(cancel_futures=True)
 
 
-def finish_subject(plan: PredictionPlan, folder: WorkFolder) -> list[tuple[Path, ImageRecord]]:
+def finish_subject(
+    plan: PredictionPlan, folder: WorkFolder, committed: Sequence[ImageRecord] = ()
+) -> list[tuple[Path, ImageRecord]]:
     """Complete the images of a subject, once all their shards are written: their folders, and their records.
 
-    Raises IncompleteCoverageError if a shard is missing. May be repeated.
+    ``committed`` are the images that are mended, if they are. Raises IncompleteCoverageError if a shard is
+    missing. May be repeated.
     """
     ledgers = [folder.ledger(head) for head in plan.heads]
+    skipped = [record.stats.get("skipped", 0) for record in committed] or [None] * len(ledgers)
     return [
-        (ledger.folder, _finished(head, plan.images[0], ledger))
-        for head, ledger in zip(plan.heads, ledgers, strict=True)
+        (ledger.folder, _finished(head, plan.images[0], ledger, of_image))
+        for head, ledger, of_image in zip(plan.heads, ledgers, skipped, strict=True)
     ]
 
 
-def _finished(head: PlannedHead, image: Image, ledger: ShardLedger) -> ImageRecord:
+def _finished(head: PlannedHead, image: Image, ledger: ShardLedger, skipped: int | None) -> ImageRecord:
     """Complete an image, with the NIfTI header of the image it was predicted from if the grid is the same."""
     record, like = head.record, None
     source, keeps_grid = image.record, head.tiling.shape == image.spatial_shape
@@ -285,4 +289,4 @@ def _finished(head: PlannedHead, image: Image, ledger: ShardLedger) -> ImageReco
         spatial_unit=record.spatial_unit,
         like=like,
     )
-    return ledger.finish(record, header)
+    return ledger.finish(record, header, skipped=skipped)

@@ -23,6 +23,7 @@ import base64
 import dataclasses
 import io
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
@@ -33,14 +34,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from zpatch.chunks.gather import read_region
+from zpatch.chunks.mapped_shards import close_shards
 from zpatch.chunks.shard_writer import write_shard
 from zpatch.digests import FileSeal, Json, compact_json, digest, sealed_line, unsealed
 from zpatch.errors import DamageError, IncompleteCoverageError, StoreExistsError
-from zpatch.runtime.whole_file import whole_file
+from zpatch.runtime.whole_file import sync, whole_file
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.image_writer import ImageTally, Shard
 from zpatch.store.staged_image import StagedImage
 from zpatch.store.store import sharded_array
+from zpatch.store.verification import damage_of
 
 LEDGER = ".ledger"
 HEADER = ".ledger.json"
@@ -113,17 +117,49 @@ class ShardLedger:
         """Whether a shard is written: it has a sound entry, and its file has the length given there."""
         return self._read(self._entry_file(shard)) is not None
 
-    def finish(self, record: ImageRecord, raw_header: bytes, warnings: Sequence[str] = ()) -> ImageRecord:
+    def adopt(self, image: Path, record: ImageRecord) -> None:
+        """Take over all sound shards of the committed image in the folder ``image``, which is not modified.
+
+        A shard is sound if its file has the sealed bytes. Shards are read one at a time, because the
+        statistics of each are counted again. How many voxels were skipped in a shard is not known, so
+        ``finish`` must be given their number.
+        """
+        array = sharded_array(self.folder, record)
+        for c, z, y, x in np.ndindex(array.shard_grid):
+            shard, file = (c, z, y, x), array.shard_file((c, z, y, x))
+            key = file.relative_to(self.folder).as_posix()
+            if self.has(shard) or damage_of(image, key, record.files[key], quick=False):
+                continue
+            file.unlink(missing_ok=True)
+            with whole_file(file, self._entries / _partial_name(), is_synced=True) as partial:
+                _link(image / key, partial)
+            first = [n * s for n, s in zip(shard, array.shards, strict=True)]
+            stop = [min(a + s, n) for a, s, n in zip(first, array.shards, array.shape, strict=True)]
+            tally = ImageTally(record, array.name)
+            tally.update(shard, read_region(array, first, stop))
+            entry = _Entry(shard, key, record.files[key], 0, _packed(tally.state()))
+            _write_sealed(self._entry_file(shard), entry.to_json())
+        close_shards(self.folder)
+
+    def finish(
+        self,
+        record: ImageRecord,
+        raw_header: bytes,
+        warnings: Sequence[str] = (),
+        *,
+        skipped: int | None = None,
+    ) -> ImageRecord:
         """Write all files of the image but its shards, and return its record with statistics and seals.
 
-        ``stats["skipped"]`` is how many voxels were filled and not predicted, if there are any. No shard is
-        read. May be repeated, also after it was killed. Raises IncompleteCoverageError if shards are missing.
+        ``stats["skipped"]`` is how many voxels were filled and not predicted, if there are any: ``skipped``,
+        or else the sum over all entries. No shard is read. May be repeated, also after it was killed. Raises
+        IncompleteCoverageError if shards are missing.
         """
         array = sharded_array(self.folder, record)
         tally = ImageTally(record, array.name)
         seals: dict[str, FileSeal] = {}
         missing: list[Shard] = []
-        skipped = 0
+        filled = 0
         for c, z, y, x in np.ndindex(array.shard_grid):
             entry = self._read(self._entry_file((c, z, y, x)))
             if entry is None:
@@ -131,7 +167,7 @@ class ShardLedger:
                 continue
             tally.merge(_unpacked(entry.state))
             seals[entry.file] = entry.seal
-            skipped += entry.skipped
+            filled += entry.skipped
         if missing:
             raise IncompleteCoverageError(
                 f"{array.name}: {len(missing)} of {len(missing) + len(seals)} shards are not written, the "
@@ -139,7 +175,9 @@ class ShardLedger:
             )
         _clear(self.folder, keep=array.path / array.files.prefix)
         stage = StagedImage(self.folder, seals)
-        return tally.finish(stage, raw_header, warnings=warnings, skipped=skipped)
+        return tally.finish(
+            stage, raw_header, warnings=warnings, skipped=filled if skipped is None else skipped
+        )
 
     def _entry_file(self, shard: Shard) -> Path:
         return self._entries / f"{'.'.join(map(str, shard))}.json"
@@ -215,6 +253,15 @@ def _read_sealed(path: Path) -> Json | None:
         return unsealed(path.read_bytes(), str(path))
     except (FileNotFoundError, DamageError):
         return None
+
+
+def _link(file: Path, name: Path) -> None:
+    """Give a file a second name, or copy it where the file system has no hard links."""
+    try:
+        os.link(file, name)
+    except OSError:
+        shutil.copyfile(file, name)
+        sync(name)
 
 
 def _partial_name() -> str:

@@ -9,6 +9,7 @@ In reading order::
     recent          values made once and kept while they are among the last used
     dask_graphs     the door to Dask: a graph computed here or in threads
     task_contract   what a task is, and what a cluster must know of a run
+    failures        subjects that fail alone, and which errors are theirs
     attempts        which tasks are still to be started, after how many deaths of workers
     dask_cluster    the door to dask.distributed: tasks on a cluster
     tasks           tasks run here, in local processes, or on a cluster

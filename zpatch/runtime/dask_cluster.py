@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import json
+import logging
 import socket
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,42 +19,142 @@ from zpatch.errors import OptionError, WorkerError
 from zpatch.runtime.attempts import MAX_DEATHS, Attempts, given_up
 from zpatch.runtime.task_contract import Cluster, Progress, Result, Task, TaskFunction
 
-CLUSTER_TIMEOUT_S = 30
+CONNECT_TIMEOUT_S = 30
 IN_FLIGHT_PER_THREAD = 2
+POLL_S = 1.0
+REPORT_S = 1.0
+RESULT_S = 30.0  # to fetch a result, which is small
+LOST = asyncio.CancelledError, concurrent.futures.CancelledError  # how futures end with their scheduler
+LOG = logging.getLogger("zpatch")
 PROTOCOLS = ("tcp", "tls", "ucx", "ws", "wss")  # of dask.distributed
 
 
 def run_on_cluster(
     function: TaskFunction[Task, Result], tasks: Sequence[Task], cluster: Cluster, progress: Progress
 ) -> Iterator[tuple[int, Result | WorkerError]]:
-    """As ``tasks.run_tasks``, by the workers of a Dask cluster; progress is reported as tasks end."""
-    with _client_of(cluster.address) as client:
-        from distributed import KilledWorker, as_completed
+    """As ``tasks.run_tasks``, by the workers of a Dask cluster; progress is reported about once a second.
 
+    Raises WorkerError if the cluster has no worker for ``cluster.timeout_s``, or if its scheduler ends.
+    """
+    with _client_of(cluster.address) as client:
+        run = _Run(client, cluster, progress, len(tasks))
+        run.wait_for_workers()
         _check_same_folder(client, cluster.folder)
-        run, attempts = uuid.uuid4().hex[:8], Attempts(len(tasks))
+        attempts = Attempts(len(tasks))
         while attempts:
             queue, most = attempts.round(IN_FLIGHT_PER_THREAD * max(1, sum(client.nthreads().values())))
-            in_flight: dict[Any, int] = {}
-            completed = as_completed(loop=client.loop)
+            in_flight: dict[int, Any] = {}
             while queue or in_flight:
                 while queue and len(in_flight) < most:
                     number = queue.popleft()
-                    key = f"{cluster.names[number]}-{run}-{attempts.deaths_of(number)}"
-                    future = client.submit(_on_worker, function, tasks[number], key=key, pure=False)
-                    in_flight[future] = number
-                    completed.add(future)
-                future = next(completed)
-                number = in_flight.pop(future)
+                    deaths = attempts.deaths_of(number)
+                    in_flight[number] = run.submit(function, tasks[number], number, deaths)
+                number = run.next_done()
                 try:
-                    result, amount = future.result()
-                except KilledWorker:  # the cluster has run it several times; among others that counts once
+                    result, amount = run.result_of(in_flight.pop(number))
+                except TaskLostError:  # the cluster has run it several times; among others that counts once
                     for lost in attempts.worker_died([number], 1 if most > 1 else MAX_DEATHS):
                         yield lost, given_up()
                     continue
-                if amount:
-                    progress(amount)
+                run.report(number, amount)
                 yield number, result
+
+
+class TaskLostError(Exception):
+    """The workers that ran a task died, or the one that had its result."""
+
+
+class _Run:
+    """The tasks of one run on a cluster: what their workers report, and whether there are any workers."""
+
+    def __init__(self, client: Any, cluster: Cluster, progress: Progress, count: int) -> None:
+        self._client = client
+        self._cluster = cluster
+        self._progress = progress
+        self._reported = [0] * count  # the most that any attempt of a task has reported
+        self._name = uuid.uuid4().hex[:8]
+        self._topic = f"zpatch-{self._name}"
+        self._news: SimpleQueue[tuple[int, int | None]] = SimpleQueue()  # amounts; None when a task has ended
+        client.subscribe_topic(self._topic, lambda event: self._news.put(tuple(event[1])))
+
+    def submit(self, function: TaskFunction[Task, Result], task: Task, number: int, deaths: int) -> Any:
+        """Start a task; gives its future."""
+        key = f"{self._cluster.names[number]}-{self._name}-{deaths}"
+        arguments = function, task, number, self._topic
+        try:
+            future = self._client.submit(_on_worker, *arguments, key=key, pure=False)
+        except RuntimeError as error:  # of a client whose scheduler is gone
+            raise self.scheduler_lost() from error
+        future.add_done_callback(lambda _: self._news.put((number, None)))
+        return future
+
+    def next_done(self) -> int:
+        """Wait for the next task that ends; report progress until then."""
+        while True:
+            try:
+                number, amount = self._news.get(timeout=POLL_S)
+            except Empty:
+                self.wait_for_workers()
+                continue
+            if amount is None:
+                return number
+            self.report(number, amount)
+
+    def result_of(self, future: Any) -> Any:
+        """The result of a task that has ended."""
+        from distributed import KilledWorker
+
+        try:
+            return future.result(timeout=RESULT_S)
+        except KilledWorker as error:
+            raise TaskLostError from error
+        except LOST as error:
+            raise self.scheduler_lost() from error
+        except TimeoutError as error:
+            if future.status == "error":  # it is the task's own
+                raise
+            raise TaskLostError from error
+
+    def report(self, number: int, amount: int) -> None:
+        """Report how much is done of a task in all."""
+        if amount > self._reported[number]:
+            self._progress(amount - self._reported[number])
+            self._reported[number] = amount
+
+    def wait_for_workers(self) -> None:
+        """Return when the cluster has a worker."""
+        until = time.monotonic() + self._cluster.timeout_s
+        is_said = False
+        while not self._workers():
+            if time.monotonic() > until:
+                raise WorkerError(
+                    f"the Dask cluster at {self._cluster.address} had no worker for "
+                    f"{self._cluster.timeout_s:g} s (cluster_timeout); start workers, then run the same "
+                    f"command again"
+                )
+            if not is_said:
+                LOG.warning(
+                    "waiting for workers: the Dask cluster at %s has none (for at most %g s)",
+                    self._cluster.address,
+                    self._cluster.timeout_s,
+                )
+                is_said = True
+            time.sleep(min(POLL_S, self._cluster.timeout_s))
+
+    def _workers(self) -> int:
+        if self._client.status != "running":
+            raise self.scheduler_lost()
+        try:
+            return len(self._client.nthreads())
+        except (OSError, *LOST) as error:
+            raise self.scheduler_lost() from error
+
+    def scheduler_lost(self) -> WorkerError:
+        """The error of a run whose scheduler has ended."""
+        return WorkerError(
+            f"the Dask scheduler at {self._cluster.address} has ended; start it, then run the same command "
+            f"again"
+        )
 
 
 def _client_of(address: str) -> Any:
@@ -63,7 +168,7 @@ def _client_of(address: str) -> Any:
     where = {"scheduler_file": address} if Path(address).is_file() else {"address": address}
     try:
         _check_answers(address)
-        return Client(**where, timeout=CLUSTER_TIMEOUT_S, set_as_default=False)
+        return Client(**where, timeout=CONNECT_TIMEOUT_S, set_as_default=False)
     except (OSError, ValueError, KeyError) as error:
         raise OptionError(f"no Dask scheduler answers at {address!r} ({error})", option="scheduler") from None
 
@@ -76,13 +181,25 @@ def _check_answers(address: str) -> None:
     if place.scheme not in PROTOCOLS or not place.hostname:
         raise ValueError("an address is like tcp://host:8786")
     if place.scheme in ("tcp", "tls") and place.port:
-        socket.create_connection((place.hostname, place.port), CLUSTER_TIMEOUT_S).close()
+        socket.create_connection((place.hostname, place.port), CONNECT_TIMEOUT_S).close()
 
 
-def _on_worker(function: TaskFunction[Task, Result], task: Task) -> tuple[Result, int]:
-    """The result, and the progress in all."""
-    amounts: list[int] = []
-    return function(task, amounts.append), sum(amounts)
+def _on_worker(
+    function: TaskFunction[Task, Result], task: Task, number: int, topic: str
+) -> tuple[Result, int]:
+    """The result, and the progress in all, which is also reported under a topic about once a second."""
+    from distributed import get_worker
+
+    done, reported = 0, time.monotonic()
+
+    def count(amount: int) -> None:
+        nonlocal done, reported
+        done += amount
+        if time.monotonic() - reported >= REPORT_S:
+            reported = time.monotonic()
+            get_worker().log_event(topic, (number, done))
+
+    return function(task, count), done
 
 
 def _check_same_folder(client: Any, folder: Path) -> None:

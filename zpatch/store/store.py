@@ -119,7 +119,9 @@ def _remedy(folder: Path, record: ImageRecord) -> str:
     """The commands that show all damage, and repair a damaged image."""
     root = folder.parent.parent
     again = f"'zpatch convert SOURCE {root} --overwrite --include {record.subject}'"
-    if record.source is None:
+    if record.inputs is not None:
+        again = "the same 'zpatch predict' command, with --verify,"
+    elif record.source is None:
         again = "the command that wrote it, with --overwrite,"
     return f"run 'zpatch verify {root}' to see all damage; {again} repairs it"
 

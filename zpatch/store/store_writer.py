@@ -65,11 +65,11 @@ class StoreWriter:
         self.path = path.absolute()
         self.attributes = attributes  # of the store's root
         self.records = records  # what was committed before
+        self.documents = dict(documents)  # sealed files outside the images
         self.staging = self.path / STAGING
         self._lock = lock
         self._manifest = self.path / MANIFEST
         self._replaced = self.staging / "replaced"
-        self._documents = dict(documents)
 
     @classmethod
     def create(cls, path: Path, attributes: Json, *, overwrite: bool = False) -> Self:
@@ -144,11 +144,31 @@ class StoreWriter:
                 self._undo(images)
                 raise
 
+    def mend(self, images: Sequence[tuple[Path, ImageRecord]]) -> None:
+        """Put the files of each folder in the place of those of a committed image with the same record.
+
+        Each file is replaced as a whole, so that a process that is killed leaves it damaged or mended. The
+        manifest stays as it is.
+        """
+        with writing_to(self.path):
+            for folder, record in images:
+                self._write_subject(record)
+                target = self.path / record.subject / record.image
+                close_shards(target)
+                files = [target / key for key in record.files]
+                for file in files:
+                    if file.is_dir() and not file.is_symlink():
+                        shutil.rmtree(file)
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    (folder / file.relative_to(target)).replace(file)
+                for place in {place for file in files for place in file.parents}:
+                    if place.is_relative_to(self.path):
+                        sync(place)
+
     def _commit(self, images: Sequence[tuple[Path, ImageRecord]]) -> None:
         aside = []
         for folder, record in images:
-            attributes = {"subject": record.subject, "split": record.split, "meta": record.meta}
-            self._write_group(record.subject, attributes)
+            self._write_subject(record)
             target = self.path / record.subject / record.image
             if target.exists():
                 close_shards(target)
@@ -181,6 +201,10 @@ class StoreWriter:
                 shutil.rmtree(target, ignore_errors=True)
                 folder.rename(target)
 
+    def _write_subject(self, record: ImageRecord) -> None:
+        attributes = {"subject": record.subject, "split": record.split, "meta": record.meta}
+        self._write_group(record.subject, attributes)
+
     def _write_group(self, name: str, attributes: Json) -> None:
         """Write the document of a group, unless it is there with these attributes."""
         folder = self.path / name
@@ -188,12 +212,12 @@ class StoreWriter:
         content = group_document({TOOL: attributes})
         seal = FileSeal(len(content), digest(content))
         document = folder / ROOT_DOCUMENT
-        if self._documents.get(key) == seal and document.is_file() and document.read_bytes() == content:
-            return
-        with whole_file(document, folder / PARTIAL_DOCUMENT) as partial:
-            partial.write_bytes(content)
-        append_lines(self._manifest, {"document": key, "bytes": seal.bytes, "checksum": seal.checksum})
-        self._documents[key] = seal
+        if not (document.is_file() and document.read_bytes() == content):
+            with whole_file(document, folder / PARTIAL_DOCUMENT) as partial:
+                partial.write_bytes(content)
+        if self.documents.get(key) != seal:
+            append_lines(self._manifest, {"document": key, "bytes": seal.bytes, "checksum": seal.checksum})
+            self.documents[key] = seal
 
 
 def _clear(path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from zpatch.digests import FileSeal, Json, new_digest
 from zpatch.errors import DamageError, StoreError
 from zpatch.runtime.task_contract import Progress
+from zpatch.store.image_record import ImageRecord
 from zpatch.store.names import MANIFEST, ROOT_DOCUMENT
 from zpatch.store.store import Store, open_store, store_of
 
@@ -34,7 +35,7 @@ class VerificationReport:
     ``images`` and ``files`` are how many were checked, ``bytes`` the length of the files together, ``quick``
     whether contents were left unread. ``missing_subjects`` are subjects that a prediction was to write and
     that were never committed. ``leftovers`` are folders that no manifest line names; interrupted work leaves
-    them, and they do no harm.
+    them, and they do no harm. ``is_predicted`` is whether ``predict`` wrote the store.
     """
 
     store: Path
@@ -45,11 +46,28 @@ class VerificationReport:
     damages: tuple[Damage, ...]
     missing_subjects: tuple[str, ...]
     leftovers: tuple[str, ...]
+    is_predicted: bool = False
 
     @property
     def ok(self) -> bool:
         """Whether no file is damaged and no subject is missing."""
         return not self.damages and not self.missing_subjects
+
+    @property
+    def remedy(self) -> str:
+        """The command that mends the faults."""
+        own = sorted({damage.file for damage in self.damages} & {MANIFEST, ROOT_DOCUMENT})
+        copy = f"restore {' and '.join(own)} from a copy, then " if own else ""
+        if self.is_predicted:
+            every_byte = "" if self.quick else " with --verify"
+            return (
+                f"{copy}run the same 'zpatch predict' command{every_byte} again: it computes what is missing "
+                f"or damaged, and nothing else"
+            )
+        return (
+            f"{copy}'zpatch convert SOURCE {self.store} --overwrite --include SUBJECT' converts a subject "
+            f"again; or restore files from a copy"
+        )
 
     def to_json(self) -> Json:
         """The report as plain JSON."""
@@ -87,9 +105,8 @@ def verify(
     seals = dict(sealed_files(opened))
     damages = []
     for name, seal in seals.items():
-        what = _fault(root / name, seal, quick=quick and not name.endswith(ROOT_DOCUMENT))
-        if what:
-            damages.append(Damage(name, what))
+        if found := damage_of(root, name, seal, quick=quick):
+            damages.append(found)
         progress(seal.bytes)
     return VerificationReport(
         store=root,
@@ -100,6 +117,8 @@ def verify(
         damages=tuple(damages),
         missing_subjects=tuple(_missing_subjects(opened)),
         leftovers=tuple(_leftovers(opened)),
+        is_predicted=any(record.inputs is not None for record in opened.records.values())
+        or "prediction" in opened.attributes,
     )
 
 
@@ -118,7 +137,7 @@ def _opened(root: Path) -> Store:
 def sealed_bytes(store: str | os.PathLike[str]) -> int:
     """The number of bytes to verify; 0 where the manifest itself is damaged."""
     try:
-        return sum(seal.bytes for _, seal in sealed_files(open_store(store)))
+        return sum(seal.bytes for _, seal in sealed_files(_opened(Path(store))))
     except DamageError:
         return 0
 
@@ -127,8 +146,22 @@ def sealed_files(store: Store) -> Iterator[tuple[str, FileSeal]]:
     """Every file that the manifest names, by its path relative to the store, and its seal."""
     yield from store.documents.items()
     for record in store.records.values():
-        for key, seal in record.files.items():
-            yield f"{record.subject}/{record.image}/{key}", seal
+        yield from files_of(record)
+
+
+def files_of(record: ImageRecord) -> Iterator[tuple[str, FileSeal]]:
+    """Every file of an image, by its path below the store."""
+    for key, seal in record.files.items():
+        yield f"{record.subject}/{record.image}/{key}", seal
+
+
+def damage_of(root: Path, name: str, seal: FileSeal, *, quick: bool) -> Damage | None:
+    """The damage of a file, by its path below the store; None if it is as it was written.
+
+    ``quick`` compares presence and length only, and the contents of ``zarr.json`` documents.
+    """
+    what = _fault(root / name, seal, quick=quick and not name.endswith(ROOT_DOCUMENT))
+    return Damage(name, what) if what else None
 
 
 def _fault(file: Path, seal: FileSeal, *, quick: bool) -> str | None:
