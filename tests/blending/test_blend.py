@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from zpatch.blending.blend import accumulation_dtype, add_batch
+from zpatch.blending.blend import accumulation_dtype, add_batch, not_finite
 from zpatch.blending.grid_blend import GridBlend
 from zpatch.blending.sinks import TensorSink
 from zpatch.blending.tiling import Tiling
@@ -80,3 +81,19 @@ def test_a_patch_more_than_one_voxel_off_is_refused(length: int) -> None:
     tiling = Tiling.over(PatchGrid.over((9, 9, 9), (9, 9, 9)), "hann", output_shape=(5, 5, 5))
     with pytest.raises(ModelError, match="output_shape= must say how it scales"):
         add_batch(blend_of(tiling), torch.ones(1, 1, length, 5, 5), [tiling.grid.location(0)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.complex64, torch.int16])
+def test_voxels_that_are_not_finite_are_counted_once_whatever_their_channels(dtype: torch.dtype) -> None:
+    voxels = torch.ones(3, 4, 3, 2).to(dtype)
+    assert not_finite(voxels) == 0
+    if dtype != torch.int16:
+        voxels[0, 0, 0, 0] = voxels[2, 0, 0, 0] = math.nan
+        voxels[1, 3] = math.inf
+        voxels[0, 3] = -math.inf
+        assert not_finite(voxels) == 1 + 6
+        assert not_finite(voxels.permute(0, 3, 2, 1)) == 1 + 6
+
+
+def test_finite_voxels_whose_sum_is_too_large_are_finite() -> None:
+    assert not_finite(torch.full((2, 4, 4, 4), 3e38)) == 0

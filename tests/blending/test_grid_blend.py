@@ -30,10 +30,10 @@ class Recorder:
 
     def __init__(self, tiling: Tiling) -> None:
         self.times = np.zeros(tiling.shape, dtype=int)
-        self.skipped = 0
+        self.skipped = self.not_finite = 0
         self.voxels: Array = np.zeros(0)
 
-    def put(self, first: Triple, voxels: torch.Tensor, *, skipped: int = 0) -> None:
+    def put(self, first: Triple, voxels: torch.Tensor, *, skipped: int = 0, not_finite: int = 0) -> None:
         if not self.voxels.size:
             dtype = torch.empty(0, dtype=voxels.dtype).numpy().dtype
             self.voxels = np.zeros((len(voxels), *self.times.shape), dtype)
@@ -41,6 +41,7 @@ class Recorder:
         self.voxels[:, *box] = voxels.numpy()
         self.times[box] += 1
         self.skipped += skipped
+        self.not_finite += not_finite
 
 
 def run(
@@ -222,6 +223,23 @@ def test_voxels_are_finalised_once_they_are_final(rng: np.random.Generator) -> N
         blend.add(patch, location)
     blend.finish()
     assert np.array_equal(recorder.voxels[0], run(tiling, patches).voxels.argmax(axis=0))
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_voxels_that_are_not_finite_are_counted_once_each(rng: np.random.Generator, is_masked: bool) -> None:
+    tiling = simple()
+    patches = random_patches(tiling, rng)
+    patches[5][0, 2, 3, 4] = torch.nan
+    patches[6][:, 9:12, 0, 0] = torch.inf
+    patches[7].fill_(torch.nan)
+    skipped = np.zeros(tiling.grid.counts, dtype=bool)
+    skipped.ravel()[[7, 8]] = is_masked
+    options = {"skipped": Skipped(skipped, lambda shape: torch.zeros(2, *shape))} if is_masked else {}
+    run_patches = np.flatnonzero(~skipped.ravel()).tolist()
+    found = run(tiling, patches, rng.permutation(run_patches).tolist(), **options)
+    bad = ~np.isfinite(found.voxels).all(axis=0)
+    assert 4 <= found.not_finite == bad.sum()
+    assert (bad.sum() >= 16 * 8 * 8) == (not is_masked)
 
 
 # Order

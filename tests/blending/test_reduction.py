@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from zpatch.blending import reduction
 from zpatch.blending.reduction import (
     Finaliser,
     as_stored,
+    check_channels,
+    check_known,
     check_reduction,
     fitting_fill,
     kind_of,
@@ -210,3 +213,36 @@ def test_classes_are_numpys_argmax_in_any_memory_order_with_compiled_loops_and_w
         found = reduction.reduce_channels(voxels, "argmax")
     assert found.dtype == torch.uint8
     np.testing.assert_array_equal(found[0], scores.argmax(axis=0))
+
+
+# Of several outputs
+
+
+@pytest.mark.parametrize(
+    ("reduce", "text"),
+    [
+        ("argmax", "class 0 everywhere, as the output 'seg' has one channel; use a threshold: 0.5 of "
+         "probabilities, 0 of logits"),
+        ("softmax", "1 everywhere, as the output 'seg' has one channel; use sigmoid"),
+    ],
+)  # fmt: skip
+def test_a_reduction_of_one_channel_that_gives_one_value_is_refused(reduce: str, text: str) -> None:
+    with pytest.raises(OptionError, match=f"^reduce='{reduce}' would give {re.escape(text)}$") as error:
+        check_channels(reduce, 1, "seg")
+    assert error.value.option == "reduce"
+    check_channels(reduce, 2, "seg")
+    with pytest.raises(OptionError, match="as the output has one channel"):
+        check_channels(reduce, 1, None)
+
+
+@pytest.mark.parametrize("reduce", [None, "sigmoid", ("threshold", 0.5), lambda v: v])
+def test_other_reductions_may_be_of_one_channel(reduce: Any) -> None:
+    check_channels(reduce, 1, "seg")
+
+
+def test_an_option_that_names_an_unknown_output_is_refused_with_the_known_ones() -> None:
+    check_known(["seg"], ["seg", "dist"], "reduce")
+    text = r"^reduce: no output 'sge' in the network; did you mean 'seg'\? \(it has: seg, dist\)$"
+    with pytest.raises(OptionError, match=text) as error:
+        check_known(["seg", "sge"], ["seg", "dist"], "reduce")
+    assert error.value.option == "reduce"

@@ -56,7 +56,7 @@ class Watch:
         self.blend: GridBlend | None = None
         self.most = 0
 
-    def put(self, first: Triple, voxels: torch.Tensor, *, skipped: int = 0) -> None:
+    def put(self, first: Triple, voxels: torch.Tensor, *, skipped: int = 0, not_finite: int = 0) -> None:
         shard = tuple(a // u for a, u in zip(first, self.tiling.shard_shape, strict=True))
         ends = zip(shard, self.tiling.shard_shape, self.tiling.shape, strict=True)
         size = math.prod(min((n + 1) * u, m) - n * u for n, u, m in ends)

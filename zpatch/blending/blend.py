@@ -49,6 +49,19 @@ def accumulation_dtype(dtype: torch.dtype, mode: str) -> torch.dtype:
     return torch.float32
 
 
+def not_finite(voxels: torch.Tensor) -> int:
+    """How many voxels of (C, I, J, K) are NaN or infinite in any channel.
+
+    If all are finite they are only summed: a sum with one that is not finite is not finite either.
+
+    >>> not_finite(torch.tensor([[0.0, 1.0], [float("nan"), 2.0]]).reshape(2, 2, 1, 1))
+    1
+    """
+    if not (voxels.is_floating_point() or voxels.is_complex()) or voxels.sum().isfinite():
+        return 0
+    return int((~voxels.isfinite()).any(dim=0).sum())
+
+
 def add_batch(blend: Blend, batch: torch.Tensor, locations: Sequence[PatchLocation]) -> None:
     """Add a batch (B, C, I, J, K) after checking its length, its channels and the shapes of its patches."""
     if not isinstance(batch, torch.Tensor) or batch.ndim != 5:

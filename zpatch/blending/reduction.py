@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 
-from zpatch.errors import ModelError, OptionError
+from zpatch.errors import ModelError, OptionError, UnknownNameError
 from zpatch.store.image_record import Kind
 
 try:
@@ -16,6 +16,7 @@ except ImportError:  # zpatch was installed without a compiler
     _compiled = None  # type: ignore[assignment]
 
 Reduction = None | str | tuple[str, float] | Callable[[torch.Tensor], torch.Tensor]
+Reductions = Reduction | Mapping[str, Reduction]  # of all outputs of a network, or of each by its name
 
 STORED_AS = {torch.bool: torch.uint8, torch.float16: torch.float32, torch.bfloat16: torch.float32}
 COMPARED_AS = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.float64}
@@ -26,6 +27,33 @@ _NAMES = "'argmax', 'softmax', 'sigmoid', ('threshold', t), a function or None"
 def check_reduction(reduce: Reduction) -> None:
     """Raise OptionError for a reduction that does not exist."""
     _function_of(reduce)
+
+
+def check_known(names: Collection[str], outputs: Collection[str], option: str) -> None:
+    """Raise OptionError if an option names an output that a network does not have.
+
+    >>> check_known(["sge"], ["seg", "dist"], "reduce")
+    Traceback (most recent call last):
+    zpatch.errors.OptionError: reduce: no output 'sge' in the network; did you mean 'seg'? (it has: seg, dist)
+    """
+    for name in names:
+        if name not in outputs:
+            unknown = UnknownNameError.among("output", name, outputs, "the network")
+            raise OptionError(f"{option}: {unknown}", option=option)
+
+
+def check_channels(reduce: Reduction, channels: int, output: str | None) -> None:
+    """Raise OptionError for a reduction that gives every voxel of an ``output`` the same value.
+
+    That is ``argmax`` and ``softmax`` of one channel.
+    """
+    if channels == 1 and isinstance(reduce, str) and reduce in _OF_ONE_CHANNEL:
+        value, instead = _OF_ONE_CHANNEL[reduce]
+        of_output = "the output" if output is None else f"the output {output!r}"
+        raise OptionError(
+            f"reduce='{reduce}' would give {value} everywhere, as {of_output} has one channel; use {instead}",
+            option="reduce",
+        )
 
 
 def kind_of(reduce: Reduction) -> Kind:
@@ -149,6 +177,11 @@ def _argmax(voxels: torch.Tensor) -> torch.Tensor:
         return voxels.max(dim=0, keepdim=True).indices.to(dtype)
     return winner[None]
 
+
+_OF_ONE_CHANNEL = {
+    "argmax": ("class 0", "a threshold: 0.5 of probabilities, 0 of logits"),
+    "softmax": ("1", "sigmoid"),
+}
 
 _FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "argmax": _argmax,

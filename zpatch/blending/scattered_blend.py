@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from zpatch.blending import windows
 from zpatch.blending.axis_tiles import AxisScale
-from zpatch.blending.blend import Finalise, accumulation_dtype
+from zpatch.blending.blend import Finalise, accumulation_dtype, not_finite
 from zpatch.blending.reduction import fitting_fill
 from zpatch.blending.sinks import VolumeSink
 from zpatch.blending.tile_spill import SpilledTiles
@@ -124,7 +124,8 @@ class ScatteredBlend:
         """Divide by the weights, and hand on every voxel once: tile by tile, I slowest."""
         self.check_complete()
         for place in self._places():
-            self._sink.put(self._corner(place), self._final(place))
+            final, count = self._final(place)
+            self._sink.put(self._corner(place), final, not_finite=count)
         self.close()
 
     def close(self) -> None:
@@ -186,16 +187,17 @@ class ScatteredBlend:
         torch.mul(voxels, part[-1], out=part[:-1])
         return part
 
-    def _final(self, place: Triple) -> torch.Tensor:
+    def _final(self, place: Triple) -> tuple[torch.Tensor, int]:
+        """The final voxels of a tile, and how many were NaN or infinite before they were reduced."""
         tile = self._pop(place)
         missing = tile[-1] == 0
         voxels = tile[:-1]
         if self._mode != "crop":
             voxels = (voxels / (tile[-1] + missing)).to(self._dtype)
-        final = self._finalise(voxels)
-        if self._fill is None:
-            return final
-        return torch.where(missing, torch.tensor(self._fill, dtype=final.dtype), final)
+        count, final = not_finite(voxels), self._finalise(voxels)
+        if self._fill is not None:
+            final = torch.where(missing, torch.tensor(self._fill, dtype=final.dtype), final)
+        return final, count
 
     def _pop(self, place: Triple) -> torch.Tensor:
         assert self.channels is not None

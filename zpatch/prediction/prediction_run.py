@@ -15,7 +15,7 @@ import os
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -33,10 +33,13 @@ from zpatch.prediction.region_run import WorkFolder, finish_subject, run_region
 from zpatch.prediction.shard_ledger import HEADER, check_same, header_of
 from zpatch.runtime.task_contract import Cluster, Progress
 from zpatch.runtime.tasks import run_tasks
+from zpatch.store.image_record import ImageRecord
 from zpatch.store.lock import writing_to
 from zpatch.store.names import MANIFEST, UNFINISHED
 from zpatch.store.store import open_store
 from zpatch.store.store_writer import StoreWriter
+
+SHOWN_IMAGES = 5
 
 
 def run_prediction(
@@ -60,6 +63,8 @@ def run_prediction(
     attributes = {"tool": "zpatch predict", "expected_subjects": expected, "prediction": header}
     with _opened(store, attributes, overwrite=options.overwrite) as writer:
         check_same(writer.attributes["prediction"], header, store)
+        if options.strict:
+            _check_finite(writer.records.values())
         check_same({"subjects": writer.attributes["expected_subjects"]}, {"subjects": expected}, store)
         with writing_to(writer.path):
             inputs = digest(compact_json(header).encode())
@@ -74,10 +79,31 @@ def run_prediction(
             records = [
                 (folder, dataclasses.replace(record, inputs=job.inputs)) for folder, record in finished
             ]
+            if options.strict:  # shards of an earlier run
+                _check_finite([record for _, record in records])
             writer.commit(records)
             job.folder.remove()
         shutil.rmtree(writer.path / UNFINISHED, ignore_errors=True)
     return Cohort(output)
+
+
+def _check_finite(records: Iterable[ImageRecord]) -> None:
+    """Raise ModelError if any image of an earlier run holds voxels that are NaN or infinite."""
+    if text := not_finite_text(records):
+        raise ModelError(
+            f"{text}, in an earlier run; leave out strict=True, or say overwrite=True to start over"
+        )
+
+
+def not_finite_text(records: Iterable[ImageRecord]) -> str | None:
+    """How many voxels of some predictions are NaN or infinite, before their reduction; None if none is."""
+    counts = {f"{r.subject}/{r.image}": r.stats["not_finite"] for r in records if "not_finite" in r.stats}
+    if not counts:
+        return None
+    most = sorted(counts, key=lambda name: -counts[name])[:SHOWN_IMAGES]
+    more = f" and {len(counts) - len(most)} more" if len(counts) > len(most) else ""
+    named = ", ".join(f"{name} ({counts[name]})" for name in most)
+    return f"the network gave NaN or infinite values in {sum(counts.values())} voxels: {named}{more}"
 
 
 def _opened(store: Path, attributes: Json, *, overwrite: bool) -> StoreWriter:

@@ -57,6 +57,7 @@ class _Entry:
         file: Its file, relative to the folder of the image.
         seal: The seal of that file.
         skipped: How many of its voxels were filled and not predicted.
+        not_finite: How many were predicted as NaN or infinite, before they were reduced.
         state: The packed state of its tally.
     """
 
@@ -64,6 +65,7 @@ class _Entry:
     file: str
     seal: FileSeal
     skipped: int
+    not_finite: int
     state: str
 
     def to_json(self) -> Json:
@@ -72,6 +74,7 @@ class _Entry:
             "file": self.file,
             "seal": dataclasses.asdict(self.seal),
             "skipped": self.skipped,
+            "not_finite": self.not_finite,
             "state": self.state,
         }
 
@@ -79,7 +82,8 @@ class _Entry:
     def from_json(cls, value: Json) -> _Entry:
         c, z, y, x = value["unit"]
         seal = FileSeal(**value["seal"])
-        return cls((c, z, y, x), value["file"], seal, value["skipped"], value["state"])
+        counts = value["skipped"], value.get("not_finite", 0)  # which was not counted at first
+        return cls((c, z, y, x), value["file"], seal, *counts, value["state"])
 
 
 class ShardLedger:
@@ -92,12 +96,21 @@ class ShardLedger:
         self.folder = folder
         self._entries = folder.parent / LEDGER / folder.name
 
-    def write(self, record: ImageRecord, shard: Shard, voxels: NDArray[Any], *, skipped: int = 0) -> None:
+    def write(
+        self,
+        record: ImageRecord,
+        shard: Shard,
+        voxels: NDArray[Any],
+        *,
+        skipped: int = 0,
+        not_finite: int = 0,
+    ) -> None:
         """Write a whole shard, then its entry.
 
         ``shard`` is the number of a shard along (c, z, y, x); ``voxels`` is (c, z, y, x), little-endian,
-        clipped to the image; ``skipped`` is how many of them were filled and not predicted. Raises OSError
-        if the disk fails, and leaves nothing half written.
+        clipped to the image; ``skipped`` is how many of them were filled and not predicted, ``not_finite``
+        how many were predicted as NaN or infinite. Raises OSError if the disk fails, and leaves nothing half
+        written.
         """
         array = sharded_array(self.folder, record)
         file = array.shard_file(shard)
@@ -106,7 +119,8 @@ class ShardLedger:
         partial = dataclasses.replace(array, path=self._entries, files=names)
         with whole_file(file, partial.shard_file(shard), is_synced=True), tally.counting(shard, voxels):
             seal = write_shard(partial, shard, voxels, record.codec)
-        entry = _Entry(shard, file.relative_to(self.folder).as_posix(), seal, skipped, _packed(tally.state()))
+        name, state = file.relative_to(self.folder).as_posix(), _packed(tally.state())
+        entry = _Entry(shard, name, seal, skipped, not_finite, state)
         _write_sealed(self._entry_file(shard), entry.to_json())
 
     def has(self, shard: Shard) -> bool:
@@ -116,14 +130,15 @@ class ShardLedger:
     def finish(self, record: ImageRecord, raw_header: bytes, warnings: Sequence[str] = ()) -> ImageRecord:
         """Write all files of the image but its shards, and return its record with statistics and seals.
 
-        ``stats["skipped"]`` is how many voxels were filled and not predicted, if there are any. No shard is
-        read. May be repeated, also after it was killed. Raises IncompleteCoverageError if shards are missing.
+        ``stats["skipped"]`` is how many voxels were filled and not predicted, ``stats["not_finite"]`` how
+        many were predicted as NaN or infinite, if there are any. No shard is read. May be repeated, also
+        after it was killed. Raises IncompleteCoverageError if shards are missing.
         """
         array = sharded_array(self.folder, record)
         tally = ImageTally(record, array.name)
         seals: dict[str, FileSeal] = {}
         missing: list[Shard] = []
-        skipped = 0
+        skipped = not_finite = 0
         for c, z, y, x in np.ndindex(array.shard_grid):
             entry = self._read(self._entry_file((c, z, y, x)))
             if entry is None:
@@ -132,6 +147,7 @@ class ShardLedger:
             tally.merge(_unpacked(entry.state))
             seals[entry.file] = entry.seal
             skipped += entry.skipped
+            not_finite += entry.not_finite
         if missing:
             raise IncompleteCoverageError(
                 f"{array.name}: {len(missing)} of {len(missing) + len(seals)} shards are not written, the "
@@ -139,7 +155,7 @@ class ShardLedger:
             )
         _clear(self.folder, keep=array.path / array.files.prefix)
         stage = StagedImage(self.folder, seals)
-        return tally.finish(stage, raw_header, warnings=warnings, skipped=skipped)
+        return tally.finish(stage, raw_header, warnings=warnings, skipped=skipped, not_finite=not_finite)
 
     def _entry_file(self, shard: Shard) -> Path:
         return self._entries / f"{'.'.join(map(str, shard))}.json"
