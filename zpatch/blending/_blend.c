@@ -1,4 +1,4 @@
-/* The inner loops of blending: adding weighted patches, and the class of each voxel.
+/* The inner loops of blending: adding weighted patches, the class of each voxel, and whether all are finite.
 
 Voxels are float32 in any strides, on four axes of which the first is the channel; the inner loop runs along
 the axis with the smallest stride. The weight of a voxel is a product of one for each axis, never stored. */
@@ -215,6 +215,54 @@ static PyObject *classify(PyObject *module, PyObject *arguments)
     Py_RETURN_NONE;
 }
 
+#define EXPONENT 0x7f800000u /* all its bits are set in NaN and infinity, and in no other float32 */
+
+static int line_is_finite(const uint32_t *bits, Py_ssize_t count)
+{
+    uint32_t found = 0;
+    for (Py_ssize_t n = 0; n < count; n++)
+        found |= (bits[n] & EXPONENT) == EXPONENT;
+    return !found;
+}
+
+static int volume_is_finite(const Volume *voxels)
+{
+    const Py_ssize_t *shape = voxels->shape, *stride = voxels->stride;
+    for (Py_ssize_t c = 0; c < voxels->channels; c++)
+        for (Py_ssize_t a = 0; a < shape[0]; a++)
+            for (Py_ssize_t b = 0; b < shape[1]; b++) {
+                const char *line = voxels->data + c * voxels->channel_stride + a * stride[0] + b * stride[1];
+                if (stride[2] == sizeof(float)) {
+                    if (!line_is_finite((const uint32_t *)line, shape[2]))
+                        return 0;
+                    continue;
+                }
+                for (Py_ssize_t n = 0; n < shape[2]; n++)
+                    if (!line_is_finite((const uint32_t *)(line + n * stride[2]), 1))
+                        return 0;
+            }
+    return 1;
+}
+
+static PyObject *is_finite(PyObject *module, PyObject *voxel_object)
+{
+    (void)module;
+    Py_buffer view;
+    if (PyObject_GetBuffer(voxel_object, &view, PyBUF_STRIDES))
+        return NULL;
+    int fits = is_volume(&view, sizeof(float)), found = 0, order[AXES];
+    if (fits) {
+        order_of(&view, order);
+        Volume voxels = volume_of(&view, order);
+        Py_BEGIN_ALLOW_THREADS found = volume_is_finite(&voxels);
+        Py_END_ALLOW_THREADS
+    } else {
+        PyErr_SetString(PyExc_ValueError, "voxels must be float32 on four axes");
+    }
+    PyBuffer_Release(&view);
+    return fits ? PyBool_FromLong(found) : NULL;
+}
+
 static PyMethodDef methods[] = {
     {"add", add, METH_VARARGS,
      "add(sums, part, i, j, k, is_first)\n--\n\n"
@@ -222,6 +270,9 @@ static PyMethodDef methods[] = {
     {"classify", classify, METH_VARARGS,
      "classify(scores, classes)\n--\n\n"
      "Write the number of the greatest channel of scores (C, I, J, K) into uint8 classes (1, I, J, K)."},
+    {"is_finite", is_finite, METH_O,
+     "is_finite(voxels)\n--\n\n"
+     "Whether no voxel of float32 (C, I, J, K) is NaN or infinite."},
     {NULL, NULL, 0, NULL},
 };
 

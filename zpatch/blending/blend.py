@@ -10,6 +10,11 @@ import torch
 from zpatch.errors import ModelError
 from zpatch.geometry.boxes import PatchLocation, Triple
 
+try:
+    from zpatch.blending._blend import is_finite as _compiled
+except ImportError:  # zpatch was installed without a compiler
+    _compiled = None  # type: ignore[assignment]
+
 Finalise = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -52,14 +57,21 @@ def accumulation_dtype(dtype: torch.dtype, mode: str) -> torch.dtype:
 def not_finite(voxels: torch.Tensor) -> int:
     """How many voxels of (C, I, J, K) are NaN or infinite in any channel.
 
-    If all are finite they are only summed: a sum with one that is not finite is not finite either.
+    One pass sees whether there are any: in the compiled loop, or as a sum, which is not finite then either.
 
     >>> not_finite(torch.tensor([[0.0, 1.0], [float("nan"), 2.0]]).reshape(2, 2, 1, 1))
     1
     """
-    if not (voxels.is_floating_point() or voxels.is_complex()) or voxels.sum().isfinite():
+    if not (voxels.is_floating_point() or voxels.is_complex()) or _are_finite(voxels):
         return 0
     return int((~voxels.isfinite()).any(dim=0).sum())
+
+
+def _are_finite(voxels: torch.Tensor) -> bool:
+    """Whether all voxels are finite; may be False too if their sum is too large for their type."""
+    if _compiled is not None and voxels.dtype == torch.float32 and voxels.device.type == "cpu":
+        return _compiled(voxels.numpy())
+    return bool(voxels.sum().isfinite())
 
 
 def add_batch(blend: Blend, batch: torch.Tensor, locations: Sequence[PatchLocation]) -> None:
