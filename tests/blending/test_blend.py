@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from zpatch.blending import blend
-from zpatch.blending.blend import accumulation_dtype, add_batch, not_finite
+from zpatch.blending.blend import accumulation_dtype, add_batch
 from zpatch.blending.grid_blend import GridBlend
+from zpatch.blending.reduction import Finaliser
 from zpatch.blending.sinks import TensorSink
 from zpatch.blending.tiling import Tiling
 from zpatch.errors import ModelError
@@ -40,7 +39,7 @@ def simple() -> Tiling:
 
 
 def blend_of(tiling: Tiling) -> GridBlend:
-    return GridBlend(tiling, TensorSink(tiling.shape), lambda voxels: voxels)
+    return GridBlend(tiling, TensorSink(tiling.shape), Finaliser(None))
 
 
 @pytest.mark.parametrize(
@@ -70,7 +69,7 @@ def test_a_patch_one_voxel_off_by_rounding_is_cut_or_continued_by_its_edge(lengt
     tiling = Tiling.over(PatchGrid.over((9, 9, 9), (9, 9, 9)), "hann", output_shape=(5, 5, 5))
     patch = torch.arange(length).expand(1, 1, length, length, length).float()
     sink = TensorSink(tiling.shape)
-    blend = GridBlend(tiling, sink, lambda voxels: voxels)
+    blend = GridBlend(tiling, sink, Finaliser(None))
     add_batch(blend, patch, [tiling.grid.location(0)])
     blend.finish()
     assert sink.tensor is not None
@@ -82,42 +81,3 @@ def test_a_patch_more_than_one_voxel_off_is_refused(length: int) -> None:
     tiling = Tiling.over(PatchGrid.over((9, 9, 9), (9, 9, 9)), "hann", output_shape=(5, 5, 5))
     with pytest.raises(ModelError, match="output_shape= must say how it scales"):
         add_batch(blend_of(tiling), torch.ones(1, 1, length, 5, 5), [tiling.grid.location(0)])
-
-
-@pytest.fixture(params=["compiled", "torch"])
-def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the compiled loop, and without a compiler."""
-    if request.param == "torch":
-        monkeypatch.setattr(blend, "_compiled", None)
-
-
-@pytest.mark.usefixtures("loop")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.complex64, torch.int16])
-def test_voxels_that_are_not_finite_are_counted_once_whatever_their_channels(dtype: torch.dtype) -> None:
-    voxels = torch.ones(3, 4, 3, 2).to(dtype)
-    assert not_finite(voxels) == 0
-    if dtype != torch.int16:
-        voxels[0, 0, 0, 0] = voxels[2, 0, 0, 0] = math.nan
-        voxels[1, 3] = math.inf
-        voxels[0, 3] = -math.inf
-        assert not_finite(voxels) == 1 + 6
-        assert not_finite(voxels.permute(0, 3, 2, 1)) == 1 + 6
-
-
-@pytest.mark.usefixtures("loop")
-@pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf, -math.inf])
-def test_one_voxel_that_is_not_finite_is_found_wherever_it_is(value: float) -> None:
-    whole = torch.full((2, 5, 6, 7), 3.4e38)
-    whole[0, 0] = 1e-45
-    for voxels in (whole, whole.permute(0, 3, 2, 1), whole.permute(3, 1, 0, 2)[1:, ::2, :, 1:4]):
-        assert not_finite(voxels) == 0
-        for place in ([0, 0, 0, 0], [-1, -1, -1, -1], [1, 2, 1, 0]):
-            before = voxels[*place].item()
-            voxels[*place] = value
-            assert not_finite(voxels) == 1
-            voxels[*place] = before
-
-
-@pytest.mark.usefixtures("loop")
-def test_finite_voxels_whose_sum_is_too_large_are_finite() -> None:
-    assert not_finite(torch.full((2, 4, 4, 4), 3e38)) == 0

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
 from zpatch.errors import ModelError
 from zpatch.geometry.boxes import PatchLocation, Triple
-
-try:
-    from zpatch.blending._blend import is_finite as _compiled
-except ImportError:  # zpatch was installed without a compiler
-    _compiled = None  # type: ignore[assignment]
-
-Finalise = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Blend(Protocol):
@@ -52,26 +45,6 @@ def accumulation_dtype(dtype: torch.dtype, mode: str) -> torch.dtype:
     if mode == "crop":
         return torch.uint8 if dtype == torch.bool else dtype
     return torch.float32
-
-
-def not_finite(voxels: torch.Tensor) -> int:
-    """How many voxels of (C, I, J, K) are NaN or infinite in any channel.
-
-    One pass sees whether there are any: in the compiled loop, or as a sum, which is not finite then either.
-
-    >>> not_finite(torch.tensor([[0.0, 1.0], [float("nan"), 2.0]]).reshape(2, 2, 1, 1))
-    1
-    """
-    if not (voxels.is_floating_point() or voxels.is_complex()) or _are_finite(voxels):
-        return 0
-    return int((~voxels.isfinite()).any(dim=0).sum())
-
-
-def _are_finite(voxels: torch.Tensor) -> bool:
-    """Whether all voxels are finite; may be False too if their sum is too large for their type."""
-    if _compiled is not None and voxels.dtype == torch.float32 and voxels.device.type == "cpu":
-        return _compiled(voxels.numpy())
-    return bool(voxels.sum().isfinite())
 
 
 def add_batch(blend: Blend, batch: torch.Tensor, locations: Sequence[PatchLocation]) -> None:

@@ -19,9 +19,9 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from zpatch.blending.blend import add_batch, not_finite
+from zpatch.blending.blend import add_batch
 from zpatch.blending.grid_blend import GridBlend, Skipped
-from zpatch.blending.reduction import Finaliser
+from zpatch.blending.reduction import Finaliser, not_finite
 from zpatch.blending.sinks import CompleteShard, ShardAssembler
 from zpatch.digests import Json
 from zpatch.errors import ModelError
