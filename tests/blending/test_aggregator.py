@@ -659,6 +659,47 @@ def test_an_option_by_key_has_a_value_for_each_key(option: str, by_key: bool) ->
         )
 
 
+@pytest.mark.parametrize("option", ["output_shape", "reduce", "dtype", "fill"])
+def test_an_option_by_key_has_no_other_keys(option: str) -> None:
+    value = {"output_shape": 8, "reduce": "argmax", "dtype": torch.uint8, "fill": 0}[option]
+    options: dict[str, Any] = {option: {"seg": value, "sge": value}}
+    with pytest.raises(OptionError, match=rf"^{option}: no output 'sge' in the network; did you mean 'seg'"):
+        zp.PatchAggregator(8, **options).add_batch(
+            {"seg": torch.ones(1, 2, 8, 8, 8)}, [zp.PatchLocation((0, 0, 0), (8, 8, 8))]
+        )
+
+
+@pytest.mark.parametrize("by_key", [True, False])
+def test_a_reduction_of_one_channel_that_gives_one_value_is_refused(by_key: bool) -> None:
+    reduce: Any = {"seg": "argmax", "dist": "softmax"} if by_key else "softmax"
+    tensor: Any = torch.ones(1, 1, 8, 8, 8)
+    batch = {"seg": torch.ones(1, 2, 8, 8, 8), "dist": tensor} if by_key else tensor
+    named = "'dist' " if by_key else ""
+    with pytest.raises(OptionError, match=f"would give 1 everywhere, as the output {named}has one channel"):
+        zp.PatchAggregator(8, reduce=reduce).add_batch(batch, [zp.PatchLocation((0, 0, 0), (8, 8, 8))])
+
+
+@pytest.mark.parametrize("is_stored", [False, True])
+@pytest.mark.parametrize("has_grid", [False, True])
+def test_voxels_that_are_not_finite_are_counted_and_a_warning_says_so(
+    target: Path, sampler: zp.GridSampler, patches: list[Any], is_stored: bool, has_grid: bool
+) -> None:
+    batch = torch.from_numpy(np.stack(patches)).float()
+    batch[0, :, :2, 1, 1] = torch.nan
+    batch[0, 0, 3, 1, 1] = torch.inf
+    options: dict[str, Any] = {"grid": sampler} if has_grid else {"patch_overlap": sampler.grid.patch_overlap}
+    output = target if is_stored else None
+    with zp.PatchAggregator(
+        (70, 12, 13), "crop", reduce=("threshold", 0), output=output, **options
+    ) as blended:
+        blended.add_batch({"seg": batch}, sampler.locations)
+        with pytest.warns(UserWarning, match="^3 blended voxels of 'seg' are NaN or infinite$"):
+            found: Any = blended.get_output("seg")
+        if is_stored:
+            assert found.statistics["not_finite"] == 3
+        assert blended.get_output("seg") is found
+
+
 def test_an_unknown_key_is_an_error_with_the_known_ones(sampler: zp.GridSampler, patches: list[Any]) -> None:
     aggregator = zp.PatchAggregator((70, 12, 13), grid=sampler)
     aggregator.add_batch({"seg": torch.from_numpy(np.stack(patches))}, sampler.locations)

@@ -10,6 +10,7 @@ import torch
 
 from zpatch.blending.blend import accumulation_dtype, add_batch
 from zpatch.blending.grid_blend import GridBlend
+from zpatch.blending.reduction import Finaliser
 from zpatch.blending.sinks import TensorSink
 from zpatch.blending.tiling import Tiling
 from zpatch.errors import ModelError
@@ -38,7 +39,7 @@ def simple() -> Tiling:
 
 
 def blend_of(tiling: Tiling) -> GridBlend:
-    return GridBlend(tiling, TensorSink(tiling.shape), lambda voxels: voxels)
+    return GridBlend(tiling, TensorSink(tiling.shape), Finaliser(None))
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,7 @@ def test_a_patch_one_voxel_off_by_rounding_is_cut_or_continued_by_its_edge(lengt
     tiling = Tiling.over(PatchGrid.over((9, 9, 9), (9, 9, 9)), "hann", output_shape=(5, 5, 5))
     patch = torch.arange(length).expand(1, 1, length, length, length).float()
     sink = TensorSink(tiling.shape)
-    blend = GridBlend(tiling, sink, lambda voxels: voxels)
+    blend = GridBlend(tiling, sink, Finaliser(None))
     add_batch(blend, patch, [tiling.grid.location(0)])
     blend.finish()
     assert sink.tensor is not None

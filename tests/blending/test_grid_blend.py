@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from zpatch.blending.grid_blend import GridBlend, Skipped
+from zpatch.blending.reduction import Finaliser
 from zpatch.blending.tiling import Tiling
 from zpatch.errors import IncompleteCoverageError, MemoryLimitError, PatchLocationError
 from zpatch.geometry.boxes import PatchLocation, Triple
@@ -30,10 +31,10 @@ class Recorder:
 
     def __init__(self, tiling: Tiling) -> None:
         self.times = np.zeros(tiling.shape, dtype=int)
-        self.skipped = 0
+        self.skipped = self.not_finite = 0
         self.voxels: Array = np.zeros(0)
 
-    def put(self, first: Triple, voxels: torch.Tensor, *, skipped: int = 0) -> None:
+    def put(self, first: Triple, voxels: torch.Tensor, *, skipped: int = 0, not_finite: int = 0) -> None:
         if not self.voxels.size:
             dtype = torch.empty(0, dtype=voxels.dtype).numpy().dtype
             self.voxels = np.zeros((len(voxels), *self.times.shape), dtype)
@@ -41,6 +42,7 @@ class Recorder:
         self.voxels[:, *box] = voxels.numpy()
         self.times[box] += 1
         self.skipped += skipped
+        self.not_finite += not_finite
 
 
 def run(
@@ -48,7 +50,7 @@ def run(
 ) -> Recorder:
     """The voxels of a blend when patches, numbered as in the grid, arrive in some order."""
     recorder = Recorder(tiling)
-    blend = GridBlend(tiling, recorder, lambda voxels: voxels, **options)
+    blend = GridBlend(tiling, recorder, Finaliser(None), **options)
     for number in range(len(patches)) if order is None else order:
         blend.add(patches[number], tiling.grid.location(number))
     blend.finish()
@@ -217,11 +219,28 @@ def test_voxels_are_finalised_once_they_are_final(rng: np.random.Generator) -> N
     tiling = simple()
     patches = random_patches(tiling, rng)
     recorder = Recorder(tiling)
-    blend = GridBlend(tiling, recorder, lambda voxels: voxels.argmax(dim=0, keepdim=True))
+    blend = GridBlend(tiling, recorder, Finaliser(lambda voxels: voxels.argmax(dim=0, keepdim=True)))
     for patch, location in zip(patches, tiling.grid.locations(), strict=True):
         blend.add(patch, location)
     blend.finish()
     assert np.array_equal(recorder.voxels[0], run(tiling, patches).voxels.argmax(axis=0))
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_voxels_that_are_not_finite_are_counted_once_each(rng: np.random.Generator, is_masked: bool) -> None:
+    tiling = simple()
+    patches = random_patches(tiling, rng)
+    patches[5][0, 2, 3, 4] = torch.nan
+    patches[6][:, 9:12, 0, 0] = torch.inf
+    patches[7].fill_(torch.nan)
+    skipped = np.zeros(tiling.grid.counts, dtype=bool)
+    skipped.ravel()[[7, 8]] = is_masked
+    options = {"skipped": Skipped(skipped, lambda shape: torch.zeros(2, *shape))} if is_masked else {}
+    run_patches = np.flatnonzero(~skipped.ravel()).tolist()
+    found = run(tiling, patches, rng.permutation(run_patches).tolist(), **options)
+    bad = ~np.isfinite(found.voxels).all(axis=0)
+    assert 4 <= found.not_finite == bad.sum()
+    assert (bad.sum() >= 16 * 8 * 8) == (not is_masked)
 
 
 # Order
@@ -250,7 +269,7 @@ def test_a_patch_may_be_overwritten_after_it_was_added(rng: np.random.Generator)
     for spoil in (False, True):
         patches = random_patches(tiling, np.random.default_rng(1))
         recorders.append(recorder := Recorder(tiling))
-        blend = GridBlend(tiling, recorder, lambda voxels: voxels)
+        blend = GridBlend(tiling, recorder, Finaliser(None))
         for number in rng.permutation(len(patches)).tolist():
             blend.add(patches[number], tiling.grid.location(number))
             if spoil:
@@ -277,7 +296,7 @@ def test_patches_that_wait_take_no_more_memory_than_is_allowed(rng: np.random.Ge
 def test_a_missing_patch_is_an_error_with_its_box_and_may_be_added_then(rng: np.random.Generator) -> None:
     tiling = simple()
     patches, recorder = random_patches(tiling, rng), Recorder(tiling)
-    blend = GridBlend(tiling, recorder, lambda voxels: voxels)
+    blend = GridBlend(tiling, recorder, Finaliser(None))
     for number in set(range(len(patches))) - {9, 20}:
         blend.add(patches[number], tiling.grid.location(number))
     box = tiling.grid.location(9)
@@ -292,7 +311,7 @@ def test_a_missing_patch_is_an_error_with_its_box_and_may_be_added_then(rng: np.
 
 def test_a_patch_that_is_added_twice_is_an_error_with_its_place() -> None:
     tiling = simple()
-    blend = GridBlend(tiling, Recorder(tiling), lambda voxels: voxels)
+    blend = GridBlend(tiling, Recorder(tiling), Finaliser(None))
     location = tiling.grid.location(1)
     blend.add(torch.ones(1, 16, 8, 8), location)
     with pytest.raises(IncompleteCoverageError, match=r"the patch at \(0, 0, 5\) was added twice"):
@@ -301,7 +320,7 @@ def test_a_patch_that_is_added_twice_is_an_error_with_its_place() -> None:
 
 def test_a_box_that_is_not_a_patch_of_the_grid_is_refused() -> None:
     tiling = simple()
-    blend = GridBlend(tiling, Recorder(tiling), lambda voxels: voxels)
+    blend = GridBlend(tiling, Recorder(tiling), Finaliser(None))
     with pytest.raises(PatchLocationError, match="not of this grid"):
         blend.add(torch.ones(1, 16, 8, 8), PatchLocation((1, 0, 0), (16, 8, 8)))
 
@@ -327,7 +346,7 @@ def test_only_wanted_shards_are_made_with_each_voxel_once_and_unchanged(
 def test_only_missing_patches_of_wanted_shards_are_an_error(rng: np.random.Generator) -> None:
     tiling = simple()
     wanted = np.array([False, False, False, True]).reshape(tiling.shard_counts)
-    blend = GridBlend(tiling, Recorder(tiling), lambda voxels: voxels, wanted=wanted)
+    blend = GridBlend(tiling, Recorder(tiling), Finaliser(None), wanted=wanted)
     with pytest.raises(IncompleteCoverageError, match=r"8 of 8 .* from \(48, 0, 0\) to \(64, 8, 8\)"):
         blend.finish()
 

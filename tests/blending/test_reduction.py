@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,12 @@ from zpatch.blending import reduction
 from zpatch.blending.reduction import (
     Finaliser,
     as_stored,
+    check_channels,
+    check_known,
     check_reduction,
     fitting_fill,
     kind_of,
+    not_finite,
     reduce_channels,
 )
 from zpatch.errors import ModelError, OptionError
@@ -106,7 +110,7 @@ def positive_channels(voxels: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("channels", [None, 2])
 def test_a_function_whose_number_of_channels_depends_on_the_values_is_refused(channels: int | None) -> None:
     finalise = Finaliser(positive_channels, channels=channels)
-    assert len(finalise(torch.ones(2, 3, 3, 3))) == 2
+    assert len(finalise(torch.ones(2, 3, 3, 3)).voxels) == 2
     text = (
         r"made 0 channels of some voxels and 2 of others; the number of channels must not depend on the val"
     )
@@ -118,7 +122,7 @@ def test_a_function_whose_number_of_channels_depends_on_the_values_is_refused(ch
 def test_stored_final_voxels_are_cast_to_a_type_that_an_image_can_have(
     is_stored: bool, dtype: torch.dtype, voxels: torch.Tensor
 ) -> None:
-    final = Finaliser("softmax", torch.float16, is_stored=is_stored)(voxels)
+    final = Finaliser("softmax", torch.float16, is_stored=is_stored)(voxels).voxels
     assert final.dtype == dtype
     assert torch.equal(final, reduce_channels(voxels, "softmax", torch.float16).to(dtype))
 
@@ -210,3 +214,90 @@ def test_classes_are_numpys_argmax_in_any_memory_order_with_compiled_loops_and_w
         found = reduction.reduce_channels(voxels, "argmax")
     assert found.dtype == torch.uint8
     np.testing.assert_array_equal(found[0], scores.argmax(axis=0))
+
+
+# Of several outputs
+
+
+@pytest.mark.parametrize(
+    ("reduce", "text"),
+    [
+        ("argmax", "class 0 everywhere, as the output 'seg' has one channel; use a threshold: 0.5 of "
+         "probabilities, 0 of logits"),
+        ("softmax", "1 everywhere, as the output 'seg' has one channel; use sigmoid"),
+    ],
+)  # fmt: skip
+def test_a_reduction_of_one_channel_that_gives_one_value_is_refused(reduce: str, text: str) -> None:
+    with pytest.raises(OptionError, match=f"^reduce='{reduce}' would give {re.escape(text)}$") as error:
+        check_channels(reduce, 1, "seg")
+    assert error.value.option == "reduce"
+    check_channels(reduce, 2, "seg")
+    with pytest.raises(OptionError, match="as the output has one channel"):
+        check_channels(reduce, 1, None)
+
+
+@pytest.mark.parametrize("reduce", [None, "sigmoid", ("threshold", 0.5), lambda v: v])
+def test_other_reductions_may_be_of_one_channel(reduce: Any) -> None:
+    check_channels(reduce, 1, "seg")
+
+
+def test_an_option_that_names_an_unknown_output_is_refused_with_the_known_ones() -> None:
+    check_known(["seg"], ["seg", "dist"], "reduce")
+    text = r"^reduce: no output 'sge' in the network; did you mean 'seg'\? \(it has: seg, dist\)$"
+    with pytest.raises(OptionError, match=text) as error:
+        check_known(["seg", "sge"], ["seg", "dist"], "reduce")
+    assert error.value.option == "reduce"
+
+
+# Values that are not finite
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the compiled loop, and without a compiler."""
+    if request.param == "torch":
+        monkeypatch.setattr(reduction, "_compiled", None)
+        monkeypatch.setattr(reduction, "_compiled_is_finite", None)
+
+
+@pytest.mark.usefixtures("loop")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.complex64, torch.int16])
+def test_voxels_that_are_not_finite_are_counted_once_whatever_their_channels(dtype: torch.dtype) -> None:
+    voxels = torch.ones(3, 4, 3, 2).to(dtype)
+    assert not_finite(voxels) == 0
+    if dtype != torch.int16:
+        voxels[0, 0, 0, 0] = voxels[2, 0, 0, 0] = math.nan
+        voxels[1, 3] = math.inf
+        voxels[0, 3] = -math.inf
+        assert not_finite(voxels) == 1 + 6
+        assert not_finite(voxels.permute(0, 3, 2, 1)) == 1 + 6
+
+
+@pytest.mark.usefixtures("loop")
+@pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf, -math.inf])
+def test_one_voxel_that_is_not_finite_is_found_wherever_it_is(value: float) -> None:
+    whole = torch.full((2, 5, 6, 7), 3.4e38)
+    whole[0, 0] = 1e-45
+    for voxels in (whole, whole.permute(0, 3, 2, 1), whole.permute(3, 1, 0, 2)[1:, ::2, :, 1:4]):
+        assert not_finite(voxels) == 0
+        for place in ([0, 0, 0, 0], [-1, -1, -1, -1], [1, 2, 1, 0]):
+            before = voxels[*place].item()
+            voxels[*place] = value
+            assert not_finite(voxels) == 1
+            voxels[*place] = before
+
+
+@pytest.mark.usefixtures("loop")
+def test_finite_voxels_whose_sum_is_too_large_are_finite() -> None:
+    assert not_finite(torch.full((2, 4, 4, 4), 3e38)) == 0
+
+
+@pytest.mark.usefixtures("loop")
+@pytest.mark.parametrize("reduce", [None, "argmax", "softmax", lambda v: v.nan_to_num_(0)])
+def test_voxels_are_counted_before_they_are_reduced(voxels: torch.Tensor, reduce: Any) -> None:
+    finalise = Finaliser(reduce)
+    assert finalise(voxels.clone()).not_finite == 0
+    voxels[1, 0, 0, 0] = math.inf
+    voxels[4, 3, 2, 1] = math.nan
+    for turned in (voxels, voxels.permute(0, 3, 2, 1)):
+        assert finalise(turned.clone()).not_finite == 2

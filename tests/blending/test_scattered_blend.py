@@ -16,6 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from zpatch.blending.reduction import Finaliser
 from zpatch.blending.scattered_blend import TILE_VOXELS, ScatteredBlend, tile_shape
 from zpatch.blending.sinks import TensorSink
 from zpatch.errors import IncompleteCoverageError, ModelError, OptionError
@@ -68,7 +69,7 @@ def blended(
     shape: Triple, mode: str, patches: Patches, overlap: int = 0, **options: Any
 ) -> tuple[torch.Tensor, ScatteredBlend]:
     sink = TensorSink(shape)
-    blend = ScatteredBlend(shape, mode, (overlap,) * 3, sink, lambda voxels: voxels, **options)
+    blend = ScatteredBlend(shape, mode, (overlap,) * 3, sink, Finaliser(None), **options)
     for voxels, place in patches:
         blend.add(torch.as_tensor(voxels), place)
     blend.finish()
@@ -147,7 +148,7 @@ def test_in_crop_mode_the_last_patch_wins(max_bytes: int | None) -> None:
 def test_any_number_of_patches_may_lie_on_a_voxel(mode: str, value: float, full: bool) -> None:
     place = PatchLocation((0, 0, 0), (2, 1, 1))
     sink = TensorSink((2, 1, 1))
-    blend = ScatteredBlend((2, 1, 1), mode, (0, 0, 0), sink, lambda voxels: voxels, max_bytes=1000)
+    blend = ScatteredBlend((2, 1, 1), mode, (0, 0, 0), sink, Finaliser(None), max_bytes=1000)
     patch = patch_of(value, size=place.size)
     for _ in range(100_000 if full else 10_000):
         blend.add(patch, place)
@@ -195,7 +196,7 @@ def test_integers_stay_exact_in_crop_mode(dtype: torch.dtype, max_bytes: int | N
 def test_sums_are_in_float32_or_wider(mode: str, dtype: torch.dtype, summed: torch.dtype) -> None:
     place = PatchLocation((0, 0, 0), (3, 3, 3))
     sink = TensorSink((3, 3, 3))
-    blend = ScatteredBlend((3, 3, 3), mode, (0, 0, 0), sink, lambda voxels: voxels, max_bytes=0)
+    blend = ScatteredBlend((3, 3, 3), mode, (0, 0, 0), sink, Finaliser(None), max_bytes=0)
     for _ in range(300):  # float16 holds 65504 at most, and bfloat16 counts to 256
         blend.add(patch_of(4096, dtype, (3, 3, 3)), place)
     blend.finish()
@@ -212,7 +213,7 @@ def test_integers_are_averaged_in_float32() -> None:
 
 
 def test_all_patches_are_summed_in_one_type() -> None:
-    blend = ScatteredBlend((1, 1, 1), "crop", (0, 0, 0), TensorSink((1, 1, 1)), lambda voxels: voxels)
+    blend = ScatteredBlend((1, 1, 1), "crop", (0, 0, 0), TensorSink((1, 1, 1)), Finaliser(None))
     place = PatchLocation((0, 0, 0), (1, 1, 1))
     blend.add(patch_of(3, torch.int32), place)
     with pytest.raises(
@@ -250,7 +251,7 @@ def test_missing_voxels_are_an_error_with_their_number_and_first_box(
         return
     sink = TensorSink(shape)
     blend = ScatteredBlend(
-        shape, mode, (2, 2, 2), sink, lambda v: v, tile_voxels=tile_voxels, max_bytes=max_bytes
+        shape, mode, (2, 2, 2), sink, Finaliser(None), tile_voxels=tile_voxels, max_bytes=max_bytes
     )
     for voxels, place in patches:
         blend.add(torch.from_numpy(voxels), place)
@@ -273,7 +274,7 @@ def test_a_fill_that_the_output_cannot_hold_is_refused_with_the_first_patch(
     fill: float, dtype: torch.dtype
 ) -> None:
     blend = ScatteredBlend(
-        (1, 1, 1), "average", (0, 0, 0), TensorSink((1, 1, 1)), lambda v: v.to(dtype), fill=fill
+        (1, 1, 1), "average", (0, 0, 0), TensorSink((1, 1, 1)), Finaliser(None, dtype), fill=fill
     )
     with pytest.raises(OptionError, match=rf"fill={fill} does not fit the output, which is of {dtype}"):
         blend.add(patch_of(1), PatchLocation((0, 0, 0), (1, 1, 1)))
@@ -292,7 +293,7 @@ def test_a_fill_that_the_output_cannot_hold_is_refused_with_the_first_patch(
 )
 def test_a_fill_has_the_type_of_the_output(fill: float, dtype: torch.dtype) -> None:
     sink = TensorSink((2, 1, 1))
-    blend = ScatteredBlend((2, 1, 1), "hann", (0, 0, 0), sink, lambda v: v.to(dtype), fill=fill)
+    blend = ScatteredBlend((2, 1, 1), "hann", (0, 0, 0), sink, Finaliser(None, dtype), fill=fill)
     blend.add(patch_of(1), PatchLocation((1, 0, 0), (1, 1, 1)))
     blend.finish()
     assert sink.tensor is not None
@@ -315,7 +316,7 @@ def test_tiles_have_about_as_many_voxels_as_asked_for(shape: Triple, voxels: int
 
 def test_tiles_are_made_where_patches_are_and_nowhere_else() -> None:
     shape = (100_000, 100_000, 100_000)
-    blend = ScatteredBlend(shape, "hann", (0, 0, 0), TensorSink(shape), lambda voxels: voxels)
+    blend = ScatteredBlend(shape, "hann", (0, 0, 0), TensorSink(shape), Finaliser(None))
     blend.add(torch.ones(1, 40, 40, 40), PatchLocation((60_000, 5, 99_990), (40, 40, 40)))
     assert 0 < blend.tiles.bytes <= 2 * TILE_VOXELS * 8
     blend.close()
@@ -337,7 +338,7 @@ def test_each_voxel_is_handed_on_once_and_shards_are_complete_slab_by_slab(tmp_p
 
     sink.put = spy
     place = PatchLocation((0, 0, 0), shape)
-    blend = ScatteredBlend(shape, "average", (0, 0, 0), sink, lambda voxels: voxels, max_bytes=3 * 2**20)
+    blend = ScatteredBlend(shape, "average", (0, 0, 0), sink, Finaliser(None), max_bytes=3 * 2**20)
     blend.add(torch.ones(1, *shape), place)
     blend.finish()
     assert (seen == 1).all()

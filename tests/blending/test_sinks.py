@@ -71,6 +71,22 @@ def test_skipped_voxels_are_counted_for_each_shard() -> None:
     assert [(shard.number, shard.skipped) for shard in shards] == [((0, 0, 0, 0), 3), ((0, 0, 0, 1), 4)]
 
 
+def test_voxels_that_are_not_finite_are_counted_once_where_a_box_is_in_several_shards() -> None:
+    assembler = ShardAssembler(record_of(torch.zeros(1, 4, 2, 2), (2, 2, 2)))
+    shards = list(assembler.put((0, 0, 0), torch.zeros(1, 4, 2, 2), skipped=2, not_finite=5))
+    assert sum(shard.not_finite for shard in shards) == 5
+    assert sum(shard.skipped for shard in shards) == 2
+
+
+def test_an_image_tells_how_many_of_its_voxels_were_not_finite(tmp_path: Path) -> None:
+    sink = image_sink(tmp_path, (8, 4, 4))
+    sink.put((0, 0, 0), torch.full((1, 8, 4, 4), torch.nan), not_finite=128)
+    record = sink.finish().record
+    assert record is not None
+    assert (record.stats["not_finite"], sink.not_finite) == (128, 128)
+    assert record.warnings == ("the network gave NaN or infinite values in 128 voxels",)
+
+
 def test_an_image_tells_how_many_of_its_voxels_were_skipped(tmp_path: Path) -> None:
     sink = image_sink(tmp_path, (8, 4, 4))
     sink.put((0, 0, 0), torch.ones(1, 4, 4, 4), skipped=7)

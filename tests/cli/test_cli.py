@@ -27,6 +27,8 @@ from zpatch.store.names import FORMAT, LOCK, MANIFEST, ROOT_DOCUMENT, STAGING
 
 HEAVY = ("torch", "dask", "zarr", "nibabel", "numpy", "numcodecs", "rich")
 NETS = """
+import torch
+
 def doubling():
     return lambda batch: batch * 2
 
@@ -36,6 +38,9 @@ def shrinking():
         calls.append(1)
         return batch if len(calls) == 1 else batch[:, :, 12:]
     return network
+
+def two_heads():
+    return lambda batch: {"seg": torch.cat([batch, 500 - batch], dim=1), "dist": batch.log()}
 
 def failing():
     calls = []
@@ -134,6 +139,50 @@ def test_a_cohort_goes_through_every_command(run: Run, cohort_source: Path, here
     np.testing.assert_allclose(found, source * 2, rtol=1e-6)
 
 
+def test_each_output_is_reduced_in_its_way_and_values_that_are_not_finite_are_reported(
+    run: Run, store: Path, here: Path
+) -> None:
+    voxels = {s.name: n for s in zp.Cohort(store) if (n := int((s["t1"].data <= 0).sum()))}
+    command = ["predict", store, "out.zarr", "--model", "nets_of_cli:two_heads", *PREDICT, "--blend", "crop"]
+    command += ["--reduce", "seg=argmax", "--reduce", "dist=none"]
+    code, out, err = run(*command, "-q")
+    assert (code, out) == (0, "out.zarr\n")
+    [line] = err.splitlines()
+    total = sum(voxels.values())
+    assert line.startswith(f"warning: the network gave NaN or infinite values in {total} voxels: sub-0")
+    assert line.endswith("; --strict stops at the first")
+    said = run("info", "out.zarr")[1]
+    for name, count in voxels.items():
+        assert f"{name}/dist ({count})" in line
+        assert f"warning: {name}/dist: the network gave NaN or infinite values in {count}" in said
+    assert json.loads(run(*command, "--json")[1])["voxels_not_finite"] == total
+    assert [image.kind for image in zp.Cohort("out.zarr")[0].images.values()] == ["label", "scalar"]
+
+
+def test_strict_stops_at_the_first_value_that_is_not_finite(refused: Callable[..., str], store: Path) -> None:
+    command = ["predict", store, "out.zarr", "--model", "nets_of_cli:two_heads", *PREDICT, "--strict"]
+    text = r"subject 'sub-01': the output 'dist' is NaN or infinite in \d+ voxels of the patch at \(0, 0, 0\)"
+    assert re.search(text + ", its input in 0; without --strict they are counted, and", refused(*command))
+
+
+@pytest.mark.parametrize(
+    ("reduce", "text"),
+    [
+        (["argmax"], "--reduce argmax would give class 0 everywhere, as the output 'dist' has one channel; "),
+        (["seg=argmax"], "--reduce says nothing of the output 'dist'; add it, as none to keep its values"),
+        (["seg=none", "dits=none"], "--reduce: no output 'dits' in the network; did you mean 'dist'?"),
+        (["seg=argmin", "dist=none"], "--reduce must be 'argmax'"),
+    ],
+)
+def test_reductions_that_do_not_fit_the_outputs_are_wrong_usage(
+    refused: Callable[..., str], store: Path, reduce: list[str], text: str
+) -> None:
+    flags = [word for how in reduce for word in ("--reduce", how)]
+    command = ["predict", store, "out.zarr", "--model", "nets_of_cli:two_heads", *PREDICT, *flags]
+    assert text in refused(*command, code=2)
+    assert not Path("out.zarr").exists()
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -222,6 +271,7 @@ def test_a_config_file_names_options_by_their_flags(run: Run, store: Path, here:
         'image = ["t1"]',
         "patch-size = 24",
         "overlap = 8",
+        'reduce = "sigmoid"',
     ]
     (here / "zpatch.toml").write_text("\n".join(lines))
     assert run("--config", "zpatch.toml", "predict", store, "out.zarr", "-q") == (0, "out.zarr\n", "")

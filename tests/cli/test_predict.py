@@ -10,7 +10,7 @@ import pytest
 
 from zpatch.blending import reduction
 from zpatch.blending.windows import OVERLAP_MODES
-from zpatch.cli.predict import predict_command
+from zpatch.cli.predict import _reductions, predict_command
 from zpatch.geometry.padding import PADDING_MODES
 from zpatch.images import normalization
 from zpatch.prediction.prediction_options import PredictOptions
@@ -30,6 +30,31 @@ OF_THE_COMMAND = {"store", "output", "model", "axes", "include", "exclude", "dry
 def test_the_command_offers_the_choices_of_the_library(name: str, choices: tuple[str, ...]) -> None:
     assert isinstance(PARAMETERS[name].type, click.Choice)
     assert tuple(PARAMETERS[name].type.choices) == choices
+
+
+@pytest.mark.parametrize(
+    ("texts", "reduce"),
+    [
+        (["none"], None),
+        (["threshold"], ("threshold", 0.5)),
+        (["threshold:0.25"], ("threshold", 0.25)),
+        (["seg=argmax"], {"seg": "argmax"}),
+        (
+            ["seg=argmax", "dist=none", "edge=threshold:2"],
+            {"seg": "argmax", "dist": None, "edge": ("threshold", 2)},
+        ),
+    ],
+)
+def test_reductions_are_one_for_all_outputs_or_one_for_each(texts: list[str], reduce: Any) -> None:
+    assert _reductions(texts) == reduce
+
+
+@pytest.mark.parametrize("texts", [["argmax", "none"], ["seg=argmax", "none"], ["seg=argmax", "seg=none"]])
+def test_reductions_that_contradict_each_other_are_refused(texts: list[str]) -> None:
+    text = f"^{' '.join(texts)}: give one for all outputs, or one for each as OUTPUT=HOW$"
+    with pytest.raises(click.BadParameter, match=text) as error:
+        _reductions(texts)
+    assert error.value.param_hint == "--reduce"
 
 
 def test_the_help_names_every_reduction() -> None:
@@ -53,4 +78,4 @@ def test_the_defaults_are_those_of_the_library(parsed: dict[str, Any]) -> None:
     options = PredictOptions.of(image="t1", patch_size=16)
     given = {**parsed, "image": "t1", "reduce": None, "resume": not parsed["no_resume"]}
     assert PredictOptions.of(**{f.name: given[f.name] for f in dataclasses.fields(options)}) == options
-    assert parsed["reduce"] == "none"
+    assert parsed["reduce"] == ("none",)

@@ -21,8 +21,9 @@ from zpatch.chunks.scaling import UNSCALED
 from zpatch.errors import ModelError, OptionError, StoreError, StoreExistsError, UnknownNameError, ZpatchError
 from zpatch.prediction.model_files import load_model
 from zpatch.prediction.network import Network
-from zpatch.prediction.planning import plan_prediction
+from zpatch.prediction.planning import candidates, plan_prediction, probe
 from zpatch.prediction.prediction_options import PredictOptions
+from zpatch.prediction.prediction_run import run_prediction
 from zpatch.store.voxel_index import read_label_table
 
 MODES = ["crop", "average", "hann", "gaussian"]
@@ -521,3 +522,169 @@ def test_a_model_that_cannot_be_loaded_is_one_clear_line(spec: str, text: str, h
     with pytest.raises(ModelError, match=text) as error:
         load_model(spec)
     assert "\n" not in str(error.value)
+
+
+# Several outputs
+
+
+def two_heads(batch: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"seg": pointwise(batch), "dist": batch[:, :1] * 2}
+
+
+def test_each_output_has_its_own_reduction(cohort: zp.Cohort, out: Path) -> None:
+    reduce = {"dist": None, "seg": "argmax"}
+    found = predict(cohort[:1], out, two_heads, reduce=reduce, overlap_mode="crop")[0]
+    assert (found["seg"].kind, found["dist"].kind) == ("label", "scalar")
+    np.testing.assert_array_equal(found["seg"].data, expected(cohort[0]).argmax(axis=0)[None])
+    np.testing.assert_allclose(found["dist"].data, cohort[0]["t1"].data * 2, rtol=1e-5)
+    again = predict(
+        cohort[:1], out, two_heads, reduce=dict(sorted(reduce.items())[::-1]), overlap_mode="crop"
+    )
+    assert again.names == ["sub-01"]
+    with pytest.raises(StoreExistsError, match="differs in reduce: "):
+        predict(cohort[:1], out, two_heads, reduce={**reduce, "dist": "sigmoid"}, overlap_mode="crop")
+
+
+@pytest.mark.parametrize(
+    ("reduce", "text"),
+    [
+        ({"sge": "argmax", "dist": None},
+         r"^reduce: no output 'sge' in the network; did you mean 'seg'\? \(it has: seg, dist\)$"),
+        ({"seg": "argmax"}, r"^reduce says nothing of the output 'dist'; add it, as none to keep its values "
+         r"\(the network's outputs are seg, dist\)$"),
+        ({"seg": "argmin", "dist": None}, "^reduce must be 'argmax', "),
+        ("argmax", "^reduce='argmax' would give class 0 everywhere, as the output 'dist' has one channel; "),
+        ({"seg": None, "dist": "softmax"}, "^reduce='softmax' would give 1 everywhere, as the "),
+    ],
+)  # fmt: skip
+def test_reductions_that_do_not_fit_the_outputs_are_refused_before_anything_is_written(
+    cohort: zp.Cohort, out: Path, reduce: Any, text: str
+) -> None:
+    with pytest.raises(OptionError, match=text) as error:
+        predict(cohort, out, two_heads, reduce=reduce)
+    assert error.value.option == "reduce"
+    assert not out.exists()
+
+
+# Outputs that are not finite
+
+
+class WithGaps(torch.nn.Module):
+    """Scores that are NaN where the input is bright, and infinite where it is brightest."""
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        scores = pointwise(batch)
+        scores[:, 1][batch[:, 0] > 600] = math.nan
+        scores[:, 0][batch[:, 0] > 800] = math.inf
+        return scores
+
+
+def gaps(subject: zp.Subject) -> NDArray[np.bool_]:
+    """The voxels (I, J, K) for which the scores are not finite."""
+    bright: NDArray[np.bool_] = subject["t1"].data[0] > 600
+    return bright
+
+
+GAPS_ARE_COUNTED = pytest.mark.filterwarnings("ignore:the network gave NaN or infinite values")
+
+
+@pytest.mark.parametrize("run", [{}, {"jobs": 2}, {"batch_size": 3, "reduce": None}])
+@GAPS_ARE_COUNTED
+def test_voxels_that_are_not_finite_are_counted_before_they_are_reduced(
+    cohort: zp.Cohort, out: Path, run: dict[str, Any]
+) -> None:
+    options = {"overlap_mode": "crop", "reduce": "argmax", **run}
+    for subject, found in zip(cohort, predict(cohort, out, WithGaps(), **options), strict=True):
+        record, count = found.prediction.record, int(gaps(subject).sum())
+        assert record is not None
+        assert count > 0
+        assert record.stats["not_finite"] == count
+        assert record.warnings == (f"the network gave NaN or infinite values in {count} voxels",)
+
+
+@GAPS_ARE_COUNTED
+def test_voxels_that_are_not_finite_are_counted_only_where_patches_are_run(
+    cohort: zp.Cohort, out: Path
+) -> None:
+    found = predict(cohort[:1], out, WithGaps(), mask="seg", fill=-1, patch_size=12, patch_overlap=4)[0]
+    data, stats = found.prediction.data, found.prediction.statistics
+    assert 0 < stats["not_finite"] == (~np.isfinite(data)).any(axis=0).sum()
+    assert 0 < stats["skipped"] == (data == -1).all(axis=0).sum()
+
+
+@pytest.mark.usefixtures("small_chunks")
+@GAPS_ARE_COUNTED
+def test_they_are_counted_once_in_bands_and_in_a_prediction_that_is_resumed(
+    cohort: zp.Cohort, out: Path
+) -> None:
+    subject, options = cohort[:1], PredictOptions.of(image="t1", patch_size=24, patch_overlap=8, device="cpu")
+    count = predict(subject, out.with_name("whole.zarr"), WithGaps())[0].prediction.statistics["not_finite"]
+    assert count >= gaps(subject[0]).sum()
+    network = Network.of(WithGaps(), options)
+    [plan] = [p for p in candidates(subject[0], probe(network, subject[0], options), options, slabs=3)
+              if len(p.regions) == 3][:1]  # fmt: skip
+    assert plan.patches_run > plan.patches
+    found = run_prediction(network, [plan], out.with_name("bands.zarr"), options)
+    assert found[0].prediction.statistics["not_finite"] == count
+
+    model, patches = WithGaps(), itertools.count(1)
+
+    def stop(module: Any, batches: Any) -> None:
+        if next(patches) == 20:
+            raise KeyboardInterrupt
+
+    hook = model.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        predict(subject, out, model)
+    assert list(out.glob(".unfinished/sub-01/*/.ledger/prediction/*.json"))
+    hook.remove()
+    assert predict(subject, out, model)[0].prediction.statistics["not_finite"] == count
+
+
+def test_a_warning_at_the_end_says_where_they_are_also_when_all_was_done_before(
+    cohort: zp.Cohort, out: Path
+) -> None:
+    counts = {subject.name: int(gaps(subject).sum()) for subject in cohort[:2]}
+    named = ", ".join(f"{n}/prediction ({counts[n]})" for n in sorted(counts, key=lambda n: -counts[n]))
+    text = f"the network gave NaN or infinite values in {sum(counts.values())} voxels: {named}; strict=True "
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=f"^{re.escape(text)}stops at the first$"):
+            predict(cohort[:2], out, WithGaps(), overlap_mode="crop")
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_strict_stops_at_the_first_patch_and_names_it(cohort: zp.Cohort, out: Path, jobs: int) -> None:
+    text = (
+        r"^subject 'sub-01': the output 'prediction' is NaN or infinite in \d+ voxels of the patch at "
+        r"\((\d+), (\d+), (\d+)\), its input in 0; without strict=True they are counted, "
+        r"and reported at the end$"
+    )
+    with pytest.raises(ModelError, match=text) as error:
+        predict(cohort[:1], out, WithGaps(), strict=True, jobs=jobs, batch_size=2)
+    found = re.search(text, str(error.value))
+    assert found is not None
+    i, j, k = map(int, found.groups())
+    assert gaps(cohort[0])[i : i + 24, j : j + 24, k : k + 24].any()
+
+
+def test_strict_says_whether_the_input_was_not_finite(out: Path) -> None:
+    volume = np.zeros((30, 20, 20), np.float32)
+    volume[25, 3, 3] = np.nan
+    subject = zp.Subject(name="ann", t1=zp.ScalarImage(volume))
+    with pytest.raises(ModelError, match=r"in 1 voxels of the patch at \(14, 0, 0\), its input in 1; "):
+        predict([subject], out, lambda batch: batch, strict=True, patch_size=16)
+
+
+def test_strict_changes_nothing_of_finite_outputs_and_refuses_what_an_earlier_run_let_pass(
+    cohort: zp.Cohort, out: Path
+) -> None:
+    predict(cohort[:1], out)
+    before = out.joinpath("manifest.jsonl").read_bytes()
+    predict(cohort[:1], out, strict=True)
+    assert out.joinpath("manifest.jsonl").read_bytes() == before
+    gappy = out.with_name("gappy.zarr")
+    with pytest.warns(UserWarning, match="the network gave NaN"):
+        predict(cohort[:1], gappy, WithGaps())
+    text = "^the network gave NaN or infinite values in .*, in an earlier run; leave out strict=True, or say "
+    with pytest.raises(ModelError, match=text):
+        predict(cohort[:1], gappy, WithGaps(), strict=True)

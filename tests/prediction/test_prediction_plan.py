@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from small_plans import MODES, Bools, adds_to, in_sweep_order, planned, plans, seeds
 
 from zpatch.blending.grid_blend import GridBlend, Skipped
+from zpatch.blending.reduction import Finaliser
 from zpatch.blending.tiling import Tile, Tiling
 from zpatch.geometry.boxes import Triple
 from zpatch.geometry.patch_grid import PatchGrid
@@ -56,7 +57,7 @@ class Watch:
         self.blend: GridBlend | None = None
         self.most = 0
 
-    def put(self, first: Triple, voxels: torch.Tensor, *, skipped: int = 0) -> None:
+    def put(self, first: Triple, voxels: torch.Tensor, *, skipped: int = 0, not_finite: int = 0) -> None:
         shard = tuple(a // u for a, u in zip(first, self.tiling.shard_shape, strict=True))
         ends = zip(shard, self.tiling.shard_shape, self.tiling.shape, strict=True)
         size = math.prod(min((n + 1) * u, m) - n * u for n, u, m in ends)
@@ -104,7 +105,7 @@ def watched(planned_head: PlannedHead, skipped: Bools | None) -> int:
     tiling, kind = planned_head.tiling, planned_head.head
     watch = Watch(tiling, kind.kept_channels * np.dtype(kind.kept_dtype).itemsize)
     fill = None if skipped is None else Skipped(skipped, lambda shape: torch.zeros(1, *shape))
-    watch.blend = GridBlend(tiling, watch, lambda voxels: voxels[:1], skipped=fill)
+    watch.blend = GridBlend(tiling, watch, Finaliser(lambda voxels: voxels[:1]), skipped=fill)
     for location in tiling.grid.locations(tiling.swept_axis):
         size = watch.blend.size_of(location)
         watch.blend.add(torch.ones(kind.channels, *size), location)

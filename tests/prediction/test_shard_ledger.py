@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from zpatch.chunks.layout import chunk_counts
-from zpatch.digests import compact_json, digest, unsealed
+from zpatch.digests import compact_json, digest, sealed_line, unsealed
 from zpatch.errors import IncompleteCoverageError, SamplingError, StoreExistsError
 from zpatch.geometry.boxes import padded_to_4d
 from zpatch.nifti.writer import make_header
@@ -200,6 +200,23 @@ def test_images_of_one_subject_keep_their_shards_apart(tmp_path: Path) -> None:
     write_shards(tmp_path / "one", record, voxels, shards_of(record)[:3])
     assert written(tmp_path / "other") == set()
     assert written(tmp_path / "one") == set(shards_of(record)[:3])
+
+
+def test_voxels_that_are_not_finite_are_counted_and_entries_that_did_not_count_them_are_read(
+    tmp_path: Path,
+) -> None:
+    voxels = make_voxels("label")
+    record = record_of(voxels, "label")
+    for number, shard in enumerate(shards_of(record)):
+        ledger = ShardLedger(tmp_path / "heart")
+        ledger.write(record, shard, part_of(record, voxels, shard), not_finite=number)
+    number = len(shards_of(record)) - 1
+    assert finish(tmp_path / "heart", record).stats["not_finite"] == number * (number + 1) / 2
+    last = entry_file(tmp_path / "heart", shards_of(record)[-1])
+    value = unsealed(last.read_bytes(), "")
+    del value["not_finite"]
+    last.write_text(sealed_line(value))
+    assert finish(tmp_path / "heart", record).stats["not_finite"] == number * (number - 1) / 2
 
 
 def test_missing_shards_are_an_error_with_their_number(tmp_path: Path) -> None:

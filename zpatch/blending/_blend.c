@@ -1,4 +1,4 @@
-/* The inner loops of blending: adding weighted patches, and the class of each voxel.
+/* The inner loops of blending: adding weighted patches, the class of each voxel, and whether all are finite.
 
 Voxels are float32 in any strides, on four axes of which the first is the channel; the inner loop runs along
 the axis with the smallest stride. The weight of a voxel is a product of one for each axis, never stored. */
@@ -9,6 +9,7 @@ the axis with the smallest stride. The weight of a voxel is a product of one for
 #include <stdint.h>
 
 #define AXES 3
+#define EXPONENT 0x7f800000u /* all its bits are set in NaN and infinity, and in no other float32 */
 #define BLOCK 512 /* voxels whose best score and class are on the stack */
 
 typedef struct {
@@ -135,14 +136,28 @@ static PyObject *add(PyObject *module, PyObject *arguments)
     Py_RETURN_NONE;
 }
 
-/* The number of the greatest channel, the first of equal ones; NaN is greater than all numbers. */
-static void classify_block(const Volume *voxels, const char *from, char *to, Py_ssize_t to_stride,
+static int line_is_finite(const uint32_t *bits, Py_ssize_t count)
+{
+    uint32_t found = 0;
+    for (Py_ssize_t n = 0; n < count; n++)
+        found |= (bits[n] & EXPONENT) == EXPONENT;
+    return !found;
+}
+
+/* The number of the greatest channel, the first of equal ones; NaN is greater than all numbers. Returns whether
+all scores are finite. */
+static int classify_block(const Volume *voxels, const char *from, char *to, Py_ssize_t to_stride,
                            Py_ssize_t count)
 {
     float best[BLOCK];
     uint8_t winner[BLOCK];
     Py_ssize_t stride = voxels->stride[2];
-    int is_dense = stride == sizeof(float);
+    int is_dense = stride == sizeof(float), all_finite = 1;
+    for (Py_ssize_t c = 0; c < voxels->channels; c++) {
+        const char *scores = from + c * voxels->channel_stride;
+        for (Py_ssize_t n = 0; n < (is_dense ? 1 : count); n++)
+            all_finite &= line_is_finite((const uint32_t *)(scores + n * stride), is_dense ? count : 1);
+    }
     for (Py_ssize_t n = 0; n < count; n++) {
         best[n] = *(const float *)(from + n * stride);
         winner[n] = 0;
@@ -167,10 +182,12 @@ static void classify_block(const Volume *voxels, const char *from, char *to, Py_
     }
     for (Py_ssize_t n = 0; n < count; n++)
         to[n * to_stride] = (char)winner[n];
+    return all_finite;
 }
 
-static void classify_volume(const Volume *voxels, const Volume *classes)
+static int classify_volume(const Volume *voxels, const Volume *classes)
 {
+    int all_finite = 1;
     const Py_ssize_t *shape = voxels->shape;
     for (Py_ssize_t a = 0; a < shape[0]; a++)
         for (Py_ssize_t b = 0; b < shape[1]; b++)
@@ -180,15 +197,16 @@ static void classify_volume(const Volume *voxels, const Volume *classes)
                     voxels->data + a * voxels->stride[0] + b * voxels->stride[1] + c * voxels->stride[2];
                 char *to =
                     classes->data + a * classes->stride[0] + b * classes->stride[1] + c * classes->stride[2];
-                classify_block(voxels, from, to, classes->stride[2], count);
+                all_finite &= classify_block(voxels, from, to, classes->stride[2], count);
             }
+    return all_finite;
 }
 
 static PyObject *classify(PyObject *module, PyObject *arguments)
 {
     (void)module;
     PyObject *voxel_object, *class_object;
-    int order[AXES];
+    int order[AXES], all_finite = 0;
     if (!PyArg_ParseTuple(arguments, "OO:classify", &voxel_object, &class_object))
         return NULL;
     Py_buffer voxels, classes;
@@ -203,16 +221,52 @@ static PyObject *classify(PyObject *module, PyObject *arguments)
     if (fits) {
         order_of(&voxels, order);
         Volume from = volume_of(&voxels, order), to = volume_of(&classes, order);
-        Py_BEGIN_ALLOW_THREADS classify_volume(&from, &to);
+        Py_BEGIN_ALLOW_THREADS all_finite = classify_volume(&from, &to);
         Py_END_ALLOW_THREADS
     } else {
         PyErr_SetString(PyExc_ValueError, "scores and classes do not fit each other");
     }
     PyBuffer_Release(&voxels);
     PyBuffer_Release(&classes);
-    if (!fits)
+    return fits ? PyBool_FromLong(all_finite) : NULL;
+}
+
+static int volume_is_finite(const Volume *voxels)
+{
+    const Py_ssize_t *shape = voxels->shape, *stride = voxels->stride;
+    for (Py_ssize_t c = 0; c < voxels->channels; c++)
+        for (Py_ssize_t a = 0; a < shape[0]; a++)
+            for (Py_ssize_t b = 0; b < shape[1]; b++) {
+                const char *line = voxels->data + c * voxels->channel_stride + a * stride[0] + b * stride[1];
+                if (stride[2] == sizeof(float)) {
+                    if (!line_is_finite((const uint32_t *)line, shape[2]))
+                        return 0;
+                    continue;
+                }
+                for (Py_ssize_t n = 0; n < shape[2]; n++)
+                    if (!line_is_finite((const uint32_t *)(line + n * stride[2]), 1))
+                        return 0;
+            }
+    return 1;
+}
+
+static PyObject *is_finite(PyObject *module, PyObject *voxel_object)
+{
+    (void)module;
+    Py_buffer view;
+    if (PyObject_GetBuffer(voxel_object, &view, PyBUF_STRIDES))
         return NULL;
-    Py_RETURN_NONE;
+    int fits = is_volume(&view, sizeof(float)), found = 0, order[AXES];
+    if (fits) {
+        order_of(&view, order);
+        Volume voxels = volume_of(&view, order);
+        Py_BEGIN_ALLOW_THREADS found = volume_is_finite(&voxels);
+        Py_END_ALLOW_THREADS
+    } else {
+        PyErr_SetString(PyExc_ValueError, "voxels must be float32 on four axes");
+    }
+    PyBuffer_Release(&view);
+    return fits ? PyBool_FromLong(found) : NULL;
 }
 
 static PyMethodDef methods[] = {
@@ -221,7 +275,11 @@ static PyMethodDef methods[] = {
      "Add a part (C, I, J, K), weighted by three vectors, to sums; the first part overwrites them."},
     {"classify", classify, METH_VARARGS,
      "classify(scores, classes)\n--\n\n"
-     "Write the number of the greatest channel of scores (C, I, J, K) into uint8 classes (1, I, J, K)."},
+     "Write the number of the greatest channel of scores (C, I, J, K) into uint8 classes (1, I, J, K);\n"
+     "return whether all scores are finite."},
+    {"is_finite", is_finite, METH_O,
+     "is_finite(voxels)\n--\n\n"
+     "Whether no voxel of float32 (C, I, J, K) is NaN or infinite."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import uuid
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -16,7 +17,7 @@ import torch
 from zpatch.blending.aggregator_options import AggregatorOptions, HeadOptions
 from zpatch.blending.blend import Blend, add_batch
 from zpatch.blending.grid_blend import GridBlend
-from zpatch.blending.reduction import Finaliser, Reduction, kind_of
+from zpatch.blending.reduction import Finaliser, Reductions, check_channels, kind_of
 from zpatch.blending.scattered_blend import ScatteredBlend
 from zpatch.blending.sinks import ImageSink, Output, OutputSink, TensorSink
 from zpatch.blending.tiling import Tiling
@@ -82,7 +83,7 @@ class PatchAggregator:
         *,
         grid: GridSampler | None = None,
         output: str | os.PathLike[str] | None = None,
-        reduce: Reduction | Mapping[str, Reduction] = None,
+        reduce: Reductions = None,
         dtype: torch.dtype | Mapping[str, torch.dtype | None] | None = None,
         fill: float | Mapping[str, float | None] | None = None,
         max_memory: int | str | None = None,
@@ -132,6 +133,10 @@ class PatchAggregator:
     ) -> dict[str | None, Head]:
         if not tensors:
             raise OptionError("a batch is a dict without keys; it must hold a tensor for each output")
+        self.options.check_keys(tensors.keys())
+        for key, tensor in tensors.items():
+            if isinstance(tensor, torch.Tensor) and tensor.ndim == 5:
+                check_channels(self.options.of_head(key).reduce, tensor.shape[1], key)
         names = [key for key in tensors if key is not None and self.options.output is not None]
         for name in names:
             check_name(name, "output")
@@ -216,6 +221,12 @@ class PatchAggregator:
             if self.options.output is not None and self._staging is not None:
                 self._staging.rename(self.options.output)
         self._refusal = "the output was taken already"
+        for key, head in self._heads.items():
+            if head.sink.not_finite:
+                of_key = "" if key is None else f" of {key!r}"
+                warnings.warn(
+                    f"{head.sink.not_finite} blended voxels{of_key} are NaN or infinite", stacklevel=3
+                )
 
     def _check_usable(self) -> None:
         if self._refusal:

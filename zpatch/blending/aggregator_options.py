@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import torch
 
-from zpatch.blending.reduction import STORED_AS, Reduction, check_reduction
+from zpatch.blending.reduction import STORED_AS, Reduction, Reductions, check_known, check_reduction
 from zpatch.blending.windows import check_overlap_mode
 from zpatch.errors import OptionError, StoreExistsError, UnknownNameError
 from zpatch.geometry.boxes import Triple, patch_overlap_triple, triple
@@ -48,7 +48,7 @@ class AggregatorOptions:
     output_shape: Triple | Mapping[str, Triple]
     grid: GridSampler | None
     output: Path | None
-    reduce: Reduction | Mapping[str, Reduction]
+    reduce: Reductions
     dtype: torch.dtype | Mapping[str, torch.dtype | None] | None
     fill: float | Mapping[str, float | None] | None
     max_bytes: int | None
@@ -107,6 +107,13 @@ class AggregatorOptions:
             )
         if self.fill is not None:
             raise OptionError("fill is for arbitrary locations: every patch of a grid must be added")
+
+    def check_keys(self, keys: Collection[str | None]) -> None:
+        """Raise OptionError if an option that is a dict names an output that the batches do not have."""
+        if None not in keys:
+            for option in ("output_shape", "reduce", "dtype", "fill"):
+                if isinstance(given := getattr(self, option), Mapping):
+                    check_known(given, [str(key) for key in keys], option)
 
     def of_head(self, key: str | None) -> HeadOptions:
         """The options of the output of a key; None where batches are tensors."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
 from zpatch.errors import ModelError
 from zpatch.geometry.boxes import PatchLocation, Triple
-
-Finalise = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Blend(Protocol):

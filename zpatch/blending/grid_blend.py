@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from zpatch.blending.blend import Finalise, accumulation_dtype
+from zpatch.blending.blend import accumulation_dtype
+from zpatch.blending.reduction import Finaliser
 from zpatch.blending.sinks import VolumeSink
 from zpatch.blending.tile_sums import Part, SumsMemory, TileSums, memory_order
 from zpatch.blending.tiling import Tile, Tiling
@@ -47,7 +48,7 @@ class GridBlend:
         self,
         tiling: Tiling,
         sink: VolumeSink,
-        finalise: Finalise,
+        finalise: Finaliser,
         *,
         wanted: Bools | None = None,
         skipped: Skipped | None = None,
@@ -126,15 +127,17 @@ class GridBlend:
     def _hand_on(self, tile: Tile, voxels: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Hand on the voxels of a tile, which are divided by ``weights`` where these do not sum to one."""
         if self._skipped is None or weights is None:
-            self._sink.put(tile.first, self._finalise(voxels).cpu())
+            final, count = self._finalise(voxels)
+            self._sink.put(tile.first, final.cpu(), not_finite=count)
         else:
             empty = weights == 0
             reached = torch.from_numpy(self._tiling.reached(tile, self._skipped.patches)).to(empty.device)
             if self._tiling.mode != "crop":
                 voxels = voxels / weights.masked_fill(empty | ~reached, 1)
+            final, count = self._finalise(voxels)  # they are 0 where empty
             fill = self._skipped.fill(tile.shape).to(empty.device)
-            final = torch.where(empty, fill, self._finalise(voxels))
-            self._sink.put(tile.first, final.cpu(), skipped=int(empty.sum()))
+            final = torch.where(empty, fill, final)
+            self._sink.put(tile.first, final.cpu(), skipped=int(empty.sum()), not_finite=count)
         self._fill_shard(tile.shard)
 
     def _fill_shard(self, shard: Triple) -> None:

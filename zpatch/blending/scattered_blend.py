@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from zpatch.blending import windows
 from zpatch.blending.axis_tiles import AxisScale
-from zpatch.blending.blend import Finalise, accumulation_dtype
-from zpatch.blending.reduction import fitting_fill
+from zpatch.blending.blend import accumulation_dtype
+from zpatch.blending.reduction import Final, Finaliser, fitting_fill
 from zpatch.blending.sinks import VolumeSink
 from zpatch.blending.tile_spill import SpilledTiles
 from zpatch.chunks.layout import CHUNK_VOXELS
@@ -48,7 +48,7 @@ class ScatteredBlend:
         mode: str,
         patch_overlap: Triple,
         sink: VolumeSink,
-        finalise: Finalise,
+        finalise: Finaliser,
         *,
         output_shape: Triple | None = None,
         patch_size: Triple | None = None,
@@ -124,7 +124,8 @@ class ScatteredBlend:
         """Divide by the weights, and hand on every voxel once: tile by tile, I slowest."""
         self.check_complete()
         for place in self._places():
-            self._sink.put(self._corner(place), self._final(place))
+            final, count = self._final(place)
+            self._sink.put(self._corner(place), final, not_finite=count)
         self.close()
 
     def close(self) -> None:
@@ -137,7 +138,7 @@ class ScatteredBlend:
         if self._dtype is None:
             if self._fill is not None:
                 one_voxel = self._finalise(torch.zeros((len(patch), 1, 1, 1), dtype=dtype))
-                self._fill = fitting_fill(self._fill, one_voxel.dtype)
+                self._fill = fitting_fill(self._fill, one_voxel.voxels.dtype)
             self._dtype, self.channels = dtype, len(patch)
         if dtype != self._dtype:
             raise ModelError(
@@ -186,16 +187,17 @@ class ScatteredBlend:
         torch.mul(voxels, part[-1], out=part[:-1])
         return part
 
-    def _final(self, place: Triple) -> torch.Tensor:
+    def _final(self, place: Triple) -> Final:
+        """The final voxels of a tile."""
         tile = self._pop(place)
         missing = tile[-1] == 0
         voxels = tile[:-1]
         if self._mode != "crop":
             voxels = (voxels / (tile[-1] + missing)).to(self._dtype)
-        final = self._finalise(voxels)
-        if self._fill is None:
-            return final
-        return torch.where(missing, torch.tensor(self._fill, dtype=final.dtype), final)
+        final, count = self._finalise(voxels)
+        if self._fill is not None:
+            final = torch.where(missing, torch.tensor(self._fill, dtype=final.dtype), final)
+        return Final(final, count)
 
     def _pop(self, place: Triple) -> torch.Tensor:
         assert self.channels is not None

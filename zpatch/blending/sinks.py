@@ -30,32 +30,38 @@ Output = torch.Tensor | Image
 class VolumeSink(Protocol):
     """Takes each voxel of a volume once, in boxes of any order."""
 
-    def put(self, first: Triple, voxels: torch.Tensor, *, skipped: int = 0) -> None:
-        """Take in final voxels (C, I, J, K) from ``first`` on; no patch was run for ``skipped`` of them."""
+    def put(self, first: Triple, voxels: torch.Tensor, *, skipped: int = 0, not_finite: int = 0) -> None:
+        """Take in final voxels (C, I, J, K) from ``first`` on.
+
+        No patch was run for ``skipped`` of them; ``not_finite`` were NaN or infinite before their reduction.
+        """
 
 
 class OutputSink(VolumeSink, Protocol):
     """A sink that gives the whole volume at the end."""
+
+    not_finite: int  # voxels so far
 
     def finish(self) -> Output:
         """The volume, once it has every voxel."""
 
 
 class TensorSink:
-    """Gathers final voxels in one tensor (C, I, J, K), and counts those for which no patch was run."""
+    """Gathers final voxels in one tensor (C, I, J, K), and counts those that were skipped or not finite."""
 
     def __init__(self, spatial_shape: Triple) -> None:
         self._spatial_shape = spatial_shape
         self.tensor: torch.Tensor | None = None
-        self.skipped = 0
+        self.skipped = self.not_finite = 0
 
-    def put(self, first: Triple, voxels: torch.Tensor, *, skipped: int = 0) -> None:
+    def put(self, first: Triple, voxels: torch.Tensor, *, skipped: int = 0, not_finite: int = 0) -> None:
         """Take in final voxels."""
         if self.tensor is None:
             self.tensor = torch.empty((len(voxels), *self._spatial_shape), dtype=voxels.dtype)
         (i, j, k), (p, q, r) = first, voxels.shape[1:]
         self.tensor[:, i : i + p, j : j + q, k : k + r] = voxels
         self.skipped += skipped
+        self.not_finite += not_finite
 
     def finish(self) -> torch.Tensor:
         """The tensor."""
@@ -88,17 +94,21 @@ class ImageSink:
         self._kind = kind
         self._spatial_shape = spatial_shape
         self._affine = affine
+        self.not_finite = 0
         self._writer: ImageWriter | None = None
         self._shards: ShardAssembler | None = None
 
-    def put(self, first: Triple, voxels: torch.Tensor, *, skipped: int = 0) -> None:
+    def put(self, first: Triple, voxels: torch.Tensor, *, skipped: int = 0, not_finite: int = 0) -> None:
         """Take in final voxels, and write each shard that they complete."""
         if self._writer is None or self._shards is None:
             record = self._describe(len(voxels), voxels.numpy().dtype)
             self._writer = ImageWriter(self.stage, record, f"{self._subject}/{self._name}")
             self._shards = ShardAssembler(record)
-        for shard in self._shards.put(first, voxels, skipped=skipped):
-            self._writer.add_shard(shard.number, shard.voxels, skipped=shard.skipped)
+        self.not_finite += not_finite
+        for shard in self._shards.put(first, voxels, skipped=skipped, not_finite=not_finite):
+            self._writer.add_shard(
+                shard.number, shard.voxels, skipped=shard.skipped, not_finite=shard.not_finite
+            )
 
     def finish(self) -> Image:
         """The image in its folder, once the stage is moved there."""
@@ -149,11 +159,12 @@ def output_record(
 
 
 class CompleteShard(NamedTuple):
-    """A shard with all its voxels (c, z, y, x), clipped to the image; no patch was run for ``skipped``."""
+    """A shard with all its voxels (c, z, y, x), clipped to the image, and the counts of its boxes."""
 
     number: Shard
     voxels: NDArray[Any]
     skipped: int
+    not_finite: int
 
 
 class ShardAssembler:
@@ -168,11 +179,13 @@ class ShardAssembler:
         self._dtype = np.dtype(record.dtype)
         self._open: dict[Shard, _OpenShard] = {}
 
-    def put(self, first: Triple, voxels: torch.Tensor, *, skipped: int = 0) -> Iterator[CompleteShard]:
+    def put(
+        self, first: Triple, voxels: torch.Tensor, *, skipped: int = 0, not_finite: int = 0
+    ) -> Iterator[CompleteShard]:
         """Take in final voxels (C, I, J, K), all channels, that start at ``first`` (I, J, K).
 
-        Yields each shard that they complete; the voxels are taken in while the result is iterated over. No
-        patch was run for ``skipped`` of them; where that is not 0, the box must be in one shard.
+        Yields each shard that they complete; the voxels are taken in while the result is iterated over.
+        ``skipped`` and ``not_finite`` are counted for the first shard that they touch.
         """
         stored = voxels.permute(0, 3, 2, 1).numpy()
         low = (0, *first[::-1])
@@ -185,10 +198,11 @@ class ShardAssembler:
             shard = self._open.get(number)
             if shard is None:
                 shard = self._open[number] = self._new_shard(number)
-            shard.fill(low, ends, stored, skipped)
+            shard.fill(low, ends, stored, skipped, not_finite)
+            skipped = not_finite = 0
             if not shard.missing:
                 del self._open[number]
-                yield CompleteShard(number, shard.voxels, shard.skipped)
+                yield CompleteShard(number, shard.voxels, shard.skipped, shard.not_finite)
 
     def _new_shard(self, number: Shard) -> _OpenShard:
         origin = [n * s for n, s in zip(number, self._shard_shape, strict=True)]
@@ -210,14 +224,18 @@ class _OpenShard:
     voxels: NDArray[Any]
     missing: int
     skipped: int = 0
+    not_finite: int = 0
 
-    def fill(self, low: Sequence[int], ends: Sequence[int], box: NDArray[Any], skipped: int) -> None:
+    def fill(
+        self, low: Sequence[int], ends: Sequence[int], box: NDArray[Any], skipped: int, not_finite: int
+    ) -> None:
         """Copy the part of a box of voxels, from ``low`` up to ``ends``, that is in the shard."""
         first = [max(a, o) for a, o in zip(low, self.origin, strict=True)]
         stop = [min(b, o + n) for b, o, n in zip(ends, self.origin, self.voxels.shape, strict=True)]
         self.voxels[_slices(first, stop, self.origin)] = box[_slices(first, stop, low)]
         self.missing -= math.prod(b - a for a, b in zip(first, stop, strict=True))
         self.skipped += skipped
+        self.not_finite += not_finite
 
 
 def _slices(first: Sequence[int], stop: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:

@@ -66,11 +66,14 @@ def _defaults(ctx: click.Context, path: Path, name: str, table: dict[str, Any]) 
     command = zpatch.get_command(ctx, name)
     if command is None or not isinstance(table, dict):
         raise click.BadParameter(f"{path}: [{name}] is not a table for one of {', '.join(COMMANDS)}")
-    names = {option.lstrip("-"): p.name for p in command.params for option in p.opts if p.name}
-    for key in table:
-        if key not in names:
+    options = {option.lstrip("-"): p for p in command.params for option in p.opts if p.name}
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in options:
             raise click.BadParameter(f"{path}: {key!r} in [{name}] is not an option of 'zpatch {name}'")
-    return {str(names[key]): value for key, value in table.items()}
+        is_one = isinstance(value, str) and options[key].multiple
+        found[str(options[key].name)] = [value] if is_one else value
+    return found
 
 
 @click.group(

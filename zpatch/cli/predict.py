@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from zpatch.errors import one_line
 from zpatch.runtime.byte_sizes import format_bytes
 
 if TYPE_CHECKING:
-    from zpatch.blending.reduction import Reduction
+    from zpatch.blending.reduction import Reduction, Reductions
     from zpatch.images.subject import Subject
 
 
@@ -72,10 +73,12 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--reduce",
-    metavar="HOW",
-    default="none",
-    show_default=True,
-    help="none, argmax (a label map), softmax, sigmoid, or threshold:T.",
+    multiple=True,
+    metavar="[OUTPUT=]HOW",
+    default=("none",),
+    show_default="none",
+    help="none, argmax (a label map), softmax, sigmoid, or threshold:T; for several outputs, one for each: "
+    "seg=argmax.",
 )
 @click.option(
     "--padding-mode",
@@ -89,6 +92,10 @@ if TYPE_CHECKING:
 )
 @click.option("--mask", metavar="NAME", help="An image: patches wholly where it is 0 are not run.")
 @click.option("--fill", type=float, default=0, show_default=True, help="The value where no patch is run.")
+@click.option(
+    "--strict", is_flag=True,
+    help="Stop at the first output that is NaN or infinite; without it such voxels are counted.",
+)  # fmt: skip
 @click.option("--tta", is_flag=True, help="Average the network over all flips of each patch.")
 @click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Patches at a time.")
 @click.option(
@@ -158,8 +165,9 @@ def predict_command(
     from zpatch.prediction.network import Network
     from zpatch.prediction.planning import plan_prediction
     from zpatch.prediction.prediction_options import PredictOptions
-    from zpatch.prediction.prediction_run import begun_shards, run_prediction
+    from zpatch.prediction.prediction_run import begun_shards, not_finite_text, run_prediction
     from zpatch.runtime.failures import Failure, Failures
+    from zpatch.store.store import open_store
     from zpatch.store.store_writer import check_can_create
 
     check_can_create(output, overwrite=given["overwrite"], resume=not no_resume)
@@ -167,7 +175,7 @@ def predict_command(
     if not subjects:
         raise click.UsageError(f"no subject of {store} is left to predict")
     given["image"] = given["image"] or _only_image(subjects[0])
-    given["reduce"] = _reduction(given["reduce"])
+    given["reduce"] = _reductions(given["reduce"])
     options = PredictOptions.of(resume=not no_resume, **given)
     network = Network.of(load_model(model), options)
     begun = {} if options.overwrite else begun_shards(output)
@@ -194,10 +202,14 @@ def predict_command(
         predictions = run_prediction(
             network, plans, output, options, subjects=names, failures=failures, progress=progress
         )
+    records = open_store(output).records.values()
+    if text := not_finite_text(records):
+        click.echo(f"warning: {text}; --strict stops at the first", err=True)
     if json:
         failed = [{"subject": f.subject, "reason": one_line(f.error)} for f in failures.found]
+        not_finite = sum(record.stats.get("not_finite", 0) for record in records)
         done = {"store": str(output), "subjects": predictions.names, "patches": patches}
-        print_json({**done, "failed": failed})
+        print_json({**done, "voxels_not_finite": not_finite, "failed": failed})
     else:
         click.echo(output)
     return EXIT_SOME_FAILED if failures.found else 0
@@ -210,6 +222,20 @@ def _only_image(subject: Subject) -> str:
             f"choose an --image to predict from; {subject.name} has {', '.join(subject.images)}"
         )
     return scalar[0]
+
+
+def _reductions(texts: Sequence[str]) -> Reductions:
+    """One reduction for all outputs, or one for each: ``OUTPUT=HOW``."""
+    named = [text.rpartition("=") for text in texts]
+    if len(named) == 1 and not named[0][1]:
+        return _reduction(texts[0])
+    names = [name for name, _, _ in named]
+    if "" in names or len(set(names)) < len(names):
+        raise click.BadParameter(
+            f"{' '.join(texts)}: give one for all outputs, or one for each as OUTPUT=HOW",
+            param_hint="--reduce",
+        )
+    return {name: _reduction(how) for name, _, how in named}
 
 
 def _reduction(text: str) -> Reduction:

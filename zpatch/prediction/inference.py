@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from zpatch.blending.reduction import Reduction
+from zpatch.blending.reduction import Reductions
 from zpatch.images.cohort import Cohort
 from zpatch.images.subject import Subject
 from zpatch.prediction.model_files import Model
 from zpatch.prediction.network import Network
 from zpatch.prediction.planning import plan_prediction
 from zpatch.prediction.prediction_options import MaskFunction, PredictOptions
-from zpatch.prediction.prediction_run import begun_shards, run_prediction
+from zpatch.prediction.prediction_run import begun_shards, not_finite_text, run_prediction
 from zpatch.runtime.failures import Failures
 from zpatch.runtime.task_contract import CLUSTER_TIMEOUT_S, Progress
+from zpatch.store.store import open_store
 from zpatch.store.store_writer import check_can_create
 
 
@@ -35,7 +37,7 @@ def predict(
     patch_size: int | Sequence[int],
     patch_overlap: int | Sequence[int] = 0,
     overlap_mode: str = "hann",
-    reduce: Reduction = None,
+    reduce: Reductions = None,
     batch_size: int = 1,
     device: str | torch.device = "auto",
     amp: bool = False,
@@ -45,6 +47,7 @@ def predict(
     normalize: str | None = None,
     mask: str | MaskFunction | None = None,
     fill: float = 0,
+    strict: bool = False,
     max_memory: int | str | None = None,
     jobs: int = 1,
     scheduler: str | None = None,
@@ -63,12 +66,17 @@ def predict(
     ``model_axes="yx"`` feeds a 2-D network (B, C, H, W), with patches of one voxel along z.
 
     It returns a tensor in the same axes, stored as the image ``prediction``, or a dict of tensors, stored
-    under their keys. If it makes patches smaller or larger by a whole factor, so is the stored image. Several
-    names in ``image`` are stacked as channels; ``normalize`` (``zscore`` or ``clip``) scales each image by
-    its stored statistics. A volume smaller than the patch is padded by its edge and cropped back; nothing
-    else is padded without ``padding_mode``.
+    under their keys. ``reduce`` is a reduction of PatchAggregator for all outputs, or a dict with one for
+    each: ``{"seg": "argmax", "dist": None}``. If it makes patches smaller or larger by a whole factor, so is
+    the stored image. Several names in ``image`` are stacked as channels; ``normalize`` (``zscore`` or
+    ``clip``) scales each image by its stored statistics. A volume smaller than the patch is padded by its
+    edge and cropped back; nothing else is padded without ``padding_mode``.
     ``device="auto"`` chooses a GPU if there is one; ``amp`` runs the network in torch's autocast, ``tta``
     averages it over all flips.
+
+    Voxels where blended outputs are NaN or infinite are counted: a warning at the end says how many there
+    are, and so do ``statistics["not_finite"]`` and the warnings of the image. ``strict`` raises ModelError at
+    the first patch with such a value.
 
     ``mask`` names an image, or is a function ``(subject, location) -> bool``. Patches wholly outside the mask
     are not run, and voxels that no patch covers get ``fill``; voxels inside are the same as without a mask.
@@ -111,6 +119,8 @@ def predict(
     predictions = run_prediction(
         network, plans, output, options, subjects=names, failures=failures, progress=progress
     )
+    if text := not_finite_text(open_store(output).records.values()):
+        warnings.warn(f"{text}; strict=True stops at the first", stacklevel=2)
     if failures.found:
         raise failures.error()
     return predictions

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from zpatch.blending.blend import accumulation_dtype
-from zpatch.blending.reduction import as_stored, fitting_fill, reduce_channels
+from zpatch.blending.reduction import as_stored, check_channels, fitting_fill, reduce_channels
 from zpatch.errors import MemoryLimitError, ModelError, OptionError, SourceError, ZpatchError
 from zpatch.geometry.boxes import Bools
 from zpatch.images.chunk_cache import cached
@@ -182,6 +182,7 @@ def probe(network: Network, subject: Subject, options: PredictOptions) -> tuple[
         outputs = network(torch.from_numpy(np.concatenate(patches)[None]), subject.name, [location])
         try:
             _check_names(list(outputs), "output", ModelError)
+            options.check_outputs(outputs)
             return tuple(_head(name, output, options) for name, output in outputs.items())
         except ModelError as error:
             raise ModelError(f"subject {subject.name!r}: {error}") from error
@@ -197,8 +198,10 @@ def _head(name: str, output: torch.Tensor, options: PredictOptions) -> Head:
             f"the model made {(i, j, k)} of a patch of {options.patch_size}; it must keep the patch's "
             f"shape, or make it smaller or larger by whole factors"
         )
+    reduce = options.reduction_of(name)
+    check_channels(reduce, channels, name)
     dtype = accumulation_dtype(output.dtype, options.overlap_mode)
-    kept = as_stored(reduce_channels(output[0].to(dtype), options.reduce)).cpu()
+    kept = as_stored(reduce_channels(output[0].to(dtype), reduce)).cpu()
     fitting_fill(options.fill, kept.dtype)
     return Head(name, channels, dtype.itemsize, (i, j, k), len(kept), kept.numpy().dtype.str)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 
-from zpatch.blending.reduction import Reduction, check_reduction
+from zpatch.blending.reduction import Reduction, Reductions, check_known, check_reduction
 from zpatch.blending.windows import check_overlap_mode
 from zpatch.digests import Json
 from zpatch.errors import OptionError
@@ -25,6 +25,7 @@ MaskFunction = Callable[[Subject, PatchLocation], bool]
 
 OF_THE_NETWORK = ("device", "amp", "tta", "model_axes")  # stored by the network: "auto" is a device by then
 OF_THE_RUN = (
+    "strict",
     "max_memory",
     "jobs",
     "scheduler",
@@ -41,15 +42,16 @@ class PredictOptions:
     """The options of ``predict``, which documents them, in one form and checked.
 
     ``image`` are names of images, stacked as channels. ``patch_size`` and ``patch_overlap`` are voxels along
-    (I, J, K). ``overlap_mode`` and ``reduce`` are those of a PatchAggregator, ``padding_mode`` that of a
-    GridSampler, ``normalize`` is a mode of Normalize. ``batch_size`` counts patches. ``device`` is one of
-    torch's or ``auto``; ``amp`` is autocast, ``tta`` a mean over all flips, ``model_axes`` the axes of the
-    network's batches, as ``xyz``, ``zyx`` or (2-D) ``yx``. ``mask`` is the name of an image
-    or a function, ``fill`` the value where no patch is run. ``max_memory`` is bytes, as a number or as text;
-    ``jobs`` counts local processes, ``scheduler`` is the address of a Dask cluster, which may be
-    without workers for ``cluster_timeout`` seconds. ``resume`` allows an
-    existing output to be resumed, ``overwrite`` replaces it; ``verify`` compares every byte that is stored.
-    With ``keep_going`` a subject that fails does not stop the others.
+    (I, J, K). ``overlap_mode`` and ``reduce`` are those of a PatchAggregator (``reduce`` for all outputs, or
+    a dict by output), ``padding_mode`` that of a GridSampler, ``normalize`` is a mode of Normalize.
+    ``batch_size`` counts patches. ``device`` is one of torch's or ``auto``; ``amp`` is autocast, ``tta`` a
+    mean over all flips, ``model_axes`` the axes of the network's batches, as ``xyz``, ``zyx`` or (2-D)
+    ``yx``. ``mask`` is the name of an image or a function, ``fill`` the value where no patch is run.
+    ``strict`` stops at the first output that is NaN or infinite. ``max_memory`` is bytes, as a number or as
+    text; ``jobs`` counts local processes, ``scheduler`` is the address of a Dask cluster, which may be
+    without workers for ``cluster_timeout`` seconds. ``resume`` allows an existing output to be resumed,
+    ``overwrite`` replaces it; ``verify`` compares every byte that is stored. With ``keep_going`` a subject
+    that fails does not stop the others.
 
     >>> PredictOptions.of(image="t1", patch_size=96, patch_overlap=32).patch_overlap
     (32, 32, 32)
@@ -59,7 +61,7 @@ class PredictOptions:
     patch_size: Triple
     patch_overlap: Triple
     overlap_mode: str = "hann"
-    reduce: Reduction = None
+    reduce: Reductions = None
     batch_size: int = 1
     device: str | torch.device = "auto"
     amp: bool = False
@@ -69,6 +71,7 @@ class PredictOptions:
     normalize: str | None = None
     mask: str | MaskFunction | None = None
     fill: float = 0
+    strict: bool = False
     max_memory: int | str | None = None
     jobs: int = 1
     scheduler: str | None = None
@@ -98,7 +101,8 @@ class PredictOptions:
 
     def __post_init__(self) -> None:
         check_overlap_mode(self.overlap_mode)
-        check_reduction(self.reduce)
+        for reduce in self.reduce.values() if isinstance(self.reduce, Mapping) else (self.reduce,):
+            check_reduction(reduce)
         check_padding_mode(self.padding_mode)
         if self.normalize is not None and self.normalize not in MODES:
             raise OptionError(
@@ -123,6 +127,22 @@ class PredictOptions:
         """The padding mode with which patches are read: ``edge`` where none was chosen."""
         return self.padding_mode or "edge"
 
+    def reduction_of(self, output: str) -> Reduction:
+        """The reduction of one output of the network."""
+        return self.reduce[output] if isinstance(self.reduce, Mapping) else self.reduce
+
+    def check_outputs(self, outputs: Collection[str]) -> None:
+        """Raise OptionError if a dict of reductions names an output too many or too few."""
+        if isinstance(self.reduce, Mapping):
+            check_known(self.reduce, outputs, "reduce")
+            for output in outputs:
+                if output not in self.reduce:
+                    raise OptionError(
+                        f"reduce says nothing of the output {output!r}; add it, as none to keep its values "
+                        f"(the network's outputs are {', '.join(outputs)})",
+                        option="reduce",
+                    )
+
     def stored(self) -> Json:
         """The options that all voxels depend on, as they are stored beside the voxels.
 
@@ -137,7 +157,8 @@ def _stored(name: str, value: Any) -> Any:
     if callable(value):
         return identity(value)
     if name == "reduce":
-        return repr(value)
+        is_dict = isinstance(value, Mapping)
+        return {key: _stored(name, value[key]) for key in sorted(value)} if is_dict else repr(value)
     if name == "fill":
         return repr(float(value))  # JSON has no NaN
     return list(value) if isinstance(value, tuple) else value

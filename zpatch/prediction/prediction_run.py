@@ -16,7 +16,7 @@ import os
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -41,6 +41,8 @@ from zpatch.store.names import MANIFEST, ROOT_DOCUMENT, UNFINISHED
 from zpatch.store.store import open_store
 from zpatch.store.store_writer import StoreWriter
 from zpatch.store.verification import damage_of, files_of
+
+SHOWN_IMAGES = 5
 
 
 def run_prediction(
@@ -70,6 +72,8 @@ def run_prediction(
     attributes = {"tool": "zpatch predict", "expected_subjects": expected, "prediction": header}
     with _opened(store, attributes, overwrite=options.overwrite) as writer:
         check_same(writer.attributes["prediction"], header, store)
+        if options.strict:
+            _check_finite(writer.records.values())
         check_same({"subjects": writer.attributes["expected_subjects"]}, {"subjects": expected}, store)
         jobs, done = _begun_jobs(plans, header, writer, options, failures)
         if done_before := sum(plan.patches_run for plan in done):
@@ -105,6 +109,25 @@ def _begun_jobs(
             else:
                 jobs.append(job)
     return jobs, done
+
+
+def _check_finite(records: Iterable[ImageRecord]) -> None:
+    """Raise ModelError if any image of an earlier run holds voxels that are NaN or infinite."""
+    if text := not_finite_text(records):
+        raise ModelError(
+            f"{text}, in an earlier run; leave out strict=True, or say overwrite=True to start over"
+        )
+
+
+def not_finite_text(records: Iterable[ImageRecord]) -> str | None:
+    """How many voxels of some predictions are NaN or infinite, before their reduction; None if none is."""
+    counts = {f"{r.subject}/{r.image}": r.stats["not_finite"] for r in records if "not_finite" in r.stats}
+    if not counts:
+        return None
+    most = sorted(counts, key=lambda name: -counts[name])[:SHOWN_IMAGES]
+    more = f" and {len(counts) - len(most)} more" if len(counts) > len(most) else ""
+    named = ", ".join(f"{name} ({counts[name]})" for name in most)
+    return f"the network gave NaN or infinite values in {sum(counts.values())} voxels: {named}{more}"
 
 
 def _opened(store: Path, attributes: Json, *, overwrite: bool) -> StoreWriter:

@@ -21,7 +21,7 @@ import torch
 
 from zpatch.blending.blend import add_batch
 from zpatch.blending.grid_blend import GridBlend, Skipped
-from zpatch.blending.reduction import Finaliser
+from zpatch.blending.reduction import Finaliser, not_finite
 from zpatch.blending.sinks import CompleteShard, ShardAssembler
 from zpatch.digests import Json
 from zpatch.errors import ModelError
@@ -97,6 +97,8 @@ def run_region(
         with network.running():
             for locations, inputs in read_ahead(_batches(plan, region, needed, options, network.axes)):
                 outputs = guard.watch(network, inputs, plan.subject.name, locations)
+                if options.strict:
+                    _check_finite(outputs, inputs, plan.subject.name, locations)
                 blender.add(outputs, locations)
                 del outputs
                 guard.check()
@@ -165,6 +167,21 @@ def _batches(
         yield locations, torch.from_numpy(batch)
 
 
+def _check_finite(
+    outputs: Outputs, inputs: torch.Tensor, subject: str, locations: Sequence[PatchLocation]
+) -> None:
+    """Raise ModelError at the first patch with a value that is NaN or infinite."""
+    for name, batch in outputs.items():
+        patches = batch if isinstance(batch, torch.Tensor) and batch.ndim == 5 else ()
+        for patch, patch_in, location in zip(patches, inputs, locations, strict=False):
+            if count := not_finite(patch):
+                raise ModelError(
+                    f"subject {subject!r}: the output {name!r} is NaN or infinite in {count} voxels of the "
+                    f"patch at {location.index}, its input in {not_finite(patch_in)}; without strict=True "
+                    f"they are counted, and reported at the end"
+                )
+
+
 class _Blender:
     """Blends what the network gives into the shards of each head."""
 
@@ -177,7 +194,11 @@ class _Blender:
             head.head.name: GridBlend(
                 head.tiling,
                 sink,
-                Finaliser(options.reduce, _kept_dtype(head), channels=head.head.kept_channels),
+                Finaliser(
+                    options.reduction_of(head.head.name),
+                    _kept_dtype(head),
+                    channels=head.head.kept_channels,
+                ),
                 wanted=shards,
                 skipped=_skipped(plan, head, options.fill),
             )
@@ -239,15 +260,17 @@ class ShardSink:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="zpatch-write")
         self._last: Future[Any] | None = None
 
-    def put(self, first: Triple, voxels: torch.Tensor, *, skipped: int = 0) -> None:
+    def put(self, first: Triple, voxels: torch.Tensor, *, skipped: int = 0, not_finite: int = 0) -> None:
         """Take in final voxels, and start to write each shard that they complete after the one before it."""
-        for shard in self._shards.put(first, voxels, skipped=skipped):
+        for shard in self._shards.put(first, voxels, skipped=skipped, not_finite=not_finite):
             self.wait()
             self._last = self._pool.submit(self._write, shard)
 
     def _write(self, shard: CompleteShard) -> None:
         with writing_to(self._store):
-            self._ledger.write(self._record, shard.number, shard.voxels, skipped=shard.skipped)
+            self._ledger.write(
+                self._record, shard.number, shard.voxels, skipped=shard.skipped, not_finite=shard.not_finite
+            )
 
     def wait(self) -> None:
         """Wait until all complete shards are written."""
@@ -268,14 +291,16 @@ def finish_subject(
     missing. May be repeated.
     """
     ledgers = [folder.ledger(head) for head in plan.heads]
-    skipped = [record.stats.get("skipped", 0) for record in committed] or [None] * len(ledgers)
+    mended: list[ImageRecord | None] = [*committed] or [None] * len(ledgers)
     return [
-        (ledger.folder, _finished(head, plan.images[0], ledger, of_image))
-        for head, ledger, of_image in zip(plan.heads, ledgers, skipped, strict=True)
+        (ledger.folder, _finished(head, plan.images[0], ledger, before))
+        for head, ledger, before in zip(plan.heads, ledgers, mended, strict=True)
     ]
 
 
-def _finished(head: PlannedHead, image: Image, ledger: ShardLedger, skipped: int | None) -> ImageRecord:
+def _finished(
+    head: PlannedHead, image: Image, ledger: ShardLedger, mended: ImageRecord | None
+) -> ImageRecord:
     """Complete an image, with the NIfTI header of the image it was predicted from if the grid is the same."""
     record, like = head.record, None
     source, keeps_grid = image.record, head.tiling.shape == image.spatial_shape
@@ -289,4 +314,4 @@ def _finished(head: PlannedHead, image: Image, ledger: ShardLedger, skipped: int
         spatial_unit=record.spatial_unit,
         like=like,
     )
-    return ledger.finish(record, header, skipped=skipped)
+    return ledger.finish(record, header, mended=mended)

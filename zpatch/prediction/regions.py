@@ -110,7 +110,7 @@ def _record(
     return output_record(
         subject,
         head.name,
-        kind_of(options.reduce),
+        kind_of(options.reduction_of(head.name)),
         np.dtype(head.kept_dtype),
         layout,
         (head.kept_channels, *shape),

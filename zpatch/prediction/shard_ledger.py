@@ -61,6 +61,7 @@ class _Entry:
         file: Its file, relative to the folder of the image.
         seal: The seal of that file.
         skipped: How many of its voxels were filled and not predicted.
+        not_finite: How many were predicted as NaN or infinite, before they were reduced.
         state: The packed state of its tally.
     """
 
@@ -68,6 +69,7 @@ class _Entry:
     file: str
     seal: FileSeal
     skipped: int
+    not_finite: int
     state: str
 
     def to_json(self) -> Json:
@@ -76,6 +78,7 @@ class _Entry:
             "file": self.file,
             "seal": dataclasses.asdict(self.seal),
             "skipped": self.skipped,
+            "not_finite": self.not_finite,
             "state": self.state,
         }
 
@@ -83,7 +86,8 @@ class _Entry:
     def from_json(cls, value: Json) -> _Entry:
         c, z, y, x = value["unit"]
         seal = FileSeal(**value["seal"])
-        return cls((c, z, y, x), value["file"], seal, value["skipped"], value["state"])
+        counts = value["skipped"], value.get("not_finite", 0)  # which was not counted at first
+        return cls((c, z, y, x), value["file"], seal, *counts, value["state"])
 
 
 class ShardLedger:
@@ -96,12 +100,21 @@ class ShardLedger:
         self.folder = folder
         self._entries = folder.parent / LEDGER / folder.name
 
-    def write(self, record: ImageRecord, shard: Shard, voxels: NDArray[Any], *, skipped: int = 0) -> None:
+    def write(
+        self,
+        record: ImageRecord,
+        shard: Shard,
+        voxels: NDArray[Any],
+        *,
+        skipped: int = 0,
+        not_finite: int = 0,
+    ) -> None:
         """Write a whole shard, then its entry.
 
         ``shard`` is the number of a shard along (c, z, y, x); ``voxels`` is (c, z, y, x), little-endian,
-        clipped to the image; ``skipped`` is how many of them were filled and not predicted. Raises OSError
-        if the disk fails, and leaves nothing half written.
+        clipped to the image; ``skipped`` is how many of them were filled and not predicted, ``not_finite``
+        how many were predicted as NaN or infinite. Raises OSError if the disk fails, and leaves nothing half
+        written.
         """
         array = sharded_array(self.folder, record)
         file = array.shard_file(shard)
@@ -110,7 +123,8 @@ class ShardLedger:
         partial = dataclasses.replace(array, path=self._entries, files=names)
         with whole_file(file, partial.shard_file(shard), is_synced=True), tally.counting(shard, voxels):
             seal = write_shard(partial, shard, voxels, record.codec)
-        entry = _Entry(shard, file.relative_to(self.folder).as_posix(), seal, skipped, _packed(tally.state()))
+        name, state = file.relative_to(self.folder).as_posix(), _packed(tally.state())
+        entry = _Entry(shard, name, seal, skipped, not_finite, state)
         _write_sealed(self._entry_file(shard), entry.to_json())
 
     def has(self, shard: Shard) -> bool:
@@ -121,8 +135,8 @@ class ShardLedger:
         """Take over all sound shards of the committed image in the folder ``image``, which is not modified.
 
         A shard is sound if its file has the sealed bytes. Shards are read one at a time, because the
-        statistics of each are counted again. How many voxels were skipped in a shard is not known, so
-        ``finish`` must be given their number.
+        statistics of each are counted again. How many voxels of a shard were skipped or not finite is not
+        known, so ``finish`` must be given the record.
         """
         array = sharded_array(self.folder, record)
         for c, z, y, x in np.ndindex(array.shard_grid):
@@ -137,7 +151,7 @@ class ShardLedger:
             stop = [min(a + s, n) for a, s, n in zip(first, array.shards, array.shape, strict=True)]
             tally = ImageTally(record, array.name)
             tally.update(shard, read_region(array, first, stop))
-            entry = _Entry(shard, key, record.files[key], 0, _packed(tally.state()))
+            entry = _Entry(shard, key, record.files[key], 0, 0, _packed(tally.state()))
             _write_sealed(self._entry_file(shard), entry.to_json())
         close_shards(self.folder)
 
@@ -147,19 +161,20 @@ class ShardLedger:
         raw_header: bytes,
         warnings: Sequence[str] = (),
         *,
-        skipped: int | None = None,
+        mended: ImageRecord | None = None,
     ) -> ImageRecord:
         """Write all files of the image but its shards, and return its record with statistics and seals.
 
-        ``stats["skipped"]`` is how many voxels were filled and not predicted, if there are any: ``skipped``,
-        or else the sum over all entries. No shard is read. May be repeated, also after it was killed. Raises
-        IncompleteCoverageError if shards are missing.
+        ``stats["skipped"]`` is how many voxels were filled and not predicted, ``stats["not_finite"]`` how
+        many were predicted as NaN or infinite, if there are any; they are those of ``mended``, the committed
+        record of an image that is mended, or else the sums over all entries. No shard is read. May be
+        repeated, also after it was killed. Raises IncompleteCoverageError if shards are missing.
         """
         array = sharded_array(self.folder, record)
         tally = ImageTally(record, array.name)
         seals: dict[str, FileSeal] = {}
         missing: list[Shard] = []
-        filled = 0
+        skipped = not_finite = 0
         for c, z, y, x in np.ndindex(array.shard_grid):
             entry = self._read(self._entry_file((c, z, y, x)))
             if entry is None:
@@ -167,7 +182,8 @@ class ShardLedger:
                 continue
             tally.merge(_unpacked(entry.state))
             seals[entry.file] = entry.seal
-            filled += entry.skipped
+            skipped += entry.skipped
+            not_finite += entry.not_finite
         if missing:
             raise IncompleteCoverageError(
                 f"{array.name}: {len(missing)} of {len(missing) + len(seals)} shards are not written, the "
@@ -175,9 +191,9 @@ class ShardLedger:
             )
         _clear(self.folder, keep=array.path / array.files.prefix)
         stage = StagedImage(self.folder, seals)
-        return tally.finish(
-            stage, raw_header, warnings=warnings, skipped=filled if skipped is None else skipped
-        )
+        if mended is not None:  # the entries of adopted shards do not say
+            skipped, not_finite = (mended.stats.get(key, 0) for key in ("skipped", "not_finite"))
+        return tally.finish(stage, raw_header, warnings=warnings, skipped=skipped, not_finite=not_finite)
 
     def _entry_file(self, shard: Shard) -> Path:
         return self._entries / f"{'.'.join(map(str, shard))}.json"

@@ -68,15 +68,19 @@ class ImageTally:
         warnings: Sequence[str] = (),
         source: SourceFingerprint | None = None,
         skipped: int = 0,
+        not_finite: int = 0,
     ) -> ImageRecord:
         """Write all files of an image except its shards, and return its record with statistics and seals.
 
-        ``skipped`` is how many voxels were filled and not predicted.
+        ``skipped`` is how many voxels were filled and not predicted, ``not_finite`` how many were predicted
+        as NaN or infinite, before they were reduced.
         """
         record = self._record
         stats = self._statistics.result(record.slope, record.inter) | self._index.statistics()
         if skipped:
             stats["skipped"] = skipped
+        if not_finite:
+            stats["not_finite"] = not_finite
         stage.write_raw_header(raw_header)
         stage.write_index(self._index.tables())
         if record.kind != "label":
@@ -86,6 +90,8 @@ class ImageTally:
 
 
 def _voxel_warnings(stats: Json) -> list[str]:
+    if "not_finite" in stats:  # also where they are classes now
+        return [f"the network gave NaN or infinite values in {stats['not_finite']} voxels"]
     words = {"nan": "NaN", "inf": "infinite"}
     return [f"{stats[key]} voxels are {word}" for key, word in words.items() if stats[key]]
 
@@ -100,22 +106,29 @@ class ImageWriter:
         self.stage = stage
         self.record = record
         self._tally = ImageTally(record, where)
-        self._skipped = 0
+        self._skipped = self._not_finite = 0
 
-    def add_shard(self, shard: Shard, voxels: NDArray[Any], *, skipped: int = 0) -> None:
+    def add_shard(self, shard: Shard, voxels: NDArray[Any], *, skipped: int = 0, not_finite: int = 0) -> None:
         """Write one whole shard: ``voxels`` is (c, z, y, x), clipped to the image.
 
-        ``skipped`` is how many of them were filled and not predicted.
+        ``skipped`` is how many of them were filled and not predicted, ``not_finite`` how many were predicted
+        as NaN or infinite.
         """
         with self._tally.counting(shard, voxels):
             self.stage.write_shard(self.record, shard, voxels)
         self._skipped += skipped
+        self._not_finite += not_finite
 
     def finish(
         self, raw_header: bytes, warnings: Sequence[str] = (), source: SourceFingerprint | None = None
     ) -> ImageRecord:
         """Write all files except the shards, and return the record with statistics and seals."""
         self.record = self._tally.finish(
-            self.stage, raw_header, warnings=warnings, source=source, skipped=self._skipped
+            self.stage,
+            raw_header,
+            warnings=warnings,
+            source=source,
+            skipped=self._skipped,
+            not_finite=self._not_finite,
         )
         return self.record
