@@ -73,7 +73,7 @@ def out(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Torch's convolution rounds differently with another number of threads."""
+    """Run torch in one thread, as its convolution rounds differently with another number of threads."""
     with draw_reader.one_thread():
         yield
 
