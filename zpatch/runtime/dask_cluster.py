@@ -9,7 +9,7 @@ import logging
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -38,7 +38,8 @@ def run_on_cluster(
     """
     with _client_of(cluster.address) as client:
         run = _Run(client, cluster, progress, len(tasks))
-        run.wait_for_workers()
+        if tasks:
+            run.wait_for_workers()
         _check_same_folder(client, cluster.folder)
         attempts = Attempts(len(tasks))
         while attempts:
@@ -49,7 +50,7 @@ def run_on_cluster(
                     number = queue.popleft()
                     deaths = attempts.deaths_of(number)
                     in_flight[number] = run.submit(function, tasks[number], number, deaths)
-                number = run.next_done()
+                number = run.next_done(in_flight)
                 try:
                     result, amount = run.result_of(in_flight.pop(number))
                 except TaskLostError:  # the cluster has run it several times; among others that counts once
@@ -88,17 +89,21 @@ class _Run:
         future.add_done_callback(lambda _: self._news.put((number, None)))
         return future
 
-    def next_done(self) -> int:
-        """Wait for the next task that ends; report progress until then."""
+    def next_done(self, in_flight: Mapping[int, Any]) -> int:
+        """Wait for the next task that ends, of some futures; report progress until then."""
         while True:
             try:
                 number, amount = self._news.get(timeout=POLL_S)
             except Empty:
                 self.wait_for_workers()
+                done = [number for number, future in in_flight.items() if future.done()]
+                if done:  # a future whose result was lost with its worker says only once that it is done
+                    return done[0]
                 continue
-            if amount is None:
+            if amount is not None:
+                self.report(number, amount)
+            elif number in in_flight and in_flight[number].done():
                 return number
-            self.report(number, amount)
 
     def result_of(self, future: Any) -> Any:
         """The result of a task that has ended."""
