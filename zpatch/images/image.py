@@ -33,6 +33,10 @@ class Image:
     (C, I, J, K). Axes of Zarr arrays are named by the array's dimension names or by ``axes``, slowest first,
     as in ``"zyx"`` or ``"czyx"``. ``affine`` (4 x 4, voxel to mm) defaults to the affine of the source.
 
+    Reading a Zarr array that was moved, unmounted or replaced since it was opened is a DamageError, also
+    through a dask array of ``from_zarr``. One whose tasks open files themselves (``inline_array=True``,
+    ``delayed``) has what dask finds.
+
     >>> image = ScalarImage(np.arange(24).reshape(2, 3, 4))
     >>> image.shape
     (1, 2, 3, 4)

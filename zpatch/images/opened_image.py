@@ -13,10 +13,11 @@ import numpy as np
 
 from zpatch.chunks.scaling import UNSCALED, Scaling
 from zpatch.digests import Json, new_digest
-from zpatch.errors import OptionError, SourceError
+from zpatch.errors import DamageError, OptionError, SourceError
 from zpatch.geometry.affines import Affine
 from zpatch.geometry.boxes import Voxels, reversed_axes
 from zpatch.images import zarr_images
+from zpatch.images.input_files import map_of, offset_in_file
 from zpatch.images.voxel_source import VoxelSource
 from zpatch.images.voxel_sources import ArraySource, DaskSource, ShardSource
 from zpatch.nifti import header
@@ -50,8 +51,13 @@ class OpenedImage:
     def derived(self, array: Any) -> Self:
         """The image of a dask array (C, I, J, K) of values that was computed from these voxels."""
         return dataclasses.replace(
-            self, source=DaskSource(_with_channels(array)), scaling=UNSCALED, record=None
+            self, source=DaskSource.of(_with_channels(array)), scaling=UNSCALED, record=None
         )
+
+    @property
+    def is_in_files(self) -> bool:
+        """Whether the voxels are read from files, as far as that is known."""
+        return self.path is not None or bool(self.source.marks())
 
     def identity(self) -> Json:
         """What identifies the values, as far as it is known without reading voxels from files."""
@@ -72,8 +78,8 @@ def open_image(data: Any, axes: str | None = None) -> OpenedImage:
     if type(data).__module__.startswith("zarr."):
         return _of_zarr(zarr_images.zarr_image(data), axes)
     if type(data).__module__.startswith("dask."):
-        return OpenedImage(DaskSource(_with_channels(data)), np.eye(4))
-    return OpenedImage(ArraySource(_with_channels(np.asarray(data))), np.eye(4))
+        return OpenedImage(DaskSource.of(_with_channels(data)), np.eye(4))
+    return OpenedImage(ArraySource.of(_with_channels(np.asarray(data))), np.eye(4))
 
 
 def _open_path(path: Path, axes: str | None) -> OpenedImage:
@@ -104,7 +110,7 @@ def _of_nifti(file: header.NiftiFile) -> OpenedImage:
         shape=(1, *file.shape)[-4:],
     )
     return OpenedImage(
-        ArraySource(reversed_axes(mapped)),
+        ArraySource.of(reversed_axes(mapped)),
         file.affine,
         Scaling(file.slope, file.inter),
         path=file.voxel_path,
@@ -127,7 +133,7 @@ def _of_zarr(image: zarr_images.ZarrImage, axes: str | None) -> OpenedImage:
     if array is not None:
         source = ShardSource(array, stored.names)
     else:
-        source = DaskSource(_through_zarr(image.array, stored))
+        source = DaskSource.of(_through_zarr(image.array, stored))
     unit = image.unit if image.scale else "millimeter"
     return OpenedImage(source, affine, path=zarr_images.folder_of(image.array), unit=unit)
 
@@ -157,7 +163,13 @@ def _identity_of_files(path: Path) -> str:
     """A digest of names, sizes and modification times of a file, or of all files below a folder."""
     state = new_digest()
     for file in sorted(_files_below(path)):
-        status = os.stat(file)
+        try:
+            status = os.stat(file)
+        except OSError as error:
+            raise DamageError(
+                f"{file}: it is not there ({error.strerror}): the input was moved, unmounted or changed; put "
+                f"it back as it was, and run the same command again"
+            ) from None
         state.update(f"{os.path.relpath(file, path)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return state.hexdigest()
 
@@ -171,8 +183,8 @@ def _files_below(path: Path) -> Iterator[str]:
 
 def _identity_of_array(array: Voxels) -> str:
     """A digest of an array's voxels; of the file and the offset in it, if the array is mapped from a file."""
-    if (mapped := _map_of(array)) is not None:
-        at = array.__array_interface__["data"][0] - mapped.__array_interface__["data"][0] + mapped.offset
+    if (mapped := map_of(array)) is not None:
+        at = offset_in_file(array, mapped)
         return f"{_identity_of_files(Path(mapped.filename))} at {at}, strides {array.strides}"
     state = new_digest()
     strides = [abs(step) if n > 1 else 0 for step, n in zip(array.strides, array.shape, strict=True)]
@@ -181,13 +193,3 @@ def _identity_of_array(array: Voxels) -> str:
     for place in np.ndindex(ordered.shape[:2]):  # plane by plane, because tobytes copies
         state.update(ordered[place].tobytes())
     return f"{state.hexdigest()}, axes {slowest_first.tolist()}"
-
-
-def _map_of(array: Any) -> Any:
-    """The memory map that an array is a view of, if any."""
-    found = None
-    while array is not None:
-        if isinstance(array, np.memmap) and array.filename is not None:
-            found = array
-        array = getattr(array, "base", None)
-    return found

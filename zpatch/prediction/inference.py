@@ -74,6 +74,9 @@ def predict(
     such as "2 GiB") some patches are run twice; if that is not enough, MemoryLimitError is raised. ``jobs``
     local processes, or the Dask cluster at ``scheduler``, share the volumes and give the same bytes as one.
 
+    All processes must see the same inputs. An input that is not there, in this process or a worker, or that
+    changes before its prediction is complete, is a DamageError; the same command resumes when it is back.
+
     An unfinished output is resumed; it is refused with StoreExistsError if the model, the options or the
     inputs changed. ``resume=False`` refuses any existing output, ``overwrite`` starts over. ``progress`` is
     called with numbers of patches done. Returns the predictions as a cohort.

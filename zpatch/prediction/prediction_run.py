@@ -24,8 +24,9 @@ import cloudpickle
 import torch
 
 from zpatch.digests import Json, compact_json, digest
-from zpatch.errors import ModelError, OptionError, StoreExistsError, WorkerError
+from zpatch.errors import DamageError, ModelError, OptionError, StoreExistsError, WorkerError
 from zpatch.images.cohort import Cohort
+from zpatch.images.input_files import InputSeal, check_all
 from zpatch.prediction.network import Network
 from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.prediction_plan import PredictionPlan
@@ -63,12 +64,13 @@ def run_prediction(
         check_same({"subjects": writer.attributes["expected_subjects"]}, {"subjects": expected}, store)
         with writing_to(writer.path):
             inputs = digest(compact_json(header).encode())
-            jobs = [_begun(plan, inputs, writer) for plan in plans]
+            jobs = [_begun(plan, options.image, inputs, writer) for plan in plans]
         left = [job for job in jobs if job is not None]
         if done_before := sum(p.patches_run for p, job in zip(plans, jobs, strict=True) if job is None):
             progress(done_before)
         work = _Work(network, options, tuple(left))
         for job in _finished_jobs(work, sent, writer.path / UNFINISHED, progress):
+            _check_inputs(job)
             with writing_to(writer.path):
                 finished = finish_subject(job.plan, job.folder)
             records = [
@@ -112,17 +114,24 @@ def _refuse_own_input(plans: Sequence[PredictionPlan], options: PredictOptions, 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Job:
-    """A subject to be predicted in ``folder``; ``inputs`` is the digest of its own part of the header."""
+    """A subject to be predicted in ``folder``.
+
+    ``inputs`` is the digest of its own part of the header, ``identities`` are those of its images, ``seals``
+    say what their files were like.
+    """
 
     plan: PredictionPlan
     folder: WorkFolder
     inputs: str
+    identities: tuple[str, ...]
+    seals: tuple[InputSeal, ...]
 
 
-def _begun(plan: PredictionPlan, prediction: str, writer: StoreWriter) -> _Job | None:
+def _begun(plan: PredictionPlan, images: Sequence[str], prediction: str, writer: StoreWriter) -> _Job | None:
     """The job of a subject; None if its predictions are committed.
 
-    ``prediction`` is the digest of the header that all subjects share.
+    ``images`` are the names of its images; ``prediction`` is the digest of the header that all subjects
+    share.
     """
     header = _subject_header(plan)
     inputs = digest(compact_json(header).encode())
@@ -136,8 +145,29 @@ def _begun(plan: PredictionPlan, prediction: str, writer: StoreWriter) -> _Job |
             )
         shutil.rmtree(writer.path / UNFINISHED / name, ignore_errors=True)
         return None
+    seals = tuple(
+        InputSeal.of(f"image {each!r} of subject {name!r}", image.source)
+        for each, image in zip(images, plan.images, strict=True)
+    )
     folder = WorkFolder.begin(writer.path, name, {**header, "prediction": prediction})
-    return _Job(plan, folder, inputs)
+    return _Job(plan, folder, inputs, tuple(header["inputs"]), seals)
+
+
+def _check_inputs(job: _Job) -> None:
+    """Compare the inputs with those of the header, before what was made of them is committed.
+
+    If they have changed meanwhile, shards of both are discarded.
+    """
+    check_all(job.seals)
+    images = zip(job.plan.images, job.identities, strict=True)
+    is_same = all(image.identity() == before for image, before in images if image.opened.is_in_files)
+    if is_same and all(seal.is_unchanged() for seal in job.seals):
+        return
+    job.folder.remove()
+    raise DamageError(
+        f"the inputs of {job.plan.subject.name!r} were changed while they were predicted, so that its "
+        f"prediction is discarded; run the same command again"
+    )
 
 
 def _subject_header(plan: PredictionPlan) -> Json:
@@ -177,7 +207,9 @@ class _Work:
     def do(self, task: tuple[int, int], progress: Progress) -> None:
         """Do a task in this process."""
         job = self.jobs[task[0]]
-        run_region(job.plan, job.plan.regions[task[1]], self.network, job.folder, self.options, progress)
+        check = functools.partial(check_all, job.seals)
+        region = job.plan.regions[task[1]]
+        run_region(job.plan, region, self.network, job.folder, self.options, progress, check)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -239,7 +271,15 @@ def _do_shared(path: Path, alone: bool, task: tuple[int, int], progress: Progres
     """Do a task in another process; in one thread if the process is ``alone``, one per processor."""
     if alone:
         torch.set_num_threads(1)
+    _check_seen(path, task[0])
     _work_at(path).do(task, progress)
+
+
+@functools.cache
+def _check_seen(path: Path, job: int) -> None:
+    """Refuse, once in each process, inputs of a job that are not the same here."""
+    for seal in _work_at(path).jobs[job].seals:
+        seal.check_seen()
 
 
 @functools.lru_cache(maxsize=1)
