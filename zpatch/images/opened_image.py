@@ -24,6 +24,16 @@ from zpatch.nifti import header
 from zpatch.store import store
 from zpatch.store.image_record import ImageRecord
 
+_TO_OME_ZARR = "make OME-Zarr of it with 'bioformats2raw FILE FOLDER', and name FOLDER/0"
+_IN_PYTHON = "open it in Python and give the array to zpatch.ScalarImage, or save it as NIfTI or Zarr"
+OTHER_FORMATS = (  # endings of files, what they are, and what to do
+    ((".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vsi", ".czi", ".lif", ".nd2"), "a slide", _TO_OME_ZARR),
+    ((".tif", ".tiff"), "a TIFF image", _TO_OME_ZARR),
+    ((".h5", ".hdf5", ".he5", ".mat"), "an HDF5 file", _IN_PYTHON),
+    ((".npy", ".npz"), "an array of numpy", _IN_PYTHON),
+    ((".ozx", ".zip"), "a zipped Zarr", "unzip it, and name the folder"),
+)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OpenedImage:
@@ -91,12 +101,27 @@ def _open_path(path: Path, axes: str | None) -> OpenedImage:
         )
     if name.endswith(".nii"):
         return _of_nifti(header.read_header(path))
+    refuse_other_format(path)
     if path.is_file():
         raise SourceError(
             f"{path}: images are read from .nii files and from folders of Zarr arrays; save it as NIfTI"
         )
     found = zarr_images.open_image_folder(path)
     return OpenedImage.of_record(path, found) if isinstance(found, ImageRecord) else _of_zarr(found, axes)
+
+
+def refuse_other_format(path: Path) -> None:
+    """Refuse what is known to be no Zarr, NIfTI or store, and say how to make one of it."""
+    name = path.name.lower()
+    for suffixes, what, todo in OTHER_FORMATS:
+        if name.endswith(suffixes) and path.is_file():
+            raise SourceError(f"{path}: it is {what}; {todo}")
+    if name.endswith(".n5") or (path / "attributes.json").is_file():
+        raise SourceError(f"{path}: it is N5; copy it into a Zarr array, and name its folder")
+    if numbers := zarr_images.images_of_series(path):
+        named = ", ".join(str(path / number) for number in numbers[:4])
+        more = f" ... ({len(numbers)} in all)" if len(numbers) > 4 else ""
+        raise SourceError(f"{path}: it holds a series of images (bioformats2raw); name one: {named}{more}")
 
 
 def _of_nifti(file: header.NiftiFile) -> OpenedImage:

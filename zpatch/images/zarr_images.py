@@ -7,6 +7,7 @@ other arrays are read through zarr: the same voxels, slower.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,18 @@ def open_image_folder(path: Path) -> ImageRecord | ZarrImage:
         raise NotAStoreError(
             f"{path}: it is a Zarr group but no OME-Zarr image; name an image or an array in it"
         ) from None
+
+
+def images_of_series(path: Path) -> list[str]:
+    """The names of the images in a folder that bioformats2raw wrote; none for any other folder."""
+    for document in ("zarr.json", ".zattrs"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            attributes = json.loads((path / document).read_bytes())
+            attributes = attributes.get("attributes", attributes)
+            if "bioformats2raw.layout" in attributes.get("ome", attributes):
+                numbers = [entry.name for entry in path.iterdir() if entry.name.isdecimal()]
+                return sorted(numbers, key=int)
+    return []
 
 
 def _level_of(group: Any, name: str | None) -> ZarrImage:

@@ -110,6 +110,9 @@ def _refuse_own_input(plans: Sequence[PredictionPlan], options: PredictOptions, 
     images += [plan.subject[options.mask] for plan in plans if isinstance(options.mask, str)]
     if any(image.opened.path and image.opened.path.resolve().is_relative_to(target) for image in images):
         raise StoreExistsError(f"{output}: it is the store that is read; choose another output")
+    for image in images:
+        if (path := image.opened.path) and target.is_relative_to(inside := path.resolve()):
+            raise StoreExistsError(f"{output}: it is inside {inside}, which is read; choose another output")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
