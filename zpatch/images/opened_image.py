@@ -17,9 +17,9 @@ from zpatch.errors import DamageError, OptionError, SourceError
 from zpatch.geometry.affines import Affine
 from zpatch.geometry.boxes import Voxels, reversed_axes
 from zpatch.images import zarr_images
-from zpatch.images.input_files import map_of, offset_in_file
+from zpatch.images.input_files import is_lazy, map_of, offset_in_file
 from zpatch.images.voxel_source import VoxelSource
-from zpatch.images.voxel_sources import ArraySource, DaskSource, ShardSource
+from zpatch.images.voxel_sources import ArraySource, DaskSource, LazySource, ShardSource
 from zpatch.nifti import header
 from zpatch.store import store
 from zpatch.store.image_record import ImageRecord
@@ -76,6 +76,9 @@ class OpenedImage:
             known |= self.record.to_json()
         if self.path is not None and not (self.record and self.record.files):
             known["files"] = _identity_of_files(self.path)
+        elif isinstance(self.source, LazySource):
+            lazy = self.source.array
+            known["files"] = lazy.file and f"{_identity_of_files(lazy.file)} at {lazy.place}"
         elif isinstance(self.source, ArraySource):
             known["voxels"] = _identity_of_array(self.source.array)
         return {**known, "scaling": repr(self.scaling)}
@@ -89,7 +92,23 @@ def open_image(data: Any, axes: str | None = None) -> OpenedImage:
         return _of_zarr(zarr_images.zarr_image(data), axes)
     if type(data).__module__.startswith("dask."):
         return OpenedImage(DaskSource.of(_with_channels(data)), np.eye(4))
+    if is_lazy(data):
+        return OpenedImage(_lazy_source(data), np.eye(4))
     return OpenedImage(ArraySource.of(_with_channels(np.asarray(data))), np.eye(4))
+
+
+def _lazy_source(data: Any) -> LazySource:
+    name = f"{type(data).__module__}.{type(data).__qualname__}"
+    if len(data.shape) not in (3, 4):
+        raise OptionError(f"an image is (I, J, K) or (C, I, J, K), not {name} of shape {tuple(data.shape)}")
+    try:
+        source = LazySource.of(data)
+    except TypeError as error:
+        raise OptionError(
+            f"the dtype of {name} is none of numpy's ({error}); give an array of numpy"
+        ) from None
+    _check_dtype(source.dtype)
+    return source
 
 
 def _open_path(path: Path, axes: str | None) -> OpenedImage:

@@ -16,7 +16,7 @@ from zpatch.chunks.scaling import Scaling
 from zpatch.chunks.sharded_array import ShardedArray
 from zpatch.geometry.boxes import PatchLocation, Triple, Voxels, reversed_axes, stored_corners
 from zpatch.images.group_read import read_boxes
-from zpatch.images.input_files import MappedView, inputs_of_graph, mark_of_map
+from zpatch.images.input_files import LazyArray, MappedView, inputs_of_graph, mark_of_map
 from zpatch.images.voxel_source import (
     FALLBACK_CHUNK_VOXELS,
     Graph,
@@ -130,7 +130,7 @@ class ArraySource(_ArrayLike):
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.mark is None:
-            return ArraySource, (self.array,)
+            return type(self), (self.array,)
         return _mapped_source, (MappedView.of(self.array, self.mark),)
 
     def marks(self) -> tuple[FileMark, ...]:
@@ -156,6 +156,31 @@ class ArraySource(_ArrayLike):
     def dask(self, block_voxels: int | None = None) -> Any:
         """A dask array in blocks of 128 voxels a side."""
         return _dask_view(self, [self.shape[0], *(block_voxels or 128,) * 3])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LazySource(ArraySource):
+    """The voxels of an array of another library, which reads each box when it is needed.
+
+    ``mark`` is that of its file, as far as it is known. Its library may be unable to send it to a process.
+    """
+
+    array: Any
+
+    @classmethod
+    def of(cls, array: Any) -> Self:
+        """The source of an array that is sliced as those of numpy are."""
+        lazy = LazyArray(array)
+        return cls(lazy, None if lazy.file is None else FileMark.of_voxels(lazy.file))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LazySource, (self.array, self.mark)
+
+    @property
+    def chunk_shape(self) -> Triple:
+        """Extent of the array's chunks, or a cube of the size of a usual chunk."""
+        i, j, k = self.array.chunk_shape or (FALLBACK_CHUNK_VOXELS,) * 3
+        return i, j, k
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import io
 import os
+import pickle
 import shutil
 import uuid
 from collections import Counter
@@ -24,7 +25,7 @@ import cloudpickle
 import torch
 
 from zpatch.digests import Json, compact_json, digest
-from zpatch.errors import DamageError, ModelError, OptionError, StoreExistsError, WorkerError
+from zpatch.errors import DamageError, ModelError, OptionError, SourceError, StoreExistsError, WorkerError
 from zpatch.images.cohort import Cohort
 from zpatch.images.input_files import InputSeal, check_all
 from zpatch.prediction.network import Network
@@ -241,7 +242,13 @@ class _Sent:
         with path.open("wb") as file:
             file.write(self.stream.getbuffer())
             self.stream.close()
-            cloudpickle.dump(jobs, file)
+            try:
+                cloudpickle.dump(jobs, file)
+            except (TypeError, pickle.PicklingError, AttributeError) as error:
+                raise SourceError(
+                    f"an input cannot be sent to other processes ({type(error).__name__}: {error}); leave "
+                    f"out jobs and scheduler, or save it as Zarr or NIfTI and give its path"
+                ) from error
 
 
 def _finished_jobs(work: _Work, sent: _Sent | None, unfinished: Path, progress: Progress) -> Iterator[_Job]:
