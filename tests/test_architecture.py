@@ -27,11 +27,12 @@ DOORS = {
     "runtime": "byte_sizes buffer_pool process_memory whole_file recent dask_graphs failures tasks "
     "task_contract",
     "nifti": "header writer",
-    "chunks": "layout sharded_array codec mapped_shards shard_writer gather scaling",
+    "chunks": "layout file_mark sharded_array codec mapped_shards shard_writer gather scaling",
     "store": "names image_record manifest store lock store_writer staged_image image_writer voxel_statistics "
     "voxel_index verification",
     "conversion": "conversion conversion_plan conversion_options nifti_export cases case_lists",
-    "images": "image subject cohort normalization chunk_cache voxel_source voxel_sources group_read",
+    "images": "image subject cohort normalization chunk_cache voxel_source voxel_sources group_read "
+    "input_files",
     "sampling": "samplers grid_sampler patch randomness",
     "loading": "patch_queue queue_options subjects_loader patch_batch epoch_plan",
     "blending": "aggregator blend grid_blend tiling axis_tiles windows reduction sinks",

@@ -5,6 +5,7 @@ In reading order::
     scaling        stored voxels -> values: slope, intercept, bounds
     layout         how an array is cut into chunks, and how chunks are packed into shards
     codec          voxels <-> bytes of a chunk
+    file_mark      whether a file of an input is still there, and the file that was opened
     sharded_array  an array on disk, as data: shapes, codec, names of files
     mapped_shards  shard files in memory maps, their index and checksums verified once
     shard_writer   voxels -> one shard file

@@ -207,7 +207,9 @@ def copy_chunks(
 def _located(array: ShardedArray, plan: GatherPlan) -> tuple[dict[int, MappedShard], LocatedRows]:
     """The shards of a plan by number, and its rows for the compiled loop.
 
-    Chunks that are touched for the first time are compared with their checksums.
+    Chunks that are touched for the first time are compared with their checksums. If shards have no file, the
+    array's metadata are looked at again, and then once more the files: so an array that was away for a moment
+    is no array of fill values.
     """
     numbers, chunks = plan.rows[:, SHARD], plan.rows[:, CHUNK]
     ends = [*(np.flatnonzero(numbers[1:] != numbers[:-1]) + 1).tolist(), len(numbers)]
@@ -226,6 +228,10 @@ def _located(array: ShardedArray, plan: GatherPlan) -> tuple[dict[int, MappedSha
         shards[int(numbers[start])] = shard
     for shard, fresh in unchecked:
         shard.check(fresh)
+    if array.metadata is not None and (missing := [s for s in shards.values() if s.is_missing]):
+        array.metadata.check(str(array))
+        if not all(shard.is_current() for shard in missing):
+            return _located(array, plan)
     return shards, LocatedRows.of(plan, [shard.bytes for shard in shards.values()], maps, extents)
 
 

@@ -46,6 +46,11 @@ class MappedShard:
         self.extents = self._read_index()
         self._checked = np.zeros(len(self.extents), dtype=bool)
 
+    @property
+    def is_missing(self) -> bool:
+        """Whether the array has no file for the shard, so that all its chunks have the fill value."""
+        return self._map is None
+
     def is_current(self) -> bool:
         """Whether the file is still the one that was mapped; stores of zpatch never change a file."""
         return self._array.fill is None or self._identity == _identity(self.file)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from zpatch.chunks.codec import ChunkCodec
+from zpatch.chunks.file_mark import FileMark
 from zpatch.chunks.layout import chunk_counts
 from zpatch.geometry.boxes import PatchLocation, stored_corners
 
@@ -40,7 +41,8 @@ class ShardedArray:
     In an array without shards, a shard is one chunk. ``fill`` is the value of chunks that are missing; None
     if a missing chunk is damage, as in stores of zpatch. ``name`` and ``remedy`` are for errors. ``contents``
     differs between arrays that are written to the same path one after the other, so that an open map of one
-    is not used for the other.
+    is not used for the other. ``metadata`` is the mark of the array's metadata file, which is looked at again
+    before a chunk without a file is read as ``fill``; None if the array had no such file.
     """
 
     path: Path
@@ -54,6 +56,7 @@ class ShardedArray:
     remedy: str = "restore the file from a copy"
     fill: Any = None
     contents: str = ""
+    metadata: FileMark | None = None
 
     @property
     def chunk_grid(self) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from zpatch.chunks.scaling import UNSCALED, Scaling
 from zpatch.geometry.boxes import Integers, PatchLocation, Triple, Voxels, reversed_axes, stored_corners
 from zpatch.geometry.patch_grid import PatchGrid
 from zpatch.images.voxel_source import ReadTasks, VoxelSource, WrappedSource
-from zpatch.images.voxel_sources import ArraySource, ShardSource
+from zpatch.images.voxel_sources import ArraySource, LazySource, ShardSource
 
 NEVER = 2**60  # more than any rank, and three of them fit into 64 bits
 
@@ -212,7 +212,7 @@ def is_quick(source: VoxelSource) -> bool:
     """Whether a source is read as fast as a cache: its voxels are not compressed, or only by LZ4."""
     if isinstance(source, ShardSource):
         return source.array.codec.is_quick
-    return isinstance(source, ArraySource)
+    return isinstance(source, ArraySource) and not isinstance(source, LazySource)
 
 
 def cached(

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Self, overload
 
 from zpatch.digests import Json
-from zpatch.errors import OptionError, UnknownNameError
+from zpatch.errors import OptionError, SourceError, UnknownNameError
 from zpatch.images.image import ScalarImage, stored_image
+from zpatch.images.opened_image import refuse_other_format
 from zpatch.images.subject import Subject
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.names import HISTOGRAM, ROOT_DOCUMENT, chosen
@@ -171,6 +172,12 @@ def open_subjects(
     That subject is named after the path, and its image is called ``image``. ``axes`` names the axes of an
     array without dimension names, as in ``"yxc"``.
     """
+    refuse_other_format(path)
+    if path.is_file() and re.search(r"\.nii(\.gz)?$", path.name.lower()):
+        raise SourceError(
+            f"{path}: it is a NIfTI file; make a store of its folder with "
+            f"'zpatch convert {path.parent} STORE', and name STORE"
+        )
     is_zarr = (path / ROOT_DOCUMENT).exists() or any(path.glob(".z*"))
     if is_store(path) or not is_zarr:
         if axes is not None:

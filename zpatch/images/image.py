@@ -29,9 +29,14 @@ class Image:
     """Voxels (C, I, J, K) that are read box by box.
 
     ``data`` may be the path of an image in a store, of an OME-Zarr image or Zarr array, or of an uncompressed
-    NIfTI file (memory-mapped); or a numpy, dask or Zarr array. Arrays of numpy and dask are (I, J, K) or
+    NIfTI file (memory-mapped); or a numpy, dask or Zarr array; or an array of another library that reads what
+    is sliced, as a dataset of h5py, which is never loaded whole. All but Zarr arrays are (I, J, K) or
     (C, I, J, K). Axes of Zarr arrays are named by the array's dimension names or by ``axes``, slowest first,
     as in ``"zyx"`` or ``"czyx"``. ``affine`` (4 x 4, voxel to mm) defaults to the affine of the source.
+
+    Reading a Zarr array that was moved, unmounted or replaced since it was opened is a DamageError, also
+    through a dask array of ``from_zarr``. One whose tasks open files themselves (``inline_array=True``,
+    ``delayed``) has what dask finds.
 
     >>> image = ScalarImage(np.arange(24).reshape(2, 3, 4))
     >>> image.shape

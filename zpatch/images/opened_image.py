@@ -13,15 +13,26 @@ import numpy as np
 
 from zpatch.chunks.scaling import UNSCALED, Scaling
 from zpatch.digests import Json, new_digest
-from zpatch.errors import OptionError, SourceError
+from zpatch.errors import DamageError, OptionError, SourceError
 from zpatch.geometry.affines import Affine
 from zpatch.geometry.boxes import Voxels, reversed_axes
 from zpatch.images import zarr_images
+from zpatch.images.input_files import is_lazy, map_of, offset_in_file
 from zpatch.images.voxel_source import VoxelSource
-from zpatch.images.voxel_sources import ArraySource, DaskSource, ShardSource
+from zpatch.images.voxel_sources import ArraySource, DaskSource, LazySource, ShardSource
 from zpatch.nifti import header
 from zpatch.store import store
 from zpatch.store.image_record import ImageRecord
+
+_TO_OME_ZARR = "make OME-Zarr of it with 'bioformats2raw FILE FOLDER', and name FOLDER/0"
+_IN_PYTHON = "open it in Python and give the array to zpatch.ScalarImage, or save it as NIfTI or Zarr"
+OTHER_FORMATS = (  # endings of files, what they are, and what to do
+    ((".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vsi", ".czi", ".lif", ".nd2"), "a slide", _TO_OME_ZARR),
+    ((".tif", ".tiff"), "a TIFF image", _TO_OME_ZARR),
+    ((".h5", ".hdf5", ".he5", ".mat"), "an HDF5 file", _IN_PYTHON),
+    ((".npy", ".npz"), "an array of numpy", _IN_PYTHON),
+    ((".ozx", ".zip"), "a zipped Zarr", "unzip it, and name the folder"),
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,8 +61,13 @@ class OpenedImage:
     def derived(self, array: Any) -> Self:
         """The image of a dask array (C, I, J, K) of values that was computed from these voxels."""
         return dataclasses.replace(
-            self, source=DaskSource(_with_channels(array)), scaling=UNSCALED, record=None
+            self, source=DaskSource.of(_with_channels(array)), scaling=UNSCALED, record=None
         )
+
+    @property
+    def is_in_files(self) -> bool:
+        """Whether the voxels are read from files, as far as that is known."""
+        return self.path is not None or bool(self.source.marks())
 
     def identity(self) -> Json:
         """What identifies the values, as far as it is known without reading voxels from files."""
@@ -60,6 +76,9 @@ class OpenedImage:
             known |= self.record.to_json()
         if self.path is not None and not (self.record and self.record.files):
             known["files"] = _identity_of_files(self.path)
+        elif isinstance(self.source, LazySource):
+            lazy = self.source.array
+            known["files"] = lazy.file and f"{_identity_of_files(lazy.file)} at {lazy.place}"
         elif isinstance(self.source, ArraySource):
             known["voxels"] = _identity_of_array(self.source.array)
         return {**known, "scaling": repr(self.scaling)}
@@ -72,8 +91,24 @@ def open_image(data: Any, axes: str | None = None) -> OpenedImage:
     if type(data).__module__.startswith("zarr."):
         return _of_zarr(zarr_images.zarr_image(data), axes)
     if type(data).__module__.startswith("dask."):
-        return OpenedImage(DaskSource(_with_channels(data)), np.eye(4))
-    return OpenedImage(ArraySource(_with_channels(np.asarray(data))), np.eye(4))
+        return OpenedImage(DaskSource.of(_with_channels(data)), np.eye(4))
+    if is_lazy(data):
+        return OpenedImage(_lazy_source(data), np.eye(4))
+    return OpenedImage(ArraySource.of(_with_channels(np.asarray(data))), np.eye(4))
+
+
+def _lazy_source(data: Any) -> LazySource:
+    name = f"{type(data).__module__}.{type(data).__qualname__}"
+    if len(data.shape) not in (3, 4):
+        raise OptionError(f"an image is (I, J, K) or (C, I, J, K), not {name} of shape {tuple(data.shape)}")
+    try:
+        source = LazySource.of(data)
+    except TypeError as error:
+        raise OptionError(
+            f"the dtype of {name} is none of numpy's ({error}); give an array of numpy"
+        ) from None
+    _check_dtype(source.dtype)
+    return source
 
 
 def _open_path(path: Path, axes: str | None) -> OpenedImage:
@@ -85,12 +120,27 @@ def _open_path(path: Path, axes: str | None) -> OpenedImage:
         )
     if name.endswith(".nii"):
         return _of_nifti(header.read_header(path))
+    refuse_other_format(path)
     if path.is_file():
         raise SourceError(
             f"{path}: images are read from .nii files and from folders of Zarr arrays; save it as NIfTI"
         )
     found = zarr_images.open_image_folder(path)
     return OpenedImage.of_record(path, found) if isinstance(found, ImageRecord) else _of_zarr(found, axes)
+
+
+def refuse_other_format(path: Path) -> None:
+    """Refuse what is known to be no Zarr, NIfTI or store, and say how to make one of it."""
+    name = path.name.lower()
+    for suffixes, what, todo in OTHER_FORMATS:
+        if name.endswith(suffixes) and path.is_file():
+            raise SourceError(f"{path}: it is {what}; {todo}")
+    if name.endswith(".n5") or (path / "attributes.json").is_file():
+        raise SourceError(f"{path}: it is N5; copy it into a Zarr array, and name its folder")
+    if numbers := zarr_images.images_of_series(path):
+        named = ", ".join(str(path / number) for number in numbers[:4])
+        more = f" ... ({len(numbers)} in all)" if len(numbers) > 4 else ""
+        raise SourceError(f"{path}: it holds a series of images (bioformats2raw); name one: {named}{more}")
 
 
 def _of_nifti(file: header.NiftiFile) -> OpenedImage:
@@ -104,7 +154,7 @@ def _of_nifti(file: header.NiftiFile) -> OpenedImage:
         shape=(1, *file.shape)[-4:],
     )
     return OpenedImage(
-        ArraySource(reversed_axes(mapped)),
+        ArraySource.of(reversed_axes(mapped)),
         file.affine,
         Scaling(file.slope, file.inter),
         path=file.voxel_path,
@@ -127,7 +177,7 @@ def _of_zarr(image: zarr_images.ZarrImage, axes: str | None) -> OpenedImage:
     if array is not None:
         source = ShardSource(array, stored.names)
     else:
-        source = DaskSource(_through_zarr(image.array, stored))
+        source = DaskSource.of(_through_zarr(image.array, stored))
     unit = image.unit if image.scale else "millimeter"
     return OpenedImage(source, affine, path=zarr_images.folder_of(image.array), unit=unit)
 
@@ -157,7 +207,13 @@ def _identity_of_files(path: Path) -> str:
     """A digest of names, sizes and modification times of a file, or of all files below a folder."""
     state = new_digest()
     for file in sorted(_files_below(path)):
-        status = os.stat(file)
+        try:
+            status = os.stat(file)
+        except OSError as error:
+            raise DamageError(
+                f"{file}: it is not there ({error.strerror}): the input was moved, unmounted or changed; put "
+                f"it back as it was, and run the same command again"
+            ) from None
         state.update(f"{os.path.relpath(file, path)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return state.hexdigest()
 
@@ -171,8 +227,8 @@ def _files_below(path: Path) -> Iterator[str]:
 
 def _identity_of_array(array: Voxels) -> str:
     """A digest of an array's voxels; of the file and the offset in it, if the array is mapped from a file."""
-    if (mapped := _map_of(array)) is not None:
-        at = array.__array_interface__["data"][0] - mapped.__array_interface__["data"][0] + mapped.offset
+    if (mapped := map_of(array)) is not None:
+        at = offset_in_file(array, mapped)
         return f"{_identity_of_files(Path(mapped.filename))} at {at}, strides {array.strides}"
     state = new_digest()
     strides = [abs(step) if n > 1 else 0 for step, n in zip(array.strides, array.shape, strict=True)]
@@ -181,13 +237,3 @@ def _identity_of_array(array: Voxels) -> str:
     for place in np.ndindex(ordered.shape[:2]):  # plane by plane, because tobytes copies
         state.update(ordered[place].tobytes())
     return f"{state.hexdigest()}, axes {slowest_first.tolist()}"
-
-
-def _map_of(array: Any) -> Any:
-    """The memory map that an array is a view of, if any."""
-    found = None
-    while array is not None:
-        if isinstance(array, np.memmap) and array.filename is not None:
-            found = array
-        array = getattr(array, "base", None)
-    return found

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from zpatch.chunks.file_mark import FileMark
 from zpatch.chunks.scaling import UNSCALED, Scaling
 from zpatch.geometry.boxes import PatchLocation, Triple, Voxels, reversed_axes
 from zpatch.runtime import buffer_pool
@@ -50,6 +52,14 @@ class VoxelSource(Protocol):
         """The tasks of requests to sources of this class; a class may let requests share work."""
         return [each.source.tasks(each.boxes, each.outs, each.scaling, parts) for each in requests]
 
+    def marks(self) -> tuple[FileMark, ...]:
+        """The marks of the files that tell whether the voxels are still there; may read metadata files."""
+        return ()
+
+    def sampled_files(self) -> list[Path]:
+        """Files of chunks at a few evenly spaced places, whether they exist or not."""
+        return []
+
     def dask(self, block_voxels: int | None = None) -> Any:
         """A lazy dask array of all voxels, (C, I, J, K), in blocks of about ``block_voxels`` a side."""
 
@@ -80,6 +90,14 @@ class WrappedSource(VoxelSource):
     ) -> ReadTasks:
         """The source's own tasks."""
         return self.source.tasks(boxes, outs, scaling, parts)
+
+    def marks(self) -> tuple[FileMark, ...]:
+        """The source's own marks."""
+        return self.source.marks()
+
+    def sampled_files(self) -> list[Path]:
+        """The source's own files."""
+        return self.source.sampled_files()
 
     def dask(self, block_voxels: int | None = None) -> Any:
         """The source's own dask array."""

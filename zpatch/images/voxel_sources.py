@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 
+from zpatch.chunks.file_mark import FileMark
 from zpatch.chunks.gather import GatherPlan, gather, writes_directly
 from zpatch.chunks.scaling import Scaling
 from zpatch.chunks.sharded_array import ShardedArray
 from zpatch.geometry.boxes import PatchLocation, Triple, Voxels, reversed_axes, stored_corners
 from zpatch.images.group_read import read_boxes
+from zpatch.images.input_files import LazyArray, MappedView, inputs_of_graph, mark_of_map
 from zpatch.images.voxel_source import (
     FALLBACK_CHUNK_VOXELS,
     Graph,
@@ -23,7 +26,9 @@ from zpatch.images.voxel_source import (
     VoxelSource,
     WrappedSource,
 )
+from zpatch.images.zarr_images import evenly_spaced, metadata_mark, sampled_files
 from zpatch.runtime import buffer_pool
+from zpatch.store.names import ROOT_DOCUMENT
 
 DERIVED_BLOCK_VOXELS = 64
 
@@ -85,6 +90,18 @@ class ShardSource(_ArrayLike):
         reads: Graph = {(id(raw), n): (partial(gather, self.array, p, raw),) for n, p in enumerate(plans)}
         return ReadTasks([(partial(_cast, raw, views, scaling), list(reads))], reads)
 
+    def marks(self) -> tuple[FileMark, ...]:
+        """The mark of the array's metadata; for an image of a store, it is made now."""
+        if self.array.fill is not None:
+            return () if self.array.metadata is None else (self.array.metadata,)
+        folders = self.array.path, self.array.path.parent
+        marks = [FileMark.of_metadata(folder / ROOT_DOCUMENT) for folder in folders]
+        return tuple(mark for mark in marks if mark is not None)
+
+    def sampled_files(self) -> list[Path]:
+        """The files of up to 16 shards."""
+        return [self.array.shard_file(place) for place in evenly_spaced(self.array.shard_grid)]
+
     def dask(self, block_voxels: int | None = None) -> Any:
         """A dask array with one block for each shard, or for whole chunks of about ``block_voxels`` a side.
 
@@ -98,9 +115,27 @@ class ShardSource(_ArrayLike):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ArraySource(_ArrayLike):
-    """The voxels of an array (C, I, J, K) in memory or mapped from a file."""
+    """The voxels of an array (C, I, J, K) in memory, or mapped from a file, which then has a ``mark``.
+
+    To another process a mapped array is sent as the place of its voxels in the file, which is mapped there.
+    """
 
     array: Voxels
+    mark: FileMark | None = None
+
+    @classmethod
+    def of(cls, array: Voxels) -> Self:
+        """The source of an array, which may be a view of a memory map."""
+        return cls(array, mark_of_map(array))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.mark is None:
+            return type(self), (self.array,)
+        return _mapped_source, (MappedView.of(self.array, self.mark),)
+
+    def marks(self) -> tuple[FileMark, ...]:
+        """The mark of the file that the array is mapped from."""
+        return () if self.mark is None else (self.mark,)
 
     @property
     def chunk_shape(self) -> Triple:
@@ -124,10 +159,60 @@ class ArraySource(_ArrayLike):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class DaskSource(_ArrayLike):
-    """The voxels of any Dask expression (C, I, J, K), computed when a box is read."""
+class LazySource(ArraySource):
+    """The voxels of an array of another library, which reads each box when it is needed.
+
+    ``mark`` is that of its file, as far as it is known. Its library may be unable to send it to a process.
+    """
 
     array: Any
+
+    @classmethod
+    def of(cls, array: Any) -> Self:
+        """The source of an array that is sliced as those of numpy are."""
+        lazy = LazyArray(array)
+        return cls(lazy, None if lazy.file is None else FileMark.of_voxels(lazy.file))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LazySource, (self.array, self.mark)
+
+    @property
+    def chunk_shape(self) -> Triple:
+        """Extent of the array's chunks, or a cube of the size of a usual chunk."""
+        i, j, k = self.array.chunk_shape or (FALLBACK_CHUNK_VOXELS,) * 3
+        return i, j, k
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DaskSource(_ArrayLike):
+    """The voxels of any Dask expression (C, I, J, K), computed when a box is read.
+
+    ``files`` are the marks of the files that it is computed from, as far as they are known. They are checked
+    after each read, as zarr reads an array that is not there as its fill value. ``chunk_files`` are some
+    files of its Zarr arrays; ``sources`` are the sources of zpatch that it is computed from.
+    """
+
+    array: Any
+    files: tuple[FileMark, ...] = ()
+    chunk_files: tuple[Path, ...] = ()
+    sources: tuple[VoxelSource, ...] = ()
+
+    @classmethod
+    def of(cls, array: Any) -> Self:
+        """The source of an expression, with the files that are found in its graph."""
+        zarrays, maps, sources = inputs_of_graph(array)
+        marks = [*map(metadata_mark, zarrays), *map(mark_of_map, maps)]
+        files = tuple(dict.fromkeys(mark for mark in marks if mark is not None))
+        chunk_files = tuple(file for each in zarrays for file in sampled_files(each))
+        return cls(array, files, chunk_files, tuple(sources))
+
+    def marks(self) -> tuple[FileMark, ...]:
+        """Those of the files, and of the sources."""
+        return (*self.files, *(mark for source in self.sources for mark in source.marks()))
+
+    def sampled_files(self) -> list[Path]:
+        """Those of the Zarr arrays, and of the sources."""
+        return [*self.chunk_files, *(file for source in self.sources for file in source.sampled_files())]
 
     @property
     def chunk_shape(self) -> Triple:
@@ -151,6 +236,10 @@ class DaskSource(_ArrayLike):
         return self.array
 
 
+def _mapped_source(view: MappedView) -> ArraySource:
+    return ArraySource(view.open(), view.mark)
+
+
 def _cast(raw: Sequence[Voxels], outs: Sequence[Voxels], scaling: Scaling, _parts: Any) -> None:
     for voxels, out in zip(raw, outs, strict=True):
         scaling.write(voxels, out)
@@ -160,22 +249,39 @@ def _derived_tasks(requests: Sequence[Request]) -> ReadTasks:
     from dask.highlevelgraph import HighLevelGraph
 
     parts = [
-        (request.source.dask()[(slice(None), *box.to_slices())], out, request.scaling)
+        (
+            request.source.dask()[(slice(None), *box.to_slices())],
+            out,
+            request.scaling,
+            _files_of(request.source),
+        )
         for request in requests
         for box, out in zip(request.boxes, request.outs, strict=True)
     ]
     if not parts:
         return ReadTasks([])
-    keys = [part.__dask_keys__() for part, _, _ in parts]
-    merged = HighLevelGraph.merge(*(part.__dask_graph__() for part, _, _ in parts))
+    keys = [part.__dask_keys__() for part, *_ in parts]
+    merged = HighLevelGraph.merge(*(part.__dask_graph__() for part, *_ in parts))
     writes = []
-    for (part, out, scaling), blocks in zip(parts, keys, strict=True):
-        finish, extra = part.__dask_postcompute__()
-        writes.append((partial(_put, finish, extra, out, scaling), blocks))
+    for (part, *target), blocks in zip(parts, keys, strict=True):
+        writes.append((partial(_put, *part.__dask_postcompute__(), *target), blocks))
     return ReadTasks(writes, dict(parts[0][0].__dask_optimize__(merged, keys)))
 
 
-def _put(finish: Callable[..., Any], extra: Any, out: Voxels, scaling: Scaling, blocks: Any) -> None:
+def _files_of(source: VoxelSource) -> tuple[FileMark, ...]:
+    return source.files if isinstance(source, DaskSource) else ()
+
+
+def _put(
+    finish: Callable[..., Any],
+    extra: Any,
+    out: Voxels,
+    scaling: Scaling,
+    files: Sequence[FileMark],
+    blocks: Any,
+) -> None:
+    for file in files:
+        file.check("a dask array")
     scaling.write(np.asarray(finish(blocks, *extra)), out)
 
 

@@ -7,7 +7,9 @@ other arrays are read through zarr: the same voxels, slower.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from zpatch.chunks.codec import ChunkCodec, Compressor
+from zpatch.chunks.file_mark import FileMark
+from zpatch.chunks.layout import chunk_counts
 from zpatch.chunks.sharded_array import ChunkFiles, ShardedArray
 from zpatch.digests import Json
 from zpatch.errors import NotAStoreError, OptionError
@@ -22,6 +26,7 @@ from zpatch.store.image_record import ImageRecord
 from zpatch.store.store import TOOL
 
 CHANNEL_AXES = "ct"
+SAMPLED_FILES = 16
 _COMPRESSORS: Mapping[str, Compressor] = {name: name for name in ("blosc", "zstd", "gzip", "zlib")}
 
 
@@ -60,6 +65,18 @@ def open_image_folder(path: Path) -> ImageRecord | ZarrImage:
         raise NotAStoreError(
             f"{path}: it is a Zarr group but no OME-Zarr image; name an image or an array in it"
         ) from None
+
+
+def images_of_series(path: Path) -> list[str]:
+    """The names of the images in a folder that bioformats2raw wrote; none for any other folder."""
+    for document in ("zarr.json", ".zattrs"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            attributes = json.loads((path / document).read_bytes())
+            attributes = attributes.get("attributes", attributes)
+            if "bioformats2raw.layout" in attributes.get("ome", attributes):
+                numbers = [entry.name for entry in path.iterdir() if entry.name.isdecimal()]
+                return sorted(numbers, key=int)
+    return []
 
 
 def _level_of(group: Any, name: str | None) -> ZarrImage:
@@ -127,6 +144,39 @@ def folder_of(array: Any) -> Path | None:
     return Path(array.store.root, array.path).absolute()
 
 
+def metadata_mark(array: Any) -> FileMark | None:
+    """The mark of an array's metadata file; None if it has none on a local file system."""
+    folder = _folder_of_files(array)
+    if folder is None:
+        return None
+    return FileMark.of_metadata(folder / ("zarr.json" if array.metadata.zarr_format == 3 else ".zarray"))
+
+
+def sampled_files(array: Any) -> list[Path]:
+    """Files of chunks or shards at up to 16 evenly spaced places of an array, whether they exist or not."""
+    folder = _folder_of_files(array)
+    if folder is None:
+        return []
+    grid = chunk_counts(tuple(array.shape), tuple(array.shards or array.chunks))
+    return [folder / array.metadata.encode_chunk_key(place) for place in evenly_spaced(grid)]
+
+
+def evenly_spaced(grid: Sequence[int]) -> list[tuple[int, ...]]:
+    """Up to 16 places of a grid, evenly spaced in C order."""
+    numbers = np.unique(np.linspace(0, math.prod(grid) - 1, SAMPLED_FILES).astype(np.int64))
+    return [tuple(map(int, np.unravel_index(number, grid))) for number in numbers if math.prod(grid)]
+
+
+def _folder_of_files(array: Any) -> Path | None:
+    """The folder of an array, also of one that is read through fsspec, as dask does; None if not local."""
+    if (folder := folder_of(array)) is not None:
+        return folder
+    system = getattr(array.store, "fs", None)
+    protocol = getattr(getattr(system, "sync_fs", system), "protocol", ())
+    is_local = "file" in ((protocol,) if isinstance(protocol, str) else protocol)
+    return Path(array.store.path, array.path).absolute() if is_local else None
+
+
 def sharded_array_of(array: Any, axes: StoredAxes) -> ShardedArray | None:
     """The array as ``gather`` reads it from files; None for an array that only zarr can read."""
     path = folder_of(array)
@@ -158,6 +208,7 @@ def sharded_array_of(array: Any, axes: StoredAxes) -> ShardedArray | None:
         name=str(path),
         fill=fill,
         contents=repr((array.shape, chunks, shards, array.dtype, order, codec, fill)),
+        metadata=metadata_mark(array),
     )
 
 

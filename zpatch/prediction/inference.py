@@ -87,6 +87,9 @@ def predict(
     local processes, or the Dask cluster at ``scheduler``, share the volumes and give the same bytes as one.
     WorkerError is raised if a cluster has no workers for ``cluster_timeout`` seconds, or loses its scheduler.
 
+    All processes must see the same inputs. An input that is not there, in this process or a worker, or that
+    changes before its prediction is complete, is a DamageError; the same command resumes when it is back.
+
     An unfinished output is resumed; it is refused with StoreExistsError if the model, the options or the
     inputs changed. ``resume=False`` refuses any existing output, ``overwrite`` starts over. Files of the
     output that are missing or have another length are made again, and so are those with other bytes if

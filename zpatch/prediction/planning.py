@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -15,7 +16,7 @@ import torch
 from zpatch.blending.blend import accumulation_dtype
 from zpatch.blending.reduction import as_stored, check_channels, fitting_fill, reduce_channels
 from zpatch.errors import MemoryLimitError, ModelError, OptionError, SourceError, ZpatchError
-from zpatch.geometry.boxes import Bools
+from zpatch.geometry.boxes import Bools, PatchLocation
 from zpatch.images.chunk_cache import cached
 from zpatch.images.group_read import read_group
 from zpatch.images.image import Image
@@ -163,6 +164,8 @@ def _check_names(names: Sequence[str], what: str, error: type[ZpatchError]) -> N
 
 def _images(subject: Subject, options: PredictOptions) -> list[Image]:
     images = [subject[name] for name in options.image]
+    for name, image in zip(options.image, images, strict=True):
+        _check_usable(image, f"image {name!r} of subject {subject.name!r}")
     shapes = {image.spatial_shape for image in images}
     if len(shapes) > 1:
         raise OptionError(
@@ -172,6 +175,19 @@ def _images(subject: Subject, options: PredictOptions) -> list[Image]:
     return images if options.normalize is None else list(map(Normalize(options.normalize), images))
 
 
+def _check_usable(image: Image, name: str) -> None:
+    """Refuse an image that no network can be given."""
+    if 0 in image.shape:
+        raise SourceError(
+            f"{name} has no voxels: its shape (C, I, J, K) is {image.shape}; choose another one"
+        )
+    if image.dtype.kind == "c":
+        raise SourceError(
+            f"{name} has complex values ({image.dtype}), and a network is given float32; save its magnitude, "
+            f"or its real and imaginary part as two images, and predict from these"
+        )
+
+
 def probe(network: Network, subject: Subject, options: PredictOptions) -> tuple[Head, ...]:
     """The outputs of a network, from running it on the first patch of a subject."""
     images = _images(subject, options)
@@ -179,13 +195,28 @@ def probe(network: Network, subject: Subject, options: PredictOptions) -> tuple[
     found = read_group(images, [location], padding_mode=options.reading_mode)
     patches = [voxels[0].astype(np.float32) for voxels in found]
     with network.running():
-        outputs = network(torch.from_numpy(np.concatenate(patches)[None]), subject.name, [location])
+        outputs = _probed(network, torch.from_numpy(np.concatenate(patches)[None]), subject, location)
         try:
             _check_names(list(outputs), "output", ModelError)
             options.check_outputs(outputs)
             return tuple(_head(name, output, options) for name, output in outputs.items())
         except ModelError as error:
             raise ModelError(f"subject {subject.name!r}: {error}") from error
+
+
+def _probed(
+    network: Network, batch: torch.Tensor, subject: Subject, location: PatchLocation
+) -> Mapping[str, torch.Tensor]:
+    """The outputs for the first patch; a failure about its shape says what networks usually need."""
+    try:
+        return network(batch, subject.name, [location])
+    except ModelError as error:
+        if not re.search(r"\b(sizes?|shapes?|channels|dimensions?)\b", str(error.__cause__)):
+            raise
+        raise ModelError(
+            f"{error}; check that it takes {batch.shape[1]} channels and patches of "
+            f"{tuple(batch.shape[2:])} voxels: many networks need a patch_size of multiples of 16 or 32"
+        ) from error
 
 
 def _head(name: str, output: torch.Tensor, options: PredictOptions) -> Head:

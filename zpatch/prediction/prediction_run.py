@@ -13,6 +13,7 @@ import functools
 import io
 import itertools
 import os
+import pickle
 import shutil
 import uuid
 from collections import Counter
@@ -25,8 +26,9 @@ import cloudpickle
 import torch
 
 from zpatch.digests import Json, compact_json, digest
-from zpatch.errors import ModelError, OptionError, StoreExistsError, WorkerError
+from zpatch.errors import DamageError, ModelError, OptionError, SourceError, StoreExistsError, WorkerError
 from zpatch.images.cohort import Cohort
+from zpatch.images.input_files import InputSeal, check_all
 from zpatch.prediction.network import Network
 from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.prediction_plan import PredictionPlan
@@ -82,6 +84,7 @@ def run_prediction(
         work = _Work(network, options, tuple(jobs))
         for job in _finished_jobs(work, sent, writer.path / UNFINISHED, failures, progress):
             with failures.caught(job.plan.subject.name):
+                _check_inputs(job)
                 _commit(job, writer)
                 committed += 1
         if not committed:
@@ -103,7 +106,7 @@ def _begun_jobs(
     jobs, done = [], []
     for plan in plans:
         with failures.caught(plan.subject.name), writing_to(writer.path):
-            job = _begun(plan, prediction, writer, verify=options.verify)
+            job = _begun(plan, options, prediction, writer)
             if job is None:
                 done.append(plan)
             else:
@@ -158,27 +161,36 @@ def _refuse_own_input(plans: Sequence[PredictionPlan], options: PredictOptions, 
     images += [plan.subject[options.mask] for plan in plans if isinstance(options.mask, str)]
     if any(image.opened.path and image.opened.path.resolve().is_relative_to(target) for image in images):
         raise StoreExistsError(f"{output}: it is the store that is read; choose another output")
+    for image in images:
+        if (path := image.opened.path) and target.is_relative_to(inside := path.resolve()):
+            raise StoreExistsError(f"{output}: it is inside {inside}, which is read; choose another output")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Job:
-    """A subject to be predicted in ``folder``; ``inputs`` is the digest of its own part of the header.
+    """A subject to be predicted in ``folder``.
 
-    If it is committed and damaged, ``committed`` are the records of its images.
+    ``inputs`` is the digest of its own part of the header, ``identities`` are those of its images, ``seals``
+    say what their files were like. If it is committed and damaged, ``committed`` are the records of its
+    images.
     """
 
     plan: PredictionPlan
     folder: WorkFolder
     inputs: str
+    identities: tuple[str, ...]
+    seals: tuple[InputSeal, ...]
     committed: tuple[ImageRecord, ...] = ()
 
 
-def _begun(plan: PredictionPlan, prediction: str, writer: StoreWriter, *, verify: bool) -> _Job | None:
+def _begun(
+    plan: PredictionPlan, options: PredictOptions, prediction: str, writer: StoreWriter
+) -> _Job | None:
     """The job of a subject; None if its predictions are committed and not damaged.
 
     ``prediction`` is the digest of the header that all subjects share. Of a damaged subject all bytes are
     compared with their seals, and the shards that are sound are kept. Damage is found by the presence and
-    length of files, or with ``verify`` in every byte.
+    length of files, or with ``options.verify`` in every byte.
     """
     header = _subject_header(plan)
     inputs = digest(compact_json(header).encode())
@@ -191,13 +203,17 @@ def _begun(plan: PredictionPlan, prediction: str, writer: StoreWriter, *, verify
                 f"{writer.path}: the prediction of {name!r} was made from other inputs, mask or shards; "
                 f"say overwrite=True to start over, or choose another output"
             )
-        if not _is_damaged(committed, writer, verify=verify):
+        if not _is_damaged(committed, writer, verify=options.verify):
             shutil.rmtree(writer.path / UNFINISHED / name, ignore_errors=True)
             return None
+    seals = tuple(
+        InputSeal.of(f"image {each!r} of subject {name!r}", image.source)
+        for each, image in zip(options.image, plan.images, strict=True)
+    )
     folder = WorkFolder.begin(writer.path, name, {**header, "prediction": prediction})
     for head, record in zip(plan.heads, committed, strict=False):
         folder.ledger(head).adopt(writer.path / name / record.image, record)
-    return _Job(plan, folder, inputs, committed)
+    return _Job(plan, folder, inputs, tuple(header["inputs"]), seals, committed)
 
 
 def _is_damaged(committed: Sequence[ImageRecord], writer: StoreWriter, *, verify: bool) -> bool:
@@ -218,6 +234,23 @@ def _commit(job: _Job, writer: StoreWriter) -> None:
     else:
         writer.commit(images)
     job.folder.remove()
+
+
+def _check_inputs(job: _Job) -> None:
+    """Compare the inputs with those of the header, before what was made of them is committed.
+
+    If they have changed meanwhile, shards of both are discarded.
+    """
+    check_all(job.seals)
+    images = zip(job.plan.images, job.identities, strict=True)
+    is_same = all(image.identity() == before for image, before in images if image.opened.is_in_files)
+    if is_same and all(seal.is_unchanged() for seal in job.seals):
+        return
+    job.folder.remove()
+    raise DamageError(
+        f"the inputs of {job.plan.subject.name!r} were changed while they were predicted, so that its "
+        f"prediction is discarded; run the same command again"
+    )
 
 
 def _subject_header(plan: PredictionPlan) -> Json:
@@ -257,8 +290,10 @@ class _Work:
     def do(self, task: tuple[int, int], progress: Progress) -> Exception | None:
         """Do a task in this process; its result is the error of the subject, if there is one."""
         job = self.jobs[task[0]]
+        check = functools.partial(check_all, job.seals)
+        region = job.plan.regions[task[1]]
         try:
-            run_region(job.plan, job.plan.regions[task[1]], self.network, job.folder, self.options, progress)
+            run_region(job.plan, region, self.network, job.folder, self.options, progress, check)
         except Exception as error:
             if self.options.keep_going and is_of_subject(error):
                 return without_locals(error)
@@ -292,7 +327,13 @@ class _Sent:
         with path.open("wb") as file:
             file.write(self.stream.getbuffer())
             self.stream.close()
-            cloudpickle.dump(jobs, file)
+            try:
+                cloudpickle.dump(jobs, file)
+            except (TypeError, pickle.PicklingError, AttributeError) as error:
+                raise SourceError(
+                    f"an input cannot be sent to other processes ({type(error).__name__}: {error}); leave "
+                    f"out jobs and scheduler, or save it as Zarr or NIfTI and give its path"
+                ) from error
 
 
 def _finished_jobs(
@@ -335,7 +376,15 @@ def _do_shared(path: Path, alone: bool, task: tuple[int, int], progress: Progres
     """Do a task in another process; in one thread if the process is ``alone``, one per processor."""
     if alone:
         torch.set_num_threads(1)
+    _check_seen(path, task[0])
     return _work_at(path).do(task, progress)
+
+
+@functools.cache
+def _check_seen(path: Path, job: int) -> None:
+    """Refuse, once in each process, inputs of a job that are not the same here."""
+    for seal in _work_at(path).jobs[job].seals:
+        seal.check_seen()
 
 
 @functools.lru_cache(maxsize=1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,11 +81,13 @@ def run_region(
     folder: WorkFolder,
     options: PredictOptions,
     progress: Progress,
+    check_inputs: Callable[[], None] = lambda: None,
 ) -> None:
     """Fill the shards of a region that are not written yet, in the subject's ``folder``.
 
     ``progress`` is called with numbers of patches, of an earlier run too. A region that is run twice gives
-    the same bytes. Raises ModelError if the network fails.
+    the same bytes. ``check_inputs`` is called before a shard counts as written, after all that it is made of
+    was read. Raises ModelError if the network fails.
     """
     shards = region.wanted(plan.heads)
     wanted = [_unwritten(folder.ledger(head), of) for head, of in zip(plan.heads, shards, strict=True)]
@@ -93,7 +95,7 @@ def run_region(
     if done_before := plan.count_run(plan.needed(shards)) - plan.count_run(needed):
         progress(done_before)
     guard = _MemoryGuard(plan)
-    with _Blender(plan, wanted, folder, options) as blender:
+    with _Blender(plan, wanted, folder, options, check_inputs) as blender:
         with network.running():
             for locations, inputs in read_ahead(_batches(plan, region, needed, options, network.axes)):
                 outputs = guard.watch(network, inputs, plan.subject.name, locations)
@@ -186,10 +188,15 @@ class _Blender:
     """Blends what the network gives into the shards of each head."""
 
     def __init__(
-        self, plan: PredictionPlan, wanted: Sequence[Bools], folder: WorkFolder, options: PredictOptions
+        self,
+        plan: PredictionPlan,
+        wanted: Sequence[Bools],
+        folder: WorkFolder,
+        options: PredictOptions,
+        check_inputs: Callable[[], None],
     ) -> None:
         self._subject = plan.subject.name
-        self._sinks = [ShardSink(folder.ledger(h), h.record, folder.output) for h in plan.heads]
+        self._sinks = [ShardSink(folder.ledger(h), h.record, folder.output, check_inputs) for h in plan.heads]
         self._blends = {
             head.head.name: GridBlend(
                 head.tiling,
@@ -249,10 +256,18 @@ def _skipped(plan: PredictionPlan, head: PlannedHead, fill: float) -> Skipped | 
 class ShardSink:
     """Writes final voxels into shards of an image, and an entry for each shard into its ledger.
 
-    A thread encodes and writes one shard while the next one is filled.
+    ``check_inputs`` is called before a shard is written, and may raise. A thread
+    encodes and writes one shard while the next one is filled.
     """
 
-    def __init__(self, ledger: ShardLedger, record: ImageRecord, store: Path) -> None:
+    def __init__(
+        self,
+        ledger: ShardLedger,
+        record: ImageRecord,
+        store: Path,
+        check_inputs: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._check_inputs = check_inputs
         self._record = record
         self._store = store
         self._ledger = ledger
@@ -267,6 +282,7 @@ class ShardSink:
             self._last = self._pool.submit(self._write, shard)
 
     def _write(self, shard: CompleteShard) -> None:
+        self._check_inputs()
         with writing_to(self._store):
             self._ledger.write(
                 self._record, shard.number, shard.voxels, skipped=shard.skipped, not_finite=shard.not_finite
