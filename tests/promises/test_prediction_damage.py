@@ -276,5 +276,5 @@ def test_the_command_line_mends_and_verify_advises_the_command_that_does(
 
 def test_a_read_of_a_damaged_prediction_names_the_command_that_mends_it(done: Path) -> None:
     (done / SHARD).unlink()
-    with pytest.raises(zp.ZpatchError, match="the same 'zpatch predict' command, with --verify, mends it"):
+    with pytest.raises(zp.ZpatchError, match="the same 'zpatch predict' command, with --verify, repairs it"):
         zp.Cohort(done)["ann"].prediction.data.copy()
