@@ -137,7 +137,10 @@ def test_any_lost_file_of_a_subject_is_made_again_and_the_network_runs_for_shard
 
 
 def two_heads(batch: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {"once": batch, "twice": torch.cat([batch, batch * 2], dim=1)}
+    return {
+        "two": torch.cat([batch, 500 - batch], dim=1),
+        "three": torch.cat([batch, -batch, batch * 2], dim=1),
+    }
 
 
 @pytest.mark.parametrize("options", [{}, {"reduce": "argmax"}, {"mask": "mask", "fill": -1.0}])
