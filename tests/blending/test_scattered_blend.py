@@ -329,7 +329,7 @@ def test_each_voxel_is_handed_on_once_and_shards_are_complete_slab_by_slab(tmp_p
     seen, most_open = np.zeros(shape, dtype=int), 0
     put = sink.put
 
-    def spy(first: Triple, voxels: torch.Tensor) -> None:
+    def spy(first: Triple, voxels: torch.Tensor, *, not_finite: int) -> None:
         nonlocal most_open
         put(first, voxels)
         i, j, k = (slice(a, a + n) for a, n in zip(first, voxels.shape[1:], strict=True))
@@ -361,7 +361,7 @@ def test_a_scratch_file_has_no_name_and_is_closed_at_the_end(tmp_path: Path) -> 
             "hann",
             (0, 0, 0),
             sink,
-            lambda v: v,
+            Finaliser(None),
             max_bytes=64,
             scratch_folder=tmp_path,
             tile_voxels=8,

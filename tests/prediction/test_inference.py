@@ -638,6 +638,10 @@ def test_they_are_counted_once_in_bands_and_in_a_prediction_that_is_resumed(
         predict(subject, out, model)
     assert list(out.glob(".unfinished/sub-01/*/.ledger/prediction/*.json"))
     hook.remove()
+    with pytest.raises(
+        ModelError, match=r"in an earlier run; leave out strict=True|the output 'prediction' is NaN"
+    ):
+        predict(subject, out, model, strict=True)
     assert predict(subject, out, model)[0].prediction.statistics["not_finite"] == count
 
 

@@ -165,8 +165,9 @@ def predict_command(
     from zpatch.prediction.network import Network
     from zpatch.prediction.planning import plan_prediction
     from zpatch.prediction.prediction_options import PredictOptions
-    from zpatch.prediction.prediction_run import begun_shards, not_finite_text, run_prediction
+    from zpatch.prediction.prediction_run import begun_shards, run_prediction
     from zpatch.runtime.failures import Failure, Failures
+    from zpatch.store.image_writer import not_finite_text
     from zpatch.store.store import open_store
     from zpatch.store.store_writer import check_can_create
 

@@ -21,9 +21,10 @@ from zpatch.prediction.model_files import Model
 from zpatch.prediction.network import Network
 from zpatch.prediction.planning import plan_prediction
 from zpatch.prediction.prediction_options import MaskFunction, PredictOptions
-from zpatch.prediction.prediction_run import begun_shards, not_finite_text, run_prediction
+from zpatch.prediction.prediction_run import begun_shards, run_prediction
 from zpatch.runtime.failures import Failures
 from zpatch.runtime.task_contract import CLUSTER_TIMEOUT_S, Progress
+from zpatch.store.image_writer import not_finite_text
 from zpatch.store.store import open_store
 from zpatch.store.store_writer import check_can_create
 

@@ -38,13 +38,12 @@ from zpatch.runtime.failures import Failures, is_of_subject, without_locals
 from zpatch.runtime.task_contract import Cluster, Progress
 from zpatch.runtime.tasks import run_tasks
 from zpatch.store.image_record import ImageRecord
+from zpatch.store.image_writer import not_finite_text
 from zpatch.store.lock import writing_to
 from zpatch.store.names import MANIFEST, ROOT_DOCUMENT, UNFINISHED
 from zpatch.store.store import open_store
 from zpatch.store.store_writer import StoreWriter
 from zpatch.store.verification import damage_of, files_of
-
-SHOWN_IMAGES = 5
 
 
 def run_prediction(
@@ -85,7 +84,7 @@ def run_prediction(
         for job in _finished_jobs(work, sent, writer.path / UNFINISHED, failures, progress):
             with failures.caught(job.plan.subject.name):
                 _check_inputs(job)
-                _commit(job, writer)
+                _commit(job, writer, strict=options.strict)
                 committed += 1
         if not committed:
             raise failures.error()
@@ -120,17 +119,6 @@ def _check_finite(records: Iterable[ImageRecord]) -> None:
         raise ModelError(
             f"{text}, in an earlier run; leave out strict=True, or say overwrite=True to start over"
         )
-
-
-def not_finite_text(records: Iterable[ImageRecord]) -> str | None:
-    """How many voxels of some predictions are NaN or infinite, before their reduction; None if none is."""
-    counts = {f"{r.subject}/{r.image}": r.stats["not_finite"] for r in records if "not_finite" in r.stats}
-    if not counts:
-        return None
-    most = sorted(counts, key=lambda name: -counts[name])[:SHOWN_IMAGES]
-    more = f" and {len(counts) - len(most)} more" if len(counts) > len(most) else ""
-    named = ", ".join(f"{name} ({counts[name]})" for name in most)
-    return f"the network gave NaN or infinite values in {sum(counts.values())} voxels: {named}{more}"
 
 
 def _opened(store: Path, attributes: Json, *, overwrite: bool) -> StoreWriter:
@@ -223,11 +211,13 @@ def _is_damaged(committed: Sequence[ImageRecord], writer: StoreWriter, *, verify
     return any(damage_of(writer.path, key, seal, quick=not verify) for key, seal in files)
 
 
-def _commit(job: _Job, writer: StoreWriter) -> None:
+def _commit(job: _Job, writer: StoreWriter, *, strict: bool) -> None:
     """Commit the images of a job; or mend them, if they are the same as before they were damaged."""
     with writing_to(writer.path):
         finished = finish_subject(job.plan, job.folder, job.committed)
     images = [(folder, dataclasses.replace(record, inputs=job.inputs)) for folder, record in finished]
+    if strict:  # shards of an earlier run
+        _check_finite([record for _, record in images])
     before = [compact_json(record.to_json()) for record in job.committed]
     if before == [compact_json(record.to_json()) for _, record in images]:
         writer.mend(images)

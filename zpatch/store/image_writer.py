@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,6 +20,7 @@ from zpatch.store.voxel_index import index_builder
 from zpatch.store.voxel_statistics import VoxelStatistics
 
 Shard = tuple[int, int, int, int]
+SHOWN_IMAGES = 5
 
 
 class ImageTally:
@@ -94,6 +95,17 @@ def _voxel_warnings(stats: Json) -> list[str]:
         return [f"the network gave NaN or infinite values in {stats['not_finite']} voxels"]
     words = {"nan": "NaN", "inf": "infinite"}
     return [f"{stats[key]} voxels are {word}" for key, word in words.items() if stats[key]]
+
+
+def not_finite_text(records: Iterable[ImageRecord]) -> str | None:
+    """How many voxels of some predictions are NaN or infinite, before their reduction; None if none is."""
+    counts = {f"{r.subject}/{r.image}": r.stats["not_finite"] for r in records if "not_finite" in r.stats}
+    if not counts:
+        return None
+    most = sorted(counts, key=lambda name: -counts[name])[:SHOWN_IMAGES]
+    more = f" and {len(counts) - len(most)} more" if len(counts) > len(most) else ""
+    named = ", ".join(f"{name} ({counts[name]})" for name in most)
+    return f"the network gave NaN or infinite values in {sum(counts.values())} voxels: {named}{more}"
 
 
 class ImageWriter:
