@@ -11,8 +11,8 @@ data flow::
                      +-----------------------------------------------------------+    prediction/ drives it
 
 Read them in the order geometry, runtime, nifti, chunks, store, conversion, images, sampling, loading,
-blending, prediction; report, bench, compat and cli are at the edge. Names are imported when first used:
-``import zpatch`` loads neither torch nor dask nor nibabel.
+blending, networks, prediction; report, bench, compat and cli are at the edge. Names are imported
+when first used: ``import zpatch`` loads neither torch nor dask nor nibabel.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def _name_imports(modules: str) -> None:
 def stated_bytes(store: str, patch: str) -> int:
     """The bytes that the plan of such a prediction states."""
     import zpatch as zp
-    from zpatch.prediction.network import Network
+    from zpatch.networks.network import Network
     from zpatch.prediction.planning import plan_prediction
     from zpatch.prediction.prediction_options import PredictOptions
 

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 import zpatch as zp
 from zpatch.chunks.scaling import UNSCALED
 from zpatch.errors import ModelError, OptionError, StoreError, StoreExistsError, UnknownNameError, ZpatchError
-from zpatch.prediction.model_files import load_model
-from zpatch.prediction.network import Network
+from zpatch.networks.model_files import load_model
+from zpatch.networks.network import Network
 from zpatch.prediction.planning import candidates, plan_prediction, probe
 from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.prediction_run import run_prediction

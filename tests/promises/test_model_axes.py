@@ -13,7 +13,7 @@ import torch
 import zpatch as zp
 from zpatch.errors import ModelError, OptionError, StoreExistsError
 from zpatch.geometry.boxes import PatchLocation, Triple
-from zpatch.prediction.network import MODEL_AXES, ModelAxes, Network
+from zpatch.networks.network import MODEL_AXES, ModelAxes, Network
 from zpatch.prediction.prediction_options import PredictOptions
 
 CPU = torch.device("cpu")

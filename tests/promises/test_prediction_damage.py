@@ -20,7 +20,8 @@ from test_prediction_faults import Commands, Net, commands, make_store, plans_of
 import zpatch as zp
 import zpatch.cli
 from zpatch.chunks.mapped_shards import close_shards
-from zpatch.prediction import network, shard_ledger
+from zpatch.networks import network
+from zpatch.prediction import shard_ledger
 from zpatch.store.names import MANIFEST
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -31,8 +31,8 @@ import zpatch as zp
 import zpatch.cli
 from zpatch.chunks.mapped_shards import close_shards
 from zpatch.errors import ModelError, StoreError, StoreExistsError
+from zpatch.networks.network import Network, torch_device
 from zpatch.prediction import shard_ledger
-from zpatch.prediction.network import Network, torch_device
 from zpatch.prediction.planning import plan_prediction
 from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.prediction_plan import PredictionPlan

@@ -23,8 +23,8 @@ from zpatch.blending.sinks import output_record
 from zpatch.chunks.layout import plan_output_layout
 from zpatch.chunks.mapped_shards import close_shards
 from zpatch.errors import MemoryLimitError
+from zpatch.networks.network import Network, torch_device
 from zpatch.nifti.writer import make_header
-from zpatch.prediction.network import Network, torch_device
 from zpatch.prediction.planning import plan_prediction
 from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.store.image_writer import ImageWriter
@@ -44,7 +44,7 @@ import gc, json, sys, threading, time
 from pathlib import Path
 import torch
 import zpatch as zp
-from zpatch.prediction.network import Network
+from zpatch.networks.network import Network
 from zpatch.prediction.planning import plan_prediction
 from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.prediction_run import run_prediction

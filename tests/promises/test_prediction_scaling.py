@@ -25,8 +25,9 @@ import zpatch as zp
 import zpatch.cli
 from zpatch.chunks.mapped_shards import close_shards
 from zpatch.errors import MemoryLimitError, OptionError
-from zpatch.prediction import network, planning, prediction_run
-from zpatch.prediction.network import Network, torch_device
+from zpatch.networks import network
+from zpatch.networks.network import Network, torch_device
+from zpatch.prediction import planning, prediction_run
 from zpatch.prediction.planning import plan_prediction, probe
 from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.prediction_plan import PredictionPlan

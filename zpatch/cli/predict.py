@@ -161,8 +161,8 @@ def predict_command(
           --patch-size 1024,1024,1 --overlap 64,64,0 --model-axes yx --jobs 4
     """
     from zpatch.images.cohort import open_subjects
-    from zpatch.prediction.model_files import load_model
-    from zpatch.prediction.network import Network
+    from zpatch.networks.model_files import load_model
+    from zpatch.networks.network import Network
     from zpatch.prediction.planning import plan_prediction
     from zpatch.prediction.prediction_options import PredictOptions
     from zpatch.prediction.prediction_run import begun_shards, run_prediction

@@ -2,10 +2,7 @@
 
 In reading order::
 
-    model_files         networks in files: loaded by name, and pickled as the bytes of a file
-    model_identity      a digest of what a network is, so that it is not resumed with another network
     prediction_options  the options of predict, checked, and the part that voxels depend on
-    network             a network on a device, fed batches of patches in its own axes
     prediction_plan     the plan of one subject: patches, shards, regions, figures
     peak_memory         the bytes that a plan holds at most, before it runs
     regions             outputs -> shards -> regions, to share work or to fit a memory limit

@@ -17,8 +17,8 @@ import torch
 from zpatch.blending.reduction import Reductions
 from zpatch.images.cohort import Cohort
 from zpatch.images.subject import Subject
-from zpatch.prediction.model_files import Model
-from zpatch.prediction.network import Network
+from zpatch.networks.model_files import Model
+from zpatch.networks.network import Network
 from zpatch.prediction.planning import plan_prediction
 from zpatch.prediction.prediction_options import MaskFunction, PredictOptions
 from zpatch.prediction.prediction_run import begun_shards, run_prediction

@@ -22,7 +22,7 @@ from zpatch.images.group_read import read_group
 from zpatch.images.image import Image
 from zpatch.images.normalization import Normalize
 from zpatch.images.subject import Subject
-from zpatch.prediction.network import Network
+from zpatch.networks.network import Network
 from zpatch.prediction.peak_memory import region_bytes
 from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.prediction_plan import Head, PredictionPlan

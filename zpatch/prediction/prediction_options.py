@@ -17,7 +17,7 @@ from zpatch.geometry.boxes import PatchLocation, Triple, patch_overlap_triple, p
 from zpatch.geometry.padding import check_padding_mode
 from zpatch.images.normalization import MODES
 from zpatch.images.subject import Subject
-from zpatch.prediction.model_identity import identity
+from zpatch.networks.model_identity import identity
 from zpatch.runtime.byte_sizes import parse_bytes
 from zpatch.runtime.task_contract import CLUSTER_TIMEOUT_S, check_cluster_timeout
 

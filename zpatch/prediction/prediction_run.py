@@ -29,7 +29,7 @@ from zpatch.digests import Json, compact_json, digest
 from zpatch.errors import DamageError, ModelError, OptionError, SourceError, StoreExistsError, WorkerError
 from zpatch.images.cohort import Cohort
 from zpatch.images.input_files import InputSeal, check_all
-from zpatch.prediction.network import Network
+from zpatch.networks.network import Network
 from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.prediction_plan import PredictionPlan
 from zpatch.prediction.region_run import WorkFolder, finish_subject, run_region

@@ -29,8 +29,8 @@ from zpatch.geometry.boxes import Bools, PatchLocation, Triple
 from zpatch.images.chunk_cache import cached
 from zpatch.images.group_read import read_group
 from zpatch.images.image import Image
+from zpatch.networks.network import ModelAxes, Network, Outputs
 from zpatch.nifti.writer import make_header
-from zpatch.prediction.network import ModelAxes, Network, Outputs
 from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.prediction_plan import PlannedHead, PredictionPlan, Region
 from zpatch.prediction.shard_ledger import ShardLedger, begin

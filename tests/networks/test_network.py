@@ -19,9 +19,9 @@ from test_model_identity import exported, network
 
 from zpatch.errors import ModelError, OptionError
 from zpatch.geometry.boxes import PatchLocation
-from zpatch.prediction.model_files import load_model
-from zpatch.prediction.model_identity import identity
-from zpatch.prediction.network import Network, torch_device
+from zpatch.networks.model_files import load_model
+from zpatch.networks.model_identity import identity
+from zpatch.networks.network import Network, torch_device
 
 CPU = torch.device("cpu")
 HERE = PatchLocation((3, 4, 5), (4, 6, 8))
@@ -101,7 +101,7 @@ def test_another_process_loads_networks_and_finds_the_same_identities(tmp_path: 
     networks = [Network(make(), CPU) for make in SENT.values()]
     (tmp_path / "networks.pickle").write_bytes(cloudpickle.dumps(networks))
     program = (
-        "import cloudpickle, pathlib, torch; from zpatch.prediction.model_identity import identity\n"
+        "import cloudpickle, pathlib, torch; from zpatch.networks.model_identity import identity\n"
         "for net in cloudpickle.loads(pathlib.Path('networks.pickle').read_bytes()):\n"
         "    with net.running(): net(torch.ones(1, 1, 4, 6, 8), 'ann', [])\n"
         "    print(net.identity, identity(net.model))"
@@ -266,7 +266,7 @@ def test_tta_flips_outputs_of_any_extent(size: int, axis: int, rng: np.random.Ge
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read there")
 def test_tta_holds_the_sum_and_a_quarter_beside_the_output() -> None:
     program = (
-        "import re, torch; from pathlib import Path; from zpatch.prediction.network import Network\n"
+        "import re, torch; from pathlib import Path; from zpatch.networks.network import Network\n"
         "def peak():\n"
         "    return int(re.search(r'VmHWM:\\s*(\\d+)', Path('/proc/self/status').read_text())[1]) * 1024\n"
         "def run(*shape):\n"

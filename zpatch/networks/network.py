@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -15,9 +15,8 @@ import torch
 from zpatch.digests import Json
 from zpatch.errors import ModelError, OptionError
 from zpatch.geometry.boxes import PatchLocation, Triple, Voxels
-from zpatch.prediction.model_files import Model, file_bytes, script_network
-from zpatch.prediction.model_identity import identity
-from zpatch.prediction.prediction_options import PredictOptions
+from zpatch.networks.model_files import Model, file_bytes, script_network
+from zpatch.networks.model_identity import identity
 from zpatch.runtime import buffer_pool
 
 DEFAULT_OUTPUT = "prediction"
@@ -149,6 +148,30 @@ class ModelAxes:
 DEFAULT_AXES = ModelAxes()
 
 
+class NetworkOptions(Protocol):
+    """The options of a prediction that its network is made with; see ``PredictOptions``."""
+
+    @property
+    def device(self) -> str | torch.device:
+        """A device of torch's, or ``auto``."""
+
+    @property
+    def amp(self) -> bool:
+        """Whether the network runs in autocast."""
+
+    @property
+    def tta(self) -> bool:
+        """Whether outputs are averaged over all flips."""
+
+    @property
+    def model_axes(self) -> str:
+        """The axes of the network's batches."""
+
+    @property
+    def patch_size(self) -> Triple:
+        """The extent of a patch along (I, J, K)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Network:
     """A network on a device.
@@ -167,7 +190,7 @@ class Network:
     identity: str = dataclasses.field(init=False)
 
     @classmethod
-    def of(cls, model: Model, options: PredictOptions) -> Self:
+    def of(cls, model: Model, options: NetworkOptions) -> Self:
         """The network of a prediction with some options. Raises OptionError for its device and axes."""
         device, axes = torch_device(options.device), ModelAxes(options.model_axes)
         axes.check_patch_size(options.patch_size)

@@ -12,7 +12,7 @@ import torch
 from test_model_identity import network
 
 from zpatch.errors import ModelError
-from zpatch.prediction.model_files import load_model
+from zpatch.networks.model_files import load_model
 
 JIT_IS_DEPRECATED = "ignore:`torch.jit:DeprecationWarning"
 

@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 import torch
 
-from zpatch.prediction.model_files import load_model
-from zpatch.prediction.model_identity import identity
+from zpatch.networks.model_files import load_model
+from zpatch.networks.model_identity import identity
 
 JIT_IS_DEPRECATED = "ignore:`torch.jit:DeprecationWarning"
 
@@ -361,7 +361,7 @@ def test_another_process_finds_the_same_identity(tmp_path: Path) -> None:
     )
     program = (
         "from a_model import make\n"
-        "from zpatch.prediction.model_identity import identity\n"
+        "from zpatch.networks.model_identity import identity\n"
         "print(identity(make({})))"
     )
 
@@ -379,7 +379,7 @@ from functools import partial
 from pathlib import Path
 from threading import Lock
 import monai, torch
-from zpatch.prediction.model_identity import identity
+from zpatch.networks.model_identity import identity
 warnings.simplefilter("ignore")
 torch.manual_seed(0)
 hash(Path("a"))  # which it keeps

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from zpatch.digests import new_digest
-from zpatch.prediction.model_files import ExportedNetwork, file_bytes, script_network
+from zpatch.networks.model_files import ExportedNetwork, file_bytes, script_network
 
 DEEPEST = 200  # levels of members that an identity looks at: two calls each, and Python allows 1000
 BOOKKEEPING = {*vars(torch.nn.Module())} - {"_parameters", "_buffers"}  # does not alter a module's output
