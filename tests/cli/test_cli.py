@@ -545,8 +545,10 @@ def test_a_network_that_fails_leaves_an_output_that_verify_reports_as_incomplete
 ) -> None:
     code, out, err = run("predict", store, "out.zarr", "--model", f"nets_of_cli:{factory}", *PREDICT, "-q")
     assert (code, out) == (1, "")
-    assert len(err.splitlines()) == 1, err
-    assert text in err
+    *failed, last = err.splitlines()
+    assert [line.split(":")[:2] for line in failed] == [["failed", f" sub-0{n}"] for n in (1, 2, 3, 4)]
+    assert last == "zpatch: error: none of 4 subjects was predicted; the reasons are above"
+    assert text in failed[0]
     code, _, err = run("verify", "out.zarr", "-q")
     assert code == 4
     assert "incomplete: subject 'sub-01' was never committed" in err

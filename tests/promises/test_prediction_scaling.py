@@ -27,7 +27,7 @@ from zpatch.chunks.mapped_shards import close_shards
 from zpatch.errors import MemoryLimitError, OptionError
 from zpatch.networks import network
 from zpatch.networks.network import Network, torch_device
-from zpatch.prediction import planning, prediction_run
+from zpatch.prediction import planning, shared_work
 from zpatch.prediction.planning import plan_prediction, probe
 from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.prediction_plan import PredictionPlan
@@ -170,7 +170,7 @@ def test_regions_in_any_order_and_run_twice_give_the_same_bytes(
             function(tasks[number], lambda patches: None)
             yield number, None
 
-    monkeypatch.setattr(prediction_run, "run_tasks", shuffled)
+    monkeypatch.setattr(shared_work, "run_tasks", shuffled)
     predict(cohort, out, jobs=6, **choice)
     assert sorted(orders[0]) == list(range(6))
     assert_whole(out, expected)
@@ -413,7 +413,7 @@ def test_no_array_passes_the_scheduler(cohort: zp.Cohort, out: Path, monkeypatch
         sent.extend(len(cloudpickle.dumps(result)) for result in results)
         yield from results
 
-    monkeypatch.setattr(prediction_run, "run_tasks", measured)
+    monkeypatch.setattr(shared_work, "run_tasks", measured)
     predict(cohort, out, jobs=2, model=Conv(64))
     assert len(sent) == 4
     assert max(sent) < 1000

@@ -9,6 +9,8 @@ In reading order::
     planning            the plans of all subjects: the first that fits of all candidates
     shard_ledger        which shards of an unfinished image are written, by any process
     region_run          one region: read, run the network, blend, write
-    prediction_run      regions shared between processes, resumed, and committed subject by subject
+    subject_job         one subject: begun or resumed, checked, and committed or mended
+    shared_work         regions run here or in other processes, which get the network in one file
+    prediction_run      the output: opened, its subjects predicted and committed one by one
     inference           predict: options -> plans -> run
 """

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zpatch.digests import FileSeal, Json, new_digest
-from zpatch.errors import DamageError, StoreError
+from zpatch.errors import DamageError
 from zpatch.runtime.task_contract import Progress
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.names import MANIFEST, ROOT_DOCUMENT
@@ -123,15 +123,10 @@ def verify(
 
 
 def _opened(root: Path) -> Store:
-    """The store, also where its root document is damaged: the comparison with its seal reports that."""
-    try:
-        return open_store(root)
-    except DamageError:
-        raise
-    except StoreError:
-        if not (root / MANIFEST).is_file():
-            raise
+    """The store, also where its root document is missing: the comparison with its seal reports that."""
+    if (root / MANIFEST).is_file() and not (root / ROOT_DOCUMENT).exists():
         return store_of(root, {})
+    return open_store(root)
 
 
 def sealed_bytes(store: str | os.PathLike[str]) -> int:

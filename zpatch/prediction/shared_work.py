@@ -1,0 +1,160 @@
+"""The regions of all jobs, run here or in other processes that get the network and the jobs in one file."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import pickle
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import cloudpickle
+import torch
+
+from zpatch.errors import ModelError, SourceError, WorkerError
+from zpatch.images.input_files import check_all
+from zpatch.networks.network import Network
+from zpatch.prediction.prediction_options import PredictOptions
+from zpatch.prediction.region_run import run_region
+from zpatch.prediction.subject_job import SubjectJob
+from zpatch.runtime.failures import Failures, is_of_subject, without_locals
+from zpatch.runtime.task_contract import Cluster, Progress
+from zpatch.runtime.tasks import run_tasks
+from zpatch.store.lock import writing_to
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SharedWork:
+    """Everything that tasks need; a task is the number of a job and that of its region."""
+
+    network: Network
+    options: PredictOptions
+    jobs: tuple[SubjectJob, ...]
+
+    @property
+    def tasks(self) -> list[tuple[int, int]]:
+        """All regions of all jobs."""
+        return [
+            (number, region)
+            for number, job in enumerate(self.jobs)
+            for region in range(len(job.plan.regions))
+        ]
+
+    def do(self, task: tuple[int, int], progress: Progress) -> Exception | None:
+        """Do a task in this process; its result is the error of the subject, if there is one."""
+        job = self.jobs[task[0]]
+        check = functools.partial(check_all, job.seals)
+        region = job.plan.regions[task[1]]
+        try:
+            run_region(job.plan, region, self.network, job.folder, self.options, progress, check)
+        except Exception as error:
+            if self.options.keep_going and is_of_subject(error):
+                return without_locals(error)
+            raise
+        return None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SentNetwork:
+    """The network and the options, pickled once for all other processes; the jobs follow them in the file."""
+
+    stream: io.BytesIO
+
+    @classmethod
+    def of(cls, network: Network, options: PredictOptions) -> Self:
+        """Refuse a network or a function that cannot be pickled, before anything is touched."""
+        stream = io.BytesIO()
+        options = dataclasses.replace(options, mask=None)  # a plan says already which patches are masked out
+        for what, value in (("model", network), ("reduce function", options)):
+            try:
+                cloudpickle.dump(value, stream)
+            except Exception as error:  # a user's class may fail in any way
+                raise ModelError(
+                    f"the {what} cannot be sent to other processes ({type(error).__name__}: {error}); leave "
+                    f"out jobs and scheduler, or give one that can be pickled"
+                ) from error
+        return cls(stream)
+
+    def write(self, path: Path, jobs: tuple[SubjectJob, ...]) -> None:
+        """Write the file of a ``SharedWork``, and free the memory of the pickled network."""
+        with path.open("wb") as file:
+            file.write(self.stream.getbuffer())
+            self.stream.close()
+            try:
+                cloudpickle.dump(jobs, file)
+            except (TypeError, pickle.PicklingError, AttributeError) as error:
+                raise SourceError(
+                    f"an input cannot be sent to other processes ({type(error).__name__}: {error}); leave "
+                    f"out jobs and scheduler, or save it as Zarr or NIfTI and give its path"
+                ) from error
+
+
+def finished_jobs(
+    work: SharedWork, sent: SentNetwork | None, unfinished: Path, failures: Failures, progress: Progress
+) -> Iterator[SubjectJob]:
+    """Run all regions of all jobs; yields each job when all its regions are done.
+
+    If a region fails, the others of its subject are run nevertheless: the next run needs not to.
+    """
+    tasks, options = work.tasks, work.options
+    left = Counter(number for number, _ in tasks)
+    names = [f"predict-{work.jobs[number].plan.subject.name}-{region}" for number, region in tasks]
+    shared = unfinished / f"work-{uuid.uuid4().hex}.pickle"
+    is_local = options.scheduler is None and min(options.jobs, len(tasks)) <= 1
+    try:
+        if sent is not None and not is_local and tasks:
+            with writing_to(unfinished.parent):
+                sent.write(shared, work.jobs)
+        function = work.do if is_local else functools.partial(_do_shared, shared, options.jobs > 1)
+        cluster = None
+        if options.scheduler is not None:
+            cluster = Cluster(options.scheduler, unfinished, names, options.cluster_timeout)
+        for number, result in run_tasks(
+            function, tasks, jobs=options.jobs, cluster=cluster, progress=progress
+        ):
+            job, _ = tasks[number]
+            if result is not None:
+                if isinstance(result, WorkerError):
+                    result = WorkerError(f"{names[number]}: {result}")
+                failures.add(work.jobs[job].plan.subject.name, result)
+                continue  # the job never has all its regions
+            left[job] -= 1
+            if not left[job]:
+                yield work.jobs[job]
+    finally:
+        shared.unlink(missing_ok=True)
+
+
+def _do_shared(path: Path, alone: bool, task: tuple[int, int], progress: Progress) -> Exception | None:
+    """Do a task in another process; in one thread if the process is ``alone``, one per processor."""
+    if alone:
+        torch.set_num_threads(1)
+    _check_seen(path, task[0])
+    return _work_at(path).do(task, progress)
+
+
+@functools.cache
+def _check_seen(path: Path, job: int) -> None:
+    """Refuse, once in each process, inputs of a job that are not the same here."""
+    for seal in _work_at(path).jobs[job].seals:
+        seal.check_seen()
+
+
+@functools.lru_cache(maxsize=1)
+def _work_at(path: Path) -> SharedWork:
+    try:
+        with path.open("rb") as file:
+            work = SharedWork(*(cloudpickle.load(file) for _ in dataclasses.fields(SharedWork)))
+    except (ImportError, AttributeError) as error:
+        raise ModelError(
+            f"the model cannot be loaded in another process ({error}); its code must be importable there"
+        ) from error
+    model: Any = work.network.model
+    if isinstance(model, torch.nn.Module):
+        model.eval()  # once for all tasks: several may run in threads of this process
+    return work

@@ -1,0 +1,136 @@
+"""The prediction of one subject: begun or resumed, checked, and committed or mended."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from zpatch.digests import Json, compact_json, digest
+from zpatch.errors import DamageError, ModelError, StoreExistsError
+from zpatch.images.input_files import InputSeal, check_all
+from zpatch.prediction.prediction_options import PredictOptions
+from zpatch.prediction.prediction_plan import PredictionPlan
+from zpatch.prediction.region_run import WorkFolder, finish_subject
+from zpatch.store.image_record import ImageRecord
+from zpatch.store.image_writer import not_finite_text
+from zpatch.store.lock import writing_to
+from zpatch.store.names import ROOT_DOCUMENT, UNFINISHED
+from zpatch.store.store_writer import StoreWriter
+from zpatch.store.verification import damage_of, files_of
+
+
+def check_finite(records: Iterable[ImageRecord]) -> None:
+    """Raise ModelError if any image of an earlier run holds voxels that are NaN or infinite."""
+    if text := not_finite_text(records):
+        raise ModelError(
+            f"{text}, in an earlier run; leave out strict=True, or say overwrite=True to start over"
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SubjectJob:
+    """A subject to be predicted in ``folder``.
+
+    ``inputs`` is the digest of its own part of the header, ``identities`` are those of its images, ``seals``
+    say what their files were like. If it is committed and damaged, ``committed`` are the records of its
+    images.
+    """
+
+    plan: PredictionPlan
+    folder: WorkFolder
+    inputs: str
+    identities: tuple[str, ...]
+    seals: tuple[InputSeal, ...]
+    committed: tuple[ImageRecord, ...] = ()
+
+
+def begin_job(
+    plan: PredictionPlan, options: PredictOptions, prediction: str, writer: StoreWriter
+) -> SubjectJob | None:
+    """The job of a subject; None if its predictions are committed and not damaged.
+
+    ``prediction`` is the digest of the header that all subjects share. Of a damaged subject all bytes are
+    compared with their seals, and the shards that are sound are kept. Damage is found by the presence and
+    length of files, or with ``options.verify`` in every byte.
+    """
+    header = _subject_header(plan)
+    inputs = digest(compact_json(header).encode())
+    name = plan.subject.name
+    keys = [(name, head.head.name) for head in plan.heads]
+    committed = tuple(writer.records[key] for key in keys if key in writer.records)
+    if committed:
+        if len(committed) < len(keys) or any(record.inputs != inputs for record in committed):
+            raise StoreExistsError(
+                f"{writer.path}: the prediction of {name!r} was made from other inputs, mask or shards; "
+                f"say overwrite=True to start over, or choose another output"
+            )
+        if not _is_damaged(committed, writer, verify=options.verify):
+            shutil.rmtree(writer.path / UNFINISHED / name, ignore_errors=True)
+            return None
+    seals = tuple(
+        InputSeal.of(f"image {each!r} of subject {name!r}", image.source)
+        for each, image in zip(options.image, plan.images, strict=True)
+    )
+    folder = WorkFolder.begin(writer.path, name, {**header, "prediction": prediction})
+    for head, record in zip(plan.heads, committed, strict=False):
+        folder.ledger(head).adopt(writer.path / name / record.image, record)
+    return SubjectJob(plan, folder, inputs, tuple(header["inputs"]), seals, committed)
+
+
+def _is_damaged(committed: Sequence[ImageRecord], writer: StoreWriter, *, verify: bool) -> bool:
+    """Whether a file of some images of a subject, or the document of the subject, is damaged."""
+    document = f"{committed[0].subject}/{ROOT_DOCUMENT}"
+    files = itertools.chain([(document, writer.documents[document])], *map(files_of, committed))
+    return any(damage_of(writer.path, key, seal, quick=not verify) for key, seal in files)
+
+
+def commit_job(job: SubjectJob, writer: StoreWriter, *, strict: bool) -> None:
+    """Commit the images of a job; or mend them, if they are the same as before they were damaged."""
+    with writing_to(writer.path):
+        finished = finish_subject(job.plan, job.folder, job.committed)
+    images = [(folder, dataclasses.replace(record, inputs=job.inputs)) for folder, record in finished]
+    if strict:  # shards of an earlier run
+        check_finite([record for _, record in images])
+    before = [compact_json(record.to_json()) for record in job.committed]
+    if before == [compact_json(record.to_json()) for _, record in images]:
+        writer.mend(images)
+    else:
+        writer.commit(images)
+    job.folder.remove()
+
+
+def check_inputs(job: SubjectJob) -> None:
+    """Compare the inputs with those of the header, before what was made of them is committed.
+
+    If they have changed meanwhile, shards of both are discarded.
+    """
+    check_all(job.seals)
+    images = zip(job.plan.images, job.identities, strict=True)
+    is_same = all(image.identity() == before for image, before in images if image.opened.is_in_files)
+    if is_same and all(seal.is_unchanged() for seal in job.seals):
+        return
+    job.folder.remove()
+    raise DamageError(
+        f"the inputs of {job.plan.subject.name!r} were changed while they were predicted, so that its "
+        f"prediction is discarded; run the same command again"
+    )
+
+
+def _subject_header(plan: PredictionPlan) -> Json:
+    """What the voxels of one subject depend on, besides the network and the options."""
+    masked_out = "" if plan.skipped is None else digest(plan.skipped.tobytes())
+    return {
+        "inputs": [image.identity() for image in plan.images],
+        "patches_outside_mask": masked_out,
+        "heads": {
+            head.head.name: {
+                "dtype": head.record.dtype,
+                "shape": head.record.shape,
+                "shards": head.record.shards,
+            }
+            for head in plan.heads
+        },
+    }
