@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zpatch.digests import FileSeal, Json, new_digest
-from zpatch.errors import DamageError
+from zpatch.errors import DamageError, NotAStoreError
 from zpatch.runtime.task_contract import Progress
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.names import MANIFEST, ROOT_DOCUMENT
@@ -123,10 +123,13 @@ def verify(
 
 
 def _opened(root: Path) -> Store:
-    """The store, also where its root document is missing: the comparison with its seal reports that."""
-    if (root / MANIFEST).is_file() and not (root / ROOT_DOCUMENT).exists():
+    """The store, also where its root document is missing or damaged: its seal reports that."""
+    try:
+        return open_store(root)
+    except NotAStoreError:
+        if not (root / MANIFEST).is_file():
+            raise
         return store_of(root, {})
-    return open_store(root)
 
 
 def sealed_bytes(store: str | os.PathLike[str]) -> int:
