@@ -6,8 +6,9 @@ import contextlib
 import gc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -15,6 +16,7 @@ import psutil
 import pytest
 
 import zpatch as zp
+import zpatch.cli
 from zpatch.chunks.mapped_shards import close_shards
 from zpatch.loading import draw_reader
 
@@ -69,6 +71,18 @@ def out(tmp_path: Path) -> Iterator[Path]:
     """The path of a new output for predictions."""
     yield tmp_path / "out.zarr"
     close_shards(tmp_path)
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command in this process: its exit code, stdout and stderr."""
+
+    def run_it(*arguments: Any) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = zpatch.cli.run([str(argument) for argument in arguments])
+        return code, *capfd.readouterr()
+
+    return run_it
 
 
 @pytest.fixture

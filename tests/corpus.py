@@ -20,10 +20,24 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
 Fate = Literal["fails", "warns", "converts", "is ignored"]
+
+# Real files, in nibabel's wheel.
+NIBABEL_FILES = [
+    Path(nib.__file__).parent / "tests" / "data" / name
+    for name in (
+        "anatomical.nii",
+        "functional.nii",
+        "example4d.nii.gz",
+        "example_nifti2.nii.gz",
+        "standard.nii.gz",
+        "reoriented_anat_moved.nii",
+    )
+]
 
 SHAPE = (5, 4, 6)
 VOXELS: NDArray[np.int16] = np.arange(np.prod(SHAPE), dtype="<i2").reshape(SHAPE[::-1]) - 30

@@ -58,18 +58,6 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run a command in this process: its exit code, stdout and stderr."""
-
-    def run_it(*arguments: Any) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code = zpatch.cli.run([str(argument) for argument in arguments])
-        return code, *capfd.readouterr()
-
-    return run_it
-
-
-@pytest.fixture
 def refused(run: Run) -> Callable[..., str]:
     """Run a command that must fail with an exit code and one line, after a traceback with -v."""
 

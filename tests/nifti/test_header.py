@@ -14,6 +14,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from corpus import NIBABEL_FILES
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -26,17 +27,6 @@ from zpatch.errors import NiftiError
 from zpatch.nifti.header import NiftiFile, read_header
 from zpatch.nifti.writer import make_header, write_nifti
 
-NIBABEL_FILES = [
-    Path(nib.__file__).parent / "tests" / "data" / name
-    for name in (
-        "anatomical.nii",
-        "functional.nii",
-        "example4d.nii.gz",
-        "example_nifti2.nii.gz",
-        "standard.nii.gz",
-        "reoriented_anat_moved.nii",
-    )
-]
 DTYPES = ["u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8", "c8", "c16"]
 RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
 

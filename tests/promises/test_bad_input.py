@@ -50,18 +50,6 @@ def each(kinds: list[FileKind], *fates: Fate) -> pytest.MarkDecorator:
 
 
 @pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run a command in this process: its exit code, stdout and stderr."""
-
-    def run_it(*arguments: Any) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code = zpatch.cli.run([str(argument) for argument in arguments])
-        return code, *capfd.readouterr()
-
-    return run_it
-
-
-@pytest.fixture
 def source(tmp_path: Path) -> Path:
     """The folder in which a cohort is made."""
     folder = tmp_path / "source"

@@ -10,22 +10,12 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from corpus import NIBABEL_FILES
 from numpy.typing import NDArray
 
 import zpatch as zp
 from zpatch.errors import DamageError, OptionError, StoreExistsError, UnknownNameError
 
-NIBABEL_FILES = [
-    Path(nib.__file__).parent / "tests" / "data" / name
-    for name in (
-        "anatomical.nii",
-        "functional.nii",
-        "example4d.nii.gz",
-        "example_nifti2.nii.gz",
-        "standard.nii.gz",
-        "reoriented_anat_moved.nii",
-    )
-]
 RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
 RGBA = np.dtype([*RGB.descr, ("A", "u1")])
 DTYPES = ["u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8", "c8", "c16"]
