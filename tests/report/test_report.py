@@ -151,7 +151,7 @@ def test_images_of_different_shapes_are_listed(copy: Path, tmp_path: Path) -> No
 
 def test_predictions_show_their_options_and_their_skipped_voxels(cohort: zp.Cohort, tmp_path: Path) -> None:
     options: Any = {"image": "t1", "patch_size": 8, "mask": "seg", "reduce": "argmax"}
-    zp.predict(lambda batch: batch > 300, cohort[:1], tmp_path / "out", **options)
+    zp.predict(lambda batch: batch.repeat(1, 2, 1, 1, 1), cohort[:1], tmp_path / "out", **options)
     skipped = zp.Cohort(tmp_path / "out")[0].prediction.statistics["skipped"]
     page = page_of(tmp_path / "out", tmp_path)
     assert "Prediction options" in page.text

@@ -22,7 +22,7 @@ from zpatch.cli.options import (
     talk_options,
 )
 from zpatch.cli.progress import Progress, print_json, say
-from zpatch.errors import ZpatchError, one_line
+from zpatch.errors import one_line
 from zpatch.runtime.byte_sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -200,15 +200,9 @@ def predict_command(
         return EXIT_SOME_FAILED if failures.found else 0
     names = [subject.name for subject in subjects]
     with Progress("predicting", patches, unit="patches") as progress:
-        try:
-            predictions = run_prediction(
-                network, plans, output, options, subjects=names, failures=failures, progress=progress
-            )
-        except ZpatchError as error:
-            if len(failures.found) < 2:
-                raise
-            count = len(failures.found)
-            raise type(error)(f"none of {count} subjects was predicted; the reasons are above") from error
+        predictions = run_prediction(
+            network, plans, output, options, subjects=names, failures=failures, progress=progress
+        )
     records = open_store(output).records.values()
     if text := not_finite_text(records):
         click.echo(f"warning: {text}; --strict stops at the first", err=True)
