@@ -36,7 +36,7 @@ DOORS = {
     "sampling": "samplers grid_sampler patch randomness",
     "loading": "patch_queue queue_options subjects_loader patch_batch epoch_plan",
     "blending": "aggregator blend grid_blend tiling axis_tiles windows reduction sinks",
-    "networks": "model_files model_identity network",
+    "networks": "model_files model_identity model_axes network",
     "prediction": "inference planning prediction_options prediction_run",
     "report": "report",
     "bench": "benchmark_plan benchmark benchmark_report advice",

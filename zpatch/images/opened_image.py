@@ -17,7 +17,8 @@ from zpatch.errors import DamageError, OptionError, SourceError
 from zpatch.geometry.affines import Affine
 from zpatch.geometry.boxes import Voxels, reversed_axes
 from zpatch.images import zarr_images
-from zpatch.images.input_files import is_lazy, map_of, offset_in_file
+from zpatch.images.input_files import map_of, offset_in_file
+from zpatch.images.lazy_array import is_lazy
 from zpatch.images.voxel_source import VoxelSource
 from zpatch.images.voxel_sources import ArraySource, DaskSource, LazySource, ShardSource
 from zpatch.nifti import header

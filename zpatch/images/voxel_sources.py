@@ -16,7 +16,8 @@ from zpatch.chunks.scaling import Scaling
 from zpatch.chunks.sharded_array import ShardedArray
 from zpatch.geometry.boxes import PatchLocation, Triple, Voxels, reversed_axes, stored_corners
 from zpatch.images.group_read import read_boxes
-from zpatch.images.input_files import LazyArray, MappedView, inputs_of_graph, mark_of_map
+from zpatch.images.input_files import MappedView, inputs_of_graph, mark_of_map
+from zpatch.images.lazy_array import LazyArray
 from zpatch.images.voxel_source import (
     FALLBACK_CHUNK_VOXELS,
     Graph,

@@ -29,7 +29,8 @@ from zpatch.geometry.boxes import Bools, PatchLocation, Triple
 from zpatch.images.chunk_cache import cached
 from zpatch.images.group_read import read_group
 from zpatch.images.image import Image
-from zpatch.networks.network import ModelAxes, Network, Outputs
+from zpatch.networks.model_axes import ModelAxes
+from zpatch.networks.network import Network, Outputs
 from zpatch.nifti.writer import make_header
 from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.prediction_plan import PlannedHead, PredictionPlan, Region

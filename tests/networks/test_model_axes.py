@@ -13,7 +13,8 @@ import torch
 import zpatch as zp
 from zpatch.errors import ModelError, OptionError, StoreExistsError
 from zpatch.geometry.boxes import PatchLocation, Triple
-from zpatch.networks.network import MODEL_AXES, ModelAxes, Network
+from zpatch.networks.model_axes import MODEL_AXES, ModelAxes
+from zpatch.networks.network import Network
 from zpatch.prediction.prediction_options import PredictOptions
 
 CPU = torch.device("cpu")
