@@ -168,7 +168,6 @@ def predict_command(
     from zpatch.prediction.prediction_run import begun_shards, run_prediction
     from zpatch.runtime.failures import Failure, Failures
     from zpatch.store.image_writer import not_finite_text
-    from zpatch.store.store import open_store
     from zpatch.store.store_writer import check_can_create
 
     check_can_create(output, overwrite=given["overwrite"], resume=not no_resume)
@@ -203,7 +202,7 @@ def predict_command(
         predictions = run_prediction(
             network, plans, output, options, subjects=names, failures=failures, progress=progress
         )
-    records = open_store(output).records.values()
+    records = predictions.store.records.values()
     if text := not_finite_text(records):
         click.echo(f"warning: {text}; --strict stops at the first", err=True)
     if json:

@@ -25,7 +25,6 @@ from zpatch.prediction.prediction_run import begun_shards, run_prediction
 from zpatch.runtime.failures import Failures
 from zpatch.runtime.task_contract import CLUSTER_TIMEOUT_S, Progress
 from zpatch.store.image_writer import not_finite_text
-from zpatch.store.store import open_store
 from zpatch.store.store_writer import check_can_create
 
 
@@ -123,7 +122,7 @@ def predict(
     predictions = run_prediction(
         network, plans, output, options, subjects=names, failures=failures, progress=progress
     )
-    if text := not_finite_text(open_store(output).records.values()):
+    if text := not_finite_text(predictions.store.records.values()):
         warnings.warn(f"{text}; strict=True stops at the first", stacklevel=2)
     if failures.found:
         raise failures.error()

@@ -220,10 +220,12 @@ def _probed(
 
 
 def _head(name: str, output: torch.Tensor, options: PredictOptions) -> Head:
-    if not isinstance(output, torch.Tensor) or output.ndim != 5 or len(output) != 1:
-        got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-        raise ModelError(f"the model must give a tensor (B, C, I, J, K) for a batch, not {got} for one patch")
-    _, channels, i, j, k = output.shape
+    patches, channels, i, j, k = output.shape
+    if patches != 1:
+        raise ModelError(
+            f"the model must give a tensor (B, C, I, J, K) for a batch, not {tuple(output.shape)} for one "
+            f"patch"
+        )
     if any(q == 0 or (p % q and q % p) for p, q in zip(options.patch_size, (i, j, k), strict=True)):
         raise ModelError(
             f"the model made {(i, j, k)} of a patch of {options.patch_size}; it must keep the patch's "

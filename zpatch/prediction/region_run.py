@@ -175,8 +175,7 @@ def _check_finite(
 ) -> None:
     """Raise ModelError at the first patch with a value that is NaN or infinite."""
     for name, batch in outputs.items():
-        patches = batch if isinstance(batch, torch.Tensor) and batch.ndim == 5 else ()
-        for patch, patch_in, location in zip(patches, inputs, locations, strict=False):
+        for patch, patch_in, location in zip(batch, inputs, locations, strict=False):  # add_batch counts them
             if count := not_finite(patch):
                 raise ModelError(
                     f"subject {subject!r}: the output {name!r} is NaN or infinite in {count} voxels of the "
@@ -227,7 +226,7 @@ class _Blender:
             raise ModelError(f"subject {self._subject!r}: {error}") from error
 
     def finish(self) -> None:
-        """Wait until all is written; every patch must have come."""
+        """Wait until all is written. Raises IncompleteCoverageError if a patch is missing."""
         for blend in self._blends.values():
             blend.finish()
         for sink in self._sinks:
@@ -257,8 +256,8 @@ def _skipped(plan: PredictionPlan, head: PlannedHead, fill: float) -> Skipped | 
 class ShardSink:
     """Writes final voxels into shards of an image, and an entry for each shard into its ledger.
 
-    ``check_inputs`` is called before a shard is written, and may raise. A thread
-    encodes and writes one shard while the next one is filled.
+    ``check_inputs`` is called before a shard is written, and may raise. A thread encodes and writes one
+    shard while the next one is filled.
     """
 
     def __init__(
