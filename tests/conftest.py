@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,11 +21,10 @@ from zpatch.loading import draw_reader
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 from make_cohort import make_cohort
+from processes import shared_memory, without_other_programs
 
 hypothesis.settings.register_profile("quick", deadline=None, max_examples=40, derandomize=True)
 hypothesis.settings.register_profile("full", deadline=None, max_examples=400)
-
-SHARED_MEMORY = Path("/dev/shm")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -101,7 +98,7 @@ def rng() -> np.random.Generator:
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind(tmp_path: Path) -> Iterator[None]:
     """Fail a test that leaves a process, a shared-memory block or an open file below its folder."""
-    before = _shared_memory()
+    before = shared_memory()
     yield
     close_shards(tmp_path)  # the bounded cache of open maps is kept on purpose
     if _left_behind(before, tmp_path):
@@ -113,31 +110,12 @@ def nothing_is_left_behind(tmp_path: Path) -> Iterator[None]:
 
 def _left_behind(before: set[str], folder: Path) -> list[str]:
     me = psutil.Process()
-    processes = [str(child) for child in me.children(recursive=True) if not _is_resource_tracker(child)]
-    blocks = [name for name in _shared_memory() - before if not name.startswith("sem.")]
-    if blocks:
-        elsewhere = _shared_memory_of_others()
-        blocks = [name for name in blocks if name not in elsewhere and (SHARED_MEMORY / name).exists()]
+    children = me.children(recursive=True)
+    processes = [str(child) for child in children if not _is_resource_tracker(child)]
+    blocks = {name for name in shared_memory() - before if not name.startswith("sem.")}
+    blocks = without_other_programs(blocks, {me.pid, *(child.pid for child in children)})
     files = [file.path for file in me.open_files() if Path(file.path).is_relative_to(folder)]
-    return processes + blocks + files
-
-
-def _shared_memory() -> set[str]:
-    return set(os.listdir(SHARED_MEMORY)) if SHARED_MEMORY.exists() else set()
-
-
-def _shared_memory_of_others() -> set[str]:
-    """The blocks that processes of other test runs have open or mapped: tests run beside each other."""
-    me = psutil.Process()
-    mine = {me.pid, *(child.pid for child in me.children(recursive=True))}
-    found = set()
-    for process in psutil.process_iter():
-        if process.pid not in mine:
-            with contextlib.suppress(psutil.Error, OSError):
-                paths = [file.path for file in process.open_files()]
-                paths += [region.path for region in process.memory_maps(grouped=True)]
-                found |= {Path(path).name for path in paths if path.startswith(f"{SHARED_MEMORY}/")}
-    return found
+    return [*processes, *blocks, *files]
 
 
 def _is_resource_tracker(process: psutil.Process) -> bool:

@@ -1,15 +1,18 @@
-"""Helpers for tests of processes: the running children, waiting for a condition, a small Dask cluster."""
+"""Helpers for tests of processes: running children, waiting, shared memory, a small Dask cluster."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
 
 DEADLINE_S = 10
+SHARED_MEMORY = Path("/dev/shm")
 
 
 def children() -> list[int]:
@@ -35,6 +38,29 @@ def is_running(pid: int) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     return False
+
+
+def shared_memory() -> set[str]:
+    """The names of all blocks and semaphores in shared memory."""
+    return set(os.listdir(SHARED_MEMORY)) if SHARED_MEMORY.exists() else set()
+
+
+def without_other_programs(names: set[str], own_pids: Collection[int]) -> set[str]:
+    """Those of ``names`` that exist and that only ``own_pids`` may map, as tests run beside each other.
+
+    Inodes are compared: a semaphore's creator maps it under a temporary name.
+    """
+    mapped = set()
+    for pid in set(psutil.pids()) - set(own_pids) if names else ():
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+            mapped |= {int(line.split(None, 5)[4]) for line in lines if str(SHARED_MEMORY) in line}
+    found = set()
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            if (SHARED_MEMORY / name).stat().st_ino not in mapped:
+                found.add(name)
+    return found
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 import pytest
 import streams
-from processes import eventually, is_running
+from processes import eventually, is_running, shared_memory, without_other_programs
 from streams import START_METHODS, Deadly, item, items, small_subjects, stop_forkserver, stream
 from torch.utils.data import DataLoader, Dataset
 
@@ -557,7 +557,7 @@ class Program:
     def __init__(self, folder: Path, start_method: str, what: str) -> None:
         paths = [str(Path(zp.__file__).parent.parent), *sys.path]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-        self.before = set(os.listdir("/dev/shm"))
+        self.before = shared_memory()
         self.process = subprocess.Popen(
             [sys.executable, __file__, start_method, what],
             env=environment,
@@ -579,12 +579,15 @@ class Program:
         """Wait for the end of it all; what it said."""
         _, said = self.process.communicate(timeout=DEADLINE_S)
         eventually(lambda: not any(map(is_running, self.pids)), "all processes end", DEADLINE_S)
-        mine = {f"torch_{pid}_" for pid in self.pids}
-        left = set(os.listdir("/dev/shm")) - self.before
-        assert [
-            name for name in left if not name.startswith("torch_") or name[: name.rfind("_", 6) + 1] in mine
-        ] == []
+        eventually(lambda: not self.left_in_shared_memory(), "its shared memory is released", DEADLINE_S)
         return said
+
+    def left_in_shared_memory(self) -> set[str]:
+        left = without_other_programs(shared_memory() - self.before, self.pids)
+        mine = {f"torch_{pid}_" for pid in self.pids}
+        return {
+            name for name in left if not name.startswith("torch_") or name[: name.rfind("_", 6) + 1] in mine
+        }
 
 
 @pytest.fixture
