@@ -21,9 +21,10 @@ from zpatch.chunks.scaling import UNSCALED
 from zpatch.errors import ModelError, OptionError, StoreError, StoreExistsError, UnknownNameError, ZpatchError
 from zpatch.networks.model_files import load_model
 from zpatch.networks.network import Network
-from zpatch.prediction.planning import candidates, plan_prediction, probe
+from zpatch.prediction.planning import candidates, plan_prediction
 from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.prediction_run import run_prediction
+from zpatch.prediction.probe import probe
 from zpatch.store.voxel_index import read_label_table
 
 MODES = ["crop", "average", "hann", "gaussian"]
@@ -621,8 +622,8 @@ def test_they_are_counted_once_in_bands_and_in_a_prediction_that_is_resumed(
     count = predict(subject, out.with_name("whole.zarr"), WithGaps())[0].prediction.statistics["not_finite"]
     assert count >= gaps(subject[0]).sum()
     network = Network.of(WithGaps(), options)
-    [plan] = [p for p in candidates(subject[0], probe(network, subject[0], options), options, slabs=3)
-              if len(p.regions) == 3][:1]  # fmt: skip
+    heads = probe(network, "ann", [subject[0].t1], options)
+    [plan] = [p for p in candidates(subject[0], heads, options, slabs=3) if len(p.regions) == 3][:1]
     assert plan.patches_run > plan.patches
     found = run_prediction(network, [plan], out.with_name("bands.zarr"), options)
     assert found[0].prediction.statistics["not_finite"] == count

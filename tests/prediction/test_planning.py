@@ -12,6 +12,8 @@ from small_plans import planned, plans
 
 from zpatch.errors import MemoryLimitError
 from zpatch.prediction.peak_memory import SMALL_PIECES_BYTES
+from zpatch.prediction.planning import MemoryLimit, first_fitting
+from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.prediction_plan import PredictionPlan
 from zpatch.prediction.regions import Shards
 from zpatch.runtime.buffer_pool import POOL_SLACK
@@ -53,7 +55,11 @@ def test_a_refusal_says_what_would_fit_and_what_to_do() -> None:
     with pytest.raises(MemoryLimitError) as caught:
         planned(limit=1000)
     message = str(caught.value)
-    assert re.search(r"the prediction of 'ann' needs .* beside the network, and 1000 B are left", message)
+    assert re.search(
+        r"the prediction of 'ann' needs .*, of which the network 0 B, beside the 0 B that the process holds, "
+        r"and the limit is 1000 B",
+        message,
+    )
     assert "use a smaller patch_size, batch_size or number of jobs, or allow more" in message
     low, high = 1000, planned().peak_bytes
     while high - low > 1:
@@ -62,12 +68,33 @@ def test_a_refusal_says_what_would_fit_and_what_to_do() -> None:
             high = planned(limit=middle).peak_bytes
         except MemoryLimitError:
             low = middle
-    assert f"needs {format_bytes(high)} beside" in message
+    assert f"needs {format_bytes(high)}, of which" in message
 
 
-def test_a_limit_that_this_process_exceeds_already_leaves_nothing() -> None:
-    with pytest.raises(MemoryLimitError, match="and 0 B are left of the limit"):
-        planned(limit=-5)
+def test_a_process_that_holds_more_than_the_limit_says_so() -> None:
+    plan = planned()
+    expected = (
+        r"the process alone takes 2\.0 KiB already, with Python, .* and the limit is 1\.0 KiB; allow more$"
+    )
+    with pytest.raises(MemoryLimitError, match=expected):
+        first_fitting([plan], MemoryLimit(1024, held=2048))
+    expected = r"3 processes alone take .* allow more, or use fewer jobs$"
+    with pytest.raises(MemoryLimitError, match=expected):
+        first_fitting([plan], MemoryLimit(1024, held=2048, processes=3))
+
+
+def test_all_that_processes_hold_counts() -> None:
+    plan = planned()
+    assert first_fitting([plan], MemoryLimit(plan.peak_bytes + 10, held=10)) is plan
+    with pytest.raises(MemoryLimitError):
+        first_fitting([plan], MemoryLimit(plan.peak_bytes + 9, held=10))
+    one = MemoryLimit.of(PredictOptions.of(image="t1", patch_size=8, max_memory="1 GiB"))
+    four = MemoryLimit.of(PredictOptions.of(image="t1", patch_size=8, max_memory="1 GiB", jobs=3))
+    assert one is not None
+    assert four is not None
+    assert one.bytes == four.bytes == 2**30
+    assert (one.processes, four.processes) == (1, 4)
+    assert four.held >= one.held + 3 * (one.held // 4)
 
 
 # Resuming

@@ -28,9 +28,10 @@ from zpatch.errors import MemoryLimitError, OptionError
 from zpatch.networks import network
 from zpatch.networks.network import Network, torch_device
 from zpatch.prediction import planning, shared_work
-from zpatch.prediction.planning import plan_prediction, probe
+from zpatch.prediction.planning import plan_prediction
 from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.prediction_plan import PredictionPlan
+from zpatch.prediction.probe import probe
 from zpatch.runtime.tasks import run_tasks
 from zpatch.store.names import UNFINISHED
 
@@ -284,7 +285,7 @@ def test_jobs_are_refused_where_a_gpu_does_the_work(
 ) -> None:
     monkeypatch.setattr(network, "torch_device", lambda name: torch.device("meta"))
     options = PredictOptions.of(**OPTIONS)
-    heads = probe(Network(pointwise, torch.device("cpu")), cohort[0], options)
+    heads = probe(Network(pointwise, torch.device("cpu")), "ann", [cohort[0].t1], options)
     monkeypatch.setattr(planning, "probe", lambda *_: heads)
     with pytest.raises(OptionError, match="one process feeds meta: leave jobs=1"):
         predict(cohort, out, model=pointwise, jobs=2, device="cuda")

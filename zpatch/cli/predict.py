@@ -108,7 +108,7 @@ if TYPE_CHECKING:
 @click.option(
     "--max-memory",
     type=Bytes(),
-    help="Run some patches twice, or refuse, if a prediction needs more: '2 GiB'.",
+    help="A limit for all processes together, with the network: run some patches twice, or refuse. '2 GiB'.",
 )
 @click.option(
     "--keep-going/--stop-at-first", default=True, show_default=True,

@@ -17,6 +17,7 @@ from zpatch.geometry.boxes import PatchLocation, Triple
 from zpatch.networks.model_axes import DEFAULT_AXES, ModelAxes
 from zpatch.networks.model_files import Model, file_bytes, script_network
 from zpatch.networks.model_identity import identity
+from zpatch.runtime.process_memory import freed_at_once
 
 DEFAULT_OUTPUT = "prediction"
 FLIPPED_AT_ONCE = 8  # the blocks that a flipped output is added in
@@ -100,10 +101,13 @@ class Network:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Move the network to its device and into evaluation mode; restore its modes at the end."""
+        """Move the network to its device and into evaluation mode; restore its modes at the end.
+
+        In between, memory that is freed is returned to the system at once.
+        """
         if isinstance(self.model, torch.nn.Module):
             self.model.to(self.device)  # not in inference mode: it could not be trained on afterwards
-        with torch.inference_mode(), torch.autocast(self.device.type, enabled=self.amp):
+        with freed_at_once(), torch.inference_mode(), torch.autocast(self.device.type, enabled=self.amp):
             if not isinstance(self.model, torch.nn.Module):
                 yield
                 return

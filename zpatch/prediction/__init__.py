@@ -6,6 +6,7 @@ In reading order::
     prediction_plan     the plan of one subject: patches, shards, regions, figures
     peak_memory         the bytes that a plan holds at most, before it runs
     regions             outputs -> shards -> regions, to share work or to fit a memory limit
+    probe               the network on one patch: its outputs, its memory and its time
     planning            the plans of all subjects: the first that fits of all candidates
     shard_ledger        which shards of an unfinished image are written, by any process
     region_run          one region: read, run the network, blend, write

@@ -82,8 +82,10 @@ def predict(
     are not run, and voxels that no patch covers get ``fill``; voxels inside are the same as without a mask.
 
     Each shard of the output is reduced and written once, after its last patch. Memory is planned before
-    anything runs and does not grow with the longest axis. To hold less than ``max_memory`` (bytes, or text
-    such as "2 GiB") some patches are run twice; if that is not enough, MemoryLimitError is raised. ``jobs``
+    anything runs and does not grow with the longest axis. ``max_memory`` (bytes, or text such as "2 GiB") is
+    a limit for this process and its workers together, with Python, torch and the network, which is measured
+    on one batch. To hold less some patches are run twice; if that is not enough, MemoryLimitError is raised.
+    Pages of the files that are read do not count, as the system takes them back when it needs them. ``jobs``
     local processes, or the Dask cluster at ``scheduler``, share the volumes and give the same bytes as one.
     WorkerError is raised if a cluster has no workers for ``cluster_timeout`` seconds, or loses its scheduler.
 

@@ -125,7 +125,7 @@ def _shard_lives(shards: Sequence[Sequence[AxisTile]], first: int, masked: bool)
 
 
 def region_bytes(plan: PredictionPlan) -> int:
-    """The most bytes that any region of a plan holds, without the network's own."""
+    """The most bytes that any region of a plan holds; without the network's if its cost is not known."""
     return _fixed_bytes(plan) + max(_swept_bytes(plan, region) for region in plan.regions)
 
 
@@ -135,7 +135,8 @@ def _fixed_bytes(plan: PredictionPlan) -> int:
     read = voxels * sum(image.num_channels for image in plan.images) * 4
     batches = (BATCHES_READ + (1 if plan.tta else 0)) * read  # one more that is flipped
     written = SHARDS_WRITTEN * sum(head.shard_bytes for head in plan.heads)
-    return batches + plan.outputs_bytes + written + len(plan.heads) * POOL_SLACK + SMALL_PIECES_BYTES
+    outputs = max(plan.outputs_bytes, plan.network_bytes)  # the network holds its own while it runs
+    return batches + outputs + written + len(plan.heads) * POOL_SLACK + SMALL_PIECES_BYTES
 
 
 def _swept_bytes(plan: PredictionPlan, region: Region) -> int:

@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-import torch
 
-from zpatch.blending.blend import accumulation_dtype
-from zpatch.blending.reduction import as_stored, check_channels, fitting_fill, reduce_channels
-from zpatch.errors import MemoryLimitError, ModelError, OptionError, SourceError, ZpatchError
-from zpatch.geometry.boxes import Bools, PatchLocation
+from zpatch.errors import MemoryLimitError, ModelError, OptionError, SourceError
+from zpatch.geometry.boxes import Bools
 from zpatch.images.chunk_cache import cached
-from zpatch.images.group_read import read_group
 from zpatch.images.image import Image
 from zpatch.images.normalization import Normalize
 from zpatch.images.subject import Subject
 from zpatch.networks.network import Network
 from zpatch.prediction.peak_memory import region_bytes
 from zpatch.prediction.prediction_options import PredictOptions
-from zpatch.prediction.prediction_plan import Head, PredictionPlan
+from zpatch.prediction.prediction_plan import Head, NetworkCost, PredictionPlan
+from zpatch.prediction.probe import check_names, network_cost, probe
 from zpatch.prediction.regions import NOT_BEGUN, Shards, grid_over, partitions, planned_heads
 from zpatch.runtime.byte_sizes import format_bytes, parse_bytes
 from zpatch.runtime.failures import Failures
-from zpatch.runtime.process_memory import resident_bytes
-from zpatch.store.names import check_name, check_names_differ
+from zpatch.runtime.process_memory import private_bytes, resident_bytes
 
 ROWS_OF_A_REGION = 4  # rows of patches along the swept axis, at least, where a cluster shares the work
 
@@ -42,25 +38,33 @@ def plan_prediction(
     *,
     begun: Mapping[str, Shards] = MappingProxyType({}),
     failures: Failures | None = None,
+    estimate: bool = False,
 ) -> list[PredictionPlan]:
     """The plan of each subject. The network is run on one patch of the first subject; nothing is written.
 
     ``begun`` has the shards of an output that is to be resumed, by subject and output: they are kept.
-    ``failures`` notes the subjects that cannot be read, unless none can. Raises MemoryLimitError if no plan
-    of a subject fits ``options.max_memory``.
+    ``failures`` notes the subjects that cannot be read, unless none can. With a limit of memory, or to
+    ``estimate`` the time, the network is run on a whole batch too. Raises MemoryLimitError if no plan of a
+    subject fits ``options.max_memory``.
     """
     _check_subjects(subjects)
     failures = failures or Failures()
     heads: tuple[Head, ...] = ()
-    limit: int | None = None
+    cost: NetworkCost | None = None
+    limit: MemoryLimit | None = None
     plans: list[PredictionPlan] = []
     for subject in subjects:
         with failures.caught(subject.name, but=ModelError):  # that of a network that fails on its first patch
             if not heads:
-                heads = probe(network, subject, options)
-                limit = _bytes_left(options)
+                images = _images(subject, options)
+                heads = probe(network, subject.name, images, options)
+                if estimate or options.max_memory is not None:
+                    cost = network_cost(network, subject.name, images, options)
+                limit = MemoryLimit.of(options)
             slabs, of_subject = _slabs(subject, options, len(subjects)), begun.get(subject.name, NOT_BEGUN)
-            found = candidates(subject, heads, options, slabs=slabs, tta=network.tta, begun=of_subject)
+            found = candidates(
+                subject, heads, options, slabs=slabs, tta=network.tta, begun=of_subject, cost=cost
+            )
             plans.append(first_fitting(found, limit, of_subject))
     if not plans:
         raise failures.error()
@@ -75,11 +79,13 @@ def candidates(
     slabs: int = 1,
     tta: bool = False,
     begun: Shards = NOT_BEGUN,
+    cost: NetworkCost | None = None,
 ) -> Iterator[PredictionPlan]:
     """Plans of a subject, from the fastest to those that hold less: more regions, then smaller shards.
 
     Each has at least ``slabs`` regions along the swept axis, if there are as many shards. ``begun`` has the
-    stored shapes of shards by output; if it has all outputs, no other shards are tried.
+    stored shapes of shards by output; if it has all outputs, no other shards are tried. ``cost`` is the
+    network's, if it was measured.
     """
     images = tuple(_images(subject, options))
     grid = grid_over(images[0].spatial_shape, options)
@@ -97,31 +103,72 @@ def candidates(
                 region_bytes=0,
                 jobs=options.jobs,
                 tta=tta,
+                cost=cost,
             )
             yield dataclasses.replace(plan, region_bytes=region_bytes(plan))
 
 
+@dataclass(frozen=True, slots=True)
+class MemoryLimit:
+    """A limit for this process and its workers together, all of whose memory counts.
+
+    Pages of the files that are read do not count: the system takes them back when it needs them.
+
+    Attributes:
+        bytes: The limit.
+        held: What the processes hold before any region is run: Python, torch, the network, what it keeps. A
+            worker is a copy of this process, which shares mapped libraries with it and nothing else for sure.
+        processes: The number of processes.
+    """
+
+    bytes: int
+    held: int
+    processes: int = 1
+
+    @classmethod
+    def of(cls, options: PredictOptions) -> Self | None:
+        """The limit of some options, for a process in which the network has run."""
+        if options.max_memory is None:
+            return None
+        workers = options.jobs if options.jobs > 1 else 0
+        held = resident_bytes() + workers * private_bytes()
+        return cls(parse_bytes(options.max_memory), held, 1 + workers)
+
+    def refuse(self, plan: PredictionPlan, *, is_begun: bool) -> MemoryLimitError:
+        """The error for a plan that does not fit, and none does that holds less."""
+        is_many = self.processes > 1
+        who, held = f"{self.processes} processes" if is_many else "the process", format_bytes(self.held)
+        if self.held >= self.bytes:
+            advice = "allow more, or use fewer jobs" if is_many else "allow more"
+            return MemoryLimitError(
+                f"{who} alone {'take' if is_many else 'takes'} {held} already, with Python, torch and the "
+                f"network, and the limit is {format_bytes(self.bytes)}; {advice}"
+            )
+        advice = "use a smaller patch_size, batch_size or number of jobs, or allow more"
+        if is_begun:
+            advice = "it was begun in these shards: allow more, or say overwrite=True to start over"
+        return MemoryLimitError(
+            f"the prediction of {plan.subject.name!r} needs {format_bytes(plan.peak_bytes)}, of which the "
+            f"network {format_bytes(plan.jobs * plan.network_bytes)}, beside the {held} that {who} "
+            f"{'hold' if is_many else 'holds'}, and the limit is {format_bytes(self.bytes)}; {advice}"
+        )
+
+
 def first_fitting(
-    plans: Iterable[PredictionPlan], limit: int | None, begun: Shards = NOT_BEGUN
+    plans: Iterable[PredictionPlan], limit: MemoryLimit | None, begun: Shards = NOT_BEGUN
 ) -> PredictionPlan:
-    """The first plan whose jobs together hold at most ``limit`` bytes.
+    """The first plan with which the processes hold at most the bytes of the limit.
 
     Raises MemoryLimitError about the plan that holds least; ``begun`` are shards that could not be changed.
     """
     least = None
     for plan in plans:
-        if limit is None or plan.peak_bytes <= limit:
+        if limit is None or limit.held + plan.peak_bytes <= limit.bytes:
             return plan
         least = plan if least is None or plan.peak_bytes < least.peak_bytes else least
     assert least is not None
     assert limit is not None
-    advice = "use a smaller patch_size, batch_size or number of jobs, or allow more"
-    if {head.head.name: head.record.shards for head in least.heads} == begun:
-        advice = "it was begun in these shards: allow more, or say overwrite=True to start over"
-    raise MemoryLimitError(
-        f"the prediction of {least.subject.name!r} needs {format_bytes(least.peak_bytes)} beside the "
-        f"network, and {format_bytes(max(limit, 0))} are left of the limit; {advice}"
-    )
+    raise limit.refuse(least, is_begun={h.head.name: h.record.shards for h in least.heads} == begun)
 
 
 def _check_subjects(subjects: Sequence[Subject]) -> None:
@@ -133,15 +180,7 @@ def _check_subjects(subjects: Sequence[Subject]) -> None:
     for name, times in Counter(subject.name for subject in subjects).items():
         if times > 1:
             raise OptionError(f"{times} subjects are called {name!r}; give each a different name")
-    _check_names([subject.name for subject in subjects], "subject", OptionError)
-
-
-def _bytes_left(options: PredictOptions) -> int | None:
-    """Bytes of the memory limit that this process and its workers do not hold yet."""
-    if options.max_memory is None:
-        return None
-    processes = 1 + (options.jobs if options.jobs > 1 else 0)
-    return parse_bytes(options.max_memory) - processes * resident_bytes()
+    check_names([subject.name for subject in subjects], "subject", OptionError)
 
 
 def _slabs(subject: Subject, options: PredictOptions, subjects: int) -> int:
@@ -150,16 +189,6 @@ def _slabs(subject: Subject, options: PredictOptions, subjects: int) -> int:
         return math.ceil(options.jobs / subjects)
     grid = grid_over(subject[options.image[0]].spatial_shape, options)
     return max(1, max(grid.counts) // ROWS_OF_A_REGION)
-
-
-def _check_names(names: Sequence[str], what: str, error: type[ZpatchError]) -> None:
-    """Refuse names that are not valid folders everywhere, or the same to some file system."""
-    try:
-        for name in names:
-            check_name(name, what)
-        check_names_differ(names, what)
-    except SourceError as refusal:
-        raise error(str(refusal)) from None
 
 
 def _images(subject: Subject, options: PredictOptions) -> list[Image]:
@@ -186,57 +215,6 @@ def _check_usable(image: Image, name: str) -> None:
             f"{name} has complex values ({image.dtype}), and a network is given float32; save its magnitude, "
             f"or its real and imaginary part as two images, and predict from these"
         )
-
-
-def probe(network: Network, subject: Subject, options: PredictOptions) -> tuple[Head, ...]:
-    """The outputs of a network, from running it on the first patch of a subject."""
-    images = _images(subject, options)
-    location = grid_over(images[0].spatial_shape, options).at((0, 0, 0))
-    found = read_group(images, [location], padding_mode=options.reading_mode)
-    patches = [voxels[0].astype(np.float32) for voxels in found]
-    with network.running():
-        outputs = _probed(network, torch.from_numpy(np.concatenate(patches)[None]), subject, location)
-        try:
-            _check_names(list(outputs), "output", ModelError)
-            options.check_outputs(outputs)
-            return tuple(_head(name, output, options) for name, output in outputs.items())
-        except ModelError as error:
-            raise ModelError(f"subject {subject.name!r}: {error}") from error
-
-
-def _probed(
-    network: Network, batch: torch.Tensor, subject: Subject, location: PatchLocation
-) -> Mapping[str, torch.Tensor]:
-    """The outputs for the first patch; a failure about its shape says what networks usually need."""
-    try:
-        return network(batch, subject.name, [location])
-    except ModelError as error:
-        if not re.search(r"\b(sizes?|shapes?|channels|dimensions?)\b", str(error.__cause__)):
-            raise
-        raise ModelError(
-            f"{error}; check that it takes {batch.shape[1]} channels and patches of "
-            f"{tuple(batch.shape[2:])} voxels: many networks need a patch_size of multiples of 16 or 32"
-        ) from error
-
-
-def _head(name: str, output: torch.Tensor, options: PredictOptions) -> Head:
-    patches, channels, i, j, k = output.shape
-    if patches != 1:
-        raise ModelError(
-            f"the model must give a tensor (B, C, I, J, K) for a batch, not {tuple(output.shape)} for one "
-            f"patch"
-        )
-    if any(q == 0 or (p % q and q % p) for p, q in zip(options.patch_size, (i, j, k), strict=True)):
-        raise ModelError(
-            f"the model made {(i, j, k)} of a patch of {options.patch_size}; it must keep the patch's "
-            f"shape, or make it smaller or larger by whole factors"
-        )
-    reduce = options.reduction_of(name)
-    check_channels(reduce, channels, name)
-    dtype = accumulation_dtype(output.dtype, options.overlap_mode)
-    kept = as_stored(reduce_channels(output[0].to(dtype), reduce)).cpu()
-    fitting_fill(options.fill, kept.dtype)
-    return Head(name, channels, dtype.itemsize, (i, j, k), len(kept), kept.numpy().dtype.str)
 
 
 def _outside_mask(subject: Subject, options: PredictOptions) -> Bools | None:

@@ -56,6 +56,19 @@ class Head:
         return i, j, k
 
 
+@dataclass(frozen=True, slots=True)
+class NetworkCost:
+    """What a network takes for one batch.
+
+    Attributes:
+        bytes: The memory that it holds at most while it runs, beside the batch and what it keeps.
+        seconds: The time that it takes; in one thread, if several jobs share the processors.
+    """
+
+    bytes: int
+    seconds: float
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PlannedHead:
     """An output for one subject: ``record`` describes its image, ``tiling`` the tiles that become final."""
@@ -96,8 +109,9 @@ class PredictionPlan:
 
     ``images`` are read at the patches of ``grid``, ``batch_size`` at a time, and all ``regions`` together
     fill the shards of ``heads``. ``skipped`` marks patches wholly outside the mask, over the positions of the
-    grid. ``region_bytes`` is the most memory that a region holds, without the network's own; ``jobs`` regions
-    are run at a time. With ``tta`` the network is run on all flips of a batch.
+    grid. ``cost`` is the network's, if it was measured. ``region_bytes`` is the most memory that a region
+    holds beside what the process holds before it, with the network's if that is known; ``jobs`` regions are
+    run at a time. With ``tta`` the network is run on all flips of a batch.
     """
 
     subject: Subject
@@ -110,6 +124,7 @@ class PredictionPlan:
     region_bytes: int
     jobs: int = 1
     tta: bool = False
+    cost: NetworkCost | None = None
 
     @property
     def swept_axis(self) -> int:
@@ -118,8 +133,13 @@ class PredictionPlan:
 
     @property
     def peak_bytes(self) -> int:
-        """The most memory that all jobs together hold, without the network's own."""
+        """The most memory that all jobs together hold; see ``region_bytes``."""
         return self.jobs * self.region_bytes
+
+    @property
+    def network_bytes(self) -> int:
+        """The part of ``region_bytes`` that the network holds while it runs; 0 if that is not known."""
+        return 0 if self.cost is None else self.cost.bytes
 
     @property
     def outputs_bytes(self) -> int:

@@ -2,12 +2,11 @@
 
 Batches are read ahead in one thread, and shards are encoded and written in another, while this thread runs
 the network and blends its outputs. Each hands over one thing at a time, so none gets far ahead of the others.
-Freed memory that malloc keeps is returned to the system if the process holds more than the plan says.
+Freed memory is returned to the system at once, so that the process holds what the plan says.
 """
 
 from __future__ import annotations
 
-import itertools
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,15 +26,14 @@ from zpatch.digests import Json
 from zpatch.errors import ModelError
 from zpatch.geometry.boxes import Bools, PatchLocation, Triple
 from zpatch.images.chunk_cache import cached
-from zpatch.images.group_read import read_group
 from zpatch.images.image import Image
 from zpatch.networks.model_axes import ModelAxes
 from zpatch.networks.network import Network, Outputs
 from zpatch.nifti.writer import make_header
 from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.prediction_plan import PlannedHead, PredictionPlan, Region
+from zpatch.prediction.probe import read_batch
 from zpatch.prediction.shard_ledger import ShardLedger, begin
-from zpatch.runtime.process_memory import resident_bytes, return_freed
 from zpatch.runtime.task_contract import Progress
 from zpatch.runtime.tasks import read_ahead
 from zpatch.sampling.patch import torch_dtype
@@ -43,9 +41,6 @@ from zpatch.store.image_record import ImageRecord
 from zpatch.store.lock import writing_to
 from zpatch.store.names import RAW_HEADER, UNFINISHED
 from zpatch.store.store import read_small_array
-
-BATCHES_TO_LEARN = 4
-BATCHES_BETWEEN = 32
 
 Batch = tuple[list[PatchLocation], torch.Tensor]
 
@@ -95,55 +90,16 @@ def run_region(
     needed = plan.needed(wanted)
     if done_before := plan.count_run(plan.needed(shards)) - plan.count_run(needed):
         progress(done_before)
-    guard = _MemoryGuard(plan)
     with _Blender(plan, wanted, folder, options, check_inputs) as blender:
         with network.running():
             for locations, inputs in read_ahead(_batches(plan, region, needed, options, network.axes)):
-                outputs = guard.watch(network, inputs, plan.subject.name, locations)
+                outputs = network(inputs, plan.subject.name, locations)
                 if options.strict:
                     _check_finite(outputs, inputs, plan.subject.name, locations)
                 blender.add(outputs, locations)
                 del outputs
-                guard.check()
                 progress(len(locations))
         blender.finish()
-
-
-class _MemoryGuard:
-    """Returns freed memory to the system if a region holds more between two batches than it should.
-
-    It should hold the bytes of its plan and those that the network keeps for its next run. The latter are
-    measured in the first few batches, in which malloc still returns what is freed.
-    """
-
-    def __init__(self, plan: PredictionPlan) -> None:
-        return_freed()  # the memory of an earlier region
-        self._most = resident_bytes() + plan.region_bytes - plan.outputs_bytes
-        self._of_network = 0
-        self._to_learn = BATCHES_TO_LEARN
-        self._since = 0  # batches, since memory was returned
-
-    def watch(
-        self, network: Network, inputs: torch.Tensor, subject: str, locations: Sequence[PatchLocation]
-    ) -> Outputs:
-        """Run the network; in the first few batches, measure the memory that it keeps."""
-        if not self._to_learn:
-            return network(inputs, subject, locations)
-        self._to_learn -= 1
-        before = resident_bytes()
-        outputs = network(inputs, subject, locations)
-        given = sum(tensor.nbytes for tensor in outputs.values() if tensor.device.type == "cpu")
-        self._of_network = max(self._of_network, resident_bytes() - before - given)
-        return outputs
-
-    def check(self) -> None:
-        """Return freed memory, between two batches, if too much is held."""
-        self._since += 1
-        if resident_bytes() > self._most + 2 * self._of_network:  # malloc leaves gaps of about that size
-            return_freed()
-            if self._since < BATCHES_BETWEEN:  # taking it again so often would cost more than it saves
-                self._of_network += self._of_network // 2
-            self._since = 0
 
 
 def _unwritten(ledger: ShardLedger, shards: Bools) -> Bools:
@@ -156,18 +112,15 @@ def _unwritten(ledger: ShardLedger, shards: Bools) -> Bools:
 def _batches(
     plan: PredictionPlan, region: Region, needed: Bools, options: PredictOptions, axes: ModelAxes
 ) -> Iterator[Batch]:
-    """The batches with needed patches, as float32 (B, C, I, J, K), in memory in the network's order."""
+    """The batches with needed patches, as float32 (B, C, I, J, K)."""
     caches = [cached(image.source, plan.grid, plan.swept_axis, region.patches) for image in plan.images]
     images = [image.with_source(source) for image, (source, _) in zip(plan.images, caches, strict=True)]
-    channels = np.cumsum([0, *(image.num_channels for image in images)]).tolist()
     for positions in plan.batches(needed):
         locations = [plan.grid.at(position) for position in positions]
-        batch = axes.new_batch(len(positions), channels[-1], plan.grid.patch_size)
-        outs = [[patch[a:b] for patch in batch] for a, b in itertools.pairwise(channels)]
-        read_group(images, locations, padding_mode=options.reading_mode, out=outs)
+        batch = read_batch(images, locations, axes, options.reading_mode)
         for _, done in caches:
             done(positions[-1])
-        yield locations, torch.from_numpy(batch)
+        yield locations, batch
 
 
 def _check_finite(
