@@ -14,6 +14,7 @@ import numpy as np
 
 from benchmarks import data
 from benchmarks.measure import Server, in_fresh_process, times_as_long
+from benchmarks.predict.limits import RUNS, peak_of
 from benchmarks.predict.peers import (
     CLASSES,
     CONTENDERS,
@@ -51,7 +52,7 @@ NOT_SHOWN = (
 
 def run(options: Options) -> str:
     """All figures, as Markdown."""
-    parts = _contest(options), _sweep(options), _limit(options), _processes(options)
+    parts = _contest(options), _sweep(options), _limit(options), _limited_runs(options), _processes(options)
     shutil.rmtree(options.stores)
     return "\n\n".join(parts)
 
@@ -180,6 +181,22 @@ def _limit(options: Options) -> str:
             goals(Goal("peak of the process", held / MIB, LIMIT_BYTES / MIB, "MiB")),
         ]
     )
+
+
+def _limited_runs(options: Options) -> str:
+    """The whole tree of processes of the command, with a limit that is near to what it needs."""
+    rows, shares = [], []
+    for run in RUNS[::10] if options.quick else RUNS:
+        store, output = _long_store(run.shape, options)
+        peak = peak_of(run, store, output)
+        shares.append(peak.bytes / MIB / run.limit_mib)
+        rows.append(
+            (run, run.limit_mib, mib(peak.bytes), "no plan fits" if peak.refused else f"{shares[-1]:.2f}")
+        )
+    heading = "### Under a limit of memory: `zpatch predict`, its interpreter, libraries and jobs"
+    head_row = ("", "`--max-memory` MiB", "peak of all processes MiB", "share of it")
+    goal = Goal("peak of all processes over the limit, at most", max(shares), 1, "times")
+    return "\n\n".join([heading, table(head_row, rows), goals(goal)])
 
 
 def _long_store(shape: data.Shape, options: Options) -> tuple[Path, Path]:

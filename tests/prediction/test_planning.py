@@ -6,11 +6,13 @@ import re
 from typing import Any, cast
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from small_plans import planned, plans
 
 from zpatch.errors import MemoryLimitError
+from zpatch.networks.network import Network
 from zpatch.prediction.peak_memory import SMALL_PIECES_BYTES
 from zpatch.prediction.planning import MemoryLimit, first_fitting
 from zpatch.prediction.prediction_options import PredictOptions
@@ -18,6 +20,7 @@ from zpatch.prediction.prediction_plan import PredictionPlan
 from zpatch.prediction.regions import Shards
 from zpatch.runtime.buffer_pool import POOL_SLACK
 from zpatch.runtime.byte_sizes import format_bytes
+from zpatch.runtime.process_memory import private_bytes
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
 
@@ -88,13 +91,20 @@ def test_all_that_processes_hold_counts() -> None:
     assert first_fitting([plan], MemoryLimit(plan.peak_bytes + 10, held=10)) is plan
     with pytest.raises(MemoryLimitError):
         first_fitting([plan], MemoryLimit(plan.peak_bytes + 9, held=10))
-    one = MemoryLimit.of(PredictOptions.of(image="t1", patch_size=8, max_memory="1 GiB"))
-    four = MemoryLimit.of(PredictOptions.of(image="t1", patch_size=8, max_memory="1 GiB", jobs=3))
-    assert one is not None
-    assert four is not None
-    assert one.bytes == four.bytes == 2**30
-    assert (one.processes, four.processes) == (1, 4)
-    assert four.held >= one.held + 3 * (one.held // 4)
+
+
+def test_workers_hold_their_copies_of_the_network_and_of_pages_that_they_write() -> None:
+    def held(model: Any, jobs: int) -> int:
+        options = PredictOptions.of(image="t1", patch_size=8, device="cpu", max_memory="1 GiB", jobs=jobs)
+        limit = MemoryLimit.of(options, Network.of(model, options))
+        assert limit is not None
+        assert (limit.bytes, limit.processes) == (2**30, 1 if jobs == 1 else 1 + jobs)
+        return limit.held
+
+    layer = torch.nn.Linear(1024, 4096)  # 16 MiB
+    assert held(layer, 3) - held(layer, 1) == pytest.approx(3 * (2**26 + 2**24), rel=0.1)
+    unknown = held(torch.sin, 3) - held(torch.sin, 1)
+    assert unknown == pytest.approx(3 * private_bytes(), rel=0.1)
 
 
 # Resuming

@@ -128,6 +128,13 @@ class Network:
             return None
         return next((p.dtype for p in self.model.parameters() if p.dtype in FLOATS), None)
 
+    @property
+    def weight_bytes(self) -> int | None:
+        """Bytes of the model's parameters and buffers; None if it is no module and hides them."""
+        if not isinstance(self.model, torch.nn.Module):
+            return None
+        return sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
+
     def __call__(self, inputs: torch.Tensor, subject: str, locations: Sequence[PatchLocation]) -> Outputs:
         """The outputs (B, C, I, J, K) for a batch of that shape, by name; a single one is ``prediction``.
 

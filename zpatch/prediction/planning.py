@@ -28,6 +28,7 @@ from zpatch.runtime.byte_sizes import format_bytes, parse_bytes
 from zpatch.runtime.failures import Failures
 from zpatch.runtime.process_memory import private_bytes, resident_bytes
 
+WORKER_BYTES = 2**26  # that a forked worker copies of this process, mostly to count references
 ROWS_OF_A_REGION = 4  # rows of patches along the swept axis, at least, where a cluster shares the work
 
 
@@ -60,7 +61,7 @@ def plan_prediction(
                 heads = probe(network, subject.name, images, options)
                 if estimate or options.max_memory is not None:
                     cost = network_cost(network, subject.name, images, options)
-                limit = MemoryLimit.of(options)
+                limit = MemoryLimit.of(options, network)
             slabs, of_subject = _slabs(subject, options, len(subjects)), begun.get(subject.name, NOT_BEGUN)
             found = candidates(
                 subject, heads, options, slabs=slabs, tta=network.tta, begun=of_subject, cost=cost
@@ -116,8 +117,7 @@ class MemoryLimit:
 
     Attributes:
         bytes: The limit.
-        held: What the processes hold before any region is run: Python, torch, the network, what it keeps. A
-            worker is a copy of this process, which shares mapped libraries with it and nothing else for sure.
+        held: What the processes hold before any region is run: Python, torch, the network, what it keeps.
         processes: The number of processes.
     """
 
@@ -126,12 +126,17 @@ class MemoryLimit:
     processes: int = 1
 
     @classmethod
-    def of(cls, options: PredictOptions) -> Self | None:
-        """The limit of some options, for a process in which the network has run."""
+    def of(cls, options: PredictOptions, network: Network) -> Self | None:
+        """The limit of some options, for a process in which the network has run.
+
+        A worker is a copy of this process. It copies the pages that it writes, and unpickles the network.
+        """
         if options.max_memory is None:
             return None
-        workers = options.jobs if options.jobs > 1 else 0
-        held = resident_bytes() + workers * private_bytes()
+        workers, copied = options.jobs if options.jobs > 1 else 0, private_bytes()
+        if (weights := network.weight_bytes) is not None:
+            copied = min(copied, WORKER_BYTES + weights)
+        held = resident_bytes() + workers * copied
         return cls(parse_bytes(options.max_memory), held, 1 + workers)
 
     def refuse(self, plan: PredictionPlan, *, is_begun: bool) -> MemoryLimitError:
