@@ -31,10 +31,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "PASSIVE"
-    )  # threads of torch that wait take half the time otherwise
+    # Threads of torch that wait in a loop take half the time, as there are more of them than processors.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     hypothesis.settings.load_profile("full" if config.getoption("--full") else "quick")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Where only tests marked alone run, modules without them are not imported."""
+    ignored = config.getoption("markexpr") == "alone" and collection_path.suffix == ".py"
+    return True if ignored and b"mark.alone" not in collection_path.read_bytes() else None
 
 
 def pytest_collection_finish() -> None:
