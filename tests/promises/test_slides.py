@@ -352,15 +352,22 @@ def test_a_prediction_of_a_slide_can_be_predicted_from_again(slide: Path, out: P
 
 
 def test_a_plan_states_the_cost_of_a_slide_and_writes_nothing(
-    slide: Path, out: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert predict(slide, out, "--dry-run", "--json", model="tissue") == 0
+    """A slide that is large beside what any plan holds; its pixels are not looked at."""
+    slide = tmp_path / "large.zarr"
+    zarr.create_array(
+        slide, shape=(2000, 3000, 3), chunks=(256, 256, 3), dtype=np.uint8, dimension_names=list("yxc")
+    )
+    size = ("--patch-size", "512,512,1", "--overlap", "64,64,0")
+    model = ("--model", "nets_of_slides:tissue")
+    assert command("predict", slide, out, *model, *size, "--dry-run", "--json") == 0
     said = capsys.readouterr()
     [plan] = json.loads(said.out)
-    assert plan["shape"] == [1504, 1000, 1]
-    assert plan["patches"] == math.ceil((1504 - 256) / 224 + 1) * math.ceil((1000 - 256) / 224 + 1)
+    assert plan["shape"] == [3000, 2000, 1]
+    assert plan["patches"] == math.ceil((3000 - 512) / 448 + 1) * math.ceil((2000 - 512) / 448 + 1)
     assert plan["chunks_in"] == 12 * 8
-    assert plan["peak_bytes"] < 1000 * 1504 * (3 + 3 * 4)
+    assert plan["peak_bytes"] < 2000 * 3000 * (3 + 3 * 4)
     assert "35 patches" in said.err
     assert not out.exists()
 
