@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import hypothesis
 import numpy as np
-import psutil
 import pytest
+from processes import child_pids, children, eventually, shared_memory, without_other_programs
 
 import zpatch as zp
 import zpatch.cli
 from zpatch.chunks.mapped_shards import close_shards
-from zpatch.loading import draw_reader
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
-from make_cohort import make_cohort
-from processes import shared_memory, without_other_programs
-
-hypothesis.settings.register_profile("quick", deadline=None, max_examples=40, derandomize=True)
+hypothesis.settings.register_profile("quick", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.register_profile("full", deadline=None, max_examples=400)
 
 
@@ -32,7 +31,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Threads of torch that wait in a loop take half the time, as there are more of them than processors.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     hypothesis.settings.load_profile("full" if config.getoption("--full") else "quick")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Where only tests marked alone run, modules without them are not imported."""
+    ignored = config.getoption("markexpr") == "alone" and collection_path.suffix == ".py"
+    return True if ignored and b"mark.alone" not in collection_path.read_bytes() else None
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # collections, also those of tests, then look at what tests make and not at all modules
+
+
+def pytest_sessionfinish() -> None:
+    forked.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_syncing(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In the quick run no file is synced to the disk: no test can see it, and it takes longer than most."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.config.getoption("--full"):
+            patch.setattr(os, "fsync", lambda handle: None)
+        yield
 
 
 @pytest.fixture
@@ -44,6 +69,8 @@ def full(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture(scope="session")
 def cohort_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of NIfTI files: four small brains with tissue labels, one oblique, one float with slope."""
+    from make_cohort import make_cohort  # the process that only hands out tests loads no more than it needs
+
     folder = tmp_path_factory.mktemp("cohort")
     make_cohort(folder, subjects=4, seed=0, zoom=0.25)
     return folder
@@ -85,6 +112,8 @@ def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Run torch in one thread, as its convolution rounds differently with another number of threads."""
+    from zpatch.loading import draw_reader
+
     with draw_reader.one_thread():
         yield
 
@@ -103,23 +132,24 @@ def nothing_is_left_behind(tmp_path: Path) -> Iterator[None]:
     close_shards(tmp_path)  # the bounded cache of open maps is kept on purpose
     if _left_behind(before, tmp_path):
         gc.collect()
-        children = psutil.Process().children(recursive=True)
-        psutil.wait_procs([child for child in children if not _is_resource_tracker(child)], timeout=3)
+        with contextlib.suppress(AssertionError):
+            eventually(lambda: not children(), "the end of all processes", 3)
     assert _left_behind(before, tmp_path) == []
 
 
 def _left_behind(before: set[str], folder: Path) -> list[str]:
-    me = psutil.Process()
-    children = me.children(recursive=True)
-    processes = [str(child) for child in children if not _is_resource_tracker(child)]
+    processes = [f"process {pid}" for pid in children()]
     blocks = {name for name in shared_memory() - before if not name.startswith("sem.")}
-    blocks = without_other_programs(blocks, {me.pid, *(child.pid for child in children)})
-    files = [file.path for file in me.open_files() if Path(file.path).is_relative_to(folder)]
-    return [*processes, *blocks, *files]
+    blocks = without_other_programs(blocks, {os.getpid(), *child_pids()}) if blocks else blocks
+    return [*processes, *blocks, *_open_files(folder)]
 
 
-def _is_resource_tracker(process: psutil.Process) -> bool:
-    try:
-        return any("resource_tracker" in part for part in process.cmdline())
-    except psutil.NoSuchProcess:
-        return True
+def _open_files(folder: Path) -> list[str]:
+    """The files below a folder that this process holds open."""
+    start, found = f"{folder}{os.sep}", []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # closed since, such as that of the listing itself
+            path = os.readlink(f"/proc/self/fd/{number}")
+            if path.startswith(start) and os.path.isfile(path):
+                found.append(path)
+    return found

@@ -9,20 +9,42 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import psutil
 
 DEADLINE_S = 10
+LISTS_CHILDREN = Path(f"/proc/self/task/{os.getpid()}/children").exists()
 SHARED_MEMORY = Path("/dev/shm")
 
 
 def children() -> list[int]:
-    """The running child processes of this one, without Python's resource tracker."""
-    found = []
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if not any("resource_tracker" in part for part in child.cmdline()) and is_running(child.pid):
-                found.append(child.pid)
-    return found
+    """The running processes below this one, without Python's resource tracker and the fork server."""
+    return [pid for pid in child_pids() if pid not in forked.server_pids() and _counts(pid)]
+
+
+def child_pids() -> list[int]:
+    """All processes below this one."""
+    if not LISTS_CHILDREN:
+        return [child.pid for child in psutil.Process().children(recursive=True)]
+    return _pids_below(os.getpid())
+
+
+def _pids_below(parent: int) -> list[int]:
+    """From Linux's list of each thread: psutil reads the state of every process of the machine."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):  # ended just now
+        for thread in os.listdir(f"/proc/{parent}/task"):
+            with contextlib.suppress(OSError), open(f"/proc/{parent}/task/{thread}/children") as listed:
+                found += map(int, listed.read().split())
+    return [*found, *(pid for child in found for pid in _pids_below(child))]
+
+
+def _counts(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return is_running(pid) and not any(
+            "resource_tracker" in part for part in psutil.Process(pid).cmdline()
+        )
+    return False
 
 
 def eventually(condition: Callable[[], Any], what: str, deadline_s: float = 60) -> Any:

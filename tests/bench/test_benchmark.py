@@ -6,10 +6,9 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from bench_stores import QUICK, MakeStore
@@ -139,8 +138,7 @@ before = high_water()
 run_benchmark(plan)
 print(json.dumps({"growth": high_water() - before, "stated": plan.peak_bytes}))
 """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", program, str(store)]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    ran = forked.run(program, store)
+    assert ran.returncode == 0, ran.stderr
     figures = json.loads(ran.stdout)
     assert 10 * 2 * 128**3 < figures["growth"] <= figures["stated"]

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import nibabel as nib
 import numpy as np
 import psutil
@@ -689,13 +690,8 @@ def test_nothing_heavy_is_imported_before_a_command_runs(arguments: list[str]) -
 def test_ctrl_c_gives_130_and_leaves_a_store_that_opens(cohort_source: Path, here: Path) -> None:
     for number in range(200):
         shutil.copytree(cohort_source / "sub-01", here / "scans" / f"sub-{number:03}", copy_function=os.link)
-    program = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "import zpatch.cli; zpatch.cli.main()"
-    )
-    command = [sys.executable, "-c", program, "convert", "scans", "a.zarr", "-q"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    program = "import zpatch.cli; zpatch.cli.main()"
+    with forked.start(program, "convert", "scans", "a.zarr", "-q") as process:
         manifest = here / "a.zarr" / MANIFEST
         until = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < until:
@@ -715,14 +711,10 @@ def test_ctrl_c_gives_130_and_leaves_a_store_that_opens(cohort_source: Path, her
 
 
 def test_ctrl_c_ends_a_benchmark_and_its_processes(store: Path, here: Path) -> None:
-    program = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "import zpatch.cli; zpatch.cli.main()"
-    )
-    command = [sys.executable, "-c", program, "bench", "cohort.zarr", *BENCH, "--seconds", "1.5", "-j", "2"]
+    command = ["bench", "cohort.zarr", *BENCH, "--seconds", "1.5", "-j", "2"]
     (here / "tmp").mkdir()
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(here / "tmp")}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    program = "import zpatch.cli; zpatch.cli.main()"
+    with forked.start(program, *command, TMPDIR=str(here / "tmp")) as process:
         until = time.monotonic() + 60
         while not list((here / "tmp").glob("*/cold-1")) and time.monotonic() < until:
             time.sleep(0.01)

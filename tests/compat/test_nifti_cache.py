@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import nibabel as nib
 import numpy as np
 import pytest
@@ -43,9 +42,8 @@ from zpatch.compat.nifti_cache import cached_image
 print(cached_image(sys.argv[1]).folder)"""
 
 
-def start(path: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", PROGRAM, str(path)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(path: Path) -> forked.Forked:
+    return forked.start(PROGRAM, path)
 
 
 @pytest.mark.parametrize("name", ["t1.nii", "t1.nii.gz", "a name, with a comma.nii.gz", "t1.hdr", "t1.img"])

@@ -11,7 +11,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -19,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 from hypothesis import given
@@ -313,22 +313,14 @@ def test_partial_files_of_killed_writers_are_neither_counted_nor_kept(
 # Processes of their own, harmed
 
 
-def in_process(function: str, *arguments: Any) -> subprocess.Popen[str]:
-    """Run a function of this module, with arguments of plain JSON, in another process."""
-    program = f"import sys, json, test_shard_ledger; test_shard_ledger.{function}(*json.loads(sys.argv[1]))"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", program, json.dumps(arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-
-
 def tell(value: Any) -> None:
     """Answer from such a process."""
     sys.stdout.write(json.dumps(value) + "\n")
     sys.stdout.flush()
 
 
-def answer_of(process: subprocess.Popen[str]) -> Any:
-    out, _ = process.communicate(timeout=120)
+def answer_of(process: forked.Forked) -> Any:
+    out, _ = process.communicate(120)
     assert process.returncode == 0
     return json.loads(out)
 
@@ -341,11 +333,10 @@ def write_share(folder: str, share: int, shares: int) -> None:
     write_shards(Path(folder), record, voxels, shards_of(record)[share::shares])
 
 
-def started(*writers: subprocess.Popen[str]) -> Sequence[subprocess.Popen[str]]:
+def started(*writers: forked.Forked) -> Sequence[forked.Forked]:
     """The writers, once all of them are about to write."""
     for writer in writers:
-        assert writer.stdout is not None
-        assert writer.stdout.readline()
+        assert writer.read_line()
     return writers
 
 
@@ -356,7 +347,7 @@ def test_two_writers_killed_at_any_moment_lose_only_the_shard_in_hand(
     moments = random.Random(3)
     for round_ in range(20 if full else 3):
         folder = tmp_path / str(round_) / "heart"
-        writers = started(*(in_process("write_share", str(folder), share, 2) for share in (0, 1)))
+        writers = started(*(forked.start(write_share, str(folder), share, 2) for share in (0, 1)))
         for writer in moments.sample(writers, 2):
             time.sleep(moments.uniform(0, 0.02))
             writer.kill()
@@ -371,7 +362,7 @@ def test_two_writers_of_the_same_shards_at_once_do_no_harm(
     tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
     folder = tmp_path / "heart"
-    for writer in started(*(in_process("write_share", str(folder), 0, 1) for _ in range(2))):
+    for writer in started(*(forked.start(write_share, str(folder), 0, 1) for _ in range(2))):
         writer.communicate()
         assert writer.returncode == 0
     assert not list(tmp_path.rglob("*.partial*"))
@@ -380,8 +371,6 @@ def test_two_writers_of_the_same_shards_at_once_do_no_harm(
 
 def killed_at(steps: Sequence[int], folder: str, act: str) -> None:
     """For each step, do a thing to a copy of the folder in a child that is killed at that step."""
-    import zarr.codecs  # noqa: F401 - before the forks, so that children start at once
-
     tell([_killed_at(step, Path(folder), ACTS[act]) for step in steps])
 
 
@@ -431,11 +420,11 @@ def test_writing_or_finishing_can_be_repeated_after_a_kill_at_any_step(
     shards = shards_of(record)
     begun = shards if act == "finish" else shards[:4]
     write_shards(folder, record, voxels, begun)
-    (count,) = answer_of(in_process("killed_at", [10**6], str(folder.parent), act))
+    (count,) = answer_of(forked.start(killed_at, [10**6], str(folder.parent), act))
     assert 12 < count < 255
     steps = [*range(1, count + 1)]
     steps = steps if full else steps[:: max(1, len(steps) // 12)]
-    codes = answer_of(in_process("killed_at", steps, str(folder.parent), act))
+    codes = answer_of(forked.start(killed_at, steps, str(folder.parent), act))
     assert codes == [-signal.SIGKILL] * len(steps)
     for step in steps:
         harmed = folder.parent.with_name(f"whole-{step}") / "heart"
@@ -471,7 +460,7 @@ def test_a_disk_that_is_full_is_an_error_that_leaves_nothing_half_done(
     shard = str(shard_file(folder, record, SMALL_SHARD).relative_to(folder))
     size = len(expected[shard])
     limit = {"nothing": 0, "half a shard": size // 2, "a shard and no record": size}[what]
-    assert answer_of(in_process("written_on_a_full_disk", str(folder), limit)) == "File too large"
+    assert answer_of(forked.start(written_on_a_full_disk, str(folder), limit)) == "File too large"
     whole = {f"heart/{shard}": expected[shard]} if "and" in what else {}
     assert contents(tmp_path) == before | whole
     assert_resumes(folder, "scalar", {SMALL_SHARD}, expected)
@@ -502,7 +491,7 @@ def traced(folder: str) -> None:
 
 def test_each_shard_is_written_once_and_none_is_ever_read(tmp_path: Path) -> None:
     folder = tmp_path / "heart"
-    events = answer_of(in_process("traced", str(folder)))
+    events = answer_of(forked.start(traced, str(folder)))
     record = record_of(make_voxels("scalar"))
     shards = shards_of(record)
     files = {str(shard_file(folder, record, shard)) for shard in shards}

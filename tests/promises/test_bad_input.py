@@ -6,13 +6,12 @@ import gzip
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import corpus
+import forked
 import nibabel as nib
 import numpy as np
 import pytest
@@ -197,13 +196,7 @@ def test_a_bad_cohort_is_refused_before_anything_is_written(
 
 def under_limits(*arguments: Any) -> tuple[int, str, int]:
     """Run a command with little memory: its exit code, stderr and peak memory in bytes."""
-    done = subprocess.run(
-        [sys.executable, "-c", UNDER_LIMITS.format(limit=ADDRESS_SPACE), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(zpatch.__file__).parent.parent,
-    )
+    done = forked.run(UNDER_LIMITS.format(limit=ADDRESS_SPACE), *arguments)
     return done.returncode, done.stderr, int(done.stdout.split()[-1]) * 1024
 
 

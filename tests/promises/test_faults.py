@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forked
 import nibabel as nib
 import numpy as np
 import psutil
@@ -142,79 +143,45 @@ class Ran:
 
 
 class Harm:
-    """A program that has imported everything, and forks a child for each command."""
+    """Runs commands, in children that are harmed; by a server of its own where it has a ``prefix``."""
 
-    def __init__(self, folder: Path, prefix: Sequence[str] = ()) -> None:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        program = [*prefix, sys.executable, "-c", "import test_faults; test_faults.serve()"]
-        self.process = subprocess.Popen(
-            program, env=environment, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+    def __init__(self, folder: Path, server: forked.ForkServer | None = None) -> None:
+        self.folder = folder
+        self.server = server or forked.server()
 
-    def __call__(self, *arguments: Any, **harm: Any) -> Ran:
+    def __call__(self, *arguments: Any, kill_after_s: float | None = None, **harm: int) -> Ran:
         """Run a command. ``kill_at`` kills it at the step of that number, ``kill_after_s`` after that time;
         ``no_space_at`` lets the file of that number and all later ones fail; ``file_limit`` limits the length
         of files in bytes."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        order = {"arguments": [str(argument) for argument in arguments], **harm}
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
-        return Ran(**json.loads(self.process.stdout.readline()))
+        (self.folder / "steps").write_text("0")
+        with self.server.start(
+            run_harmed, [str(argument) for argument in arguments], harm, folder=self.folder
+        ) as process:
+            if kill_after_s is not None:
+                time.sleep(kill_after_s)
+                process.kill()
+            _, err = process.communicate()
+            return Ran(process.wait(), err, int((self.folder / "steps").read_text()))
 
     def convert(self, source: Path, store: Path, *options: Any, **harm: Any) -> Ran:
         return self("convert", source, store, *OPTIONS, *options, **harm)
 
 
 @pytest.fixture
-def harm(tmp_path: Path) -> Iterator[Harm]:
+def harm(tmp_path: Path) -> Harm:
     (tmp_path / "harm").mkdir()
-    harm = Harm(tmp_path / "harm")
-    yield harm
-    with harm.process as process:
-        process.communicate(timeout=30)
+    return Harm(tmp_path / "harm")
 
 
-def serve() -> None:
-    """The loop of the program of Harm."""
-    import zarr.codecs  # noqa: F401 - before the forks, so that children start at once
-
-    import zpatch.cli.convert
-    import zpatch.conversion.conversion  # noqa: F401 - as above
-
-    assert threading.active_count() == 1
-    for line in sys.stdin:
-        order = json.loads(line)
-        if order["arguments"][0] == "sh":
-            done = subprocess.run(order["arguments"][1:], capture_output=True, text=True)
-            answer = {"code": done.returncode, "err": done.stdout + done.stderr, "steps": 0}
-        else:
-            answer = _in_child(**order)
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+def run_harmed(arguments: list[str], harm: dict[str, int]) -> None:
+    """The command line of a child."""
+    count = harmed(Path(arguments[2]), **harm)
+    code = zpatch.cli.run(arguments)
+    Path("steps").write_text(str(next(count) - 1))
+    sys.exit(code)
 
 
-def _in_child(arguments: list[str], kill_after_s: float | None = None, **harm: Any) -> dict[str, Any]:
-    Path("steps").write_text("0")
-    if (child := os.fork()) == 0:
-        code = 70
-        try:
-            os.dup2(os.open("err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-            os.dup2(os.open(os.devnull, os.O_RDWR), 1)
-            count = _harmed(Path(arguments[2]), **harm)
-            code = zpatch.cli.run(arguments)
-            Path("steps").write_text(str(next(count) - 1))
-        finally:
-            os._exit(code)
-    if kill_after_s is not None:
-        time.sleep(kill_after_s)
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    err, steps = Path("err").read_text(), int(Path("steps").read_text())
-    return {"code": os.waitstatus_to_exitcode(status), "err": err, "steps": steps}
-
-
-def _harmed(store: Path, kill_at: int = 0, no_space_at: int = 0, file_limit: int = 0) -> Iterator[int]:
+def harmed(store: Path, kill_at: int = 0, no_space_at: int = 0, file_limit: int = 0) -> Iterator[int]:
     count = itertools.count(1)
 
     def counted(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -269,7 +236,7 @@ def test_a_conversion_killed_at_any_step_is_finished_by_the_same_command(
     expected = undisturbed(source, store)
     steps = harm.convert(source, store).steps
     assert steps > 100
-    for step, ran in killed_everywhere(harm, source, store, some(range(1 + part, steps + 1, 4), full, 4)):
+    for step, ran in killed_everywhere(harm, source, store, some(range(1 + part, steps + 1, 4), full, 2)):
         assert ran.code == -signal.SIGKILL, step
         assert_sound(store)
         again = harm.convert(source, store)
@@ -309,7 +276,7 @@ def test_starting_over_killed_at_any_step_is_finished_by_the_same_command(
     steps = harm.convert(source, store, "--overwrite").steps
     first = [*range(1, 75, 2), *range(75, steps + 1, 20)]  # most differences are in clearing
     for step, ran in killed_everywhere(
-        harm, source, store, some(first, full, 10), "--overwrite", before=older
+        harm, source, store, some(first, full, 6), "--overwrite", before=older
     ):
         assert ran.code == -signal.SIGKILL, step
         again = harm.convert(source, store, "--overwrite")
@@ -336,7 +303,7 @@ def test_a_replacement_killed_at_any_step_leaves_the_old_or_the_new_image(
     assert_whole(store, expected)
     seen = set()
     for step, ran in killed_everywhere(
-        harm, source, store, some(range(1, steps + 1), full, 12), *only, *options, before=older
+        harm, source, store, some(range(1, steps + 1), full, 6), *only, *options, before=older
     ):
         assert ran.code == -signal.SIGKILL, step
         with StoreWriter.resume(store, {}):
@@ -425,26 +392,12 @@ def many_subjects(source: Path, folder: Path, count: int = 16) -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def command(*arguments: Any) -> Iterator[subprocess.Popen[str]]:
+def command(*arguments: Any) -> forked.Forked:
     """The command line in a new process group, as a terminal starts it."""
-    program = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "import zpatch.cli; zpatch.cli.main()"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen(
-        [sys.executable, "-c", program, *map(str, arguments)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    ) as process:  # fmt: skip
-        try:
-            yield process
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+    return forked.start("import zpatch.cli; zpatch.cli.main()", *arguments)
 
 
-def begun(process: subprocess.Popen[str], store: Path, subjects: int = 3) -> Callable[[], bool]:
+def begun(process: forked.Forked, store: Path, subjects: int = 3) -> Callable[[], bool]:
     def is_begun() -> bool:
         manifest = store / MANIFEST
         assert process.poll() is None, process.communicate()
@@ -453,7 +406,7 @@ def begun(process: subprocess.Popen[str], store: Path, subjects: int = 3) -> Cal
     return is_begun
 
 
-def all_stopped(process: subprocess.Popen[str]) -> Callable[[], bool]:
+def all_stopped(process: forked.Forked) -> Callable[[], bool]:
     """Whether all threads of a process and its workers are stopped; each stops only after its system call."""
 
     def are_stopped() -> bool:
@@ -574,7 +527,7 @@ def test_files_that_may_not_grow_are_an_error_of_one_line_and_a_rerun_finishes(
     """The manifest is cut in the middle of a line, and the short write raises no error by itself."""
     expected = undisturbed(source, store)
     size = (store.with_name("undisturbed.zarr") / MANIFEST).stat().st_size
-    for limit in some(range(200, size, 97), full, 8):
+    for limit in some(range(200, size, 97), full, 4):
         shutil.rmtree(store, ignore_errors=True)
         ran = harm.convert(source, store, file_limit=limit)
         assert_clear(ran, store, "File too large")
@@ -594,24 +547,30 @@ def test_a_small_disk_that_runs_full_is_an_error_of_one_line_and_on_a_larger_one
     apart = ["unshare", "--user", "--map-root-user", "--mount"]
     if not shutil.which("unshare") or subprocess.run([*apart, "true"], capture_output=True).returncode:
         pytest.skip("no file systems of one's own here")
-    harm = Harm(tmp_path, apart)
+    server = forked.ForkServer(apart)
+    harm = Harm(tmp_path, server)
+
+    def shell(*command: Any) -> int:
+        return server.run(
+            "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))", *command
+        ).returncode
+
     try:
-        if harm("sh", "mount", "-t", "tmpfs", "-o", "size=4k", "none", disk).code:
+        if shell("mount", "-t", "tmpfs", "-o", "size=4k", "none", disk):
             pytest.skip("no file systems of one's own here")
-        for size_kib in some(range(4, need_kib - 8, 8), full, 8):
-            harm("sh", "sh", "-c", f"rm -rf {disk}/* && mount -o remount,size={size_kib}k {disk}")
+        for size_kib in some(range(4, need_kib - 8, 8), full, 4):
+            shell("sh", "-c", f"rm -rf {disk}/* && mount -o remount,size={size_kib}k {disk}")
             ran = harm.convert(source, disk / store.name)
             assert_clear(ran, disk / store.name, "No space left on device", "cannot be made")
-            harm("sh", "mount", "-o", "remount,size=100m", disk)
+            shell("mount", "-o", "remount,size=100m", disk)
             assert harm("verify", disk / store.name, "-q").code in ((0, 1) if size_kib < 40 else (0,))
             again = harm.convert(source, disk / store.name)
             assert (again.code, again.err) == (0, "")
-            assert harm("sh", "cp", "-r", disk / store.name, store).code == 0
+            assert shell("cp", "-r", disk / store.name, store) == 0
             assert_whole(store, expected)
             shutil.rmtree(store)
     finally:
-        with harm.process as process:
-            process.communicate(timeout=30)
+        server.close()
 
 
 # Changes between runs

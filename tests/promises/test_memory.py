@@ -1,22 +1,19 @@
 """Memory: each stage holds the memory that its plan states, a small part of a volume of any size.
 
-Each measurement runs in a fresh process, after the same work on a small volume, so that libraries are
-loaded. The peak is VmHWM and not ru_maxrss: the latter outlives exec, so a child of a large pytest process
-starts with its parent's peak, and the growth would be understated.
+Each measurement runs in a process of its own, after the same work on a small volume, so that libraries are
+loaded. The peak is VmHWM, which is reset before, and not ru_maxrss, which a child has from its parent.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import nibabel as nib
 import numpy as np
 import pytest
@@ -24,8 +21,8 @@ import pytest
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
 
 MIB = 2**20
-SHAPE = (512, 512, 2048)  # int16: 1 GiB
-VOLUME_BYTES = 2**30
+SHAPE = (512, 512, 1280)  # int16: 640 MiB
+VOLUME_BYTES = 640 * MIB
 PLANES_TOGETHER = 64
 
 MEASURE = """
@@ -87,10 +84,8 @@ print(json.dumps({"growth": status("VmHWM") - before}))
 
 
 def measured(program: str, *arguments: Path) -> dict[str, int]:
-    """The output of a program in a fresh process."""
-    command = [sys.executable, "-c", MEASURE + program, *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "MALLOC_ARENA_MAX": "2"}
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=100)
+    """The output of a program in a process of its own."""
+    ran = forked.run(MEASURE + program, *arguments, malloc={forked.M_ARENA_MAX: 2})
     assert ran.returncode == 0, ran.stderr
     figures: dict[str, int] = json.loads(ran.stdout)
     return figures
@@ -140,7 +135,7 @@ def case(folder: Path, shape: tuple[int, int, int], suffix: str = ".nii") -> Pat
 def converted(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Path, dict[str, int]]]:
-    """The store of a volume of 1 GiB, and the figures of its conversion."""
+    """The store of a large volume, and the figures of its conversion."""
     folder = tmp_path_factory.mktemp("large")
     small = case(folder / "small", (64, 64, 64), request.param)
     source = case(folder / "source", SHAPE, request.param)

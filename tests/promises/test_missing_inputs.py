@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import ctypes
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import nibabel as nib
 import numpy as np
 import pytest
@@ -30,6 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = (32, 36, 240)
 OPTIONS: dict[str, Any] = {"image": "t1", "patch_size": 20, "patch_overlap": 8, "batch_size": 2}
 MOMENTS = 10
+CLONE_NEWNS = 0x20000  # of sched.h
 
 
 class Net(torch.nn.Module):
@@ -132,9 +133,9 @@ def batches(image: zp.ScalarImage, out: Path) -> int:
 
 
 def some_moments(count: int, full: bool) -> list[int]:
-    """Numbers of batches: at ten moments of a run, or at three of them."""
+    """Numbers of batches: at ten moments of a run, or at two of them."""
     moments = np.unique(np.linspace(0, count - 1, MOMENTS).astype(int)).tolist()
-    return moments if full else moments[1 : MOMENTS : MOMENTS // 3]
+    return moments if full else moments[1 : MOMENTS : MOMENTS // 2]
 
 
 # Reading
@@ -242,6 +243,10 @@ def test_another_array_in_the_place_of_the_input_is_an_error_and_never_in_the_pr
     source: Path, out: Path, full: bool, kind: Kind, other: str
 ) -> None:
     """Also if the right one is back when the same command runs again."""
+    if not full and KINDS.index(kind) % 2 != (other == "other voxels"):
+        pytest.skip(
+            "each kind with each other array needs --full"
+        )  # each is read in one way, whatever it holds
     image = kind(source, voxels())
     expected, away = undisturbed(image, out), source.with_name("away")
     for moment in some_moments(batches(image, out), full):
@@ -269,7 +274,7 @@ def test_an_input_that_is_renamed_under_jobs_is_an_error_or_the_same_prediction(
     image = kind(source, voxels())
     expected, away, marks = undisturbed(image, out), source.with_name("away"), source.with_name("marks")
 
-    for moment in range(1, 14, 3 if full else 6):
+    for moment in range(1, 14, 3 if full else 9):
         shutil.rmtree(out, ignore_errors=True)
         marks.unlink(missing_ok=True)
 
@@ -335,36 +340,37 @@ def can_unshare() -> bool:
     return False
 
 
+def run_scheduler(file: str) -> None:
+    from distributed.cli.dask_scheduler import main
+
+    main(["--port", "0", "--no-dashboard", "--scheduler-file", file])
+
+
+def run_worker(file: str, commands: list[str]) -> None:
+    """A worker, after commands in a mount namespace of its own."""
+    from distributed.cli.dask_worker import main
+
+    if commands:
+        assert ctypes.CDLL(None).unshare(CLONE_NEWNS) == 0
+        subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+        subprocess.run(["sh", "-c", " && ".join(commands)], check=True)
+    main(["--scheduler-file", file, "--no-dashboard", "--nthreads", "1", "--no-nanny",
+          "--local-directory", "scratch"])  # fmt: skip
+
+
 @contextlib.contextmanager
-def cluster(folder: Path, *prefixes: list[str]) -> Iterator[str]:
-    """A dask scheduler and a worker for each prefix of its command; the scheduler's file."""
+def cluster(folder: Path, *commands: str) -> Iterator[str]:
+    """A dask scheduler and a worker that runs commands first, which no other process sees; its file."""
     file = folder / "scheduler.json"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    dask = [sys.executable, "-m", "distributed.cli"]
-    scheduler = [f"{dask[2]}.dask_scheduler", "--port", "0", "--no-dashboard", "--scheduler-file", str(file)]
-    worker = [f"{dask[2]}.dask_worker", "--scheduler-file", str(file), "--no-dashboard", "--nthreads", "1"]
-    worker += ["--local-directory", str(folder / "scratch"), "--no-nanny"]
-    with contextlib.ExitStack() as stack, (folder / "log").open("w") as log:
-
-        def start(command: list[str]) -> None:
-            process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
-            stack.callback(process.wait)
-            stack.callback(process.terminate)
-
-        start([*dask[:2], *scheduler])
+    file.unlink(missing_ok=True)
+    with forked.start(run_scheduler, str(file), folder=folder):
         eventually(lambda: file.exists() and file.stat().st_size, "the scheduler's file")
-        for prefix in prefixes:
-            start([*prefix, *dask[:2], *worker])
-        from distributed import Client
+        with forked.start(run_worker, str(file), commands, folder=folder):
+            from distributed import Client
 
-        with Client(scheduler_file=str(file), set_as_default=False) as client:
-            client.wait_for_workers(len(prefixes), timeout=60)
-        yield str(file)
-
-
-def in_namespace(*commands: str) -> list[str]:
-    """The start of a command that runs in a mount namespace of its own, after other commands."""
-    return ["unshare", "-m", "sh", "-c", " && ".join([*commands, 'exec "$@"']), "sh"]
+            with Client(scheduler_file=str(file), set_as_default=False) as client:
+                client.wait_for_workers(1, timeout=60)
+            yield str(file)
 
 
 @pytest.mark.slow
@@ -394,13 +400,13 @@ def test_a_worker_of_a_cluster_that_does_not_see_the_input_is_an_error_that_name
         ],
         "an older copy": [f"mount --bind {older} {source}"],
     }[sees]
-    with cluster(tmp_path, in_namespace(*hidden)) as scheduler:
+    with cluster(tmp_path, *hidden) as scheduler:
         with pytest.raises(
             DamageError, match=r"for process \d+ on .*all workers must see the same"
         ) as caught:
             predict(image, out, scheduler=scheduler)
         assert str(source) in str(caught.value)
     assert zp.Cohort(out).names == []
-    with cluster(tmp_path, []) as scheduler:
+    with cluster(tmp_path) as scheduler:
         predict(image, out, scheduler=scheduler)
     assert_whole(out, expected)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -19,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forked
 import nibabel as nib
 import numpy as np
 import psutil
 import pytest
 import torch
 from processes import DEADLINE_S, children, eventually, is_running
-from test_faults import _harmed, assert_whole, contents, some
+from test_faults import assert_whole, contents, harmed, some
 
 import zpatch as zp
 import zpatch.cli
@@ -182,32 +181,24 @@ class Ran:
 
 
 class Commands:
-    """A program that has imported everything; it forks a child per command, in its own process group."""
+    """Runs commands, one at a time, each in a child in its own process group."""
 
     def __init__(self, folder: Path) -> None:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        program = [sys.executable, "-c", "import test_prediction_faults as faults; faults.serve()"]
-        pipe = subprocess.PIPE
         self.folder = folder
-        self.process = subprocess.Popen(
-            program, env=environment, cwd=folder, stdin=pipe, stdout=pipe, text=True
-        )
+        self.process: forked.Forked | None = None
 
     def start(self, *arguments: Any, no_space_at: int = 0) -> int:
         """Start a command, and give the number of its process."""
-        assert self.process.stdin is not None
-        order = {"arguments": [str(argument) for argument in arguments], "no_space_at": no_space_at}
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
-        return int(self._answer())
+        (self.folder / "steps").write_text("0")
+        command = [str(argument) for argument in arguments]
+        self.process = forked.start(run_command, command, no_space_at, folder=self.folder)
+        return self.process.pid
 
     def wait(self) -> Ran:
         """Until the command has ended."""
-        return Ran(**self._answer())
-
-    def _answer(self) -> Any:
-        assert self.process.stdout is not None
-        return json.loads(self.process.stdout.readline())
+        assert self.process is not None
+        out, err = self.process.communicate(600)
+        return Ran(self.process.wait(), out, err, int((self.folder / "steps").read_text()))
 
     def predict(self, store: Path, out: Path, *options: Any, no_space_at: int = 0) -> Ran:
         """Run a prediction to its end."""
@@ -240,43 +231,18 @@ def commands(tmp_path: Path) -> Iterator[Commands]:
     (tmp_path / "commands").mkdir()
     commands = Commands(tmp_path / "commands")
     yield commands
-    with commands.process as process:
-        process.communicate(timeout=30)
+    if commands.process is not None:
+        with commands.process:
+            pass
 
 
-def serve() -> None:
-    """The other side of Commands."""
-    import zpatch.cli.predict
-    import zpatch.prediction.inference  # noqa: F401 - before the forks, so that children start at once
-
+def run_command(arguments: list[str], no_space_at: int) -> None:
+    """The command line of a child."""
     torch.set_num_threads(1)
-    assert threading.active_count() == 1
-    for line in sys.stdin:
-        order = json.loads(line)
-        Path("steps").write_text("0")
-        child = os.fork()
-        if child == 0:
-            _run(**order)
-        print(child, flush=True)  # noqa: T201 - it is the answer
-        _, status = os.waitpid(child, 0)
-        answer = {"code": os.waitstatus_to_exitcode(status), "steps": int(Path("steps").read_text())}
-        said = {"out": Path("out").read_text(), "err": Path("err").read_text()}
-        print(json.dumps(answer | said), flush=True)  # noqa: T201 - as above
-
-
-def _run(arguments: list[str], no_space_at: int) -> None:
-    code = 70
-    try:
-        os.setsid()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        for name, number in (("out", 1), ("err", 2)):
-            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        count = _harmed(Path(arguments[2]), no_space_at=no_space_at) if no_space_at else itertools.count(1)
-        code = zpatch.cli.run(arguments)
-        Path("steps").write_text(str(next(count) - 1))
-    finally:
-        sys.stdout.flush()
-        os._exit(code)
+    count = harmed(Path(arguments[2]), no_space_at=no_space_at) if no_space_at else itertools.count(1)
+    code = zpatch.cli.run(arguments)
+    Path("steps").write_text(str(next(count) - 1))
+    sys.exit(code)
 
 
 def processes_below(pid: int) -> list[int]:

@@ -1,20 +1,18 @@
 """A prediction holds what its plan states, not much less, and no more for a longer volume.
 
-Each figure comes from a fresh process that has predicted a small volume before, so that libraries are loaded.
+Each figure comes from a process of its own, which has predicted a small volume before: libraries are loaded.
 What counts is anonymous and shared memory: pages of mapped files are the kernel's to take back.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 
@@ -131,17 +129,14 @@ def out(tmp_path: Path) -> Iterator[Path]:
 def measured(
     folder: Path, store: str, out: Path, *, returns_freed: bool = True, **wish: Any
 ) -> dict[str, int]:
-    """What is stated and held in a fresh process, in which freed blocks go back to the system at once.
+    """What is stated and held in a process, in which freed blocks go back to the system at once.
 
     By itself the GNU C library keeps blocks up to the size of the largest one freed so far, which says more
     about its habits than about what a prediction needs.
     """
     arguments = [folder / "small.zarr", folder / store, out, json.dumps({"channels": 3, **wish})]
-    command = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    if returns_freed:
-        environment["MALLOC_MMAP_THRESHOLD_"] = str(2**17)
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=110)
+    malloc = {forked.M_MMAP_THRESHOLD: 2**17} if returns_freed else {}
+    ran = forked.run(PROGRAM, *arguments, malloc=malloc)
     assert ran.returncode == 0, ran.stderr
     figures: dict[str, int] = json.loads(ran.stdout)
     print({key: f"{n / MIB:.1f} MiB" if n > 1e5 else n for key, n in figures.items()})  # noqa: T201 - see -rP
@@ -162,8 +157,10 @@ def measured(
     ids=lambda wish: " ".join(map(str, wish.values())),
 )
 def test_the_peak_memory_of_a_prediction_is_at_most_that_of_its_plan_and_at_least_six_tenths_of_it(
-    folder: Path, out: Path, wish: dict[str, Any]
+    folder: Path, out: Path, wish: dict[str, Any], full: bool
 ) -> None:
+    if not full and wish == {"patch_size": 96, "patch_overlap": 32, "reduce": "argmax"}:
+        pytest.skip("it differs from the next one by its sizes, which needs --full")
     figures = measured(folder, "cube.zarr", out, **wish)
     assert figures["measured"] <= figures["stated"] + TOLERATED
     assert figures["measured"] >= 0.6 * figures["stated"]

@@ -22,8 +22,8 @@ from zpatch.chunks.mapped_shards import close_shards
 from zpatch.errors import NotAStoreError, OptionError, PatchSizeError
 from zpatch.images.cohort import open_subjects
 
-SHAPE = (2000, 3000)  # y, x
-PATCH, OVERLAP = (512, 512, 1), (64, 64, 0)
+SHAPE = (1000, 1504)  # y, x
+PATCH, OVERLAP = (256, 256, 1), (32, 32, 0)
 PIXEL_UM = {"y": 0.25, "x": 0.5}
 ORIGIN_UM = {"y": 10.0, "x": 20.0}
 AXES = ("yxc", "cyx", "yx")
@@ -74,7 +74,7 @@ def in_order(image: NDArray[Any], axes: str) -> NDArray[Any]:
 
 
 def write_array(group: Any, name: str, values: NDArray[Any], axes: str) -> None:
-    chunks = tuple(min(n, 256) if a in "yx" else n for a, n in zip(axes, values.shape, strict=True))
+    chunks = tuple(min(n, 128) if a in "yx" else n for a, n in zip(axes, values.shape, strict=True))
     named: Any = {"dimension_names": list(axes)}
     if group.metadata.zarr_format == 2:
         named = {"chunk_key_encoding": {"name": "v2", "separator": "/"}}
@@ -165,7 +165,7 @@ def command(*arguments: Any) -> int:
 
 
 def predict(slide: Path, out: Path, *options: Any, model: str = "stain") -> int:
-    size = ("--patch-size", "512,512,1", "--overlap", "64,64,0")
+    size = ("--patch-size", "256,256,1", "--overlap", "32,32,0")
     return command("predict", slide, out, "--model", f"nets_of_slides:{model}", *size, *options)
 
 
@@ -271,7 +271,7 @@ def test_an_array_without_names_of_axes_is_an_error_of_one_line_that_says_how_to
     write_array(group, "plain.zarr", pixels(), "yxc")
     assert predict(tmp_path / "plain.zarr", out, model="colours") == 2
     line = capsys.readouterr().err
-    assert "the axes of a Zarr array of shape (2000, 3000, 3) are 'not named'" in line
+    assert "the axes of a Zarr array of shape (1000, 1504, 3) are 'not named'" in line
     assert "as in --axes zyx" in line
     assert predict(tmp_path / "plain.zarr", out, "--axes", "yxc", "-q", model="colours") == 0
     voxels, *_ = as_ome_zarr(out / "plain" / "prediction")
@@ -334,12 +334,12 @@ def test_info_verify_and_export_work_on_the_output(
     assert predict(slide / "1", out, "--reduce", "argmax", "-q", model="tissue") == 0
     capsys.readouterr()
     assert command("info", out) == 0
-    assert "1500x1000x1" in capsys.readouterr().out
+    assert "752x500x1" in capsys.readouterr().out
     assert command("verify", out, "-q") == 0
     assert command("export", out, tmp_path / "nifti", "-q") == 0
     exported = nib.Nifti1Image.from_filename(tmp_path / "nifti" / "yxc-v3-1" / "prediction.nii.gz")
     found = zp.Cohort(out)[0].prediction
-    np.testing.assert_array_equal(np.asarray(exported.dataobj).reshape(1500, 1000, 1), found.data[0])
+    np.testing.assert_array_equal(np.asarray(exported.dataobj).reshape(752, 500, 1), found.data[0])
 
 
 def test_a_prediction_of_a_slide_can_be_predicted_from_again(slide: Path, out: Path) -> None:
@@ -352,9 +352,16 @@ def test_a_prediction_of_a_slide_can_be_predicted_from_again(slide: Path, out: P
 
 
 def test_a_plan_states_the_cost_of_a_slide_and_writes_nothing(
-    slide: Path, out: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert predict(slide, out, "--dry-run", "--json", model="tissue") == 0
+    """A slide that is large beside what any plan holds; its pixels are not looked at."""
+    slide = tmp_path / "large.zarr"
+    zarr.create_array(
+        slide, shape=(2000, 3000, 3), chunks=(256, 256, 3), dtype=np.uint8, dimension_names=list("yxc")
+    )
+    size = ("--patch-size", "512,512,1", "--overlap", "64,64,0")
+    model = ("--model", "nets_of_slides:tissue")
+    assert command("predict", slide, out, *model, *size, "--dry-run", "--json") == 0
     said = capsys.readouterr()
     [plan] = json.loads(said.out)
     assert plan["shape"] == [3000, 2000, 1]

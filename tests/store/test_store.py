@@ -8,13 +8,12 @@ import gzip
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import dask.array as da
+import forked
 import nibabel as nib
 import numpy as np
 import pytest
@@ -339,7 +338,7 @@ def test_a_store_replaced_by_another_process_is_read_again(tmp_path: Path) -> No
     assert (zp.Cohort(store)[0].t1.data == 1).all()
     program = "import sys, zpatch; zpatch.convert(*sys.argv[1:], overwrite=True)"
     source_of(tmp_path / "source", 2)
-    subprocess.run([sys.executable, "-c", program, tmp_path / "source", store], check=True)
+    assert forked.run(program, tmp_path / "source", store).returncode == 0
     assert (zp.Cohort(store)[0].t1.data == 2).all()
 
 
@@ -377,10 +376,8 @@ with StoreWriter.create(Path(sys.argv[1]), {}):
 
 def test_the_error_of_a_second_writer_names_the_first(tmp_path: Path) -> None:
     store = tmp_path / "store"
-    command = [sys.executable, "-c", WRITER, store]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "writing\n"
+    with forked.start(WRITER, store) as other:
+        assert other.read_line() == "writing\n"
         host = os.uname().nodename
         with pytest.raises(StoreLockedError, match=rf"store: process {other.pid} on {host} is writing to it"):
             zp.convert(source_of(tmp_path / "source"), store, overwrite=True)
