@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zpatch.chunks.layout import Layout, chunk_counts
+from zpatch.chunks.pyramid import plan_levels
 from zpatch.conversion.conversion_options import ConvertOptions
 from zpatch.conversion.conversion_plan import Failure, PlannedCase, PlannedImage, unexpected
 from zpatch.conversion.fingerprints import fingerprint
-from zpatch.conversion.pyramid import PyramidBuilder, plan_levels
+from zpatch.conversion.pyramid import PyramidBuilder
 from zpatch.errors import NiftiError, SamplingError, SourceError, StoreError, one_line
 from zpatch.geometry.boxes import padded_to_4d
 from zpatch.geometry.orientation import Orientation

@@ -56,6 +56,7 @@ def predict(
     overwrite: bool = False,
     verify: bool = False,
     keep_going: bool = True,
+    pyramid: bool | None = None,
     progress: Progress = lambda patches: None,
 ) -> Cohort:
     """Run a network over every subject and write its blended output into a store.
@@ -97,6 +98,12 @@ def predict(
     output that are missing or have another length are made again, and so are those with other bytes if
     ``verify`` is set: the network is run for the damaged shards only. ``progress`` is called with numbers of
     patches done. Returns the predictions as a cohort.
+
+    ``pyramid`` also writes coarser levels of each output, for viewers: each halves every axis longer than one
+    voxel, until none is over 64; a coarse voxel is the mean of the fine ones, or in a label map their most
+    frequent label. It is the default (None) for slides: images of one plane that are read in place from Zarr.
+    Levels are made from finished shards on disk when a subject is complete. They can be added to a finished
+    prediction by ``pyramid=True``, without running the network; levels that exist are kept.
 
     A subject whose files are missing or damaged, or on which the network fails, fails alone: the others are
     predicted and committed, then its error is raised; if several failed, an error of the first one's class

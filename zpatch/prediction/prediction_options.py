@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 
 from zpatch.blending.reduction import Reduction, Reductions, check_known, check_reduction
 from zpatch.blending.windows import check_overlap_mode
-from zpatch.digests import Json
-from zpatch.errors import OptionError
+from zpatch.digests import Json, compact_json
+from zpatch.errors import OptionError, StoreExistsError
 from zpatch.geometry.boxes import PatchLocation, Triple, patch_overlap_triple, patch_size_triple
 from zpatch.geometry.padding import check_padding_mode
 from zpatch.images.normalization import MODES
@@ -22,6 +24,9 @@ from zpatch.runtime.byte_sizes import parse_bytes
 from zpatch.runtime.task_contract import CLUSTER_TIMEOUT_S, check_cluster_timeout
 
 MaskFunction = Callable[[Subject, PatchLocation], bool]
+
+SHOWN_CHANGES = 5
+SHOWN_CHARACTERS = 40
 
 OF_THE_NETWORK = ("device", "amp", "tta", "model_axes")  # stored by the network: "auto" is a device by then
 OF_THE_RUN = (
@@ -34,6 +39,7 @@ OF_THE_RUN = (
     "overwrite",
     "verify",
     "keep_going",
+    "pyramid",
 )  # the voxels are the same
 
 
@@ -51,7 +57,7 @@ class PredictOptions:
     text; ``jobs`` counts local processes, ``scheduler`` is the address of a Dask cluster, which may be
     without workers for ``cluster_timeout`` seconds. ``resume`` allows an existing output to be resumed,
     ``overwrite`` replaces it; ``verify`` compares every byte that is stored. With ``keep_going`` a subject
-    that fails does not stop the others.
+    that fails does not stop the others. ``pyramid`` adds coarser levels; if it is None, to slides only.
 
     >>> PredictOptions.of(image="t1", patch_size=96, patch_overlap=32).patch_overlap
     (32, 32, 32)
@@ -80,6 +86,7 @@ class PredictOptions:
     overwrite: bool = False
     verify: bool = False
     keep_going: bool = True
+    pyramid: bool | None = None
 
     @classmethod
     def of(
@@ -162,3 +169,31 @@ def _stored(name: str, value: Any) -> Any:
     if name == "fill":
         return repr(float(value))  # JSON has no NaN
     return list(value) if isinstance(value, tuple) else value
+
+
+def check_same(before: Json, now: Json, place: Path) -> None:
+    """Raise StoreExistsError with all differences if two headers differ."""
+    changes = _changes(before, json.loads(compact_json(now)))
+    if changes:
+        more = f" (and {len(changes) - SHOWN_CHANGES} more)" if len(changes) > SHOWN_CHANGES else ""
+        raise StoreExistsError(
+            f"{place}: the prediction started there differs in {', '.join(changes[:SHOWN_CHANGES])}{more}; "
+            f"say overwrite=True to start over, or choose another output"
+        )
+
+
+def _changes(before: Json, now: Json) -> list[str]:
+    changed = (key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key))
+    return [f"{key}: {' then, '.join(_shown(before.get(key), now.get(key)))} now" for key in changed]
+
+
+def _shown(before: Any, now: Any) -> tuple[str, str]:
+    """Both values as text; long ones are cut to the part around the first difference."""
+    texts = [compact_json({"": value})[4:-1] for value in (before, now)]
+    alike = next((n for n, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
+    start = max(0, alike - SHOWN_CHARACTERS // 4) if max(map(len, texts)) > SHOWN_CHARACTERS else 0
+    stop = start + SHOWN_CHARACTERS
+    then, later = (
+        f"{'...' if start else ''}{text[start:stop]}{'...' if len(text) > stop else ''}" for text in texts
+    )
+    return then, later

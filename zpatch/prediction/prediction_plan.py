@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from zpatch.blending.tiling import Tiling, sweep_order
+from zpatch.chunks.layout import chunk_counts
 from zpatch.digests import Json
 from zpatch.geometry.boxes import Bools, Integers, Triple
 from zpatch.geometry.patch_grid import PatchGrid
@@ -24,6 +25,7 @@ from zpatch.store.image_record import ImageRecord
 
 BATCHES_AHEAD = 2  # through the network, while a shard waits until the one before it is written
 OUTPUT_BUFFERS = 2  # of a batch: as the network returns it, and as it is summed
+HALVING_BUFFERS = 8  # of the voxels that are halved at a time: as they are read, padded, sorted, in float64
 FLIPPED_OUTPUTS = 1  # more of them with test-time augmentation: the sums over flips
 
 Ranges = tuple[range, range, range]
@@ -87,6 +89,25 @@ class PlannedHead:
         """Size of a voxel of the output in memory."""
         return self.head.kept_channels * np.dtype(self.head.kept_dtype).itemsize
 
+    @property
+    def bytes_out(self) -> int:
+        """Size of the image and of its coarser levels before they are compressed."""
+        levels = sum(math.prod(level.shape) for level in self.record.levels)
+        return self.record.voxel_bytes + levels * np.dtype(self.record.dtype).itemsize
+
+    @property
+    def shards_out(self) -> int:
+        """Number of shards of the image and of its coarser levels."""
+        levels = (math.prod(chunk_counts(level.shape, level.shards)) for level in self.record.levels)
+        return math.prod(self.tiling.shard_counts) + sum(levels)
+
+    @property
+    def level_bytes(self) -> int:
+        """The most memory that is held while a shard of a coarser level is made."""
+        shards = [math.prod(level.shards) for level in self.record.levels]
+        fine = 8 * math.prod(self.record.chunks)
+        return (max(shards) + HALVING_BUFFERS * fine) * np.dtype(self.record.dtype).itemsize if shards else 0
+
 
 @dataclass(frozen=True, slots=True)
 class Region:
@@ -133,8 +154,13 @@ class PredictionPlan:
 
     @property
     def peak_bytes(self) -> int:
-        """The most memory that all jobs together hold; see ``region_bytes``."""
-        return self.jobs * self.region_bytes
+        """The most memory that all jobs together hold; see ``region_bytes``.
+
+        Coarser levels are made after all regions of a subject, while other jobs run those of the next one.
+        """
+        of_levels = max(head.level_bytes for head in self.heads)
+        regions = self.jobs * self.region_bytes
+        return max(regions, of_levels) if self.jobs == 1 else regions + of_levels
 
     @property
     def network_bytes(self) -> int:
@@ -196,12 +222,17 @@ class PredictionPlan:
     @property
     def bytes_out(self) -> int:
         """Size of the output before it is compressed."""
-        return sum(head.record.voxel_bytes for head in self.heads)
+        return sum(head.bytes_out for head in self.heads)
 
     @property
     def shards_out(self) -> int:
         """Number of shards."""
-        return sum(math.prod(head.tiling.shard_counts) for head in self.heads)
+        return sum(head.shards_out for head in self.heads)
+
+    @property
+    def levels(self) -> int:
+        """Number of coarser levels of the output that has most."""
+        return max(len(head.record.levels) for head in self.heads)
 
     def needed(self, wanted: Sequence[Bools]) -> Bools:
         """Which patches are run to fill some shards of each head, over the positions of the grid."""
@@ -249,6 +280,7 @@ class PredictionPlan:
             "bytes_in": self.bytes_in,
             "bytes_out": self.bytes_out,
             "shards_out": self.shards_out,
+            "levels": self.levels,
             "peak_bytes": self.peak_bytes,
             "patches_redone_at_most": self.redone_patches,
         }
@@ -258,10 +290,11 @@ class PredictionPlan:
         masked = len(self.grid) - self.patches
         notes = f", {masked} more are masked out" if masked else ""
         notes += f", {twice} runs more where regions meet" if twice else ""
+        levels = f" with {self.levels} coarser levels" if self.levels else ""
         return (
             f"{self.subject.name}: {' x '.join(map(str, self.grid.spatial_shape))} voxels in "
             f"{self.patches} patches{notes}; {self.chunks_in} chunks of {format_bytes(self.bytes_in)} in, "
-            f"{self.shards_out} shards of {format_bytes(self.bytes_out)} out; "
+            f"{self.shards_out} shards of {format_bytes(self.bytes_out)} out{levels}; "
             f"at most {format_bytes(self.peak_bytes)} of memory; "
             f"up to {self.redone_patches} patches again after a kill"
         )

@@ -17,9 +17,9 @@ from zpatch.digests import Json, compact_json, digest
 from zpatch.errors import OptionError, StoreExistsError
 from zpatch.images.cohort import Cohort
 from zpatch.networks.network import Network
-from zpatch.prediction.prediction_options import PredictOptions
+from zpatch.prediction.prediction_options import PredictOptions, check_same
 from zpatch.prediction.prediction_plan import PredictionPlan
-from zpatch.prediction.shard_ledger import HEADER, check_same, header_of
+from zpatch.prediction.shard_ledger import HEADER, header_of
 from zpatch.prediction.shared_work import SentNetwork, SharedWork, finished_jobs
 from zpatch.prediction.subject_job import SubjectJob, begin_job, check_finite, check_inputs, commit_job
 from zpatch.runtime.failures import Failures

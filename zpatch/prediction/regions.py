@@ -6,6 +6,7 @@ are filled one after the other, at the price of running the patches between two 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -17,11 +18,13 @@ from zpatch.blending.reduction import kind_of
 from zpatch.blending.sinks import output_record
 from zpatch.blending.tiling import Tiling
 from zpatch.chunks.layout import SHARD_BYTES, Layout, plan_output_layout
+from zpatch.chunks.pyramid import plan_levels
 from zpatch.errors import PatchSizeError
 from zpatch.geometry.affines import resized_affine
 from zpatch.geometry.boxes import Triple
 from zpatch.geometry.patch_grid import PatchGrid
 from zpatch.images.image import Image
+from zpatch.images.voxel_sources import ArraySource
 from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.prediction_plan import Head, PlannedHead, Ranges, Region
 from zpatch.store.image_record import ImageRecord
@@ -107,7 +110,7 @@ def _record(
     subject: str, head: Head, layout: Layout, image: Image, grid: PatchGrid, options: PredictOptions
 ) -> ImageRecord:
     shape = head.shape_for(grid.spatial_shape, grid.patch_size)
-    return output_record(
+    record = output_record(
         subject,
         head.name,
         kind_of(options.reduction_of(head.name)),
@@ -118,6 +121,17 @@ def _record(
         spatial_unit=image.spatial_unit,
         like=image.record,
     )
+    if not (is_slide(image) if options.pyramid is None else options.pyramid):
+        return record
+    return dataclasses.replace(record, levels=plan_levels(record.shape, record.chunks, record.shards))
+
+
+def is_slide(image: Image) -> bool:
+    """Whether an image is one plane, read in place from Zarr, or stored with coarser levels."""
+    if image.record is not None:
+        return 1 in image.spatial_shape and bool(image.record.levels)
+    is_in_zarr = image.opened.path is not None and not isinstance(image.source, ArraySource)
+    return 1 in image.spatial_shape and is_in_zarr
 
 
 def _tiling(head: Head, layout: Layout, grid: PatchGrid, options: PredictOptions, swept_axis: int) -> Tiling:

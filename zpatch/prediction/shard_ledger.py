@@ -8,6 +8,8 @@ waits for another, and no entry is ever half written::
                                                 still work with another header write to another folder
         .ledger/<image>/<c>.<z>.<y>.<x>.json    the entry of a shard: its seal and its statistics
         <image>/0/c/...                         the shards
+        <image>/1/c/..., 2/c/...                those of coarser levels, made when all others are written;
+                                                their entries are called <level>-<c>.<z>.<y>.<x>.json
 
 An entry is made after its shard is in place, and only a shard with an entry counts as written. Both are
 written under another name, synced and renamed, so a shard may be written twice. Statistics are merged from
@@ -26,7 +28,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +39,12 @@ from numpy.typing import NDArray
 
 from zpatch.chunks.gather import read_region
 from zpatch.chunks.mapped_shards import close_shards
+from zpatch.chunks.pyramid import halved_shard
 from zpatch.chunks.shard_writer import write_shard
+from zpatch.chunks.sharded_array import ShardedArray
 from zpatch.digests import FileSeal, Json, compact_json, digest, sealed_line, unsealed
-from zpatch.errors import DamageError, IncompleteCoverageError, StoreExistsError
+from zpatch.errors import DamageError, IncompleteCoverageError
+from zpatch.prediction.prediction_options import check_same
 from zpatch.runtime.whole_file import sync, whole_file
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.image_writer import ImageTally, Shard
@@ -48,8 +54,6 @@ from zpatch.store.verification import damage_of
 
 LEDGER = ".ledger"
 HEADER = ".ledger.json"
-SHOWN_CHANGES = 5
-SHOWN_CHARACTERS = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +66,8 @@ class _Entry:
         seal: The seal of that file.
         skipped: How many of its voxels were filled and not predicted.
         not_finite: How many were predicted as NaN or infinite, before they were reduced.
-        state: The packed state of its tally.
+        state: The packed state of its tally; empty in a coarser level, whose voxels are not counted.
+        level: The number of its level: 0 for the voxels themselves.
     """
 
     shard: Shard
@@ -71,6 +76,7 @@ class _Entry:
     skipped: int
     not_finite: int
     state: str
+    level: int = 0
 
     def to_json(self) -> Json:
         return {
@@ -80,6 +86,7 @@ class _Entry:
             "skipped": self.skipped,
             "not_finite": self.not_finite,
             "state": self.state,
+            **({"level": self.level} if self.level else {}),
         }
 
     @classmethod
@@ -87,7 +94,7 @@ class _Entry:
         c, z, y, x = value["unit"]
         seal = FileSeal(**value["seal"])
         counts = value["skipped"], value.get("not_finite", 0)  # which was not counted at first
-        return cls((c, z, y, x), value["file"], seal, *counts, value["state"])
+        return cls((c, z, y, x), value["file"], seal, *counts, value["state"], value.get("level", 0))
 
 
 class ShardLedger:
@@ -117,19 +124,47 @@ class ShardLedger:
         written.
         """
         array = sharded_array(self.folder, record)
-        file = array.shard_file(shard)
         tally = ImageTally(record, array.name)
+        seal = self._write_shard(array, shard, voxels, record.codec, tally.counting(shard, voxels))
+        state = _packed(tally.state())
+        self._enter(_Entry(shard, self._key(array, shard), seal, skipped, not_finite, state))
+
+    def has(self, shard: Shard, level: int = 0) -> bool:
+        """Whether a shard is written: it has a sound entry, and its file has the length given there."""
+        return self._read(self._entry_file(shard, level)) is not None
+
+    def _write_shard(
+        self,
+        array: ShardedArray,
+        shard: Shard,
+        voxels: NDArray[Any],
+        codec: str,
+        meanwhile: AbstractContextManager[None],
+    ) -> FileSeal:
         names = dataclasses.replace(array.files, prefix=_partial_name(), separator=".")
         partial = dataclasses.replace(array, path=self._entries, files=names)
-        with whole_file(file, partial.shard_file(shard), is_synced=True), tally.counting(shard, voxels):
-            seal = write_shard(partial, shard, voxels, record.codec)
-        name, state = file.relative_to(self.folder).as_posix(), _packed(tally.state())
-        entry = _Entry(shard, name, seal, skipped, not_finite, state)
-        _write_sealed(self._entry_file(shard), entry.to_json())
+        with whole_file(array.shard_file(shard), partial.shard_file(shard), is_synced=True), meanwhile:
+            return write_shard(partial, shard, voxels, codec)
 
-    def has(self, shard: Shard) -> bool:
-        """Whether a shard is written: it has a sound entry, and its file has the length given there."""
-        return self._read(self._entry_file(shard)) is not None
+    def _write_levels(self, record: ImageRecord) -> dict[str, FileSeal]:
+        """Write the shards of coarser levels that are not written yet, each level from the finer one.
+
+        Returns the seals of all of them.
+        """
+        seals = {}
+        for level in range(1, len(record.levels) + 1):
+            fine, coarse = (sharded_array(self.folder, record, number) for number in (level - 1, level))
+            for c, z, y, x in np.ndindex(coarse.shard_grid):
+                shard = (c, z, y, x)
+                entry = self._read(self._entry_file(shard, level))
+                if entry is None:
+                    voxels = halved_shard(fine, coarse, shard, majority=record.kind == "label")
+                    close_shards(fine.path)
+                    seal = self._write_shard(coarse, shard, voxels, record.codec, nullcontext())
+                    entry = _Entry(shard, self._key(coarse, shard), seal, 0, 0, "", level)
+                    self._enter(entry)
+                seals[entry.file] = entry.seal
+        return seals
 
     def adopt(self, image: Path, record: ImageRecord) -> None:
         """Take over all sound shards of the committed image in the folder ``image``, which is not modified.
@@ -138,21 +173,18 @@ class ShardLedger:
         statistics of each are counted again. How many voxels of a shard were skipped or not finite is not
         known, so ``finish`` must be given the record.
         """
-        array = sharded_array(self.folder, record)
-        for c, z, y, x in np.ndindex(array.shard_grid):
-            shard, file = (c, z, y, x), array.shard_file((c, z, y, x))
-            key = file.relative_to(self.folder).as_posix()
-            if self.has(shard) or damage_of(image, key, record.files[key], quick=False):
-                continue
-            file.unlink(missing_ok=True)
-            with whole_file(file, self._entries / _partial_name(), is_synced=True) as partial:
-                _link(image / key, partial)
-            first = [n * s for n, s in zip(shard, array.shards, strict=True)]
-            stop = [min(a + s, n) for a, s, n in zip(first, array.shards, array.shape, strict=True)]
-            tally = ImageTally(record, array.name)
-            tally.update(shard, read_region(array, first, stop))
-            entry = _Entry(shard, key, record.files[key], 0, 0, _packed(tally.state()))
-            _write_sealed(self._entry_file(shard), entry.to_json())
+        for level in range(len(record.levels) + 1):
+            array = sharded_array(self.folder, record, level)
+            for c, z, y, x in np.ndindex(array.shard_grid):
+                shard, file = (c, z, y, x), array.shard_file((c, z, y, x))
+                key = self._key(array, shard)
+                if self.has(shard, level) or damage_of(image, key, record.files[key], quick=False):
+                    continue
+                file.unlink(missing_ok=True)
+                with whole_file(file, self._entries / _partial_name(), is_synced=True) as partial:
+                    _link(image / key, partial)
+                state = "" if level else _packed(_counted(record, array, shard))
+                self._enter(_Entry(shard, key, record.files[key], 0, 0, state, level))
         close_shards(self.folder)
 
     def finish(
@@ -163,12 +195,13 @@ class ShardLedger:
         *,
         mended: ImageRecord | None = None,
     ) -> ImageRecord:
-        """Write all files of the image but its shards, and return its record with statistics and seals.
+        """Write the coarser levels and all other files of the image; return its record, with its seals.
 
         ``stats["skipped"]`` is how many voxels were filled and not predicted, ``stats["not_finite"]`` how
         many were predicted as NaN or infinite, if there are any; they are those of ``mended``, the committed
-        record of an image that is mended, or else the sums over all entries. No shard is read. May be
-        repeated, also after it was killed. Raises IncompleteCoverageError if shards are missing.
+        record of an image that is mended, or else the sums over all entries. Shards are read for coarser
+        levels only, those of a few at a time. May be repeated, also after it was killed. Raises
+        IncompleteCoverageError if shards are missing.
         """
         array = sharded_array(self.folder, record)
         tally = ImageTally(record, array.name)
@@ -189,14 +222,21 @@ class ShardLedger:
                 f"{array.name}: {len(missing)} of {len(missing) + len(seals)} shards are not written, the "
                 f"first one {missing[0]} along c, z, y, x; run the same command again"
             )
-        _clear(self.folder, keep=array.path / array.files.prefix)
-        stage = StagedImage(self.folder, seals)
+        levels = [sharded_array(self.folder, record, number) for number in range(len(record.levels) + 1)]
+        _clear(self.folder, keep=[level.path / level.files.prefix for level in levels])
+        stage = StagedImage(self.folder, seals | self._write_levels(record))
         if mended is not None:  # the entries of adopted shards do not say
             skipped, not_finite = (mended.stats.get(key, 0) for key in ("skipped", "not_finite"))
         return tally.finish(stage, raw_header, warnings=warnings, skipped=skipped, not_finite=not_finite)
 
-    def _entry_file(self, shard: Shard) -> Path:
-        return self._entries / f"{'.'.join(map(str, shard))}.json"
+    def _key(self, array: ShardedArray, shard: Shard) -> str:
+        return array.shard_file(shard).relative_to(self.folder).as_posix()
+
+    def _entry_file(self, shard: Shard, level: int = 0) -> Path:
+        return self._entries / f"{f'{level}-' if level else ''}{'.'.join(map(str, shard))}.json"
+
+    def _enter(self, entry: _Entry) -> None:
+        _write_sealed(self._entry_file(entry.shard, entry.level), entry.to_json())
 
     def _read(self, path: Path) -> _Entry | None:
         """The entry of a shard, if it is sound and the file of its shard exists."""
@@ -206,7 +246,7 @@ class ShardLedger:
         entry = _Entry.from_json(value)
         file = self.folder / entry.file
         is_there = file.is_file() and file.stat().st_size == entry.seal.bytes
-        return entry if is_there and path == self._entry_file(entry.shard) else None
+        return entry if is_there and path == self._entry_file(entry.shard, entry.level) else None
 
 
 def begin(folder: Path, header: Json) -> Path:
@@ -228,34 +268,6 @@ def header_of(folder: Path) -> Json | None:
     """The header of a folder, or None if it has none."""
     found = _read_sealed(folder / HEADER)
     return None if found is None else found["header"]
-
-
-def check_same(before: Json, now: Json, place: Path) -> None:
-    """Raise StoreExistsError with all differences if two headers differ."""
-    changes = _changes(before, json.loads(compact_json(now)))
-    if changes:
-        more = f" (and {len(changes) - SHOWN_CHANGES} more)" if len(changes) > SHOWN_CHANGES else ""
-        raise StoreExistsError(
-            f"{place}: the prediction started there differs in {', '.join(changes[:SHOWN_CHANGES])}{more}; "
-            f"say overwrite=True to start over, or choose another output"
-        )
-
-
-def _changes(before: Json, now: Json) -> list[str]:
-    changed = (key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key))
-    return [f"{key}: {' then, '.join(_shown(before.get(key), now.get(key)))} now" for key in changed]
-
-
-def _shown(before: Any, now: Any) -> tuple[str, str]:
-    """Both values as text; long ones are cut to the part around the first difference."""
-    texts = [compact_json({"": value})[4:-1] for value in (before, now)]
-    alike = next((n for n, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
-    start = max(0, alike - SHOWN_CHARACTERS // 4) if max(map(len, texts)) > SHOWN_CHARACTERS else 0
-    stop = start + SHOWN_CHARACTERS
-    then, later = (
-        f"{'...' if start else ''}{text[start:stop]}{'...' if len(text) > stop else ''}" for text in texts
-    )
-    return then, later
 
 
 def _write_sealed(path: Path, value: Json) -> None:
@@ -285,6 +297,15 @@ def _partial_name() -> str:
     return f"{uuid.uuid4().hex}.partial"
 
 
+def _counted(record: ImageRecord, array: ShardedArray, shard: Shard) -> Mapping[str, NDArray[Any]]:
+    """The state of the tally of a shard that is read from its file."""
+    first = [n * s for n, s in zip(shard, array.shards, strict=True)]
+    stop = [min(a + s, n) for a, s, n in zip(first, array.shards, array.shape, strict=True)]
+    tally = ImageTally(record, array.name)
+    tally.update(shard, read_region(array, first, stop))
+    return tally.state()
+
+
 def _packed(state: Mapping[str, NDArray[Any]]) -> str:
     stream = io.BytesIO()
     np.savez_compressed(stream, **state)  # type: ignore[arg-type]  # none is called allow_pickle
@@ -296,12 +317,12 @@ def _unpacked(text: str) -> Mapping[str, NDArray[Any]]:
         return dict(arrays)
 
 
-def _clear(folder: Path, keep: Path) -> None:
-    """Remove everything in a folder except the folder ``keep`` below it, at any depth."""
+def _clear(folder: Path, keep: Collection[Path]) -> None:
+    """Remove everything in a folder except the folders ``keep`` below it, at any depth."""
     for entry in folder.iterdir():
-        if entry == keep:
+        if entry in keep:
             continue
-        if keep.is_relative_to(entry):
+        if any(kept.is_relative_to(entry) for kept in keep):
             _clear(entry, keep)
         elif entry.is_dir():
             shutil.rmtree(entry)

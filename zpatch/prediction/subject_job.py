@@ -67,7 +67,9 @@ def begin_job(
                 f"{writer.path}: the prediction of {name!r} was made from other inputs, mask or shards; "
                 f"say overwrite=True to start over, or choose another output"
             )
-        if not _is_damaged(committed, writer, verify=options.verify):
+        plan = _with_committed_levels(plan, committed, keeps=options.pyramid is not True)
+        is_whole = all(h.record.levels == r.levels for h, r in zip(plan.heads, committed, strict=True))
+        if is_whole and not _is_damaged(committed, writer, verify=options.verify):
             shutil.rmtree(writer.path / UNFINISHED / name, ignore_errors=True)
             return None
     seals = tuple(
@@ -78,6 +80,22 @@ def begin_job(
     for head, record in zip(plan.heads, committed, strict=False):
         folder.ledger(head).adopt(writer.path / name / record.image, record)
     return SubjectJob(plan, folder, inputs, tuple(header["inputs"]), seals, committed)
+
+
+def _with_committed_levels(
+    plan: PredictionPlan, committed: Sequence[ImageRecord], *, keeps: bool
+) -> PredictionPlan:
+    """The plan with the coarser levels that committed images have; those without any get the plan's.
+
+    With ``keeps`` they get none.
+    """
+    heads = [
+        dataclasses.replace(head, record=dataclasses.replace(head.record, levels=record.levels))
+        if keeps or record.levels
+        else head
+        for head, record in zip(plan.heads, committed, strict=True)
+    ]
+    return dataclasses.replace(plan, heads=tuple(heads))
 
 
 def _is_damaged(committed: Sequence[ImageRecord], writer: StoreWriter, *, verify: bool) -> bool:

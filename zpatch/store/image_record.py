@@ -13,6 +13,7 @@ from typing import Literal, Self, get_args
 import numpy as np
 
 from zpatch.chunks.codec import check_codec
+from zpatch.chunks.pyramid import Level
 from zpatch.digests import FileSeal, Json, digest
 from zpatch.errors import DamageError
 from zpatch.geometry.affines import Affine, spacing_mm
@@ -46,15 +47,6 @@ class SourceFingerprint:
     bytes: int
     mtime_ns: int
     checksum: str
-
-
-@dataclass(frozen=True, slots=True)
-class Level:
-    """A coarser level of a pyramid: shape, chunks and shards in stored axis order."""
-
-    shape: tuple[int, ...]
-    chunks: tuple[int, ...]
-    shards: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
