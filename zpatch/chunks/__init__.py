@@ -10,5 +10,5 @@ In reading order::
     mapped_shards  shard files in memory maps, their index and checksums verified once
     shard_writer   voxels -> one shard file
     gather         parts of chunks -> boxes; the loop is compiled: _gather.c, _decode.h, _voxels.h
-    pyramid        coarser levels for viewers: means of voxels, or the most frequent label
+    levels         coarser levels for viewers: means of voxels, or the most frequent label
 """

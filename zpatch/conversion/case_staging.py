@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zpatch.chunks.layout import Layout, chunk_counts
-from zpatch.chunks.pyramid import plan_levels
+from zpatch.chunks.levels import plan_levels
 from zpatch.conversion.conversion_options import ConvertOptions
 from zpatch.conversion.conversion_plan import Failure, PlannedCase, PlannedImage, unexpected
 from zpatch.conversion.fingerprints import fingerprint

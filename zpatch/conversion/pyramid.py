@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 
-from zpatch.chunks.pyramid import halve
+from zpatch.chunks.levels import halve
 from zpatch.geometry.boxes import Voxels, padded_to_4d
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.staged_image import StagedImage

@@ -18,7 +18,7 @@ from zpatch.blending.reduction import kind_of
 from zpatch.blending.sinks import output_record
 from zpatch.blending.tiling import Tiling
 from zpatch.chunks.layout import SHARD_BYTES, Layout, plan_output_layout
-from zpatch.chunks.pyramid import plan_levels
+from zpatch.chunks.levels import plan_levels
 from zpatch.errors import PatchSizeError
 from zpatch.geometry.affines import resized_affine
 from zpatch.geometry.boxes import Triple

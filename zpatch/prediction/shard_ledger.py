@@ -38,8 +38,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zpatch.chunks.gather import read_region
+from zpatch.chunks.levels import halved_shard
 from zpatch.chunks.mapped_shards import close_shards
-from zpatch.chunks.pyramid import halved_shard
 from zpatch.chunks.shard_writer import write_shard
 from zpatch.chunks.sharded_array import ShardedArray
 from zpatch.digests import FileSeal, Json, compact_json, digest, sealed_line, unsealed

@@ -5,6 +5,7 @@ Everything here is data: no file is read or written.
 
 from __future__ import annotations
 
+import colorsys
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Literal, Self, get_args
 import numpy as np
 
 from zpatch.chunks.codec import check_codec
-from zpatch.chunks.pyramid import Level
+from zpatch.chunks.levels import Level
 from zpatch.digests import FileSeal, Json, digest
 from zpatch.errors import DamageError
 from zpatch.geometry.affines import Affine, spacing_mm
@@ -179,6 +180,9 @@ def _check_shapes(
         raise ValueError(f"shards {shards} are not whole chunks {chunks}")
 
 
+MOST_COLOURS = 256  # of labels that a viewer is told
+GOLDEN_ANGLE = 0.381966  # of a turn: hues that far apart differ most
+
 _AXIS_TYPES = {"z": "space", "y": "space", "x": "space", "c": "channel", "t": "time"}
 
 
@@ -186,7 +190,8 @@ def ome_attributes(record: ImageRecord) -> Json:
     """OME-Zarr 0.5 metadata: axes, and the scale and translation of each level.
 
     OME-Zarr 0.5 has no affines: the whole affine is in the image record and in the raw NIfTI header. A voxel
-    size of zero is written as 1, because scales must be positive; an unknown unit is left out.
+    size of zero is written as 1, because scales must be positive; an unknown unit is left out. A label map
+    is marked as such, with a colour for each label that it has.
     """
     axes: list[Json] = [{"name": name, "type": _AXIS_TYPES[name]} for name in record.axes]
     for axis in axes:
@@ -196,9 +201,9 @@ def ome_attributes(record: ImageRecord) -> Json:
     i, j, k = (s if np.isfinite(s) and s > 0 else 1.0 for s in spacing_mm(record.affine_array))
     x, y, z = np.nan_to_num(record.affine_array[:3, 3]).tolist()
     datasets = []
-    for number in range(len(record.levels) + 1):
+    factors, shapes = [1.0] * 3, [record.shape, *(level.shape for level in record.levels)]
+    for number, shape in enumerate(shapes):
         # The centre of a coarse voxel is the mean of the centres of the fine voxels that it covers.
-        factors = [2.0**number if n > 1 else 1.0 for n in record.shape[leading:]]
         scale = [s * f for s, f in zip((k, j, i), factors, strict=True)]
         shift = [o + s * (f - 1) / 2 for o, s, f in zip((z, y, x), (k, j, i), factors, strict=True)]
         transformations = [
@@ -206,7 +211,22 @@ def ome_attributes(record: ImageRecord) -> Json:
             {"type": "translation", "translation": [0.0] * leading + shift},
         ]
         datasets.append({"path": str(number), "coordinateTransformations": transformations})
-    return {
-        "version": "0.5",
-        "multiscales": [{"name": record.image, "axes": axes, "datasets": datasets}],
-    }
+        factors = [f * 2 if n > 1 else f for f, n in zip(factors, shape[leading:], strict=True)]
+    multiscale = {"name": record.image, "axes": axes, "datasets": datasets}
+    label = {"image-label": _image_label(record)} if record.kind == "label" else {}
+    return {"version": "0.5", **label, "multiscales": [multiscale]}
+
+
+def _image_label(record: ImageRecord) -> Json:
+    """The ``image-label`` of OME-Zarr 0.5: a colour by the value of each label, the same in all images."""
+    labels = record.stats.get("labels", {}) if record.shape_czyx[0] == 1 else {}
+    values = sorted(map(int, labels))
+    if len(values) > MOST_COLOURS or not any(values):
+        return {"version": "0.5"}
+    return {"version": "0.5", "colors": [{"label-value": v, "rgba": _rgba(v)} for v in values]}
+
+
+def _rgba(value: int) -> list[int]:
+    """Red, green, blue and opacity of a label, 0 to 255; label 0 is transparent."""
+    colour = colorsys.hls_to_rgb(value * GOLDEN_ANGLE % 1, 0.55, 0.9)
+    return [*(round(255 * part) for part in colour), 255] if value else [0, 0, 0, 0]
