@@ -114,6 +114,11 @@ if TYPE_CHECKING:
     "--keep-going/--stop-at-first", default=True, show_default=True,
     help="When a subject fails, predict the others, or end at once.",
 )  # fmt: skip
+@click.option(
+    "--pyramid/--no-pyramid", default=None,
+    help="Write coarser levels too, for viewers, until no side is over 64 voxels; also to a finished output. "
+    "On for slides, off for volumes.",
+)  # fmt: skip
 @include_option
 @exclude_option
 @click.option("--dry-run", is_flag=True, help="Print the plan, and do nothing.")
@@ -161,7 +166,7 @@ def predict_command(
           --patch-size 1024,1024,1 --overlap 64,64,0 --model-axes yx --jobs 4
     """
     from zpatch.images.cohort import open_subjects
-    from zpatch.networks.model_files import load_model
+    from zpatch.networks.model_files import ModelName, load_model
     from zpatch.networks.network import Network
     from zpatch.prediction.planning import plan_prediction
     from zpatch.prediction.prediction_options import PredictOptions
@@ -177,7 +182,7 @@ def predict_command(
     given["image"] = given["image"] or _only_image(subjects[0])
     given["reduce"] = _reductions(given["reduce"])
     options = PredictOptions.of(resume=not no_resume, **given)
-    network = Network.of(load_model(model), options)
+    network = Network.of(load_model(model), options, ModelName.of_spec(model))
     begun = {} if options.overwrite else begun_shards(output)
     plans: list[Any] = []
 

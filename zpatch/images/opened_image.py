@@ -74,7 +74,7 @@ class OpenedImage:
         """What identifies the values, as far as it is known without reading voxels from files."""
         known: Json = {"shape": self.source.shape, "dtype": self.source.dtype.str}
         if self.record is not None:
-            known |= self.record.to_json()
+            known |= dataclasses.replace(self.record, provenance=None).to_json()
         if self.path is not None and not (self.record and self.record.files):
             known["files"] = _identity_of_files(self.path)
         elif isinstance(self.source, LazySource):

@@ -9,14 +9,42 @@ import pickle
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from zpatch.errors import ModelError, ZpatchError
 
 Model = Callable[[torch.Tensor], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelName:
+    """What a network is called, and the ``path`` of its file; None for one that was made in memory.
+
+    >>> ModelName.of(torch.nn.ReLU())
+    ModelName(name='torch.nn.modules.activation.ReLU', path=None)
+    """
+
+    name: str
+    path: str | None = None
+
+    @classmethod
+    def of(cls, model: Model) -> Self:
+        """The name of the class or the function of a network in memory."""
+        found: Any = model if hasattr(model, "__qualname__") else type(model)
+        name = getattr(model, "original_name", None)  # of the class that TorchScript was made from
+        return cls(str(name or f"{found.__module__}.{found.__qualname__}"))
+
+    @classmethod
+    def of_spec(cls, spec: str) -> Self:
+        """The name and path of a network that ``load_model`` has loaded."""
+        if Path(spec).is_file():
+            return cls(Path(spec).name, str(Path(spec).absolute()))
+        file = getattr(sys.modules.get(spec.partition(":")[0]), "__file__", None)
+        return cls(spec, file and str(Path(file).absolute()))
 
 
 def load_model(spec: str) -> Model:

@@ -15,7 +15,7 @@ from zpatch.digests import Json
 from zpatch.errors import ModelError, OptionError
 from zpatch.geometry.boxes import PatchLocation, Triple
 from zpatch.networks.model_axes import DEFAULT_AXES, ModelAxes
-from zpatch.networks.model_files import Model, file_bytes, script_network
+from zpatch.networks.model_files import Model, ModelName, file_bytes, script_network
 from zpatch.networks.model_identity import identity
 from zpatch.runtime.process_memory import freed_at_once
 
@@ -79,7 +79,7 @@ class Network:
     ``model`` is called with a batch; ``amp`` runs it in torch's autocast; ``tta`` averages it over all flips
     of a patch; ``axes`` are those of its batches. ``identity`` is that of the model when this was made: a
     model may change while it runs, for example if it counts its calls. It is kept on another device and in
-    another process.
+    another process. ``name`` is for people: a prediction is also resumed by the same model in another file.
     """
 
     model: Model
@@ -87,14 +87,15 @@ class Network:
     amp: bool = False
     tta: bool = False
     axes: ModelAxes = DEFAULT_AXES
+    name: ModelName | None = None
     identity: str = dataclasses.field(init=False)
 
     @classmethod
-    def of(cls, model: Model, options: NetworkOptions) -> Self:
+    def of(cls, model: Model, options: NetworkOptions, name: ModelName | None = None) -> Self:
         """The network of a prediction with some options. Raises OptionError for its device and axes."""
         device, axes = torch_device(options.device), ModelAxes(options.model_axes)
         axes.check_patch_size(options.patch_size)
-        return cls(model, device, amp=options.amp, tta=options.tta, axes=axes)
+        return cls(model, device, amp=options.amp, tta=options.tta, axes=axes, name=name)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "identity", identity(self.model))

@@ -16,6 +16,7 @@ from pathlib import Path
 from zpatch.digests import Json, compact_json, digest
 from zpatch.errors import OptionError, StoreExistsError
 from zpatch.images.cohort import Cohort
+from zpatch.networks.model_files import ModelName
 from zpatch.networks.network import Network
 from zpatch.prediction.prediction_options import PredictOptions, check_same
 from zpatch.prediction.prediction_plan import PredictionPlan
@@ -68,7 +69,7 @@ def run_prediction(
         for job in finished_jobs(work, sent, writer.path / UNFINISHED, failures, progress):
             with failures.caught(job.plan.subject.name):
                 check_inputs(job)
-                commit_job(job, writer, strict=options.strict)
+                commit_job(job, writer, network.name or ModelName.of(network.model), options)
                 committed += 1
         if not committed:
             raise failures.error()

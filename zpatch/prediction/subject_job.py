@@ -7,14 +7,16 @@ import itertools
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 
 from zpatch.digests import Json, compact_json, digest
 from zpatch.errors import DamageError, ModelError, StoreExistsError
 from zpatch.images.input_files import InputSeal, check_all
+from zpatch.networks.model_files import ModelName
 from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.prediction_plan import PredictionPlan
 from zpatch.prediction.region_run import WorkFolder, finish_subject
-from zpatch.store.image_record import ImageRecord
+from zpatch.store.image_record import ImageRecord, Provenance
 from zpatch.store.image_writer import not_finite_text
 from zpatch.store.lock import writing_to
 from zpatch.store.names import ROOT_DOCUMENT, UNFINISHED
@@ -105,12 +107,19 @@ def _is_damaged(committed: Sequence[ImageRecord], writer: StoreWriter, *, verify
     return any(damage_of(writer.path, key, seal, quick=not verify) for key, seal in files)
 
 
-def commit_job(job: SubjectJob, writer: StoreWriter, *, strict: bool) -> None:
-    """Commit the images of a job; or mend them, if they are the same as before they were damaged."""
+def commit_job(job: SubjectJob, writer: StoreWriter, model: ModelName, options: PredictOptions) -> None:
+    """Commit the images of a job; or mend them, if they are the same as before they were damaged.
+
+    ``model`` is the name of the network that they are predicted by.
+    """
     with writing_to(writer.path):
         finished = finish_subject(job.plan, job.folder, job.committed)
-    images = [(folder, dataclasses.replace(record, inputs=job.inputs)) for folder, record in finished]
-    if strict:  # shards of an earlier run
+    made = _provenances(job, model, options)
+    images = [
+        (folder, dataclasses.replace(record, inputs=job.inputs, provenance=origin))
+        for (folder, record), origin in zip(finished, made, strict=True)
+    ]
+    if options.strict:  # shards of an earlier run
         check_finite([record for _, record in images])
     before = [compact_json(record.to_json()) for record in job.committed]
     if before == [compact_json(record.to_json()) for _, record in images]:
@@ -118,6 +127,17 @@ def commit_job(job: SubjectJob, writer: StoreWriter, *, strict: bool) -> None:
     else:
         writer.commit(images)
     job.folder.remove()
+
+
+def _provenances(job: SubjectJob, model: ModelName, options: PredictOptions) -> list[Provenance | None]:
+    """Where each image of a job comes from: as before, if it is committed, because its voxels are."""
+    if job.committed:
+        return [record.provenance for record in job.committed]
+    images = dict(zip(options.image, job.plan.images, strict=True))
+    if isinstance(options.mask, str):
+        images[options.mask] = job.plan.subject[options.mask]
+    paths = {name: str(path) if (path := image.opened.path) else None for name, image in images.items()}
+    return [Provenance(model.name, model.path, paths, version("zpatch"))] * len(job.plan.heads)
 
 
 def check_inputs(job: SubjectJob) -> None:

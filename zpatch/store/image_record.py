@@ -51,6 +51,29 @@ class SourceFingerprint:
 
 
 @dataclass(frozen=True, slots=True)
+class Provenance:
+    """What a prediction was made by and from, for people: it does not decide whether one is resumed.
+
+    ``model`` is the name of the network, and ``model_path`` its file; ``inputs`` are the paths of the images
+    by name. A path is None for what was in memory. ``version`` is that of zpatch.
+    """
+
+    model: str
+    model_path: str | None
+    inputs: Mapping[str, str | None]
+    version: str
+
+    def check(self) -> None:
+        """Raise ValueError unless all values are of their types."""
+        paths = (self.model_path, *self.inputs.values())
+        names = (self.model, self.version, *self.inputs)
+        if not (
+            all(isinstance(n, str) for n in names) and all(p is None or isinstance(p, str) for p in paths)
+        ):
+            raise ValueError(f"provenance {self}")
+
+
+@dataclass(frozen=True, slots=True)
 class ImageRecord:
     """All metadata of one committed image; a line of the manifest.
 
@@ -61,8 +84,8 @@ class ImageRecord:
     cast, ``colours`` the number of channels that make one voxel of the file (3 for RGB). ``orientation``
     is how the volume was turned from its file. ``levels`` are the coarser levels of a pyramid, each half
     of the one before. ``stats`` are statistics of scaled values. ``inputs`` is a digest of the model,
-    options and input of a prediction. ``files`` are the seals of all files in the image's folder, by path
-    relative to it.
+    options and input of a prediction, ``provenance`` says where they came from. ``files`` are the seals of
+    all files in the image's folder, by path relative to it.
     """
 
     subject: str
@@ -89,6 +112,7 @@ class ImageRecord:
     warnings: tuple[str, ...] = ()
     source: SourceFingerprint | None = None
     inputs: str | None = None
+    provenance: Provenance | None = None
     files: Mapping[str, FileSeal] = field(default_factory=dict)
 
     @property
@@ -123,12 +147,14 @@ class ImageRecord:
         return np.array(self.affine, dtype=np.float64)
 
     def to_json(self) -> Json:
-        """The record as plain JSON."""
+        """The record as plain JSON; without provenance, if it has none, as records had before."""
         value = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         value["source"] = dataclasses.asdict(self.source) if self.source else None
         value["orientation"] = dataclasses.asdict(self.orientation)
         value["levels"] = [dataclasses.asdict(level) for level in self.levels]
         value["files"] = {key: [seal.bytes, seal.checksum] for key, seal in self.files.items()}
+        if (made := value.pop("provenance")) is not None:
+            value["provenance"] = dataclasses.asdict(made)
         return value
 
     @classmethod
@@ -140,6 +166,7 @@ class ImageRecord:
                 **{key: tuple(value[key]) for key in ("shape", "chunks", "shards", "warnings")},
                 "affine": tuple(map(tuple, value["affine"])),
                 "source": SourceFingerprint(**value["source"]) if value["source"] else None,
+                "provenance": Provenance(**made) if (made := value.get("provenance")) else None,
                 "orientation": Orientation(**{k: tuple(v) for k, v in value["orientation"].items()}),
                 "levels": tuple(
                     Level(**{key: tuple(shape) for key, shape in level.items()}) for level in value["levels"]
@@ -165,6 +192,8 @@ class ImageRecord:
             raise ValueError(f"orientation {turned}")
         if self.affine_array.shape != (4, 4) or self.colours < 1:
             raise ValueError(f"affine {self.affine}, colours {self.colours}")
+        if self.provenance is not None:
+            self.provenance.check()
         _check_shapes(self.shape, self.chunks, self.shards, len(self.axes))
         for level in self.levels:
             _check_shapes(level.shape, level.chunks, level.shards, len(self.axes))
