@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import itertools
 import json
+import math
 import os
 import random
 import resource
@@ -21,11 +23,13 @@ from typing import Any
 import forked
 import numpy as np
 import pytest
+import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from zpatch.chunks.layout import chunk_counts
+from zpatch.chunks.levels import Level, halve, plan_levels
 from zpatch.digests import compact_json, digest, sealed_line, unsealed
 from zpatch.errors import IncompleteCoverageError, SamplingError, StoreExistsError
 from zpatch.geometry.boxes import padded_to_4d
@@ -113,7 +117,7 @@ def entry_file(folder: Path, shard: Shard) -> Path:
 
 def written(folder: Path) -> set[Shard]:
     """The shards that need not be written again."""
-    names = (entry.stem.split(".") for entry in entry_file(folder, (0, 0, 0, 0)).parent.glob("*.json"))
+    names = (entry.stem.split(".") for entry in entry_file(folder, (0, 0, 0, 0)).parent.glob("?.*.json"))
     shards: list[Shard] = [tuple(map(int, name)) for name in names]  # type: ignore[misc]
     return {shard for shard in shards if ShardLedger(folder).has(shard)}
 
@@ -249,6 +253,114 @@ def test_an_entry_holds_plain_numbers_and_no_pickle(tmp_path: Path) -> None:
     with np.load(io.BytesIO(base64.b64decode(entry["state"])), allow_pickle=False) as state:
         assert all(values.dtype.kind in "iuf" for values in state.values())
     assert len(entry["state"]) < 4000
+
+
+# Coarser levels
+
+
+def with_levels(kind: Kind) -> ImageRecord:
+    """The record of an image with two coarser levels, in shards that do not fit each other."""
+    record = record_of(make_voxels(kind), kind)
+    channels, first = record.shape[:-3], record.chunks[:-3]
+    levels = (
+        Level((*channels, 13, 9, 10), (*first, 8, 8, 8), (*first, 8, 16, 8)),
+        Level((*channels, 7, 5, 5), (*first, 4, 4, 4), (*first, 4, 8, 4)),
+    )
+    return dataclasses.replace(record, levels=levels)
+
+
+def shards_of_levels(record: ImageRecord) -> int:
+    return sum(math.prod(chunk_counts(level.shape, level.shards)) for level in record.levels)
+
+
+def coarser(voxels: Voxels, kind: Kind) -> Voxels:
+    """Every second voxel (..., z, y, x), each the mean or the first most frequent label of its block."""
+    shape = [-(-n // 2) for n in voxels.shape[-3:]]
+    found = np.empty((*voxels.shape[:-3], *shape), voxels.dtype)
+    for z, y, x in np.ndindex(*shape):
+        block = voxels[..., 2 * z : 2 * z + 2, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2]
+        if kind == "label":
+            values, counts = np.unique(block, return_counts=True)
+            found[..., z, y, x] = values[counts.argmax()]
+        else:
+            found[..., z, y, x] = block.mean(axis=(-3, -2, -1), dtype=np.float64)
+    return found
+
+
+def levels_of(folder: Path) -> list[Voxels]:
+    group = zarr.open_group(folder, mode="r")
+    return [np.asarray(group[str(number)][:]) for number in range(len(list(folder.glob("[0-9]"))))]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("kind", ["scalar", "label"])
+def test_levels_are_made_of_the_finer_ones_and_the_image_is_the_same(tmp_path: Path, kind: Kind) -> None:
+    _, plain = undisturbed(tmp_path / "plain" / "heart", kind)
+    record = with_levels(kind)
+    folder = tmp_path / "heart"
+    write_shards(folder, record, make_voxels(kind), shards_of(record))
+    done = finish(folder, record)
+    files = contents(folder)
+    assert {name: files[name] for name in plain if name != "zarr.json"} == {
+        name: data for name, data in plain.items() if name != "zarr.json"
+    }
+    seals = {key: (seal.bytes, seal.checksum) for key, seal in done.files.items()}
+    assert seals == {key: (len(data), digest(data)) for key, data in files.items()}
+    first, second, third = levels_of(folder)
+    np.testing.assert_array_equal(first, make_voxels(kind))
+    np.testing.assert_allclose(second, coarser(first, kind), rtol=1e-6)
+    np.testing.assert_allclose(third, coarser(second, kind), rtol=1e-6)
+    assert set(np.unique(third)) <= set(np.unique(first)) or kind != "label"
+
+
+@pytest.mark.parametrize("harm", ["cut", "unlink"])
+def test_only_lost_shards_of_levels_are_made_again(tmp_path: Path, harm: str) -> None:
+    record, folder = with_levels("label"), tmp_path / "heart"
+    write_shards(folder, record, make_voxels("label"), shards_of(record))
+    finish(folder, record)
+    before = {file: file.stat().st_ino for file in folder.glob("[12]/c/*/*/*")}
+    expected = contents(folder)
+    assert len(before) == shards_of_levels(record)
+    lost = folder / "1/c/1/0/1"
+    cut(lost, 3) if harm == "cut" else lost.unlink()
+    finish(folder, record)
+    assert contents(folder) == expected
+    assert {file for file, number in before.items() if file.stat().st_ino != number} <= {lost}
+
+
+def test_an_image_finished_without_its_levels_has_none_of_their_files(tmp_path: Path) -> None:
+    record, folder = with_levels("label"), tmp_path / "heart"
+    write_shards(folder, record, make_voxels("label"), shards_of(record))
+    finish(folder, record)
+    finish(folder, dataclasses.replace(record, levels=()))
+    assert contents(folder) == undisturbed(tmp_path / "plain" / "heart", "label")[1]
+
+
+@given(
+    shape=st.tuples(*[st.integers(1, 90)] * 2, st.integers(1, 30)).flatmap(st.permutations),
+    chunk=st.integers(1, 5),
+    per_shard=st.tuples(*[st.integers(1, 9)] * 3),
+    kind=st.sampled_from(["scalar", "label"]),
+)
+def test_levels_of_any_shape_in_any_shards_are_those_of_the_whole_array(
+    shape: list[int],
+    chunk: int,
+    per_shard: tuple[int, ...],
+    kind: Kind,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = tmp_path_factory.mktemp("any") / "heart"
+    voxels = np.random.default_rng(sum(shape)).integers(0, 4, shape).astype(np.uint8)
+    chunks = tuple(min(8 * chunk, n) for n in shape)
+    shards = tuple(c * s for c, s in zip(chunks, per_shard, strict=True))
+    record = dataclasses.replace(record_of(voxels, kind), chunks=chunks, shards=shards)
+    record = dataclasses.replace(record, levels=plan_levels(record.shape, chunks, shards))
+    write_shards(folder, record, voxels, shards_of(record))
+    finish(folder, record)
+    whole, *levels = levels_of(folder)
+    for level in levels:
+        whole = halve(whole[None], majority=kind == "label")[0]
+        np.testing.assert_array_equal(level, whole)
+    shutil.rmtree(folder.parent)
 
 
 # Torn, lost
@@ -406,11 +518,12 @@ def _write_two(folder: Path) -> None:
 ACTS: dict[str, Callable[[Path], Any]] = {
     "write": _write_two,
     "finish": lambda folder: finish(folder, record_of(make_voxels("scalar"))),
+    "finish with levels": lambda folder: finish(folder, with_levels("scalar")),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("act", ["write", "finish"])
 def test_writing_or_finishing_can_be_repeated_after_a_kill_at_any_step(
     tmp_path: Path, act: str, full: bool, expected: dict[str, bytes]
 ) -> None:
@@ -431,6 +544,32 @@ def test_writing_or_finishing_can_be_repeated_after_a_kill_at_any_step(
         there = written(harmed)
         assert there >= set(begun)
         assert_resumes(harmed, "scalar", set(shards) - there, expected)
+
+
+@pytest.mark.slow
+def test_levels_can_be_finished_after_a_kill_at_any_step_and_finished_shards_are_not_made_again(
+    tmp_path: Path, full: bool
+) -> None:
+    folder = tmp_path / "whole" / "heart"
+    record = with_levels("scalar")
+    write_shards(folder, record, make_voxels("scalar"), shards_of(record))
+    (count,) = answer_of(in_process("killed_at", [10**6], str(folder.parent), "finish with levels"))
+    steps = [*range(1, count + 1)][:: 1 if full else 9]
+    codes = answer_of(in_process("killed_at", steps, str(folder.parent), "finish with levels"))
+    assert codes == [-signal.SIGKILL] * len(steps)
+    finish(folder, record)
+    expected = contents(folder)
+    partly = 0
+    for step in steps:
+        harmed = folder.parent.with_name(f"whole-{step}") / "heart"
+        entries = list((harmed.parent / LEDGER / "heart").glob("*-*.json"))
+        partly += 0 < len(entries) < shards_of_levels(record)
+        files = [harmed / unsealed(entry.read_bytes(), "")["file"] for entry in entries]
+        before = [(file, file.stat().st_ino) for file in files]
+        finish(harmed, record)
+        assert contents(harmed) == expected
+        assert [(file, file.stat().st_ino) for file in files] == before
+    assert partly
 
 
 def written_on_a_full_disk(folder: str, limit: int) -> None:

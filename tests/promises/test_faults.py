@@ -77,7 +77,10 @@ def store(tmp_path: Path) -> Iterator[Path]:
 
 
 def contents(store: Path) -> dict[str, Any]:
-    """The bytes of every file, the values of the manifest, and the root document without its time."""
+    """The bytes of every file, the values of the manifest, and the root document without its time.
+
+    A network has one name in Python and another on the command line, so its name is left out.
+    """
     special = {LOCK, MANIFEST, ROOT_DOCUMENT}
     found: dict[str, Any] = {
         str(file.relative_to(store)): file.read_bytes()
@@ -86,6 +89,7 @@ def contents(store: Path) -> dict[str, Any]:
     }
     for line in (store / MANIFEST).read_bytes().splitlines():
         value = unsealed(line, "line")
+        value.get("provenance", {}).update(model=None, model_path=None)
         if value.get("document") != ROOT_DOCUMENT:
             found["line of " + (value.get("document") or f"{value['subject']}/{value['image']}")] = value
     root = json.loads((store / ROOT_DOCUMENT).read_text())

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 @json_option
 @talk_options
 def info_command(store: Path, include: tuple[str, ...], limit: int, json: bool) -> None:
-    """Show what STORE holds: subjects, images, shapes, sizes, compression, statistics and warnings.
+    """Show what STORE holds: subjects, images, shapes, sizes, compression, statistics and warnings; of
+    predictions also the network that made them, and where their inputs were.
 
     Only the manifest is read, however large the store is.
 
@@ -44,6 +45,8 @@ def info_command(store: Path, include: tuple[str, ...], limit: int, json: bool) 
         print_json({"store": str(store), **opened.attributes, "images": [_as_json(r) for r in records]})
         return
     click.echo(_headline(opened, records))
+    for line in _origins(records):
+        click.echo(line)
     if records:
         click.echo()
         show_table([_HEADING, *(_row(record) for record in records[:limit])])
@@ -78,6 +81,19 @@ def _headline(store: Store, records: Sequence[ImageRecord]) -> str:
         f"{store.path}: format {store.attributes['format']}, {subjects} subjects, {len(records)} images, "
         f"{format_bytes(voxels)} of voxels in {format_bytes(stored)} ({codecs})"
     )
+
+
+def _origins(records: Sequence[ImageRecord]) -> list[str]:
+    """A line for each network that made some predictions: its name, its file, and where its inputs were."""
+    from zpatch.store.image_record import common_folder
+
+    inputs: dict[tuple[str, str | None, str], list[str | None]] = {}
+    for made in (record.provenance for record in records if record.provenance):
+        inputs.setdefault((made.model, made.model_path, made.version), []).extend(made.inputs.values())
+    return [
+        f"predicted by {name} ({path or 'in memory'}) from {common_folder(paths) or 'memory'}, by zpatch {by}"
+        for (name, path, by), paths in inputs.items()
+    ]
 
 
 def _row(record: ImageRecord) -> tuple[str, ...]:

@@ -42,9 +42,9 @@ class ModelName:
     def of_spec(cls, spec: str) -> Self:
         """The name and path of a network that ``load_model`` has loaded."""
         if Path(spec).is_file():
-            return cls(Path(spec).name, str(Path(spec).absolute()))
+            return cls(Path(spec).name, os.path.abspath(spec))
         file = getattr(sys.modules.get(spec.partition(":")[0]), "__file__", None)
-        return cls(spec, file and str(Path(file).absolute()))
+        return cls(spec, file and os.path.abspath(file))
 
 
 def load_model(spec: str) -> Model:

@@ -290,7 +290,8 @@ class PredictionPlan:
         masked = len(self.grid) - self.patches
         notes = f", {masked} more are masked out" if masked else ""
         notes += f", {twice} runs more where regions meet" if twice else ""
-        levels = f" with {self.levels} coarser levels" if self.levels else ""
+        plural = "" if self.levels == 1 else "s"
+        levels = f" with {self.levels} coarser level{plural}" if self.levels else ""
         return (
             f"{self.subject.name}: {' x '.join(map(str, self.grid.spatial_shape))} voxels in "
             f"{self.patches} patches{notes}; {self.chunks_in} chunks of {format_bytes(self.bytes_in)} in, "

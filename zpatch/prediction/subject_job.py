@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -136,7 +137,9 @@ def _provenances(job: SubjectJob, model: ModelName, options: PredictOptions) -> 
     images = dict(zip(options.image, job.plan.images, strict=True))
     if isinstance(options.mask, str):
         images[options.mask] = job.plan.subject[options.mask]
-    paths = {name: str(path) if (path := image.opened.path) else None for name, image in images.items()}
+    paths = {
+        name: os.path.abspath(path) if (path := image.opened.path) else None for name, image in images.items()
+    }
     return [Provenance(model.name, model.path, paths, version("zpatch"))] * len(job.plan.heads)
 
 

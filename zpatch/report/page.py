@@ -31,6 +31,7 @@ from zpatch.report.texts import (
     names_text,
     number_text,
     plain_text,
+    provenance_text,
     ranges_text,
     skipped_text,
     visible,
@@ -43,6 +44,7 @@ PROBLEMS_SHOWN = 200
 LABELS_SHOWN = 30
 
 ROW_WIDTH_REM = 63  # of the pictures of a panel together
+MODELS_SHOWN = 5
 ROW_HEIGHT_REM = 22  # of the tallest picture of a panel
 MANY_PANELS = 3
 MANY_HEIGHT_REM = 14  # of the tallest picture, for subjects with that many panels
@@ -114,6 +116,7 @@ def page_html(
         groups=groups[:PROBLEMS_SHOWN],
         more_groups=max(0, len(groups) - PROBLEMS_SHOWN),
         problem_counts=Counter(problem.subject for problem in problems),
+        provenance=_provenance(summary),
         prediction=attributes.get("prediction"),
         legends=_legends_of_cohort(summary, colours),
         has_splits=any(summary.splits),
@@ -147,6 +150,19 @@ def _figures(summary: CohortSummary) -> list[tuple[str, str]]:
     if any(summary.splits):
         figures += [(name or "no split", count_text(n)) for name, n in sorted(summary.splits.items())]
     return figures
+
+
+def _provenance(summary: CohortSummary) -> Json:
+    """What made the predictions of a store, and from which inputs; empty for other stores."""
+    facts: Json = {}
+    for (name, path, version), images in summary.models.most_common(MODELS_SHOWN):
+        of = f" ({images} images)" if len(summary.models) > 1 else ""
+        facts[f"network{of}"] = f"{name}, {path or 'in memory'}, by zpatch {version}"
+    if summary.inputs:
+        facts["inputs"] = summary.inputs
+    if summary.not_finite:
+        facts["NaN or infinite"] = f"{count_text(summary.not_finite)} voxels"
+    return facts
 
 
 def _legends_of_cohort(summary: CohortSummary, colours: LabelColours) -> list[Legend]:
@@ -204,6 +220,7 @@ TEMPLATES.filters |= {
     "number": number_text,
     "path": bars_path,
     "plain": plain_text,
+    "provenance": provenance_text,
     "ranges": ranges_text,
     "rem_per_mm": _rem_per_mm,
     "skipped": skipped_text,

@@ -1,8 +1,9 @@
 """Planes of stored images, as pictures show them: which planes, in which orientation, read in little memory.
 
-Pictures follow the radiological convention: the patient's right is on the left of axial and coronal planes,
-and sagittal planes face left. Planes follow the voxel axes and are not resampled to world axes. For images
-without a sform or qform, columns, rows and planes are I, J and K in stored order.
+Pictures of images with a sform or qform, which say how a patient lies, follow the radiological convention:
+the patient's right is on the left of axial and coronal planes, and sagittal planes face left. Of all other
+images columns, rows and planes are I, J and K in stored order. Planes follow the voxel axes and are not
+resampled to world axes.
 """
 
 from __future__ import annotations
@@ -76,12 +77,12 @@ class View:
 
 def views_of(record: ImageRecord) -> list[View]:
     """The three views of an image; for a flat image, only the view along its normal."""
-    is_placed = record.affine_source in ("sform", "qform") and _is_regular(record)
-    turned = orientation_to(record.affine_array, _DIRECTIONS) if is_placed else AS_STORED
+    placed = is_placed(record)
+    turned = orientation_to(record.affine_array, _DIRECTIONS) if placed else AS_STORED
     views = []
     for name, *axes in _PLANES:
         normal, across, down = (turned.axes.index(axis) for axis in axes)
-        if is_placed:
+        if placed:
             right, bottom = (_DIRECTIONS[axis] for axis in axes[1:])
             edges = (_OPPOSITE[right], right, _OPPOSITE[bottom], bottom)
         else:
@@ -89,6 +90,11 @@ def views_of(record: ImageRecord) -> list[View]:
             edges = ("", AXIS_NAMES[across], "", AXIS_NAMES[down])
         views.append(View(name, normal, across, down, (turned.flips[across], turned.flips[down]), edges))
     return [view for view in views if min(view.size(record.spatial_shape)) > 1] or views[:1]
+
+
+def is_placed(record: ImageRecord) -> bool:
+    """Whether the affine of an image says which voxels are a patient's left, front and head."""
+    return record.affine_source in ("sform", "qform") and _is_regular(record)
 
 
 def _is_regular(record: ImageRecord) -> bool:

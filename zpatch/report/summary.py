@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from zpatch.digests import Json
 from zpatch.geometry.affines import spacing_mm
 from zpatch.report.labels import labels_of
+from zpatch.report.planes import is_placed
 from zpatch.report.texts import shape_text, unit_text
-from zpatch.store.image_record import ImageRecord
+from zpatch.store.image_record import ImageRecord, common_folder
 from zpatch.store.verification import VerificationReport
 
 
@@ -82,7 +83,10 @@ class CohortSummary:
     """A cohort: ``images`` by name, how many subjects are in each split, and a row for each subject.
 
     ``store`` and ``attributes`` are the store's path and its own attributes, ``checked`` the verification of
-    its files, ``codecs`` how many images each codec packs.
+    its files, ``codecs`` how many images each codec packs. ``models`` are the networks of predictions, as
+    (name, path, version of zpatch), and how many images each made; ``inputs`` is the folder that all their
+    inputs are in, ``not_finite`` how many voxels they gave that are NaN or infinite. ``is_placed`` is whether
+    any affine is a patient's.
     """
 
     store: Path
@@ -92,12 +96,22 @@ class CohortSummary:
     splits: Counter[str] = field(default_factory=Counter)
     codecs: Counter[str] = field(default_factory=Counter)
     rows: list[SubjectRow] = field(default_factory=list)
+    models: Counter[tuple[str, str | None, str]] = field(default_factory=Counter)
+    inputs: str | None = None
+    not_finite: int = 0
+    is_placed: bool = False
 
     def add(self, subject: str, split: str | None, records: Sequence[ImageRecord]) -> None:
         """Count one subject with its images."""
         for record in records:
             self.images.setdefault(record.image, ImageSummary()).add(record)
             self.codecs[record.codec] += 1
+            self.is_placed = self.is_placed or is_placed(record)
+            if (made := record.provenance) is not None:
+                self.models[made.model, made.model_path, made.version] += 1
+                found = record.stats.get("not_finite")
+                self.not_finite += max(0, found) if isinstance(found, int) else 0
+                self.inputs = common_folder([self.inputs, *made.inputs.values()])
         split = str(split) if split else ""
         self.splits[split] += 1
         shapes = list(dict.fromkeys(shape_text(record) for record in records))

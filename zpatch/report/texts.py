@@ -123,8 +123,8 @@ def shape_text(record: ImageRecord) -> str:
 
 
 def image_text(record: ImageRecord) -> str:
-    """Kind, shape, voxel size, type and source file of an image."""
-    channels = record.shape_czyx[0]
+    """Kind, shape, voxel size, type, coarser levels and source file of an image."""
+    channels, levels = record.shape_czyx[0], len(record.levels)
     word = "time points" if record.axes[0] == "t" else "channels"
     spacing = f" {TIMES} ".join(map(number_text, spacing_mm(record.affine_array)))
     described = [
@@ -132,6 +132,7 @@ def image_text(record: ImageRecord) -> str:
         shape_text(record) + (f" {TIMES} {channels} {word}" if channels > 1 else ""),
         f"{spacing} {unit_text(record.spatial_unit)}",
         np.dtype(record.dtype).name,
+        *([f"{levels} coarser {'level' if levels == 1 else 'levels'}"] if levels else []),
         *([str(record.source.path)] if record.source else []),
     ]
     return " \N{MIDDLE DOT} ".join(described)
@@ -168,3 +169,11 @@ def skipped_text(record: ImageRecord) -> str:
     if not isinstance(skipped, int) or not 0 < skipped <= voxels:
         return ""
     return f"{count_text(skipped)} voxels ({skipped / voxels:.0%})"
+
+
+def provenance_text(record: ImageRecord) -> str:
+    """The network that made a prediction and the images that it was made from; empty for others."""
+    if (made := record.provenance) is None:
+        return ""
+    inputs = ", ".join(f"{name} ({path or 'in memory'})" for name, path in made.inputs.items())
+    return f"by {made.model}, from {inputs}"

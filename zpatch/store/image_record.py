@@ -6,8 +6,10 @@ Everything here is data: no file is read or written.
 from __future__ import annotations
 
 import colorsys
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Self, get_args
 
@@ -207,6 +209,18 @@ def _check_shapes(
             raise ValueError(f"a shape of {extent} with {ndim} axes")
     if any(s % c for s, c in zip(shards, chunks, strict=True)):
         raise ValueError(f"shards {shards} are not whole chunks {chunks}")
+
+
+def common_folder(paths: Iterable[str | None]) -> str | None:
+    """The innermost path that some paths share; None if there is none.
+
+    >>> common_folder(["/data/cohort.zarr/ann/t1", None, "/data/cohort.zarr/bob/t1"])
+    '/data/cohort.zarr'
+    """
+    known = [path for path in paths if path]
+    with contextlib.suppress(ValueError):  # paths of two drives, or none at all
+        return os.path.commonpath(known)
+    return None
 
 
 MOST_COLOURS = 256  # of labels that a viewer is told
