@@ -245,6 +245,7 @@ def test_a_plan_is_printed_and_given_as_json() -> None:
         "bytes_in": 100 * 40 * 36,
         "bytes_out": 100 * 40 * 36,
         "shards_out": 13,
+        "levels": 0,
         "peak_bytes": plan.peak_bytes,
         "patches_redone_at_most": plan.redone_patches,
     }  # fmt: skip

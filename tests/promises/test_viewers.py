@@ -73,7 +73,7 @@ def look(folder):
 def look(folder):
     from napari_ome_zarr import napari_get_reader
     [(levels, metadata, kind)] = napari_get_reader(folder)(folder)
-    assert kind == "image"
+    assert kind == ("labels" if Path(folder).name in ("seg", "parts") else "image")
     axes, scale = list(metadata["axis_labels"]), list(metadata["scale"])  # it ignores translations
     if "channel_axis" in metadata:  # napari makes a layer of each channel
         axes.insert(metadata["channel_axis"], "c")
@@ -182,13 +182,15 @@ def store(cohort_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def predictions(store: Path) -> Path:
-    """Predictions for that store: a label map, and an image of two channels."""
+    """Predictions for that store with coarser levels: integers, a label map, and an image of two channels."""
 
     def network(batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"classes": (batch > 0).to(torch.uint8), "logits": torch.cat([batch, -batch], 1)}
+        both = torch.cat([batch, -batch], 1)
+        return {"classes": (batch > 0).to(torch.uint8), "logits": both, "parts": both}
 
     path = store.parent / "predictions.zarr"
-    zp.predict(network, zp.Cohort(store), path, image="t1", patch_size=64, overlap_mode="crop")
+    options: Any = {"reduce": {"classes": None, "logits": None, "parts": "argmax"}, "pyramid": True}
+    zp.predict(network, zp.Cohort(store), path, image="t1", patch_size=64, overlap_mode="crop", **options)
     return path
 
 
