@@ -36,6 +36,7 @@ def page_with(text: str) -> Page:
     attributes: dict[str, Any] = {"tool": text, "created": text, "prediction": {text: text}}
     checked = VerificationReport(Path("store"), 1, 1, 1, True, (), (), ())
     summary = CohortSummary(Path("store"), attributes, checked)
+    summary.models[text, text, text], summary.inputs = 1, text
     problems = [Problem(text, text, text, is_damage=True)]
     return Page("".join(page_html(summary, problems, LabelColours([]), 0, [])))
 

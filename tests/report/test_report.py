@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from report_pages import Page, change, page_of, save, store_of
 
@@ -159,6 +160,41 @@ def test_predictions_show_their_options_and_their_skipped_voxels(cohort: zp.Coho
     said = f"{skipped:,}".replace(",", "\u202f")
     assert f"prediction: {said} voxels (" in page.text
     assert ") are outside the mask and were filled, not predicted." in page.text
+
+
+def test_predictions_show_their_network_their_inputs_and_voxels_that_are_not_finite(
+    cohort: zp.Cohort, tmp_path: Path
+) -> None:
+    def network(batch: torch.Tensor) -> torch.Tensor:
+        return torch.where(batch > batch.mean(), torch.nan, batch)
+
+    with pytest.warns(UserWarning, match="NaN"):
+        zp.predict(network, cohort[:2], tmp_path / "out", image="t1", patch_size=8, overlap_mode="crop")
+    records = [subject.prediction.record for subject in zp.Cohort(tmp_path / "out")]
+    found = sum(record.stats["not_finite"] for record in records)
+    page = page_of(tmp_path / "out", tmp_path)
+    name = f"{__name__}.{network.__qualname__}"
+    assert f"network{name}, in memory, by zpatch {zp.__version__}inputs{cohort.store.path}NaN" in page.text
+    assert f"NaN or infinite{found:,} voxels".replace(",", "\u202f") in page.text
+    for record in records:
+        path = cohort.store.path / record.subject / "t1"
+        assert f"prediction: by {name}, from t1 ({path})" in page.text
+    assert "coarser" not in page.text
+
+
+def test_the_radiological_convention_is_named_only_where_an_affine_is_a_patients(
+    cohort: zp.Cohort, tmp_path: Path
+) -> None:
+    plain = zp.Subject(name="slide", image=zp.ScalarImage(np.ones((90, 70, 1), np.float32)))
+    options: Any = {"patch_size": (8, 8, 1), "pyramid": True}
+    zp.predict(torch.nn.Identity(), [plain], tmp_path / "plain", image="image", **options)
+    zp.predict(torch.nn.Identity(), cohort[:1], tmp_path / "patient", image="t1", patch_size=8)
+    assert cohort[0].t1.record.affine_source in ("sform", "qform")
+    for name, said in (("plain", False), ("patient", True)):
+        page = page_of(tmp_path / name, tmp_path)
+        assert ("Radiological convention" in page.text, "patient's" in page.text) == (said, said)
+        assert "Planes follow the voxel axes." in page.text
+        assert ("1 coarser level" in page.text) == (name == "plain")
 
 
 # Hostile stores

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from ome_zarr_models.v05.image import ImageAttrs
 
 from zpatch.chunks.codec import CODECS, check_codec
+from zpatch.chunks.levels import plan_levels
 from zpatch.digests import FileSeal, check_seal, compact_json, digest, sealed_line, unsealed
 from zpatch.errors import DamageError, OptionError, SourceError
 from zpatch.store import image_record
-from zpatch.store.image_record import ImageRecord, SourceFingerprint
+from zpatch.store.image_record import ImageRecord, Provenance, SourceFingerprint
 from zpatch.store.names import check_name, check_names_differ
 
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", fullmatch=True)
@@ -28,6 +29,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
     max_leaves=8,
 )
+PATHS = st.none() | TEXT
 CHECKSUMS = st.from_regex(r"[0-9a-f]{32}", fullmatch=True)
 
 
@@ -58,6 +60,7 @@ def records(draw: st.DrawFn) -> ImageRecord:
         stats=draw(st.dictionaries(TEXT, JSON, max_size=3)),
         warnings=tuple(draw(st.lists(TEXT, max_size=3))),
         source=draw(st.none() | st.builds(SourceFingerprint, TEXT, st.integers(0), st.integers(), CHECKSUMS)),
+        provenance=draw(st.none() | st.builds(Provenance, TEXT, PATHS, st.dictionaries(TEXT, PATHS), TEXT)),
         files=draw(st.dictionaries(TEXT, st.builds(FileSeal, st.integers(0), CHECKSUMS), max_size=3)),
     )
 
@@ -297,6 +300,51 @@ def test_a_leading_axis_has_scale_one_translation_zero_and_no_unit(name: str, ki
     assert axes[0] == {"name": name, "type": kind}
     assert scale == [1.0, 4.0, 3.0, 2.0]
     assert translation == [0.0, 9.5, 8.5, -7.5]
+
+
+def test_levels_have_the_scale_of_the_axes_that_were_halved_and_the_centres_of_their_blocks() -> None:
+    """An axis of two voxels is halved once, and one of a single voxel never."""
+    record = a_record(shape=(2, 1, 300), chunks=(2, 1, 32), shards=(2, 1, 320))
+    levels = plan_levels(record.shape, record.chunks, record.shards)
+    record = dataclasses.replace(record, levels=levels, affine=a_diagonal(1.0, 3.0, 5.0))
+    [found] = image_record.ome_attributes(record)["multiscales"]
+    datasets = [dataset["coordinateTransformations"] for dataset in found["datasets"]]
+    assert [level.shape for level in levels] == [(1, 1, 150), (1, 1, 75), (1, 1, 38)]
+    assert [scale["scale"] for scale, _ in datasets] == [[5, 3, 1], [10, 3, 2], [10, 3, 4], [10, 3, 8]]
+    shifts = [[0, 0, 0], [2.5, 0, 0.5], [2.5, 0, 1.5], [2.5, 0, 3.5]]
+    assert [shift["translation"] for _, shift in datasets] == shifts
+
+
+def test_label_maps_are_marked_with_a_colour_for_each_label() -> None:
+    assert "image-label" not in image_record.ome_attributes(a_record())
+    stats = {"labels": {"0": 5, "3": 1, "12": 2}}
+    label = image_record.ome_attributes(a_record(kind="label", dtype="|u1", stats=stats))["image-label"]
+    assert [colour["label-value"] for colour in label["colors"]] == [0, 3, 12]
+    [none, *others] = [colour["rgba"] for colour in label["colors"]]
+    assert none == [0, 0, 0, 0]
+    assert all(0 <= part <= 255 for colour in others for part in colour)
+    one = image_record.ome_attributes(a_record(kind="label", stats={"labels": {"12": 2}}))["image-label"]
+    assert one["colors"] == label["colors"][2:]  # the same colour in every image
+
+
+@pytest.mark.parametrize("labels", [{}, {"0": 9}, {str(n): 1 for n in range(300)}])
+def test_a_label_map_without_labels_or_with_too_many_has_no_colours(labels: dict[str, int]) -> None:
+    record = a_record(kind="label", dtype="<u2", stats={"labels": labels})
+    assert image_record.ome_attributes(record)["image-label"] == {"version": "0.5"}
+
+
+def test_a_record_without_provenance_is_written_as_before_it_was_known() -> None:
+    assert "provenance" not in a_record().to_json()
+    assert ImageRecord.from_json(a_record().to_json(), "line").provenance is None
+
+
+@pytest.mark.parametrize(
+    "change", [{"model": 1}, {"model_path": 2}, {"inputs": {"t1": 3}}, {"inputs": [1]}, {"extra": ""}]
+)
+def test_provenance_of_other_types_is_damage(change: dict[str, Any]) -> None:
+    made = {"model": "net", "model_path": None, "inputs": {"t1": "/a"}, "version": "1", **change}
+    with pytest.raises(DamageError, match="line is no image record"):
+        ImageRecord.from_json({**a_record().to_json(), "provenance": made}, "line")
 
 
 def test_the_scale_of_an_oblique_image_is_its_voxel_size() -> None:
