@@ -17,6 +17,7 @@ from zpatch.chunks.sharded_array import ShardedArray
 from zpatch.geometry.boxes import Voxels
 
 SMALLEST_SIDE_VOXELS = 64
+VOXELS_AT_ONCE = 2**14  # of a level: so many groups of fine voxels stay in the processor's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +58,11 @@ def halve(voxels: Voxels, *, majority: bool) -> Voxels:
     steps = [2 if n > 1 else 1 for n in even.shape[1:]]
     out = np.empty([len(even), *(n // s for n, s in zip(even.shape[1:], steps, strict=True))], even.dtype)
     corners = list(itertools.product(*map(range, steps)))
-    for plane in range(out.shape[1]):
-        parts = np.stack([even[:, plane * steps[0] + z, y :: steps[1], x :: steps[2]] for z, y, x in corners])
-        out[:, plane] = _most_frequent(parts) if majority else _mean(parts)
+    planes = max(1, VOXELS_AT_ONCE // (out.size // out.shape[1]))
+    for first in range(0, out.shape[1], planes):
+        fine = even[:, first * steps[0] : (first + planes) * steps[0]]
+        parts = np.stack([fine[:, z :: steps[0], y :: steps[1], x :: steps[2]] for z, y, x in corners])
+        out[:, first : first + planes] = _most_frequent(parts) if majority else _mean(parts)
     return out
 
 
