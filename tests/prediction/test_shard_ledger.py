@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from zpatch.chunks.layout import chunk_counts
 from zpatch.chunks.levels import Level, halve, plan_levels
 from zpatch.digests import compact_json, digest, sealed_line, unsealed
-from zpatch.errors import IncompleteCoverageError, SamplingError, StoreExistsError
+from zpatch.errors import DamageError, IncompleteCoverageError, SamplingError, StoreExistsError
 from zpatch.geometry.boxes import padded_to_4d
 from zpatch.nifti.writer import make_header
 from zpatch.prediction.shard_ledger import HEADER, LEDGER, Shard, ShardLedger, begin, header_of
@@ -325,6 +325,22 @@ def test_only_lost_shards_of_levels_are_made_again(tmp_path: Path, harm: str) ->
     finish(folder, record)
     assert contents(folder) == expected
     assert {file for file, number in before.items() if file.stat().st_ino != number} <= {lost}
+
+
+def test_a_damaged_shard_is_found_by_the_levels_made_of_it_and_written_again(tmp_path: Path) -> None:
+    record, folder = with_levels("label"), tmp_path / "heart"
+    write_shards(folder, record, make_voxels("label"), shards_of(record))
+    flip(shard_file(folder, record, (0, 1, 0, 0)))
+    text = "^image 'heart' of subject 'sub-01': 0/c/1/0/0 changed after it was written; run the same command"
+    with pytest.raises(DamageError, match=text):
+        finish(folder, record)
+    assert set(shards_of(record)) - written(folder) == {(0, 1, 0, 0)}
+    write_shards(folder, record, make_voxels("label"), [(0, 1, 0, 0)])
+    finish(folder, record)
+    sound = tmp_path / "sound" / "heart"
+    write_shards(sound, record, make_voxels("label"), shards_of(record))
+    finish(sound, record)
+    assert contents(folder) == contents(sound)
 
 
 def test_an_image_finished_without_its_levels_has_none_of_their_files(tmp_path: Path) -> None:

@@ -149,7 +149,8 @@ class ShardLedger:
     def _write_levels(self, record: ImageRecord) -> dict[str, FileSeal]:
         """Write the shards of coarser levels that are not written yet, each level from the finer one.
 
-        Returns the seals of all of them.
+        Returns the seals of all of them. If a finer shard is damaged, its entry is removed, so that the next
+        run makes it again, and DamageError is raised.
         """
         seals = {}
         for level in range(1, len(record.levels) + 1):
@@ -158,13 +159,32 @@ class ShardLedger:
                 shard = (c, z, y, x)
                 entry = self._read(self._entry_file(shard, level))
                 if entry is None:
-                    voxels = halved_shard(fine, coarse, shard, majority=record.kind == "label")
-                    close_shards(fine.path)
+                    try:
+                        voxels = halved_shard(fine, coarse, shard, majority=record.kind == "label")
+                    except DamageError as error:
+                        found = self._forget_damaged(fine, level - 1)
+                        raise DamageError(
+                            f"{fine}: {', '.join(found) or 'a file'} changed after it was written; run the "
+                            f"same command again: it makes only that again"
+                        ) from error
+                    finally:
+                        close_shards(fine.path)
                     seal = self._write_shard(coarse, shard, voxels, record.codec, nullcontext())
                     entry = _Entry(shard, self._key(coarse, shard), seal, 0, 0, "", level)
                     self._enter(entry)
                 seals[entry.file] = entry.seal
         return seals
+
+    def _forget_damaged(self, array: ShardedArray, level: int) -> list[str]:
+        """Remove the entries of all shards of a level whose bytes have changed, and give their files."""
+        found = []
+        for c, z, y, x in np.ndindex(array.shard_grid):
+            file = self._entry_file((c, z, y, x), level)
+            entry = self._read(file)
+            if entry is not None and damage_of(self.folder, entry.file, entry.seal, quick=False):
+                file.unlink()
+                found.append(entry.file)
+        return found
 
     def adopt(self, image: Path, record: ImageRecord) -> None:
         """Take over all sound shards of the committed image in the folder ``image``, which is not modified.

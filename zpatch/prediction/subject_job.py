@@ -135,7 +135,7 @@ def _provenances(job: SubjectJob, model: ModelName, options: PredictOptions) -> 
     if job.committed:
         return [record.provenance for record in job.committed]
     images = dict(zip(options.image, job.plan.images, strict=True))
-    if isinstance(options.mask, str):
+    if isinstance(options.mask, str) and options.mask in job.plan.subject.images:
         images[options.mask] = job.plan.subject[options.mask]
     paths = {
         name: os.path.abspath(path) if (path := image.opened.path) else None for name, image in images.items()
