@@ -569,9 +569,9 @@ def test_levels_can_be_finished_after_a_kill_at_any_step_and_finished_shards_are
     folder = tmp_path / "whole" / "heart"
     record = with_levels("scalar")
     write_shards(folder, record, make_voxels("scalar"), shards_of(record))
-    (count,) = answer_of(in_process("killed_at", [10**6], str(folder.parent), "finish with levels"))
+    (count,) = answer_of(forked.start(killed_at, [10**6], str(folder.parent), "finish with levels"))
     steps = [*range(1, count + 1)][:: 1 if full else 9]
-    codes = answer_of(in_process("killed_at", steps, str(folder.parent), "finish with levels"))
+    codes = answer_of(forked.start(killed_at, steps, str(folder.parent), "finish with levels"))
     assert codes == [-signal.SIGKILL] * len(steps)
     finish(folder, record)
     expected = contents(folder)
