@@ -23,6 +23,19 @@ from zpatch.images.voxel_source import VoxelSource, WrappedSource
 SAME_FILES = "all workers must see the same files as the process that starts them"
 
 
+def root_of(path: Path) -> Path:
+    """The outermost Zarr group or array that a path is in, without links; the path itself if it is in none.
+
+    It is the store of a zpatch image, the image of an OME-Zarr level, or the plate or series of images.
+    """
+    root = path = path.resolve()
+    for folder in path.parents:
+        if not any((folder / document).exists() for document in ("zarr.json", ".zgroup", ".zarray")):
+            break
+        root = folder
+    return root
+
+
 def map_of(array: Any) -> Any:
     """The memory map that an array is a view of, if any."""
     found = None
