@@ -413,7 +413,21 @@ def test_a_patch_of_several_planes_is_refused_with_a_size_that_fits_a_single_pla
             "yxc-v3.ome.zarr is one image; --include and",
         ),
         (["--patch-size", "512,512,1", "--mask", "tissue"], 1, "no image 'tissue' in subject 'yxc-v3'"),
-        (["--patch-size", "512,512,1", "--normalize", "zscore"], 2, "statistics"),
+        (
+            ["--patch-size", "512,512,1", "--mask", "no.nii"],
+            2,
+            "no.nii is neither an image of yxc-v3 (image) no",
+        ),
+        (
+            ["--patch-size", "512,512,1", "--time", "1"],
+            2,
+            "--time cannot be 1, but 0: there are no time points",
+        ),
+        (
+            ["--patch-size", "512,512,1", "--channel", "0,3"],
+            2,
+            "--channel cannot be 3, but 0 to 2: there are 3",
+        ),
     ],
 )
 def test_options_that_do_not_fit_a_slide_are_errors_of_one_line(

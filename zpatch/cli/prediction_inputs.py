@@ -38,7 +38,8 @@ class StatisticsPasses:
 
         voxel_bytes = image.source.dtype.itemsize
         total = math.prod(image.shape) * voxel_bytes
-        note = f"{name} has no statistics stored: they are computed first, reading its {format_bytes(total)} once"
+        size = format_bytes(total)
+        note = f"{name} has no statistics stored: they are computed first, reading its {size} once"
         self.names.append(name)
         self.notes.append(note)
         if not self._is_made:
