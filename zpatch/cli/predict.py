@@ -159,7 +159,7 @@ def predict_command(
     """Run a network over every subject of STORE and write its blended output into a store OUTPUT.
 
     STORE may also be one image, OME-Zarr or a Zarr array: a whole slide, for example, or a level of its
-    pyramid.
+    pyramid. If it has time points, choose one with --time; --channel chooses channels.
 
     THE NETWORK IS FED (x, y, z): a batch (B, C, x, y, z) of the type of its parameters. If it was trained on
     (z, y, x) arrays, say --model-axes zyx. It returns a batch in the same axes, stored as the image
@@ -178,6 +178,8 @@ def predict_command(
           --patch-size 96,96,64 --overlap 16 --blend gaussian --device cuda --amp
       zpatch predict slide.ome.zarr out.zarr --model mypackage.nets:stain \\
           --patch-size 1024,1024,1 --overlap 64,64,0 --model-axes yx --jobs 4
+      zpatch predict movie.ome.zarr out.zarr --model net.pt2 --time 3 --channel 0,2 \\
+          --patch-size 96 --normalize zscore --mask tissue.zarr
     """
     from zpatch.images.cohort import open_subjects
     from zpatch.networks.model_files import load_model
