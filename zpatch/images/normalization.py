@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from zpatch.chunks.mapped_shards import close_shards, release_pages
 from zpatch.chunks.scaling import UNSCALED, Scaling
 from zpatch.digests import Json
 from zpatch.errors import DamageError, OptionError
 from zpatch.geometry.boxes import PatchLocation, Triple, reversed_axes
 from zpatch.images.group_read import read_boxes
 from zpatch.images.image import Image
-from zpatch.images.voxel_sources import LazySource
+from zpatch.images.input_files import map_of
+from zpatch.images.voxel_sources import ArraySource, LazySource
 from zpatch.runtime.dask_graphs import thread_count
 from zpatch.store.voxel_statistics import VoxelStatistics
 
@@ -133,11 +135,20 @@ def _computed(image: Image, progress: Callable[[int], None]) -> Json:
                     progress(math.prod(boxes[number - threads].size) * image.num_channels)
         finally:
             pool.shutdown(cancel_futures=True)
+            _release_files(image)
     if is_in_files and image.identity() != before:
         raise DamageError(
             f"{image!r} was changed while its statistics were computed; run the same command again"
         )
     return whole.result() if scaling.is_bounded else whole.result(scaling.slope, scaling.inter)
+
+
+def _release_files(image: Image) -> None:
+    """Take what was read of files, as large as the volume, out of the process's memory, which is limited."""
+    if image.opened.path is not None:
+        close_shards(image.opened.path)
+    if isinstance(image.source, ArraySource) and (mapped := map_of(image.source.array)) is not None:
+        release_pages(mapped)
 
 
 def _of_box(image: Image, box: PatchLocation, scaling: Scaling) -> VoxelStatistics:
