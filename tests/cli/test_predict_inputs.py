@@ -156,12 +156,12 @@ FRAMES = np.arange(5 * 3 * 20 * 30 * 40, dtype=np.uint16).reshape(5, 3, *SHAPE)
 @pytest.mark.parametrize(
     ("axes", "options", "text"),
     [
-        ("tczyx", [], "has 5 time points and 3 channels; choose one of --time 0 to --time 4"),
-        ("tczyx", ["--time", 5], "--time cannot be 5, but 0 to 4: there are 5 time points"),
+        ("tczyx", [], "has 5 time points and 3 channels; say --time N for one of 0 to 4"),
+        ("tczyx", ["--time", 5], "--time must be 0 to 4 (there are 5 time points), not 5"),
         (
             "tczyx",
             ["--time", 1, "--channel", "0,3"],
-            "--channel cannot be 3, but 0 to 2: there are 3 channels",
+            "--channel must be 0 to 2 (there are 3 channels), not 3",
         ),
         ("tzyx", [], "has 5 time points; say --time N for one of 0 to 4, or --channel to give several"),
         ("????", [], "are '????'; say --axes with one letter for each"),

@@ -287,14 +287,24 @@ def test_chunks_of_other_time_points_and_channels_are_not_read(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("axes", "shape", "chosen", "text"),
     [
-        ("tczyx", (3, 4, 7, 8, 9), {}, r"has 3 time points and 4 channels; choose one of time=0 to time=2"),
-        ("tczyx", (3, 4, 7, 8, 9), {"time": 3}, "time cannot be 3, but 0 to 2: there are 3 time points"),
-        ("tzyx", (3, 7, 8, 9), {"time": -1}, "time cannot be -1, but 0 to 2: there are 3 time points"),
-        ("czyx", (3, 7, 8, 9), {"time": 1}, "time cannot be 1, but 0: there are no time points"),
-        ("czyx", (3, 7, 8, 9), {"channels": [0, 3]}, "channels cannot be 3, but 0 to 2: there are 3 chann"),
+        ("tczyx", (3, 4, 7, 8, 9), {}, "a has 3 time points and 4 channels; say time=N for one of 0 to 2"),
+        ("tczyx", (3, 4, 7, 8, 9), {"time": 3}, r"^time must be 0 to 2 \(there are 3 time points\), not 3$"),
+        ("tzyx", (3, 7, 8, 9), {"time": -1}, r"^time must be 0 to 2 \(there are 3 time points\), not -1$"),
+        ("czyx", (3, 7, 8, 9), {"time": 1}, r"^time must be 0 \(there are no time points\), not 1$"),
+        (
+            "czyx",
+            (3, 7, 8, 9),
+            {"channels": [0, 3]},
+            r"^channels must be 0 to 2 \(there are 3 channels\), not 3$",
+        ),
         ("czyx", (3, 7, 8, 9), {"channels": []}, "channels= names none; leave it out to read all"),
-        ("zyx", (7, 8, 9), {"channels": [1]}, "channels cannot be 1, but 0: there are no channels"),
-        ("tzyx", (3, 7, 8, 9), {"time": 1, "channels": [1]}, "channels cannot be 1, but 0"),
+        ("zyx", (7, 8, 9), {"channels": [1]}, r"^channels must be 0 \(there are no channels\), not 1$"),
+        (
+            "tzyx",
+            (3, 7, 8, 9),
+            {"time": 1, "channels": [1]},
+            r"^channels must be 0 \(there are no channels\), not 1$",
+        ),
     ],
 )
 def test_a_time_point_or_channel_that_is_not_there_is_refused(

@@ -421,12 +421,12 @@ def test_a_patch_of_several_planes_is_refused_with_a_size_that_fits_a_single_pla
         (
             ["--patch-size", "512,512,1", "--time", "1"],
             2,
-            "--time cannot be 1, but 0: there are no time points",
+            "--time must be 0 (there are no time points), not 1",
         ),
         (
             ["--patch-size", "512,512,1", "--channel", "0,3"],
             2,
-            "--channel cannot be 3, but 0 to 2: there are 3",
+            "--channel must be 0 to 2 (there are 3 channels), not 3",
         ),
     ],
 )

@@ -129,7 +129,7 @@ class StoredAxes:
         shape = tuple(array.shape)
         if not (len(axes) == len(shape) == len(set(axes)) and set("yx") <= set(axes) <= set("tczyx")):
             raise OptionError(
-                f"the axes of a Zarr array of shape {shape} are {axes or 'not named'!r}; say axes= with one "
+                f"the axes of a Zarr array of shape {shape} are {repr(axes) if axes else 'not named'}; say axes= with one "
                 f"letter for each: y, x, perhaps z, and perhaps c or t, as in axes='zyx'",
                 option="axes",
             )
@@ -142,8 +142,8 @@ class StoredAxes:
             alone = [a for a in channels if length[a] == 1]
             if not alone and time is None:
                 raise OptionError(
-                    f"a Zarr array of shape {shape} has {length['t']} time points and {length['c']} "
-                    f"channels; choose one of time=0 to time={length['t'] - 1}",
+                    f"{folder_of(array) or array} has {length['t']} time points and {length['c']} channels; "
+                    f"say time=N for one of 0 to {length['t'] - 1}",
                     option="time",
                 )
             place = 0 if alone or time is None else time
@@ -163,8 +163,10 @@ def check_chosen(option: str, chosen: Sequence[int], length: int, what: str) -> 
     """Raise OptionError if a chosen time point or channel is none of those that there are."""
     for number in chosen:
         if not 0 <= number < length:
-            allowed = f"0 to {length - 1}: there are {length}" if length > 1 else "0: there are no"
-            raise OptionError(f"{option} cannot be {number}, but {allowed} {what}", option=option)
+            allowed = (
+                f"0 to {length - 1} (there are {length} {what})" if length > 1 else f"0 (there are no {what})"
+            )
+            raise OptionError(f"{option} must be {allowed}, not {number}", option=option)
 
 
 def folder_of(array: Any) -> Path | None:
