@@ -79,6 +79,7 @@ def refusal(
         ("a.nii.gz", "a NIfTI file", "'zpatch convert . STORE', and name STORE"),
         ("a.nii", "a NIfTI file", "'zpatch convert . STORE', and name STORE"),
         ("a.ozx", "a zipped Zarr", "unzip it, and name the folder"),
+        ("a.dcm", "a DICOM file", "'dcm2niix FOLDER'"),
     ],
 )
 def test_a_file_that_is_no_zarr_is_said_to_be_what_it_is(
@@ -91,6 +92,14 @@ def test_a_file_that_is_no_zarr_is_said_to_be_what_it_is(
     if ".nii" not in name:
         with pytest.raises(SourceError, match=f"it is {what}"):
             ScalarImage(name)
+
+
+def test_a_file_of_an_unknown_format_is_said_to_be_none_that_is_read(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("a.png").write_bytes(b"bytes")
+    line = refusal(capsys, "a.png", "out.zarr")
+    assert "a.png: files of this format are not read, but stores, OME-Zarr and Zarr; save it as one" in line
 
 
 def test_n5_and_a_series_of_images_are_said_to_be_what_they_are(capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,7 +216,7 @@ def test_time_and_channels_of_a_store_are_chosen_in_python(capsys: pytest.Captur
     assert command("a.zarr", "store.zarr") == 0
     for flag in ("--time", "--channel", "--axes"):
         line = refusal(capsys, "store.zarr", "out.zarr", flag, 0, code=2)
-        assert f"{flag} can be given for a Zarr array or OME-Zarr image only" in line
+        assert f"{flag} can be given for a Zarr array only" in line
 
 
 # Statistics that no store has

@@ -183,13 +183,17 @@ def open_subjects(
             f"{path}: it is a NIfTI file; make a store of its folder with "
             f"'zpatch convert {path.parent} STORE', and name STORE"
         )
+    if path.is_file():
+        raise SourceError(
+            f"{path}: files of this format are not read, but stores, OME-Zarr and Zarr; save it as one of "
+            f"these, or as NIfTI for 'zpatch convert'"
+        )
     is_zarr = (path / ROOT_DOCUMENT).exists() or any(path.glob(".z*"))
     if is_store(path) or not is_zarr:
         for option, value in (("axes", axes), ("time", time), ("channels", channels)):
             if value is not None:
                 raise OptionError(
-                    f"{path} is not a Zarr array; {option}= can be given for a Zarr array or OME-Zarr image "
-                    f"only",
+                    f"{path} is not a Zarr array; {option}= can be given for a Zarr array only",
                     option=option,
                 )
         return Cohort(path).matching(include, exclude)

@@ -33,6 +33,7 @@ OTHER_FORMATS = (  # endings of files, what they are, and what to do
     ((".h5", ".hdf5", ".he5", ".mat"), "an HDF5 file", _IN_PYTHON),
     ((".npy", ".npz"), "an array of numpy", _IN_PYTHON),
     ((".ozx", ".zip"), "a zipped Zarr", "unzip it, and name the folder"),
+    ((".dcm", ".ima"), "a DICOM file", "make NIfTI of its folder with 'dcm2niix FOLDER', and convert that"),
 )
 
 

@@ -129,8 +129,8 @@ class StoredAxes:
         shape = tuple(array.shape)
         if not (len(axes) == len(shape) == len(set(axes)) and set("yx") <= set(axes) <= set("tczyx")):
             raise OptionError(
-                f"the axes of a Zarr array of shape {shape} are {repr(axes) if axes else 'not named'}; say axes= with one "
-                f"letter for each: y, x, perhaps z, and perhaps c or t, as in axes='zyx'",
+                f"the axes of a Zarr array of shape {shape} are {repr(axes) if axes else 'not named'}; say "
+                f"axes= with one letter for each: y, x, perhaps z, and perhaps c or t, as in axes='zyx'",
                 option="axes",
             )
         length = dict(zip(axes, shape, strict=True))
@@ -163,10 +163,10 @@ def check_chosen(option: str, chosen: Sequence[int], length: int, what: str) -> 
     """Raise OptionError if a chosen time point or channel is none of those that there are."""
     for number in chosen:
         if not 0 <= number < length:
-            allowed = (
-                f"0 to {length - 1} (there are {length} {what})" if length > 1 else f"0 (there are no {what})"
+            allowed, there = (f"0 to {length - 1}", length) if length > 1 else ("0", "no")
+            raise OptionError(
+                f"{option} must be {allowed} (there are {there} {what}), not {number}", option=option
             )
-            raise OptionError(f"{option} must be {allowed}, not {number}", option=option)
 
 
 def folder_of(array: Any) -> Path | None:
