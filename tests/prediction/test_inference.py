@@ -777,3 +777,23 @@ def test_time_points_of_files_are_no_channels_without_a_word(tmp_path: Path, out
     frames_as_channels = zp.Subject(t1=image.select(channels=[2, 1]))
     found = predict([frames_as_channels], out, lambda b: b, overwrite=True)[0].prediction.data
     np.testing.assert_allclose(found[:, 0, 0, 0], [2, 1], rtol=1e-6)
+
+
+def test_time_points_of_a_store_are_channels_and_that_is_said(tmp_path: Path, out: Path) -> None:
+    frames = np.stack([np.full((26, 26, 26), n, np.int16) for n in range(3)], axis=3)
+    file = nib.Nifti1Image(frames, np.eye(4))
+    file.header.set_xyzt_units("mm", "sec")
+    (tmp_path / "source").mkdir()
+    nib.save(file, tmp_path / "source" / "ann_t1.nii")
+    zp.convert(tmp_path / "source", tmp_path / "store")
+    stored = zp.Cohort(tmp_path / "store")
+    options = PredictOptions.of(image="t1", patch_size=24, patch_overlap=8)
+    network = Network.of(pointwise, options)
+    [plan] = plan_prediction(network, stored, options)
+    assert "26 x 26 x 26 voxels of 3 channels (3 time points as channels) in 8 patches" in str(plan)
+    assert plan_prediction(
+        network, stored.map(lambda s: s.with_images(t1=s.t1.map(lambda a: a + 1))), options
+    )
+    one = stored.map(lambda s: s.with_images(t1=s.t1.select(time=1)))
+    [plan] = plan_prediction(network, one, options)
+    assert "26 x 26 x 26 voxels (time point 1 of 3) in 8 patches" in str(plan)

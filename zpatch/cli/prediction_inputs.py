@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from zpatch.images.subject import Subject
 
 MASK = "mask"
-NO_STATISTICS = {"mean": 0.0, "std": 1.0, "percentile_0_5": 0.0, "percentile_99_5": 1.0}
+STAND_INS = {"mean": 0.0, "std": 2.0, "percentile_0_5": 0.0, "percentile_99_5": 2.0}  # any, but not 0 and 1
 
 
 class StatisticsPasses:
@@ -33,7 +33,7 @@ class StatisticsPasses:
         self.notes: list[str] = []
 
     def measure(self, image: Image, name: str) -> Json:
-        """The statistics of an image; in a dry run, some that change no value."""
+        """The statistics of an image; in a dry run, others: its plan depends on their being there only."""
         from zpatch.images.normalization import computed_statistics
 
         voxel_bytes = image.source.dtype.itemsize
@@ -43,7 +43,7 @@ class StatisticsPasses:
         self.names.append(name)
         self.notes.append(note)
         if not self._is_made:
-            return dict(NO_STATISTICS)
+            return dict(STAND_INS)
         say(note)
         with Progress("computing statistics", total) as progress:
             return computed_statistics(image, lambda voxels: progress(voxels * voxel_bytes))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self, overload
 
 from zpatch.digests import Json
-from zpatch.errors import OptionError, SourceError, UnknownNameError
+from zpatch.errors import NotAStoreError, OptionError, SourceError, UnknownNameError
 from zpatch.images.image import ScalarImage, stored_image
 from zpatch.images.opened_image import refuse_other_format
 from zpatch.images.subject import Subject
@@ -184,7 +184,7 @@ def open_subjects(
             f"'zpatch convert {path.parent} STORE', and name STORE"
         )
     if path.is_file():
-        raise SourceError(
+        raise NotAStoreError(
             f"{path}: files of this format are not read, but stores, OME-Zarr and Zarr; save it as one of "
             f"these, or as NIfTI for 'zpatch convert'"
         )

@@ -66,9 +66,10 @@ class OpenedImage:
 
     def derived(self, array: Any) -> Self:
         """The image of a dask array (C, I, J, K) of values that was computed from these voxels."""
-        return dataclasses.replace(
-            self, source=DaskSource.of(_with_channels(array)), scaling=UNSCALED, record=None
-        )
+        source = DaskSource.of(_with_channels(array))
+        is_as_before = self.record is None and source.shape[0] == self.source.shape[0]
+        axis = self.channel_axis if is_as_before else "c"  # time points of a store are channels
+        return dataclasses.replace(self, source=source, scaling=UNSCALED, record=None, channel_axis=axis)
 
     def selected(self, time: int | None = None, channels: Sequence[int] | None = None) -> Self:
         """One time point, or some channels; of an image of time points, ``channels`` are some of these."""
@@ -78,7 +79,7 @@ class OpenedImage:
             return self if channels is None else self.selected(None, channels)
         if time is not None:
             zarr_images.check_chosen("time", [time], count, "time points")
-            point = self._picked([time], f"time point {time} of {count}")
+            point = self._picked([time], f"time point {time} of {count}") if count > 1 else self
             return point if channels is None else point.selected(None, channels)
         if channels is None:
             return self
