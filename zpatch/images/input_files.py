@@ -24,13 +24,14 @@ SAME_FILES = "all workers must see the same files as the process that starts the
 
 
 def root_of(path: Path) -> Path:
-    """The outermost Zarr group or array that a path is in, without links; the path itself if it is in none.
+    """The store, image, plate or series that a path is in, without links; the path itself if it is in none.
 
-    It is the store of a zpatch image, the image of an OME-Zarr level, or the plate or series of images.
+    It is the nearest Zarr group or array whose name ends in ``.zarr``, or the outermost one.
     """
-    root = path = path.resolve()
-    for folder in path.parents:
-        if not any((folder / document).exists() for document in ("zarr.json", ".zgroup", ".zarray")):
+    root = path.resolve()
+    for folder in root.parents:
+        is_whole = root.suffix == ".zarr"
+        if is_whole or not any((folder / name).exists() for name in ("zarr.json", ".zgroup", ".zarray")):
             break
         root = folder
     return root

@@ -124,8 +124,8 @@ def begun_shards(output: Path) -> dict[str, dict[str, tuple[int, ...]]]:
 def check_output(output: Path, subjects: Sequence[Subject], options: PredictOptions) -> None:
     """Raise StoreExistsError if the output is in what is read, or holds something that is read.
 
-    All that is in one outermost Zarr group with an input counts as read. Images that are not there are not
-    looked at.
+    All that is in one store, image, plate or series with an input counts as read. Images that are not there
+    are not looked at.
     """
     target = output.resolve()
     names = [*options.image, *([options.mask] if isinstance(options.mask, str) else [])]
