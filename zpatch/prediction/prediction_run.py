@@ -129,7 +129,10 @@ def check_output(output: Path, subjects: Sequence[Subject], options: PredictOpti
     """
     target = output.resolve()
     names = [*options.image, *([options.mask] if isinstance(options.mask, str) else [])]
-    images = [subject.images[name] for subject in subjects for name in names if name in subject.images]
+    known = [
+        subject.images for subject in subjects if isinstance(subject, Subject)
+    ]  # planning refuses others
+    images = [images[name] for images in known for name in names if name in images]
     places = {place for image in images for place in image.opened.places}
     for place in places:
         if (root := root_of(place)) == target:
