@@ -16,7 +16,10 @@ from zpatch.images import normalization
 from zpatch.prediction.prediction_options import PredictOptions
 
 PARAMETERS: dict[str | None, Any] = {parameter.name: parameter for parameter in predict_command.params}
-OF_THE_COMMAND = {"store", "output", "model", "axes", "include", "exclude", "dry_run", "no_resume", "json"}
+OF_THE_COMMAND = {
+    "store", "output", "model", "axes", "time", "channels", "include", "exclude", "dry_run", "no_resume",
+    "json",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(

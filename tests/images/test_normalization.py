@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,17 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import zarr
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from reading import both_loops, stored
 from reading import loop as loop
 
 import zpatch as zp
-from zpatch.errors import OptionError
+from zpatch.errors import DamageError, OptionError
+from zpatch.images import normalization
+from zpatch.images.normalization import computed_statistics, lacks_statistics
 from zpatch.images.voxel_sources import ShardSource
 
 STATISTICS = {"mean": 12.5, "std": 4.0, "percentile_0_5": -3.0, "percentile_99_5": 20.0}
@@ -215,3 +221,116 @@ def test_the_text_of_a_normalization_names_its_mode_and_statistics() -> None:
     assert repr(zp.Normalize("clip", statistics={}, foreground=True)) == (
         "Normalize('clip', given statistics, foreground)"
     )
+
+
+# Statistics that no store has
+
+
+@both_loops
+@every_mode
+def test_an_image_without_statistics_is_read_once_to_compute_them(
+    volumes: dict[str, NDArray[Any]], cohort: zp.Cohort, mode: Any, tmp_path: Path
+) -> None:
+    for name, volume in volumes.items():
+        array = zarr.create_array(
+            tmp_path / name,
+            shape=volume.shape[::-1],
+            chunks=(4, 5, 6),
+            dtype=volume.dtype,
+            dimension_names="zyx",
+        )
+        array[...] = volume.T
+        for data in (volume, tmp_path / name):
+            image = zp.ScalarImage(data)
+            assert lacks_statistics(image)
+            with pytest.raises(OptionError, match=r"say compute=True to compute those of other images"):
+                zp.Normalize(mode)(image)
+            found = zp.Normalize(mode, compute=True)(image)
+            tolerance = 0.01 if mode == "clip" and volume.dtype.kind == "f" else 1e-5
+            np.testing.assert_allclose(
+                found.data[0], EXPECTED[mode](volume, volume), rtol=tolerance, atol=tolerance
+            )
+            stored = cohort[name].ct.statistics
+            computed = computed_statistics(image)
+            assert computed.keys() == stored.keys()
+            for key in ("count", "min", "max", "nan", "inf", "foreground_box", "percentile_99_5"):
+                assert computed[key] == stored[key]
+            assert computed["mean"] == pytest.approx(stored["mean"], rel=1e-12)
+
+
+@given(data=st.data())
+def test_computed_statistics_are_those_of_numpy_on_any_number_of_threads(data: st.DataObject) -> None:
+    shape = data.draw(st.tuples(st.integers(1, 3), *[st.integers(1, 12)] * 3))
+    code = data.draw(st.sampled_from(["u1", "i2", "u2", "i4", "u4", "f4", "f8", "i8"]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    wide = data.draw(st.sampled_from([3, 100, 2**30]))
+    if np.dtype(code).kind == "f":
+        array = (rng.normal(5, wide, shape) * rng.integers(0, 2, shape)).astype(code)
+    else:
+        info = np.iinfo(code)
+        array = rng.integers(max(info.min, -wide), min(info.max, wide), shape).astype(code)
+    slope, inter = data.draw(st.sampled_from([(1, 0), (-0.5, 3), (2, 10)]))
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(normalization, "BOX_VOXELS", data.draw(st.integers(1, 400)))
+        for threads in (1, 3):
+            patch.setattr(normalization, "PASS_THREADS", threads)
+            patch.setattr(normalization, "thread_count", lambda scheduler: 3)
+            image = zp.ScalarImage(array)
+            image = image if (slope, inter) == (1, 0) else image.rescaled(slope, inter)
+            found.append(computed_statistics(image))
+    assert found[0] == found[1]  # to the last bit
+    values = array.astype(np.float64) * slope + inter
+    assert found[0]["count"] == values.size
+    scale = max(abs(values).max(), 1)
+    for key, expected in (("min", values.min()), ("max", values.max()), ("mean", values.mean())):
+        assert found[0][key] == pytest.approx(expected, rel=1e-9, abs=1e-9 * scale)
+    assert found[0]["std"] == pytest.approx(values.std(), rel=1e-6, abs=1e-6 * scale)
+    for percent, key in ((0.5, "percentile_0_5"), (99.5, "percentile_99_5")):
+        if array.dtype.kind in "iu" and np.ptp(array.astype(np.float64)) < 2**22:
+            exact = np.percentile(values, percent)
+            assert found[0][key] == pytest.approx(exact, rel=1e-9, abs=1e-9 * scale)
+        else:  # between the values beside the percentile, as exact as bins are
+            order, at = np.sort(array.astype(np.float64).ravel()), (values.size - 1) * percent / 100
+            near = order[[int(at), int(np.ceil(at))] if slope > 0 else [-1 - int(at), -1 - int(np.ceil(at))]]
+            low, high = sorted(near * slope + inter)
+            margin = 0.005 * abs(near * slope).max() + 1e-9 * scale
+            assert low - margin <= found[0][key] <= high + margin
+
+
+def test_a_pass_reads_each_chunk_once_and_every_voxel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(normalization, "BOX_VOXELS", 2000)
+    for shape, chunks in (
+        ((1, 30, 20, 10), (8, 8, 8)),
+        ((2, 5, 40, 3), (64, 7, 2)),
+        ((1, 1, 1, 9), (4, 4, 4)),
+    ):
+        seen = np.zeros(shape[1:], int)
+        for box in normalization._boxes(shape, chunks):  # type: ignore[arg-type]
+            seen[box.to_slices()] += 1
+            assert all(i % c == 0 for i, c in zip(box.index_ini, chunks, strict=True) if i)
+        assert (seen == 1).all()
+    assert list(normalization._boxes((1, 0, 5, 5), (4, 4, 4))) == []
+
+
+def test_values_that_are_not_finite_are_left_out_of_computed_statistics() -> None:
+    array = np.array([1, 2, np.nan, 3, np.inf, -np.inf], np.float32).reshape(1, 2, 3)
+    found = computed_statistics(zp.ScalarImage(array))
+    assert (found["mean"], found["nan"], found["inf"], found["count"]) == (2, 1, 2, 3)
+
+
+def test_a_rescaled_image_of_a_store_is_not_normalised_by_the_statistics_of_its_old_values(
+    cohort: zp.Cohort, volumes: dict[str, NDArray[Any]]
+) -> None:
+    image = cohort["sub-i2"].ct.rescaled(2, 5, 0, 100)
+    assert image.statistics == {}
+    values = np.clip(volumes["sub-i2"], 0, 100) * 2.0 + 5
+    found = zp.Normalize(compute=True)(image)
+    np.testing.assert_allclose(found.data[0], zscored(values, values), rtol=1e-5, atol=1e-5)
+
+
+def test_a_file_that_changes_while_its_statistics_are_computed_is_damage(tmp_path: Path) -> None:
+    nib.save(nib.Nifti1Image(np.ones((5, 6, 7), np.int16), np.eye(4)), tmp_path / "a.nii")
+    image = zp.ScalarImage(tmp_path / "a.nii")
+    with pytest.raises(DamageError, match="was changed while its statistics were computed; run the same"):
+        computed_statistics(image, lambda voxels: os.utime(tmp_path / "a.nii", (1, 1)))

@@ -161,3 +161,64 @@ def test_a_prediction_is_not_resumed_from_voxels_that_have_changed(
 
 def negated(batch: Any) -> Any:
     return -batch
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_channels_of_every_kind_of_image_can_be_chosen(
+    way: Callable[[Path, Voxels], zp.Image], folder: Path, voxels: Voxels
+) -> None:
+    image = way(folder, voxels)
+    one = image.select(channels=[0, 0])
+    np.testing.assert_array_equal(one.data, np.concatenate([image.data] * 2))
+    assert one.statistics == {}
+    assert one.identity() != image.identity()
+    assert image.select().identity() == image.identity()
+
+
+class ReadsWhatIsSliced:
+    """An array as those of h5py and tensorstore are."""
+
+    def __init__(self, array: NDArray[Any]) -> None:
+        self.shape, self.dtype, self._array = array.shape, array.dtype, array
+
+    def __getitem__(self, key: Any) -> NDArray[Any]:
+        assert all(isinstance(each, slice) for each in key)
+        return self._array[key]
+
+
+@pytest.mark.parametrize("kind", ["memory", "mapped", "dask", "lazy"])
+def test_chosen_channels_of_arrays_of_channels_are_those_of_numpy(
+    folder: Path, voxels: Voxels, kind: str
+) -> None:
+    array = np.stack([voxels, voxels + 1, voxels + 2, voxels + 3])
+    array.tofile(folder / "four.raw")
+    kinds = {
+        "memory": array,
+        "mapped": np.memmap(folder / "four.raw", np.int16, "r", shape=array.shape),
+        "dask": da.from_array(array, chunks=4),
+        "lazy": ReadsWhatIsSliced(array),
+    }
+    image = zp.ScalarImage(kinds[kind])
+    for channels in ([0], [2, 1], [0, 2, 3], [1, 1]):
+        chosen = image.select(channels=channels)
+        assert chosen.shape == (len(channels), *SHAPE)
+        again = pickle.loads(pickle.dumps(chosen))
+        for found in (chosen.data, again.data, chosen.dask.compute(scheduler="sync")):
+            np.testing.assert_array_equal(found, array[channels])
+        last = chosen.select(channels=[len(channels) - 1])
+        np.testing.assert_array_equal(last.data[0], array[channels[-1]])
+    assert len({image.select(channels=[n]).identity() for n in range(4)}) == 4
+
+
+def test_a_time_point_of_a_nifti_file_can_be_chosen(folder: Path, voxels: Voxels) -> None:
+    frames = np.stack([voxels, voxels + 1, voxels + 2], axis=3)
+    file = nib.Nifti1Image(frames, np.eye(4))
+    file.header.set_xyzt_units("mm", "sec")
+    nib.save(file, folder / "bold.nii")
+    image = zp.ScalarImage(folder / "bold.nii")
+    assert image.opened.in_words == "3 time points as channels"
+    point = image.select(time=1)
+    assert (point.opened.in_words, point.shape) == ("time point 1 of 3", (1, *SHAPE))
+    np.testing.assert_array_equal(point.data[0], voxels + 1)
+    assert image.select(channels=[2, 0]).opened.in_words == "time points 2, 0 of 3 as channels"
+    np.testing.assert_array_equal(zp.ScalarImage(folder / "bold.nii", time=2).data[0], voxels + 2)

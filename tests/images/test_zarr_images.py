@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import pickle
 import shutil
 import time
 from collections.abc import Callable
@@ -226,6 +227,131 @@ def test_any_order_of_axes_is_read_from_the_files(tmp_path: Path, axes: str, sha
     check(written_v3(tmp_path / "channels together", voxels, chunks=together), axes)
     if not any(n == 1 for n in shape):
         check(written_v3(tmp_path / "sharded", voxels, chunks=chunks, shards=shards), axes)
+
+
+@both_loops
+@pytest.mark.parametrize(
+    ("axes", "shape"),
+    [
+        ("tczyx", (3, 4, 7, 8, 9)),
+        ("tczyx", (3, 1, 7, 8, 9)),
+        ("tczyx", (1, 4, 7, 8, 9)),
+        ("ctyx", (4, 3, 8, 9)),
+        ("xyztc", (7, 8, 9, 3, 4)),
+        ("tzyx", (3, 7, 8, 9)),
+        ("yxt", (8, 9, 3)),
+        ("yxc", (8, 9, 4)),
+    ],
+)
+def test_a_time_point_and_channels_are_read_in_any_order_of_axes_and_chunks(
+    tmp_path: Path, axes: str, shape: tuple[int, ...]
+) -> None:
+    voxels = random_voxels(shape, "<i2")
+    length = dict(zip(axes, shape, strict=True))
+    alone = tuple(min(n, 1 if axis in "ct" else 4) for axis, n in zip(axes, shape, strict=True))
+    together = tuple(min(n, 4) for n in shape)
+    for number, (write, chunks) in enumerate(itertools.product([written_v2, written_v3], [alone, together])):
+        path = write(tmp_path / str(number), voxels, chunks=chunks)
+        for point, channels in itertools.product(
+            range(length.get("t", 1)), [None, [0], [3, 0], [1, 2, 2, 0]]
+        ):
+            if channels is not None and max(channels) >= length.get("c", 1):
+                continue
+            image = ScalarImage(path, axes=axes, time=point, channels=channels)
+            taken = voxels.take([point], axes.index("t")) if "t" in axes else voxels
+            expected = in_frame(taken, axes)
+            assert_same_bytes(read_whole(image), expected if channels is None else expected[channels])
+            assert image.opened.channel_axis == "c"
+            if chunks == alone:
+                assert isinstance(image.source, ShardSource)
+            again = pickle.loads(pickle.dumps(image))
+            assert_same_bytes(again.data, image.data)
+            assert_same_bytes(image.dask.compute(scheduler="sync"), image.data)
+    close_shards(tmp_path)
+
+
+def test_chunks_of_other_time_points_and_channels_are_not_read(tmp_path: Path) -> None:
+    voxels = random_voxels((3, 4, 7, 8, 9), "<i2")
+    path = written_v3(tmp_path / "a", voxels, chunks=(1, 1, 7, 8, 9))
+    for place in np.ndindex(3, 4):
+        if place not in ((2, 1), (2, 3)):
+            (path / "c" / str(place[0]) / str(place[1]) / "0/0/0").write_bytes(b"no chunk at all")
+    image = ScalarImage(path, axes="tczyx", time=2, channels=[3, 1])
+    assert_same_bytes(image.data, in_frame(voxels[2], "czyx")[[3, 1]])
+    assert image.source.shape == image.shape == (2, 9, 8, 7)
+    with pytest.raises(DamageError):
+        ScalarImage(path, axes="tczyx", time=1).data  # noqa: B018
+    close_shards(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "chosen", "text"),
+    [
+        ("tczyx", (3, 4, 7, 8, 9), {}, "a has 3 time points and 4 channels; say time=N for one of 0 to 2"),
+        ("tczyx", (3, 4, 7, 8, 9), {"time": 3}, r"^time must be 0 to 2 \(there are 3 time points\), not 3$"),
+        ("tzyx", (3, 7, 8, 9), {"time": -1}, r"^time must be 0 to 2 \(there are 3 time points\), not -1$"),
+        ("czyx", (3, 7, 8, 9), {"time": 1}, r"^time must be 0 \(there are no time points\), not 1$"),
+        (
+            "czyx",
+            (3, 7, 8, 9),
+            {"channels": [0, 3]},
+            r"^channels must be 0 to 2 \(there are 3 channels\), not 3$",
+        ),
+        ("czyx", (3, 7, 8, 9), {"channels": []}, "channels= names none; leave it out to read all"),
+        ("zyx", (7, 8, 9), {"channels": [1]}, r"^channels must be 0 \(there are no channels\), not 1$"),
+        (
+            "tzyx",
+            (3, 7, 8, 9),
+            {"time": 1, "channels": [1]},
+            r"^channels must be 0 \(there are no channels\), not 1$",
+        ),
+    ],
+)
+def test_a_time_point_or_channel_that_is_not_there_is_refused(
+    tmp_path: Path, axes: str, shape: tuple[int, ...], chosen: Any, text: str
+) -> None:
+    path = written_v3(tmp_path / "a", random_voxels(shape, "<i2"), chunks=shape)
+    with pytest.raises(OptionError, match=text) as error:
+        ScalarImage(path, axes=axes, **chosen)
+    assert error.value.option == next(iter(reversed(chosen)), "time")
+
+
+@pytest.mark.parametrize(
+    ("names", "axes"),
+    [
+        (["time", "z", "y", "x"], "t"),
+        (["T", "Z", "Y", "X"], "t"),
+        (["channel", "z", "y", "x"], "c"),
+        (["c", "z", "y", "x"], "c"),
+    ],
+)
+def test_axes_that_have_names_are_known(tmp_path: Path, names: list[str], axes: str) -> None:
+    voxels = random_voxels((3, 7, 8, 9), "<i2")
+    path = written_v3(tmp_path / "3", voxels, chunks=(1, 4, 4, 4), dimension_names=names)
+    attributes = {"_ARRAY_DIMENSIONS": names}  # as xarray writes it
+    old = written_v2(tmp_path / "2", voxels, chunks=(1, 4, 4, 4), attributes=attributes)
+    for image in (ScalarImage(path), ScalarImage(old)):
+        assert image.opened.channel_axis == axes
+        assert_same_bytes(image.select(channels=[2]).data, in_frame(voxels[2:], "czyx"))
+
+
+def test_axes_of_an_ome_image_are_known_by_their_names_or_types(tmp_path: Path) -> None:
+    voxels = random_voxels((3, 2, 7, 8, 9), "<i2")
+    for number, (frame, stain) in enumerate([("t", "c"), ("frame", "stain"), ("time", "channel")]):
+        path = tmp_path / str(number)
+        kinds = [(frame, "time"), (stain, "channel"), ("z", "space"), ("y", "space"), ("x", "space")]
+        scale = [{"type": "scale", "scale": [5.0, 1.0, 4.0, 3.0, 2.0]}]
+        multiscale = {
+            "axes": [{"name": name, "type": kind} for name, kind in kinds],
+            "datasets": [{"path": "0", "coordinateTransformations": scale}],
+        }
+        group = zarr.create_group(path, attributes={"ome": {"version": "0.5", "multiscales": [multiscale]}})
+        group.create_array("0", shape=voxels.shape, chunks=(1, 1, 4, 4, 4), dtype="i2")[...] = voxels
+        image = ScalarImage(path, time=1)
+        assert_same_bytes(image.data, in_frame(voxels[1], "czyx"))
+        assert image.spacing == (2.0, 3.0, 4.0)
+        with pytest.raises(OptionError, match="3 time points and 2 channels"):
+            ScalarImage(path)
 
 
 @pytest.mark.parametrize("version", [2, 3])

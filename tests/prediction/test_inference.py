@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import re
 import shutil
 from pathlib import Path
@@ -18,7 +19,15 @@ from numpy.typing import NDArray
 
 import zpatch as zp
 from zpatch.chunks.scaling import UNSCALED
-from zpatch.errors import ModelError, OptionError, StoreError, StoreExistsError, UnknownNameError, ZpatchError
+from zpatch.errors import (
+    DamageError,
+    ModelError,
+    OptionError,
+    StoreError,
+    StoreExistsError,
+    UnknownNameError,
+    ZpatchError,
+)
 from zpatch.networks.model_files import load_model
 from zpatch.networks.network import Network
 from zpatch.prediction.planning import candidates, plan_prediction
@@ -693,3 +702,98 @@ def test_strict_changes_nothing_of_finite_outputs_and_refuses_what_an_earlier_ru
     text = "^the network gave NaN or infinite values in .*, in an earlier run; leave out strict=True, or say "
     with pytest.raises(ModelError, match=text):
         predict(cohort[:1], gappy, WithGaps(), strict=True)
+
+
+# Statistics that no store has
+
+
+@pytest.mark.parametrize("mode", ["zscore", "clip"])
+def test_images_without_statistics_are_normalised_by_one_pass_over_their_voxels(
+    out: Path, rng: np.random.Generator, mode: str
+) -> None:
+    volume = rng.integers(0, 3000, (30, 28, 26), dtype=np.int16)
+    other = zp.ScalarImage(volume * 2)
+    subject = zp.Subject(t1=zp.ScalarImage(volume), t2=other)
+    found = predict([subject], out, lambda batch: batch, image=["t1", "t2"], normalize=mode)
+    low, high = np.percentile(volume, [0.5, 99.5])
+    zscored = (volume - volume.mean()) / volume.std()
+    expected = zscored if mode == "zscore" else (volume.clip(low, high) - low) / (high - low)
+    np.testing.assert_allclose(found[0].prediction.data, [expected] * 2, rtol=1e-5, atol=1e-5)
+
+
+def test_statistics_of_a_store_are_used_as_they_are(
+    cohort: zp.Cohort, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(image: zp.Image, progress: Any = None) -> Any:
+        raise AssertionError("a pass that is not needed")
+
+    monkeypatch.setattr("zpatch.prediction.planning.computed_statistics", refuse)
+    assert predict(cohort[:1], out, normalize="zscore").names == cohort[:1].names
+
+
+def test_an_input_that_changes_after_its_statistics_were_computed_is_damage(
+    tmp_path: Path, out: Path, rng: np.random.Generator
+) -> None:
+    path = tmp_path / "a.nii"
+    nib.save(nib.Nifti1Image(rng.integers(0, 9, (26, 26, 26), dtype=np.int16), np.eye(4)), path)
+    subject = zp.Subject(name="ann", t1=zp.ScalarImage(path))
+    options = PredictOptions.of(image="t1", patch_size=24, patch_overlap=8, normalize="zscore")
+    network = Network.of(pointwise, options)
+    plans = plan_prediction(network, [subject], options)
+    os.utime(path, (1, 1))
+    with pytest.raises(DamageError, match="inputs of 'ann' were changed after their statistics were comp"):
+        run_prediction(network, plans, out, options)
+
+
+def test_a_subject_whose_statistics_cannot_be_computed_fails_alone(
+    tmp_path: Path, out: Path, rng: np.random.Generator
+) -> None:
+    subjects = []
+    for name in ("ann", "bob"):
+        array = zarr.create_array(
+            tmp_path / name, shape=(26, 26, 26), chunks=(13, 13, 13), dtype="i2", dimension_names="zyx"
+        )
+        array[...] = rng.integers(0, 9, array.shape)
+        subjects.append(zp.Subject(name=name, t1=zp.ScalarImage(tmp_path / name)))
+    (tmp_path / "ann" / "c/1/1/1").write_bytes(b"no chunk")
+    with pytest.raises(DamageError, match="ann"):
+        predict(subjects, out, normalize="zscore")
+    assert zp.Cohort(out).names == ["bob"]
+
+
+# Time points
+
+
+def test_time_points_of_files_are_no_channels_without_a_word(tmp_path: Path, out: Path) -> None:
+    frames = np.stack([np.full((26, 26, 26), n, np.int16) for n in range(3)], axis=3)
+    file = nib.Nifti1Image(frames, np.eye(4))
+    file.header.set_xyzt_units("mm", "sec")
+    nib.save(file, tmp_path / "bold.nii")
+    image = zp.ScalarImage(tmp_path / "bold.nii")
+    with pytest.raises(OptionError, match=r"has 3 time points; say time=N for one of 0 to 2, or channels= t"):
+        predict([zp.Subject(t1=image)], out)
+    found = predict([zp.Subject(t1=image.select(time=2))], out, lambda b: b)[0].prediction.data
+    np.testing.assert_allclose(found, np.full((1, 26, 26, 26), 2), rtol=1e-6)
+    frames_as_channels = zp.Subject(t1=image.select(channels=[2, 1]))
+    found = predict([frames_as_channels], out, lambda b: b, overwrite=True)[0].prediction.data
+    np.testing.assert_allclose(found[:, 0, 0, 0], [2, 1], rtol=1e-6)
+
+
+def test_time_points_of_a_store_are_channels_and_that_is_said(tmp_path: Path, out: Path) -> None:
+    frames = np.stack([np.full((26, 26, 26), n, np.int16) for n in range(3)], axis=3)
+    file = nib.Nifti1Image(frames, np.eye(4))
+    file.header.set_xyzt_units("mm", "sec")
+    (tmp_path / "source" / "ann").mkdir(parents=True)
+    nib.save(file, tmp_path / "source" / "ann" / "t1.nii")
+    zp.convert(tmp_path / "source", tmp_path / "store")
+    stored = zp.Cohort(tmp_path / "store")
+    options = PredictOptions.of(image="t1", patch_size=24, patch_overlap=8)
+    network = Network.of(pointwise, options)
+    [plan] = plan_prediction(network, stored, options)
+    assert "26 x 26 x 26 voxels of 3 channels (3 time points as channels) in 8 patches" in str(plan)
+    assert plan_prediction(
+        network, stored.map(lambda s: s.with_images(t1=s.t1.map(lambda a: a + 1))), options
+    )
+    one = stored.map(lambda s: s.with_images(t1=s.t1.select(time=1)))
+    [plan] = plan_prediction(network, one, options)
+    assert "26 x 26 x 26 voxels (time point 1 of 3) in 8 patches" in str(plan)

@@ -271,7 +271,7 @@ def test_an_array_without_names_of_axes_is_an_error_of_one_line_that_says_how_to
     write_array(group, "plain.zarr", pixels(), "yxc")
     assert predict(tmp_path / "plain.zarr", out, model="colours") == 2
     line = capsys.readouterr().err
-    assert "the axes of a Zarr array of shape (1000, 1504, 3) are 'not named'" in line
+    assert "the axes of a Zarr array of shape (1000, 1504, 3) are not named" in line
     assert "as in --axes zyx" in line
     assert predict(tmp_path / "plain.zarr", out, "--axes", "yxc", "-q", model="colours") == 0
     voxels, *_ = as_ome_zarr(out / "plain" / "prediction")
@@ -413,7 +413,21 @@ def test_a_patch_of_several_planes_is_refused_with_a_size_that_fits_a_single_pla
             "yxc-v3.ome.zarr is one image; --include and",
         ),
         (["--patch-size", "512,512,1", "--mask", "tissue"], 1, "no image 'tissue' in subject 'yxc-v3'"),
-        (["--patch-size", "512,512,1", "--normalize", "zscore"], 2, "statistics"),
+        (
+            ["--patch-size", "512,512,1", "--mask", "no.nii"],
+            2,
+            "no.nii is neither an image of yxc-v3 (image) no",
+        ),
+        (
+            ["--patch-size", "512,512,1", "--time", "1"],
+            2,
+            "--time must be 0 (there are no time points), not 1",
+        ),
+        (
+            ["--patch-size", "512,512,1", "--channel", "0,3"],
+            2,
+            "--channel must be 0 to 2 (there are 3 channels), not 3",
+        ),
     ],
 )
 def test_options_that_do_not_fit_a_slide_are_errors_of_one_line(
@@ -437,7 +451,7 @@ def test_paths_that_are_not_slides_are_errors_of_one_line(
     places = {
         tmp_path / "nowhere.ome.zarr": "it does not exist",
         tmp_path / "folder": "it is no zpatch store",
-        tmp_path / "folder" / "notes.txt": "it cannot be opened",
+        tmp_path / "folder" / "notes.txt": "files of this format are not read",
         tmp_path / "group.zarr": "it is a Zarr group but no OME-Zarr image; name an image or an array in it",
         tmp_path / "torn.zarr": "it is no Zarr array or OME-Zarr image",
         slide / "9": "it does not exist",

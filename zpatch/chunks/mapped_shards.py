@@ -13,6 +13,7 @@ import mmap
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -177,3 +178,10 @@ def close_shards(folder: Path) -> None:
     """Drop all maps below a folder, before it is replaced."""
     absolute = folder.absolute()
     _open_shards.forget(lambda key: key[0].is_relative_to(absolute))
+
+
+def release_pages(mapped: np.memmap[Any, Any]) -> None:
+    """Take what was read of a file out of this process's memory: the system reads it again when needed."""
+    view: Any = mapped._mmap  # type: ignore[attr-defined]
+    if mapped.mode == "r" and hasattr(view, "madvise"):  # changes that are not in the file would be lost
+        view.madvise(mmap.MADV_DONTNEED)

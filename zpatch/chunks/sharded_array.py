@@ -22,9 +22,9 @@ class ChunkFiles:
     """How the files of an array are named, and where their index is.
 
     ``axes`` has, for each number in a file's name, the axis (0 to 3) along which it counts; None for an axis
-    of length 1 that the array's metadata have besides these four. Numbers follow ``prefix``, with
-    ``separator`` between them. ``index`` is the end of a shard where its index is ("start" or "end"), or None
-    if each file is one chunk.
+    that the array's metadata have besides these four, of which the chunk ``place`` is read. Numbers follow
+    ``prefix``, with ``separator`` between them. ``index`` is the end of a shard where its index is ("start"
+    or "end"), or None if each file is one chunk.
     """
 
     axes: tuple[int | None, ...]
@@ -32,6 +32,7 @@ class ChunkFiles:
     separator: str = "/"
     index: str | None = "end"
     index_checksum: bool = True
+    place: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ class ShardedArray:
 
     def shard_file(self, shard: tuple[int, ...]) -> Path:
         """The file of a shard."""
-        numbers = ["0" if axis is None else str(shard[axis]) for axis in self.files.axes]
+        numbers = [str(self.files.place if axis is None else shard[axis]) for axis in self.files.axes]
         named = [self.files.prefix, *numbers] if self.files.prefix else numbers
         return self.path / self.files.separator.join(named)
 

@@ -49,6 +49,21 @@ class Voxels(click.ParamType):  # type: ignore[type-arg]
         return numbers[0] if len(numbers) == 1 else numbers
 
 
+class Numbers(click.ParamType):  # type: ignore[type-arg]
+    """Whole numbers with commas, as ``0`` or ``0,2``."""
+
+    name = "numbers"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """Parse a value."""
+        try:
+            return tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a whole number, or several with commas", param, ctx)
+
+
 def _remember_verbosity(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
     ctx.ensure_object(dict)["verbose"] = value
 

@@ -12,6 +12,7 @@ from zpatch.cli import EXIT_SOME_FAILED
 from zpatch.cli.options import (
     STORE,
     Bytes,
+    Numbers,
     Voxels,
     cluster_timeout_option,
     exclude_option,
@@ -21,6 +22,7 @@ from zpatch.cli.options import (
     overwrite_option,
     talk_options,
 )
+from zpatch.cli.prediction_inputs import StatisticsPasses, with_mask
 from zpatch.cli.progress import Progress, print_json, say
 from zpatch.errors import one_line
 from zpatch.runtime.byte_sizes import format_bytes
@@ -46,6 +48,16 @@ if TYPE_CHECKING:
 @click.option(
     "--axes", metavar="LETTERS", help="Axes of a Zarr array that has no names for them, slowest first: yxc."
 )
+@click.option(
+    "--time",
+    type=click.IntRange(0),
+    metavar="N",
+    help="The time point to predict, from 0: of OME-Zarr or Zarr.",
+)
+@click.option(
+    "--channel", "channels", type=Numbers(), multiple=True, metavar="N",
+    help="Feed only this channel of OME-Zarr or Zarr, from 0; several, in this order, as 0,2.",
+)  # fmt: skip
 @click.option(
     "--model-axes",
     metavar="LETTERS",
@@ -88,9 +100,14 @@ if TYPE_CHECKING:
 @click.option(
     "--normalize",
     type=click.Choice(["zscore", "clip"]),
-    help="Scale each image by its statistics: (value - mean) / std, or percentiles 0.5, 99.5 to 0, 1.",
+    help="Scale each image by its statistics: (value - mean) / std, or percentiles 0.5, 99.5 to 0, 1. Those "
+    "that no store has are computed in one pass before.",
 )
-@click.option("--mask", metavar="NAME", help="An image: patches wholly where it is 0 are not run.")
+@click.option(
+    "--mask", metavar="NAME|FILE",
+    help="An image of the subjects, or for one subject a .nii or Zarr: patches wholly where it is 0 "
+    "are not run.",
+)  # fmt: skip
 @click.option("--fill", type=float, default=0, show_default=True, help="The value where no patch is run.")
 @click.option(
     "--strict", is_flag=True,
@@ -135,6 +152,8 @@ def predict_command(
     output: Path,
     model: str,
     axes: str | None,
+    time: int | None,
+    channels: tuple[tuple[int, ...], ...],
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     dry_run: bool,
@@ -145,7 +164,7 @@ def predict_command(
     """Run a network over every subject of STORE and write its blended output into a store OUTPUT.
 
     STORE may also be one image, OME-Zarr or a Zarr array: a whole slide, for example, or a level of its
-    pyramid.
+    pyramid. If it has time points, choose one with --time; --channel chooses channels.
 
     THE NETWORK IS FED (x, y, z): a batch (B, C, x, y, z) of the type of its parameters. If it was trained on
     (z, y, x) arrays, say --model-axes zyx. It returns a batch in the same axes, stored as the image
@@ -164,24 +183,29 @@ def predict_command(
           --patch-size 96,96,64 --overlap 16 --blend gaussian --device cuda --amp
       zpatch predict slide.ome.zarr out.zarr --model mypackage.nets:stain \\
           --patch-size 1024,1024,1 --overlap 64,64,0 --model-axes yx --jobs 4
+      zpatch predict movie.ome.zarr out.zarr --model net.pt2 --time 3 --channel 0,2 \\
+          --patch-size 96 --normalize zscore --mask tissue.zarr
     """
     from zpatch.images.cohort import open_subjects
     from zpatch.networks.model_files import ModelName, load_model
     from zpatch.networks.network import Network
     from zpatch.prediction.planning import plan_prediction
     from zpatch.prediction.prediction_options import PredictOptions
-    from zpatch.prediction.prediction_run import begun_shards, run_prediction
+    from zpatch.prediction.prediction_run import begun_shards, check_output, run_prediction
     from zpatch.runtime.failures import Failure, Failures
     from zpatch.store.image_writer import not_finite_text
     from zpatch.store.store_writer import check_can_create
 
     check_can_create(output, overwrite=given["overwrite"], resume=not no_resume)
-    subjects = open_subjects(store, include, exclude, axes)
+    chosen = [number for numbers in channels for number in numbers]
+    subjects = open_subjects(store, include, exclude, axes, time, chosen or None)
     if not subjects:
         raise click.UsageError(f"no subject of {store} is left to predict")
     given["image"] = given["image"] or _only_image(subjects[0])
     given["reduce"] = _reductions(given["reduce"])
+    subjects, given["mask"] = with_mask(subjects, given["mask"])
     options = PredictOptions.of(resume=not no_resume, **given)
+    check_output(output, subjects, options)
     network = Network.of(load_model(model), options, ModelName.of_spec(model))
     begun = {} if options.overwrite else begun_shards(output)
     plans: list[Any] = []
@@ -191,16 +215,20 @@ def predict_command(
             say(f"failed: {in_flags(str(failure))}", always=True)
 
     failures = Failures(keep_going=options.keep_going, on_failure=say_why)
-    plans += plan_prediction(network, subjects, options, begun=begun, failures=failures)
+    passes = StatisticsPasses(is_made=not dry_run)
+    plans += plan_prediction(
+        network, subjects, options, begun=begun, failures=failures, measure=passes.measure
+    )
     for failure in failures.found:
         say_why(failure)
     patches, peak = sum(plan.patches_run for plan in plans), max(plan.peak_bytes for plan in plans)
     say(f"{len(plans)} subjects, {patches} patches, {format_bytes(peak)} of memory beside the network's own")
     if dry_run:
         if json:
-            print_json([{**plan.to_json(), "model_axes": network.axes.letters} for plan in plans])
+            common = {"model_axes": network.axes.letters, "statistics_computed": passes.names}
+            print_json([{**plan.to_json(), **common} for plan in plans])
         else:
-            click.echo("\n".join([in_flags(network.axes.notice), *map(str, plans)]))
+            click.echo("\n".join([in_flags(network.axes.notice), *passes.notes, *map(str, plans)]))
         return EXIT_SOME_FAILED if failures.found else 0
     names = [subject.name for subject in subjects]
     with Progress("predicting", patches, unit="patches") as progress:

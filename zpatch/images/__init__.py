@@ -11,7 +11,7 @@ In reading order::
     chunk_cache    chunks kept in memory while the patches of a grid need them
     opened_image   the data that Image takes -> source, affine, scaling, record, path
     image          Image, ScalarImage, LabelMap, SamplingMap
-    normalization  Normalize: intensities on one scale, from stored statistics
+    normalization  Normalize: intensities on one scale, by statistics of the store or of one pass
     subject        Subject: images by name
     cohort         Cohort: the subjects of a store, from its manifest
 """

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self, overload
 
 from zpatch.digests import Json
-from zpatch.errors import OptionError, SourceError, UnknownNameError
+from zpatch.errors import NotAStoreError, OptionError, SourceError, UnknownNameError
 from zpatch.images.image import ScalarImage, stored_image
 from zpatch.images.opened_image import refuse_other_format
 from zpatch.images.subject import Subject
@@ -165,12 +165,17 @@ class Cohort(Sequence[Subject]):
 
 
 def open_subjects(
-    path: Path, include: Sequence[str] = (), exclude: Sequence[str] = (), axes: str | None = None
+    path: Path,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    axes: str | None = None,
+    time: int | None = None,
+    channels: Sequence[int] | None = None,
 ) -> Sequence[Subject]:
     """The subjects of a store whose names match patterns; or one subject for an OME-Zarr image or Zarr array.
 
     That subject is named after the path, and its image is called ``image``. ``axes`` names the axes of an
-    array without dimension names, as in ``"yxc"``.
+    array without dimension names, as in ``"yxc"``; ``time`` and ``channels`` are what is read of it.
     """
     refuse_other_format(path)
     if path.is_file() and re.search(r"\.nii(\.gz)?$", path.name.lower()):
@@ -178,17 +183,24 @@ def open_subjects(
             f"{path}: it is a NIfTI file; make a store of its folder with "
             f"'zpatch convert {path.parent} STORE', and name STORE"
         )
+    if path.is_file():
+        raise NotAStoreError(
+            f"{path}: files of this format are not read, but stores, OME-Zarr and Zarr; save it as one of "
+            f"these, or as NIfTI for 'zpatch convert'"
+        )
     is_zarr = (path / ROOT_DOCUMENT).exists() or any(path.glob(".z*"))
     if is_store(path) or not is_zarr:
-        if axes is not None:
-            raise OptionError(
-                f"{path} is not a Zarr array; axes= can be given for a Zarr array only", option="axes"
-            )
+        for option, value in (("axes", axes), ("time", time), ("channels", channels)):
+            if value is not None:
+                raise OptionError(
+                    f"{path} is not a Zarr array; {option}= can be given for a Zarr array only",
+                    option=option,
+                )
         return Cohort(path).matching(include, exclude)
     parts = [path.parent.name, path.name] if path.name.isdecimal() else [path.name]
     name = "-".join(re.sub(r"(\.ome)?\.zarr$", "", part) for part in parts)
     name = re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip("._-") or "image"
-    subject = Subject(name=name, image=ScalarImage(path, axes=axes))
+    subject = Subject(name=name, image=ScalarImage(path, axes=axes, time=time, channels=channels))
     if include or exclude:
         raise OptionError(f"{path} is one image; include= and exclude= are for a store", option="include")
     return [subject]

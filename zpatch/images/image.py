@@ -33,6 +33,8 @@ class Image:
     is sliced, as a dataset of h5py, which is never loaded whole. All but Zarr arrays are (I, J, K) or
     (C, I, J, K). Axes of Zarr arrays are named by the array's dimension names or by ``axes``, slowest first,
     as in ``"zyx"`` or ``"czyx"``. ``affine`` (4 x 4, voxel to mm) defaults to the affine of the source.
+    ``time`` is the number of the time point and ``channels`` are those of the channels that are read, from 0.
+    An image of several time points and no channels has them as C, unless ``time`` is given.
 
     Reading a Zarr array that was moved, unmounted or replaced since it was opened is a DamageError, also
     through a dask array of ``from_zarr``. One whose tasks open files themselves (``inline_array=True``,
@@ -53,8 +55,10 @@ class Image:
         *,
         affine: Sequence[Sequence[float]] | Affine | None = None,
         axes: str | None = None,
+        time: int | None = None,
+        channels: Sequence[int] | None = None,
     ) -> None:
-        self._opened = data if isinstance(data, OpenedImage) else open_image(data, axes)
+        self._opened = data if isinstance(data, OpenedImage) else open_image(data, axes, time, channels)
         self._affine = np.array(self._opened.affine if affine is None else affine, dtype=np.float64)
         if self._affine.shape != (4, 4):
             raise OptionError(f"affine must be 4 x 4, not of shape {self._affine.shape}")
@@ -133,8 +137,10 @@ class Image:
 
     @property
     def statistics(self) -> Json:
-        """Statistics of the values, from the store; empty for an image that is in no store."""
-        return dict(self.record.stats) if self.record else {}
+        """Statistics of the values, from the store; empty for an image that is in no store, or rescaled."""
+        if self.record is None or self.scaling != Scaling(self.record.slope, self.record.inter):
+            return {}
+        return dict(self.record.stats)
 
     def read(self, location: PatchLocation, scaled: bool = True) -> Voxels:
         """The values of a box, (C, I, J, K): only the chunks that cover it are read.
@@ -236,6 +242,18 @@ class Image:
             plain = type(self)(dataclasses.replace(self._opened, scaling=UNSCALED), affine=self._affine)
             return plain.map(lambda array: array.astype(Scaling(2.0).dtype_of(array.dtype)))
         return type(self)(dataclasses.replace(self._opened, scaling=scaling), affine=self._affine)
+
+    def select(self, *, time: int | None = None, channels: Sequence[int] | None = None) -> Self:
+        """The image of one time point, or of some channels in this order; chunks of no others are read.
+
+        Raises OptionError for numbers that are not there. Where C counts time points, ``channels`` are time
+        points that are to be read as channels.
+
+        >>> image = ScalarImage(np.arange(24).reshape(4, 1, 2, 3))
+        >>> image.select(channels=[3, 0]).data[:, 0, 0].tolist()
+        [[18, 19, 20], [0, 1, 2]]
+        """
+        return type(self)(self._opened.selected(time, channels), affine=self._affine)
 
     def with_source(self, source: VoxelSource) -> Self:
         """The same image, its unscaled voxels read from another source."""

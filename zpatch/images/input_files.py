@@ -23,6 +23,20 @@ from zpatch.images.voxel_source import VoxelSource, WrappedSource
 SAME_FILES = "all workers must see the same files as the process that starts them"
 
 
+def root_of(path: Path) -> Path:
+    """The store, image, plate or series that a path is in, without links; the path itself if it is in none.
+
+    It is the nearest Zarr group or array whose name ends in ``.zarr``, or the outermost one.
+    """
+    root = path.resolve()
+    for folder in root.parents:
+        is_whole = root.suffix == ".zarr"
+        if is_whole or not any((folder / name).exists() for name in ("zarr.json", ".zgroup", ".zarray")):
+            break
+        root = folder
+    return root
+
+
 def map_of(array: Any) -> Any:
     """The memory map that an array is a view of, if any."""
     found = None

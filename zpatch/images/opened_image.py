@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -20,7 +20,7 @@ from zpatch.images import zarr_images
 from zpatch.images.input_files import map_of, offset_in_file
 from zpatch.images.lazy_array import is_lazy
 from zpatch.images.voxel_source import VoxelSource
-from zpatch.images.voxel_sources import ArraySource, DaskSource, LazySource, ShardSource
+from zpatch.images.voxel_sources import ArraySource, DaskSource, LazySource, ShardSource, selected
 from zpatch.nifti import header
 from zpatch.store import store
 from zpatch.store.image_record import ImageRecord
@@ -33,6 +33,7 @@ OTHER_FORMATS = (  # endings of files, what they are, and what to do
     ((".h5", ".hdf5", ".he5", ".mat"), "an HDF5 file", _IN_PYTHON),
     ((".npy", ".npz"), "an array of numpy", _IN_PYTHON),
     ((".ozx", ".zip"), "a zipped Zarr", "unzip it, and name the folder"),
+    ((".dcm", ".ima"), "a DICOM file", "make NIfTI of its folder with 'dcm2niix FOLDER', and convert that"),
 )
 
 
@@ -41,7 +42,8 @@ class OpenedImage:
     """The voxels that an image is made of: how to read them, their affine, and their path.
 
     ``path`` is their file or folder, in a store or not; None for an array in memory. ``record`` is the
-    image's line of the manifest; None for an image that is in no store.
+    image's line of the manifest; None for an image that is in no store. ``channel_axis`` says what C counts:
+    c for channels, t for time points. ``part`` is the part of a larger image that was chosen, in words.
     """
 
     source: VoxelSource
@@ -50,6 +52,8 @@ class OpenedImage:
     record: ImageRecord | None = None
     path: Path | None = None
     unit: str | None = "millimeter"
+    channel_axis: str = "c"
+    part: str = ""
 
     @classmethod
     def of_record(cls, folder: Path, record: ImageRecord) -> Self:
@@ -57,13 +61,56 @@ class OpenedImage:
         folder = folder.absolute()
         source = ShardSource(store.sharded_array(folder, record))
         scaling = Scaling(record.slope, record.inter)
-        return cls(source, record.affine_array, scaling, record, folder, record.spatial_unit)
+        axis = "t" if record.axes.startswith("t") else "c"
+        return cls(source, record.affine_array, scaling, record, folder, record.spatial_unit, axis)
 
     def derived(self, array: Any) -> Self:
         """The image of a dask array (C, I, J, K) of values that was computed from these voxels."""
+        source = DaskSource.of(_with_channels(array))
+        is_as_before = self.record is None and source.shape[0] == self.source.shape[0]
+        axis = self.channel_axis if is_as_before else "c"  # time points of a store are channels
+        return dataclasses.replace(self, source=source, scaling=UNSCALED, record=None, channel_axis=axis)
+
+    def selected(self, time: int | None = None, channels: Sequence[int] | None = None) -> Self:
+        """One time point, or some channels; of an image of time points, ``channels`` are some of these."""
+        count, is_time = self.source.shape[0], self.channel_axis == "t"
+        if time is not None and not is_time:
+            zarr_images.check_chosen("time", [time], 1, "time points")
+            return self if channels is None else self.selected(None, channels)
+        if time is not None:
+            zarr_images.check_chosen("time", [time], count, "time points")
+            point = self._picked([time], f"time point {time} of {count}") if count > 1 else self
+            return point if channels is None else point.selected(None, channels)
+        if channels is None:
+            return self
+        if not channels:
+            raise OptionError("channels= names none; leave it out to read all", option="channels")
+        what = "time points" if is_time else "channels"
+        zarr_images.check_chosen("channels", channels, count, what)
+        named = f"{what if len(channels) > 1 else what[:-1]} {', '.join(map(str, channels))} of {count}"
+        return self._picked(channels, named + " as channels" * (is_time and len(channels) > 1))
+
+    def _picked(self, numbers: Sequence[int], named: str) -> Self:
         return dataclasses.replace(
-            self, source=DaskSource.of(_with_channels(array)), scaling=UNSCALED, record=None
+            self,
+            source=selected(self.source, numbers),
+            record=None,
+            channel_axis="c",
+            part=f"{self.part}, {named}".removeprefix(", "),
         )
+
+    @property
+    def in_words(self) -> str:
+        """The part that was chosen, or what C counts if that is not channels; else nothing."""
+        count = self.source.shape[0]
+        return f"{count} time points as channels" if self.channel_axis == "t" and count > 1 else self.part
+
+    @property
+    def places(self) -> set[Path]:
+        """The files and folders that voxels are read from, as far as they are known."""
+        if self.path is not None:
+            return {self.path}
+        return {mark.path for mark in self.source.marks()}
 
     @property
     def is_in_files(self) -> bool:
@@ -82,15 +129,27 @@ class OpenedImage:
             known["files"] = lazy.file and f"{_identity_of_files(lazy.file)} at {lazy.place}"
         elif isinstance(self.source, ArraySource):
             known["voxels"] = _identity_of_array(self.source.array)
+        if self.part:
+            known["part"] = self.part
         return {**known, "scaling": repr(self.scaling)}
 
 
-def open_image(data: Any, axes: str | None = None) -> OpenedImage:
+def open_image(
+    data: Any, axes: str | None = None, time: int | None = None, channels: Sequence[int] | None = None
+) -> OpenedImage:
     """Open any ``data`` that ``Image`` takes."""
     if isinstance(data, str | os.PathLike):
-        return _open_path(Path(data), axes)
-    if type(data).__module__.startswith("zarr."):
-        return _of_zarr(zarr_images.zarr_image(data), axes)
+        found = _open_path(Path(data))
+    elif type(data).__module__.startswith("zarr."):
+        found = zarr_images.zarr_image(data)
+    else:
+        found = _of_array(data)
+    if isinstance(found, OpenedImage):
+        return found.selected(time, channels)
+    return _of_zarr(found, axes, time).selected(None, channels)
+
+
+def _of_array(data: Any) -> OpenedImage:
     if type(data).__module__.startswith("dask."):
         return OpenedImage(DaskSource.of(_with_channels(data)), np.eye(4))
     if is_lazy(data):
@@ -112,7 +171,7 @@ def _lazy_source(data: Any) -> LazySource:
     return source
 
 
-def _open_path(path: Path, axes: str | None) -> OpenedImage:
+def _open_path(path: Path) -> OpenedImage | zarr_images.ZarrImage:
     name = path.name.lower()
     if name.endswith(".nii.gz"):
         raise SourceError(
@@ -127,7 +186,7 @@ def _open_path(path: Path, axes: str | None) -> OpenedImage:
             f"{path}: images are read from .nii files and from folders of Zarr arrays; save it as NIfTI"
         )
     found = zarr_images.open_image_folder(path)
-    return OpenedImage.of_record(path, found) if isinstance(found, ImageRecord) else _of_zarr(found, axes)
+    return OpenedImage.of_record(path, found) if isinstance(found, ImageRecord) else found
 
 
 def refuse_other_format(path: Path) -> None:
@@ -160,12 +219,14 @@ def _of_nifti(file: header.NiftiFile) -> OpenedImage:
         Scaling(file.slope, file.inter),
         path=file.voxel_path,
         unit=file.spatial_unit,
+        channel_axis="t" if file.axes.startswith("t") else "c",
     )
 
 
-def _of_zarr(image: zarr_images.ZarrImage, axes: str | None) -> OpenedImage:
+def _of_zarr(image: zarr_images.ZarrImage, axes: str | None, time: int | None) -> OpenedImage:
     _check_dtype(image.array.dtype)
-    stored = zarr_images.StoredAxes.of(image.array, axes or image.axes)
+    axes = axes or image.axes
+    stored = zarr_images.StoredAxes.of(image.array, axes, time)
     affine = np.eye(4)
     for row, name in enumerate("xyz"):
         number = stored.kept[stored.names.index(name)]
@@ -180,13 +241,19 @@ def _of_zarr(image: zarr_images.ZarrImage, axes: str | None) -> OpenedImage:
     else:
         source = DaskSource.of(_through_zarr(image.array, stored))
     unit = image.unit if image.scale else "millimeter"
-    return OpenedImage(source, affine, path=zarr_images.folder_of(image.array), unit=unit)
+    folder = zarr_images.folder_of(image.array)
+    opened = OpenedImage(source, affine, path=folder, unit=unit, channel_axis=stored.channel)
+    if time is None or (points := image.array.shape[axes.index("t")] if "t" in axes else 1) == 1:
+        return opened
+    if stored.channel == "t":
+        return opened.selected(time)
+    return dataclasses.replace(opened, part=f"time point {time} of {points}")
 
 
 def _through_zarr(array: Any, stored: zarr_images.StoredAxes) -> Any:
     import dask.array as da
 
-    left_out = tuple(0 if n not in stored.kept else slice(None) for n in range(array.ndim))
+    left_out = tuple(stored.place if n not in stored.kept else slice(None) for n in range(array.ndim))
     kept = da.from_zarr(array)[left_out]
     four = kept[(None,) * stored.kept.count(None)]
     return four.transpose([stored.names.index(name) for name in "cxyz"])

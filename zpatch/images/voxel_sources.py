@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -36,15 +37,19 @@ DERIVED_BLOCK_VOXELS = 64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _ArrayLike(VoxelSource):
-    """The voxels of an array-like object with a ``shape`` (C, I, J, K) and a ``dtype``."""
+    """The voxels of an array-like object with a ``shape`` (C, I, J, K) and a ``dtype``.
+
+    ``channels`` are the numbers of those that are read; None for all.
+    """
 
     array: Any
+    channels: tuple[int, ...] | None = field(default=None, kw_only=True)
 
     @property
     def shape(self) -> Shape:
         """Extent (C, I, J, K)."""
         c, i, j, k = self.array.shape
-        return c, i, j, k
+        return c if self.channels is None else len(self.channels), i, j, k
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -69,7 +74,7 @@ class ShardSource(_ArrayLike):
     def shape(self) -> Shape:
         """Extent (C, I, J, K)."""
         c, i, j, k = (self.array.shape[axis] for axis in self._order)
-        return c, i, j, k
+        return c if self.channels is None else len(self.channels), i, j, k
 
     @property
     def chunk_shape(self) -> Triple:
@@ -82,9 +87,11 @@ class ShardSource(_ArrayLike):
     ) -> ReadTasks:
         """One task for each of about equal parts of the chunks; no chunk is in two of them."""
         order = ["czyx".index(name) for name in self.axes]
-        first, stop = stored_corners(boxes, range(self.shape[0]))
-        views = [reversed_axes(out).transpose(order) for out in outs]
-        plans = GatherPlan.of(self.array, first[:, order], stop[:, order]).split(parts)
+        runs = list(_runs(self.channels or range(self.shape[0])))
+        corners = [stored_corners(boxes, channels) for channels, _ in runs]
+        first, stop = (np.concatenate(corner)[:, order] for corner in zip(*corners, strict=True))
+        views = [reversed_axes(out[at]).transpose(order) for _, at in runs for out in outs]
+        plans = GatherPlan.of(self.array, first, stop).split(parts)
         if all(writes_directly(self.array, out.dtype, scaling) for out in outs):
             return ReadTasks([(partial(gather, self.array, plan, views, scaling),) for plan in plans])
         raw = [buffer_pool.empty(view.shape, self.array.dtype) for view in views]
@@ -131,8 +138,8 @@ class ArraySource(_ArrayLike):
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.mark is None:
-            return type(self), (self.array,)
-        return _mapped_source, (MappedView.of(self.array, self.mark),)
+            return _array_source, (self.array, self.channels)
+        return _mapped_source, (MappedView.of(self.array, self.mark), self.channels)
 
     def marks(self) -> tuple[FileMark, ...]:
         """The mark of the file that the array is mapped from."""
@@ -152,7 +159,9 @@ class ArraySource(_ArrayLike):
 
     def _copy(self, boxes: Sequence[PatchLocation], outs: Sequence[Voxels], scaling: Scaling) -> None:
         for box, out in zip(boxes, outs, strict=True):
-            scaling.write(self.array[(slice(None), *box.to_slices())], out)
+            for channels, at in _runs(self.channels or range(self.shape[0])):
+                inside = (slice(channels.start, channels.stop), *box.to_slices())
+                scaling.write(self.array[inside], out[at])
 
     def dask(self, block_voxels: int | None = None) -> Any:
         """A dask array in blocks of 128 voxels a side."""
@@ -175,7 +184,7 @@ class LazySource(ArraySource):
         return cls(lazy, None if lazy.file is None else FileMark.of_voxels(lazy.file))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return LazySource, (self.array, self.mark)
+        return partial(LazySource, channels=self.channels), (self.array, self.mark)
 
     @property
     def chunk_shape(self) -> Triple:
@@ -237,8 +246,33 @@ class DaskSource(_ArrayLike):
         return self.array
 
 
-def _mapped_source(view: MappedView) -> ArraySource:
-    return ArraySource(view.open(), view.mark)
+def selected(source: VoxelSource, channels: Sequence[int]) -> VoxelSource:
+    """A source of some channels of another one, in this order. Chunks that hold no others are not read."""
+    if isinstance(source, _ArrayLike) and not isinstance(source, DaskSource):
+        known = range(source.shape[0]) if source.channels is None else source.channels
+        return dataclasses.replace(source, channels=tuple(known[number] for number in channels))
+    return DaskSource.of(source.dask()[list(channels)])
+
+
+def _runs(channels: Sequence[int]) -> Iterator[tuple[range, slice]]:
+    """Runs of channels that follow each other, each with its place among ``channels``.
+
+    >>> list(_runs([2, 3, 4, 0, 0]))
+    [(range(2, 5), slice(0, 3, None)), (range(0, 1), slice(3, 4, None)), (range(0, 1), slice(4, 5, None))]
+    """
+    begin = 0
+    for stop in range(1, len(channels) + 1):
+        if stop == len(channels) or channels[stop] != channels[stop - 1] + 1:
+            yield range(channels[begin], channels[stop - 1] + 1), slice(begin, stop)
+            begin = stop
+
+
+def _array_source(array: Voxels, channels: tuple[int, ...] | None) -> ArraySource:
+    return ArraySource(array, channels=channels)
+
+
+def _mapped_source(view: MappedView, channels: tuple[int, ...] | None) -> ArraySource:
+    return ArraySource(view.open(), view.mark, channels=channels)
 
 
 def _cast(raw: Sequence[Voxels], outs: Sequence[Voxels], scaling: Scaling, _parts: Any) -> None:

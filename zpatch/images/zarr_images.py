@@ -26,6 +26,7 @@ from zpatch.store.image_record import ImageRecord
 from zpatch.store.store import TOOL
 
 CHANNEL_AXES = "ct"
+LETTERS = {"time": "t", "channel": "c", "channels": "c"}  # of axes that are called by a word
 SAMPLED_FILES = 16
 _COMPRESSORS: Mapping[str, Compressor] = {name: name for name in ("blosc", "zstd", "gzip", "zlib")}
 
@@ -85,7 +86,7 @@ def _level_of(group: Any, name: str | None) -> ZarrImage:
     multiscale = attributes.get("ome", attributes)["multiscales"][0]
     named = {dataset["path"]: dataset for dataset in multiscale["datasets"]}
     dataset = multiscale["datasets"][0] if name is None else named[name]
-    axes = "".join(axis["name"] for axis in multiscale["axes"])
+    axes = "".join(_letter(axis["name"], axis.get("type")) for axis in multiscale["axes"])
     transforms = {t["type"]: tuple(t[t["type"]]) for t in dataset["coordinateTransformations"]}
     units = {axis.get("unit") for axis in multiscale["axes"] if axis["name"] in "zyx"}
     unit = units.pop() if len(units) == 1 else None
@@ -94,9 +95,15 @@ def _level_of(group: Any, name: str | None) -> ZarrImage:
 
 
 def zarr_image(array: Any) -> ZarrImage:
-    """An open Zarr array, with its dimension names."""
-    names = getattr(array.metadata, "dimension_names", None) or ()
-    return ZarrImage(array, "".join(n or "?" for n in names))
+    """An open Zarr array, with its dimension names; those of version 2 are written by xarray."""
+    names = getattr(array.metadata, "dimension_names", None) or array.attrs.get("_ARRAY_DIMENSIONS") or ()
+    return ZarrImage(array, "".join(map(_letter, names)))
+
+
+def _letter(name: Any, kind: str | None = None) -> str:
+    """One of t, c, z, y, x for the name of an axis, and OME's type of it; ``?`` for others."""
+    letter = LETTERS.get(str(name).lower(), str(name).lower())
+    return letter if letter in tuple("tczyx") else LETTERS.get(str(kind), "?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,35 +111,62 @@ class StoredAxes:
     """The axes of an array by name: ``kept[n]`` is the number of the array's axis that is ``names[n]``.
 
     ``names`` are c, z, y and x in stored order, with the names that the array does not have first; their
-    number is None. Axes of the array that are not kept have length 1.
+    number is None. ``channel`` is the letter of the array's own axis that is c: c or t. One axis of the array
+    may not be kept: of it, only ``place`` is read.
     """
 
     names: str
     kept: tuple[int | None, ...]
+    channel: str = "c"
+    place: int = 0
 
     @classmethod
-    def of(cls, array: Any, axes: str) -> StoredAxes:
-        """The axes of an array, named by ``axes``, slowest first: y, x, and optionally z, and c or t."""
+    def of(cls, array: Any, axes: str, time: int | None = None) -> StoredAxes:
+        """The axes of an array, named by ``axes``, slowest first: y, x, and optionally z, c and t.
+
+        Of c and t, one that is of length 1 is not kept; if neither is, ``time`` is read.
+        """
         shape = tuple(array.shape)
-        channels = [a for a in axes if a in CHANNEL_AXES]
-        if len(channels) > 1:  # the first one of length 1 is not kept
-            alone = [a for a in channels if shape[axes.index(a)] == 1] if len(axes) == len(shape) else []
-            channels = [a for a in channels if a not in alone[:1]]
-        known = len(axes) == len(shape) == len(set(axes)) and set("yx") <= set(axes) <= set("tczyx")
-        if not known or len(channels) > 1:
+        if not (len(axes) == len(shape) == len(set(axes)) and set("yx") <= set(axes) <= set("tczyx")):
             raise OptionError(
-                f"the axes of a Zarr array of shape {shape} are {axes or 'not named'!r}; say axes= with one "
-                f"letter for each: y, x, perhaps z, and perhaps c (or t), as in axes='zyx'",
+                f"the axes of a Zarr array of shape {shape} are {repr(axes) if axes else 'not named'}; say "
+                f"axes= with one letter for each: y, x, perhaps z, and perhaps c or t, as in axes='zyx'",
                 option="axes",
             )
+        length = dict(zip(axes, shape, strict=True))
+        if time is not None:
+            check_chosen("time", [time], length.get("t", 1), "time points")
+        channels = [a for a in axes if a in CHANNEL_AXES]
+        place = 0
+        if len(channels) > 1:
+            alone = [a for a in channels if length[a] == 1]
+            if not alone and time is None:
+                raise OptionError(
+                    f"{folder_of(array) or array} has {length['t']} time points and {length['c']} channels; "
+                    f"say time=N for one of 0 to {length['t'] - 1}",
+                    option="time",
+                )
+            place = 0 if alone or time is None else time
+            channels.remove((alone or ["t"])[0])
         kept = {"c" if a in CHANNEL_AXES else a: n for n, a in enumerate(axes) if a in [*"zyx", *channels]}
         missing = [a for a in "czyx" if a not in kept]
-        return cls("".join([*missing, *kept]), (None,) * len(missing) + tuple(kept.values()))
+        names, numbers = "".join([*missing, *kept]), (None,) * len(missing) + tuple(kept.values())
+        return cls(names, numbers, channels[0] if channels else "c", place)
 
     def four(self, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
         """A shape of the array, as four axes; an axis that the array does not have is of length 1."""
         a, b, c, d = (1 if number is None else int(shape[number]) for number in self.kept)
         return a, b, c, d
+
+
+def check_chosen(option: str, chosen: Sequence[int], length: int, what: str) -> None:
+    """Raise OptionError if a chosen time point or channel is none of those that there are."""
+    for number in chosen:
+        if not 0 <= number < length:
+            allowed, there = (f"0 to {length - 1}", length) if length > 1 else ("0", "no")
+            raise OptionError(
+                f"{option} must be {allowed} (there are {there} {what}), not {number}", option=option
+            )
 
 
 def folder_of(array: Any) -> Path | None:
@@ -204,10 +238,11 @@ def sharded_array_of(array: Any, axes: StoredAxes) -> ShardedArray | None:
             stored.separator,
             stored.index,
             stored.index_checksum,
+            axes.place,
         ),
         name=str(path),
         fill=fill,
-        contents=repr((array.shape, chunks, shards, array.dtype, order, codec, fill)),
+        contents=repr((array.shape, chunks, shards, array.dtype, order, codec, fill, axes)),
         metadata=metadata_mark(array),
     )
 

@@ -21,7 +21,7 @@ from zpatch.networks.model_files import Model
 from zpatch.networks.network import Network
 from zpatch.prediction.planning import plan_prediction
 from zpatch.prediction.prediction_options import MaskFunction, PredictOptions
-from zpatch.prediction.prediction_run import begun_shards, run_prediction
+from zpatch.prediction.prediction_run import begun_shards, check_output, run_prediction
 from zpatch.runtime.failures import Failures
 from zpatch.runtime.task_contract import CLUSTER_TIMEOUT_S, Progress
 from zpatch.store.image_writer import not_finite_text
@@ -70,14 +70,19 @@ def predict(
     under their keys. ``reduce`` is a reduction of PatchAggregator for all outputs, or a dict with one for
     each: ``{"seg": "argmax", "dist": None}``. If it makes patches smaller or larger by a whole factor, so is
     the stored image. Several names in ``image`` are stacked as channels; ``normalize`` (``zscore`` or
-    ``clip``) scales each image by its stored statistics. A volume smaller than the patch is padded by its
-    edge and cropped back; nothing else is padded without ``padding_mode``.
+    ``clip``) scales each image by its statistics: those of its store, otherwise those of one pass over its
+    voxels before the prediction, here, in bounded memory. A resumed prediction makes the pass again, and it
+    gives the same numbers, which are part of what is compared when it is resumed. A volume smaller than the
+    patch is padded by its edge and cropped back; nothing else is padded without ``padding_mode``.
     ``device="auto"`` chooses a GPU if there is one; ``amp`` runs the network in torch's autocast, ``tta``
     averages it over all flips.
 
     Voxels where blended outputs are NaN or infinite are counted: a warning at the end says how many there
     are, and so do ``statistics["not_finite"]`` and the warnings of the image. ``strict`` raises ModelError at
     the first patch with such a value.
+
+    An image of time points (OME-Zarr, Zarr, NIfTI) is refused: choose with ``image.select(time=3)``, or
+    ``channels=`` to give several as channels. Those of an image in a store are channels.
 
     ``mask`` names an image, or is a function ``(subject, location) -> bool``. Patches wholly outside the mask
     are not run, and voxels that no patch covers get ``fill``; voxels inside are the same as without a mask.
@@ -123,6 +128,7 @@ def predict(
     given = locals()
     options = PredictOptions.of(**{f.name: given[f.name] for f in dataclasses.fields(PredictOptions)})
     check_can_create(Path(output), overwrite=options.overwrite, resume=options.resume)
+    check_output(Path(output), subjects, options)
     network = Network.of(model, options)
     begun = {} if options.overwrite else begun_shards(Path(output))
     failures = Failures(keep_going=options.keep_going)

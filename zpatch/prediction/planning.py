@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
 
+from zpatch.digests import Json
 from zpatch.errors import MemoryLimitError, ModelError, OptionError, SourceError
 from zpatch.geometry.boxes import Bools
 from zpatch.images.chunk_cache import cached
 from zpatch.images.image import Image
-from zpatch.images.normalization import Normalize
+from zpatch.images.normalization import Normalize, computed_statistics, lacks_statistics
 from zpatch.images.subject import Subject
 from zpatch.networks.network import Network
 from zpatch.prediction.peak_memory import region_bytes
@@ -28,8 +29,15 @@ from zpatch.runtime.byte_sizes import format_bytes, parse_bytes
 from zpatch.runtime.failures import Failures
 from zpatch.runtime.process_memory import private_bytes, resident_bytes
 
+Measure = Callable[[Image, str], Json]
+
 WORKER_BYTES = 2**26  # that a forked worker copies of this process, mostly to count references
 ROWS_OF_A_REGION = 4  # rows of patches along the swept axis, at least, where a cluster shares the work
+
+
+def measured(image: Image, name: str) -> Json:
+    """The statistics of an image that has none, for ``normalize``: its voxels are read once."""
+    return computed_statistics(image)
 
 
 def plan_prediction(
@@ -40,13 +48,15 @@ def plan_prediction(
     begun: Mapping[str, Shards] = MappingProxyType({}),
     failures: Failures | None = None,
     estimate: bool = False,
+    measure: Measure = measured,
 ) -> list[PredictionPlan]:
     """The plan of each subject. The network is run on one patch of the first subject; nothing is written.
 
     ``begun`` has the shards of an output that is to be resumed, by subject and output: they are kept.
     ``failures`` notes the subjects that cannot be read, unless none can. With a limit of memory, or to
-    ``estimate`` the time, the network is run on a whole batch too. Raises MemoryLimitError if no plan of a
-    subject fits ``options.max_memory``.
+    ``estimate`` the time, the network is run on a whole batch too. ``measure`` gives the statistics that
+    ``options.normalize`` needs of an image, by its name, that has none stored. Raises MemoryLimitError if no
+    plan of a subject fits ``options.max_memory``.
     """
     _check_subjects(subjects)
     failures = failures or Failures()
@@ -56,15 +66,15 @@ def plan_prediction(
     plans: list[PredictionPlan] = []
     for subject in subjects:
         with failures.caught(subject.name, but=ModelError):  # that of a network that fails on its first patch
+            images = _images(subject, options, measure)
             if not heads:
-                images = _images(subject, options)
                 heads = probe(network, subject.name, images, options)
                 if estimate or options.max_memory is not None:
                     cost = network_cost(network, subject.name, images, options)
                 limit = MemoryLimit.of(options, network)
             slabs, of_subject = _slabs(subject, options, len(subjects)), begun.get(subject.name, NOT_BEGUN)
             found = candidates(
-                subject, heads, options, slabs=slabs, tta=network.tta, begun=of_subject, cost=cost
+                subject, heads, options, images, slabs=slabs, tta=network.tta, begun=of_subject, cost=cost
             )
             plans.append(first_fitting(found, limit, of_subject))
     if not plans:
@@ -76,6 +86,7 @@ def candidates(
     subject: Subject,
     heads: Sequence[Head],
     options: PredictOptions,
+    images: Sequence[Image] = (),
     *,
     slabs: int = 1,
     tta: bool = False,
@@ -84,11 +95,14 @@ def candidates(
 ) -> Iterator[PredictionPlan]:
     """Plans of a subject, from the fastest to those that hold less: more regions, then smaller shards.
 
-    Each has at least ``slabs`` regions along the swept axis, if there are as many shards. ``begun`` has the
-    stored shapes of shards by output; if it has all outputs, no other shards are tried. ``cost`` is the
-    network's, if it was measured.
+    ``images`` are the subject's as they are read, normalised; without them, they are looked up. A plan has at
+    least ``slabs`` regions along the swept axis, if there are as many shards. ``begun`` has the stored shapes
+    of shards by output; if it has all outputs, no other shards are tried. ``cost`` is the network's, if it
+    was measured.
     """
-    images = tuple(_images(subject, options))
+    images = tuple(images or _images(subject, options))
+    is_measured = options.normalize and any(lacks_statistics(subject[name]) for name in options.image)
+    identities = tuple(image.identity() for image in images) if is_measured else ()
     grid = grid_over(images[0].spatial_shape, options)
     skipped = _outside_mask(subject, options)
     for planned in planned_heads(subject.name, heads, images[0], grid, options, begun):
@@ -105,6 +119,7 @@ def candidates(
                 jobs=options.jobs,
                 tta=tta,
                 cost=cost,
+                identities=identities,
             )
             yield dataclasses.replace(plan, region_bytes=region_bytes(plan))
 
@@ -196,21 +211,35 @@ def _slabs(subject: Subject, options: PredictOptions, subjects: int) -> int:
     return max(1, max(grid.counts) // ROWS_OF_A_REGION)
 
 
-def _images(subject: Subject, options: PredictOptions) -> list[Image]:
+def _images(subject: Subject, options: PredictOptions, measure: Measure = measured) -> list[Image]:
     images = [subject[name] for name in options.image]
-    for name, image in zip(options.image, images, strict=True):
-        _check_usable(image, f"image {name!r} of subject {subject.name!r}")
+    names = [f"image {name!r} of subject {subject.name!r}" for name in options.image]
+    for name, image in zip(names, images, strict=True):
+        _check_usable(image, name)
     shapes = {image.spatial_shape for image in images}
     if len(shapes) > 1:
         raise OptionError(
             f"the images {', '.join(options.image)} of {subject.name!r} differ in shape: {shapes}",
             option="image",
         )
-    return images if options.normalize is None else list(map(Normalize(options.normalize), images))
+    if options.normalize is None:
+        return images
+    return [
+        _normalized(image, name, options.normalize, measure)
+        for image, name in zip(images, names, strict=True)
+    ]
+
+
+def _normalized(image: Image, name: str, mode: str, measure: Measure) -> Image:
+    statistics = measure(image, name) if lacks_statistics(image) else None
+    return Normalize(mode, statistics=statistics)(image)
 
 
 def _check_usable(image: Image, name: str) -> None:
-    """Refuse an image that no network can be given."""
+    """Refuse an image that no network can be given, and time points that nobody chose.
+
+    Those of images in a store are channels.
+    """
     if 0 in image.shape:
         raise SourceError(
             f"{name} has no voxels: its shape (C, I, J, K) is {image.shape}; choose another one"
@@ -220,6 +249,16 @@ def _check_usable(image: Image, name: str) -> None:
             f"{name} has complex values ({image.dtype}), and a network is given float32; save its magnitude, "
             f"or its real and imaginary part as two images, and predict from these"
         )
+    if image.record is None and _is_of_time_points(image):
+        raise OptionError(
+            f"{name} has {image.num_channels} time points; say time=N for one of 0 to "
+            f"{image.num_channels - 1}, or channels= to give several of them as channels",
+            option="time",
+        )
+
+
+def _is_of_time_points(image: Image) -> bool:
+    return image.opened.channel_axis == "t" and image.num_channels > 1
 
 
 def _outside_mask(subject: Subject, options: PredictOptions) -> Bools | None:
@@ -236,7 +275,13 @@ def _outside_mask(subject: Subject, options: PredictOptions) -> Bools | None:
     image = subject[mask]
     if image.spatial_shape != grid.spatial_shape:
         raise OptionError(
-            f"the mask {mask!r} of {subject.name!r} is {image.spatial_shape}, the image {grid.spatial_shape}",
+            f"the mask {mask!r} of {subject.name!r} has the shape {image.spatial_shape} (I, J, K), the image "
+            f"{grid.spatial_shape}; give a mask on the image's own grid",
+            option="mask",
+        )
+    if image.record is None and _is_of_time_points(image):
+        raise OptionError(
+            f"the mask {mask!r} of {subject.name!r} has {image.num_channels} time points; give one of them",
             option="mask",
         )
     i, j, k = map(range, grid.counts)

@@ -132,7 +132,8 @@ class PredictionPlan:
     fill the shards of ``heads``. ``skipped`` marks patches wholly outside the mask, over the positions of the
     grid. ``cost`` is the network's, if it was measured. ``region_bytes`` is the most memory that a region
     holds beside what the process holds before it, with the network's if that is known; ``jobs`` regions are
-    run at a time. With ``tta`` the network is run on all flips of a batch.
+    run at a time. With ``tta`` the network is run on all flips of a batch. ``identities`` are those of the
+    images whose statistics were computed for the plan; empty if none were.
     """
 
     subject: Subject
@@ -146,6 +147,7 @@ class PredictionPlan:
     jobs: int = 1
     tta: bool = False
     cost: NetworkCost | None = None
+    identities: tuple[str, ...] = ()
 
     @property
     def swept_axis(self) -> int:
@@ -288,12 +290,16 @@ class PredictionPlan:
     def __str__(self) -> str:
         twice = self.patches_run - self.patches
         masked = len(self.grid) - self.patches
+        channels = sum(image.num_channels for image in self.images)
+        fed = f" of {channels} channels" if channels > 1 else ""
+        parts = [part for image in self.images if (part := image.opened.in_words)]
+        fed += f" ({'; '.join(parts)})" if parts else ""
         notes = f", {masked} more are masked out" if masked else ""
         notes += f", {twice} runs more where regions meet" if twice else ""
         plural = "" if self.levels == 1 else "s"
         levels = f" with {self.levels} coarser level{plural}" if self.levels else ""
         return (
-            f"{self.subject.name}: {' x '.join(map(str, self.grid.spatial_shape))} voxels in "
+            f"{self.subject.name}: {' x '.join(map(str, self.grid.spatial_shape))} voxels{fed} in "
             f"{self.patches} patches{notes}; {self.chunks_in} chunks of {format_bytes(self.bytes_in)} in, "
             f"{self.shards_out} shards of {format_bytes(self.bytes_out)} out{levels}; "
             f"at most {format_bytes(self.peak_bytes)} of memory; "

@@ -16,6 +16,8 @@ from pathlib import Path
 from zpatch.digests import Json, compact_json, digest
 from zpatch.errors import OptionError, StoreExistsError
 from zpatch.images.cohort import Cohort
+from zpatch.images.input_files import root_of
+from zpatch.images.subject import Subject
 from zpatch.networks.model_files import ModelName
 from zpatch.networks.network import Network
 from zpatch.prediction.prediction_options import PredictOptions, check_same
@@ -47,7 +49,7 @@ def run_prediction(
     that fail; their error is raised here if no subject at all is predicted.
     """
     store, failures = Path(output), failures or Failures()
-    _refuse_own_input(plans, options, store)
+    check_output(store, [plan.subject for plan in plans], options)
     if options.jobs > 1 and network.device.type != "cpu":
         raise OptionError(
             f"jobs share processors, but one process feeds {network.device}: leave jobs=1", option="jobs"
@@ -120,12 +122,23 @@ def begun_shards(output: Path) -> dict[str, dict[str, tuple[int, ...]]]:
     return found
 
 
-def _refuse_own_input(plans: Sequence[PredictionPlan], options: PredictOptions, output: Path) -> None:
+def check_output(output: Path, subjects: Sequence[Subject], options: PredictOptions) -> None:
+    """Raise StoreExistsError if the output is in what is read, or holds something that is read.
+
+    All that is in one store, image, plate or series with an input counts as read. Images that are not there
+    are not looked at.
+    """
     target = output.resolve()
-    images = [image for plan in plans for image in plan.images]
-    images += [plan.subject[options.mask] for plan in plans if isinstance(options.mask, str)]
-    if any(image.opened.path and image.opened.path.resolve().is_relative_to(target) for image in images):
-        raise StoreExistsError(f"{output}: it is the store that is read; choose another output")
-    for image in images:
-        if (path := image.opened.path) and target.is_relative_to(inside := path.resolve()):
-            raise StoreExistsError(f"{output}: it is inside {inside}, which is read; choose another output")
+    names = [*options.image, *([options.mask] if isinstance(options.mask, str) else [])]
+    known = [
+        subject.images for subject in subjects if isinstance(subject, Subject)
+    ]  # planning refuses others
+    images = [images[name] for images in known for name in names if name in images]
+    places = {place for image in images for place in image.opened.places}
+    for place in places:
+        if (root := root_of(place)) == target:
+            raise StoreExistsError(f"{output}: it is the store that is read; choose another output")
+        if place.resolve().is_relative_to(target):
+            raise StoreExistsError(f"{output}: it holds {place}, which is read; choose another output")
+        if target.is_relative_to(root):
+            raise StoreExistsError(f"{output}: it is inside {root}, which is read; choose another output")

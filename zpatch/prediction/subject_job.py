@@ -60,6 +60,11 @@ def begin_job(
     length of files, or with ``options.verify`` in every byte.
     """
     header = _subject_header(plan)
+    if plan.identities and tuple(header["inputs"]) != plan.identities:
+        raise DamageError(
+            f"the inputs of {plan.subject.name!r} were changed after their statistics were computed; run the "
+            f"same command again"
+        )
     inputs = digest(compact_json(header).encode())
     name = plan.subject.name
     keys = [(name, head.head.name) for head in plan.heads]
