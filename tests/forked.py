@@ -111,6 +111,7 @@ class ForkServer:
             self._process = subprocess.Popen(
                 program, env=environment, pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                cwd=Path(__file__).parent,  # the folder of a test is removed after it
             )  # fmt: skip
         self.pid = self._process.pid
 
