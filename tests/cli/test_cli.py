@@ -758,3 +758,22 @@ def test_a_second_writer_is_refused(refused: Callable[..., str], cohort_source: 
         line = refused("convert", cohort_source, store, "--overwrite")
     assert f"process {os.getpid()} on " in line
     assert "is writing to it; wait until it has ended" in line
+
+
+def test_a_dry_run_says_how_long_the_network_takes_and_what_is_done_already(run: Run, store: Path) -> None:
+    command = ("predict", store, "out.zarr", "--model", "nets_of_cli:doubling", *PREDICT)
+    _, out, _ = run(*command, "--dry-run")
+    line = r"the network takes [\d.e-]+ s for a batch of 1: about \d+:\d\d for (\d+) patches"
+    [patches] = re.findall(line, out.splitlines()[-1])
+    assert "done already" not in out
+    run(*command)
+    _, out, _ = run(*command, "--dry-run")
+    assert re.search(line, out.splitlines()[-1]).group(1) == "0"
+    assert len(re.findall(r"^sub-0\d: (\d+) of \1 patches are done already$", out, re.MULTILINE)) == 4
+    shutil.rmtree("out.zarr/sub-02/prediction/0/c")
+    _, out, _ = run(*command, "--dry-run", "--json")
+    left = {plan["subject"]: plan["patches_left"] for plan in json.loads(out)}
+    assert left["sub-02"] > 0
+    assert not any(count for name, count in left.items() if name != "sub-02")
+    assert sum(left.values()) < int(patches)
+    assert run(*command, "--overlap", "10", "--dry-run")[0] == 1

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 
-from zpatch.bench.benchmark_plan import GROUP_PATCHES, TRIAL_SHARE, BenchmarkPlan, core_count
+from zpatch.bench.benchmark_plan import GROUP_PATCHES, TRIAL_SHARE, BenchmarkPlan
 from zpatch.bench.benchmark_report import BenchmarkReport, PackingFigures
 from zpatch.bench.packing import STORED, Packing, decoded_per_delivered
 from zpatch.bench.patch_group import PatchGroup
@@ -14,6 +14,7 @@ from zpatch.bench.reading_speed import reading_speed
 from zpatch.bench.trial_stores import StandIns, can_be_tried, stand_ins, times_as_fast
 from zpatch.chunks.mapped_shards import close_shards
 from zpatch.runtime.task_contract import Progress
+from zpatch.runtime.tasks import core_count
 
 COUNTED_GROUPS = 24
 TRIED_GROUPS = 6

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from zpatch.images.cohort import Cohort
 from zpatch.images.image import Image
 from zpatch.images.subject import Subject
 from zpatch.runtime.byte_sizes import format_bytes
+from zpatch.runtime.tasks import core_count
 from zpatch.sampling.randomness import Purpose, rng
 
 PATCH_VOXELS = 96
@@ -203,12 +203,6 @@ def _with_images(subject: Subject, names: Sequence[str]) -> Subject:
     if not names:
         return subject
     return Subject.of({name: subject[name] for name in names}, name=subject.name)
-
-
-def core_count() -> int:
-    """The number of cores that this process may run on."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _packings(images: Sequence[Image], stored: Packing) -> tuple[Packing, ...]:

@@ -23,13 +23,14 @@ from zpatch.cli.options import (
     talk_options,
 )
 from zpatch.cli.prediction_inputs import StatisticsPasses, with_mask
-from zpatch.cli.progress import Progress, print_json, say
+from zpatch.cli.progress import Progress, clock, print_json, say
 from zpatch.errors import one_line
 from zpatch.runtime.byte_sizes import format_bytes
 
 if TYPE_CHECKING:
     from zpatch.blending.reduction import Reduction, Reductions
     from zpatch.images.subject import Subject
+    from zpatch.prediction.prediction_plan import PredictionPlan
 
 
 @click.command("predict", short_help="Run a network over every subject, patch by patch.")
@@ -138,7 +139,11 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @include_option
 @exclude_option
-@click.option("--dry-run", is_flag=True, help="Print the plan, and do nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print the plan, how long it takes and what is done already; write nothing.",
+)
 @click.option("--no-resume", is_flag=True, help="Refuse an unfinished output instead of resuming it.")
 @overwrite_option
 @click.option(
@@ -191,7 +196,7 @@ def predict_command(
     from zpatch.networks.network import Network
     from zpatch.prediction.planning import plan_prediction
     from zpatch.prediction.prediction_options import PredictOptions
-    from zpatch.prediction.prediction_run import begun_shards, check_output, run_prediction
+    from zpatch.prediction.prediction_run import begun_shards, check_output, patches_to_run, run_prediction
     from zpatch.runtime.failures import Failure, Failures
     from zpatch.store.image_writer import not_finite_text
     from zpatch.store.store_writer import check_can_create
@@ -204,6 +209,7 @@ def predict_command(
     given["image"] = given["image"] or _only_image(subjects[0])
     given["reduce"] = _reductions(given["reduce"])
     subjects, given["mask"] = with_mask(subjects, given["mask"])
+    names = [subject.name for subject in subjects]
     options = PredictOptions.of(resume=not no_resume, **given)
     check_output(output, subjects, options)
     network = Network.of(load_model(model), options, ModelName.of_spec(model))
@@ -217,20 +223,37 @@ def predict_command(
     failures = Failures(keep_going=options.keep_going, on_failure=say_why)
     passes = StatisticsPasses(is_made=not dry_run)
     plans += plan_prediction(
-        network, subjects, options, begun=begun, failures=failures, measure=passes.measure
+        network,
+        subjects,
+        options,
+        begun=begun,
+        failures=failures,
+        estimate=dry_run,
+        measure=passes.measure,
     )
     for failure in failures.found:
         say_why(failure)
     patches, peak = sum(plan.patches_run for plan in plans), max(plan.peak_bytes for plan in plans)
-    say(f"{len(plans)} subjects, {patches} patches, {format_bytes(peak)} of memory beside the network's own")
+    whose = "process's" if plans[0].cost else "network's"
+    say(f"{len(plans)} subjects, {patches} patches, {format_bytes(peak)} of memory beside the {whose} own")
     if dry_run:
+        notes = [in_flags(network.axes.notice), *passes.notes]
+        if not passes.names:
+            left = patches_to_run(network, plans, output, options, subjects=names)
+        else:  # a prediction is known by its inputs, which are normalised
+            left = [plan.patches_run for plan in plans]
+            if output.exists():
+                notes.append(f"what is done already in {output} is not known before that")
         if json:
             common = {"model_axes": network.axes.letters, "statistics_computed": passes.names}
-            print_json([{**plan.to_json(), **common} for plan in plans])
+            figures = [
+                {**plan.to_json(), **common, "patches_left": n, "network_seconds": plan.network_seconds(n)}
+                for plan, n in zip(plans, left, strict=True)
+            ]
+            print_json(figures)
         else:
-            click.echo("\n".join([in_flags(network.axes.notice), *passes.notes, *map(str, plans)]))
+            click.echo("\n".join([*notes, *map(str, plans), *_forecast(plans, left)]))
         return EXIT_SOME_FAILED if failures.found else 0
-    names = [subject.name for subject in subjects]
     with Progress("predicting", patches, unit="patches") as progress:
         predictions = run_prediction(
             network, plans, output, options, subjects=names, failures=failures, progress=progress
@@ -246,6 +269,22 @@ def predict_command(
     else:
         click.echo(output)
     return EXIT_SOME_FAILED if failures.found else 0
+
+
+def _forecast(plans: Sequence[PredictionPlan], left: Sequence[int]) -> list[str]:
+    """What is done already, and how long the network takes for the patches that are ``left``."""
+    from zpatch.runtime.tasks import core_count
+
+    lines, seconds, first = [], 0.0, plans[0]
+    for plan, to_run in zip(plans, left, strict=True):
+        seconds += plan.network_seconds(to_run) / min(first.jobs, core_count())
+        if done := plan.patches_run - to_run:
+            lines.append(f"{plan.subject.name}: {done} of {plan.patches_run} patches are done already")
+    return [
+        *lines,
+        f"the network takes {first.network_seconds(1):.2g} s for a batch of {first.batch_size}: about "
+        f"{clock(seconds)} for {sum(left)} patches",
+    ]
 
 
 def _only_image(subject: Subject) -> str:

@@ -84,7 +84,7 @@ class Progress:
         now = time.monotonic()
         since, before = self._marks[0] if self._marks else (now, self._done)
         rate = (self._done - before) / max(now - since, 1e-9)
-        left = _clock(max(self._total - self._done, 0) / rate) if rate else "-:--"
+        left = clock(max(self._total - self._done, 0) / rate) if rate else "-:--"
         done = self._amount(self._done).removesuffix(f" {self._unit}")
         speed = "" if self._unit == "ms" else f"{self._amount(rate)}/s  "
         return f"{done} of {self._amount(self._total)}  {speed}{left} left"
@@ -95,7 +95,8 @@ class Progress:
         return format_bytes(count) if self._unit == "bytes" else f"{count:.0f} {self._unit}"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """A time as minutes and seconds, or hours, minutes and seconds."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

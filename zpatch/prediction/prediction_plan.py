@@ -169,6 +169,10 @@ class PredictionPlan:
         """The part of ``region_bytes`` that the network holds while it runs; 0 if that is not known."""
         return 0 if self.cost is None else self.cost.bytes
 
+    def network_seconds(self, patches: int) -> float:
+        """The time that the network takes for some patches, in one process; 0 if its cost is not known."""
+        return 0.0 if self.cost is None else self.cost.seconds * math.ceil(patches / self.batch_size)
+
     @property
     def outputs_bytes(self) -> int:
         """Size of the network's outputs for a batch, in all buffers."""

@@ -24,7 +24,14 @@ from zpatch.prediction.prediction_options import PredictOptions, check_same
 from zpatch.prediction.prediction_plan import PredictionPlan
 from zpatch.prediction.shard_ledger import HEADER, header_of
 from zpatch.prediction.shared_work import SentNetwork, SharedWork, finished_jobs
-from zpatch.prediction.subject_job import SubjectJob, begin_job, check_finite, check_inputs, commit_job
+from zpatch.prediction.subject_job import (
+    SubjectJob,
+    begin_job,
+    check_finite,
+    check_inputs,
+    commit_job,
+    patches_left,
+)
 from zpatch.runtime.failures import Failures
 from zpatch.runtime.task_contract import Progress
 from zpatch.store.lock import writing_to
@@ -55,15 +62,12 @@ def run_prediction(
             f"jobs share processors, but one process feeds {network.device}: leave jobs=1", option="jobs"
         )
     sent = SentNetwork.of(network, options) if options.jobs > 1 or options.scheduler is not None else None
-    header = {**network.stored(), **options.stored()}
-    expected = list(subjects) or [plan.subject.name for plan in plans]
-    attributes = {"tool": "zpatch predict", "expected_subjects": expected, "prediction": header}
+    attributes = _attributes(network, options, list(subjects) or [plan.subject.name for plan in plans])
     with _opened(store, attributes, overwrite=options.overwrite) as writer:
-        check_same(writer.attributes["prediction"], header, store)
+        _check_resumable(writer.attributes, attributes, store)
         if options.strict:
             check_finite(writer.records.values())
-        check_same({"subjects": writer.attributes["expected_subjects"]}, {"subjects": expected}, store)
-        jobs, done = _begun_jobs(plans, header, writer, options, failures)
+        jobs, done = _begun_jobs(plans, attributes["prediction"], writer, options, failures)
         if done_before := sum(plan.patches_run for plan in done):
             progress(done_before)
         committed = len(done)
@@ -78,6 +82,40 @@ def run_prediction(
         if not failures.found:
             shutil.rmtree(writer.path / UNFINISHED, ignore_errors=True)
     return Cohort(output)
+
+
+def patches_to_run(
+    network: Network,
+    plans: Sequence[PredictionPlan],
+    output: Path,
+    options: PredictOptions,
+    *,
+    subjects: Sequence[str],
+) -> list[int]:
+    """How many patches of each plan a run would still run: those that earlier runs have not done.
+
+    The output is looked at as by a run, and not changed. Raises StoreExistsError if it cannot be resumed.
+    """
+    if options.overwrite or not (output / MANIFEST).exists():
+        return [plan.patches_run for plan in plans]
+    store, attributes = open_store(output), _attributes(network, options, subjects)
+    _check_resumable(store.attributes, attributes, output)
+    prediction = digest(compact_json(attributes["prediction"]).encode())
+    return [patches_left(plan, prediction, store, verify=options.verify) for plan in plans]
+
+
+def _attributes(network: Network, options: PredictOptions, subjects: Sequence[str]) -> Json:
+    """The attributes of an output: its subjects, and all that the voxels of each depend on but its inputs."""
+    header = {**network.stored(), **options.stored()}
+    return {"tool": "zpatch predict", "expected_subjects": list(subjects), "prediction": header}
+
+
+def _check_resumable(before: Json, now: Json, output: Path) -> None:
+    if "prediction" not in before:
+        raise StoreExistsError(f"{output}: it holds images that were converted; choose another name")
+    check_same(before["prediction"], now["prediction"], output)
+    expected, subjects = before["expected_subjects"], now["expected_subjects"]
+    check_same({"subjects": expected}, {"subjects": subjects}, output)
 
 
 def _begun_jobs(

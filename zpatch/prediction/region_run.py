@@ -38,6 +38,7 @@ from zpatch.runtime.task_contract import Progress
 from zpatch.runtime.tasks import read_ahead
 from zpatch.sampling.patch import torch_dtype
 from zpatch.store.image_record import ImageRecord
+from zpatch.store.image_writer import Shard
 from zpatch.store.lock import writing_to
 from zpatch.store.names import RAW_HEADER, UNFINISHED
 from zpatch.store.store import read_small_array
@@ -57,9 +58,12 @@ class WorkFolder:
     path: Path
 
     @classmethod
-    def begin(cls, output: Path, subject: str, header: Json) -> Self:
-        """Begin or resume a subject. Raises StoreExistsError if it was begun with another ``header``."""
-        return cls(output, begin(output / UNFINISHED / subject, header))
+    def begin(cls, output: Path, subject: str, header: Json, *, writes: bool = True) -> Self:
+        """Begin or resume a subject. Raises StoreExistsError if it was begun with another ``header``.
+
+        ``writes=False`` only looks what an earlier run has left.
+        """
+        return cls(output, begin(output / UNFINISHED / subject, header, writes=writes))
 
     def ledger(self, head: PlannedHead) -> ShardLedger:
         """The written shards of an output."""
@@ -86,7 +90,7 @@ def run_region(
     was read. Raises ModelError if the network fails.
     """
     shards = region.wanted(plan.heads)
-    wanted = [_unwritten(folder.ledger(head), of) for head, of in zip(plan.heads, shards, strict=True)]
+    wanted = [unwritten(folder.ledger(h).has, of) for h, of in zip(plan.heads, shards, strict=True)]
     needed = plan.needed(wanted)
     if done_before := plan.count_run(plan.needed(shards)) - plan.count_run(needed):
         progress(done_before)
@@ -102,10 +106,11 @@ def run_region(
         blender.finish()
 
 
-def _unwritten(ledger: ShardLedger, shards: Bools) -> Bools:
+def unwritten(is_written: Callable[[Shard], bool], shards: Bools) -> Bools:
+    """Those of some shards, over their positions along I, J, K, that are not written."""
     left = shards.copy()
     for i, j, k in np.argwhere(shards).tolist():
-        left[i, j, k] = not ledger.has((0, k, j, i))
+        left[i, j, k] = not is_written((0, k, j, i))
     return left
 
 

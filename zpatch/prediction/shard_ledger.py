@@ -269,18 +269,17 @@ class ShardLedger:
         return entry if is_there and path == self._entry_file(entry.shard, entry.level) else None
 
 
-def begin(folder: Path, header: Json) -> Path:
+def begin(folder: Path, header: Json, *, writes: bool = True) -> Path:
     """Write the header of a folder, all that its images depend on; return the folder to write them to.
 
     ``header`` is flat JSON. Raises StoreExistsError if the folder has another header. If its header is lost,
-    shards that were written with another one are left as they are.
+    shards that were written with another one are left as they are. ``writes=False`` only compares.
     """
     header = json.loads(compact_json(header))
-    before = _read_sealed(folder / HEADER)
-    if before is None:
+    if (before := header_of(folder)) is not None:
+        check_same(before, header, folder)
+    elif writes:
         _write_sealed(folder / HEADER, {"header": header})
-    else:
-        check_same(before["header"], header, folder)
     return folder / digest(compact_json(header).encode())
 
 

@@ -6,9 +6,10 @@ import dataclasses
 import itertools
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 from zpatch.digests import Json, compact_json, digest
 from zpatch.errors import DamageError, ModelError, StoreExistsError
@@ -16,11 +17,13 @@ from zpatch.images.input_files import InputSeal, check_all
 from zpatch.networks.model_files import ModelName
 from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.prediction_plan import PredictionPlan
-from zpatch.prediction.region_run import WorkFolder, finish_subject
+from zpatch.prediction.region_run import WorkFolder, finish_subject, unwritten
 from zpatch.store.image_record import ImageRecord, Provenance
-from zpatch.store.image_writer import not_finite_text
+from zpatch.store.image_writer import Shard, not_finite_text
 from zpatch.store.lock import writing_to
+from zpatch.store.manifest import Key
 from zpatch.store.names import ROOT_DOCUMENT, UNFINISHED
+from zpatch.store.store import Store, sharded_array
 from zpatch.store.store_writer import StoreWriter
 from zpatch.store.verification import damage_of, files_of
 
@@ -59,22 +62,14 @@ def begin_job(
     compared with their seals, and the shards that are sound are kept. Damage is found by the presence and
     length of files, or with ``options.verify`` in every byte.
     """
-    header = _subject_header(plan)
+    header, name = _subject_header(plan), plan.subject.name
+    inputs = digest(compact_json(header).encode())
     if plan.identities and tuple(header["inputs"]) != plan.identities:
         raise DamageError(
-            f"the inputs of {plan.subject.name!r} were changed after their statistics were computed; run the "
-            f"same command again"
+            f"the inputs of {name!r} were changed after their statistics were computed; run the same command "
+            f"again"
         )
-    inputs = digest(compact_json(header).encode())
-    name = plan.subject.name
-    keys = [(name, head.head.name) for head in plan.heads]
-    committed = tuple(writer.records[key] for key in keys if key in writer.records)
-    if committed:
-        if len(committed) < len(keys) or any(record.inputs != inputs for record in committed):
-            raise StoreExistsError(
-                f"{writer.path}: the prediction of {name!r} was made from other inputs, mask or shards; "
-                f"say overwrite=True to start over, or choose another output"
-            )
+    if committed := _committed(plan, inputs, writer.path, writer.records):
         plan = _with_committed_levels(plan, committed, keeps=options.pyramid is not True)
         is_whole = all(h.record.levels == r.levels for h, r in zip(plan.heads, committed, strict=True))
         if is_whole and not _is_damaged(committed, writer, verify=options.verify):
@@ -88,6 +83,52 @@ def begin_job(
     for head, record in zip(plan.heads, committed, strict=False):
         folder.ledger(head).adopt(writer.path / name / record.image, record)
     return SubjectJob(plan, folder, inputs, tuple(header["inputs"]), seals, committed)
+
+
+def patches_left(plan: PredictionPlan, prediction: str, store: Store, *, verify: bool) -> int:
+    """How many patches a run would still run for a subject; nothing is written.
+
+    Raises StoreExistsError if it could not be resumed.
+    """
+    header, name = _subject_header(plan), plan.subject.name
+    inputs = digest(compact_json(header).encode())
+    if committed := _committed(plan, inputs, store.path, store.records):
+        written = [_soundness(store.path, record, verify=verify) for record in committed]
+    else:
+        header = {**header, "prediction": prediction}
+        folder = WorkFolder.begin(store.path, name, header, writes=False)
+        written = [folder.ledger(head).has for head in plan.heads]
+    left = 0
+    for region in plan.regions:
+        shards = region.wanted(plan.heads)
+        left += plan.count_run(plan.needed([unwritten(*each) for each in zip(written, shards, strict=True)]))
+    return left
+
+
+def _soundness(store: Path, record: ImageRecord, *, verify: bool) -> Callable[[Shard], bool]:
+    """Tells whether a shard of a committed image is as it was written."""
+    folder = store / record.subject / record.image
+    array = sharded_array(folder, record)
+
+    def is_sound(shard: Shard) -> bool:
+        key = array.shard_file(shard).relative_to(folder).as_posix()
+        return damage_of(folder, key, record.files[key], quick=not verify) is None
+
+    return is_sound
+
+
+def _committed(
+    plan: PredictionPlan, inputs: str, store: Path, records: Mapping[Key, ImageRecord]
+) -> tuple[ImageRecord, ...]:
+    """The committed images of a plan, if any. Raises StoreExistsError if they are of other inputs."""
+    keys = [(plan.subject.name, head.head.name) for head in plan.heads]
+    committed = tuple(records[key] for key in keys if key in records)
+    if committed and (len(committed) < len(keys) or any(record.inputs != inputs for record in committed)):
+        raise StoreExistsError(
+            f"{store}: the prediction of {plan.subject.name!r} was made from other inputs, mask or shards; "
+            f"say overwrite=True to start over, or choose another output"
+        )
+    return committed
 
 
 def _with_committed_levels(

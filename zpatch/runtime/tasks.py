@@ -27,6 +27,12 @@ T = TypeVar("T")
 POLL_S = 0.2
 
 
+def core_count() -> int:
+    """The number of cores that this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def read_ahead(items: Iterator[T]) -> Iterator[T]:
     """The same items, each made in a thread while the item before it is in use: two are alive at most."""
     end = object()
