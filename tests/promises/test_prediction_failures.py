@@ -169,7 +169,7 @@ def test_a_failing_network_is_not_tried_on_every_subject_before_anything_is_writ
 def test_a_failing_output_or_a_memory_limit_is_no_failure_of_a_subject(
     cohort: zp.Cohort, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(MemoryLimitError, match="the prediction of 'ann' needs"):
+    with pytest.raises(MemoryLimitError, match="the process alone takes"):
         predict(cohort, out, Net(), max_memory=2**20)
 
     def fail(*args: Any) -> Any:
