@@ -37,7 +37,7 @@ DOORS = {
     "loading": "patch_queue queue_options subjects_loader patch_batch epoch_plan",
     "blending": "aggregator blend grid_blend tiling axis_tiles windows reduction sinks",
     "networks": "model_files model_identity model_axes network",
-    "prediction": "inference planning prediction_options prediction_run",
+    "prediction": "inference planning prediction_options prediction_plan prediction_run",
     "report": "report",
     "bench": "benchmark_plan benchmark benchmark_report advice",
     "compat": "",

@@ -237,11 +237,11 @@ def test_statistics_are_computed_once_before_and_that_is_said(
     assert command("a.zarr", "out.zarr", "--normalize", mode, "--dry-run", "--json") == 0
     assert "\"image 'image' of subject 'a'\"" in capsys.readouterr().out
     assert command("a.zarr", "out.zarr", "--normalize", mode, "--jobs", jobs, "--dry-run") == 0
-    planned = capsys.readouterr().err
+    planned = capsys.readouterr().err.partition(" patches")[0]
     assert command("a.zarr", "out.zarr", "--normalize", mode, "--jobs", jobs) == 0
     talk = capsys.readouterr().err
     assert talk.count(said) == 1
-    assert planned.strip() in talk  # patches and memory
+    assert planned in talk  # as many patches
     low, high = np.percentile(values, [0.5, 99.5])
     zscored = (values - values.mean()) / values.std()
     expected = zscored if mode == "zscore" else (values.clip(low, high) - low) / (high - low)

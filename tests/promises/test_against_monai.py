@@ -78,6 +78,61 @@ def test_a_2d_network_plane_by_plane(volume: np.ndarray[Any, Any], tmp_path: Pat
     np.testing.assert_allclose(found, np.einsum(f"zc{letters}->cxyz", wanted), rtol=0, atol=1e-5)
 
 
+class TwoHeads(torch.nn.Module):
+    """Scores of three classes, and a distance; not a number where the input is below -0.9."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network(3)
+
+    def forward(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = self.net(batch)
+        distance = found[:, :1].masked_fill(batch[:, :1] < -0.9, torch.nan)
+        return {"seg": found, "dist": distance}
+
+
+@pytest.fixture
+def by_two_heads(volume: np.ndarray[Any, Any], tmp_path: Path) -> Callable[[], zp.Subject]:
+    """Predict with each head reduced in its own way, or mend what was predicted."""
+
+    def run() -> zp.Subject:
+        with pytest.warns(UserWarning, match="NaN or infinite"):
+            cohort = zp.predict(
+                TwoHeads().eval(), [zp.Subject(name="ann", t1=zp.ScalarImage(volume))], tmp_path / "out",
+                image="t1", patch_size=PATCH, patch_overlap=OVERLAP, overlap_mode="average", batch_size=4,
+                reduce={"seg": "argmax", "dist": None},
+            )  # fmt: skip
+        return cohort[0]
+
+    return run
+
+
+def test_each_head_is_reduced_in_its_own_way_and_what_is_not_finite_is_counted(
+    volume: np.ndarray[Any, Any], by_two_heads: Callable[[], zp.Subject]
+) -> None:
+    found, net = by_two_heads(), TwoHeads().eval()
+    scores = by_monai(volume[None], lambda batch: net(batch)["seg"])[0]
+    wanted = by_monai(volume[None], lambda batch: net(batch)["dist"])[0]
+    np.testing.assert_allclose(found.dist.data, wanted, rtol=0, atol=1e-5, equal_nan=True)
+    assert found.dist.statistics["not_finite"] == np.isnan(wanted).sum() > 0
+    low, high = np.sort(scores, axis=0)[-2:]
+    is_clear = high - low > 1e-5
+    assert is_clear.mean() > 0.99
+    np.testing.assert_array_equal(found.seg.data[0][is_clear], scores.argmax(axis=0)[is_clear])
+
+
+def test_shards_that_were_lost_are_predicted_again_as_before(
+    volume: np.ndarray[Any, Any], by_two_heads: Callable[[], zp.Subject], tmp_path: Path
+) -> None:
+    by_two_heads()
+    shards = [file for file in (tmp_path / "out" / "ann" / "dist" / "0" / "c").rglob("*") if file.is_file()]
+    shards[-1].unlink()
+    found, net = by_two_heads(), TwoHeads().eval()
+    wanted = by_monai(volume[None], lambda batch: net(batch)["dist"])[0]
+    np.testing.assert_allclose(found.dist.data, wanted, rtol=0, atol=1e-5, equal_nan=True)
+    assert zp.verify(tmp_path / "out").ok
+
+
 # Weights
 
 
