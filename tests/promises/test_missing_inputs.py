@@ -271,6 +271,8 @@ def test_another_array_in_the_place_of_the_input_is_an_error_and_never_in_the_pr
 def test_an_input_that_is_renamed_under_jobs_is_an_error_or_the_same_prediction(
     source: Path, out: Path, full: bool, kind: Kind
 ) -> None:
+    if not full and kind not in (zarr_3, dask_graph, nifti):
+        pytest.skip("other kinds need --full: without jobs they are all renamed in the quick run")
     image = kind(source, voxels())
     expected, away, marks = undisturbed(image, out), source.with_name("away"), source.with_name("marks")
 

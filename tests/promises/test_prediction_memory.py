@@ -154,8 +154,8 @@ def measured(folder: Path, store: str, out: Path, **wish: Any) -> dict[str, int]
 def test_the_peak_memory_of_a_prediction_is_at_most_that_of_its_plan_and_at_least_six_tenths_of_it(
     folder: Path, out: Path, wish: dict[str, Any], full: bool
 ) -> None:
-    if not full and wish == {"patch_size": 96, "patch_overlap": 32, "reduce": "argmax"}:
-        pytest.skip("it differs from the next one by its sizes, which needs --full")
+    if not full and not wish.keys() & {"batch_size", "overlap_mode", "normalize"}:
+        pytest.skip("all but batches, one mode and one normalisation need --full")
     figures = measured(folder, "cube.zarr", out, **wish)
     assert figures["measured"] <= figures["stated"] + TOLERATED
     assert figures["measured"] >= 0.6 * figures["stated"]

@@ -63,7 +63,6 @@ QUICK = {
     ("fork", "SEGV"),
     ("fork", "3"),
     ("spawn", "KILL"),
-    ("forkserver", "SEGV"),
 }
 
 
@@ -606,7 +605,7 @@ def program(tmp_path: Path) -> Iterator[Callable[[str, str], Program]]:
 
 
 # The signal that kills the parent, and the work of workers at that time.
-PARENT_QUICK = {("fork", "TERM"), ("spawn", "KILL"), ("forkserver", "KILL")}
+PARENT_QUICK = {("fork", "TERM"), ("forkserver", "KILL")}
 
 
 @pytest.mark.timeout(300)

@@ -103,6 +103,8 @@ def train(folder: Path) -> None:
 @pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The patches of each rank."""
+    if request.param == 3 and not request.config.getoption("--full"):
+        pytest.skip("three ranks of torchrun need --full; shares of any number are computed below")
     folder = tmp_path_factory.mktemp("ranks")
     paths = [str(Path(zp.__file__).parent.parent), *sys.path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
