@@ -552,7 +552,7 @@ def test_writing_or_finishing_can_be_repeated_after_a_kill_at_any_step(
     (count,) = answer_of(forked.start(killed_at, [10**6], str(folder.parent), act))
     assert 12 < count < 255
     steps = [*range(1, count + 1)]
-    steps = steps if full else steps[:: max(1, len(steps) // 12)]
+    steps = steps if full else steps[:: max(1, len(steps) // 8)]
     codes = answer_of(forked.start(killed_at, steps, str(folder.parent), act))
     assert codes == [-signal.SIGKILL] * len(steps)
     for step in steps:
@@ -570,7 +570,7 @@ def test_levels_can_be_finished_after_a_kill_at_any_step_and_finished_shards_are
     record = with_levels("scalar")
     write_shards(folder, record, make_voxels("scalar"), shards_of(record))
     (count,) = answer_of(forked.start(killed_at, [10**6], str(folder.parent), "finish with levels"))
-    steps = [*range(1, count + 1)][:: 1 if full else 9]
+    steps = [*range(1, count + 1)][:: 1 if full else 14]
     codes = answer_of(forked.start(killed_at, steps, str(folder.parent), "finish with levels"))
     assert codes == [-signal.SIGKILL] * len(steps)
     finish(folder, record)

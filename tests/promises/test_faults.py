@@ -280,7 +280,7 @@ def test_starting_over_killed_at_any_step_is_finished_by_the_same_command(
     steps = harm.convert(source, store, "--overwrite").steps
     first = [*range(1, 75, 2), *range(75, steps + 1, 20)]  # most differences are in clearing
     for step, ran in killed_everywhere(
-        harm, source, store, some(first, full, 6), "--overwrite", before=older
+        harm, source, store, some(first, full, 4), "--overwrite", before=older
     ):
         assert ran.code == -signal.SIGKILL, step
         again = harm.convert(source, store, "--overwrite")
@@ -307,7 +307,7 @@ def test_a_replacement_killed_at_any_step_leaves_the_old_or_the_new_image(
     assert_whole(store, expected)
     seen = set()
     for step, ran in killed_everywhere(
-        harm, source, store, some(range(1, steps + 1), full, 6), *only, *options, before=older
+        harm, source, store, some(range(1, steps + 1), full, 4), *only, *options, before=older
     ):
         assert ran.code == -signal.SIGKILL, step
         with StoreWriter.resume(store, {}):
@@ -330,7 +330,7 @@ def test_a_store_that_is_opened_for_writing_and_killed_again_and_again_loses_not
     assert harm.convert(source, store).code == 0
     save(source / "sub-02" / "t1.nii.gz", 99)
     expected = undisturbed(source, store)
-    for step in itertools.chain(range(160, 0, -9 if full else -40), range(1, 9 if full else 3)):
+    for step in itertools.chain(range(160, 0, -9 if full else -70), range(1, 9 if full else 3)):
         ran = harm.convert(source, store, kill_at=step)
         if ran.code == 0:
             break
@@ -350,7 +350,7 @@ def test_a_manifest_cut_anywhere_is_repaired_by_the_same_command(
     manifest = (store / MANIFEST).read_bytes()
     ends = [n for n, byte in enumerate(manifest) if byte == ord("\n")]
     cuts = {0, 1, len(manifest) - 1, *ends, *(end + 1 for end in ends), *(end - 5 for end in ends)}
-    for cut in some(sorted(cuts), full, 8) if not full else sorted(cuts):
+    for cut in some(sorted(cuts), full, 5) if not full else sorted(cuts):
         os.truncate(store / MANIFEST, 0)
         (store / MANIFEST).write_bytes(manifest[:cut])
         zp.convert(source, store, chunk=8)
@@ -562,7 +562,7 @@ def test_a_small_disk_that_runs_full_is_an_error_of_one_line_and_on_a_larger_one
     try:
         if shell("mount", "-t", "tmpfs", "-o", "size=4k", "none", disk):
             pytest.skip("no file systems of one's own here")
-        for size_kib in some(range(4, need_kib - 8, 8), full, 4):
+        for size_kib in some(range(4, need_kib - 8, 8), full, 3):
             shell("sh", "-c", f"rm -rf {disk}/* && mount -o remount,size={size_kib}k {disk}")
             ran = harm.convert(source, disk / store.name)
             assert_clear(ran, disk / store.name, "No space left on device", "cannot be made")

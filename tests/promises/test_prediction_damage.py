@@ -228,7 +228,7 @@ def test_a_repair_that_is_killed_at_any_step_leaves_no_more_damage_and_is_finish
     with killed_at(10**9) as steps:
         predict(cohort, done, Net())
     assert steps() > 100
-    for step in some(range(1, steps() + 1), full, 8):
+    for step in some(range(1, steps() + 1), full, 5):
         before = damaged()
         with killed_at(step), pytest.raises(Killed):
             predict(cohort, done, Net())
@@ -244,7 +244,7 @@ def test_a_repair_killed_at_any_moment_is_finished_by_the_same_command(
     assert commands.predict(store, out).code == 0
     expected = contents(out)
     lost = [file for file in sorted(out.glob("*/*/0/c/**/0")) if file.is_file()][::2]
-    for number in range(20 if full else 4):
+    for number in range(20 if full else 3):
         for file in lost:
             file.unlink()
         pid = commands.start_prediction(store, out)

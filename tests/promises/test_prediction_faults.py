@@ -271,7 +271,7 @@ def test_a_prediction_killed_at_any_moment_is_finished_by_the_same_command_byte_
     assert commands.patches == patches + 1  # one more, to see what the network gives
     assert_whole(out, expected)
     moments = random.Random(jobs)
-    for _ in range(30 if full else 4):
+    for _ in range(30 if full else 3):
         shutil.rmtree(out)
         commands.forget()
         pid = commands.start_prediction(store, out, "--jobs", jobs)
