@@ -22,7 +22,7 @@ from zpatch.chunks.mapped_shards import close_shards
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
-hypothesis.settings.register_profile("quick", deadline=None, max_examples=25, derandomize=True)
+hypothesis.settings.register_profile("quick", deadline=None, max_examples=20, derandomize=True)
 hypothesis.settings.register_profile("full", deadline=None, max_examples=400)
 
 

@@ -62,7 +62,7 @@ RUNS = tuple(
         (CUBE, "larger", 32, 8, 340, 1, ()),
         (CUBE, "larger", 64, 16, 480, 1, ()),
         (LONG, "bands", 64, 16, 340),
-        (LONG, "bands", 64, 16, 300, 1, ("--batch-size", "3", *ARGMAX)),
+        (LONG, "bands", 64, 16, 340, 1, ("--batch-size", "3", *ARGMAX)),
         (LONG, "unet", 64, 32, 400),
         (LONG, "unet", 32, 8, 320, 1, ("--tta", *ARGMAX)),
         (LONG, "two_heads", 48, 16, 320, 1, ("--blend", "gaussian")),

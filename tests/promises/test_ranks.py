@@ -23,6 +23,7 @@ import streams
 import torch
 import torch.distributed
 import train_ddp
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from streams import items, small_subjects
@@ -105,12 +106,22 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """The patches of each rank."""
     if request.param == 3 and not request.config.getoption("--full"):
         pytest.skip("three ranks of torchrun need --full; shares of any number are computed below")
-    folder = tmp_path_factory.mktemp("ranks")
+    base = tmp_path_factory.getbasetemp()
+    is_shared = os.environ.get("PYTEST_XDIST_WORKER") is not None  # with the other processes of this run
+    folder = (base.parent if is_shared else base) / f"ranks-{request.param}"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            run_ranks(folder, request.param)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param)]
+
+
+def run_ranks(folder: Path, ranks: int) -> None:
+    folder.mkdir()
     paths = [str(Path(zp.__file__).parent.parent), *sys.path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     done = subprocess.run(
-        [*torchrun, str(request.param), __file__, str(folder)],
+        [*torchrun, str(ranks), __file__, str(folder)],
         env=environment,
         cwd=folder,
         capture_output=True,
@@ -118,7 +129,6 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         timeout=110,
     )
     assert done.returncode == 0, done.stderr
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param)]
 
 
 # Ranks that run side by side
