@@ -232,10 +232,12 @@ def test_levels_are_added_to_a_finished_prediction_and_kept_without_the_network(
 
 @pytest.mark.slow
 def test_other_processes_and_a_cluster_give_the_same_levels(
-    cohort: zp.Cohort, out: Path, expected: dict[str, Any]
+    cohort: zp.Cohort, out: Path, expected: dict[str, Any], full: bool
 ) -> None:
     predict(cohort, out, two_heads, **HEADS, jobs=2)
     assert_whole(out, expected)
+    if not full:
+        return  # whoever writes the shards, one process makes the levels of them
     shutil.rmtree(out)
     with local_cluster(2) as cluster:
         predict(cohort, out, two_heads, **HEADS, scheduler=cluster.scheduler_address)
