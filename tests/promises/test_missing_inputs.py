@@ -244,9 +244,7 @@ def test_another_array_in_the_place_of_the_input_is_an_error_and_never_in_the_pr
 ) -> None:
     """Also if the right one is back when the same command runs again."""
     if not full and KINDS.index(kind) % 2 != (other == "other voxels"):
-        pytest.skip(
-            "each kind with each other array needs --full"
-        )  # each is read in one way, whatever it holds
+        pytest.skip("each kind with each other array needs --full; what it holds does not matter")
     image = kind(source, voxels())
     expected, away = undisturbed(image, out), source.with_name("away")
     for moment in some_moments(batches(image, out), full):

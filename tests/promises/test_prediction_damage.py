@@ -15,34 +15,21 @@ import numpy as np
 import pytest
 import torch
 from test_faults import assert_whole, contents, some
-from test_prediction_faults import Commands, Net, commands, make_store, plans_of, predict
+from test_prediction_faults import Commands, Net, cohort, commands, plans_of, predict, store
 
 import zpatch as zp
 import zpatch.cli
-from zpatch.chunks.mapped_shards import close_shards
 from zpatch.networks import network
 from zpatch.prediction import shard_ledger
 from zpatch.store.names import MANIFEST
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-assert commands  # a fixture
+assert all((cohort, commands, store))  # fixtures
 
 SHARD = "ann/prediction/0/c/0/3/0/0"
 HEADER = "bob/prediction/nifti/c/0"
 
 Harm = Callable[[Path], Any]
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("damage")
-    yield make_store(folder)
-    close_shards(folder)
-
-
-@pytest.fixture
-def cohort(store: Path) -> zp.Cohort:  # type: ignore[override]  # not the one that other files share
-    return zp.Cohort(store)
 
 
 @pytest.fixture

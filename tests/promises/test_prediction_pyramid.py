@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from ome_zarr_models.v05 import Image as OmeImage
 from ome_zarr_models.v05.image_label import ImageLabel
 from processes import local_cluster
 from test_faults import assert_whole, contents
-from test_prediction_faults import ARGUMENTS, Net, make_store, plans_of, predict
+from test_prediction_faults import ARGUMENTS, Net, cohort, plans_of, predict, store
 
 import zpatch as zp
 import zpatch.cli
@@ -31,6 +30,7 @@ from zpatch.prediction import shard_ledger
 from zpatch.store.names import MANIFEST, UNFINISHED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+assert all((cohort, store))  # fixtures
 
 HEADS: dict[str, Any] = {"reduce": {"seg": "argmax", "dist": None}, "pyramid": True}
 LEVELS = [(160, 36, 40), (80, 18, 20), (40, 9, 10)]
@@ -39,24 +39,6 @@ LOST = "ann/seg/1/c/1/0/0"
 
 def two_heads(batch: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"seg": torch.cat([batch, 900 - batch, batch * 0 + 500], dim=1), "dist": batch * 0.5}
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("pyramid")
-    yield make_store(folder)
-    close_shards(folder)
-
-
-@pytest.fixture
-def cohort(store: Path) -> zp.Cohort:  # type: ignore[override]  # not the one that other files share
-    return zp.Cohort(store)
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Iterator[Path]:
-    yield tmp_path / "out.zarr"
-    close_shards(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -63,7 +63,6 @@ def freed_at_once() -> Iterator[None]:
     this = object()
     _running.add(this)
     _set_thresholds(FIRST_THRESHOLD, FIRST_THRESHOLD)
-    _trim()
     try:
         yield
     finally:
@@ -73,13 +72,9 @@ def freed_at_once() -> Iterator[None]:
 
 
 def _set_thresholds(of_mmap: int, of_trim: int) -> None:
+    """Set both thresholds, and return what is free already."""
     with contextlib.suppress(AttributeError, OSError):
         library = ctypes.CDLL(None)
         library.mallopt(M_MMAP_THRESHOLD, of_mmap)
         library.mallopt(M_TRIM_THRESHOLD, of_trim)
-
-
-def _trim() -> None:
-    """Return what is free already."""
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
+        library.malloc_trim(0)

@@ -223,7 +223,7 @@ def common_folder(paths: Iterable[str | None]) -> str | None:
     return None
 
 
-MOST_COLOURS = 256  # of labels that a viewer is told
+MOST_COLOURS = 256  # in the metadata of a label map
 GOLDEN_ANGLE = 0.381966  # of a turn: hues that far apart differ most
 
 _AXIS_TYPES = {"z": "space", "y": "space", "x": "space", "c": "channel", "t": "time"}
