@@ -6,7 +6,7 @@ import contextlib
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import hypothesis
 import numpy as np
 import pytest
 from processes import child_pids, children, eventually, shared_memory, without_other_programs
+from record import TRIES, Case, Record, Some, passed, some_of
 
 import zpatch as zp
 import zpatch.cli
@@ -28,12 +29,21 @@ hypothesis.settings.register_profile("full", deadline=None, max_examples=400)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run slow tests in their full counts")
+    parser.addoption("--record", help="add a line for each test to this file")
+    parser.addoption("--record-at", default="", help="the commit to record; what passed at it is left out")
+    parser.addoption("--matching", default="", help="with --record: a regular expression of tests to run")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # Threads of torch that wait in a loop take half the time, as there are more of them than processors.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     hypothesis.settings.load_profile("full" if config.getoption("--full") else "quick")
+    if file := config.getoption("--record"):
+        at, matching = config.getoption("--record-at"), config.getoption("--matching")
+        hands_out_tests = not hasattr(config, "workerinput")
+        config.pluginmanager.register(
+            Record(Path(file), at, passed(Path(file), at), matching, writes=hands_out_tests)
+        )
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -64,6 +74,18 @@ def no_syncing(request: pytest.FixtureRequest) -> Iterator[None]:
 def full(request: pytest.FixtureRequest) -> bool:
     """Whether slow tests run with their full numbers of cases."""
     return bool(request.config.getoption("--full"))
+
+
+@pytest.fixture
+def some(full: bool, request: pytest.FixtureRequest) -> Some:
+    """Choose cases as `Some` says, and count them for the record."""
+
+    def choose(cases: Sequence[Case], quick: int) -> list[Case]:
+        chosen = list(cases) if full else some_of(cases, quick)
+        request.node.user_properties.append((TRIES, len(chosen)))
+        return chosen
+
+    return choose
 
 
 @pytest.fixture(scope="session")

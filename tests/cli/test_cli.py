@@ -690,8 +690,8 @@ def test_nothing_heavy_is_imported_before_a_command_runs(arguments: list[str]) -
 def test_ctrl_c_gives_130_and_leaves_a_store_that_opens(cohort_source: Path, here: Path) -> None:
     for number in range(200):
         shutil.copytree(cohort_source / "sub-01", here / "scans" / f"sub-{number:03}", copy_function=os.link)
-    program = "import zpatch.cli; zpatch.cli.main()"
-    with forked.start(program, "convert", "scans", "a.zarr", "-q") as process:
+    on_a_slow_disk = "import os, time, zpatch.cli; os.fsync = lambda _: time.sleep(0.02); zpatch.cli.main()"
+    with forked.start(on_a_slow_disk, "convert", "scans", "a.zarr", "-q") as process:
         manifest = here / "a.zarr" / MANIFEST
         until = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < until:

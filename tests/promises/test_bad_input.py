@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import zarr
 from corpus import BAD, BOMBS, COHORTS, FILES, GOOD, CohortKind, Fate, FileKind
+from record import Some
 
 import zpatch as zp
 import zpatch.cli
@@ -271,13 +272,13 @@ def test_a_strange_folder_name_above_a_case_breaks_neither_the_line_nor_the_stor
 
 
 def test_every_header_is_read_or_refused_by_an_error_of_zpatch(
-    tmp_path: Path, rng: np.random.Generator, full: bool
+    tmp_path: Path, rng: np.random.Generator, some: Some
 ) -> None:
     path = tmp_path / "t1.nii"
     good = corpus.nifti(codes=(1, 1)) + bytes(2**12)
     reasons: set[str] = set()
     numbers = np.array([np.nan, np.inf, -np.inf, 0, -1, 1e38, 1e-40, 3], "<f4").tobytes()
-    for _ in range(20_000 if full else 1_000):
+    for _ in some(range(20_000), 1_000):
         data = bytearray(good)
         for _ in range(int(rng.integers(1, 4))):
             at = int(rng.integers(10, 87)) * 4

@@ -26,6 +26,7 @@ import numpy as np
 import psutil
 import pytest
 from processes import eventually, is_running, local_cluster
+from record import Some
 
 import zpatch as zp
 import zpatch.cli
@@ -212,12 +213,6 @@ def harmed(store: Path, kill_at: int = 0, no_space_at: int = 0, file_limit: int 
     return count
 
 
-def some(numbers: Sequence[int], full: bool, quick: int) -> list[int]:
-    """All of some numbers, or in the quick run ``quick`` of them, with the first and the last."""
-    places = np.linspace(0, len(numbers) - 1, quick).round().astype(int)
-    return list(numbers) if full or len(numbers) <= quick else [numbers[n] for n in places]
-
-
 # kill -9
 
 
@@ -235,12 +230,12 @@ def killed_everywhere(
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))
 def test_a_conversion_killed_at_any_step_is_finished_by_the_same_command(
-    harm: Harm, source: Path, store: Path, full: bool, part: int
+    harm: Harm, source: Path, store: Path, some: Some, part: int
 ) -> None:
     expected = undisturbed(source, store)
     steps = harm.convert(source, store).steps
     assert steps > 100
-    for step, ran in killed_everywhere(harm, source, store, some(range(1 + part, steps + 1, 4), full, 2)):
+    for step, ran in killed_everywhere(harm, source, store, some(range(1 + part, steps + 1, 4), 1)):
         assert ran.code == -signal.SIGKILL, step
         assert_sound(store)
         again = harm.convert(source, store)
@@ -251,14 +246,14 @@ def test_a_conversion_killed_at_any_step_is_finished_by_the_same_command(
 @pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_conversion_killed_at_any_moment_is_finished_by_the_same_command(
-    harm: Harm, source: Path, store: Path, full: bool, jobs: int
+    harm: Harm, source: Path, store: Path, some: Some, jobs: int
 ) -> None:
     expected = undisturbed(source, store)
     began = time.monotonic()
     assert harm.convert(source, store, "--jobs", jobs).code == 0
     took_s = time.monotonic() - began
     moments = random.Random(jobs)
-    for _ in range(20 if full else 3):
+    for _ in some(range(25), 2):
         shutil.rmtree(store)
         ran = harm.convert(source, store, "--jobs", jobs, kill_after_s=moments.uniform(0, took_s))
         assert ran.code in (0, -signal.SIGKILL)
@@ -269,7 +264,7 @@ def test_a_conversion_killed_at_any_moment_is_finished_by_the_same_command(
 
 @pytest.mark.slow
 def test_starting_over_killed_at_any_step_is_finished_by_the_same_command(
-    harm: Harm, source: Path, store: Path, tmp_path: Path, full: bool
+    harm: Harm, source: Path, store: Path, tmp_path: Path, some: Some
 ) -> None:
     expected = undisturbed(source, store)
     older = tmp_path / "older.zarr"
@@ -279,9 +274,7 @@ def test_starting_over_killed_at_any_step_is_finished_by_the_same_command(
     shutil.copytree(older, store)
     steps = harm.convert(source, store, "--overwrite").steps
     first = [*range(1, 75, 2), *range(75, steps + 1, 20)]  # most differences are in clearing
-    for step, ran in killed_everywhere(
-        harm, source, store, some(first, full, 4), "--overwrite", before=older
-    ):
+    for step, ran in killed_everywhere(harm, source, store, some(first, 3), "--overwrite", before=older):
         assert ran.code == -signal.SIGKILL, step
         again = harm.convert(source, store, "--overwrite")
         assert (again.code, again.err) == (0, ""), step
@@ -291,7 +284,7 @@ def test_starting_over_killed_at_any_step_is_finished_by_the_same_command(
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--codec", "zstd")], ids=["", "another codec"])
 def test_a_replacement_killed_at_any_step_leaves_the_old_or_the_new_image(
-    harm: Harm, source: Path, store: Path, tmp_path: Path, full: bool, options: tuple[str, ...]
+    harm: Harm, source: Path, store: Path, tmp_path: Path, some: Some, options: tuple[str, ...]
 ) -> None:
     """The label map of the subject has not changed: its replacement is the same, byte for byte."""
     older = tmp_path / "older.zarr"
@@ -307,7 +300,7 @@ def test_a_replacement_killed_at_any_step_leaves_the_old_or_the_new_image(
     assert_whole(store, expected)
     seen = set()
     for step, ran in killed_everywhere(
-        harm, source, store, some(range(1, steps + 1), full, 4), *only, *options, before=older
+        harm, source, store, some(range(1, steps + 1), 3), *only, *options, before=older
     ):
         assert ran.code == -signal.SIGKILL, step
         with StoreWriter.resume(store, {}):
@@ -324,13 +317,13 @@ def test_a_replacement_killed_at_any_step_leaves_the_old_or_the_new_image(
 
 @pytest.mark.slow
 def test_a_store_that_is_opened_for_writing_and_killed_again_and_again_loses_nothing(
-    harm: Harm, source: Path, store: Path, full: bool
+    harm: Harm, source: Path, store: Path, some: Some
 ) -> None:
     """Kill the replacement, then its repair, at one step after the other."""
     assert harm.convert(source, store).code == 0
     save(source / "sub-02" / "t1.nii.gz", 99)
     expected = undisturbed(source, store)
-    for step in itertools.chain(range(160, 0, -9 if full else -70), range(1, 9 if full else 3)):
+    for step in some([*range(160, 0, -9), *range(1, 9)], 4):
         ran = harm.convert(source, store, kill_at=step)
         if ran.code == 0:
             break
@@ -343,14 +336,14 @@ def test_a_store_that_is_opened_for_writing_and_killed_again_and_again_loses_not
 
 
 def test_a_manifest_cut_anywhere_is_repaired_by_the_same_command(
-    source: Path, store: Path, full: bool
+    source: Path, store: Path, some: Some
 ) -> None:
     expected = undisturbed(source, store)
     zp.convert(source, store, chunk=8)
     manifest = (store / MANIFEST).read_bytes()
     ends = [n for n, byte in enumerate(manifest) if byte == ord("\n")]
     cuts = {0, 1, len(manifest) - 1, *ends, *(end + 1 for end in ends), *(end - 5 for end in ends)}
-    for cut in some(sorted(cuts), full, 5) if not full else sorted(cuts):
+    for cut in some(sorted(cuts), 5):
         os.truncate(store / MANIFEST, 0)
         (store / MANIFEST).write_bytes(manifest[:cut])
         zp.convert(source, store, chunk=8)
@@ -512,12 +505,12 @@ def finishes(run: Callable[..., Ran], source: Path, store: Path, expected: dict[
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))
 def test_a_disk_that_is_full_at_any_new_file_is_an_error_of_one_line_and_a_rerun_finishes(
-    harm: Harm, source: Path, store: Path, full: bool, part: int
+    harm: Harm, source: Path, store: Path, some: Some, part: int
 ) -> None:
     expected = undisturbed(source, store)
     files = harm.convert(source, store, no_space_at=10**9).steps
     assert files > 80
-    for number in some(range(1 + part, files + 1, 4), full, 2):
+    for number in some(range(1 + part, files + 1, 4), 1):
         shutil.rmtree(store, ignore_errors=True)
         ran = harm.convert(source, store, no_space_at=number)
         assert_clear(ran, store, "No space left on device")
@@ -526,12 +519,12 @@ def test_a_disk_that_is_full_at_any_new_file_is_an_error_of_one_line_and_a_rerun
 
 @pytest.mark.slow
 def test_files_that_may_not_grow_are_an_error_of_one_line_and_a_rerun_finishes(
-    harm: Harm, source: Path, store: Path, full: bool
+    harm: Harm, source: Path, store: Path, some: Some
 ) -> None:
     """The manifest is cut in the middle of a line, and the short write raises no error by itself."""
     expected = undisturbed(source, store)
     size = (store.with_name("undisturbed.zarr") / MANIFEST).stat().st_size
-    for limit in some(range(200, size, 97), full, 4):
+    for limit in some(range(200, size, 97), 3):
         shutil.rmtree(store, ignore_errors=True)
         ran = harm.convert(source, store, file_limit=limit)
         assert_clear(ran, store, "File too large")
@@ -540,7 +533,7 @@ def test_files_that_may_not_grow_are_an_error_of_one_line_and_a_rerun_finishes(
 
 @pytest.mark.slow
 def test_a_small_disk_that_runs_full_is_an_error_of_one_line_and_on_a_larger_one_a_rerun_finishes(
-    source: Path, store: Path, tmp_path: Path, full: bool
+    source: Path, store: Path, tmp_path: Path, some: Some
 ) -> None:
     """On a new file system that no other process sees; skipped where mounting is not allowed."""
     expected = undisturbed(source, store)
@@ -562,7 +555,7 @@ def test_a_small_disk_that_runs_full_is_an_error_of_one_line_and_on_a_larger_one
     try:
         if shell("mount", "-t", "tmpfs", "-o", "size=4k", "none", disk):
             pytest.skip("no file systems of one's own here")
-        for size_kib in some(range(4, need_kib - 8, 8), full, 3):
+        for size_kib in some(range(4, need_kib - 8, 8), 2):
             shell("sh", "-c", f"rm -rf {disk}/* && mount -o remount,size={size_kib}k {disk}")
             ran = harm.convert(source, disk / store.name)
             assert_clear(ran, disk / store.name, "No space left on device", "cannot be made")

@@ -19,6 +19,7 @@ import torch
 import zarr
 from numpy.typing import NDArray
 from processes import children, eventually
+from record import Some
 from test_faults import assert_whole, contents
 
 import zpatch as zp
@@ -132,10 +133,10 @@ def batches(image: zp.ScalarImage, out: Path) -> int:
     return len(seen)
 
 
-def some_moments(count: int, full: bool) -> list[int]:
-    """Numbers of batches: at ten moments of a run, or at two of them."""
-    moments = np.unique(np.linspace(0, count - 1, MOMENTS).astype(int)).tolist()
-    return moments if full else moments[1 : MOMENTS : MOMENTS // 2]
+def moments(count: int) -> list[int]:
+    """Numbers of batches, at ten moments of a run."""
+    numbers: list[int] = np.unique(np.linspace(0, count - 1, MOMENTS).astype(int)).tolist()
+    return numbers
 
 
 # Reading
@@ -216,11 +217,11 @@ def test_an_array_of_which_chunks_were_never_written_is_predicted(
 @pytest.mark.timeout(600)
 @every_kind
 def test_an_input_that_is_renamed_at_any_moment_is_an_error_or_the_same_prediction(
-    source: Path, out: Path, full: bool, kind: Kind
+    source: Path, out: Path, some: Some, kind: Kind
 ) -> None:
     image = kind(source, voxels())
     expected, away = undisturbed(image, out), source.with_name("away")
-    for moment in some_moments(batches(image, out), full):
+    for moment in some(moments(batches(image, out)), 2):
         shutil.rmtree(out, ignore_errors=True)
 
         def rename(number: int, moment: int = moment) -> None:
@@ -240,14 +241,14 @@ def test_an_input_that_is_renamed_at_any_moment_is_an_error_or_the_same_predicti
 @pytest.mark.parametrize("kind", ZARR)
 @pytest.mark.parametrize("other", ["an empty array", "other voxels"])
 def test_another_array_in_the_place_of_the_input_is_an_error_and_never_in_the_prediction(
-    source: Path, out: Path, full: bool, kind: Kind, other: str
+    source: Path, out: Path, full: bool, some: Some, kind: Kind, other: str
 ) -> None:
     """Also if the right one is back when the same command runs again."""
     if not full and KINDS.index(kind) % 2 != (other == "other voxels"):
         pytest.skip("each kind with each other array needs --full; what it holds does not matter")
     image = kind(source, voxels())
     expected, away = undisturbed(image, out), source.with_name("away")
-    for moment in some_moments(batches(image, out), full):
+    for moment in some(moments(batches(image, out)), 1):
         shutil.rmtree(out, ignore_errors=True)
 
         def swap(number: int, moment: int = moment) -> None:
@@ -267,14 +268,14 @@ def test_another_array_in_the_place_of_the_input_is_an_error_and_never_in_the_pr
 @pytest.mark.timeout(600)
 @every_kind
 def test_an_input_that_is_renamed_under_jobs_is_an_error_or_the_same_prediction(
-    source: Path, out: Path, full: bool, kind: Kind
+    source: Path, out: Path, full: bool, some: Some, kind: Kind
 ) -> None:
     if not full and kind not in (zarr_3, dask_graph, nifti):
         pytest.skip("other kinds need --full: without jobs they are all renamed in the quick run")
     image = kind(source, voxels())
     expected, away, marks = undisturbed(image, out), source.with_name("away"), source.with_name("marks")
 
-    for moment in range(1, 14, 3 if full else 9):
+    for moment in some(range(1, 14, 3), 1):
         shutil.rmtree(out, ignore_errors=True)
         marks.unlink(missing_ok=True)
 

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_faults import assert_whole, contents, some
+from record import Some
+from test_faults import assert_whole, contents
 from test_prediction_faults import Commands, Net, cohort, commands, plans_of, predict, store
 
 import zpatch as zp
@@ -199,7 +200,7 @@ def killed_at(step: int) -> Iterator[Callable[[], int]]:
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # generators are killed too
 def test_a_repair_that_is_killed_at_any_step_leaves_no_more_damage_and_is_finished_by_the_same_command(
-    cohort: zp.Cohort, done: Path, full: bool
+    cohort: zp.Cohort, done: Path, some: Some
 ) -> None:
     expected, sound = contents(done), done.with_name("sound.zarr")
     shutil.copytree(done, sound)
@@ -215,7 +216,7 @@ def test_a_repair_that_is_killed_at_any_step_leaves_no_more_damage_and_is_finish
     with killed_at(10**9) as steps:
         predict(cohort, done, Net())
     assert steps() > 100
-    for step in some(range(1, steps() + 1), full, 5):
+    for step in some(range(1, steps() + 1), 4):
         before = damaged()
         with killed_at(step), pytest.raises(Killed):
             predict(cohort, done, Net())
@@ -226,16 +227,16 @@ def test_a_repair_that_is_killed_at_any_step_leaves_no_more_damage_and_is_finish
 
 @pytest.mark.slow
 def test_a_repair_killed_at_any_moment_is_finished_by_the_same_command(
-    commands: Commands, store: Path, cohort: zp.Cohort, out: Path, full: bool
+    commands: Commands, store: Path, cohort: zp.Cohort, out: Path, some: Some
 ) -> None:
     assert commands.predict(store, out).code == 0
     expected = contents(out)
     lost = [file for file in sorted(out.glob("*/*/0/c/**/0")) if file.is_file()][::2]
-    for number in range(20 if full else 3):
+    for number in some(range(20), 3):
         for file in lost:
             file.unlink()
         pid = commands.start_prediction(store, out)
-        time.sleep(0.02 + number * (0.05 if full else 0.25))
+        time.sleep(0.02 + number * 0.05)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         commands.wait()

@@ -24,7 +24,8 @@ import psutil
 import pytest
 import torch
 from processes import DEADLINE_S, children, eventually, is_running
-from test_faults import assert_whole, contents, harmed, some
+from record import Some
+from test_faults import assert_whole, contents, harmed
 
 import zpatch as zp
 import zpatch.cli
@@ -258,7 +259,7 @@ def processes_below(pid: int) -> list[int]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_prediction_killed_at_any_moment_is_finished_by_the_same_command_byte_for_byte(
-    commands: Commands, store: Path, cohort: zp.Cohort, out: Path, full: bool, jobs: int
+    commands: Commands, store: Path, cohort: zp.Cohort, out: Path, some: Some, jobs: int
 ) -> None:
     expected = undisturbed(cohort, out)
     plans = plans_of(cohort, jobs=jobs)
@@ -271,7 +272,7 @@ def test_a_prediction_killed_at_any_moment_is_finished_by_the_same_command_byte_
     assert commands.patches == patches + 1  # one more, to see what the network gives
     assert_whole(out, expected)
     moments = random.Random(jobs)
-    for _ in range(30 if full else 3):
+    for _ in some(range(30), 2):
         shutil.rmtree(out)
         commands.forget()
         pid = commands.start_prediction(store, out, "--jobs", jobs)
@@ -627,12 +628,12 @@ def test_a_network_that_fails_in_a_worker_is_the_same_error_in_the_caller_and_le
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_disk_that_is_full_at_any_new_file_is_one_clear_line_and_a_rerun_finishes(
-    commands: Commands, store: Path, cohort: zp.Cohort, out: Path, full: bool, jobs: int
+    commands: Commands, store: Path, cohort: zp.Cohort, out: Path, some: Some, jobs: int
 ) -> None:
     expected = undisturbed(cohort, out)
     files = commands.predict(store, out, "--jobs", jobs, no_space_at=10**9).steps  # of the first process
     assert files > 50
-    for number in some(range(1, files + 1), full, 5 if jobs == 1 else 2):
+    for number in some(range(1, files + 1), 3 if jobs == 1 else 1):
         shutil.rmtree(out, ignore_errors=True)
         line = commands.predict(store, out, "--jobs", jobs, no_space_at=number).refusal()
         assert "No space left on device" in line, number
