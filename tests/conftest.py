@@ -23,6 +23,8 @@ from zpatch.chunks.mapped_shards import close_shards
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
+FULL_TIMEOUT_S = 1200
+
 hypothesis.settings.register_profile("quick", deadline=None, max_examples=20, derandomize=True)
 hypothesis.settings.register_profile("full", deadline=None, max_examples=400)
 
@@ -31,6 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run slow tests in their full counts")
     parser.addoption("--record", help="add a line for each test to this file")
     parser.addoption("--record-at", default="", help="the commit to record; what passed at it is left out")
+    parser.addoption("--record-keeps", action="store_true", help="leave out what passed at any commit")
     parser.addoption("--matching", default="", help="with --record: a regular expression of tests to run")
 
 
@@ -41,15 +44,21 @@ def pytest_configure(config: pytest.Config) -> None:
     if file := config.getoption("--record"):
         at, matching = config.getoption("--record-at"), config.getoption("--matching")
         hands_out_tests = not hasattr(config, "workerinput")
-        config.pluginmanager.register(
-            Record(Path(file), at, passed(Path(file), at), matching, writes=hands_out_tests)
-        )
+        done = passed(Path(file), None if config.getoption("--record-keeps") else at)
+        config.pluginmanager.register(Record(Path(file), at, done, matching, writes=hands_out_tests))
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Where only tests marked alone run, modules without them are not imported."""
     ignored = config.getoption("markexpr") == "alone" and collection_path.suffix == ".py"
     return True if ignored and b"mark.alone" not in collection_path.read_bytes() else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Slow tests may take longer in their full counts."""
+    for item in items if config.getoption("--full") else ():
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(FULL_TIMEOUT_S))
 
 
 def pytest_collection_finish() -> None:

@@ -24,8 +24,8 @@ TESTS = Path(__file__).parent
 # The modules of each folder that other folders may import; all others are for the folder itself.
 DOORS = {
     "geometry": "boxes affines orientation patch_grid padding",
-    "runtime": "byte_sizes buffer_pool process_memory whole_file recent dask_graphs failures tasks "
-    "task_contract",
+    "runtime": "byte_sizes buffer_pool process_memory whole_file guarded_files recent dask_graphs failures "
+    "tasks task_contract",
     "nifti": "header writer",
     "chunks": "layout file_mark sharded_array codec mapped_shards shard_writer gather scaling levels",
     "store": "names image_record manifest store lock store_writer staged_image image_writer voxel_statistics "

@@ -25,6 +25,17 @@ def digest(data: bytes) -> str:
     return new_digest(data).hexdigest()
 
 
+def parsed_json(data: bytes) -> Json:
+    """A JSON object of a file that may come from anyone; anything else raises ValueError."""
+    try:
+        value = json.loads(data)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if not isinstance(value, dict):
+        raise ValueError("it is no JSON object")
+    return value
+
+
 def compact_json(value: Json) -> str:
     """JSON with sorted keys and no spaces; NaN and infinity are errors."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -47,9 +58,12 @@ def check_seal(line: bytes | memoryview, where: str) -> None:
 def unsealed(line: bytes | memoryview, where: str) -> Json:
     """The value of a manifest line, without its ``check``; a wrong one raises ``DamageError``."""
     check_seal(line, where)
-    value = json.loads(bytes(line))
-    del value["check"]
-    return dict(value)
+    try:
+        value = parsed_json(bytes(line))
+        del value["check"]
+    except (ValueError, KeyError) as error:  # sealed so by a program that is not zpatch
+        raise DamageError(f"{where} is no manifest line ({error}); restore the file from a copy") from None
+    return value
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,15 @@ def one_line(error: BaseException) -> str:
     >>> one_line(ValueError("a\nb\x1b[2J"))
     'a b\\x1b[2J'
     """
-    text = " ".join(line.strip() for line in str(error).splitlines())
+    return visible(" ".join(line.strip() for line in str(error).splitlines()))
+
+
+def visible(text: str) -> str:
+    r"""A text with its control characters escaped: those of a file must not reach the terminal.
+
+    >>> visible("a\x1b[2J")
+    'a\\x1b[2J'
+    """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -709,9 +709,9 @@ def test_the_parts_of_a_plan_decode_each_chunk_once_and_write_every_voxel(
     decoded: Counter[tuple[Path, int]] = Counter()
     decode = MappedShard.decode
 
-    def counting(mapped: MappedShard, number: int, out: Voxels) -> None:
+    def counting(mapped: MappedShard, number: int, scratch: Voxels) -> Voxels:
         decoded[mapped.file, number] += 1
-        decode(mapped, number, out)
+        return decode(mapped, number, scratch)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gathering, "_compiled", None)
@@ -737,7 +737,7 @@ def test_the_parts_of_a_plan_are_about_equal(tmp_path: Path) -> None:
     for part, counter in zip(plan.split(4), decoded, strict=True):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(gathering, "_compiled", None)
-            patch.setattr(MappedShard, "decode", lambda *_, c=counter: c.update(["chunk"]))
+            patch.setattr(MappedShard, "decode", lambda *args, c=counter: c.update(["chunk"]) or args[-1])
             gather(array, part, [np.zeros((1, 12, 12, 12), np.uint8)])
     assert [counter["chunk"] for counter in decoded] == [54] * 4
 

@@ -286,9 +286,9 @@ def test_a_stored_chunk_is_decoded_once_in_a_sweep(
     decoded: Counter[tuple[Path, int]] = Counter()
     decode = MappedShard.decode
 
-    def counting(shard: MappedShard, number: int, out: Any) -> None:
+    def counting(shard: MappedShard, number: int, scratch: Any) -> Any:
         decoded[shard.file, number] += 1
-        decode(shard, number, out)
+        return decode(shard, number, scratch)
 
     monkeypatch.setattr(MappedShard, "decode", counting)
     monkeypatch.setattr(gather, "_compiled", None)

@@ -174,9 +174,9 @@ def test_a_chunk_that_boxes_share_is_decoded_once(
     decoded: collections.Counter[tuple[str, int]] = collections.Counter()
     decode = MappedShard.decode
 
-    def counting(shard: MappedShard, number: int, out: Any) -> None:
+    def counting(shard: MappedShard, number: int, scratch: Any) -> Any:
         decoded["/".join(shard.file.parts[-3:]), number] += 1
-        decode(shard, number, out)
+        return decode(shard, number, scratch)
 
     monkeypatch.setattr(MappedShard, "decode", counting)
     monkeypatch.setattr(gather, "_compiled", None)
@@ -322,9 +322,9 @@ def test_blocks_that_boxes_and_images_share_are_computed_once(
     computed: collections.Counter[tuple[int, ...]] = collections.Counter()
     decode = MappedShard.decode
 
-    def counting(shard: MappedShard, number: int, out: Any) -> None:
+    def counting(shard: MappedShard, number: int, scratch: Any) -> Any:
         decoded[shard.file, number] += 1
-        decode(shard, number, out)
+        return decode(shard, number, scratch)
 
     def note(block: NDArray[Any], block_info: Any = None) -> NDArray[Any]:
         computed[block_info[0]["chunk-location"]] += 1

@@ -113,8 +113,9 @@ PROMISES = (
 @click.command()
 @click.option("--part", "parts", multiple=True, help="Run this promise only; may be repeated.")
 @click.option("--list", "lists", is_flag=True, help="Name the promises and run nothing.")
+@click.option("--keep", is_flag=True, help="Leave out what passed at earlier commits too.")
 @click.option("--workers", default=2, show_default=True, help="Tests that run at a time.")
-def prove(parts: Sequence[str], lists: bool, workers: int) -> None:
+def prove(parts: Sequence[str], lists: bool, keep: bool, workers: int) -> None:
     """Run the tests of promises in full counts, and write the scoreboard.
 
     Tests that passed at this commit are not run again: after an interruption the same command goes on.
@@ -127,6 +128,7 @@ def prove(parts: Sequence[str], lists: bool, workers: int) -> None:
     commit = the_commit()
     RECORD.parent.mkdir(exist_ok=True)
     common = ["--full", "-q", "--record", str(RECORD), "--record-at", commit]
+    common += ["--record-keeps"] if keep else []
     for promise in chosen or [None]:
         matching = ["--matching", only(promise)] if promise else []
         for which in (["-m", "not alone", "-n", str(workers), "--dist", "worksteal"], ["-m", "alone"]):

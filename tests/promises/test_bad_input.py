@@ -271,6 +271,7 @@ def test_a_strange_folder_name_above_a_case_breaks_neither_the_line_nor_the_stor
     only_the_good_ones(store)
 
 
+@pytest.mark.timeout(300)
 def test_every_header_is_read_or_refused_by_an_error_of_zpatch(
     tmp_path: Path, rng: np.random.Generator, some: Some
 ) -> None:

@@ -29,6 +29,12 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
     max_leaves=8,
 )
+STATISTICS = st.recursive(
+    st.none() | st.integers() | FLOATS,
+    lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner),
+    max_leaves=8,
+)
+FILES = st.sampled_from(["zarr.json", "0/c/0/0/0", "index/values/c/0", "nifti/zarr.json"])
 PATHS = st.none() | TEXT
 CHECKSUMS = st.from_regex(r"[0-9a-f]{32}", fullmatch=True)
 
@@ -46,7 +52,9 @@ def records(draw: st.DrawFn) -> ImageRecord:
         dtype=draw(st.sampled_from(["|u1", "|i1", "<i2", "<u4", "<f4", "<f8", "<c8"])),
         axes=axes,
         chunks=chunks,
-        shards=tuple(c * s for c, s in zip(chunks, draw(st.tuples(*sides)), strict=True)),
+        shards=tuple(
+            c * s for c, s in zip(chunks, draw(st.tuples(*[st.integers(1, 31)] * len(axes))), strict=True)
+        ),
         codec=draw(st.sampled_from(list(CODECS))),
         affine=draw(st.tuples(*[st.tuples(*[FLOATS] * 4)] * 4)),
         affine_source=draw(st.sampled_from(["none", "sform", "qform", "pixdim"])),
@@ -57,11 +65,11 @@ def records(draw: st.DrawFn) -> ImageRecord:
         colours=draw(st.sampled_from([1, 3, 4])),
         split=draw(st.none() | TEXT),
         meta=draw(st.dictionaries(TEXT, JSON, max_size=3)),
-        stats=draw(st.dictionaries(TEXT, JSON, max_size=3)),
+        stats=draw(st.dictionaries(TEXT, STATISTICS, max_size=3)),
         warnings=tuple(draw(st.lists(TEXT, max_size=3))),
         source=draw(st.none() | st.builds(SourceFingerprint, TEXT, st.integers(0), st.integers(), CHECKSUMS)),
         provenance=draw(st.none() | st.builds(Provenance, TEXT, PATHS, st.dictionaries(TEXT, PATHS), TEXT)),
-        files=draw(st.dictionaries(TEXT, st.builds(FileSeal, st.integers(0), CHECKSUMS), max_size=3)),
+        files=draw(st.dictionaries(FILES, st.builds(FileSeal, st.integers(0), CHECKSUMS), max_size=3)),
     )
 
 

@@ -21,6 +21,7 @@ enum { AXES = 4, SLACK = 64, MAX_ITEM = 8 };
 enum { FINE, DAMAGED, UNKNOWN, NO_MEMORY, BAD_ROW }; /* states of a chunk or of a row */
 enum { BLOSC_HEADER = 16, BLOSC_SHUFFLED = 1, BLOSC_STORED = 2, BLOSC_BITS = 4, BLOSC_WHOLE = 16 };
 enum { BLOSC_FORMAT = 2, BLOSC_LZ4 = 1 };
+enum { MAX_STREAMS = 16, LEAST_STREAM = 128 }; /* of a block that blosc splits; bytes of each */
 
 typedef struct {
     size_t shape[AXES]; /* of a chunk: c, z, y, x */
@@ -209,12 +210,14 @@ static int decode_chunk(Decoded *to, const uint8_t *in, size_t length, const Chu
     length = little32(in + 12);
     if (length < BLOSC_HEADER)
         return DAMAGED;
+    if (in[0] != BLOSC_FORMAT)
+        return UNKNOWN;
     unsigned flags = in[2];
     size_t type_bytes = in[3], block_bytes = little32(in + 8);
     if (flags & BLOSC_STORED)
         return length == BLOSC_HEADER + chunks->bytes ? one_block(to, in + BLOSC_HEADER, chunks) : DAMAGED;
     int shuffled = (flags & BLOSC_SHUFFLED) && type_bytes > 1;
-    if (in[0] != BLOSC_FORMAT || flags >> 5 != BLOSC_LZ4 || flags & BLOSC_BITS ||
+    if (flags >> 5 != BLOSC_LZ4 || flags & BLOSC_BITS ||
         (shuffled && type_bytes != chunks->item))
         return UNKNOWN;
     if (type_bytes == 0 || block_bytes == 0 || block_bytes > chunks->bytes || block_bytes % chunks->item)
@@ -231,10 +234,13 @@ static int decode_chunk(Decoded *to, const uint8_t *in, size_t length, const Chu
         to->start = more;
         to->capacity = to->blocks * to->planes;
     }
+    /* Before 1.14 blosc had no flag for whole blocks: small ones were. */
+    int is_split = !(flags & BLOSC_WHOLE) && type_bytes <= MAX_STREAMS &&
+                   block_bytes / type_bytes >= LEAST_STREAM;
     for (size_t b = first / to->block_voxels; b * to->block_voxels < stop; b++) {
         size_t at = little32(in + BLOSC_HEADER + 4 * b), left = chunks->bytes - b * block_bytes;
         int last = left < block_bytes; /* shorter than others: always one stream */
-        size_t streams = flags & BLOSC_WHOLE || last ? 1 : type_bytes;
+        size_t streams = is_split && !last ? type_bytes : 1;
         size_t bytes = last ? left : block_bytes, wanted = stop * chunks->item - b * block_bytes;
         if (at < BLOSC_HEADER || at > length || bytes % streams)
             return DAMAGED;

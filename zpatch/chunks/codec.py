@@ -16,8 +16,9 @@ from zpatch.errors import OptionError
 from zpatch.geometry.boxes import Voxels
 
 CRC_BYTES = 4
-BLOSC_HEADER_BYTES = 16
+BLOSC_HEADER_BYTES, BLOSC_STORED, BLOSC_WHOLE_BLOCKS = 16, 2, 16  # bytes, and bits of flags
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+ZSTD_LEAST_HEADER_BYTES = 6
 
 Compressor = Literal["none", "blosc", "zstd", "gzip", "zlib"]
 Bytes = NDArray[np.uint8]
@@ -54,20 +55,18 @@ class ChunkCodec:
         """Decode a chunk, without its checksum, into ``out``, C-contiguous and of the chunk's shape.
 
         Raises ValueError if the bytes are damaged. Their decoded size is compared with the chunk's first, so
-        that a few bytes cannot fill the memory.
+        that a few bytes cannot fill the memory. They are copied before that: a file that is written to at
+        the same time cannot change between check and decoding.
         """
         expected = out.nbytes
+        if self.compressor != "none":
+            data = data.copy()
         if self.compressor == "none":
             if len(data) != expected:
                 raise ValueError(f"has {len(data)} bytes instead of {expected}")
             out.reshape(-1).view(np.uint8)[:] = data
         elif self.compressor == "blosc":
-            # The header of a frame, its first 16 bytes, has the decoded size.
-            if len(data) < BLOSC_HEADER_BYTES or _little(data[4:8]) != expected:
-                raise ValueError(f"does not decode to the {expected} bytes of a chunk")
-            # blosc trusts the length in the header, and would read past the end of the data.
-            if _little(data[12:16]) > len(data):
-                raise ValueError("cannot be decoded (it is cut short)")
+            _check_blosc(data, expected)
             try:
                 blosc.decompress(data, out)
             except RuntimeError as error:
@@ -104,6 +103,21 @@ def _little(data: Bytes) -> int:
     return int.from_bytes(data.tobytes(), "little")
 
 
+def _check_blosc(data: Bytes, expected: int) -> None:
+    """Raise ValueError for a frame that blosc would decode to less, or read past its end.
+
+    Its first 16 bytes are the header (README_CHUNK_FORMAT.rst of c-blosc 1).
+    """
+    if len(data) < BLOSC_HEADER_BYTES or _little(data[4:8]) != expected:
+        raise ValueError(f"does not decode to the {expected} bytes of a chunk")
+    if _little(data[12:16]) > len(data):
+        raise ValueError("cannot be decoded (it is cut short)")
+    flags, type_bytes, block_bytes = int(data[2]), int(data[3]), _little(data[8:12])
+    may_split = not flags & (BLOSC_STORED | BLOSC_WHOLE_BLOCKS) and type_bytes > 1
+    if may_split and block_bytes % type_bytes and block_bytes <= expected:
+        raise ValueError("cannot be decoded (its blocks are no whole voxels)")
+
+
 def _decode_zstd(data: Bytes, out: Voxels) -> None:
     size = _zstd_content_size(data)
     if size is not None and size != out.nbytes:
@@ -115,9 +129,12 @@ def _decode_zstd(data: Bytes, out: Voxels) -> None:
 
 
 def _zstd_content_size(data: Bytes) -> int | None:
-    """The decoded size in the header of a zstd frame (RFC 8878, 3.1.1.1); None if the header has none."""
-    if data[:4].tobytes() != ZSTD_MAGIC or len(data) < 18:
-        return None
+    """The decoded size in the header of a zstd frame (RFC 8878, 3.1.1.1); None if the header has none.
+
+    Anything else at the beginning, such as a skippable frame, raises ValueError: its size is not known.
+    """
+    if data[:4].tobytes() != ZSTD_MAGIC or len(data) < ZSTD_LEAST_HEADER_BYTES:
+        raise ValueError("cannot be decoded (it does not begin with a zstd frame)")
     descriptor = int(data[4])
     single_segment = bool(descriptor & 0x20)
     size_bytes = (int(single_segment), 2, 4, 8)[descriptor >> 6]

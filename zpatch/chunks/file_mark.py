@@ -13,6 +13,7 @@ from typing import Self
 
 from zpatch.digests import digest
 from zpatch.errors import DamageError, SourceError
+from zpatch.runtime.guarded_files import MOST_DOCUMENT_BYTES, open_regular
 from zpatch.runtime.recent import Recent
 
 REMEMBERED = 1024
@@ -108,7 +109,7 @@ _seen: Recent[tuple[Path, str], _Status] = Recent(REMEMBERED)
 
 
 def _status(path: Path) -> _Status:
-    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    file = open_regular(path, follow=True)
     try:
         return _Status.of(file)
     finally:
@@ -116,5 +117,5 @@ def _status(path: Path) -> _Status:
 
 
 def _read(path: Path) -> tuple[_Status, bytes]:
-    with path.open("rb") as file:
-        return _Status.of(file.fileno()), file.read()
+    with open(open_regular(path, follow=True), "rb") as file:
+        return _Status.of(file.fileno()), file.read(MOST_DOCUMENT_BYTES)

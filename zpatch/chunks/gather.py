@@ -172,12 +172,15 @@ def gather(
     if array.codec.compressor not in _COMPILED_CODECS or not _is_compiled(array, outs, scaling):
         _gather_in_python(array, plan.rows, shards, outs, scaling)
         return
-    at = 0
-    while (at := _gather_compiled(array, at, located, outs, scaling)) < len(located):
+    at, is_damaged = _gather_compiled(array, 0, located, outs, scaling)
+    while at < len(located):
+        if is_damaged:
+            shard, chunk = plan.rows[at, : CHUNK + 1].tolist()
+            raise shards[shard].undecodable(chunk)
         starts = np.append(plan.chunk_starts, len(located))
         stop = int(starts[np.searchsorted(starts, at, side="right")])  # one chunk, decoded by numcodecs
         _gather_in_python(array, plan.rows[at:stop], shards, outs, scaling)
-        at = stop
+        at, is_damaged = _gather_compiled(array, stop, located, outs, scaling)
 
 
 def copy_chunks(
@@ -254,13 +257,12 @@ def _is_compiled(array: ShardedArray | Voxels, outs: Sequence[Voxels], scaling: 
 
 def _gather_compiled(
     array: ShardedArray, start: int, located: LocatedRows, outs: Sequence[Voxels], scaling: Scaling
-) -> int:
+) -> tuple[int, bool]:
     """Copy rows from ``start`` on, up to the first whose chunk is missing, damaged or encoded otherwise.
 
-    numcodecs judges damage: it also decodes frames of old versions that look damaged, and its errors describe
-    the damage.
+    Returns the number of that row, and whether its chunk is damaged.
     """
-    at, _ = _compiled(
+    at, is_damaged = _compiled(
         located.rows,
         start,
         located.buffers,
@@ -271,7 +273,7 @@ def _gather_compiled(
         _scaled_from(array, outs),
         *scaling,
     )
-    return at
+    return at, is_damaged
 
 
 def _scaled_from(array: ShardedArray | Voxels, outs: Sequence[Voxels]) -> str:
@@ -285,14 +287,15 @@ def _gather_in_python(
     outs: Sequence[Voxels],
     scaling: Scaling,
 ) -> None:
-    scratch = np.empty(array.chunks, dtype=array.dtype)
+    scratch = np.zeros(array.chunks, dtype=array.dtype)  # whose pages take no memory until they are written
     decoded = (-1, -1)
+    voxels = scratch
     for row in rows.tolist():
         if (chunk := (row[SHARD], row[CHUNK])) != decoded:
-            shards[row[SHARD]].decode(row[CHUNK], scratch)
+            voxels = shards[row[SHARD]].decode(row[CHUNK], scratch)
             decoded = chunk
         source, target = _slices(row)
-        scaling.write(scratch[source], outs[row[BOX]][target])
+        scaling.write(voxels[source], outs[row[BOX]][target])
 
 
 def _slices(row: list[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:

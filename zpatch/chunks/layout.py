@@ -20,6 +20,8 @@ SHARD_BYTES = 32 * 2**20
 MAX_SHARD_BYTES = 128 * 2**20
 ANISOTROPIC_RATIO = 3.0
 MAX_CHUNKS_IN_SHARD = 2**18
+MOST_CHUNKS_READ = 2**20  # in a shard: arrays of others have more than those that are written here
+MOST_CHUNK_BYTES = 2**40  # an uncompressed chunk may be a whole file
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,25 @@ class Layout:
     def shard_counts(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Number of shards that cover an array of that shape along each axis."""
         return chunk_counts(shape, self.shards)
+
+
+def excess(shape: Sequence[int], chunks: Sequence[int], shards: Sequence[int], itemsize: int) -> str | None:
+    """What is too large of an array that is to be read; None if nothing is.
+
+    The bytes of a chunk and the index of a shard are held in memory, and offsets are 64-bit integers.
+
+    >>> excess((8, 8, 8), (1, 1, 1), (2048, 2048, 8), 2)
+    'its shards have 33554432 chunks each, more than 1048576'
+    """
+    per_shard = math.prod(s // c for s, c in zip(shards, chunks, strict=True))
+    if per_shard > MOST_CHUNKS_READ:
+        return f"its shards have {per_shard} chunks each, more than {MOST_CHUNKS_READ}"
+    if (chunk_bytes := math.prod(chunks) * itemsize) > MOST_CHUNK_BYTES:
+        return f"its chunks have {chunk_bytes} bytes each, more than {MOST_CHUNK_BYTES}"
+    padded = [-(-n // s) * s for n, s in zip(shape, shards, strict=True)]
+    if math.prod(padded) * itemsize >= 2**62:
+        return f"its shape {tuple(shape)} is larger than any disk"
+    return None
 
 
 def plan_layout(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import mmap
 import os
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from zpatch.chunks.codec import CRC_BYTES, Bytes, crc32c
 from zpatch.chunks.sharded_array import ShardedArray
 from zpatch.errors import DamageError
 from zpatch.geometry.boxes import Integers, Voxels
+from zpatch.runtime.guarded_files import is_behind_link, open_regular
 from zpatch.runtime.recent import Recent
 
 NO_CHUNK = 2**64 - 1
@@ -38,9 +38,7 @@ class MappedShard:
         self._array = array
         self._shard = shard
         self.file = array.shard_file(shard)
-        folder = self.file.parent
-        own = array.fill is None
-        if own and folder.resolve() != array.path.resolve() / folder.relative_to(array.path):
+        if array.fill is None and is_behind_link(array.path.parent, self.file.parent):
             raise self._damage("it is behind a link to another folder")
         self._identity = _identity(self.file) if array.fill is not None else None
         self._map, self.bytes = self._mapped()
@@ -57,11 +55,8 @@ class MappedShard:
         return self._array.fill is None or self._identity == _identity(self.file)
 
     def _mapped(self) -> tuple[mmap.mmap | None, Bytes]:
-        try:
-            # A store may come from anyone: do not follow links, and do not block on a named pipe. Files of
-            # other Zarr arrays may be links, as in git-annex.
-            links = os.O_NOFOLLOW if self._array.fill is None else 0
-            handle = os.open(self.file, os.O_RDONLY | links | os.O_NONBLOCK)
+        try:  # files of other Zarr arrays may be links, as in git-annex
+            handle = open_regular(self.file, follow=self._array.fill is not None)
         except FileNotFoundError:
             if self._array.fill is not None:
                 return None, np.zeros(0, np.uint8)
@@ -69,9 +64,8 @@ class MappedShard:
         except OSError as error:
             raise self._damage(f"it cannot be opened ({error.strerror})") from None
         try:
-            status = os.fstat(handle)
-            if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
-                raise self._damage("it is empty or no regular file")
+            if os.fstat(handle).st_size == 0:
+                raise self._damage("it is empty")
             view = mmap.mmap(handle, 0, access=mmap.ACCESS_READ)
         finally:
             os.close(handle)
@@ -81,7 +75,7 @@ class MappedShard:
         array, files = self._array, self._array.files
         chunks = math.prod(array.chunks_per_shard)
         if self._map is None:
-            return np.full((chunks, 2), -1, dtype=np.int64)
+            return np.broadcast_to(np.int64(-1), (chunks, 2))
         if files.index is None:
             offsets, lengths = np.zeros(1, np.uint64), np.full(1, len(self.bytes), np.uint64)
             first, stop = 0, len(self.bytes)
@@ -131,18 +125,29 @@ class MappedShard:
                     raise self.damaged(number, "does not match its checksum")
         self._checked[numbers] = True
 
-    def decode(self, number: int, out: Voxels) -> None:
-        """Decode a chunk into ``out``, C-contiguous and of exactly the chunk's shape."""
+    def decode(self, number: int, scratch: Voxels) -> Voxels:
+        """The voxels of a chunk, decoded into ``scratch``, C-contiguous and of exactly the chunk's shape.
+
+        Those of a missing chunk are one fill value, and take no memory.
+        """
         if not self._checked[number]:
             self.check(np.array([number]))
         offset, length = self.extents[number].tolist()
         if offset < 0:
-            out[...] = self._array.fill
-            return
+            return np.broadcast_to(np.asarray(self._array.fill, scratch.dtype), scratch.shape)
         try:
-            self._array.codec.decode(self.bytes[offset : offset + length], out)
+            self._array.codec.decode(self.bytes[offset : offset + length], scratch)
         except ValueError as error:
             raise self.damaged(number, str(error)) from error
+        return scratch
+
+    def undecodable(self, number: int) -> DamageError:
+        """The error for a chunk that the compiled loop found damaged, also if numcodecs would decode it."""
+        try:
+            self.decode(number, np.zeros(self._array.chunks, self._array.dtype))
+        except DamageError as error:
+            return error
+        return self.damaged(number, "cannot be decoded")
 
     def damaged(self, number: int, problem: str) -> DamageError:
         """The error for a chunk, by its number in the shard."""

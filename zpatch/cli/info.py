@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from zpatch.cli.options import STORE, include_option, json_option, talk_options
-from zpatch.cli.progress import print_json, show_table
+from zpatch.cli.progress import print_json, show, show_table
 from zpatch.runtime.byte_sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -44,17 +44,17 @@ def info_command(store: Path, include: tuple[str, ...], limit: int, json: bool) 
     if json:
         print_json({"store": str(store), **opened.attributes, "images": [_as_json(r) for r in records]})
         return
-    click.echo(_headline(opened, records))
+    show(_headline(opened, records))
     for line in _origins(records):
-        click.echo(line)
+        show(line)
     if records:
-        click.echo()
+        show()
         show_table([_HEADING, *(_row(record) for record in records[:limit])])
     if len(records) > limit:
-        click.echo(f"... and {len(records) - limit} more (--limit)")
+        show(f"... and {len(records) - limit} more (--limit)")
     for record in records:
         for warning in record.warnings:
-            click.echo(f"warning: {record.subject}/{record.image}: {warning}")
+            show(f"warning: {record.subject}/{record.image}: {warning}")
 
 
 _HEADING = (

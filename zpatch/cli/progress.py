@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import click
 
+from zpatch.errors import visible
 from zpatch.runtime.byte_sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -137,10 +138,16 @@ def say(text: str, *, always: bool = False) -> None:
     """Print a line to stderr, above the bar if there is one; nothing with ``-q`` unless ``always``."""
     if is_quiet() and not always:
         return
+    text = visible(text)
     if (bar := _state().get("bar")) is not None:
         bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
     else:
         click.echo(text, err=True)
+
+
+def show(text: str = "", *, err: bool = False) -> None:
+    """Print a line to stdout or stderr, with control characters escaped."""
+    click.echo(visible(text), err=err)
 
 
 def print_json(value: Any) -> None:
@@ -151,8 +158,10 @@ def print_json(value: Any) -> None:
 def show_table(rows: Sequence[Sequence[str]], *, err: bool = False) -> None:
     """Print rows in columns to stdout or stderr; the first row is the heading.
 
-    On a terminal columns of numbers are flush right, and long cells of the last column are wrapped.
+    On a terminal columns of numbers are flush right, and long cells of the last column are wrapped. Control
+    characters are escaped.
     """
+    rows = [[visible(cell) for cell in row] for row in rows]
     if (sys.stderr if err else sys.stdout).isatty():
         _show_rich_table(rows, err)
     else:

@@ -14,7 +14,7 @@ from zpatch.cli.options import (
     json_option,
     talk_options,
 )
-from zpatch.cli.progress import Progress, print_json, say
+from zpatch.cli.progress import Progress, print_json, say, show
 from zpatch.runtime.byte_sizes import format_bytes
 
 
@@ -53,7 +53,7 @@ def report_command(
         report = write_report(store, output, include=include, exclude=exclude, limit=limit, progress=progress)
     for problem in report.problems:
         if problem.is_damage:
-            click.echo(problem.text, err=True)
+            show(problem.text, err=True)
     if json:
         print_json(report.to_json())
     else:

@@ -8,7 +8,7 @@ import click
 
 from zpatch.cli import EXIT_DAMAGED
 from zpatch.cli.options import STORE, json_option, talk_options
-from zpatch.cli.progress import Progress, print_json, say
+from zpatch.cli.progress import Progress, print_json, say, show
 from zpatch.runtime.byte_sizes import format_bytes
 
 
@@ -35,9 +35,9 @@ def verify_command(store: Path, quick: bool, json: bool) -> int:
     if json:
         print_json(report.to_json())
     for damage in report.damages:
-        click.echo(f"damaged: {store / damage.file}: {damage.what}", err=True)
+        show(f"damaged: {store / damage.file}: {damage.what}", err=True)
     for subject in report.missing_subjects:
-        click.echo(f"incomplete: subject {subject!r} was never committed", err=True)
+        show(f"incomplete: subject {subject!r} was never committed", err=True)
     for leftover in report.leftovers:
         say(f"leftover of interrupted work, harmless: {store / leftover}")
     if report.ok:

@@ -7,7 +7,6 @@ other arrays are read through zarr: the same voxels, slower.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,10 +17,11 @@ import numpy as np
 
 from zpatch.chunks.codec import ChunkCodec, Compressor
 from zpatch.chunks.file_mark import FileMark
-from zpatch.chunks.layout import chunk_counts
+from zpatch.chunks.layout import chunk_counts, excess
 from zpatch.chunks.sharded_array import ChunkFiles, ShardedArray
-from zpatch.digests import Json
-from zpatch.errors import NotAStoreError, OptionError
+from zpatch.digests import Json, parsed_json
+from zpatch.errors import NotAStoreError, OptionError, StoreError
+from zpatch.runtime.guarded_files import read_document
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.store import TOOL
 
@@ -51,6 +51,8 @@ def open_image_folder(path: Path) -> ImageRecord | ZarrImage:
     import zarr
 
     try:
+        for folder in (path.parent, path):
+            _check_documents(folder)
         node: Any = zarr.open(path, mode="r")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the errors that zarr raises
         raise NotAStoreError(f"{path}: it is no Zarr array or OME-Zarr image ({error})") from None
@@ -58,7 +60,8 @@ def open_image_folder(path: Path) -> ImageRecord | ZarrImage:
         with contextlib.suppress(OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
             return _level_of(zarr.open_group(path.parent, mode="r"), path.name)
         return zarr_image(node)
-    if "image" in (own := node.attrs.get(TOOL, {})):
+    own = node.attrs.get(TOOL)
+    if isinstance(own, dict) and "image" in own:
         return ImageRecord.from_json({**own, "files": {}}, str(path))
     try:
         return _level_of(node, None)
@@ -68,11 +71,18 @@ def open_image_folder(path: Path) -> ImageRecord | ZarrImage:
         ) from None
 
 
+def _check_documents(folder: Path) -> None:
+    """Raise OSError for metadata that zarr would wait for, as for a pipe, or read without end."""
+    for name in ("zarr.json", ".zarray", ".zgroup", ".zattrs"):
+        if (folder / name).exists():
+            read_document(folder / name, follow=True)
+
+
 def images_of_series(path: Path) -> list[str]:
     """The names of the images in a folder that bioformats2raw wrote; none for any other folder."""
     for document in ("zarr.json", ".zattrs"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            attributes = json.loads((path / document).read_bytes())
+            attributes = parsed_json(read_document(path / document, follow=True))
             attributes = attributes.get("attributes", attributes)
             if "bioformats2raw.layout" in attributes.get("ome", attributes):
                 numbers = [entry.name for entry in path.iterdir() if entry.name.isdecimal()]
@@ -90,6 +100,8 @@ def _level_of(group: Any, name: str | None) -> ZarrImage:
     transforms = {t["type"]: tuple(t[t["type"]]) for t in dataset["coordinateTransformations"]}
     units = {axis.get("unit") for axis in multiscale["axes"] if axis["name"] in "zyx"}
     unit = units.pop() if len(units) == 1 else None
+    if (folder := folder_of(group)) is not None:
+        _check_documents(folder / dataset["path"])
     scale, translation = transforms.get("scale"), transforms.get("translation")
     return ZarrImage(group[dataset["path"]], axes, scale, translation, unit)
 
@@ -224,6 +236,8 @@ def sharded_array_of(array: Any, axes: StoredAxes) -> ShardedArray | None:
     chunks, shards, codec, order = stored.chunks, stored.shards, stored.codec, stored.byte_order
     if any((chunks[n], shards[n]) != (1, 1) for n in range(array.ndim) if n not in axes.kept):
         return None  # a chunk would have voxels along an axis that is not kept
+    if problem := excess(array.shape, chunks, shards, array.dtype.itemsize):
+        raise StoreError(f"{path}: {problem}; write it anew with other chunks")
     axis_of = {number: axis for axis, number in enumerate(axes.kept) if number is not None}
     return ShardedArray(
         path=path,

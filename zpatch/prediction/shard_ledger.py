@@ -45,6 +45,7 @@ from zpatch.chunks.sharded_array import ShardedArray
 from zpatch.digests import FileSeal, Json, compact_json, digest, sealed_line, unsealed
 from zpatch.errors import DamageError, IncompleteCoverageError
 from zpatch.prediction.prediction_options import check_same
+from zpatch.runtime.guarded_files import read_document
 from zpatch.runtime.whole_file import sync, whole_file
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.image_writer import ImageTally, Shard
@@ -297,7 +298,7 @@ def _write_sealed(path: Path, value: Json) -> None:
 def _read_sealed(path: Path) -> Json | None:
     """The value in a sealed file; None if the file does not exist or is damaged."""
     try:
-        return unsealed(path.read_bytes(), str(path))
+        return unsealed(read_document(path), str(path))
     except (FileNotFoundError, DamageError):
         return None
 

@@ -6,6 +6,7 @@ In reading order::
     buffer_pool     memory of patches and tiles, reused
     process_memory  how much memory this process holds, and returning what is freed
     whole_file      a file that appears whole or not at all
+    guarded_files   files that may come from anyone: regular, bounded, not behind a link
     recent          values made once and kept while they are among the last used
     dask_graphs     the door to Dask: a graph computed here or in threads
     task_contract   what a task is, and what a cluster must know of a run

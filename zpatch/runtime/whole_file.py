@@ -15,12 +15,14 @@ def whole_file(path: Path, partial: Path | None = None, *, is_synced: bool = Fal
 
     It is ``partial``, which must be in the same file system, or by default a unique hidden name in the folder
     of ``path``. An existing file is replaced, and missing folders are made. With ``is_synced`` the caller
-    syncs the contents. After an error ``path`` is unchanged and ``partial`` is removed.
+    syncs the contents. After an error ``path`` is unchanged and ``partial`` is removed. What stands at
+    ``partial`` before, such as a link to another file, is removed and never written to.
     """
     if partial is None:
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     for file in (partial, path):
         file.parent.mkdir(parents=True, exist_ok=True)
+    partial.unlink(missing_ok=True)
     try:
         yield partial
         if not is_synced:

@@ -9,6 +9,7 @@ import colorsys
 import contextlib
 import dataclasses
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Self, get_args
@@ -16,6 +17,7 @@ from typing import Literal, Self, get_args
 import numpy as np
 
 from zpatch.chunks.codec import check_codec
+from zpatch.chunks.layout import excess
 from zpatch.chunks.levels import Level
 from zpatch.digests import FileSeal, Json, digest
 from zpatch.errors import DamageError
@@ -177,11 +179,12 @@ class ImageRecord:
             }
             record = cls(**value)
             record._check()
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
+        except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
             raise DamageError(f"{where} is no image record ({error})") from error
         return record
 
     def _check(self) -> None:
+        self._check_types()
         check_name(self.subject, "subject")
         check_name(self.image, "image")
         check_codec(self.codec)
@@ -196,19 +199,61 @@ class ImageRecord:
             raise ValueError(f"affine {self.affine}, colours {self.colours}")
         if self.provenance is not None:
             self.provenance.check()
-        _check_shapes(self.shape, self.chunks, self.shards, len(self.axes))
-        for level in self.levels:
-            _check_shapes(level.shape, level.chunks, level.shards, len(self.axes))
+        itemsize = np.dtype(self.dtype).itemsize
+        for array in (Level(self.shape, self.chunks, self.shards), *self.levels):
+            _check_shapes(array, len(self.axes), itemsize)
+        for key, seal in self.files.items():
+            check_sealed_file(key, seal)
+
+    def _check_types(self) -> None:
+        """Raise TypeError for a field of another type than the annotation of this class says."""
+        texts = (self.subject, self.image, self.kind, self.dtype, self.axes, self.codec, self.affine_source)
+        perhaps = (self.spatial_unit, self.source_dtype, self.split, self.inputs)
+        if not all(isinstance(text, str) for text in (*texts, *self.warnings)):
+            raise TypeError("a text that is none")
+        if not all(text is None or isinstance(text, str) for text in perhaps):
+            raise TypeError(f"unit, type, split or inputs {perhaps}")
+        numbers = (self.slope, self.inter, *(n for row in self.affine for n in row))
+        if not all(map(_is_number, numbers)) or type(self.colours) is not int:
+            raise TypeError("a number that is none")
+        if not isinstance(self.meta, dict) or not isinstance(self.stats, dict):
+            raise TypeError("meta or stats that are no object")
+        if not _is_statistic(self.stats):
+            raise TypeError("statistics that are no numbers")
+        if self.source is not None and not isinstance(self.source.path, str):
+            raise TypeError(f"a source {self.source}")
 
 
-def _check_shapes(
-    shape: tuple[int, ...], chunks: tuple[int, ...], shards: tuple[int, ...], ndim: int
-) -> None:
-    for extent in (shape, chunks, shards):
-        if len(extent) != ndim or not all(isinstance(n, int) and n > 0 for n in extent):
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_statistic(value: object) -> bool:
+    """Whether a value is a number, None, or a list or object of such values."""
+    if isinstance(value, dict):
+        return all(map(_is_statistic, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_statistic, value))
+    return value is None or _is_number(value)
+
+
+def check_sealed_file(key: object, seal: FileSeal) -> None:
+    """Raise ValueError unless ``key`` is the path of a file below its folder, and its seal is one."""
+    steps = key.split("/") if isinstance(key, str) and key.isprintable() else [""]
+    if not all(steps) or {".", ".."} & set(steps) or "\\" in str(key):
+        raise ValueError(f"a file {key!r}")
+    if type(seal.bytes) is not int or seal.bytes < 0 or not isinstance(seal.checksum, str):
+        raise ValueError(f"a seal of {key!r} that is none")
+
+
+def _check_shapes(array: Level, ndim: int, itemsize: int) -> None:
+    for extent in (array.shape, array.chunks, array.shards):
+        if len(extent) != ndim or not all(type(n) is int and n > 0 for n in extent):
             raise ValueError(f"a shape of {extent} with {ndim} axes")
-    if any(s % c for s, c in zip(shards, chunks, strict=True)):
-        raise ValueError(f"shards {shards} are not whole chunks {chunks}")
+    if any(s % c for s, c in zip(array.shards, array.chunks, strict=True)):
+        raise ValueError(f"shards {array.shards} are not whole chunks {array.chunks}")
+    if problem := excess(array.shape, array.chunks, array.shards, itemsize):
+        raise ValueError(problem)
 
 
 def common_folder(paths: Iterable[str | None]) -> str | None:

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import IO
 
 from zpatch.errors import StoreError, StoreLockedError, ZpatchError
+from zpatch.runtime.guarded_files import open_regular
 from zpatch.store.names import LOCK
 
 DYING_WORKERS_S = 10
+MOST_HOLDER_BYTES = 512
 
 
 @contextlib.contextmanager
@@ -43,11 +45,11 @@ def take_lock(path: Path) -> IO[str]:
     except OSError as error:
         raise StoreError(f"{path}: it cannot be made ({error.strerror})") from None
     with writing_to(path):
-        lock = (path / LOCK).open("a+")
+        lock = os.fdopen(open_regular(path / LOCK, os.O_RDWR | os.O_APPEND | os.O_CREAT), "a+")
     until = time.monotonic() + DYING_WORKERS_S
     while not _is_free(lock):
         lock.seek(0)
-        holder = lock.read().strip() or "another process"
+        holder = lock.read(MOST_HOLDER_BYTES).strip() or "another process"
         if _may_live(holder) or time.monotonic() > until:
             lock.close()
             raise StoreLockedError(f"{path}: {holder} is writing to it; wait until it has ended")

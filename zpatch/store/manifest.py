@@ -14,9 +14,11 @@ from pathlib import Path
 
 from zpatch.digests import FileSeal, Json, check_seal, sealed_line, unsealed
 from zpatch.errors import DamageError
-from zpatch.store.image_record import ImageRecord
+from zpatch.runtime.guarded_files import open_regular, read_document
+from zpatch.store.image_record import ImageRecord, check_sealed_file
 
 Key = tuple[str, str]
+MOST_MANIFEST_BYTES = 2**31
 
 # Keys are sorted, and JSON escapes the quotes inside strings, so these find the keys of the line itself: no
 # value before "image", and none after "subject", holds such a key.
@@ -64,9 +66,11 @@ class Manifest:
 def read_manifest(path: Path) -> Manifest:
     """Read a manifest. An incomplete last line is ignored; any other invalid line raises ``DamageError``."""
     try:
-        data = path.read_bytes()
+        data = read_document(path, most=MOST_MANIFEST_BYTES)
     except FileNotFoundError:
         raise DamageError(f"{path}: it is missing; restore the file from a copy") from None
+    except OSError as error:
+        raise DamageError(f"{path}: it cannot be read ({error.strerror}); restore it from a copy") from None
     view = memoryview(data)
     lines: dict[Key, tuple[int, int, int]] = {}
     documents: dict[str, FileSeal] = {}
@@ -78,7 +82,7 @@ def read_manifest(path: Path) -> Manifest:
         check_seal(line, where)
         image, subject = _IMAGE.search(line), _SUBJECT.match(line)
         if image and subject:
-            lines[subject[1].decode(), image[1].decode()] = number, start, stop
+            lines[_name(subject, where), _name(image, where)] = number, start, stop
         elif _DOCUMENT.search(line):  # tested second: metadata of an image may hold such a key
             documents.update(_document(unsealed(line, where), where))
         else:
@@ -87,17 +91,29 @@ def read_manifest(path: Path) -> Manifest:
     return Manifest(Records(path, data, lines), documents, start)
 
 
+def _name(found: re.Match[bytes], where: str) -> str:
+    try:
+        return found[1].decode()
+    except UnicodeDecodeError:
+        raise DamageError(f"{where} has a name that is no text; restore the file from a copy") from None
+
+
 def _document(value: Json, where: str) -> dict[str, FileSeal]:
     try:
-        return {value["document"]: FileSeal(value["bytes"], value["checksum"])}
+        seal = FileSeal(value["bytes"], value["checksum"])
+        check_sealed_file(value["document"], seal)
     except KeyError as error:
         raise DamageError(f"{where} is no document record (no {error})") from None
+    except ValueError as error:
+        raise DamageError(f"{where} is no document record ({error})") from None
+    return {value["document"]: seal}
 
 
 def append_lines(path: Path, *values: Json) -> None:
     """Append lines in one write, so that the images of a subject are committed together, and sync them."""
     lines = memoryview("".join(sealed_line(value) + "\n" for value in values).encode())
-    with path.open("ab", buffering=0) as stream:
+    handle = open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    with open(handle, "ab", buffering=0) as stream:
         while lines:  # a disk that runs full takes a part, and fails at the next write only
             lines = lines[stream.write(lines) :]
         os.fsync(stream.fileno())

@@ -6,7 +6,6 @@ Writing is `store_writer.py`'s; images that others wrote are `zarr_images.py`'s.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,14 +17,17 @@ from numpy.typing import NDArray
 
 from zpatch.chunks.codec import codec_of
 from zpatch.chunks.sharded_array import ChunkFiles, ShardedArray
-from zpatch.digests import FileSeal, Json, digest
+from zpatch.digests import FileSeal, Json, digest, parsed_json
 from zpatch.errors import DamageError, NotAStoreError, StoreError
 from zpatch.geometry.boxes import padded_to_4d
+from zpatch.runtime.guarded_files import is_behind_link, read_document
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.manifest import Key, read_manifest
 from zpatch.store.names import FORMAT, MANIFEST, ROOT_DOCUMENT
 
 TOOL = "zpatch"
+MOST_PACKED_BYTES = 2**28  # of a small array that is compressed, such as a histogram
+MOST_TABLE_BYTES = 2**32
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +46,11 @@ class Store:
     documents: Mapping[str, FileSeal]
 
     def image_path(self, record: ImageRecord) -> Path:
-        """The folder of an image."""
-        return self.path / record.subject / record.image
+        """The folder of an image; one that is a link raises DamageError."""
+        folder = self.path / record.subject / record.image
+        if is_behind_link(self.path, folder):
+            raise DamageError(f"damaged: {folder} is a link, and a store has none; restore it from a copy")
+        return folder
 
 
 def open_store(path: str | os.PathLike[str]) -> Store:
@@ -71,20 +76,21 @@ def is_store(path: Path) -> bool:
 def _root_group(root: Path) -> Json:
     document = root / ROOT_DOCUMENT
     try:
-        text = document.read_bytes()
+        text = read_document(document)
     except FileNotFoundError:
         what = "it does not exist" if not root.exists() else "it is no zpatch store (no zarr.json)"
         raise NotAStoreError(f"{root}: {what}; make one with 'zpatch convert SOURCE STORE'") from None
     except OSError as error:
         raise NotAStoreError(f"{root}: it cannot be opened ({error.strerror})") from None
     try:
-        attributes = json.loads(text)["attributes"][TOOL]
-        attributes["format"] += 0
+        attributes = dict(parsed_json(text)["attributes"][TOOL])
+        if not isinstance(attributes["format"], int):
+            raise TypeError
     except (ValueError, KeyError, TypeError):
         raise NotAStoreError(
             f"{root}: it is Zarr but no zpatch store (its zarr.json has no attributes of zpatch)"
         ) from None
-    return dict(attributes)
+    return attributes
 
 
 def root_attributes(root: Path) -> Json:
@@ -130,14 +136,17 @@ def read_small_array(folder: Path, name: str, files: Mapping[str, FileSeal]) -> 
     """A small array of an image (its raw header or a table of its index), compared with its seals."""
     try:
         for key, seal in files.items():
-            if key.startswith(f"{name}/") and digest((folder / key).read_bytes()) != seal.checksum:
+            if key.startswith(f"{name}/") and digest(read_document(folder / key)) != seal.checksum:
                 raise ValueError("its contents have changed")
         values = _plain_array(folder / name)
         if values is None:
             import zarr
 
-            values = np.asarray(zarr.open_array(folder / name, mode="r")[:])
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+            array = zarr.open_array(folder / name, mode="r")
+            if array.nbytes > MOST_PACKED_BYTES:
+                raise ValueError(f"it has {array.nbytes} bytes, more than {MOST_PACKED_BYTES}")
+            values = np.asarray(array[:])
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
         raise DamageError(
             f"damaged store: {folder / name} cannot be read ({error}); "
             f"run 'zpatch verify' on the store, then convert the image again"
@@ -147,7 +156,7 @@ def read_small_array(folder: Path, name: str, files: Mapping[str, FileSeal]) -> 
 
 def _plain_array(folder: Path) -> NDArray[Any] | None:
     """An array of one uncompressed chunk, as tables of an index are; None for any other array."""
-    document: Json = json.loads((folder / ROOT_DOCUMENT).read_bytes())
+    document = parsed_json(read_document(folder / ROOT_DOCUMENT))
     whole = {"name": "regular", "configuration": {"chunk_shape": document["shape"]}}
     names = [codec["name"] for codec in document["codecs"]]
     little = document["codecs"][0].get("configuration", {"endian": "little"}) == {"endian": "little"}
@@ -155,4 +164,4 @@ def _plain_array(folder: Path) -> NDArray[Any] | None:
         return None
     file = folder.joinpath("c", *"0" * len(document["shape"]))
     dtype = np.dtype(document["data_type"]).newbyteorder("<")
-    return np.frombuffer(file.read_bytes(), dtype).reshape(document["shape"])
+    return np.frombuffer(read_document(file, most=MOST_TABLE_BYTES), dtype).reshape(document["shape"])

@@ -17,12 +17,13 @@ from typing import IO, Self
 
 from zpatch.chunks.mapped_shards import close_shards
 from zpatch.digests import FileSeal, Json, digest
-from zpatch.errors import StoreExistsError
+from zpatch.errors import StoreError, StoreExistsError
+from zpatch.runtime.guarded_files import read_document
 from zpatch.runtime.whole_file import sync, whole_file
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.lock import take_lock, writing_to
 from zpatch.store.manifest import Key, append_lines, read_manifest
-from zpatch.store.names import FORMAT, LOCK, MANIFEST, ROOT_DOCUMENT, STAGING
+from zpatch.store.names import FORMAT, LOCK, MANIFEST, ROOT_DOCUMENT, STAGING, UNFINISHED
 from zpatch.store.staged_image import StagedImage, group_document
 from zpatch.store.store import TOOL, is_store, root_attributes
 
@@ -104,6 +105,8 @@ class StoreWriter:
         lock = take_lock(path)
         try:
             with writing_to(path):
+                for name in (STAGING, UNFINISHED):
+                    _refuse_link(path / name)
                 manifest = read_manifest(path / MANIFEST)
                 if manifest.whole_bytes < (path / MANIFEST).stat().st_size:
                     os.truncate(path / MANIFEST, manifest.whole_bytes)
@@ -154,6 +157,7 @@ class StoreWriter:
             for folder, record in images:
                 self._write_subject(record)
                 target = self.path / record.subject / record.image
+                _refuse_link(target)
                 close_shards(target)
                 files = [target / key for key in record.files]
                 for file in files:
@@ -170,6 +174,7 @@ class StoreWriter:
         for folder, record in images:
             self._write_subject(record)
             target = self.path / record.subject / record.image
+            _refuse_link(target)
             if target.exists():
                 close_shards(target)
                 aside.append(self._replaced / record.subject / record.image)
@@ -196,7 +201,8 @@ class StoreWriter:
             key = folder.parent.name, folder.name
             document = folder / ROOT_DOCUMENT
             seal = records[key].files[ROOT_DOCUMENT] if key in records else None
-            if seal and document.is_file() and digest(document.read_bytes()) == seal.checksum:
+            contents = _contents(document)
+            if seal and contents is not None and digest(contents) == seal.checksum:
                 target = self.path / key[0] / key[1]
                 shutil.rmtree(target, ignore_errors=True)
                 folder.rename(target)
@@ -208,16 +214,32 @@ class StoreWriter:
     def _write_group(self, name: str, attributes: Json) -> None:
         """Write the document of a group, unless it is there with these attributes."""
         folder = self.path / name
+        if name:
+            _refuse_link(folder)
         key = f"{name}/{ROOT_DOCUMENT}".lstrip("/")
         content = group_document({TOOL: attributes})
         seal = FileSeal(len(content), digest(content))
         document = folder / ROOT_DOCUMENT
-        if not (document.is_file() and document.read_bytes() == content):
+        if _contents(document) != content:
             with whole_file(document, folder / PARTIAL_DOCUMENT) as partial:
                 partial.write_bytes(content)
         if self.documents.get(key) != seal:
             append_lines(self._manifest, {"document": key, "bytes": seal.bytes, "checksum": seal.checksum})
             self.documents[key] = seal
+
+
+def _contents(document: Path) -> bytes | None:
+    """The bytes of a document; None if there is none that can be read."""
+    try:
+        return read_document(document)
+    except OSError:
+        return None
+
+
+def _refuse_link(folder: Path) -> None:
+    """Raise ``StoreError`` for a folder of the store that is a link: another one would be written to."""
+    if folder.is_symlink():
+        raise StoreError(f"{folder}: it is a link, and a store has none; remove it")
 
 
 def _clear(path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from zpatch.digests import FileSeal, Json, new_digest
 from zpatch.errors import DamageError, NotAStoreError
+from zpatch.runtime.guarded_files import is_behind_link, open_regular
 from zpatch.runtime.task_contract import Progress
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.names import MANIFEST, ROOT_DOCUMENT
@@ -158,7 +159,10 @@ def damage_of(root: Path, name: str, seal: FileSeal, *, quick: bool) -> Damage |
 
     ``quick`` compares presence and length only, and the contents of ``zarr.json`` documents.
     """
-    what = _fault(root / name, seal, quick=quick and not name.endswith(ROOT_DOCUMENT))
+    file = root / name
+    if is_behind_link(root, file.parent):
+        return Damage(name, "it is behind a link")
+    what = _fault(file, seal, quick=quick and not name.endswith(ROOT_DOCUMENT))
     return Damage(name, what) if what else None
 
 
@@ -171,7 +175,7 @@ def _fault(file: Path, seal: FileSeal, *, quick: bool) -> str | None:
             return f"it has {status.st_size} bytes instead of {seal.bytes}"
         if quick:
             return None
-        with file.open("rb") as stream:
+        with open(open_regular(file), "rb") as stream:
             found = hashlib.file_digest(stream, new_digest).hexdigest()
     except FileNotFoundError:
         return "it is missing"
@@ -182,7 +186,9 @@ def _fault(file: Path, seal: FileSeal, *, quick: bool) -> str | None:
 
 def _missing_subjects(store: Store) -> list[str]:
     present = {subject for subject, _ in store.records}
-    return [name for name in store.attributes.get("expected_subjects", []) if name not in present]
+    expected = store.attributes.get("expected_subjects", [])
+    names = expected if isinstance(expected, list) else []
+    return [name for name in map(str, names) if name not in present]
 
 
 def _leftovers(store: Store) -> list[str]:

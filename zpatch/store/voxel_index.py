@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from zpatch.chunks.layout import chunk_counts
 from zpatch.digests import FileSeal, Json
-from zpatch.errors import SamplingError, SourceError
+from zpatch.errors import DamageError, SamplingError, SourceError
 from zpatch.geometry.boxes import PatchLocation, Triple, padded_to_4d
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.names import INDEX
@@ -83,6 +83,19 @@ class LabelTable:
     row_start: NDArray[np.int64]
     chunk_id: NDArray[np.int64]
     count: NDArray[np.int64]
+
+    def is_sound(self) -> bool:
+        """Whether rows and columns fit each other, as in any table that was built here."""
+        columns = (self.values, self.row_start, self.chunk_id, self.count)
+        if not all(column.ndim == 1 and column.dtype == np.int64 for column in columns):
+            return False
+        starts, entries = self.row_start, len(self.chunk_id)
+        return (
+            len(starts) == len(self.values) + 1
+            and starts[0] == 0
+            and int(starts[-1]) == entries == len(self.count)
+            and bool((np.diff(starts) > 0).all() and (self.chunk_id >= 0).all() and (self.count > 0).all())
+        )
 
     def voxel_counts(self) -> dict[int, int]:
         """How many voxels each value has in the whole map."""
@@ -300,7 +313,10 @@ def read_label_table(folder: Path, files: Mapping[str, FileSeal]) -> LabelTable:
         read_small_array(folder, f"{INDEX}/{name}", files)
         for name in ("values", "row_start", "chunk_id", "count")
     )
-    return LabelTable(values, row_start, chunk_id, count)
+    table = LabelTable(values, row_start, chunk_id, count)
+    if not table.is_sound():
+        raise DamageError(f"damaged store: {folder / INDEX} is no label index; convert the image again")
+    return table
 
 
 def read_weight_sums(folder: Path, files: Mapping[str, FileSeal]) -> NDArray[np.float64]:
