@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 from zpatch.errors import DamageError
 
@@ -34,6 +34,14 @@ def parsed_json(data: bytes) -> Json:
     if not isinstance(value, dict):
         raise ValueError("it is no JSON object")
     return value
+
+
+def file_digest(file: BinaryIO) -> str:
+    """The blake2b-128 of an open file, which is at its beginning afterwards."""
+    file.seek(0)
+    found = hashlib.file_digest(file, new_digest).hexdigest()  # type: ignore[arg-type]
+    file.seek(0)
+    return found
 
 
 def compact_json(value: Json) -> str:

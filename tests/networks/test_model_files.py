@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import json
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,3 +76,66 @@ def test_a_file_of_torch_save_is_refused_with_advice(
     )
     with pytest.raises(ModelError, match=text):
         load_model(str(tmp_path / name))
+
+
+class Evil:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.file,)
+
+
+def with_parts(source: Path, target: Path, change: Callable[[str, bytes], bytes]) -> Path:
+    """A copy of a zip file with changed parts."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as new:
+        for name in old.namelist():
+            new.writestr(name, change(name, old.read(name)))
+    return target
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    """A file of torch.export."""
+    program = torch.export.export(torch.nn.Conv3d(1, 2, 3), (torch.ones(1, 1, 4, 4, 4),))
+    torch.export.save(program, tmp_path / "sound.pt2")
+    assert callable(load_model(str(tmp_path / "sound.pt2")))
+    return tmp_path / "sound.pt2"
+
+
+@pytest.mark.parametrize("where", ["sample_inputs/", "weights/", "constants/"])
+def test_a_pickle_in_an_exported_network_is_refused_and_not_run(
+    exported: Path, tmp_path: Path, where: str
+) -> None:
+    pickled = io.BytesIO()
+    torch.save(Evil(tmp_path / "ran"), pickled)
+
+    def change(name: str, part: bytes) -> bytes:
+        if where not in name:
+            return part
+        if not name.endswith("_config.json"):
+            return pickled.getvalue()
+        config = json.loads(part)
+        if where == "constants/":
+            config["config"]["evil"] = {"is_param": False, "path_name": "opaque_obj_0"}
+        for entry in config["config"].values():
+            entry["use_pickle"] = True
+        return json.dumps(config).encode()
+
+    bad = with_parts(exported, tmp_path / "bad.pt2", change)
+    if where == "constants/":
+        with zipfile.ZipFile(bad, "a") as archive:
+            archive.writestr("sound/data/constants/opaque_obj_0", pickled.getvalue())
+    with pytest.raises(ModelError, match=f"holds a pickle .*{where}.* that could run any code"):
+        load_model(str(bad))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_an_exported_network_with_two_parts_of_one_name_is_refused(exported: Path) -> None:
+    with zipfile.ZipFile(exported, "a") as archive:
+        archive.writestr(archive.namelist()[0], b"another")
+    with pytest.raises(ModelError, match="two parts of one name"):
+        load_model(str(exported))

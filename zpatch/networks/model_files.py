@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import json
 import os
 import pickle
 import sys
@@ -18,6 +19,7 @@ import torch
 from zpatch.errors import ModelError, ZpatchError
 
 Model = Callable[[torch.Tensor], Any]
+OPAQUE_OBJECT = "opaque_obj"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,8 @@ def load_model(spec: str) -> Model:
     """Load a network by name, as ``zpatch predict --model`` takes it.
 
     ``package.module:factory`` is called without arguments and returns the network; a ``.pt2`` file was
-    written by torch.export, any other file by TorchScript. Raises ModelError.
+    written by torch.export, any other file by TorchScript. Raises ModelError, also for a ``.pt2`` file with a
+    pickle that could run any code. A network is a program all the same: load none that you do not trust.
     """
     module_name, colon, factory = spec.partition(":")
     try:
@@ -61,7 +64,10 @@ def load_model(spec: str) -> Model:
                     f"model {spec!r} was written by torch.save and has no code; give a file of torch.export"
                     " (.pt2) or TorchScript, or package.module:factory that loads these weights"
                 )
-            return exported_network(spec) if spec.endswith(".pt2") else script_network(spec)
+            if not spec.endswith(".pt2"):
+                return script_network(spec)
+            _refuse_programs(Path(spec))
+            return exported_network(spec)  # type: ignore[no-any-return]
         if not colon:
             raise ModelError(f"model {spec!r} is no file; name one, or a factory as package.module:factory")
         sys.path.insert(0, os.getcwd())
@@ -84,6 +90,46 @@ def _is_saved_by_torch(path: Path) -> bool:
     with zipfile.ZipFile(path) as archive:
         names = {Path(name).name for name in archive.namelist()}
     return "data.pkl" in names and "constants.pkl" not in names
+
+
+def _refuse_programs(path: Path) -> None:
+    """Raise ModelError if a file of torch.export has parts that torch would unpickle without a check.
+
+    Those are objects, inputs and weights that cannot be loaded with ``weights_only=True``.
+    """
+    if not zipfile.is_zipfile(path):
+        return  # torch refuses it
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        if len(set(names)) < len(names):  # zipfile and torch may take another one
+            raise ModelError(f"model {str(path)!r} holds two parts of one name; export the network again")
+        for part in _pickled_parts(archive):
+            if not _holds_tensors_only(archive.read(part)):
+                raise ModelError(
+                    f"model {str(path)!r} holds a pickle ({part}) that could run any code when it is loaded; "
+                    f"export the network without it, or load it in a factory: package.module:factory"
+                )
+
+
+def _pickled_parts(archive: zipfile.ZipFile) -> list[str]:
+    names = archive.namelist()
+    parts = [name for name in names if name.endswith(".pt")]
+    for config in (name for name in names if name.endswith("_config.json")):
+        folder = config.rpartition("/")[0]
+        entries = json.loads(archive.read(config))["config"].values()
+        parts += [
+            f"{folder}/{entry['path_name']}"
+            for entry in entries
+            if entry["use_pickle"] or entry["path_name"].startswith(OPAQUE_OBJECT)
+        ]
+    return parts
+
+
+def _holds_tensors_only(pickled: bytes) -> bool:
+    try:
+        return not pickled or torch.load(io.BytesIO(pickled), weights_only=True) is not None
+    except Exception:  # torch raises errors of many classes for what it does not load
+        return False
 
 
 class ExportedNetwork(torch.nn.Module):

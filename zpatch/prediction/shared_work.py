@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import os
 import pickle
+import shutil
 import uuid
 from collections import Counter
 from collections.abc import Iterator
@@ -16,13 +18,15 @@ from typing import Any, Self
 import cloudpickle
 import torch
 
-from zpatch.errors import ModelError, SourceError, WorkerError
+from zpatch.digests import file_digest
+from zpatch.errors import ModelError, SourceError, StoreError, WorkerError
 from zpatch.images.input_files import check_all
 from zpatch.networks.network import Network
 from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.region_run import run_region
 from zpatch.prediction.subject_job import SubjectJob
 from zpatch.runtime.failures import Failures, is_of_subject, without_locals
+from zpatch.runtime.guarded_files import open_regular
 from zpatch.runtime.task_contract import Cluster, Progress
 from zpatch.runtime.tasks import run_tasks
 from zpatch.store.lock import writing_to
@@ -80,9 +84,15 @@ class SentNetwork:
                 ) from error
         return cls(stream)
 
-    def write(self, path: Path, jobs: tuple[SubjectJob, ...]) -> None:
-        """Write the file of a ``SharedWork``, and free the memory of the pickled network."""
-        with path.open("wb") as file:
+    def write(self, folder: Path, jobs: tuple[SubjectJob, ...]) -> WorkFile:
+        """Write the file of a ``SharedWork``, and free the memory of the pickled network.
+
+        The folder is made, and neither it nor the file can be opened by other users: they hold code.
+        """
+        folder.mkdir(mode=0o700, parents=True)
+        path = folder / "work.pickle"
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with open(handle, "w+b") as file:
             file.write(self.stream.getbuffer())
             self.stream.close()
             try:
@@ -92,6 +102,36 @@ class SentNetwork:
                     f"an input cannot be sent to other processes ({type(error).__name__}: {error}); leave "
                     f"out jobs and scheduler, or save it as Zarr or NIfTI and give its path"
                 ) from error
+            return WorkFile(path, file_digest(file))
+
+
+@dataclass(frozen=True, slots=True)
+class WorkFile:
+    """The file of a ``SharedWork``, and the digest of its bytes, which each task is sent with.
+
+    Unpickling runs code, so another file in its place is refused.
+    """
+
+    path: Path
+    digest: str
+
+    def load(self) -> SharedWork:
+        """The work, in another process. Raises ModelError, or StoreError if the file is not the one."""
+        try:
+            with open(open_regular(self.path), "rb") as file:
+                if file_digest(file) != self.digest:
+                    raise StoreError(
+                        f"{self.path}: it was changed after it was written; run the command again"
+                    )
+                return SharedWork(*(cloudpickle.load(file) for _ in dataclasses.fields(SharedWork)))
+        except (ImportError, AttributeError) as error:
+            raise ModelError(
+                f"the model cannot be loaded in another process ({error}); its code must be importable there"
+            ) from error
+        except PermissionError as error:
+            raise StoreError(
+                f"{self.path}: {error.strerror}; workers must run as the user who runs the prediction"
+            ) from error
 
 
 def finished_jobs(
@@ -104,13 +144,13 @@ def finished_jobs(
     tasks, options = work.tasks, work.options
     left = Counter(number for number, _ in tasks)
     names = [f"predict-{work.jobs[number].plan.subject.name}-{region}" for number, region in tasks]
-    shared = unfinished / f"work-{uuid.uuid4().hex}.pickle"
+    shared, file = unfinished / f"work-{uuid.uuid4().hex}", None
     is_local = options.scheduler is None and min(options.jobs, len(tasks)) <= 1
     try:
         if sent is not None and not is_local and tasks:
             with writing_to(unfinished.parent):
-                sent.write(shared, work.jobs)
-        function = work.do if is_local else functools.partial(_do_shared, shared, options.jobs > 1)
+                file = sent.write(shared, work.jobs)
+        function = work.do if file is None else functools.partial(_do_shared, file, options.jobs > 1)
         cluster = None
         if options.scheduler is not None:
             cluster = Cluster(options.scheduler, unfinished, names, options.cluster_timeout)
@@ -127,33 +167,27 @@ def finished_jobs(
             if not left[job]:
                 yield work.jobs[job]
     finally:
-        shared.unlink(missing_ok=True)
+        shutil.rmtree(shared, ignore_errors=True)
 
 
-def _do_shared(path: Path, alone: bool, task: tuple[int, int], progress: Progress) -> Exception | None:
+def _do_shared(file: WorkFile, alone: bool, task: tuple[int, int], progress: Progress) -> Exception | None:
     """Do a task in another process; in one thread if the process is ``alone``, one per processor."""
     if alone:
         torch.set_num_threads(1)
-    _check_seen(path, task[0])
-    return _work_at(path).do(task, progress)
+    _check_seen(file, task[0])
+    return _work_in(file).do(task, progress)
 
 
 @functools.cache
-def _check_seen(path: Path, job: int) -> None:
+def _check_seen(file: WorkFile, job: int) -> None:
     """Refuse, once in each process, inputs of a job that are not the same here."""
-    for seal in _work_at(path).jobs[job].seals:
+    for seal in _work_in(file).jobs[job].seals:
         seal.check_seen()
 
 
 @functools.lru_cache(maxsize=1)
-def _work_at(path: Path) -> SharedWork:
-    try:
-        with path.open("rb") as file:
-            work = SharedWork(*(cloudpickle.load(file) for _ in dataclasses.fields(SharedWork)))
-    except (ImportError, AttributeError) as error:
-        raise ModelError(
-            f"the model cannot be loaded in another process ({error}); its code must be importable there"
-        ) from error
+def _work_in(file: WorkFile) -> SharedWork:
+    work = file.load()
     model: Any = work.network.model
     if isinstance(model, torch.nn.Module):
         model.eval()  # once for all tasks: several may run in threads of this process

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from zpatch.digests import FileSeal, Json, new_digest
+from zpatch.digests import FileSeal, Json, file_digest
 from zpatch.errors import DamageError, NotAStoreError
 from zpatch.runtime.guarded_files import is_behind_link, open_regular
 from zpatch.runtime.task_contract import Progress
@@ -176,7 +175,7 @@ def _fault(file: Path, seal: FileSeal, *, quick: bool) -> str | None:
         if quick:
             return None
         with open(open_regular(file), "rb") as stream:
-            found = hashlib.file_digest(stream, new_digest).hexdigest()
+            found = file_digest(stream)
     except FileNotFoundError:
         return "it is missing"
     except OSError as error:
