@@ -27,7 +27,8 @@ DOORS = {
     "runtime": "byte_sizes buffer_pool process_memory whole_file guarded_files recent dask_graphs failures "
     "tasks task_contract",
     "nifti": "header writer",
-    "chunks": "layout file_mark sharded_array codec mapped_shards shard_writer gather scaling levels",
+    "chunks": "layout mapped_memory file_mark sharded_array codec mapped_shards shard_writer gather scaling "
+    "levels",
     "store": "names image_record manifest store lock store_writer staged_image image_writer voxel_statistics "
     "voxel_index verification",
     "conversion": "conversion conversion_plan conversion_options nifti_export cases case_lists",

@@ -6,9 +6,10 @@ In reading order::
     layout         how an array is cut into chunks, and how chunks are packed into shards
     codec          voxels <-> bytes of a chunk
     file_mark      whether a file of an input is still there, and the file that was opened
+    mapped_memory  copies out of memory maps whose files may be cut short meanwhile
     sharded_array  an array on disk, as data: shapes, codec, names of files
     mapped_shards  shard files in memory maps, their index and checksums verified once
     shard_writer   voxels -> one shard file
-    gather         parts of chunks -> boxes; the loop is compiled: _gather.c, _decode.h, _voxels.h
+    gather         parts of chunks -> boxes; the loop is compiled: _gather.c, _decode.h, _guard.h, _voxels.h
     levels         coarser levels for viewers: means of voxels, or the most frequent label
 """

@@ -12,6 +12,7 @@
 #include <limits.h>
 
 #include "_decode.h"
+#include "_guard.h"
 #include "_voxels.h"
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
@@ -156,16 +157,9 @@ static size_t voxel_number(const int64_t *row, const Chunks *chunks, int past_th
 /* Copies all rows. Returns the state of the last row that was reached, and leaves its number in `at`. */
 static int gather_rows(const int64_t *rows, size_t count, const Chunks *chunks, const Writer *writer,
                        const Py_buffer *maps, Py_ssize_t map_count, const Py_buffer *outs,
-                       Py_ssize_t out_count, size_t *at)
+                       Py_ssize_t out_count, size_t *at, Decoded *chunk, uint8_t *line)
 {
     int state = FINE;
-    Decoded chunk = {0};
-    chunk.capacity = MAX_ITEM;
-    chunk.start = malloc(chunk.capacity * sizeof *chunk.start);
-    chunk.scratch = malloc(chunks->blosc ? chunks->bytes + SLACK : SLACK);
-    uint8_t *line = malloc(2 * chunks->shape[3] * MAX_ITEM);
-    if (!chunk.start || !chunk.scratch || !line)
-        state = NO_MEMORY;
     for (size_t end; state == FINE && *at < count; *at = end) {
         const int64_t *row = rows + *at * COLUMNS;
         size_t first = SIZE_MAX, stop = 0;
@@ -186,20 +180,87 @@ static int gather_rows(const int64_t *rows, size_t count, const Chunks *chunks, 
             stop = high > stop ? high : stop;
         }
         if (state == FINE)
-            state = decode_chunk(&chunk, (const uint8_t *)maps[row[MAP]].buf + row[OFFSET],
+            state = decode_chunk(chunk, (const uint8_t *)maps[row[MAP]].buf + row[OFFSET],
                                  (size_t)row[LENGTH], chunks, first, stop);
         if (state != FINE)
             break;
         for (size_t r = *at; r < end; r++) {
             const int64_t *part = rows + r * COLUMNS;
-            write_part(writer, &chunk, chunks, part, outs + part[BOX], line,
+            write_part(writer, chunk, chunks, part, outs + part[BOX], line,
                        line + chunks->shape[3] * MAX_ITEM);
         }
     }
+    return state;
+}
+
+/* As gather_rows; GONE where a file of a map was cut short. */
+static int gather_guarded(const int64_t *rows, size_t count, const Chunks *chunks, const Writer *writer,
+                          const Py_buffer *maps, Py_ssize_t map_count, const Py_buffer *outs,
+                          Py_ssize_t out_count, size_t *at, Decoded *chunk, uint8_t *line)
+{
+    sigjmp_buf place;
+    if (sigsetjmp(place, 0)) {
+        guard_end();
+        return GONE;
+    }
+    guard_begin(&place);
+    int state =
+        gather_rows(rows, count, chunks, writer, maps, map_count, outs, out_count, at, chunk, line);
+    guard_end();
+    return state;
+}
+
+static int gather_all(const int64_t *rows, size_t count, const Chunks *chunks, const Writer *writer,
+                      const Py_buffer *maps, Py_ssize_t map_count, const Py_buffer *outs,
+                      Py_ssize_t out_count, size_t *at)
+{
+    int state = NO_MEMORY;
+    Decoded chunk = {0};
+    chunk.capacity = MAX_ITEM;
+    chunk.start = malloc(chunk.capacity * sizeof *chunk.start);
+    chunk.scratch = malloc(chunks->blosc ? chunks->bytes + SLACK : SLACK);
+    uint8_t *line = malloc(2 * chunks->shape[3] * MAX_ITEM);
+    if (chunk.start && chunk.scratch && line)
+        state = gather_guarded(rows, count, chunks, writer, maps, map_count, outs, out_count, at, &chunk,
+                               line);
     free(chunk.start);
     free(chunk.scratch);
     free(line);
     return state;
+}
+
+/* ---- copies ---- */
+
+/* Copies along the axes from `axis` on; the last one in runs where both arrays are dense. */
+static void copy_axes(const Py_buffer *from, const uint8_t *in, const Py_buffer *to, uint8_t *out,
+                      const int *order, int axis)
+{
+    Py_ssize_t item = from->itemsize;
+    if (axis == from->ndim) {
+        memcpy(out, in, (size_t)item);
+        return;
+    }
+    int a = order[axis];
+    Py_ssize_t count = from->shape[a], step = from->strides[a], stride = to->strides[a];
+    if (axis == from->ndim - 1 && step == item && stride == item) {
+        memcpy(out, in, (size_t)(count * item));
+        return;
+    }
+    for (Py_ssize_t n = 0; n < count; n++)
+        copy_axes(from, in + n * step, to, out + n * stride, order, axis + 1);
+}
+
+static int copy_guarded(const Py_buffer *from, const Py_buffer *to, const int *order)
+{
+    sigjmp_buf place;
+    if (sigsetjmp(place, 0)) {
+        guard_end();
+        return 0;
+    }
+    guard_begin(&place);
+    copy_axes(from, from->buf, to, to->buf, order, 0);
+    guard_end();
+    return 1;
 }
 
 /* ---- Python ---- */
@@ -285,11 +346,11 @@ static PyObject *gather(PyObject *module, PyObject *arguments)
     size_t count = (size_t)rows.len / (COLUMNS * sizeof(int64_t)), at = (size_t)start;
     int state;
     Py_BEGIN_ALLOW_THREADS state =
-        gather_rows(rows.buf, count, &chunks, &writer, maps, map_count, outs, out_count, &at);
+        gather_all(rows.buf, count, &chunks, &writer, maps, map_count, outs, out_count, &at);
     Py_END_ALLOW_THREADS if (state == NO_MEMORY) PyErr_NoMemory();
     else if (state == BAD_ROW)
         PyErr_Format(PyExc_ValueError, "row %zu reaches outside its map, its chunk or its box", at);
-    else answer = Py_BuildValue("nO", (Py_ssize_t)at, state == DAMAGED ? Py_True : Py_False);
+    else answer = Py_BuildValue("ni", (Py_ssize_t)at, state == DAMAGED || state == GONE ? state : FINE);
 done:
     if (outs)
         release(outs, out_count);
@@ -297,6 +358,41 @@ done:
         release(maps, map_count);
     PyBuffer_Release(&rows);
     return answer;
+}
+
+static PyObject *copy(PyObject *module, PyObject *arguments)
+{
+    (void)module;
+    PyObject *from_object, *to_object;
+    Py_buffer from, to;
+    if (!PyArg_ParseTuple(arguments, "OO:copy", &from_object, &to_object) ||
+        PyObject_GetBuffer(from_object, &from, PyBUF_STRIDES))
+        return NULL;
+    if (PyObject_GetBuffer(to_object, &to, PyBUF_WRITABLE | PyBUF_STRIDES)) {
+        PyBuffer_Release(&from);
+        return NULL;
+    }
+    int fits = from.ndim == to.ndim && from.ndim <= AXES && from.itemsize == to.itemsize, whole = 0;
+    for (int a = 0; fits && a < from.ndim; a++)
+        fits = from.shape[a] == to.shape[a];
+    if (fits) {
+        int order[AXES]; /* the axes, that with the smallest steps in the source last */
+        for (int a = 0; a < from.ndim; a++) {
+            int place = a;
+            for (; place > 0 && llabs(from.strides[order[place - 1]]) < llabs(from.strides[a]); place--)
+                order[place] = order[place - 1];
+            order[place] = a;
+        }
+        Py_BEGIN_ALLOW_THREADS
+        whole = copy_guarded(&from, &to, order);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&from);
+    PyBuffer_Release(&to);
+    if (fits)
+        return PyBool_FromLong(whole);
+    PyErr_SetString(PyExc_ValueError, "both must have the same shape of at most 4 axes, and one type");
+    return NULL;
 }
 
 static PyObject *scale(PyObject *module, PyObject *arguments)
@@ -338,8 +434,12 @@ static PyMethodDef methods[] = {
      "gather(rows, start, maps, outs, chunk_shape, itemsize, codec, scaled_from, slope, inter, low, "
      "high)\n--\n\n"
      "Copy parts of chunks into boxes, from row ``start`` on.\n\n"
-     "Gives the row at which it stopped (the number of rows where all are copied), and whether that row's\n"
-     "chunk is damaged; otherwise the chunk is missing or its encoding is not supported here."},
+     "Gives the row at which it stopped (the number of rows where all are copied), and 1 if that row's chunk\n"
+     "is damaged, 5 if its file was cut short; otherwise the chunk is missing or its encoding is not\n"
+     "supported here."},
+    {"copy", copy, METH_VARARGS,
+     "copy(source, out)\n--\n\n"
+     "Copy an array of at most 4 axes that views a memory map; False if its file was cut short."},
     {"scale", scale, METH_VARARGS,
      "scale(voxels, out, scaled_from, slope, inter, low, high)\n--\n\n"
      "Write the scaled values of voxels, as float32; both are contiguous."},

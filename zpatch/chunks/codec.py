@@ -55,12 +55,10 @@ class ChunkCodec:
         """Decode a chunk, without its checksum, into ``out``, C-contiguous and of the chunk's shape.
 
         Raises ValueError if the bytes are damaged. Their decoded size is compared with the chunk's first, so
-        that a few bytes cannot fill the memory. They are copied before that: a file that is written to at
-        the same time cannot change between check and decoding.
+        that a few bytes cannot fill the memory. ``data`` must not be a view of a file, which could change
+        between check and decoding.
         """
         expected = out.nbytes
-        if self.compressor != "none":
-            data = data.copy()
         if self.compressor == "none":
             if len(data) != expected:
                 raise ValueError(f"has {len(data)} bytes instead of {expected}")

@@ -45,6 +45,7 @@ except ImportError:  # installed without a compiler
 SHARD, CHUNK = 0, 1
 MAP, OFFSET, LENGTH = 0, 1, 2
 BOX, PARTS, COLUMNS = 3, 4, 16
+DAMAGED, GONE = 1, 5  # as in _decode.h
 _COMPILED_ITEMSIZES = (1, 2, 4, 8)
 _COMPILED_CODECS = ("none", "blosc")
 
@@ -172,15 +173,17 @@ def gather(
     if array.codec.compressor not in _COMPILED_CODECS or not _is_compiled(array, outs, scaling):
         _gather_in_python(array, plan.rows, shards, outs, scaling)
         return
-    at, is_damaged = _gather_compiled(array, 0, located, outs, scaling)
+    at, problem = _gather_compiled(array, 0, located, outs, scaling)
     while at < len(located):
-        if is_damaged:
-            shard, chunk = plan.rows[at, : CHUNK + 1].tolist()
+        shard, chunk = plan.rows[at, : CHUNK + 1].tolist()
+        if problem == DAMAGED:
             raise shards[shard].undecodable(chunk)
+        if problem == GONE:
+            raise shards[shard].cut_short()
         starts = np.append(plan.chunk_starts, len(located))
         stop = int(starts[np.searchsorted(starts, at, side="right")])  # one chunk, decoded by numcodecs
         _gather_in_python(array, plan.rows[at:stop], shards, outs, scaling)
-        at, is_damaged = _gather_compiled(array, stop, located, outs, scaling)
+        at, problem = _gather_compiled(array, stop, located, outs, scaling)
 
 
 def copy_chunks(
@@ -257,12 +260,12 @@ def _is_compiled(array: ShardedArray | Voxels, outs: Sequence[Voxels], scaling: 
 
 def _gather_compiled(
     array: ShardedArray, start: int, located: LocatedRows, outs: Sequence[Voxels], scaling: Scaling
-) -> tuple[int, bool]:
+) -> tuple[int, int]:
     """Copy rows from ``start`` on, up to the first whose chunk is missing, damaged or encoded otherwise.
 
-    Returns the number of that row, and whether its chunk is damaged.
+    Returns the number of that row, and DAMAGED or GONE where its chunk or its file is.
     """
-    at, is_damaged = _compiled(
+    at, problem = _compiled(
         located.rows,
         start,
         located.buffers,
@@ -273,7 +276,7 @@ def _gather_compiled(
         _scaled_from(array, outs),
         *scaling,
     )
-    return at, is_damaged
+    return at, problem
 
 
 def _scaled_from(array: ShardedArray | Voxels, outs: Sequence[Voxels]) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from zpatch.chunks.codec import CRC_BYTES, Bytes, crc32c
+from zpatch.chunks.mapped_memory import copy_mapped
 from zpatch.chunks.sharded_array import ShardedArray
 from zpatch.errors import DamageError
 from zpatch.geometry.boxes import Integers, Voxels
@@ -84,7 +85,8 @@ class MappedShard:
             if len(self.bytes) < index_bytes:
                 raise self._damage(f"it has {len(self.bytes)} bytes, fewer than its index")
             at_end = files.index == "end"
-            index = self.bytes[-index_bytes:] if at_end else self.bytes[:index_bytes]
+            start = len(self.bytes) - index_bytes if at_end else 0
+            index = self._read(start, start + index_bytes)
             if files.index_checksum and crc32c(index[:-CRC_BYTES]) != index[-CRC_BYTES:].tobytes():
                 raise self._damage("its index does not match its checksum")
             offsets, lengths = index[: 16 * chunks].view("<u8").reshape(chunks, 2).T.astype(np.uint64)
@@ -120,8 +122,8 @@ class MappedShard:
                 if self._array.fill is None:
                     raise self.damaged(number, "is missing")
             elif self._array.codec.checksum:
-                end = offset + length
-                if crc32c(self.bytes[offset:end]) != self.bytes[end : end + CRC_BYTES].tobytes():
+                data = self._read(offset, offset + length + CRC_BYTES)
+                if crc32c(data[:length]) != data[length:].tobytes():
                     raise self.damaged(number, "does not match its checksum")
         self._checked[numbers] = True
 
@@ -136,7 +138,7 @@ class MappedShard:
         if offset < 0:
             return np.broadcast_to(np.asarray(self._array.fill, scratch.dtype), scratch.shape)
         try:
-            self._array.codec.decode(self.bytes[offset : offset + length], scratch)
+            self._array.codec.decode(self._read(offset, offset + length), scratch)
         except ValueError as error:
             raise self.damaged(number, str(error)) from error
         return scratch
@@ -148,6 +150,18 @@ class MappedShard:
         except DamageError as error:
             return error
         return self.damaged(number, "cannot be decoded")
+
+    def _read(self, start: int, stop: int) -> Bytes:
+        """Some bytes of the file, copied: another program may write to it at the same time."""
+        data = np.empty(stop - start, np.uint8)
+        if not copy_mapped(self.bytes[start:stop], data):
+            raise self.cut_short()
+        return data
+
+    def cut_short(self) -> DamageError:
+        """The error for a file that has become shorter than its map; the map is not used again."""
+        _open_shards.forget(lambda key: key == (self._array.path, self._array.contents, self._shard))
+        return self._damage("it was cut short, replaced or unmounted while it was read")
 
     def damaged(self, number: int, problem: str) -> DamageError:
         """The error for a chunk, by its number in the shard."""

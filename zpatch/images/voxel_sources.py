@@ -13,6 +13,7 @@ import numpy as np
 
 from zpatch.chunks.file_mark import FileMark
 from zpatch.chunks.gather import GatherPlan, gather, writes_directly
+from zpatch.chunks.mapped_memory import read_mapped
 from zpatch.chunks.scaling import Scaling
 from zpatch.chunks.sharded_array import ShardedArray
 from zpatch.geometry.boxes import PatchLocation, Triple, Voxels, reversed_axes, stored_corners
@@ -111,7 +112,7 @@ class ShardSource(_ArrayLike):
         return [self.array.shard_file(place) for place in evenly_spaced(self.array.shard_grid)]
 
     def dask(self, block_voxels: int | None = None) -> Any:
-        """A dask array with one block for each shard, or for whole chunks of about ``block_voxels`` a side.
+        """A dask array with one block for each shard, or for chunks of about ``block_voxels`` a side.
 
         All channels are in one block, because they are read together.
         """
@@ -161,7 +162,10 @@ class ArraySource(_ArrayLike):
         for box, out in zip(boxes, outs, strict=True):
             for channels, at in _runs(self.channels or range(self.shape[0])):
                 inside = (slice(channels.start, channels.stop), *box.to_slices())
-                scaling.write(self.array[inside], out[at])
+                voxels = self.array[inside]
+                if self.mark is not None and isinstance(self.array, np.ndarray):
+                    voxels = read_mapped(voxels, self.mark.path)
+                scaling.write(voxels, out[at])
 
     def dask(self, block_voxels: int | None = None) -> Any:
         """A dask array in blocks of 128 voxels a side."""
@@ -288,7 +292,7 @@ def _derived_tasks(requests: Sequence[Request]) -> ReadTasks:
             request.source.dask()[(slice(None), *box.to_slices())],
             out,
             request.scaling,
-            _files_of(request.source),
+            getattr(request.source, "files", ()),
         )
         for request in requests
         for box, out in zip(request.boxes, request.outs, strict=True)
@@ -301,10 +305,6 @@ def _derived_tasks(requests: Sequence[Request]) -> ReadTasks:
     for (part, *target), blocks in zip(parts, keys, strict=True):
         writes.append((partial(_put, *part.__dask_postcompute__(), *target), blocks))
     return ReadTasks(writes, dict(parts[0][0].__dask_optimize__(merged, keys)))
-
-
-def _files_of(source: VoxelSource) -> tuple[FileMark, ...]:
-    return source.files if isinstance(source, DaskSource) else ()
 
 
 def _put(

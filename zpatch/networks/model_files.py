@@ -65,9 +65,9 @@ def load_model(spec: str) -> Model:
                     " (.pt2) or TorchScript, or package.module:factory that loads these weights"
                 )
             if not spec.endswith(".pt2"):
-                return script_network(spec)
+                return script_network(spec)  # type: ignore[no-any-return]
             _refuse_programs(Path(spec))
-            return exported_network(spec)  # type: ignore[no-any-return]
+            return exported_network(spec)
         if not colon:
             raise ModelError(f"model {spec!r} is no file; name one, or a factory as package.module:factory")
         sys.path.insert(0, os.getcwd())
