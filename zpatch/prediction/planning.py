@@ -17,6 +17,7 @@ from zpatch.errors import MemoryLimitError, ModelError, OptionError, SourceError
 from zpatch.geometry.boxes import Bools
 from zpatch.images.chunk_cache import cached
 from zpatch.images.image import Image
+from zpatch.images.input_files import InputSeal
 from zpatch.images.normalization import Normalize, computed_statistics, lacks_statistics
 from zpatch.images.subject import Subject
 from zpatch.networks.network import Network
@@ -67,6 +68,7 @@ def plan_prediction(
     for subject in subjects:
         with failures.caught(subject.name, but=ModelError):  # that of a network that fails on its first patch
             images = _images(subject, options, measure)
+            seals = _sealed(subject, images, options)  # before the network runs: files may change
             if not heads:
                 heads = probe(network, subject.name, images, options)
                 if estimate or options.max_memory is not None:
@@ -76,10 +78,17 @@ def plan_prediction(
             found = candidates(
                 subject, heads, options, images, slabs=slabs, tta=network.tta, begun=of_subject, cost=cost
             )
-            plans.append(first_fitting(found, limit, of_subject))
+            plans.append(dataclasses.replace(first_fitting(found, limit, of_subject), seals=seals))
     if not plans:
         raise failures.error()
     return plans
+
+
+def _sealed(subject: Subject, images: Sequence[Image], options: PredictOptions) -> tuple[InputSeal, ...]:
+    return tuple(
+        InputSeal.of(f"image {name!r} of subject {subject.name!r}", image.source)
+        for name, image in zip(options.image, images, strict=True)
+    )
 
 
 def candidates(

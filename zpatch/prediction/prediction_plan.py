@@ -19,6 +19,7 @@ from zpatch.digests import Json
 from zpatch.geometry.boxes import Bools, Integers, Triple
 from zpatch.geometry.patch_grid import PatchGrid
 from zpatch.images.image import Image
+from zpatch.images.input_files import InputSeal
 from zpatch.images.subject import Subject
 from zpatch.runtime.byte_sizes import format_bytes
 from zpatch.store.image_record import ImageRecord
@@ -133,7 +134,8 @@ class PredictionPlan:
     grid. ``cost`` is the network's, if it was measured. ``region_bytes`` is the most memory that a region
     holds beside what the process holds before it, with the network's if that is known; ``jobs`` regions are
     run at a time. With ``tta`` the network is run on all flips of a batch. ``identities`` are those of the
-    images whose statistics were computed for the plan; empty if none were.
+    images whose statistics were computed for the plan; empty if none were. ``seals`` are those of the images
+    when the plan was made.
     """
 
     subject: Subject
@@ -148,6 +150,7 @@ class PredictionPlan:
     tta: bool = False
     cost: NetworkCost | None = None
     identities: tuple[str, ...] = ()
+    seals: tuple[InputSeal, ...] = ()
 
     @property
     def swept_axis(self) -> int:

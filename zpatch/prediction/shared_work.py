@@ -52,7 +52,7 @@ class SharedWork:
     def do(self, task: tuple[int, int], progress: Progress) -> Exception | None:
         """Do a task in this process; its result is the error of the subject, if there is one."""
         job = self.jobs[task[0]]
-        check = functools.partial(check_all, job.seals)
+        check = functools.partial(check_all, job.plan.seals)
         region = job.plan.regions[task[1]]
         try:
             run_region(job.plan, region, self.network, job.folder, self.options, progress, check)
@@ -181,7 +181,7 @@ def _do_shared(file: WorkFile, alone: bool, task: tuple[int, int], progress: Pro
 @functools.cache
 def _check_seen(file: WorkFile, job: int) -> None:
     """Refuse, once in each process, inputs of a job that are not the same here."""
-    for seal in _work_in(file).jobs[job].seals:
+    for seal in _work_in(file).jobs[job].plan.seals:
         seal.check_seen()
 
 

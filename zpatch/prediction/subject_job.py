@@ -13,7 +13,7 @@ from pathlib import Path
 
 from zpatch.digests import Json, compact_json, digest
 from zpatch.errors import DamageError, ModelError, StoreExistsError
-from zpatch.images.input_files import InputSeal, check_all
+from zpatch.images.input_files import check_all
 from zpatch.networks.model_files import ModelName
 from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.prediction_plan import PredictionPlan
@@ -40,16 +40,14 @@ def check_finite(records: Iterable[ImageRecord]) -> None:
 class SubjectJob:
     """A subject to be predicted in ``folder``.
 
-    ``inputs`` is the digest of its own part of the header, ``identities`` are those of its images, ``seals``
-    say what their files were like. If it is committed and damaged, ``committed`` are the records of its
-    images.
+    ``inputs`` is the digest of its own part of the header, ``identities`` are those of its images. If it is
+    committed and damaged, ``committed`` are the records of its images.
     """
 
     plan: PredictionPlan
     folder: WorkFolder
     inputs: str
     identities: tuple[str, ...]
-    seals: tuple[InputSeal, ...]
     committed: tuple[ImageRecord, ...] = ()
 
 
@@ -62,12 +60,13 @@ def begin_job(
     compared with their seals, and the shards that are sound are kept. Damage is found by the presence and
     length of files, or with ``options.verify`` in every byte.
     """
+    check_all(plan.seals)
     header, name = _subject_header(plan), plan.subject.name
     inputs = digest(compact_json(header).encode())
-    if plan.identities and tuple(header["inputs"]) != plan.identities:
+    is_other = plan.identities and tuple(header["inputs"]) != plan.identities
+    if is_other or not all(seal.is_unchanged() for seal in plan.seals):
         raise DamageError(
-            f"the inputs of {name!r} were changed after their statistics were computed; run the same command "
-            f"again"
+            f"the inputs of {name!r} were changed after it was planned; run the same command again"
         )
     if committed := _committed(plan, inputs, writer.path, writer.records):
         plan = _with_committed_levels(plan, committed, keeps=options.pyramid is not True)
@@ -75,14 +74,10 @@ def begin_job(
         if is_whole and not _is_damaged(committed, writer, verify=options.verify):
             shutil.rmtree(writer.path / UNFINISHED / name, ignore_errors=True)
             return None
-    seals = tuple(
-        InputSeal.of(f"image {each!r} of subject {name!r}", image.source)
-        for each, image in zip(options.image, plan.images, strict=True)
-    )
     folder = WorkFolder.begin(writer.path, name, {**header, "prediction": prediction})
     for head, record in zip(plan.heads, committed, strict=False):
         folder.ledger(head).adopt(writer.path / name / record.image, record)
-    return SubjectJob(plan, folder, inputs, tuple(header["inputs"]), seals, committed)
+    return SubjectJob(plan, folder, inputs, tuple(header["inputs"]), committed)
 
 
 def patches_left(plan: PredictionPlan, prediction: str, store: Store, *, verify: bool) -> int:
@@ -194,10 +189,10 @@ def check_inputs(job: SubjectJob) -> None:
 
     If they have changed meanwhile, shards of both are discarded.
     """
-    check_all(job.seals)
+    check_all(job.plan.seals)
     images = zip(job.plan.images, job.identities, strict=True)
     is_same = all(image.identity() == before for image, before in images if image.opened.is_in_files)
-    if is_same and all(seal.is_unchanged() for seal in job.seals):
+    if is_same and all(seal.is_unchanged() for seal in job.plan.seals):
         return
     job.folder.remove()
     raise DamageError(
