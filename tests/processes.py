@@ -64,7 +64,8 @@ def is_running(pid: int) -> bool:
 
 def shared_memory() -> set[str]:
     """The names of all blocks and semaphores in shared memory."""
-    return set(os.listdir(SHARED_MEMORY)) if SHARED_MEMORY.exists() else set()
+    with os.scandir(SHARED_MEMORY) as entries:
+        return {entry.name for entry in entries if not entry.is_dir()}
 
 
 def without_other_programs(names: set[str], own_pids: Collection[int]) -> set[str]:
