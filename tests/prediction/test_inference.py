@@ -741,7 +741,7 @@ def test_an_input_that_changes_after_its_statistics_were_computed_is_damage(
     network = Network.of(pointwise, options)
     plans = plan_prediction(network, [subject], options)
     os.utime(path, (1, 1))
-    with pytest.raises(DamageError, match="of subject 'ann': .* is not the file that was opened"):
+    with pytest.raises(DamageError, match=r"of subject 'ann': .* is not the file that was opened"):
         run_prediction(network, plans, out, options)
 
 
