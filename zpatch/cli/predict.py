@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     "--model",
     required=True,
     metavar="MODEL",
-    help="package.module:factory (called without arguments), a torch.export file (.pt2) or TorchScript.",
+    help="package.module:factory (called without arguments), a torch.export file (.pt2) or TorchScript. "
+    "A network is a program: load none that you do not trust.",
 )
 @click.option(
     "--image", multiple=True, metavar="NAME",
