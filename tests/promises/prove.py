@@ -127,10 +127,10 @@ def prove(parts: Sequence[str], lists: bool, keep: bool, workers: int) -> None:
     chosen = [promise_named(part) for part in parts]
     commit = the_commit()
     RECORD.parent.mkdir(exist_ok=True)
-    common = ["--full", "-q", "--record", str(RECORD), "--record-at", commit]
+    common = ["--full", "-q", f"--record={RECORD}", f"--record-at={commit}"]
     common += ["--record-keeps"] if keep else []
     for promise in chosen or [None]:
-        matching = ["--matching", only(promise)] if promise else []
+        matching = [f"--matching={only(promise)}"] if promise else []
         for which in (["-m", "not alone", "-n", str(workers), "--dist", "worksteal"], ["-m", "alone"]):
             subprocess.run([sys.executable, "-m", "pytest", *common, *matching, *which], cwd=ROOT)
     results = list({line["test"]: line for line in lines(RECORD)}.values())
