@@ -94,8 +94,10 @@ KINDS: dict[str, Callable[[Path], tuple[zp.Image, Path]]] = {
 @pytest.mark.parametrize("seen", [True, False], ids=["read before", "opened"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_file_that_is_cut_short_under_its_map_is_an_error_that_names_it(
-    tmp_path: Path, kind: str, seen: bool, scaled: bool
+    tmp_path: Path, kind: str, seen: bool, scaled: bool, full: bool
 ) -> None:
+    if not full and scaled != seen:
+        pytest.skip("all four ways need --full")
     image, file = KINDS[kind](tmp_path)
     image.read(WHOLE if seen else zp.PatchLocation((0, 0, 0), (1, 1, 1)), scaled=scaled)
     whole = file.read_bytes()
