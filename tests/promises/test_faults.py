@@ -166,7 +166,7 @@ class Harm:
                 time.sleep(kill_after_s)
                 process.kill()
             _, err = process.communicate()
-            return Ran(process.wait(), err, int((self.folder / "steps").read_text()))
+            return Ran(process.wait(), err, int((self.folder / "steps").read_text() or 0))
 
     def convert(self, source: Path, store: Path, *options: Any, **harm: Any) -> Ran:
         return self("convert", source, store, *OPTIONS, *options, **harm)
@@ -182,7 +182,7 @@ def run_harmed(arguments: list[str], harm: dict[str, int]) -> None:
     """The command line of a child."""
     count = harmed(Path(arguments[2]), **harm)
     code = zpatch.cli.run(arguments)
-    Path("steps").write_text(str(next(count) - 1))
+    Path("steps").write_text(str(next(count) - 1))  # empty if it is killed just now
     sys.exit(code)
 
 

@@ -199,7 +199,7 @@ class Commands:
         """Until the command has ended."""
         assert self.process is not None
         out, err = self.process.communicate(600)
-        return Ran(self.process.wait(), out, err, int((self.folder / "steps").read_text()))
+        return Ran(self.process.wait(), out, err, int((self.folder / "steps").read_text() or 0))
 
     def predict(self, store: Path, out: Path, *options: Any, no_space_at: int = 0) -> Ran:
         """Run a prediction to its end."""
@@ -242,7 +242,7 @@ def run_command(arguments: list[str], no_space_at: int) -> None:
     torch.set_num_threads(1)
     count = harmed(Path(arguments[2]), no_space_at=no_space_at) if no_space_at else itertools.count(1)
     code = zpatch.cli.run(arguments)
-    Path("steps").write_text(str(next(count) - 1))
+    Path("steps").write_text(str(next(count) - 1))  # empty if it is killed just now
     sys.exit(code)
 
 
