@@ -105,7 +105,8 @@ static void write_part(const Writer *writer, const Decoded *chunk, const Chunks 
     const size_t *shape = chunks->shape;
     const Py_ssize_t *strides = out->strides;
     int dense = strides[3] == (Py_ssize_t)writer->written;
-    Rows rows = {dense ? (size_t)y[1] : 1, (size_t)x[1], shape[3], strides[2], strides[1]};
+    ptrdiff_t ahead = z[1] > 1 ? strides[1] : 0; /* an axis of one voxel may have any stride */
+    Rows rows = {dense ? (size_t)y[1] : 1, (size_t)x[1], shape[3], strides[2], ahead};
     for (int64_t i = 0; i < c[1]; i++)
         for (int64_t j = 0; j < z[1]; j++) {
             size_t plane = ((size_t)(c[0] + i) * shape[1] + (size_t)(z[0] + j)) * shape[2];

@@ -1,0 +1,20 @@
+"""Fuzz one parser with atheris: with_atheris.py NAME, then folders and options of libFuzzer."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    import atheris
+
+    with atheris.instrument_imports(include=["zpatch"]):
+        import parsers
+    name = sys.argv.pop(1)
+    with parsers.fresh_folders() as fresh, parsers.bounded_memory():
+        atheris.Setup(sys.argv, lambda data: parsers.parse(name, data, fresh()))
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
