@@ -194,7 +194,8 @@ def run_suite(tests: Sequence[str]) -> int:
         shutil.rmtree(copy / name, ignore_errors=True)
         ignored = shutil.ignore_patterns("__pycache__", "*.so")
         shutil.copytree(ROOT / name, copy / name, ignore=ignored)
-    shutil.copyfile(ROOT / "pyproject.toml", copy / "pyproject.toml")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copyfile(ROOT / name, copy / name)
     flags = "-g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
     build = [
         sys.executable,
