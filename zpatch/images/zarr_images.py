@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,11 @@ from zpatch.store.store import TOOL
 CHANNEL_AXES = "ct"
 LETTERS = {"time": "t", "channel": "c", "channels": "c"}  # of axes that are called by a word
 SAMPLED_FILES = 16
+# Those that zarr raises for metadata that it cannot read, and we for OME metadata of another form.
+_ZARR_ERRORS = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError),
+    *(ArithmeticError, AssertionError, RuntimeError),  # chunks of 0 voxels, JSON that is too deep
+)
 _COMPRESSORS: Mapping[str, Compressor] = {name: name for name in ("blosc", "zstd", "gzip", "zlib")}
 
 
@@ -54,10 +60,10 @@ def open_image_folder(path: Path) -> ImageRecord | ZarrImage:
         for folder in (path.parent, path):
             _check_documents(folder)
         node: Any = zarr.open(path, mode="r")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the errors that zarr raises
+    except _ZARR_ERRORS as error:
         raise NotAStoreError(f"{path}: it is no Zarr array or OME-Zarr image ({error})") from None
     if isinstance(node, zarr.Array):
-        with contextlib.suppress(OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
+        with contextlib.suppress(*_ZARR_ERRORS):
             return _level_of(zarr.open_group(path.parent, mode="r"), path.name)
         return zarr_image(node)
     own = node.attrs.get(TOOL)
@@ -65,10 +71,10 @@ def open_image_folder(path: Path) -> ImageRecord | ZarrImage:
         return ImageRecord.from_json({**own, "files": {}}, str(path))
     try:
         return _level_of(node, None)
-    except (KeyError, IndexError, TypeError, AttributeError):
+    except _ZARR_ERRORS as error:
         raise NotAStoreError(
             f"{path}: it is a Zarr group but no OME-Zarr image; name an image or an array in it"
-        ) from None
+        ) from error
 
 
 def _check_documents(folder: Path) -> None:
@@ -81,7 +87,7 @@ def _check_documents(folder: Path) -> None:
 def images_of_series(path: Path) -> list[str]:
     """The names of the images in a folder that bioformats2raw wrote; none for any other folder."""
     for document in ("zarr.json", ".zattrs"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        with contextlib.suppress(*_ZARR_ERRORS):
             attributes = parsed_json(read_document(path / document, follow=True))
             attributes = attributes.get("attributes", attributes)
             if "bioformats2raw.layout" in attributes.get("ome", attributes):
@@ -97,19 +103,31 @@ def _level_of(group: Any, name: str | None) -> ZarrImage:
     named = {dataset["path"]: dataset for dataset in multiscale["datasets"]}
     dataset = multiscale["datasets"][0] if name is None else named[name]
     axes = "".join(_letter(axis["name"], axis.get("type")) for axis in multiscale["axes"])
-    transforms = {t["type"]: tuple(t[t["type"]]) for t in dataset["coordinateTransformations"]}
+    transforms = {t["type"]: _numbers(t[t["type"]], axes) for t in dataset["coordinateTransformations"]}
     units = {axis.get("unit") for axis in multiscale["axes"] if axis["name"] in "zyx"}
     unit = units.pop() if len(units) == 1 else None
     if (folder := folder_of(group)) is not None:
         _check_documents(folder / dataset["path"])
     scale, translation = transforms.get("scale"), transforms.get("translation")
-    return ZarrImage(group[dataset["path"]], axes, scale, translation, unit)
+    array = group[dataset["path"]]
+    if not hasattr(array, "dtype"):
+        raise TypeError(f"{dataset['path']} is a group")
+    return ZarrImage(array, axes, scale, translation, unit if isinstance(unit, str) else None)
+
+
+def _numbers(values: Any, axes: str) -> tuple[float, ...]:
+    """A finite number for each axis; anything else raises TypeError or ValueError."""
+    if not isinstance(values, list) or not all(type(n) in (int, float) for n in values):
+        raise TypeError(f"{values!r} are no numbers")
+    if len(values) != len(axes) or not all(abs(n) <= sys.float_info.max for n in values):
+        raise ValueError(f"{values} is not a finite number for each of {len(axes)} axes")
+    return tuple(map(float, values))
 
 
 def zarr_image(array: Any) -> ZarrImage:
     """An open Zarr array, with its dimension names; those of version 2 are written by xarray."""
-    names = getattr(array.metadata, "dimension_names", None) or array.attrs.get("_ARRAY_DIMENSIONS") or ()
-    return ZarrImage(array, "".join(map(_letter, names)))
+    names = getattr(array.metadata, "dimension_names", None) or array.attrs.get("_ARRAY_DIMENSIONS")
+    return ZarrImage(array, "".join(map(_letter, names)) if isinstance(names, list | tuple) else "")
 
 
 def _letter(name: Any, kind: str | None = None) -> str:
@@ -236,6 +254,8 @@ def sharded_array_of(array: Any, axes: StoredAxes) -> ShardedArray | None:
     chunks, shards, codec, order = stored.chunks, stored.shards, stored.codec, stored.byte_order
     if any((chunks[n], shards[n]) != (1, 1) for n in range(array.ndim) if n not in axes.kept):
         return None  # a chunk would have voxels along an axis that is not kept
+    if min(*chunks, *shards) < 1 or any(s % c for s, c in zip(shards, chunks, strict=True)):
+        raise StoreError(f"{path}: shards {shards} are not whole chunks {chunks}; write it anew")
     if problem := excess(array.shape, chunks, shards, array.dtype.itemsize):
         raise StoreError(f"{path}: {problem}; write it anew with other chunks")
     axis_of = {number: axis for axis, number in enumerate(axes.kept) if number is not None}

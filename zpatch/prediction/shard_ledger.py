@@ -27,7 +27,10 @@ import io
 import json
 import os
 import shutil
+import stat
 import uuid
+import zipfile
+import zlib
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -47,7 +50,7 @@ from zpatch.errors import DamageError, IncompleteCoverageError
 from zpatch.prediction.prediction_options import check_same
 from zpatch.runtime.guarded_files import read_document
 from zpatch.runtime.whole_file import sync, whole_file
-from zpatch.store.image_record import ImageRecord
+from zpatch.store.image_record import ImageRecord, check_sealed_file
 from zpatch.store.image_writer import ImageTally, Shard
 from zpatch.store.staged_image import StagedImage
 from zpatch.store.store import sharded_array
@@ -55,6 +58,12 @@ from zpatch.store.verification import damage_of
 
 LEDGER = ".ledger"
 HEADER = ".ledger.json"
+
+# Those that numpy, zipfile and tallies raise for the state of an entry that is sealed, and yet not a state.
+_STATE_ERRORS = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError),
+    *(MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +101,15 @@ class _Entry:
 
     @classmethod
     def from_json(cls, value: Json) -> _Entry:
+        """The entry of a sealed file; KeyError, TypeError or ValueError if it is none of zpatch."""
         c, z, y, x = value["unit"]
         seal = FileSeal(**value["seal"])
+        check_sealed_file(value["file"], seal)
         counts = value["skipped"], value.get("not_finite", 0)  # which was not counted at first
-        return cls((c, z, y, x), value["file"], seal, *counts, value["state"], value.get("level", 0))
+        level = value.get("level", 0)
+        if not all(type(n) is int and n >= 0 for n in (c, z, y, x, *counts, level)):
+            raise ValueError("a number that is none")
+        return cls((c, z, y, x), value["file"], seal, *counts, value["state"], level)
 
 
 class ShardLedger:
@@ -234,7 +248,13 @@ class ShardLedger:
             if entry is None:
                 missing.append((c, z, y, x))
                 continue
-            tally.merge(_unpacked(entry.state))
+            try:
+                tally.merge(_unpacked(entry.state))
+            except _STATE_ERRORS as error:
+                raise DamageError(
+                    f"{self._entry_file(entry.shard)}: its statistics cannot be read ({error}); remove it, "
+                    f"and run the same command again"
+                ) from error
             seals[entry.file] = entry.seal
             skipped += entry.skipped
             not_finite += entry.not_finite
@@ -264,9 +284,12 @@ class ShardLedger:
         value = _read_sealed(path)
         if value is None:
             return None
-        entry = _Entry.from_json(value)
-        file = self.folder / entry.file
-        is_there = file.is_file() and file.stat().st_size == entry.seal.bytes
+        try:
+            entry = _Entry.from_json(value)
+            status = os.stat(self.folder / entry.file)
+        except (KeyError, TypeError, ValueError, OSError):
+            return None
+        is_there = stat.S_ISREG(status.st_mode) and status.st_size == entry.seal.bytes
         return entry if is_there and path == self._entry_file(entry.shard, entry.level) else None
 
 
@@ -286,8 +309,8 @@ def begin(folder: Path, header: Json, *, writes: bool = True) -> Path:
 
 def header_of(folder: Path) -> Json | None:
     """The header of a folder, or None if it has none."""
-    found = _read_sealed(folder / HEADER)
-    return None if found is None else found["header"]
+    found = (_read_sealed(folder / HEADER) or {}).get("header")
+    return found if isinstance(found, dict) else None
 
 
 def _write_sealed(path: Path, value: Json) -> None:
