@@ -10,6 +10,7 @@ import contextlib
 import gzip
 import io
 import json
+import math
 import resource
 import shutil
 import tempfile
@@ -27,8 +28,7 @@ from zpatch.conversion.discovery import discover
 from zpatch.digests import digest
 from zpatch.errors import ZpatchError
 from zpatch.geometry.boxes import PatchLocation
-from zpatch.images.group_read import read_boxes
-from zpatch.images.opened_image import open_image
+from zpatch.images.image import ScalarImage
 from zpatch.loading.stream_position import epoch_and_consumed
 from zpatch.nifti.header import NiftiFile, orientation_to, read_header
 from zpatch.nifti.writer import make_header, single_file_header
@@ -85,9 +85,11 @@ def _read_voxels(file: NiftiFile) -> None:
 
 
 def read_one_voxel(path: Path) -> None:
-    """Open whatever an image can be, and read its first voxel."""
-    source = open_image(path).source
-    read_boxes(source, [PatchLocation((0, 0, 0), (1, 1, 1))])
+    """Open whatever an image can be, and read its first voxel if its chunks are small."""
+    image = ScalarImage(path)
+    source = image.source
+    if math.prod(source.chunk_shape) * source.shape[0] * source.dtype.itemsize <= 16 * SMALL_BYTES:
+        image.read(PatchLocation((0, 0, 0), (1, 1, 1)))
 
 
 def manifest(data: bytes, folder: Path) -> None:
@@ -230,11 +232,11 @@ def parse(name: str, data: bytes, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def fresh_folders() -> Iterator[Callable[[], Path]]:
-    """A function that gives an empty folder, the same each time."""
+def fresh_folders(place: Path | None = None) -> Iterator[Callable[[], Path]]:
+    """A function that gives an empty folder, the same each time, below a folder or in memory."""
     memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as place:
-        folder = Path(place) / "f"
+    with tempfile.TemporaryDirectory(dir=place or (memory if memory.is_dir() else None)) as parent:
+        folder = Path(parent) / "f"
 
         def fresh() -> Path:
             shutil.rmtree(folder, ignore_errors=True)

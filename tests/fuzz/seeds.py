@@ -218,14 +218,19 @@ def of_zarr() -> Iterator[bytes]:
         for mode, attributes in ((0, b""), (2, json.dumps(group).encode())):
             mode |= 4 if chain[-1]["name"] == "crc32c" else 0
             yield bytes([mode]) + SPLIT.join([attributes, json.dumps(array).encode(), body])
-    for compressor, body in ((None, bodies[0]), ({"id": "blosc", "cname": "lz4", "clevel": 5}, bodies[1])):
+    lz4_blosc = {"id": "blosc", "cname": "lz4", "clevel": 5}
+    for compressor, body, order in (
+        (None, bodies[0], "C"),
+        (lz4_blosc, bodies[1], "C"),
+        (None, bodies[0], "F"),
+    ):
         array = {
             "zarr_format": 2,
             "shape": [4, 4, 4],
             "chunks": [4, 4, 4],
             "dtype": "<u2",
             "fill_value": 0,
-            "order": "C",
+            "order": order,
             "filters": None,
             "compressor": compressor,
             "dimension_separator": ".",

@@ -10,9 +10,10 @@ def main() -> None:
 
     with atheris.instrument_imports(include=["zpatch"]):
         import parsers
-    name = sys.argv.pop(1)
+    name = sys.argv[1]
+    command = f"{sys.executable} {__file__} {name}"  # with which libFuzzer starts itself to merge corpora
     with parsers.fresh_folders() as fresh, parsers.bounded_memory():
-        atheris.Setup(sys.argv, lambda data: parsers.parse(name, data, fresh()))
+        atheris.Setup([command, *sys.argv[2:]], lambda data: parsers.parse(name, data, fresh()))
         atheris.Fuzz()
 
 

@@ -723,7 +723,7 @@ def ome_group(folder: Path, **changed: Any) -> None:
         {"coordinateTransformations": [{"type": "scale", "scale": [1, 2, 10**400]}]},
         {"coordinateTransformations": [{"type": "translation", "translation": "abc"}]},
     ],
-    ids=str,
+    ids=lambda changed: f"{changed!s:.70}",
 )
 def test_ome_metadata_of_another_form_is_an_error(tmp_path: Path, changed: dict[str, Any]) -> None:
     ome_group(tmp_path / "good.zarr")
@@ -748,6 +748,27 @@ def test_chunks_without_voxels_are_an_error(tmp_path: Path, chunks: list[int]) -
     (tmp_path / "a" / "zarr.json").write_text(json.dumps(document))
     with pytest.raises(StoreError, match=str(tmp_path / "a")):
         ScalarImage(tmp_path / "a", axes="zyx")
+
+
+@pytest.mark.parametrize("shape", [(10**7, 4, 4), (10**9,) * 3], ids=str)
+def test_an_array_through_zarr_of_very_many_chunks_is_an_error(
+    tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    zarr.create_array(tmp_path / "a", shape=(4, 4, 4), dtype="u1", chunks=(1, 1, 1), zarr_format=2, order="F")
+    document = json.loads((tmp_path / "a" / ".zarray").read_text())
+    (tmp_path / "a" / ".zarray").write_text(json.dumps({**document, "shape": shape}))
+    with pytest.raises(StoreError, match=f"{tmp_path / 'a'}: .* write it anew with other chunks"):
+        ScalarImage(tmp_path / "a", axes="zyx")
+
+
+def test_a_chunk_that_zarr_cannot_read_is_an_error_that_names_the_array(
+    tmp_path: Path, voxels: NDArray[np.int16]
+) -> None:
+    path = written_v2(tmp_path / "a", voxels, filters=[Delta("<i2")])
+    image = ScalarImage(path, axes="zyx")
+    (path / "0.0.0").write_bytes(b"\0\0")
+    with pytest.raises(DamageError, match=f"damaged: {path}: zarr cannot read it"):
+        image.read(PatchLocation((0, 0, 0), (2, 2, 2)))
 
 
 def test_names_of_dimensions_that_are_none_are_not_taken(tmp_path: Path) -> None:

@@ -18,10 +18,11 @@ import numpy as np
 
 from zpatch.chunks.codec import ChunkCodec, Compressor
 from zpatch.chunks.file_mark import FileMark
-from zpatch.chunks.layout import chunk_counts, excess
+from zpatch.chunks.layout import MOST_CHUNKS_READ, chunk_counts, excess
 from zpatch.chunks.sharded_array import ChunkFiles, ShardedArray
-from zpatch.digests import Json, parsed_json
+from zpatch.digests import Json
 from zpatch.errors import NotAStoreError, OptionError, StoreError
+from zpatch.images.lazy_array import ZARR_ERRORS, CheckedZarr
 from zpatch.runtime.guarded_files import read_document
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.store import TOOL
@@ -29,11 +30,6 @@ from zpatch.store.store import TOOL
 CHANNEL_AXES = "ct"
 LETTERS = {"time": "t", "channel": "c", "channels": "c"}  # of axes that are called by a word
 SAMPLED_FILES = 16
-# Those that zarr raises for metadata that it cannot read, and we for OME metadata of another form.
-_ZARR_ERRORS = (
-    *(OSError, ValueError, LookupError, TypeError, AttributeError),
-    *(ArithmeticError, AssertionError, RuntimeError),  # chunks of 0 voxels, JSON that is too deep
-)
 _COMPRESSORS: Mapping[str, Compressor] = {name: name for name in ("blosc", "zstd", "gzip", "zlib")}
 
 
@@ -60,10 +56,10 @@ def open_image_folder(path: Path) -> ImageRecord | ZarrImage:
         for folder in (path.parent, path):
             _check_documents(folder)
         node: Any = zarr.open(path, mode="r")
-    except _ZARR_ERRORS as error:
+    except ZARR_ERRORS as error:
         raise NotAStoreError(f"{path}: it is no Zarr array or OME-Zarr image ({error})") from None
     if isinstance(node, zarr.Array):
-        with contextlib.suppress(*_ZARR_ERRORS):
+        with contextlib.suppress(*ZARR_ERRORS):
             return _level_of(zarr.open_group(path.parent, mode="r"), path.name)
         return zarr_image(node)
     own = node.attrs.get(TOOL)
@@ -71,7 +67,7 @@ def open_image_folder(path: Path) -> ImageRecord | ZarrImage:
         return ImageRecord.from_json({**own, "files": {}}, str(path))
     try:
         return _level_of(node, None)
-    except _ZARR_ERRORS as error:
+    except ZARR_ERRORS as error:
         raise NotAStoreError(
             f"{path}: it is a Zarr group but no OME-Zarr image; name an image or an array in it"
         ) from error
@@ -82,18 +78,6 @@ def _check_documents(folder: Path) -> None:
     for name in ("zarr.json", ".zarray", ".zgroup", ".zattrs"):
         if (folder / name).exists():
             read_document(folder / name, follow=True)
-
-
-def images_of_series(path: Path) -> list[str]:
-    """The names of the images in a folder that bioformats2raw wrote; none for any other folder."""
-    for document in ("zarr.json", ".zattrs"):
-        with contextlib.suppress(*_ZARR_ERRORS):
-            attributes = parsed_json(read_document(path / document, follow=True))
-            attributes = attributes.get("attributes", attributes)
-            if "bioformats2raw.layout" in attributes.get("ome", attributes):
-                numbers = [entry.name for entry in path.iterdir() if entry.name.isdecimal()]
-                return sorted(numbers, key=int)
-    return []
 
 
 def _level_of(group: Any, name: str | None) -> ZarrImage:
@@ -254,10 +238,7 @@ def sharded_array_of(array: Any, axes: StoredAxes) -> ShardedArray | None:
     chunks, shards, codec, order = stored.chunks, stored.shards, stored.codec, stored.byte_order
     if any((chunks[n], shards[n]) != (1, 1) for n in range(array.ndim) if n not in axes.kept):
         return None  # a chunk would have voxels along an axis that is not kept
-    if min(*chunks, *shards) < 1 or any(s % c for s, c in zip(shards, chunks, strict=True)):
-        raise StoreError(f"{path}: shards {shards} are not whole chunks {chunks}; write it anew")
-    if problem := excess(array.shape, chunks, shards, array.dtype.itemsize):
-        raise StoreError(f"{path}: {problem}; write it anew with other chunks")
+    _check_chunks(array, str(path), chunks, shards)
     axis_of = {number: axis for axis, number in enumerate(axes.kept) if number is not None}
     return ShardedArray(
         path=path,
@@ -279,6 +260,31 @@ def sharded_array_of(array: Any, axes: StoredAxes) -> ShardedArray | None:
         contents=repr((array.shape, chunks, shards, array.dtype, order, codec, fill, axes)),
         metadata=metadata_mark(array),
     )
+
+
+def dask_array_of(array: Any, axes: StoredAxes) -> Any:
+    """The array (C, I, J, K) as a dask array that reads through zarr."""
+    import dask.array as da
+    from dask.base import tokenize
+
+    place, chunks = str(folder_of(array) or array), array.chunks
+    _check_chunks(array, place, chunks, chunks)
+    if max(chunk_counts(array.shape, chunks)) > MOST_CHUNKS_READ:
+        raise StoreError(
+            f"{place}: over {MOST_CHUNKS_READ} chunks along an axis; write it anew with other chunks"
+        )
+    name = f"from-zarr-{tokenize(array, chunks)}"
+    left_out = tuple(axes.place if n not in axes.kept else slice(None) for n in range(array.ndim))
+    kept = da.from_array(CheckedZarr(array, place), chunks, name=name)[left_out]
+    four = kept[(None,) * axes.kept.count(None)]
+    return four.transpose([axes.names.index(name) for name in "cxyz"])
+
+
+def _check_chunks(array: Any, place: str, chunks: Sequence[int], shards: Sequence[int]) -> None:
+    if min(*chunks, *shards) < 1 or any(s % c for s, c in zip(shards, chunks, strict=True)):
+        raise StoreError(f"{place}: its shards {shards} are not whole chunks {chunks}; write it anew")
+    if problem := excess(array.shape, chunks, shards, array.dtype.itemsize):
+        raise StoreError(f"{place}: {problem}; write it anew with other chunks")
 
 
 @dataclass(frozen=True, slots=True)
