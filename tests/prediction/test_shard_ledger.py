@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -760,6 +761,15 @@ def state_of(**arrays: Any) -> str:
     return base64.b64encode(stream.getvalue()).decode()
 
 
+def bomb() -> str:
+    """An array that says that it has 2 GiB, in few bytes."""
+    stream = io.BytesIO(base64.b64decode(state_of(box=np.zeros(3))))
+    with zipfile.ZipFile(stream) as file:
+        place = file.start_dir + 24  # the size in the directory of a zip file
+    stream.getbuffer()[place : place + 4] = (2**31).to_bytes(4, "little")
+    return base64.b64encode(stream.getvalue()).decode()
+
+
 @pytest.mark.parametrize(
     "state",
     [
@@ -768,6 +778,7 @@ def state_of(**arrays: Any) -> str:
         state_of(box=np.zeros(3)),
         state_of(box=np.zeros((3, 2)), bin=np.array(["a"])),
         state_of()[:-8],
+        bomb(),
     ],
     ids=lambda state: f"{state!s:.12}",
 )

@@ -26,12 +26,9 @@ import dataclasses
 import io
 import json
 import os
-import shutil
 import stat
 import uuid
-import zipfile
-import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +45,9 @@ from zpatch.chunks.sharded_array import ShardedArray
 from zpatch.digests import FileSeal, Json, compact_json, digest, sealed_line, unsealed
 from zpatch.errors import DamageError, IncompleteCoverageError
 from zpatch.prediction.prediction_options import check_same
+from zpatch.runtime.byte_sizes import format_bytes
 from zpatch.runtime.guarded_files import read_document
-from zpatch.runtime.whole_file import sync, whole_file
+from zpatch.runtime.whole_file import clear_folder, link_or_copy, whole_file
 from zpatch.store.image_record import ImageRecord, check_sealed_file
 from zpatch.store.image_writer import ImageTally, Shard
 from zpatch.store.staged_image import StagedImage
@@ -58,12 +56,7 @@ from zpatch.store.verification import damage_of
 
 LEDGER = ".ledger"
 HEADER = ".ledger.json"
-
-# Those that numpy, zipfile and tallies raise for the state of an entry that is sealed, and yet not a state.
-_STATE_ERRORS = (
-    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError),
-    *(MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error),
-)
+MOST_STATE_BYTES = 2**30  # unpacked; those of zpatch have some MiB at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +210,7 @@ class ShardLedger:
                     continue
                 file.unlink(missing_ok=True)
                 with whole_file(file, self._entries / _partial_name(), is_synced=True) as partial:
-                    _link(image / key, partial)
+                    link_or_copy(image / key, partial)
                 state = "" if level else _packed(_counted(record, array, shard))
                 self._enter(_Entry(shard, key, record.files[key], 0, 0, state, level))
         close_shards(self.folder)
@@ -250,7 +243,7 @@ class ShardLedger:
                 continue
             try:
                 tally.merge(_unpacked(entry.state))
-            except _STATE_ERRORS as error:
+            except Exception as error:  # numpy, zipfile and tallies raise many kinds
                 raise DamageError(
                     f"{self._entry_file(entry.shard)}: its statistics cannot be read ({error}); remove it, "
                     f"and run the same command again"
@@ -264,7 +257,7 @@ class ShardLedger:
                 f"first one {missing[0]} along c, z, y, x; run the same command again"
             )
         levels = [sharded_array(self.folder, record, number) for number in range(len(record.levels) + 1)]
-        _clear(self.folder, keep=[level.path / level.files.prefix for level in levels])
+        clear_folder(self.folder, keep=[level.path / level.files.prefix for level in levels])
         stage = StagedImage(self.folder, seals | self._write_levels(record))
         if mended is not None:  # the entries of adopted shards do not say
             skipped, not_finite = (mended.stats.get(key, 0) for key in ("skipped", "not_finite"))
@@ -326,15 +319,6 @@ def _read_sealed(path: Path) -> Json | None:
         return None
 
 
-def _link(file: Path, name: Path) -> None:
-    """Give a file a second name, or copy it where the file system has no hard links."""
-    try:
-        os.link(file, name)
-    except OSError:
-        shutil.copyfile(file, name)
-        sync(name)
-
-
 def _partial_name() -> str:
     """A name that no other process uses or looks for."""
     return f"{uuid.uuid4().hex}.partial"
@@ -357,17 +341,7 @@ def _packed(state: Mapping[str, NDArray[Any]]) -> str:
 
 def _unpacked(text: str) -> Mapping[str, NDArray[Any]]:
     with np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False) as arrays:
+        size = sum(member.file_size for member in arrays.zip.infolist())
+        if size > MOST_STATE_BYTES:
+            raise ValueError(f"{format_bytes(size)} is too much")
         return dict(arrays)
-
-
-def _clear(folder: Path, keep: Collection[Path]) -> None:
-    """Remove everything in a folder except the folders ``keep`` below it, at any depth."""
-    for entry in folder.iterdir():
-        if entry in keep:
-            continue
-        if any(kept.is_relative_to(entry) for kept in keep):
-            _clear(entry, keep)
-        elif entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
