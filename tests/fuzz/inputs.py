@@ -131,12 +131,14 @@ def plain_blosc(frame: bytes, item: int, nbytes: int, first: int, stop: int) -> 
     if size != nbytes or not 16 <= length <= len(frame):
         raise DamagedError
     frame = frame[:length]
+    if version != 2:
+        raise DamagedError
     if flags & 2:
         if length != 16 + nbytes:
             raise DamagedError
         return np.frombuffer(frame, np.uint8, offset=16)
     is_shuffled = flags & 1 and kind > 1
-    if version != 2 or flags >> 5 != 1 or flags & 4 or (is_shuffled and kind != item) or not kind:
+    if flags >> 5 != 1 or flags & 4 or (is_shuffled and kind != item) or not kind:
         raise DamagedError
     if not 0 < block_bytes <= nbytes or block_bytes % item or -(-nbytes // block_bytes) > (length - 16) // 4:
         raise DamagedError
@@ -144,7 +146,8 @@ def plain_blosc(frame: bytes, item: int, nbytes: int, first: int, stop: int) -> 
     for block in range(first * item // block_bytes, -(-stop * item // block_bytes)):
         start = block * block_bytes
         block_size = min(block_bytes, nbytes - start)
-        streams = 1 if flags & 16 or block_size < block_bytes else kind
+        is_whole = flags & 16 or kind > 16 or block_bytes // kind < 128 or block_size < block_bytes
+        streams = 1 if is_whole else kind
         at = int.from_bytes(frame[16 + 4 * block :][:4], "little")
         if not 16 <= at <= length or block_size % streams:
             raise DamagedError

@@ -98,6 +98,11 @@ def of_gather() -> Iterator[bytes]:
     head = struct.pack("<B4f4Q", 16, *SCALING, 1, 1, 1, 8) + b"\0\0" + bytes(8) + struct.pack("<H", 0)
     yield head + b"\1\0" + np.array(numbers, "<i8").tobytes() + bytes(range(8))
     yield struct.pack("<B4f", 32 | 7 << 1, *SCALING) + bytes(range(60))
+    for mode, layout in itertools.product(
+        (0, 2, 7, 128), ((0, 0, 0, 0), (11, 0b0101, 9, 0), (3, 0x30, 0, 2))
+    ):
+        sides = bytes((2, 3, 4, 30))
+        yield struct.pack("<B4f", 64 | mode, *SCALING) + sides + bytes(layout) + bytes(4)
 
 
 def of_blend() -> Iterator[bytes]:

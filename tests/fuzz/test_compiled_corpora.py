@@ -84,6 +84,9 @@ def try_gather(data: bytes) -> None:
     if mode & 32:
         try_scale(given, item, scaled_from, scaling)
         return
+    if mode & 64:
+        try_copy(given, item, mode >> 7)
+        return
     limits = (3, 8, 8, 80)
     chunk = [given.signed() if raw else given.take(1) % limit + 1 for limit in limits]
     if min(chunk) > 0 and 2**16 <= math.prod(chunk) * item < 2**60:
@@ -169,6 +172,20 @@ def try_scale(given: Input, item: int, scaled_from: str, scaling: list[np.float3
         return
     loops.scale(voxels, out, scaled_from, *map(float, scaling))
     np.testing.assert_array_equal(out, scaled(voxels, scaled_from, scaling))
+
+
+def try_copy(given: Input, item: int, differs: int) -> None:
+    shape = [given.take(1) % limit for limit in (4, 6, 9, 60)]
+    one = given.layout(shape, item)
+    two = given.layout([*shape[:3], shape[3] + differs], item)
+    source, out = one.filled(f"<u{item}", 0), two.filled(f"<u{item}", 1)
+    if differs:
+        with pytest.raises(ValueError, match="the same shape"):
+            loops.copy(source, out)
+        return
+    assert loops.copy(source, out)
+    if not two.overlaps:
+        np.testing.assert_array_equal(out, source)
 
 
 def try_blend(data: bytes) -> None:

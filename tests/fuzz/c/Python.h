@@ -164,11 +164,11 @@ static int PyArg_ParseTuple(PyObject *given, const char *format, ...)
     return 1;
 }
 
-static PyObject *Py_BuildValue(const char *format, Py_ssize_t number, PyObject *object)
+static PyObject *Py_BuildValue(const char *format, Py_ssize_t number, int state)
 {
-    CHECK(!strcmp(format, "nO"));
+    CHECK(!strcmp(format, "ni"));
     answer_values[0].number = number;
-    answer_values[1].object = object;
+    answer_values[1].number = state;
     return &answer_object;
 }
 

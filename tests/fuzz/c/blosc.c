@@ -37,7 +37,7 @@ static uint8_t *read_part(uint8_t *frame, size_t length, size_t item, size_t vox
     CHECK(answer);
     if (answer->arguments[0].number == 1)
         return out;
-    *is_damaged = answer->arguments[1].object == Py_True;
+    *is_damaged = answer->arguments[1].number == DAMAGED;
     free(out);
     return NULL;
 }

@@ -1,7 +1,7 @@
 /* The gather loop with chunks, rows, shapes, strides and scaling of anyone, against a loop over voxels.
  *
- * Input: u8 mode: 1 blosc, 2 4 8 the writer, 16 chunk shape and rows as they are, 32 `scale` instead of
- * `gather`; four float32 of the scaling; four chunk sides; u8 boxes, u8 maps; sides and layout of each
+ * Input: u8 mode: 1 blosc, 2 4 8 the writer, 16 chunk shape and rows as they are, 32 `scale` or
+ * 64 `copy` instead of `gather`, 128 with another shape; four float32 of the scaling; four chunk sides; u8 boxes, u8 maps; sides and layout of each
  * box; u16 bytes of the first map; u8 rows, u8 first row; the rows; then the bytes of the maps. */
 
 #include "../../../zpatch/chunks/_gather.c"
@@ -67,6 +67,35 @@ static void run_scale(Input *input, const Given *given)
     }
     free(voxels);
     free(out);
+}
+
+/* Copies an array to another one of the same or of another shape, both laid out in any way. */
+static void run_copy(Input *input, size_t item, int differs)
+{
+    Array arrays[2] = {0};
+    static const unsigned limits[4] = {4, 6, 9, 60};
+    for (int axis = 0; axis < 4; axis++)
+        arrays[0].shape[axis] = arrays[1].shape[axis] = (Py_ssize_t)(take(input, 1) % limits[axis]);
+    arrays[1].shape[3] += differs;
+    for (int n = 0; n < 2; n++) {
+        take_layout(input, arrays + n, item);
+        fill(arrays + n, (uint32_t)n, 1);
+    }
+    const Argument arguments[2] = {{.object = &arrays[0].object}, {.object = &arrays[1].object}};
+    PyObject *answer = call(copy, arguments, 2);
+    CHECK(answer == (differs ? NULL : Py_True));
+    Py_ssize_t at[4], *shape = arrays[0].shape;
+    for (at[0] = 0; answer && at[0] < shape[0]; at[0]++)
+        for (at[1] = 0; at[1] < shape[1]; at[1]++)
+            for (at[2] = 0; at[2] < shape[2]; at[2]++)
+                for (at[3] = 0; at[3] < shape[3]; at[3]++)
+                    memcpy(arrays[1].shadow + offset_of(arrays + 1, at),
+                           arrays[0].memory + offset_of(arrays, at), item);
+    check_as_expected(arrays);
+    if (!arrays[1].overlaps)
+        check_as_expected(arrays + 1);
+    free_array(arrays);
+    free_array(arrays + 1);
 }
 
 static void take_rows(Input *input, const Given *given, int raw, int64_t *rows, int count, const Array *boxes,
@@ -142,7 +171,7 @@ static void copy_row(const Given *given, const int64_t *row, const uint8_t *chun
 
 /* Does what the loop should have done up to row `stopped`, and checks why it stopped there. */
 static void expect_rows(const Given *given, const int64_t *rows, int start, int count, int stopped,
-                        const PyObject *damaged, uint8_t *const *maps, const Py_ssize_t *map_bytes,
+                        int why, uint8_t *const *maps, const Py_ssize_t *map_bytes,
                         int map_count, Array *boxes, int box_count)
 {
     uint8_t *chunk = NULL, *spare = NULL;
@@ -153,12 +182,12 @@ static void expect_rows(const Given *given, const int64_t *rows, int start, int 
         for (end = at; end < count && rows[16 * end] == row[0] && rows[16 * end + 1] == row[1]; end++)
             valid = valid && is_valid(given, rows + 16 * end, boxes, box_count, map_bytes, map_count);
         if (at == stopped && row[1] < 0) { /* a chunk that is missing */
-            CHECK(damaged == Py_False);
+            CHECK(why == FINE);
             break;
         }
         CHECK(row[1] >= 0);
         if (!valid) {
-            CHECK(at == stopped && !damaged);
+            CHECK(at == stopped && why == BAD_ROW);
             break;
         }
         for (int n = at; n < end; n++)
@@ -172,7 +201,7 @@ static void expect_rows(const Given *given, const int64_t *rows, int start, int 
         else if (state == PLAIN_FINE)
             memcpy(chunk, encoded, given->chunk_bytes);
         if (state != PLAIN_FINE) {
-            CHECK(at == stopped && damaged == (state == PLAIN_DAMAGED ? Py_True : Py_False));
+            CHECK(at == stopped && why == (state == PLAIN_DAMAGED ? DAMAGED : FINE));
             break;
         }
         CHECK(end <= stopped);
@@ -232,7 +261,7 @@ static void run_gather(Input *input, Given *given, int raw)
     if (answer) {
         int stopped = (int)answer->arguments[0].number;
         CHECK(start < count ? start <= stopped && stopped <= count : stopped == start);
-        expect_rows(given, rows, start, count, stopped, answer->arguments[1].object, maps, map_bytes,
+        expect_rows(given, rows, start, count, stopped, (int)answer->arguments[1].number, maps, map_bytes,
                     map_count, boxes, box_count);
         for (int n = 0; n < box_count; n++)
             check_as_expected(boxes + n);
@@ -255,6 +284,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         given.scaling[n] = take_float(&input);
     if (mode & 32) {
         run_scale(&input, &given);
+        return 0;
+    }
+    if (mode & 64) {
+        run_copy(&input, given.item, mode >> 7);
         return 0;
     }
     static const uint64_t limits[4] = {3, 8, 8, 80};

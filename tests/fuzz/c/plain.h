@@ -71,14 +71,17 @@ static int plain_blosc(const uint8_t *in, size_t length, size_t item, size_t byt
     length = plain_number(in + 12);
     unsigned version = in[0], flags = in[2], compressor = in[2] >> 5;
     size_t type = in[3], block_bytes = plain_number(in + 8);
-    int is_stored = flags & 2, is_shuffled = flags & 1 && type > 1, has_one_stream = flags & 16;
+    int is_stored = flags & 2, is_shuffled = flags & 1 && type > 1;
+    int has_one_stream = flags & 16 || type > 16 || !type || block_bytes / type < 128;
+    if (version != 2)
+        return PLAIN_UNKNOWN;
     if (is_stored) {
         if (length != 16 + bytes)
             return PLAIN_DAMAGED;
         memcpy(out, in + 16, bytes);
         return PLAIN_FINE;
     }
-    if (version != 2 || compressor != 1 || flags & 4 || (is_shuffled && type != item) || type == 0 ||
+    if (compressor != 1 || flags & 4 || (is_shuffled && type != item) || type == 0 ||
         block_bytes == 0 || block_bytes > bytes || block_bytes % item)
         return PLAIN_UNKNOWN;
     size_t blocks = (bytes + block_bytes - 1) / block_bytes;
