@@ -79,7 +79,7 @@ PROMISES = (
     Promise(
         "bad files",
         "A malformed, truncated or hostile file fails its case in one line; the good cases convert",
-        r"test_bad_input|nifti/|gzip",
+        r"test_bad_input|nifti/|gzip|test_parser_corpora",
     ),
     Promise(
         "queue faults",
@@ -100,7 +100,7 @@ PROMISES = (
     Promise(
         "reading",
         "Voxels are read as zarr-python reads them, from any layout, codec and order of axes",
-        r"tests/images/|tests/chunks/|test_viewers",
+        r"tests/images/|tests/chunks/|test_compiled_corpora|test_viewers",
     ),
     Promise(
         "predictions",

@@ -103,8 +103,8 @@ def _numbers(values: Any, axes: str) -> tuple[float, ...]:
     """A finite number for each axis; anything else raises TypeError or ValueError."""
     if not isinstance(values, list) or not all(type(n) in (int, float) for n in values):
         raise TypeError(f"{values!r} are no numbers")
-    if len(values) != len(axes) or not all(abs(n) <= sys.float_info.max for n in values):
-        raise ValueError(f"{values} is not a finite number for each of {len(axes)} axes")
+    if len(values) < len(axes) or not all(abs(n) <= sys.float_info.max for n in values):
+        raise ValueError(f"{values} has no finite number for each of {len(axes)} axes")
     return tuple(map(float, values))
 
 
