@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from fuzz import C_TARGETS, targets
 from parsers import PARSERS, fresh_folders, parse
 from record import Some
 from seeds import SEEDS
@@ -23,3 +24,12 @@ def test_a_parser_takes_each_input_that_was_found(name: str, tmp_path: Path, som
             except Exception as error:
                 error.add_note(place)
                 raise
+
+
+def test_each_fuzzer_has_seeds_and_a_small_corpus() -> None:
+    names = {target.name for target in targets()}
+    assert names == set(SEEDS) == {folder.name for folder in CORPUS.iterdir()}
+    assert {target.name for target in C_TARGETS} == {file.stem for file in CORPUS.with_name("c").glob("*.c")}
+    sizes = [file.stat().st_size for file in CORPUS.glob("*/*")]
+    assert len(sizes) < 1000
+    assert sum(sizes) < 2**20
