@@ -63,6 +63,9 @@ def of_blosc() -> Iterator[bytes]:
         for count in (40, 700):
             for frame in frames(item, count):
                 yield struct.pack("<BHHH", number, count - 1, count // 3, count // 4) + frame
+    small = bytearray(blosc.compress(np.arange(300, dtype="u4"), b"lz4", 5, blosc.SHUFFLE, 256))
+    small[2] &= ~16  # as before blosc 1.14, which had no flag for blocks that are not split
+    yield struct.pack("<BHHH", 2, 299, 0, 299) + small
     for name in (b"zstd", b"blosclz", b"lz4hc"):
         data = np.arange(300, dtype="u2")
         yield struct.pack("<BHHH", 1, 299, 0, 299) + bytes(blosc.compress(data, name, 5))

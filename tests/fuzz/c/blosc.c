@@ -1,5 +1,5 @@
-/* Frames of chunks against c-blosc: what both decode is equal, whole or in part. What c-blosc decodes and zpatch
- * calls damaged is one of the two cases named at `plain_leniently_decoded`.
+/* Frames of chunks against c-blosc and a plain decoder: what is decoded is equal, whole or in part. What c-blosc
+ * decodes and zpatch calls damaged is one of the two cases named at `plain_leniently_decoded`.
  *
  * Input: u8 item, u16 voxels - 1, u16 first voxel, u16 more voxels - 1, then the frame. */
 
@@ -59,10 +59,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     int is_decoded = is_whole && blosc_decompress_ctx(frame, expected, bytes, 1) == (int)bytes;
     if (is_decoded && whole)
         CHECK(!memcmp(whole, expected, bytes));
-    if (is_decoded && is_damaged) {
-        CHECK(plain_blosc(frame, length, item, bytes, 0, voxels, expected, spare) == PLAIN_DAMAGED);
-        CHECK(plain_leniently_decoded);
-    }
+    int state = plain_blosc(frame, length, item, bytes, 0, voxels, expected, spare);
+    CHECK(state == (whole ? PLAIN_FINE : is_damaged ? PLAIN_DAMAGED : PLAIN_UNKNOWN));
+    CHECK(!whole || !memcmp(whole, expected, bytes));
+    CHECK(!is_decoded || !is_damaged || plain_leniently_decoded);
     free(frame);
     free(expected);
     free(spare);
