@@ -178,7 +178,8 @@ static PyObject *PyBool_FromLong(long truth)
 }
 
 /* Calls one of the functions of an extension; its answer, or NULL with `error` set. All is released then. */
-static PyObject *call(PyObject *(*function)(PyObject *, PyObject *), const Argument *arguments, Py_ssize_t count)
+static PyObject *call(PyObject *(*function)(PyObject *, PyObject *), const Argument *arguments,
+                      Py_ssize_t count)
 {
     PyObject given = {.arguments = arguments, .count = count};
     error = NULL;

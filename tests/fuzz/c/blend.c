@@ -1,7 +1,7 @@
 /* The loops of blending with shapes, strides and voxels of anyone, against loops over voxels.
  *
- * Input: u8 mode: which function, 4 weights of any bits, 8 another shape; u8 style of voxels; u8 or u16 sides;
- * the layouts; for `add` a byte or four of each weight. */
+ * Input: u8 mode: which function, 4 weights of any bits, 8 another shape; u8 style of voxels; u8 or u16
+ * sides; the layouts; for `add` a byte or four of each weight. */
 
 #include "../../../zpatch/blending/_blend.c"
 
@@ -39,8 +39,10 @@ static void run_add(Input *input, Array *sums, Array *part, int any_bits, int fi
         Py_ssize_t *count = &sums->shape[1 + axis];
         weights[axis] = malloc(4 * (size_t)*count + 1);
         for (Py_ssize_t n = 0; n < *count; n++) {
-            int byte = any_bits ? 0 : (int)take(input, 1); /* powers of two: products are exact in any order */
-            weights[axis][n] = any_bits ? take_float(input) : byte ? ldexpf(byte & 1 ? 1 : -1, byte % 17 - 8) : 0;
+            int byte = any_bits ? 0 : (int)take(input, 1);
+            /* Products of powers of two are exact in any order. */
+            float power = byte ? ldexpf(byte & 1 ? 1 : -1, byte % 17 - 8) : 0;
+            weights[axis][n] = any_bits ? take_float(input) : power;
         }
         vectors[axis].view = (Py_buffer){weights[axis], 4 * *count, 4, 0, 1, count, &four};
     }

@@ -1,5 +1,5 @@
-/* Frames of chunks against c-blosc and a plain decoder: what is decoded is equal, whole or in part. What c-blosc
- * decodes and zpatch calls damaged is one of the two cases named at `plain_leniently_decoded`.
+/* Frames of chunks against c-blosc and a plain decoder: what is decoded is equal, whole or in part. What
+ * c-blosc decodes and zpatch calls damaged is one of the two cases named at `plain_leniently_decoded`.
  *
  * Input: u8 item, u16 voxels - 1, u16 first voxel, u16 more voxels - 1, then the frame. */
 
@@ -13,8 +13,8 @@
 static const size_t items[4] = {1, 2, 4, 8};
 
 /* Reads voxels `first` up to `stop` of a chunk of `voxels` in one line; NULL where it is not decoded. */
-static uint8_t *read_part(uint8_t *frame, size_t length, size_t item, size_t voxels, size_t first, size_t stop,
-                          int *is_damaged)
+static uint8_t *read_part(uint8_t *frame, size_t length, size_t item, size_t voxels, size_t first,
+                          size_t stop, int *is_damaged)
 {
     int64_t count = (int64_t)(stop - first);
     int64_t row[16] = {0, 0, (int64_t)length, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, (int64_t)first, count, 0};
@@ -55,7 +55,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     CHECK(!whole || part);
     CHECK(!whole || !memcmp(part, whole + item * first, item * more));
     /* c-blosc trusts both lengths in the header. */
-    int is_whole = length >= BLOSC_HEADER && plain_number(frame + 4) == bytes && plain_number(frame + 12) <= length;
+    int is_whole = length >= BLOSC_HEADER && plain_number(frame + 4) == bytes &&
+                   plain_number(frame + 12) <= length;
     int is_decoded = is_whole && blosc_decompress_ctx(frame, expected, bytes, 1) == (int)bytes;
     if (is_decoded && whole)
         CHECK(!memcmp(whole, expected, bytes));

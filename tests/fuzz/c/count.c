@@ -1,7 +1,7 @@
 /* The counting loop against a loop over voxels.
  *
- * Input: u8 bytes of a voxel, of which 1 and 2 are counted; u8 bytes before the first voxel; u8 whether there are
- * too few counts; then the voxels. */
+ * Input: u8 bytes of a voxel - 1, of which 1 and 2 are counted; u8 bytes before the first voxel; u8 whether
+ * there are too few counts; then the voxels. */
 
 #include "../../../zpatch/store/_count.c"
 

@@ -1,8 +1,9 @@
 /* The gather loop with chunks, rows, shapes, strides and scaling of anyone, against a loop over voxels.
  *
- * Input: u8 mode: 1 blosc, 2 4 8 the writer, 16 chunk shape and rows as they are, 32 `scale` or
- * 64 `copy` instead of `gather`, 128 with another shape; four float32 of the scaling; four chunk sides; u8 boxes, u8 maps; sides and layout of each
- * box; u16 bytes of the first map; u8 rows, u8 first row; the rows; then the bytes of the maps. */
+ * Input: u8 mode: 1 blosc, 2 4 8 the writer, 16 chunk shape and rows as they are, 32 `scale` or 64 `copy`
+ * instead of `gather`, 128 with another shape; four float32 of the scaling; four chunk sides; u8 boxes, u8
+ * maps; sides and layout of each box; u16 bytes of the first map; u8 rows, u8 first row; the rows; then the
+ * bytes of the maps. */
 
 #include "../../../zpatch/chunks/_gather.c"
 
@@ -197,7 +198,8 @@ static void expect_rows(const Given *given, const int64_t *rows, int start, int 
         const uint8_t *encoded = maps[row[0]] + row[1];
         int state = (size_t)row[2] == given->chunk_bytes ? PLAIN_FINE : PLAIN_DAMAGED;
         if (given->is_blosc)
-            state = plain_blosc(encoded, (size_t)row[2], given->item, given->chunk_bytes, first, stop, chunk, spare);
+            state = plain_blosc(encoded, (size_t)row[2], given->item, given->chunk_bytes, first, stop, chunk,
+                                spare);
         else if (state == PLAIN_FINE)
             memcpy(chunk, encoded, given->chunk_bytes);
         if (state != PLAIN_FINE) {
