@@ -7,9 +7,9 @@
 #include <stdint.h>
 #include <string.h>
 
-/* Whether the damage that was found last is one that c-blosc, or LZ4 in it, may overlook: a match at distance 0,
- * which copies what was in memory before; a block that is no multiple of the voxels' size and is split into as
- * many streams all the same, whose last bytes are not written. */
+/* Whether the damage that was found last is one that c-blosc, or LZ4 in it, may overlook: a match at distance
+ * 0, which copies what was in memory before; a block that is no multiple of the voxels' size and is split
+ * into as many streams all the same, whose last bytes are not written. */
 static int plain_leniently_decoded;
 
 /* The bytes of a stream that can be decoded, `wanted` or more where all is well, at most `capacity`. Of a
@@ -95,7 +95,7 @@ static int plain_blosc(const uint8_t *in, size_t length, size_t item, size_t byt
         plain_leniently_decoded = size % streams != 0;
         if (at < 16 || at > length || size % streams)
             return PLAIN_DAMAGED;
-        /* A stream is decoded as far as needed where it is a plane, or where it is all of an unshuffled block. */
+        /* A stream is decoded as far as needed where it is a plane, or all of an unshuffled block. */
         size_t of_part = streams == (is_shuffled ? item : 1) ? wanted / streams : part;
         for (size_t s = 0; s < streams; s++) {
             plain_leniently_decoded = 0;
