@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -552,6 +553,16 @@ def test_paths_in_a_list_may_be_absolute_or_leave_its_folder(source: Path) -> No
 )
 def test_a_bad_table_is_an_error_that_says_where(source: Path, text: str, why: str) -> None:
     refused(write(source, "list.csv", text), why)
+
+
+def test_a_table_of_many_columns_takes_time_in_proportion(source: Path) -> None:
+    columns = [f"c{number}" for number in range(30_000)]
+    start = time.process_time()
+    [case] = discover(
+        write(source, "list.csv", f"subject,{','.join(columns)}\na{',b.nii' * len(columns)}\n")
+    ).cases
+    assert time.process_time() - start < 5
+    assert len(case.images) == len(columns)
 
 
 def test_a_list_that_is_not_utf8_is_an_error(source: Path) -> None:

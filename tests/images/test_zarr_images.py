@@ -32,7 +32,7 @@ from zarr.codecs import (
 )
 
 from zpatch.chunks.mapped_shards import close_shards
-from zpatch.errors import DamageError, NotAStoreError, OptionError
+from zpatch.errors import DamageError, NotAStoreError, OptionError, StoreError
 from zpatch.geometry.boxes import PatchLocation
 from zpatch.images.image import Image, ScalarImage
 from zpatch.images.voxel_sources import DaskSource, ShardSource
@@ -700,6 +700,82 @@ def change(document: Path, key: str, value: Any) -> None:
     metadata = json.loads(document.read_text())
     metadata[key] = value
     document.write_text(json.dumps(metadata))
+
+
+def ome_group(folder: Path, **changed: Any) -> None:
+    """An OME-Zarr image of (z, y, x) with some metadata changed; ``inner`` is a group beside its level."""
+    group = zarr.open_group(folder, mode="w")
+    group.create_array("0", data=np.zeros(SHAPE, np.int16), chunks=CHUNKS)
+    group.create_group("inner")
+    transforms = [{"type": "scale", "scale": [1.0, 2.0, 3.0]}]
+    dataset = {"path": "0", "coordinateTransformations": transforms, **changed}
+    axes = [{"name": name, "type": "space"} for name in "zyx"]
+    group.attrs["ome"] = {"multiscales": [{"axes": axes, "datasets": [dataset]}]}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"path": "inner"},
+        {"path": "../.."},
+        {"coordinateTransformations": [{"type": "scale", "scale": [1.0, 2.0]}]},
+        {"coordinateTransformations": [{"type": "scale", "scale": ["1", "2", "3"]}]},
+        {"coordinateTransformations": [{"type": "scale", "scale": [1, 2, 10**400]}]},
+        {"coordinateTransformations": [{"type": "translation", "translation": "abc"}]},
+    ],
+    ids=lambda changed: f"{changed!s:.70}",
+)
+def test_ome_metadata_of_another_form_is_an_error(tmp_path: Path, changed: dict[str, Any]) -> None:
+    ome_group(tmp_path / "good.zarr")
+    assert ScalarImage(tmp_path / "good.zarr").spacing == (3, 2, 1)
+    ome_group(tmp_path / "bad.zarr", **changed)
+    with pytest.raises(NotAStoreError, match=r"bad\.zarr: it is a Zarr group but no OME-Zarr image"):
+        ScalarImage(tmp_path / "bad.zarr")
+
+
+def test_a_level_whose_own_metadata_is_broken_is_an_error(tmp_path: Path) -> None:
+    ome_group(tmp_path / "a.zarr")
+    (tmp_path / "a.zarr" / "0" / "zarr.json").write_text('{"zarr_format": 3, "node_type": "array"')
+    with pytest.raises(NotAStoreError, match=r"a\.zarr: it is a Zarr group but no OME-Zarr image"):
+        ScalarImage(tmp_path / "a.zarr")
+
+
+@pytest.mark.parametrize("chunks", [[3, 0, 5], [0, 0, 0]], ids=str)
+def test_chunks_without_voxels_are_an_error(tmp_path: Path, chunks: list[int]) -> None:
+    zarr.create_array(tmp_path / "a", data=np.zeros(SHAPE, np.int16), chunks=CHUNKS)
+    document = json.loads((tmp_path / "a" / "zarr.json").read_text())
+    document["chunk_grid"]["configuration"]["chunk_shape"] = chunks
+    (tmp_path / "a" / "zarr.json").write_text(json.dumps(document))
+    with pytest.raises(StoreError, match=str(tmp_path / "a")):
+        ScalarImage(tmp_path / "a", axes="zyx")
+
+
+@pytest.mark.parametrize("shape", [(10**7, 4, 4), (10**9,) * 3], ids=str)
+def test_an_array_through_zarr_of_very_many_chunks_is_an_error(
+    tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    zarr.create_array(tmp_path / "a", shape=(4, 4, 4), dtype="u1", chunks=(1, 1, 1), zarr_format=2, order="F")
+    document = json.loads((tmp_path / "a" / ".zarray").read_text())
+    (tmp_path / "a" / ".zarray").write_text(json.dumps({**document, "shape": shape}))
+    with pytest.raises(StoreError, match=f"{tmp_path / 'a'}: .* write it anew with other chunks"):
+        ScalarImage(tmp_path / "a", axes="zyx")
+
+
+def test_a_chunk_that_zarr_cannot_read_is_an_error_that_names_the_array(
+    tmp_path: Path, voxels: NDArray[np.int16]
+) -> None:
+    path = written_v2(tmp_path / "a", voxels, filters=[Delta("<i2")])
+    image = ScalarImage(path, axes="zyx")
+    (path / "0.0.0").write_bytes(b"\0\0")
+    with pytest.raises(DamageError, match=f"damaged: {path}: zarr cannot read it"):
+        image.read(PatchLocation((0, 0, 0), (2, 2, 2)))
+
+
+def test_names_of_dimensions_that_are_none_are_not_taken(tmp_path: Path) -> None:
+    array = zarr.create_array(tmp_path / "a", data=np.zeros(SHAPE, np.int16), chunks=CHUNKS, zarr_format=2)
+    array.attrs["_ARRAY_DIMENSIONS"] = 3
+    with pytest.raises(OptionError, match="are not named"):
+        ScalarImage(tmp_path / "a")
 
 
 @pytest.mark.parametrize("dtype", ["<M8[s]", "|S5"])

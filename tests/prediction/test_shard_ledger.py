@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -718,6 +719,88 @@ HEADER_HARMS: dict[str, Callable[[Path], Any]] = {
     "torn": lambda path: cut(path, 40),
     "a bit flipped": flip,
 }
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"unit": [0, 0, 0]},
+        {"unit": [0, 0, 0, "0"]},
+        {"unit": 5},
+        {"file": 7},
+        {"file": "../../secret"},
+        {"file": "a" * 5000},
+        {"file": "0"},
+        {"seal": {"bytes": "many", "checksum": "0"}},
+        {"seal": None},
+        {"skipped": None},
+        {"not_finite": -1},
+        {"level": "0"},
+    ],
+    ids=lambda changed: f"{changed!s:.40}",
+)
+def test_an_entry_that_is_sealed_but_none_of_zpatch_does_not_count(
+    tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    folder, shard = tmp_path / "heart", (0, 0, 0, 0)
+    record = record_of(make_voxels("sampling"), "sampling")
+    write_shards(folder, record, make_voxels("sampling"), [shard])
+    file = entry_file(folder, shard)
+    entry = unsealed(file.read_bytes(), "")
+    assert ShardLedger(folder).has(shard)
+    file.write_text(sealed_line({**entry, **changed}))
+    assert not ShardLedger(folder).has(shard)
+    lacking = {key: value for key, value in entry.items() if key not in changed}
+    file.write_text(sealed_line(lacking))
+    assert ShardLedger(folder).has(shard) == (set(changed) <= {"level", "not_finite"})
+
+
+def state_of(**arrays: Any) -> str:
+    stream = io.BytesIO()
+    np.savez_compressed(stream, **arrays)
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+def bomb() -> str:
+    """An array that says that it has 2 GiB, in few bytes."""
+    stream = io.BytesIO(base64.b64decode(state_of(box=np.zeros(3))))
+    with zipfile.ZipFile(stream) as file:
+        place = file.start_dir + 24  # the size in the directory of a zip file
+    stream.getbuffer()[place : place + 4] = (2**31).to_bytes(4, "little")
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        *("", "no base64", 5, None),
+        base64.b64encode(b"no zip").decode(),
+        state_of(box=np.zeros(3)),
+        state_of(box=np.zeros((3, 2)), bin=np.array(["a"])),
+        state_of()[:-8],
+        bomb(),
+    ],
+    ids=lambda state: f"{state!s:.12}",
+)
+def test_statistics_of_an_entry_that_cannot_be_read_are_an_error(tmp_path: Path, state: Any) -> None:
+    record = record_of(make_voxels("sampling"), "sampling")
+    folder, shards = tmp_path / "heart", shards_of(record)
+    write_shards(folder, record, make_voxels("sampling"), shards)
+    file = entry_file(folder, shards[-1])
+    file.write_text(sealed_line({**unsealed(file.read_bytes(), ""), "state": state}))
+    with pytest.raises(DamageError, match=r"its statistics cannot be read .* remove it, and run the same"):
+        finish(folder, record)
+    file.unlink()
+    with pytest.raises(IncompleteCoverageError, match="1 of"):
+        finish(folder, record)
+
+
+@pytest.mark.parametrize("value", [{"header": 3}, {"header": None}, {"head": {}}], ids=str)
+def test_a_sealed_file_without_a_header_counts_as_none(tmp_path: Path, value: dict[str, Any]) -> None:
+    (tmp_path / HEADER).write_text(sealed_line(value))
+    assert header_of(tmp_path) is None
+    begin(tmp_path, {"patch_size": 3})
+    assert header_of(tmp_path) == {"patch_size": 3}
 
 
 @pytest.mark.parametrize("harm", HEADER_HARMS)

@@ -21,6 +21,7 @@ import click
 TESTS = Path(__file__).parent.parent
 ROOT = TESTS.parent
 RECORD = ROOT / ".prove" / "record.jsonl"
+FUZZED = ROOT / ".prove" / "fuzz.jsonl"  # by scripts/fuzz
 SCOREBOARD = ROOT / "benchmarks" / "reliability.md"
 sys.path.insert(0, str(TESTS))
 
@@ -78,7 +79,7 @@ PROMISES = (
     Promise(
         "bad files",
         "A malformed, truncated or hostile file fails its case in one line; the good cases convert",
-        r"test_bad_input|nifti/|gzip",
+        r"test_bad_input|nifti/|gzip|test_parser_corpora",
     ),
     Promise(
         "queue faults",
@@ -99,7 +100,7 @@ PROMISES = (
     Promise(
         "reading",
         "Voxels are read as zarr-python reads them, from any layout, codec and order of axes",
-        r"tests/images/|tests/chunks/|test_viewers",
+        r"tests/images/|tests/chunks/|test_compiled_corpora|test_viewers",
     ),
     Promise(
         "predictions",
@@ -134,7 +135,7 @@ def prove(parts: Sequence[str], lists: bool, keep: bool, workers: int) -> None:
         for which in (["-m", "not alone", "-n", str(workers), "--dist", "worksteal"], ["-m", "alone"]):
             subprocess.run([sys.executable, "-m", "pytest", *common, *matching, *which], cwd=ROOT)
     results = list({line["test"]: line for line in lines(RECORD)}.values())
-    SCOREBOARD.write_text(scoreboard(results))
+    SCOREBOARD.write_text(scoreboard(results, lines(FUZZED)))
     missed = [line["test"] for line in results if line["test"] not in passed(RECORD)]
     click.echo(f"{SCOREBOARD.relative_to(ROOT)} is written; {len(missed)} tests failed")
     sys.exit(bool(missed))
@@ -170,8 +171,8 @@ def the_commit() -> str:
     return git("rev-parse", "--short=12", "HEAD")
 
 
-def scoreboard(results: Sequence[dict[str, Any]]) -> str:
-    """The results as Markdown: a row for each promise, then the failures."""
+def scoreboard(results: Sequence[dict[str, Any]], fuzzed: Sequence[dict[str, Any]] = ()) -> str:
+    """The results as Markdown: a row for each promise, the failures, and a row for each fuzzer that ran."""
     rows = [
         row(promise, [line for line in results if promise_of(line["test"]) is promise])
         for promise in PROMISES
@@ -196,7 +197,30 @@ have: a GPU, TorchIO 2, the viewers.
 ## Failures
 
 """
-    return text + ("".join(map(failure, failed)) or "None.\n")
+    return text + ("".join(map(failure, failed)) or "None.\n") + (fuzzers(fuzzed) if fuzzed else "")
+
+
+def fuzzers(fuzzed: Sequence[dict[str, Any]]) -> str:
+    """A row for each fuzzer: the sum of its runs at the commit at which it ran last."""
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in fuzzed:
+        group = runs.setdefault((line["target"], line["sanitizers"] or "atheris"), [])
+        group[:] = [*(before for before in group if before["commit"] == line["commit"]), line]
+    rows = [
+        f"| {target} | {how} | {sum(line['executions'] for line in group):,} "
+        f"| {sum(line['seconds'] for line in group) / 3600:.2f} | {sum(line['crashes'] for line in group)} "
+        f"| {group[-1]['commit']} |"
+        for (target, how), group in sorted(runs.items())
+    ]
+    return f"""
+## Fuzzers
+
+Written by `scripts/fuzz`: inputs that a fuzzer made, and those that crashed, failed or took too long.
+
+| target | under | inputs | hours | crashes | commit |
+|---|---|---:|---:|---:|---|
+{chr(10).join(rows)}
+"""
 
 
 def row(promise: Promise, results: Sequence[dict[str, Any]]) -> str:

@@ -63,6 +63,16 @@ def test_the_scoreboard_counts_tries_and_names_failures(file: Path) -> None:
     assert text.endswith("- `c`: E: why\n")
 
 
+def test_the_scoreboard_sums_the_runs_of_each_fuzzer_at_its_last_commit() -> None:
+    run = {"target": "lz4", "sanitizers": "memory", "executions": 1500, "seconds": 1800.0, "crashes": 0}
+    old, new = ({**run, "crashes": crashes, "commit": commit} for commit, crashes in (("old", 1), ("new", 0)))
+    text = prove.scoreboard([], [old, {**old, "sanitizers": ""}, new, new])
+    assert text.endswith(
+        "| lz4 | atheris | 1,500 | 0.50 | 1 | old |\n| lz4 | memory | 3,000 | 1.00 | 0 | new |\n"
+    )
+    assert "Fuzzers" not in prove.scoreboard([])
+
+
 @pytest.mark.parametrize("promise", prove.PROMISES, ids=lambda promise: promise.name)
 def test_each_test_belongs_to_one_promise(promise: prove.Promise, request: pytest.FixtureRequest) -> None:
 

@@ -12,6 +12,10 @@ the axis with the smallest stride. The weight of a voxel is a product of one for
 #define EXPONENT 0x7f800000u /* all its bits are set in NaN and infinity, and in no other float32 */
 #define BLOCK 512 /* voxels whose best score and class are on the stack */
 
+/* Arrays of anyone need not be aligned; where they are, loads and stores are as fast. */
+typedef float Float __attribute__((aligned(1)));
+typedef uint32_t Bits __attribute__((aligned(1), may_alias));
+
 typedef struct {
     char *data;
     Py_ssize_t channels, channel_stride;
@@ -55,14 +59,14 @@ static int same_shape(const Py_buffer *a, const Py_buffer *b, int first)
     return 1;
 }
 
-static void add_line(float *restrict sums, const float *restrict part, const float *restrict weights,
+static void add_line(Float *restrict sums, const Float *restrict part, const Float *restrict weights,
                      float weight, Py_ssize_t count)
 {
     for (Py_ssize_t n = 0; n < count; n++)
         sums[n] += weight * weights[n] * part[n];
 }
 
-static void set_line(float *restrict sums, const float *restrict part, const float *restrict weights,
+static void set_line(Float *restrict sums, const Float *restrict part, const Float *restrict weights,
                      float weight, Py_ssize_t count)
 {
     for (Py_ssize_t n = 0; n < count; n++)
@@ -70,16 +74,16 @@ static void set_line(float *restrict sums, const float *restrict part, const flo
 }
 
 static void add_strided(char *sums, Py_ssize_t sum_stride, const char *part, Py_ssize_t part_stride,
-                        const float *weights, float weight, Py_ssize_t count, int is_first)
+                        const Float *weights, float weight, Py_ssize_t count, int is_first)
 {
     for (Py_ssize_t n = 0; n < count; n++) {
-        float *sum = (float *)(sums + n * sum_stride);
-        float product = weight * weights[n] * *(const float *)(part + n * part_stride);
+        Float *sum = (Float *)(sums + n * sum_stride);
+        float product = weight * weights[n] * *(const Float *)(part + n * part_stride);
         *sum = is_first ? product : *sum + product;
     }
 }
 
-static void add_volume(const Volume *sums, const Volume *part, const float *const *weights, int is_first)
+static void add_volume(const Volume *sums, const Volume *part, const Float *const *weights, int is_first)
 {
     const Py_ssize_t *shape = sums->shape;
     int is_dense = sums->stride[2] == sizeof(float) && part->stride[2] == sizeof(float);
@@ -94,9 +98,9 @@ static void add_volume(const Volume *sums, const Volume *part, const float *cons
                     add_strided(to, sums->stride[2], from, part->stride[2], weights[2], weight, shape[2],
                                 is_first);
                 else if (is_first)
-                    set_line((float *)to, (const float *)from, weights[2], weight, shape[2]);
+                    set_line((Float *)to, (const Float *)from, weights[2], weight, shape[2]);
                 else
-                    add_line((float *)to, (const float *)from, weights[2], weight, shape[2]);
+                    add_line((Float *)to, (const Float *)from, weights[2], weight, shape[2]);
             }
 }
 
@@ -126,7 +130,7 @@ static PyObject *add(PyObject *module, PyObject *arguments)
     }
     order_of(&views[1], order);
     Volume sums = volume_of(&views[0], order), part = volume_of(&views[1], order);
-    const float *weights[AXES];
+    const Float *weights[AXES];
     for (int axis = 0; axis < AXES; axis++)
         weights[axis] = views[2 + order[axis]].buf;
     Py_BEGIN_ALLOW_THREADS add_volume(&sums, &part, weights, is_first);
@@ -136,7 +140,7 @@ static PyObject *add(PyObject *module, PyObject *arguments)
     Py_RETURN_NONE;
 }
 
-static int line_is_finite(const uint32_t *bits, Py_ssize_t count)
+static int line_is_finite(const Bits *bits, Py_ssize_t count)
 {
     uint32_t found = 0;
     for (Py_ssize_t n = 0; n < count; n++)
@@ -156,16 +160,16 @@ static int classify_block(const Volume *voxels, const char *from, char *to, Py_s
     for (Py_ssize_t c = 0; c < voxels->channels; c++) {
         const char *scores = from + c * voxels->channel_stride;
         for (Py_ssize_t n = 0; n < (is_dense ? 1 : count); n++)
-            all_finite &= line_is_finite((const uint32_t *)(scores + n * stride), is_dense ? count : 1);
+            all_finite &= line_is_finite((const Bits *)(scores + n * stride), is_dense ? count : 1);
     }
     for (Py_ssize_t n = 0; n < count; n++) {
-        best[n] = *(const float *)(from + n * stride);
+        best[n] = *(const Float *)(from + n * stride);
         winner[n] = 0;
     }
     for (Py_ssize_t c = 1; c < voxels->channels; c++) {
         const char *scores = from + c * voxels->channel_stride;
         if (is_dense) {
-            const float *score = (const float *)scores;
+            const Float *score = (const Float *)scores;
             for (Py_ssize_t n = 0; n < count; n++) {
                 int wins = (score[n] > best[n]) | ((score[n] != score[n]) & (best[n] == best[n]));
                 winner[n] = wins ? (uint8_t)c : winner[n];
@@ -174,7 +178,7 @@ static int classify_block(const Volume *voxels, const char *from, char *to, Py_s
             continue;
         }
         for (Py_ssize_t n = 0; n < count; n++) {
-            float score = *(const float *)(scores + n * stride);
+            float score = *(const Float *)(scores + n * stride);
             int wins = (score > best[n]) | ((score != score) & (best[n] == best[n]));
             winner[n] = wins ? (uint8_t)c : winner[n];
             best[n] = wins ? score : best[n];
@@ -239,12 +243,12 @@ static int volume_is_finite(const Volume *voxels)
             for (Py_ssize_t b = 0; b < shape[1]; b++) {
                 const char *line = voxels->data + c * voxels->channel_stride + a * stride[0] + b * stride[1];
                 if (stride[2] == sizeof(float)) {
-                    if (!line_is_finite((const uint32_t *)line, shape[2]))
+                    if (!line_is_finite((const Bits *)line, shape[2]))
                         return 0;
                     continue;
                 }
                 for (Py_ssize_t n = 0; n < shape[2]; n++)
-                    if (!line_is_finite((const uint32_t *)(line + n * stride[2]), 1))
+                    if (!line_is_finite((const Bits *)(line + n * stride[2]), 1))
                         return 0;
             }
     return 1;

@@ -105,7 +105,9 @@ static void write_part(const Writer *writer, const Decoded *chunk, const Chunks 
     const size_t *shape = chunks->shape;
     const Py_ssize_t *strides = out->strides;
     int dense = strides[3] == (Py_ssize_t)writer->written;
-    Rows rows = {dense ? (size_t)y[1] : 1, (size_t)x[1], shape[3], strides[2], strides[1]};
+    /* An axis of one voxel may have any stride, whose sum with a pointer overflows. */
+    ptrdiff_t plane_step = z[1] > 1 ? strides[1] : 0, row_step = y[1] > 1 ? strides[2] : 0;
+    Rows rows = {dense ? (size_t)y[1] : 1, (size_t)x[1], shape[3], row_step, plane_step};
     for (int64_t i = 0; i < c[1]; i++)
         for (int64_t j = 0; j < z[1]; j++) {
             size_t plane = ((size_t)(c[0] + i) * shape[1] + (size_t)(z[0] + j)) * shape[2];
@@ -114,7 +116,7 @@ static void write_part(const Writer *writer, const Decoded *chunk, const Chunks 
                           y[2] * strides[2] + x[2] * strides[3];
             if (dense)
                 write_from(writer, chunk, to, at, &rows, spare);
-            for (int64_t k = 0; !dense && k < y[1]; k++, at += shape[3], to += strides[2]) {
+            for (int64_t k = 0; !dense && k < y[1]; k++, at += shape[3], to += row_step) {
                 write_from(writer, chunk, line, at, &rows, spare);
                 for (int64_t l = 0; l < x[1]; l++)
                     memcpy(to + l * strides[3], line + (size_t)l * writer->written, writer->written);
@@ -360,6 +362,11 @@ done:
     return answer;
 }
 
+static long long step_of(const Py_buffer *view, int axis)
+{
+    return view->shape[axis] > 1 ? llabs(view->strides[axis]) : 0;
+}
+
 static PyObject *copy(PyObject *module, PyObject *arguments)
 {
     (void)module;
@@ -379,7 +386,7 @@ static PyObject *copy(PyObject *module, PyObject *arguments)
         int order[AXES]; /* the axes, that with the smallest steps in the source last */
         for (int a = 0; a < from.ndim; a++) {
             int place = a;
-            for (; place > 0 && llabs(from.strides[order[place - 1]]) < llabs(from.strides[a]); place--)
+            for (; place > 0 && step_of(&from, order[place - 1]) < step_of(&from, a); place--)
                 order[place] = order[place - 1];
             order[place] = a;
         }

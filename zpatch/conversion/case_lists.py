@@ -10,6 +10,7 @@ import io
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -65,7 +66,7 @@ def read_table(file: Path) -> tuple[list[str], list[tuple[int, Row]]]:
     except csv.Error as error:
         raise SourceError(f"{file}, line {reader.line_num}: no valid table ({error}); correct it") from None
     named = [name for name in columns if name]
-    if twice := next((name for name in named if named.count(name) > 1), None):
+    if twice := next((name for name, times in Counter(named).items() if times > 1), None):
         raise SourceError(f"{file}: two columns are called {twice!r}; rename one")
     for line, cells in rows:
         if len(cells) != len(columns):

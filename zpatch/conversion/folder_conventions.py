@@ -171,8 +171,8 @@ def _telling_entities(files: Iterable[_BidsFile]) -> dict[str, set[str]]:
         groups[file.case, file.name].append(file)
     telling: dict[str, set[str]] = defaultdict(set)
     for (_, name), group in groups.items():
-        keys = {key for file in group for key in file.entities}
-        telling[name] |= {key for key in keys if len({file.entities.get(key) for file in group}) > 1}
+        times = Counter(entity for file in group for entity in file.entities.items())
+        telling[name] |= {key for (key, _), count in times.items() if count < len(group)}
     return telling
 
 

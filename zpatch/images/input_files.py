@@ -18,6 +18,7 @@ import numpy as np
 from zpatch.chunks.file_mark import FileMark
 from zpatch.errors import DamageError
 from zpatch.geometry.boxes import Voxels
+from zpatch.images.lazy_array import CheckedZarr
 from zpatch.images.voxel_source import VoxelSource, WrappedSource
 
 SAME_FILES = "all workers must see the same files as the process that starts them"
@@ -95,8 +96,9 @@ def inputs_of_graph(array: Any) -> tuple[list[Any], list[Voxels], list[VoxelSour
     """
     layers = array.__dask_graph__().layers.values()
     found = [value for layer in layers for value in getattr(layer, "mapping", {}).values()]
+    arrays = [value.zarr_array if isinstance(value, CheckedZarr) else value for value in found]
     return (
-        [value for value in found if type(value).__module__.startswith("zarr.")],
+        [value for value in arrays if type(value).__module__.startswith("zarr.")],
         [value for value in found if isinstance(value, np.ndarray)],
         [value for value in found if isinstance(value, WrappedSource)],
     )

@@ -1,4 +1,4 @@
-"""Arrays of other libraries that read what is sliced: datasets of h5py, arrays of tensorstore."""
+"""Arrays of other libraries that read what is sliced: datasets of h5py, arrays of tensorstore and zarr."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from zpatch.errors import DamageError, one_line
 from zpatch.geometry.boxes import Voxels
+
+# Those that zarr raises for metadata and chunks that it cannot read.
+ZARR_ERRORS = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError),
+    *(ArithmeticError, AssertionError, RuntimeError),  # chunks of 0 voxels, JSON that is too deep
+)
 
 
 class LazyArray:
@@ -45,6 +52,25 @@ class LazyArray:
     def __getitem__(self, key: tuple[slice, ...]) -> Voxels:
         read = np.asarray(self.data[key[4 - len(self.data.shape) :]])
         return read.reshape((1,) * (4 - read.ndim) + read.shape)
+
+
+class CheckedZarr:
+    """An array of zarr as dask slices it; what zarr cannot read is a DamageError that names the ``place``."""
+
+    def __init__(self, zarr_array: Any, place: str) -> None:
+        self.zarr_array = zarr_array
+        self.place = place
+        self.shape: tuple[int, ...] = zarr_array.shape
+        self.ndim = len(self.shape)
+        self.dtype: np.dtype[Any] = zarr_array.dtype
+
+    def __getitem__(self, key: Any) -> Voxels:
+        try:
+            return np.asarray(self.zarr_array[key])
+        except ZARR_ERRORS as error:
+            raise DamageError(
+                f"damaged: {self.place}: zarr cannot read it ({one_line(error)}); restore it from a copy"
+            ) from error
 
 
 def is_lazy(data: Any) -> bool:

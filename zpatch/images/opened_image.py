@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
@@ -12,16 +13,17 @@ from typing import Any, Self
 import numpy as np
 
 from zpatch.chunks.scaling import UNSCALED, Scaling
-from zpatch.digests import Json, new_digest
+from zpatch.digests import Json, new_digest, parsed_json
 from zpatch.errors import DamageError, OptionError, SourceError
 from zpatch.geometry.affines import Affine
 from zpatch.geometry.boxes import Voxels, reversed_axes
 from zpatch.images import zarr_images
 from zpatch.images.input_files import map_of, offset_in_file
-from zpatch.images.lazy_array import is_lazy
+from zpatch.images.lazy_array import ZARR_ERRORS, is_lazy
 from zpatch.images.voxel_source import VoxelSource
 from zpatch.images.voxel_sources import ArraySource, DaskSource, LazySource, ShardSource, selected
 from zpatch.nifti import header
+from zpatch.runtime.guarded_files import read_document
 from zpatch.store import store
 from zpatch.store.image_record import ImageRecord
 
@@ -197,10 +199,22 @@ def refuse_other_format(path: Path) -> None:
             raise SourceError(f"{path}: it is {what}; {todo}")
     if name.endswith(".n5") or (path / "attributes.json").is_file():
         raise SourceError(f"{path}: it is N5; copy it into a Zarr array, and name its folder")
-    if numbers := zarr_images.images_of_series(path):
+    if numbers := _images_of_series(path):
         named = ", ".join(str(path / number) for number in numbers[:4])
         more = f" ... ({len(numbers)} in all)" if len(numbers) > 4 else ""
         raise SourceError(f"{path}: it holds a series of images (bioformats2raw); name one: {named}{more}")
+
+
+def _images_of_series(path: Path) -> list[str]:
+    """The names of the images in a folder that bioformats2raw wrote; none for any other folder."""
+    for document in ("zarr.json", ".zattrs"):
+        with contextlib.suppress(*ZARR_ERRORS):
+            attributes = parsed_json(read_document(path / document, follow=True))
+            attributes = attributes.get("attributes", attributes)
+            if "bioformats2raw.layout" in attributes.get("ome", attributes):
+                numbers = [entry.name for entry in path.iterdir() if entry.name.isdecimal()]
+                return sorted(numbers, key=int)
+    return []
 
 
 def _of_nifti(file: header.NiftiFile) -> OpenedImage:
@@ -239,7 +253,7 @@ def _of_zarr(image: zarr_images.ZarrImage, axes: str | None, time: int | None) -
     if array is not None:
         source = ShardSource(array, stored.names)
     else:
-        source = DaskSource.of(_through_zarr(image.array, stored))
+        source = DaskSource.of(zarr_images.dask_array_of(image.array, stored))
     unit = image.unit if image.scale else "millimeter"
     folder = zarr_images.folder_of(image.array)
     opened = OpenedImage(source, affine, path=folder, unit=unit, channel_axis=stored.channel)
@@ -248,15 +262,6 @@ def _of_zarr(image: zarr_images.ZarrImage, axes: str | None, time: int | None) -
     if stored.channel == "t":
         return opened.selected(time)
     return dataclasses.replace(opened, part=f"time point {time} of {points}")
-
-
-def _through_zarr(array: Any, stored: zarr_images.StoredAxes) -> Any:
-    import dask.array as da
-
-    left_out = tuple(stored.place if n not in stored.kept else slice(None) for n in range(array.ndim))
-    kept = da.from_zarr(array)[left_out]
-    four = kept[(None,) * stored.kept.count(None)]
-    return four.transpose([stored.names.index(name) for name in "cxyz"])
 
 
 def _with_channels(array: Any) -> Any:

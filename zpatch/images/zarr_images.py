@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,11 @@ import numpy as np
 
 from zpatch.chunks.codec import ChunkCodec, Compressor
 from zpatch.chunks.file_mark import FileMark
-from zpatch.chunks.layout import chunk_counts, excess
+from zpatch.chunks.layout import MOST_CHUNKS_READ, chunk_counts, excess
 from zpatch.chunks.sharded_array import ChunkFiles, ShardedArray
-from zpatch.digests import Json, parsed_json
+from zpatch.digests import Json
 from zpatch.errors import NotAStoreError, OptionError, StoreError
+from zpatch.images.lazy_array import ZARR_ERRORS, CheckedZarr
 from zpatch.runtime.guarded_files import read_document
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.store import TOOL
@@ -54,10 +56,10 @@ def open_image_folder(path: Path) -> ImageRecord | ZarrImage:
         for folder in (path.parent, path):
             _check_documents(folder)
         node: Any = zarr.open(path, mode="r")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the errors that zarr raises
+    except ZARR_ERRORS as error:
         raise NotAStoreError(f"{path}: it is no Zarr array or OME-Zarr image ({error})") from None
     if isinstance(node, zarr.Array):
-        with contextlib.suppress(OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
+        with contextlib.suppress(*ZARR_ERRORS):
             return _level_of(zarr.open_group(path.parent, mode="r"), path.name)
         return zarr_image(node)
     own = node.attrs.get(TOOL)
@@ -65,10 +67,10 @@ def open_image_folder(path: Path) -> ImageRecord | ZarrImage:
         return ImageRecord.from_json({**own, "files": {}}, str(path))
     try:
         return _level_of(node, None)
-    except (KeyError, IndexError, TypeError, AttributeError):
+    except ZARR_ERRORS as error:
         raise NotAStoreError(
             f"{path}: it is a Zarr group but no OME-Zarr image; name an image or an array in it"
-        ) from None
+        ) from error
 
 
 def _check_documents(folder: Path) -> None:
@@ -78,18 +80,6 @@ def _check_documents(folder: Path) -> None:
             read_document(folder / name, follow=True)
 
 
-def images_of_series(path: Path) -> list[str]:
-    """The names of the images in a folder that bioformats2raw wrote; none for any other folder."""
-    for document in ("zarr.json", ".zattrs"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            attributes = parsed_json(read_document(path / document, follow=True))
-            attributes = attributes.get("attributes", attributes)
-            if "bioformats2raw.layout" in attributes.get("ome", attributes):
-                numbers = [entry.name for entry in path.iterdir() if entry.name.isdecimal()]
-                return sorted(numbers, key=int)
-    return []
-
-
 def _level_of(group: Any, name: str | None) -> ZarrImage:
     """A level of an OME-Zarr image by its name, or the finest level."""
     attributes: Json = dict(group.attrs)
@@ -97,19 +87,31 @@ def _level_of(group: Any, name: str | None) -> ZarrImage:
     named = {dataset["path"]: dataset for dataset in multiscale["datasets"]}
     dataset = multiscale["datasets"][0] if name is None else named[name]
     axes = "".join(_letter(axis["name"], axis.get("type")) for axis in multiscale["axes"])
-    transforms = {t["type"]: tuple(t[t["type"]]) for t in dataset["coordinateTransformations"]}
+    transforms = {t["type"]: _numbers(t[t["type"]], axes) for t in dataset["coordinateTransformations"]}
     units = {axis.get("unit") for axis in multiscale["axes"] if axis["name"] in "zyx"}
     unit = units.pop() if len(units) == 1 else None
     if (folder := folder_of(group)) is not None:
         _check_documents(folder / dataset["path"])
     scale, translation = transforms.get("scale"), transforms.get("translation")
-    return ZarrImage(group[dataset["path"]], axes, scale, translation, unit)
+    array = group[dataset["path"]]
+    if not hasattr(array, "dtype"):
+        raise TypeError(f"{dataset['path']} is a group")
+    return ZarrImage(array, axes, scale, translation, unit if isinstance(unit, str) else None)
+
+
+def _numbers(values: Any, axes: str) -> tuple[float, ...]:
+    """A finite number for each axis; anything else raises TypeError or ValueError."""
+    if not isinstance(values, list) or not all(type(n) in (int, float) for n in values):
+        raise TypeError(f"{values!r} are no numbers")
+    if len(values) < len(axes) or not all(abs(n) <= sys.float_info.max for n in values):
+        raise ValueError(f"{values} has no finite number for each of {len(axes)} axes")
+    return tuple(map(float, values))
 
 
 def zarr_image(array: Any) -> ZarrImage:
     """An open Zarr array, with its dimension names; those of version 2 are written by xarray."""
-    names = getattr(array.metadata, "dimension_names", None) or array.attrs.get("_ARRAY_DIMENSIONS") or ()
-    return ZarrImage(array, "".join(map(_letter, names)))
+    names = getattr(array.metadata, "dimension_names", None) or array.attrs.get("_ARRAY_DIMENSIONS")
+    return ZarrImage(array, "".join(map(_letter, names)) if isinstance(names, list | tuple) else "")
 
 
 def _letter(name: Any, kind: str | None = None) -> str:
@@ -236,8 +238,7 @@ def sharded_array_of(array: Any, axes: StoredAxes) -> ShardedArray | None:
     chunks, shards, codec, order = stored.chunks, stored.shards, stored.codec, stored.byte_order
     if any((chunks[n], shards[n]) != (1, 1) for n in range(array.ndim) if n not in axes.kept):
         return None  # a chunk would have voxels along an axis that is not kept
-    if problem := excess(array.shape, chunks, shards, array.dtype.itemsize):
-        raise StoreError(f"{path}: {problem}; write it anew with other chunks")
+    _check_chunks(array, str(path), chunks, shards)
     axis_of = {number: axis for axis, number in enumerate(axes.kept) if number is not None}
     return ShardedArray(
         path=path,
@@ -259,6 +260,31 @@ def sharded_array_of(array: Any, axes: StoredAxes) -> ShardedArray | None:
         contents=repr((array.shape, chunks, shards, array.dtype, order, codec, fill, axes)),
         metadata=metadata_mark(array),
     )
+
+
+def dask_array_of(array: Any, axes: StoredAxes) -> Any:
+    """The array (C, I, J, K) as a dask array that reads through zarr."""
+    import dask.array as da
+    from dask.base import tokenize
+
+    place, chunks = str(folder_of(array) or array), array.chunks
+    _check_chunks(array, place, chunks, chunks)
+    if max(chunk_counts(array.shape, chunks)) > MOST_CHUNKS_READ:
+        raise StoreError(
+            f"{place}: over {MOST_CHUNKS_READ} chunks along an axis; write it anew with other chunks"
+        )
+    name = f"from-zarr-{tokenize(array, chunks)}"
+    left_out = tuple(axes.place if n not in axes.kept else slice(None) for n in range(array.ndim))
+    kept = da.from_array(CheckedZarr(array, place), chunks, name=name)[left_out]
+    four = kept[(None,) * axes.kept.count(None)]
+    return four.transpose([axes.names.index(name) for name in "cxyz"])
+
+
+def _check_chunks(array: Any, place: str, chunks: Sequence[int], shards: Sequence[int]) -> None:
+    if min(*chunks, *shards) < 1 or any(s % c for s, c in zip(shards, chunks, strict=True)):
+        raise StoreError(f"{place}: its shards {shards} are not whole chunks {chunks}; write it anew")
+    if problem := excess(array.shape, chunks, shards, array.dtype.itemsize):
+        raise StoreError(f"{place}: {problem}; write it anew with other chunks")
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,9 +26,9 @@ import dataclasses
 import io
 import json
 import os
-import shutil
+import stat
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,9 +45,10 @@ from zpatch.chunks.sharded_array import ShardedArray
 from zpatch.digests import FileSeal, Json, compact_json, digest, sealed_line, unsealed
 from zpatch.errors import DamageError, IncompleteCoverageError
 from zpatch.prediction.prediction_options import check_same
+from zpatch.runtime.byte_sizes import format_bytes
 from zpatch.runtime.guarded_files import read_document
-from zpatch.runtime.whole_file import sync, whole_file
-from zpatch.store.image_record import ImageRecord
+from zpatch.runtime.whole_file import clear_folder, link_or_copy, whole_file
+from zpatch.store.image_record import ImageRecord, check_sealed_file
 from zpatch.store.image_writer import ImageTally, Shard
 from zpatch.store.staged_image import StagedImage
 from zpatch.store.store import sharded_array
@@ -55,6 +56,7 @@ from zpatch.store.verification import damage_of
 
 LEDGER = ".ledger"
 HEADER = ".ledger.json"
+MOST_STATE_BYTES = 2**30  # unpacked; those of zpatch have some MiB at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +94,15 @@ class _Entry:
 
     @classmethod
     def from_json(cls, value: Json) -> _Entry:
+        """The entry of a sealed file; KeyError, TypeError or ValueError if it is none of zpatch."""
         c, z, y, x = value["unit"]
         seal = FileSeal(**value["seal"])
+        check_sealed_file(value["file"], seal)
         counts = value["skipped"], value.get("not_finite", 0)  # which was not counted at first
-        return cls((c, z, y, x), value["file"], seal, *counts, value["state"], value.get("level", 0))
+        level = value.get("level", 0)
+        if not all(type(n) is int and n >= 0 for n in (c, z, y, x, *counts, level)):
+            raise ValueError("a number that is none")
+        return cls((c, z, y, x), value["file"], seal, *counts, value["state"], level)
 
 
 class ShardLedger:
@@ -203,7 +210,7 @@ class ShardLedger:
                     continue
                 file.unlink(missing_ok=True)
                 with whole_file(file, self._entries / _partial_name(), is_synced=True) as partial:
-                    _link(image / key, partial)
+                    link_or_copy(image / key, partial)
                 state = "" if level else _packed(_counted(record, array, shard))
                 self._enter(_Entry(shard, key, record.files[key], 0, 0, state, level))
         close_shards(self.folder)
@@ -234,7 +241,13 @@ class ShardLedger:
             if entry is None:
                 missing.append((c, z, y, x))
                 continue
-            tally.merge(_unpacked(entry.state))
+            try:
+                tally.merge(_unpacked(entry.state))
+            except Exception as error:  # numpy, zipfile and tallies raise many kinds
+                raise DamageError(
+                    f"{self._entry_file(entry.shard)}: its statistics cannot be read ({error}); remove it, "
+                    f"and run the same command again"
+                ) from error
             seals[entry.file] = entry.seal
             skipped += entry.skipped
             not_finite += entry.not_finite
@@ -244,7 +257,7 @@ class ShardLedger:
                 f"first one {missing[0]} along c, z, y, x; run the same command again"
             )
         levels = [sharded_array(self.folder, record, number) for number in range(len(record.levels) + 1)]
-        _clear(self.folder, keep=[level.path / level.files.prefix for level in levels])
+        clear_folder(self.folder, keep=[level.path / level.files.prefix for level in levels])
         stage = StagedImage(self.folder, seals | self._write_levels(record))
         if mended is not None:  # the entries of adopted shards do not say
             skipped, not_finite = (mended.stats.get(key, 0) for key in ("skipped", "not_finite"))
@@ -264,9 +277,12 @@ class ShardLedger:
         value = _read_sealed(path)
         if value is None:
             return None
-        entry = _Entry.from_json(value)
-        file = self.folder / entry.file
-        is_there = file.is_file() and file.stat().st_size == entry.seal.bytes
+        try:
+            entry = _Entry.from_json(value)
+            status = os.stat(self.folder / entry.file)
+        except (KeyError, TypeError, ValueError, OSError):
+            return None
+        is_there = stat.S_ISREG(status.st_mode) and status.st_size == entry.seal.bytes
         return entry if is_there and path == self._entry_file(entry.shard, entry.level) else None
 
 
@@ -286,8 +302,8 @@ def begin(folder: Path, header: Json, *, writes: bool = True) -> Path:
 
 def header_of(folder: Path) -> Json | None:
     """The header of a folder, or None if it has none."""
-    found = _read_sealed(folder / HEADER)
-    return None if found is None else found["header"]
+    found = (_read_sealed(folder / HEADER) or {}).get("header")
+    return found if isinstance(found, dict) else None
 
 
 def _write_sealed(path: Path, value: Json) -> None:
@@ -301,15 +317,6 @@ def _read_sealed(path: Path) -> Json | None:
         return unsealed(read_document(path), str(path))
     except (FileNotFoundError, DamageError):
         return None
-
-
-def _link(file: Path, name: Path) -> None:
-    """Give a file a second name, or copy it where the file system has no hard links."""
-    try:
-        os.link(file, name)
-    except OSError:
-        shutil.copyfile(file, name)
-        sync(name)
 
 
 def _partial_name() -> str:
@@ -334,17 +341,7 @@ def _packed(state: Mapping[str, NDArray[Any]]) -> str:
 
 def _unpacked(text: str) -> Mapping[str, NDArray[Any]]:
     with np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False) as arrays:
+        size = sum(member.file_size for member in arrays.zip.infolist())
+        if size > MOST_STATE_BYTES:
+            raise ValueError(f"{format_bytes(size)} is too much")
         return dict(arrays)
-
-
-def _clear(folder: Path, keep: Collection[Path]) -> None:
-    """Remove everything in a folder except the folders ``keep`` below it, at any depth."""
-    for entry in folder.iterdir():
-        if entry in keep:
-            continue
-        if any(kept.is_relative_to(entry) for kept in keep):
-            _clear(entry, keep)
-        elif entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 
@@ -41,3 +42,25 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def link_or_copy(file: Path, name: Path) -> None:
+    """Give a file a second name, or copy it where the file system has no hard links."""
+    try:
+        os.link(file, name)
+    except OSError:
+        shutil.copyfile(file, name)
+        sync(name)
+
+
+def clear_folder(folder: Path, keep: Collection[Path]) -> None:
+    """Remove everything in a folder except the folders ``keep`` below it, at any depth."""
+    for entry in folder.iterdir():
+        if entry in keep:
+            continue
+        if any(kept.is_relative_to(entry) for kept in keep):
+            clear_folder(entry, keep)
+        elif entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
