@@ -64,10 +64,10 @@ class Queue(IterableDataset[Patch]):
     some subjects, ``drop`` leaves the rest out, and ``error`` refuses.
 
     ``start_method`` is fork on Linux and spawn elsewhere. A worker that gives nothing for ``timeout``
-    seconds has hung, which is a QueueError, as is a worker that dies and a subject that cannot be read. Feed
-    the queue to ``SubjectsLoader``, or to torch's DataLoader with ``num_workers=0`` and
-    ``collate_fn=zpatch.collate``. It is a context manager; ``close`` ends its workers. ``options`` has all
-    options, and ``position`` is the position in the stream.
+    seconds in which this process ran has hung, which is a QueueError, as is a worker that dies and a subject
+    that cannot be read. Feed the queue to ``SubjectsLoader``, or to torch's DataLoader with ``num_workers=0``
+    and ``collate_fn=zpatch.collate``. It is a context manager; ``close`` ends its workers. ``options`` has
+    all options, and ``position`` is the position in the stream.
 
     >>> import numpy as np
     >>> from zpatch.images.image import ScalarImage

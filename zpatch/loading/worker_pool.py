@@ -15,6 +15,7 @@ import traceback
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -29,6 +30,7 @@ from zpatch.loading.worker import Delivery, FailedDraw, Task, Worker, start_work
 
 TASKS_PER_WORKER = 2
 WATCH_S = 0.5
+COUNTED_S = 2 * WATCH_S  # of the time between two looks: in the rest, this process may have been stopped
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"  # whatever Python's own default is
 Result = Delivery | FailedDraw
 
@@ -38,7 +40,8 @@ class WorkerPool:
 
     ``tasks`` iterates over the tasks, and is iterated again when new ones follow after its end. ``reader``
     and ``block`` are what the workers read patches with and write them to. Workers that give no result for
-    ``timeout`` seconds while one is awaited are killed.
+    ``timeout`` seconds while one is awaited are killed; time in which this process was stopped does not
+    count.
     """
 
     def __init__(
@@ -54,7 +57,7 @@ class WorkerPool:
         self._block = block
         self._start_method = start_method
         self._timeout = timeout
-        self._waiting_since: float | None = None
+        self._wait: _Wait | None = None  # for the result that is awaited
         self._hung: str | None = None  # which workers, once some were found to hang
         self._stopped = threading.Event()
         self._worker = Worker(reader, block)
@@ -78,7 +81,7 @@ class WorkerPool:
         if self._results is None:
             self._start()
         assert self._results is not None
-        self._waiting_since = time.monotonic()
+        self._wait = _Wait(time.monotonic())
         try:
             result = next(self._results, None)
             if result is None:  # the tasks had ended, and there are new ones
@@ -90,7 +93,7 @@ class WorkerPool:
                 what = f"gave nothing for {self._timeout:g} s: {self._hung or error}"
             raise QueueError(f"a worker of the queue {what}") from error
         finally:
-            self._waiting_since = None
+            self._wait = None
         return result
 
     def _start(self) -> None:
@@ -110,10 +113,17 @@ class WorkerPool:
         watched = weakref.ref(self)
         threading.Thread(target=_watch, args=[watched, self._stopped], daemon=True).start()
 
-    def kill_if_hung(self) -> None:
-        """Kill workers that hang: torch notices within seconds that they have ended."""
-        since = self._waiting_since
-        if since is not None and time.monotonic() - since > self._timeout:
+    def kill_if_hung(self, looked_s: float) -> None:
+        """Kill workers that hang: torch notices within seconds that they have ended.
+
+        ``looked_s`` is when this was called before. If that is longer ago than the calls are apart, this
+        process was stopped in between, and its workers perhaps too.
+        """
+        wait = self._wait
+        if wait is None:
+            return
+        wait.seconds += min(time.monotonic() - max(wait.since_s, looked_s), COUNTED_S)
+        if wait.seconds > self._timeout:
             at = [(process.pid, self._at(process.pid)) for process in self._processes]
             self._hung = "; ".join(f"worker {pid} hung{subject}" for pid, subject in at if subject)
             for process in self._processes:
@@ -159,11 +169,21 @@ def _end_half_started(error: OSError, others: Collection[BaseProcess]) -> None:
 
 
 def _watch(watched: weakref.ref[WorkerPool], stopped: threading.Event) -> None:
+    looked_s = time.monotonic()
     while not stopped.wait(WATCH_S):
         if (workers := watched()) is None:
             return
-        workers.kill_if_hung()
+        workers.kill_if_hung(looked_s)
+        looked_s = time.monotonic()
         del workers
+
+
+@dataclass(slots=True)
+class _Wait:
+    """How long a result is awaited: since when, and for how many seconds in which this process ran."""
+
+    since_s: float
+    seconds: float = 0.0
 
 
 class _Tasks:

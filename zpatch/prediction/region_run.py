@@ -8,6 +8,7 @@ Freed memory is returned to the system at once, so that the process holds what t
 from __future__ import annotations
 
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -70,8 +71,13 @@ class WorkFolder:
         return ShardLedger(self.path / head.head.name)
 
     def remove(self) -> None:
-        """Remove all that was written for the subject."""
-        shutil.rmtree(self.path.parent)
+        """Remove all that was written for the subject.
+
+        First under another name: a worker that a cluster has given up may still write to it.
+        """
+        aside = self.path.parent.with_name(f".{uuid.uuid4().hex}")
+        self.path.parent.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def run_region(
