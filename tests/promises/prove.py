@@ -40,6 +40,16 @@ class Promise(NamedTuple):
 
 PROMISES = (
     Promise(
+        "any order",
+        "After any commands, kills, damage and repairs a store is what a model of it says",
+        r"test_life_of_a_store",
+    ),
+    Promise(
+        "time",
+        "Clocks set back, busy processors, stopped processes: no false hang, no second writer, no lost lock",
+        r"test_time\.py",
+    ),
+    Promise(
         "ranks",
         "Processes of torch.distributed get disjoint, equal, reproducible shares",
         r"test_ranks|test_the_example_trains_on_two_ranks",
