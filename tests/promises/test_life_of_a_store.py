@@ -23,7 +23,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -994,7 +994,7 @@ def tiny_shards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.timeout(7200)
 @pytest.mark.usefixtures("one_thread", "tiny_shards")
 def test_a_store_is_what_its_model_says_after_any_commands_kills_damage_and_repairs(
-    full: bool, record_property: Callable[[str, Any], None]
+    full: bool, request: pytest.FixtureRequest
 ) -> None:
     settings = hypothesis.settings(
         max_examples=20 if full else 3,
@@ -1012,7 +1012,7 @@ def test_a_store_is_what_its_model_says_after_any_commands_kills_damage_and_repa
             raise
         if not full or (seed >= first + 4 and time.monotonic() > until):
             break
-    record_property(TRIES, settings.max_examples * (seed - first + 1))
+    request.node.user_properties.append((TRIES, settings.max_examples * (seed - first + 1)))
 
 
 def machine(*, really: bool) -> type[Life]:
