@@ -486,17 +486,11 @@ class Life(RuleBasedStateMachine):
         hypothesis.event(f"{arguments[0]} ended with {ran.code}")
         return ran
 
-    def circumstances(self, data: st.DataObject, is_killed: bool, model: Model) -> Json:
-        """When a command is killed, if it is, and how many processes it has.
-
-        A killed replacement is finished or undone by what the documents of both images say; so none is killed
-        while one of them is damaged.
-        """
+    def circumstances(self, data: st.DataObject, is_killed: bool) -> Json:
+        """When a command is killed, if it is, and how many processes it has."""
         kills = kills_here | kills_in_process if self.really else kills_here
         kill = data.draw(kills, "kill") if is_killed else None
         jobs = 1 + (self.really and data.draw(st.booleans(), "two jobs"))
-        if any(f"{'/'.join(key)}/{ROOT_DOCUMENT}" in model.damaged for key in model.images):
-            kill = None
         return {"kill": kill, "jobs": 1 if kill and kill.at else jobs}
 
     # Sources
@@ -544,7 +538,7 @@ class Life(RuleBasedStateMachine):
         self, only: str | None, left_out: bool, overwrite: bool, is_killed: bool, data: st.DataObject
     ) -> None:
         """Convert all, or only a subject, or all but that one."""
-        self.convert_some(only, left_out, overwrite, **self.circumstances(data, is_killed, self.cohort))
+        self.convert_some(only, left_out, overwrite, **self.circumstances(data, is_killed))
 
     def convert_some(
         self,
@@ -615,7 +609,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(overwrite=st.booleans(), verify=st.booleans(), is_killed=st.booleans(), data=st.data())
     def predict(self, overwrite: bool, verify: bool, is_killed: bool, data: st.DataObject) -> None:
-        self.predict_all(overwrite, verify, **self.circumstances(data, is_killed, self.predictions))
+        self.predict_all(overwrite, verify, **self.circumstances(data, is_killed))
 
     def predict_all(
         self, overwrite: bool = False, verify: bool = False, kill: Kill | None = None, jobs: int = 1
@@ -845,9 +839,6 @@ class Life(RuleBasedStateMachine):
         if not (model.is_there and model.damaged) or model.in_flight:
             return
         ran = self.verify(model)
-        if ran.code == 1 and ROOT_DOCUMENT in model.damaged:
-            assert "a store of format" in ran.refusal()
-            return
         assert ran.code == 4, ran
         names = [MANIFEST] if MANIFEST in model.damaged else model.damaged
         lines = [line for line in ran.err.splitlines() if line.startswith("damaged: ")]
@@ -937,8 +928,6 @@ class Life(RuleBasedStateMachine):
                     zp.Cohort(model.path)
 
     def check_verification(self, model: Model) -> None:
-        if ROOT_DOCUMENT in model.damaged and parsed_root(model.path).get("format", 1) > 1:
-            return  # it counts as a store of a later version
         report = zp.verify(model.path)
         found = {damage.file: damage.what for damage in report.damages}
         if MANIFEST in model.damaged:

@@ -26,6 +26,7 @@ from zpatch.store.manifest import Key, append_lines, read_manifest
 from zpatch.store.names import FORMAT, LOCK, MANIFEST, ROOT_DOCUMENT, STAGING, UNFINISHED
 from zpatch.store.staged_image import StagedImage, group_document
 from zpatch.store.store import TOOL, is_store, root_attributes
+from zpatch.store.verification import damage_of
 
 PARTIAL_DOCUMENT = f"{ROOT_DOCUMENT}.partial"
 OWN_NAMES = {LOCK, STAGING, ROOT_DOCUMENT, PARTIAL_DOCUMENT}
@@ -128,7 +129,8 @@ class StoreWriter:
         self._lock.close()
 
     def abandon(self) -> None:
-        """Remove the whole store, of a run that came to nothing."""
+        """Remove the whole store, of a run that came to nothing; after a kill the rest can be resumed."""
+        _clear(self.path, manifest_last=True)
         shutil.rmtree(self.path, ignore_errors=True)
 
     def stage(self) -> StagedImage:
@@ -196,14 +198,14 @@ class StoreWriter:
         self._put_back(records)
 
     def _put_back(self, records: Mapping[Key, ImageRecord]) -> None:
-        """Undo replacements whose line was not written."""
+        """Undo replacements whose line was not written.
+
+        The folder stays that has more of the files of the image's line, as either may be damaged.
+        """
         for folder in sorted(self._replaced.glob("*/*")):
             key = folder.parent.name, folder.name
-            document = folder / ROOT_DOCUMENT
-            seal = records[key].files[ROOT_DOCUMENT] if key in records else None
-            contents = _contents(document)
-            if seal and contents is not None and digest(contents) == seal.checksum:
-                target = self.path / key[0] / key[1]
+            target = self.path / key[0] / key[1]
+            if key in records and _sound_files(folder, records[key]) > _sound_files(target, records[key]):
                 shutil.rmtree(target, ignore_errors=True)
                 folder.rename(target)
 
@@ -236,16 +238,24 @@ def _contents(document: Path) -> bytes | None:
         return None
 
 
+def _sound_files(folder: Path, record: ImageRecord) -> int:
+    """How many files of an image are in a folder as they were written."""
+    return sum(damage_of(folder, key, seal, quick=False) is None for key, seal in record.files.items())
+
+
 def _refuse_link(folder: Path) -> None:
     """Raise ``StoreError`` for a folder of the store that is a link: another one would be written to."""
     if folder.is_symlink():
         raise StoreError(f"{folder}: it is a link, and a store has none; remove it")
 
 
-def _clear(path: Path) -> None:
+def _clear(path: Path, *, manifest_last: bool = False) -> None:
     """Remove all of a store except its lock: the manifest first, so that a partly removed store has no
-    images, and the root document last, so that the rest is still recognised as a store."""
-    order = {MANIFEST: 0, ROOT_DOCUMENT: 2}
+    images, and the root document last, so that the rest is still recognised as a store.
+
+    A store without images keeps its manifest until then, without which it could not be resumed.
+    """
+    order = {MANIFEST: 2 if manifest_last else 0, ROOT_DOCUMENT: 3}
     for entry in sorted(path.iterdir(), key=lambda entry: order.get(entry.name, 1)):
         close_shards(entry)
         if entry.is_dir() and not entry.is_symlink():

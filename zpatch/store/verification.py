@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zpatch.digests import FileSeal, Json, file_digest
-from zpatch.errors import DamageError, NotAStoreError
+from zpatch.errors import DamageError, StoreError
 from zpatch.runtime.guarded_files import is_behind_link, open_regular
 from zpatch.runtime.task_contract import Progress
 from zpatch.store.image_record import ImageRecord
@@ -126,10 +126,16 @@ def _opened(root: Path) -> Store:
     """The store, also where its root document is missing or damaged: its seal reports that."""
     try:
         return open_store(root)
-    except NotAStoreError:
+    except DamageError:
+        raise
+    except StoreError:  # no store, or one of a newer format
         if not (root / MANIFEST).is_file():
             raise
-        return store_of(root, {})
+        store = store_of(root, {})
+        seal = store.documents.get(ROOT_DOCUMENT)
+        if seal is not None and damage_of(root, ROOT_DOCUMENT, seal, quick=False) is None:
+            raise
+        return store
 
 
 def sealed_bytes(store: str | os.PathLike[str]) -> int:
