@@ -165,13 +165,13 @@ def test_a_deleted_manifest_is_named(copy: Path) -> None:
     assert MANIFEST in found(zp.verify(copy))
 
 
-@pytest.mark.parametrize("make", ["nothing", "a folder"])
 def test_a_damaged_number_of_the_format_is_damage_and_no_newer_store(copy: Path) -> None:
     document = copy / "zarr.json"
     document.write_text(document.read_text().replace('"format": 1', '"format": 9'))
     assert [str(damage) for damage in zp.verify(copy).damages] == ["zarr.json: its contents have changed"]
 
 
+@pytest.mark.parametrize("make", ["nothing", "a folder"])
 def test_a_path_that_is_not_a_store_cannot_be_verified(tmp_path: Path, make: str) -> None:
     if make == "a folder":
         (tmp_path / "thing").mkdir()
