@@ -24,6 +24,8 @@ import zpatch as zp
 import zpatch.cli
 from zpatch.chunks.mapped_shards import close_shards
 from zpatch.cli import COMMANDS
+from zpatch.digests import digest
+from zpatch.store.manifest import append_lines
 from zpatch.store.names import FORMAT, LOCK, MANIFEST, ROOT_DOCUMENT, STAGING
 
 HEAVY = ("torch", "dask", "zarr", "nibabel", "numpy", "numcodecs", "rich")
@@ -569,6 +571,8 @@ def test_a_folder_that_is_not_a_store_and_a_store_of_a_newer_format_are_refused(
     newer = text.replace(f'"format": {FORMAT}', '"format": 99')
     assert newer != text
     document.write_text(newer)
+    seal = {"bytes": len(newer), "checksum": digest(newer.encode()), "document": ROOT_DOCUMENT}
+    append_lines(store / MANIFEST, seal)  # without it, the document is damaged
     line = refused(command, store, *rest)
     assert f"it is a store of format 99, and this zpatch reads up to {FORMAT}; install a newer" in line
     assert not Path("nifti").exists()

@@ -158,7 +158,9 @@ def test_a_lightning_module_trains_on_a_data_module(
 # torchrun
 
 
-def test_the_example_trains_on_two_ranks(cohort_store: Path, tmp_path: Path) -> None:
+def test_the_example_trains_on_two_ranks(cohort_store: Path, tmp_path: Path, full: bool) -> None:
+    if not full:
+        pytest.skip("torchrun runs in the quick run with test_ranks.py; the example needs --full")
     weights = tmp_path / "unet.pt"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = ["--epochs", "2", "--patch-size", "16", "--workers", "1"]

@@ -12,6 +12,6 @@ In reading order::
     voxel_index       the voxels of each label, or the weight, in each chunk
     staged_image      the folder of an image that is being written, and its Zarr metadata
     image_writer      one image, shard by shard, with its statistics and index
-    store_writer      stage, sync, rename, commit by a manifest line; recovery after a crash
     verification      whether every file still holds the bytes that were written
+    store_writer      stage, sync, rename, commit by a manifest line; recovery after a crash
 """
