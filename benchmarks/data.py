@@ -235,14 +235,15 @@ def _label_file(place: Path) -> Path:
 
 
 def _write_long(place: Path, shape: Shape) -> None:
-    if shape[2] % MEMBER_PLANES:
-        raise ValueError(f"{shape[2]} planes are not whole members of {MEMBER_PLANES}")
-    middle = itertools.islice(_planes((*shape[:2], 4 * MEMBER_PLANES)), MEMBER_PLANES, 2 * MEMBER_PLANES)
-    member = _gzip_member(b"".join(plane.tobytes() for plane in middle))
+    planes = _planes((*shape[:2], 4 * MEMBER_PLANES))
+    middle = [plane.tobytes() for plane in itertools.islice(planes, MEMBER_PLANES, 2 * MEMBER_PLANES)]
+    member, rest = _gzip_member(b"".join(middle)), shape[2] % MEMBER_PLANES
     with _new_file(place).open("wb") as stream:
         stream.write(_gzip_member(_header(shape)))
         for _ in range(shape[2] // MEMBER_PLANES):
             stream.write(member)
+        if rest:
+            stream.write(_gzip_member(b"".join(middle[:rest])))
 
 
 def _gzip_member(data: bytes) -> bytes:
