@@ -42,14 +42,18 @@ class Layout:
         return chunk_counts(shape, self.shards)
 
 
-def excess(shape: Sequence[int], chunks: Sequence[int], shards: Sequence[int], itemsize: int) -> str | None:
-    """What is too large of an array that is to be read; None if nothing is.
+def unreadable(
+    shape: Sequence[int], chunks: Sequence[int], shards: Sequence[int], itemsize: int
+) -> str | None:
+    """Why an array cannot be read, whose sides are positive; None if it can be.
 
     The bytes of a chunk and the index of a shard are held in memory, and offsets are 64-bit integers.
 
-    >>> excess((8, 8, 8), (1, 1, 1), (2048, 2048, 8), 2)
+    >>> unreadable((8, 8, 8), (1, 1, 1), (2048, 2048, 8), 2)
     'its shards have 33554432 chunks each, more than 1048576'
     """
+    if any(s % c for s, c in zip(shards, chunks, strict=True)):
+        return f"its shards {shards} are not whole chunks {chunks}"
     per_shard = math.prod(s // c for s, c in zip(shards, chunks, strict=True))
     if per_shard > MOST_CHUNKS_READ:
         return f"its shards have {per_shard} chunks each, more than {MOST_CHUNKS_READ}"

@@ -18,7 +18,7 @@ import numpy as np
 
 from zpatch.chunks.codec import ChunkCodec, Compressor
 from zpatch.chunks.file_mark import FileMark
-from zpatch.chunks.layout import MOST_CHUNKS_READ, chunk_counts, excess
+from zpatch.chunks.layout import MOST_CHUNKS_READ, chunk_counts, unreadable
 from zpatch.chunks.sharded_array import ChunkFiles, ShardedArray
 from zpatch.digests import Json
 from zpatch.errors import NotAStoreError, OptionError, StoreError
@@ -281,9 +281,9 @@ def dask_array_of(array: Any, axes: StoredAxes) -> Any:
 
 
 def _check_chunks(array: Any, place: str, chunks: Sequence[int], shards: Sequence[int]) -> None:
-    if min(*chunks, *shards) < 1 or any(s % c for s, c in zip(shards, chunks, strict=True)):
-        raise StoreError(f"{place}: its shards {shards} are not whole chunks {chunks}; write it anew")
-    if problem := excess(array.shape, chunks, shards, array.dtype.itemsize):
+    if min(*chunks, *shards) < 1:
+        raise StoreError(f"{place}: its shards {shards} or chunks {chunks} have no voxels; write it anew")
+    if problem := unreadable(array.shape, chunks, shards, array.dtype.itemsize):
         raise StoreError(f"{place}: {problem}; write it anew with other chunks")
 
 

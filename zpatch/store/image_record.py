@@ -17,7 +17,7 @@ from typing import Literal, Self, get_args
 import numpy as np
 
 from zpatch.chunks.codec import check_codec
-from zpatch.chunks.layout import excess
+from zpatch.chunks.layout import unreadable
 from zpatch.chunks.levels import Level
 from zpatch.digests import FileSeal, Json, digest
 from zpatch.errors import DamageError
@@ -250,9 +250,7 @@ def _check_shapes(array: Level, ndim: int, itemsize: int) -> None:
     for extent in (array.shape, array.chunks, array.shards):
         if len(extent) != ndim or not all(type(n) is int and n > 0 for n in extent):
             raise ValueError(f"a shape of {extent} with {ndim} axes")
-    if any(s % c for s, c in zip(array.shards, array.chunks, strict=True)):
-        raise ValueError(f"shards {array.shards} are not whole chunks {array.chunks}")
-    if problem := excess(array.shape, array.chunks, array.shards, itemsize):
+    if problem := unreadable(array.shape, array.chunks, array.shards, itemsize):
         raise ValueError(problem)
 
 
