@@ -32,8 +32,8 @@ DOORS = {
     "store": "names image_record manifest store lock store_writer staged_image image_writer voxel_statistics "
     "voxel_index verification",
     "conversion": "conversion conversion_plan conversion_options nifti_export cases case_lists",
-    "images": "image subject cohort normalization chunk_cache voxel_source voxel_sources group_read "
-    "input_files",
+    "sources": "voxel_source lazy_array zarr_images input_files group_read voxel_sources chunk_cache",
+    "images": "image subject cohort normalization opened_image",
     "sampling": "samplers grid_sampler patch randomness",
     "loading": "patch_queue queue_options subjects_loader patch_batch epoch_plan",
     "blending": "aggregator blend grid_blend tiling axis_tiles windows reduction sinks",

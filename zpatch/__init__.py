@@ -3,15 +3,16 @@
 NIfTI cohorts in, patches to torch, predictions out, and nothing is ever loaded whole. The folders are the
 data flow::
 
-    NIfTI files                                                                 NIfTI files
-        | nifti/                                                                    ^ nifti/
-        v                                                                           |
-    conversion/ -> store/ -> chunks/ -> images/ -> sampling/ -> loading/ -> torch -> blending/ -> conversion/
-                     ^                                                           |    ^
-                     +-----------------------------------------------------------+    prediction/ drives it
+    NIfTI files                                                                   NIfTI files
+        | nifti/                                                                      ^ nifti/
+        v                                                                             |
+    conversion/ -> store/ -> sources/ -> images/ -> sampling/ -> loading/ -> torch    conversion/
+                     ^                                                         |      ^
+                     |                                                         v      |
+                     +------------------------------------------------- blending/ ----+  prediction/ drives it
 
-Read them in the order geometry, runtime, nifti, chunks, store, conversion, images, sampling, loading,
-blending, networks, prediction; report, bench, compat and cli are at the edge. Names are imported
+Read them in the order geometry, runtime, nifti, chunks, store, conversion, sources, images, sampling,
+loading, blending, networks, prediction; report, bench, compat and cli are at the edge. Names are imported
 when first used: ``import zpatch`` loads neither torch nor dask nor nibabel.
 """
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from zpatch.errors import ZpatchError
     from zpatch.geometry.boxes import PatchLocation
     from zpatch.images.cohort import Cohort
-    from zpatch.images.group_read import read_group
     from zpatch.images.image import Image, LabelMap, SamplingMap, ScalarImage
     from zpatch.images.normalization import Normalize
     from zpatch.images.subject import Subject
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from zpatch.sampling.grid_sampler import GridSampler
     from zpatch.sampling.patch import Patch
     from zpatch.sampling.samplers import LabelSampler, UniformSampler, WeightedSampler
+    from zpatch.sources.group_read import read_group
     from zpatch.store.verification import verify
 
 __version__ = "0.1.0"
@@ -77,7 +78,7 @@ _MODULES = {
     "conversion.conversion": ["convert"],
     "conversion.nifti_export": ["export"],
     "images.cohort": ["Cohort"],
-    "images.group_read": ["read_group"],
+    "sources.group_read": ["read_group"],
     "images.image": ["Image", "LabelMap", "SamplingMap", "ScalarImage"],
     "images.normalization": ["Normalize"],
     "images.subject": ["Subject"],

@@ -130,8 +130,8 @@ def _groups_of(name: str, image_dtype: str) -> Contender:
 
     def open_it(cohort: Path, store: Path) -> Epoch:
         import zpatch as zp
-        from zpatch.images.group_read import read_group
-        from zpatch.images.voxel_source import new_voxels
+        from zpatch.sources.group_read import read_group
+        from zpatch.sources.voxel_source import new_voxels
 
         subjects, sampler = zp.Cohort(store), zp.UniformSampler(PATCH)
         rng, pool = np.random.default_rng(0), ThreadPoolExecutor(WORKERS)

@@ -175,7 +175,7 @@ def graph_times(head: str, stores: str, plan_text: str) -> dict[str, list[float]
     reader = contender_of(ZPATCH).open(Path(stores, ZPATCH))
 
     def direct() -> None:
-        with mock.patch("zpatch.images.group_read.run_graph", _in_order):
+        with mock.patch("zpatch.sources.group_read.run_graph", _in_order):
             groups.read(reader)
 
     runs: dict[str, Run] = {"graph": lambda: groups.read(reader), "direct": direct}

@@ -14,8 +14,8 @@ from zpatch.bench.packing import (
 from zpatch.bench.patch_group import array_of
 from zpatch.bench.trial_stores import can_be_tried, stand_ins, times_as_fast
 from zpatch.chunks.codec import CODECS
-from zpatch.images.group_read import read_requests
-from zpatch.images.voxel_source import Request, new_voxels
+from zpatch.sources.group_read import read_requests
+from zpatch.sources.voxel_source import Request, new_voxels
 
 
 @pytest.mark.parametrize("codec", CODECS)

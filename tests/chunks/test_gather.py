@@ -41,7 +41,7 @@ from zpatch.chunks.scaling import UNSCALED, Scaling
 from zpatch.chunks.sharded_array import ChunkFiles, ShardedArray
 from zpatch.geometry.boxes import Voxels
 from zpatch.images.image import Image
-from zpatch.images.voxel_sources import ShardSource
+from zpatch.sources.voxel_sources import ShardSource
 
 SPLIT_FLAG = 16  # flag of a frame: each block is one stream
 STORED_FLAG = 2

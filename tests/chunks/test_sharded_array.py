@@ -9,7 +9,7 @@ from reading import stored
 
 from zpatch.chunks.gather import read_region
 from zpatch.geometry.boxes import PatchLocation
-from zpatch.images.voxel_sources import ShardSource
+from zpatch.sources.voxel_sources import ShardSource
 
 
 def test_a_box_of_an_array_has_the_voxels_of_its_location(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from reading import loop as loop
 from zpatch.errors import OptionError, PatchLocationError
 from zpatch.geometry.boxes import PatchLocation
 from zpatch.geometry.padding import PADDING_MODES, PaddedBox, check_padding_mode
-from zpatch.images import group_read
-from zpatch.images.group_read import read_group
 from zpatch.images.image import ScalarImage
+from zpatch.sources import group_read
+from zpatch.sources.group_read import read_group
 
 Draw = st.DataObject
 

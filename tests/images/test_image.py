@@ -21,9 +21,9 @@ from reading import loop as loop
 import zpatch as zp
 from zpatch.chunks.scaling import UNSCALED
 from zpatch.errors import NotAStoreError, OptionError, PatchLocationError, SourceError
-from zpatch.images.group_read import read_group, read_requests
-from zpatch.images.voxel_source import Request
-from zpatch.images.voxel_sources import ArraySource
+from zpatch.sources.group_read import read_group, read_requests
+from zpatch.sources.voxel_source import Request
+from zpatch.sources.voxel_sources import ArraySource
 
 AFFINE = np.array([[0, 2, 0, 10], [3, 0, 0, 20], [0, 0, 4, 30], [0, 0, 0, 1.0]])
 

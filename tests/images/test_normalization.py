@@ -21,7 +21,7 @@ import zpatch as zp
 from zpatch.errors import DamageError, OptionError
 from zpatch.images import normalization
 from zpatch.images.normalization import computed_statistics, lacks_statistics
-from zpatch.images.voxel_sources import ShardSource
+from zpatch.sources.voxel_sources import ShardSource
 
 STATISTICS = {"mean": 12.5, "std": 4.0, "percentile_0_5": -3.0, "percentile_99_5": 20.0}
 

@@ -69,7 +69,7 @@ TIMES_OF_FILES = {
     "chunks/mapped_shards.py",
     "compat/nifti_cache.py",
     "conversion/fingerprints.py",
-    "images/input_files.py",
+    "sources/input_files.py",
     "images/opened_image.py",
     "store/image_record.py",
 }

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from zpatch.chunks.layout import covering_chunks
 from zpatch.chunks.sharded_array import ShardedArray
 from zpatch.geometry.boxes import PatchLocation, Triple, allowed_centres, check_patch_fits, stored_corners
-from zpatch.images.group_read import read_group
 from zpatch.images.image import Image
 from zpatch.images.subject import Subject
-from zpatch.images.voxel_sources import ShardSource
+from zpatch.sources.group_read import read_group
+from zpatch.sources.voxel_sources import ShardSource
 from zpatch.store.image_record import ImageRecord
 
 Boxes = tuple[NDArray[np.int64], NDArray[np.int64]]

@@ -27,10 +27,10 @@ from zpatch.chunks.layout import chunk_counts, covering_chunks
 from zpatch.chunks.mapped_shards import NO_CHUNK, close_shards
 from zpatch.chunks.sharded_array import ChunkFiles, ShardedArray
 from zpatch.geometry.boxes import padded_to_4d
-from zpatch.images.group_read import read_requests
 from zpatch.images.image import Image
-from zpatch.images.voxel_source import Request, new_voxels
-from zpatch.images.voxel_sources import ShardSource
+from zpatch.sources.group_read import read_requests
+from zpatch.sources.voxel_source import Request, new_voxels
+from zpatch.sources.voxel_sources import ShardSource
 
 SAMPLE_BYTES = 2 * 2**20  # of each image of a group
 MOST_CHUNKS = 2**21  # in the index of a stand-in, 16 bytes each

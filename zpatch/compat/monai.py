@@ -24,11 +24,11 @@ from zpatch.compat.transforms import meta_tensor, monai_library
 from zpatch.errors import OptionError
 from zpatch.geometry.affines import crop_affine
 from zpatch.geometry.boxes import PatchLocation, triple
-from zpatch.images.group_read import read_group
 from zpatch.images.image import Image
 from zpatch.images.subject import Subject
 from zpatch.sampling.grid_sampler import GridSampler
 from zpatch.sampling.samplers import PatchSize
+from zpatch.sources.group_read import read_group
 
 FilePath = str | os.PathLike[str]
 

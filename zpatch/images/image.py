@@ -15,11 +15,11 @@ from zpatch.digests import Json, compact_json, digest
 from zpatch.errors import OptionError
 from zpatch.geometry.affines import Affine, spacing_mm
 from zpatch.geometry.boxes import PatchLocation, Triple, Voxels
-from zpatch.images.group_read import read_group
 from zpatch.images.opened_image import OpenedImage, open_image
-from zpatch.images.voxel_source import VoxelSource
-from zpatch.images.voxel_sources import DERIVED_BLOCK_VOXELS
 from zpatch.runtime.dask_graphs import Scheduler
+from zpatch.sources.group_read import read_group
+from zpatch.sources.voxel_source import VoxelSource
+from zpatch.sources.voxel_sources import DERIVED_BLOCK_VOXELS
 from zpatch.store.image_record import ImageRecord, Kind
 
 T = TypeVar("T")

@@ -15,11 +15,11 @@ from zpatch.chunks.scaling import UNSCALED, Scaling
 from zpatch.digests import Json
 from zpatch.errors import DamageError, OptionError
 from zpatch.geometry.boxes import PatchLocation, Triple, reversed_axes
-from zpatch.images.group_read import read_boxes
 from zpatch.images.image import Image
-from zpatch.images.input_files import map_of
-from zpatch.images.voxel_sources import ArraySource, LazySource
 from zpatch.runtime.dask_graphs import thread_count
+from zpatch.sources.group_read import read_boxes
+from zpatch.sources.input_files import map_of
+from zpatch.sources.voxel_sources import ArraySource, LazySource
 from zpatch.store.voxel_statistics import VoxelStatistics
 
 MODES = ("zscore", "clip")

@@ -17,13 +17,13 @@ from zpatch.digests import Json, new_digest, parsed_json
 from zpatch.errors import DamageError, OptionError, SourceError
 from zpatch.geometry.affines import Affine
 from zpatch.geometry.boxes import Voxels, reversed_axes
-from zpatch.images import zarr_images
-from zpatch.images.input_files import map_of, offset_in_file
-from zpatch.images.lazy_array import ZARR_ERRORS, is_lazy
-from zpatch.images.voxel_source import VoxelSource
-from zpatch.images.voxel_sources import ArraySource, DaskSource, LazySource, ShardSource, selected
 from zpatch.nifti import header
 from zpatch.runtime.guarded_files import read_document
+from zpatch.sources import zarr_images
+from zpatch.sources.input_files import map_of, offset_in_file
+from zpatch.sources.lazy_array import ZARR_ERRORS, is_lazy
+from zpatch.sources.voxel_source import VoxelSource
+from zpatch.sources.voxel_sources import ArraySource, DaskSource, LazySource, ShardSource, selected
 from zpatch.store import store
 from zpatch.store.image_record import ImageRecord
 

@@ -14,7 +14,6 @@ import torch
 from zpatch.chunks.scaling import UNSCALED
 from zpatch.geometry.affines import Affine, crop_affine
 from zpatch.geometry.boxes import PatchLocation
-from zpatch.images.group_read import read_group
 from zpatch.images.image import Image
 from zpatch.images.subject import Subject
 from zpatch.loading.epoch_plan import Draw
@@ -22,6 +21,7 @@ from zpatch.loading.shared_slots import ImagePlace, SlotLayout, new_tensor
 from zpatch.sampling.grid_sampler import GridSampler, PatchSampler
 from zpatch.sampling.patch import Patch, torch_dtype
 from zpatch.sampling.randomness import Purpose, rng
+from zpatch.sources.group_read import read_group
 
 Transform = Callable[[Patch], Patch]
 

@@ -15,9 +15,7 @@ import numpy as np
 from zpatch.digests import Json
 from zpatch.errors import MemoryLimitError, ModelError, OptionError, SourceError
 from zpatch.geometry.boxes import Bools
-from zpatch.images.chunk_cache import cached
 from zpatch.images.image import Image
-from zpatch.images.input_files import InputSeal
 from zpatch.images.normalization import Normalize, computed_statistics, lacks_statistics
 from zpatch.images.subject import Subject
 from zpatch.networks.network import Network
@@ -29,6 +27,8 @@ from zpatch.prediction.regions import NOT_BEGUN, Shards, grid_over, partitions, 
 from zpatch.runtime.byte_sizes import format_bytes, parse_bytes
 from zpatch.runtime.failures import Failures
 from zpatch.runtime.process_memory import private_bytes, resident_bytes
+from zpatch.sources.chunk_cache import cached
+from zpatch.sources.input_files import InputSeal
 
 Measure = Callable[[Image, str], Json]
 

@@ -19,9 +19,9 @@ from zpatch.digests import Json
 from zpatch.geometry.boxes import Bools, Integers, Triple
 from zpatch.geometry.patch_grid import PatchGrid
 from zpatch.images.image import Image
-from zpatch.images.input_files import InputSeal
 from zpatch.images.subject import Subject
 from zpatch.runtime.byte_sizes import format_bytes
+from zpatch.sources.input_files import InputSeal
 from zpatch.store.image_record import ImageRecord
 
 BATCHES_AHEAD = 2  # through the network, while a shard waits until the one before it is written

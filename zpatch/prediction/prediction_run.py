@@ -16,7 +16,6 @@ from pathlib import Path
 from zpatch.digests import Json, compact_json, digest
 from zpatch.errors import OptionError, StoreExistsError
 from zpatch.images.cohort import Cohort
-from zpatch.images.input_files import root_of
 from zpatch.images.subject import Subject
 from zpatch.networks.model_files import ModelName
 from zpatch.networks.network import Network
@@ -34,6 +33,7 @@ from zpatch.prediction.subject_job import (
 )
 from zpatch.runtime.failures import Failures
 from zpatch.runtime.task_contract import Progress
+from zpatch.sources.input_files import root_of
 from zpatch.store.lock import writing_to
 from zpatch.store.names import MANIFEST, UNFINISHED
 from zpatch.store.store import open_store

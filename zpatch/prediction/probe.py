@@ -15,7 +15,6 @@ from zpatch.blending.blend import accumulation_dtype
 from zpatch.blending.reduction import as_stored, check_channels, fitting_fill, reduce_channels
 from zpatch.errors import ModelError, SourceError, ZpatchError
 from zpatch.geometry.boxes import PatchLocation
-from zpatch.images.group_read import read_group
 from zpatch.images.image import Image
 from zpatch.networks.model_axes import ModelAxes
 from zpatch.networks.network import Network
@@ -23,6 +22,7 @@ from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.prediction_plan import Head, NetworkCost
 from zpatch.prediction.regions import grid_over
 from zpatch.runtime.process_memory import peak_bytes, reset_peak, resident_bytes
+from zpatch.sources.group_read import read_group
 from zpatch.store.names import check_name, check_names_differ
 
 

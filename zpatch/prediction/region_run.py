@@ -26,7 +26,6 @@ from zpatch.blending.sinks import CompleteShard, ShardAssembler
 from zpatch.digests import Json
 from zpatch.errors import ModelError
 from zpatch.geometry.boxes import Bools, PatchLocation, Triple
-from zpatch.images.chunk_cache import cached
 from zpatch.images.image import Image
 from zpatch.networks.model_axes import ModelAxes
 from zpatch.networks.network import Network, Outputs
@@ -38,6 +37,7 @@ from zpatch.prediction.shard_ledger import ShardLedger, begin
 from zpatch.runtime.task_contract import Progress
 from zpatch.runtime.tasks import read_ahead
 from zpatch.sampling.patch import torch_dtype
+from zpatch.sources.chunk_cache import cached
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.image_writer import Shard
 from zpatch.store.lock import writing_to

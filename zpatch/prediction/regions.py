@@ -24,9 +24,9 @@ from zpatch.geometry.affines import resized_affine
 from zpatch.geometry.boxes import Triple
 from zpatch.geometry.patch_grid import PatchGrid
 from zpatch.images.image import Image
-from zpatch.images.voxel_sources import ArraySource
 from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.prediction_plan import Head, PlannedHead, Ranges, Region
+from zpatch.sources.voxel_sources import ArraySource
 from zpatch.store.image_record import ImageRecord
 
 SMALLEST_SHARD_BYTES = 2**16

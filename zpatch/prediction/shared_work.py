@@ -20,7 +20,6 @@ import torch
 
 from zpatch.digests import file_digest
 from zpatch.errors import ModelError, SourceError, StoreError, WorkerError
-from zpatch.images.input_files import check_all
 from zpatch.networks.network import Network
 from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.region_run import run_region
@@ -29,6 +28,7 @@ from zpatch.runtime.failures import Failures, is_of_subject, without_locals
 from zpatch.runtime.guarded_files import open_regular
 from zpatch.runtime.task_contract import Cluster, Progress
 from zpatch.runtime.tasks import run_tasks
+from zpatch.sources.input_files import check_all
 from zpatch.store.lock import writing_to
 
 

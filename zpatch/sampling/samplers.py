@@ -19,13 +19,13 @@ from zpatch.geometry.boxes import (
     check_patch_fits,
     patch_size_triple,
 )
-from zpatch.images.group_read import read_group
 from zpatch.images.image import Image, LabelMap
 from zpatch.images.subject import Subject
 from zpatch.sampling.centre_draws import draw_centres
 from zpatch.sampling.centre_maps import label_classes, weight_map
 from zpatch.sampling.patch import Patch, PatchImage, to_tensor
 from zpatch.sampling.randomness import as_generator
+from zpatch.sources.group_read import read_group
 
 READ_TOGETHER = 16
 

@@ -19,8 +19,8 @@ from zpatch.chunks.scaling import UNSCALED, Scaling
 from zpatch.errors import OptionError, PatchLocationError
 from zpatch.geometry.boxes import PatchLocation, Voxels
 from zpatch.geometry.padding import PaddedBox, check_fill, check_padding_mode
-from zpatch.images.voxel_source import Graph, ReadTasks, Request, Shape, VoxelSource, new_voxels
 from zpatch.runtime.dask_graphs import Scheduler, is_cluster, run_graph, thread_count
+from zpatch.sources.voxel_source import Graph, ReadTasks, Request, Shape, VoxelSource, new_voxels
 
 T = TypeVar("T")
 

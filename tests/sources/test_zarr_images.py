@@ -35,7 +35,7 @@ from zpatch.chunks.mapped_shards import close_shards
 from zpatch.errors import DamageError, NotAStoreError, OptionError, StoreError
 from zpatch.geometry.boxes import PatchLocation
 from zpatch.images.image import Image, ScalarImage
-from zpatch.images.voxel_sources import DaskSource, ShardSource
+from zpatch.sources.voxel_sources import DaskSource, ShardSource
 
 DTYPES = ["|b1", "|u1", "|i1", "<u2", "<i2", "<u4", "<i4", "<u8", "<i8", "<f2", "<f4", "<f8", "<c8", "<c16"]
 SHAPE, CHUNKS, SHARDS = (9, 10, 11), (3, 4, 5), (6, 8, 10)

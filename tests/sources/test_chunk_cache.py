@@ -24,12 +24,12 @@ from zpatch.chunks.scaling import UNSCALED, Scaling
 from zpatch.geometry.boxes import PatchLocation, Triple, Voxels
 from zpatch.geometry.padding import PaddedBox
 from zpatch.geometry.patch_grid import PatchGrid
-from zpatch.images.chunk_cache import CachedSource, cached
-from zpatch.images.group_read import read_requests
 from zpatch.images.image import Image, ScalarImage
-from zpatch.images.voxel_source import ReadTasks, Request, Shape, VoxelSource, new_voxels
-from zpatch.images.voxel_sources import ArraySource
 from zpatch.runtime.dask_graphs import Scheduler
+from zpatch.sources.chunk_cache import CachedSource, cached
+from zpatch.sources.group_read import read_requests
+from zpatch.sources.voxel_source import ReadTasks, Request, Shape, VoxelSource, new_voxels
+from zpatch.sources.voxel_sources import ArraySource
 
 Draw = st.DataObject
 

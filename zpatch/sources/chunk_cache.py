@@ -19,8 +19,8 @@ from zpatch.chunks.gather import GatherPlan, copy_chunks
 from zpatch.chunks.scaling import UNSCALED, Scaling
 from zpatch.geometry.boxes import Integers, PatchLocation, Triple, Voxels, reversed_axes, stored_corners
 from zpatch.geometry.patch_grid import PatchGrid
-from zpatch.images.voxel_source import ReadTasks, VoxelSource, WrappedSource
-from zpatch.images.voxel_sources import ArraySource, LazySource, ShardSource
+from zpatch.sources.voxel_source import ReadTasks, VoxelSource, WrappedSource
+from zpatch.sources.voxel_sources import ArraySource, LazySource, ShardSource
 
 NEVER = 2**60  # more than any rank, and three of them fit into 64 bits
 

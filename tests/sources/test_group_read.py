@@ -33,10 +33,10 @@ from zpatch.chunks.mapped_shards import MappedShard, close_shards
 from zpatch.chunks.scaling import UNSCALED
 from zpatch.errors import DamageError, OptionError, PatchLocationError
 from zpatch.geometry.boxes import PatchLocation
-from zpatch.images import group_read
-from zpatch.images.group_read import read_group
 from zpatch.images.image import Image, ScalarImage
-from zpatch.images.voxel_sources import ArraySource, DaskSource
+from zpatch.sources import group_read
+from zpatch.sources.group_read import read_group
+from zpatch.sources.voxel_sources import ArraySource, DaskSource
 
 Draw = st.DataObject
 RUN_GRAPH = group_read.run_graph

@@ -18,8 +18,8 @@ import numpy as np
 from zpatch.chunks.file_mark import FileMark
 from zpatch.errors import DamageError
 from zpatch.geometry.boxes import Voxels
-from zpatch.images.lazy_array import CheckedZarr
-from zpatch.images.voxel_source import VoxelSource, WrappedSource
+from zpatch.sources.lazy_array import CheckedZarr
+from zpatch.sources.voxel_source import VoxelSource, WrappedSource
 
 SAME_FILES = "all workers must see the same files as the process that starts them"
 

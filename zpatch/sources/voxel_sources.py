@@ -17,10 +17,11 @@ from zpatch.chunks.mapped_memory import read_mapped
 from zpatch.chunks.scaling import Scaling
 from zpatch.chunks.sharded_array import ShardedArray
 from zpatch.geometry.boxes import PatchLocation, Triple, Voxels, reversed_axes, stored_corners
-from zpatch.images.group_read import read_boxes
-from zpatch.images.input_files import MappedView, inputs_of_graph, mark_of_map
-from zpatch.images.lazy_array import LazyArray
-from zpatch.images.voxel_source import (
+from zpatch.runtime import buffer_pool
+from zpatch.sources.group_read import read_boxes
+from zpatch.sources.input_files import MappedView, inputs_of_graph, mark_of_map
+from zpatch.sources.lazy_array import LazyArray
+from zpatch.sources.voxel_source import (
     FALLBACK_CHUNK_VOXELS,
     Graph,
     ReadTasks,
@@ -29,8 +30,7 @@ from zpatch.images.voxel_source import (
     VoxelSource,
     WrappedSource,
 )
-from zpatch.images.zarr_images import evenly_spaced, metadata_mark, sampled_files
-from zpatch.runtime import buffer_pool
+from zpatch.sources.zarr_images import evenly_spaced, metadata_mark, sampled_files
 from zpatch.store.names import ROOT_DOCUMENT
 
 DERIVED_BLOCK_VOXELS = 64

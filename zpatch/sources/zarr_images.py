@@ -22,8 +22,8 @@ from zpatch.chunks.layout import MOST_CHUNKS_READ, chunk_counts, unreadable
 from zpatch.chunks.sharded_array import ChunkFiles, ShardedArray
 from zpatch.digests import Json
 from zpatch.errors import NotAStoreError, OptionError, StoreError
-from zpatch.images.lazy_array import ZARR_ERRORS, CheckedZarr
 from zpatch.runtime.guarded_files import read_document
+from zpatch.sources.lazy_array import ZARR_ERRORS, CheckedZarr
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.store import TOOL
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 import zpatch as zp
 from zpatch.errors import OptionError, SourceError
-from zpatch.images.voxel_sources import ArraySource, LazySource
+from zpatch.sources.voxel_sources import ArraySource, LazySource
 
 SHAPE = (40, 50, 60)
 
