@@ -23,17 +23,19 @@ TESTS = Path(__file__).parent
 
 # The modules of each folder that other folders may import; all others are for the folder itself.
 DOORS = {
-    "geometry": "boxes affines orientation patch_grid padding",
+    "geometry": "boxes affines orientation voxel_grid patch_grid padding",
     "runtime": "byte_sizes buffer_pool process_memory whole_file guarded_files recent dask_graphs failures "
     "tasks task_contract",
     "nifti": "header writer",
     "chunks": "layout mapped_memory file_mark sharded_array codec mapped_shards shard_writer gather scaling "
     "levels",
+    "resampling": "interpolation resampler axis_taps loops",
     "store": "names image_record manifest store lock store_writer staged_image image_writer voxel_statistics "
     "voxel_index verification",
     "conversion": "conversion conversion_plan conversion_options nifti_export cases case_lists",
-    "sources": "voxel_source lazy_array zarr_images input_files group_read voxel_sources chunk_cache",
-    "images": "image subject cohort normalization opened_image",
+    "sources": "voxel_source lazy_array zarr_images input_files group_read voxel_sources resampled_source "
+    "chunk_cache",
+    "images": "image placed_image subject cohort normalization opened_image",
     "sampling": "samplers grid_sampler patch randomness",
     "loading": "patch_queue queue_options subjects_loader patch_batch epoch_plan",
     "blending": "aggregator blend grid_blend tiling axis_tiles windows reduction sinks",
@@ -57,6 +59,7 @@ PURE = [
     "geometry/*",
     "chunks/layout",
     "chunks/scaling",
+    "resampling/*",
     "blending/windows",
     "blending/axis_tiles",
     "blending/tiling",

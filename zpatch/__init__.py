@@ -11,9 +11,9 @@ data flow::
                      |                                                         v      |
                      +------------------------------------------------- blending/ ----+  prediction/ drives it
 
-Read them in the order geometry, runtime, nifti, chunks, store, conversion, sources, images, sampling,
-loading, blending, networks, prediction; report, bench, compat and cli are at the edge. Names are imported
-when first used: ``import zpatch`` loads neither torch nor dask nor nibabel.
+Read them in the order geometry, runtime, nifti, chunks, resampling, store, conversion, sources, images,
+sampling, loading, blending, networks, prediction; report, bench, compat and cli are at the edge. Names are
+imported when first used: ``import zpatch`` loads neither torch nor dask nor nibabel.
 """
 
 from __future__ import annotations

@@ -28,9 +28,10 @@ from zpatch.conversion.discovery import discover
 from zpatch.digests import digest
 from zpatch.errors import ZpatchError
 from zpatch.geometry.boxes import PatchLocation
+from zpatch.geometry.orientation import orientation_to
 from zpatch.images.image import ScalarImage
 from zpatch.loading.stream_position import epoch_and_consumed
-from zpatch.nifti.header import NiftiFile, orientation_to, read_header
+from zpatch.nifti.header import NiftiFile, read_header
 from zpatch.nifti.writer import make_header, single_file_header
 from zpatch.prediction.shard_ledger import HEADER, LEDGER, ShardLedger, begin, header_of
 from zpatch.store.image_record import ImageRecord

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 import zpatch as zp
 from zpatch.conversion import conversion_options
 from zpatch.errors import OptionError
-from zpatch.geometry.orientation import Orientation
-from zpatch.nifti.header import orientation_to
+from zpatch.geometry.orientation import Orientation, orientation_to
 
 CODES = [
     "".join(letters)

@@ -86,7 +86,7 @@ def test_an_unknown_image_is_an_error_with_the_nearest_names(subject: zp.Subject
 
 def test_images_of_different_shapes_have_no_common_spatial_shape() -> None:
     subject = zp.Subject(t1=zp.ScalarImage(np.ones((2, 3, 4))), t2=zp.ScalarImage(np.ones((2, 3, 5))))
-    why = r"'subject' differ in shape \(t1 \(2, 3, 4\), t2 \(2, 3, 5\)\); resample them to one grid"
+    why = r"'subject' differ in shape \(t1 \(2, 3, 4\), t2 \(2, 3, 5\)\); put them on one grid"
     with pytest.raises(OptionError, match=why):
         _ = subject.spatial_shape
 

@@ -110,7 +110,7 @@ PROMISES = (
     Promise(
         "reading",
         "Voxels are read as zarr-python reads them, from any layout, codec and order of axes",
-        r"tests/images/|tests/sources/|tests/chunks/|test_compiled_corpora|test_viewers",
+        r"tests/images/|tests/sources/|tests/resampling/|tests/chunks/|test_compiled_corpora|test_viewers",
     ),
     Promise(
         "predictions",

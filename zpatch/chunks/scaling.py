@@ -42,6 +42,10 @@ class Scaling(NamedTuple):
         low, high = float(low), float(high)
         return self._replace(low=min(max(self.low, low), high), high=max(min(self.high, high), low))
 
+    def followed_by(self, other: Scaling) -> Self:
+        """The same scaling, followed by another one."""
+        return self.then(other.slope, other.inter).within(other.low, other.high)
+
     def dtype_of(self, stored: np.dtype[Any]) -> np.dtype[Any]:
         """The type of values: the stored type; if scaled, float32, or float64 for 32 bits and more."""
         if self == UNSCALED:

@@ -12,7 +12,7 @@ import numpy as np
 from zpatch.chunks.codec import check_codec
 from zpatch.chunks.layout import CHUNK_VOXELS, SHARD_BYTES
 from zpatch.errors import OptionError
-from zpatch.nifti import header
+from zpatch.geometry.orientation import orientation_to
 from zpatch.runtime.byte_sizes import parse_bytes
 from zpatch.runtime.task_contract import CLUSTER_TIMEOUT_S, check_cluster_timeout
 
@@ -75,7 +75,7 @@ class ConvertOptions:
         if self.affine not in AFFINES:
             raise OptionError(f"affine must be sform or qform, not {self.affine!r}", option="affine")
         if self.orient is not None:
-            header.orientation_to(np.eye(4), self.orient)
+            orientation_to(np.eye(4), self.orient)
         if self.orient is not None and self.pyramid:
             raise OptionError("orient= and pyramid= cannot be combined yet; leave one out", option="orient")
         if self.chunk < 1:

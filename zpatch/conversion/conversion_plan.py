@@ -22,7 +22,7 @@ from zpatch.digests import Json
 from zpatch.errors import SourceError, one_line
 from zpatch.geometry.affines import max_corner_distance, spacing_mm
 from zpatch.geometry.boxes import padded_to_4d
-from zpatch.geometry.orientation import AS_STORED, Orientation
+from zpatch.geometry.orientation import AS_STORED, Orientation, orientation_to
 from zpatch.nifti import header
 from zpatch.nifti.header import NiftiFile
 from zpatch.runtime.byte_sizes import format_bytes, refuse_above
@@ -235,7 +235,7 @@ def _plan_image(subject: str, image: CaseImage, options: ConvertOptions) -> Plan
         shard_bytes=options.shard_bytes,
         colours=file.colours,
     )
-    turn = AS_STORED if options.orient is None else header.orientation_to(file.affine, options.orient)
+    turn = AS_STORED if options.orient is None else orientation_to(file.affine, options.orient)
     file = dataclasses.replace(file, raw_header=b"")  # up to 64 MiB each; read again when it is converted
     return PlannedImage(subject, image, file, layout, turn, file.warnings)
 

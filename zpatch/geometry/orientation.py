@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from zpatch.errors import OptionError
 from zpatch.geometry.affines import Affine
 from zpatch.geometry.boxes import Triple, Voxels
+
+WORLD_AXES = ("LR", "PA", "IS")  # the letters for pointing down and up each world axis
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +43,16 @@ class Orientation:
 
     def affine(self, affine: Affine, spatial_shape: Triple) -> Affine:
         """The affine of the turned volume: every voxel keeps its world position."""
+        return np.asarray(affine @ self.matrix(spatial_shape))
+
+    def matrix(self, spatial_shape: Triple) -> Affine:
+        """Voxel (I, J, K) of the turned volume to voxel of the file, 4 x 4."""
         turn = np.zeros((4, 4))
         turn[3, 3] = 1
         for axis, (target, flip) in enumerate(zip(self.axes, self.flips, strict=True)):
             turn[axis, target] = -1 if flip else 1
             turn[axis, 3] = spatial_shape[axis] - 1 if flip else 0
-        return np.asarray(affine @ turn)
+        return turn
 
     def turn(self, voxels: Voxels) -> Voxels:
         """A part of the file (c, z, y, x) in the orientation of the store; a view."""
@@ -71,3 +78,43 @@ class Orientation:
 
 
 AS_STORED = Orientation()
+
+
+def orientation_to(affine: Affine, codes: str) -> Orientation:
+    """How to turn a volume so that its axes point to ``codes``, as RAS or LPS.
+
+    An oblique axis belongs to the world axis that it is closest to, as in nibabel's ``io_orientation``: the
+    voxel axes are first made orthogonal by the polar decomposition. Raises OptionError for other codes, and
+    for an affine that is singular.
+
+    >>> orientation_to(np.diag([-1.0, 1.0, 1.0, 1.0]), "RAS")
+    Orientation(axes=(0, 1, 2), flips=(True, False, False))
+    """
+    axis_of = {letter: axis for axis, letters in enumerate(WORLD_AXES) for letter in letters}
+    wanted = [axis_of.get(code, -1) for code in codes]
+    if sorted(wanted) != [0, 1, 2]:
+        raise OptionError(f"orient must be three letters as RAS, LPS or PIR, not {codes!r}", option="orient")
+    axes, flips = [], []
+    for world, points_up in _world_axes(affine):
+        target = wanted.index(world)
+        axes.append(target)
+        flips.append(bool(points_up != (codes[target] == WORLD_AXES[world][1])))
+    (i, j, k), (a, b, c) = axes, flips
+    return Orientation((i, j, k), (a, b, c))
+
+
+def _world_axes(affine: Affine) -> list[tuple[int, bool]]:
+    """The world axis that each voxel axis is closest to, and whether it points up that axis."""
+    columns = np.array(affine, dtype=np.float64)[:3, :3]
+    lengths = np.sqrt((columns**2).sum(axis=0))
+    if not np.isfinite(columns).all() or not (lengths > 0).all():
+        raise OptionError("the affine is singular: a voxel axis has no direction, so it cannot be oriented")
+    left, sizes, right = np.linalg.svd(columns / lengths)
+    if sizes.min() < 1e-6:
+        raise OptionError("the affine is singular: its voxel axes lie in a plane, so it cannot be oriented")
+    directions, found = left @ right, []
+    for axis in range(3):
+        world = int(np.argmax(np.abs(directions[:, axis])))
+        found.append((world, bool(directions[world, axis] > 0)))
+        directions[world] = 0
+    return found

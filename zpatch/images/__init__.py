@@ -2,7 +2,9 @@
 
 In reading order::
 
-    opened_image   the data that Image takes -> source, affine, scaling, record, path
+    opened_image   the voxels that an image is made of: source, affine, scaling, record, path
+    open_image     the data that Image takes -> an opened image
+    placed_image   where the voxels of an image are, and the image on other grids
     image          Image, ScalarImage, LabelMap, SamplingMap
     normalization  Normalize: intensities on one scale, by statistics of the store or of one pass
     subject        Subject: images by name

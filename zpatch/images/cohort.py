@@ -12,7 +12,7 @@ from typing import Self, overload
 from zpatch.digests import Json
 from zpatch.errors import NotAStoreError, OptionError, SourceError, UnknownNameError
 from zpatch.images.image import ScalarImage, stored_image
-from zpatch.images.opened_image import refuse_other_format
+from zpatch.images.open_image import refuse_other_format
 from zpatch.images.subject import Subject
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.names import HISTOGRAM, ROOT_DOCUMENT, chosen

@@ -6,26 +6,28 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar, overload
+from typing import Any, Self, TypeVar, overload
 
 import numpy as np
 
 from zpatch.chunks.scaling import UNSCALED, Scaling
 from zpatch.digests import Json, compact_json, digest
 from zpatch.errors import OptionError
-from zpatch.geometry.affines import Affine, spacing_mm
-from zpatch.geometry.boxes import PatchLocation, Triple, Voxels
-from zpatch.images.opened_image import OpenedImage, open_image
+from zpatch.geometry.affines import Affine
+from zpatch.geometry.boxes import PatchLocation, Voxels
+from zpatch.images.open_image import open_image
+from zpatch.images.opened_image import OpenedImage
+from zpatch.images.placed_image import PlacedImage
 from zpatch.runtime.dask_graphs import Scheduler
 from zpatch.sources.group_read import read_group
 from zpatch.sources.voxel_source import VoxelSource
 from zpatch.sources.voxel_sources import DERIVED_BLOCK_VOXELS
-from zpatch.store.image_record import ImageRecord, Kind
+from zpatch.store.image_record import ImageRecord
 
 T = TypeVar("T")
 
 
-class Image:
+class Image(PlacedImage):
     """Voxels (C, I, J, K) that are read box by box.
 
     ``data`` may be the path of an image in a store, of an OME-Zarr image or Zarr array, or of an uncompressed
@@ -47,8 +49,6 @@ class Image:
     [[[[6, 7]]]]
     """
 
-    kind: ClassVar[Kind] = "scalar"
-
     def __init__(
         self,
         data: Any,
@@ -58,8 +58,10 @@ class Image:
         time: int | None = None,
         channels: Sequence[int] | None = None,
     ) -> None:
-        self._opened = data if isinstance(data, OpenedImage) else open_image(data, axes, time, channels)
-        self._affine = np.array(self._opened.affine if affine is None else affine, dtype=np.float64)
+        opened = data if isinstance(data, OpenedImage) else open_image(data, axes, time, channels)
+        super().__init__(
+            opened, affine=np.array(opened.affine if affine is None else affine, dtype=np.float64)
+        )
         if self._affine.shape != (4, 4):
             raise OptionError(f"affine must be 4 x 4, not of shape {self._affine.shape}")
         self._remembered: dict[Any, Any] = {}
@@ -95,22 +97,6 @@ class Image:
         return self._opened.source
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(C, I, J, K)."""
-        return self.source.shape
-
-    @property
-    def spatial_shape(self) -> Triple:
-        """Extent along I, J, K in voxels."""
-        _, i, j, k = self.shape
-        return i, j, k
-
-    @property
-    def num_channels(self) -> int:
-        """Number of channels."""
-        return self.shape[0]
-
-    @property
     def scaling(self) -> Scaling:
         """Slope, intercept and bounds that turn unscaled voxels into values."""
         return self._opened.scaling
@@ -121,26 +107,12 @@ class Image:
         return self.scaling.dtype_of(self.source.dtype)
 
     @property
-    def affine(self) -> Affine:
-        """Voxel (I, J, K) to mm, 4 x 4."""
-        return self._affine.copy()
-
-    @property
-    def spacing(self) -> tuple[float, float, float]:
-        """Voxel size along I, J, K in mm."""
-        return spacing_mm(self._affine)
-
-    @property
-    def spatial_unit(self) -> str | None:
-        """Unit of the affine's world coordinates: millimeter, unless the source has another."""
-        return self._opened.unit
-
-    @property
     def statistics(self) -> Json:
-        """Statistics of the values, from the store; empty for an image that is in no store, or rescaled."""
-        if self.record is None or self.scaling != Scaling(self.record.slope, self.record.inter):
-            return {}
-        return dict(self.record.stats)
+        """Statistics of the values, from the store; empty for an image that is in no store, or rescaled.
+
+        A resampled image has those of the image that it was made of.
+        """
+        return self._opened.statistics
 
     def read(self, location: PatchLocation, scaled: bool = True) -> Voxels:
         """The values of a box, (C, I, J, K): only the chunks that cover it are read.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
@@ -13,30 +12,18 @@ from typing import Any, Self
 import numpy as np
 
 from zpatch.chunks.scaling import UNSCALED, Scaling
-from zpatch.digests import Json, new_digest, parsed_json
-from zpatch.errors import DamageError, OptionError, SourceError
+from zpatch.digests import Json, new_digest
+from zpatch.errors import DamageError, OptionError
 from zpatch.geometry.affines import Affine
-from zpatch.geometry.boxes import Voxels, reversed_axes
-from zpatch.nifti import header
-from zpatch.runtime.guarded_files import read_document
+from zpatch.geometry.boxes import Triple, Voxels
+from zpatch.resampling.interpolation import Interpolation
 from zpatch.sources import zarr_images
 from zpatch.sources.input_files import map_of, offset_in_file
-from zpatch.sources.lazy_array import ZARR_ERRORS, is_lazy
+from zpatch.sources.resampled_source import ResampledSource
 from zpatch.sources.voxel_source import VoxelSource
-from zpatch.sources.voxel_sources import ArraySource, DaskSource, LazySource, ShardSource, selected
+from zpatch.sources.voxel_sources import ArraySource, DaskSource, LazySource, ShardSource
 from zpatch.store import store
 from zpatch.store.image_record import ImageRecord
-
-_TO_OME_ZARR = "make OME-Zarr of it with 'bioformats2raw FILE FOLDER', and name FOLDER/0"
-_IN_PYTHON = "open it in Python and give the array to zpatch.ScalarImage, or save it as NIfTI or Zarr"
-OTHER_FORMATS = (  # endings of files, what they are, and what to do
-    ((".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vsi", ".czi", ".lif", ".nd2"), "a slide", _TO_OME_ZARR),
-    ((".tif", ".tiff"), "a TIFF image", _TO_OME_ZARR),
-    ((".h5", ".hdf5", ".he5", ".mat"), "an HDF5 file", _IN_PYTHON),
-    ((".npy", ".npz"), "an array of numpy", _IN_PYTHON),
-    ((".ozx", ".zip"), "a zipped Zarr", "unzip it, and name the folder"),
-    ((".dcm", ".ima"), "a DICOM file", "make NIfTI of its folder with 'dcm2niix FOLDER', and convert that"),
-)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,6 +33,7 @@ class OpenedImage:
     ``path`` is their file or folder, in a store or not; None for an array in memory. ``record`` is the
     image's line of the manifest; None for an image that is in no store. ``channel_axis`` says what C counts:
     c for channels, t for time points. ``part`` is the part of a larger image that was chosen, in words.
+    ``base`` is the image whose voxels are resampled to make these; None for one that is not resampled.
     """
 
     source: VoxelSource
@@ -56,6 +44,7 @@ class OpenedImage:
     unit: str | None = "millimeter"
     channel_axis: str = "c"
     part: str = ""
+    base: OpenedImage | None = None
 
     @classmethod
     def of_record(cls, folder: Path, record: ImageRecord) -> Self:
@@ -68,10 +57,43 @@ class OpenedImage:
 
     def derived(self, array: Any) -> Self:
         """The image of a dask array (C, I, J, K) of values that was computed from these voxels."""
-        source = DaskSource.of(_with_channels(array))
+        source = DaskSource.of(with_channels(array))
+        # What is computed of voxels is no longer the voxels of the base.
         is_as_before = self.record is None and source.shape[0] == self.source.shape[0]
         axis = self.channel_axis if is_as_before else "c"  # time points of a store are channels
-        return dataclasses.replace(self, source=source, scaling=UNSCALED, record=None, channel_axis=axis)
+        return dataclasses.replace(
+            self, source=source, scaling=UNSCALED, record=None, channel_axis=axis, base=None
+        )
+
+    def resampled(self, spatial_shape: Triple, matrix: Affine, interpolation: Interpolation) -> Self:
+        """These voxels on another grid; ``matrix`` is voxel of it to voxel of these, 4 x 4.
+
+        Slope and intercept are applied before values are interpolated; where they are picked, the resampled
+        voxels keep them.
+        """
+        keeps = interpolation.keeps_values
+        scaling, left = (UNSCALED, self.scaling) if keeps else (self.scaling, UNSCALED)
+        source = ResampledSource(self.source, spatial_shape, matrix, interpolation, scaling)
+        source.dtype  # noqa: B018  # raises OptionError for voxels that cannot be interpolated
+        axis = "c" if self.record is not None else self.channel_axis
+        return dataclasses.replace(
+            self, source=source, scaling=left, record=None, channel_axis=axis, base=self
+        )
+
+    @property
+    def is_rescaled(self) -> bool:
+        """Whether values were given another scale since they were resampled."""
+        before = self.source.scaling if isinstance(self.source, ResampledSource) else UNSCALED
+        return self.base is not None and before.followed_by(self.scaling) != self.base.scaling
+
+    @property
+    def statistics(self) -> Json:
+        """Statistics of the values, from the store; those of the base for an image that is resampled."""
+        if self.base is not None:
+            return {} if self.is_rescaled else self.base.statistics
+        if self.record is None or self.scaling != Scaling(self.record.slope, self.record.inter):
+            return {}
+        return dict(self.record.stats)
 
     def selected(self, time: int | None = None, channels: Sequence[int] | None = None) -> Self:
         """One time point, or some channels; of an image of time points, ``channels`` are some of these."""
@@ -95,7 +117,7 @@ class OpenedImage:
     def _picked(self, numbers: Sequence[int], named: str) -> Self:
         return dataclasses.replace(
             self,
-            source=selected(self.source, numbers),
+            source=self.source.selected(numbers),
             record=None,
             channel_axis="c",
             part=f"{self.part}, {named}".removeprefix(", "),
@@ -122,6 +144,9 @@ class OpenedImage:
     def identity(self) -> Json:
         """What identifies the values, as far as it is known without reading voxels from files."""
         known: Json = {"shape": self.source.shape, "dtype": self.source.dtype.str}
+        if self.base is not None and isinstance(self.source, ResampledSource):
+            known |= {"base": self.base.identity(), "resampled": self.source.described()}
+            return {**known, "scaling": repr(self.scaling)}
         if self.record is not None:
             known |= dataclasses.replace(self.record, provenance=None).to_json()
         if self.path is not None and not (self.record and self.record.files):
@@ -136,142 +161,16 @@ class OpenedImage:
         return {**known, "scaling": repr(self.scaling)}
 
 
-def open_image(
-    data: Any, axes: str | None = None, time: int | None = None, channels: Sequence[int] | None = None
-) -> OpenedImage:
-    """Open any ``data`` that ``Image`` takes."""
-    if isinstance(data, str | os.PathLike):
-        found = _open_path(Path(data))
-    elif type(data).__module__.startswith("zarr."):
-        found = zarr_images.zarr_image(data)
-    else:
-        found = _of_array(data)
-    if isinstance(found, OpenedImage):
-        return found.selected(time, channels)
-    return _of_zarr(found, axes, time).selected(None, channels)
-
-
-def _of_array(data: Any) -> OpenedImage:
-    if type(data).__module__.startswith("dask."):
-        return OpenedImage(DaskSource.of(_with_channels(data)), np.eye(4))
-    if is_lazy(data):
-        return OpenedImage(_lazy_source(data), np.eye(4))
-    return OpenedImage(ArraySource.of(_with_channels(np.asarray(data))), np.eye(4))
-
-
-def _lazy_source(data: Any) -> LazySource:
-    name = f"{type(data).__module__}.{type(data).__qualname__}"
-    if len(data.shape) not in (3, 4):
-        raise OptionError(f"an image is (I, J, K) or (C, I, J, K), not {name} of shape {tuple(data.shape)}")
-    try:
-        source = LazySource.of(data)
-    except TypeError as error:
-        raise OptionError(
-            f"the dtype of {name} is none of numpy's ({error}); give an array of numpy"
-        ) from None
-    _check_dtype(source.dtype)
-    return source
-
-
-def _open_path(path: Path) -> OpenedImage | zarr_images.ZarrImage:
-    name = path.name.lower()
-    if name.endswith(".nii.gz"):
-        raise SourceError(
-            f"{path}: patches cannot be read from compressed NIfTI; convert it first with "
-            f"'zpatch convert {path.parent} STORE'"
-        )
-    if name.endswith(".nii"):
-        return _of_nifti(header.read_header(path))
-    refuse_other_format(path)
-    if path.is_file():
-        raise SourceError(
-            f"{path}: images are read from .nii files and from folders of Zarr arrays; save it as NIfTI"
-        )
-    found = zarr_images.open_image_folder(path)
-    return OpenedImage.of_record(path, found) if isinstance(found, ImageRecord) else found
-
-
-def refuse_other_format(path: Path) -> None:
-    """Refuse what is known to be no Zarr, NIfTI or store, and say how to make one of it."""
-    name = path.name.lower()
-    for suffixes, what, todo in OTHER_FORMATS:
-        if name.endswith(suffixes) and path.is_file():
-            raise SourceError(f"{path}: it is {what}; {todo}")
-    if name.endswith(".n5") or (path / "attributes.json").is_file():
-        raise SourceError(f"{path}: it is N5; copy it into a Zarr array, and name its folder")
-    if numbers := _images_of_series(path):
-        named = ", ".join(str(path / number) for number in numbers[:4])
-        more = f" ... ({len(numbers)} in all)" if len(numbers) > 4 else ""
-        raise SourceError(f"{path}: it holds a series of images (bioformats2raw); name one: {named}{more}")
-
-
-def _images_of_series(path: Path) -> list[str]:
-    """The names of the images in a folder that bioformats2raw wrote; none for any other folder."""
-    for document in ("zarr.json", ".zattrs"):
-        with contextlib.suppress(*ZARR_ERRORS):
-            attributes = parsed_json(read_document(path / document, follow=True))
-            attributes = attributes.get("attributes", attributes)
-            if "bioformats2raw.layout" in attributes.get("ome", attributes):
-                numbers = [entry.name for entry in path.iterdir() if entry.name.isdecimal()]
-                return sorted(numbers, key=int)
-    return []
-
-
-def _of_nifti(file: header.NiftiFile) -> OpenedImage:
-    if file.compressed or file.colours > 1:
-        raise SourceError(f"{file.path}: only plain, uncompressed voxels can be mapped; convert it first")
-    mapped = np.memmap(
-        file.voxel_path,
-        mode="r",
-        dtype=file.dtype,
-        offset=file.voxel_offset,
-        shape=(1, *file.shape)[-4:],
-    )
-    return OpenedImage(
-        ArraySource.of(reversed_axes(mapped)),
-        file.affine,
-        Scaling(file.slope, file.inter),
-        path=file.voxel_path,
-        unit=file.spatial_unit,
-        channel_axis="t" if file.axes.startswith("t") else "c",
-    )
-
-
-def _of_zarr(image: zarr_images.ZarrImage, axes: str | None, time: int | None) -> OpenedImage:
-    _check_dtype(image.array.dtype)
-    axes = axes or image.axes
-    stored = zarr_images.StoredAxes.of(image.array, axes, time)
-    affine = np.eye(4)
-    for row, name in enumerate("xyz"):
-        number = stored.kept[stored.names.index(name)]
-        if number is not None and image.scale:
-            affine[row, row] = image.scale[number]
-        if number is not None and image.translation:
-            affine[row, 3] = image.translation[number]
-    array = zarr_images.sharded_array_of(image.array, stored)
-    source: VoxelSource
-    if array is not None:
-        source = ShardSource(array, stored.names)
-    else:
-        source = DaskSource.of(zarr_images.dask_array_of(image.array, stored))
-    unit = image.unit if image.scale else "millimeter"
-    folder = zarr_images.folder_of(image.array)
-    opened = OpenedImage(source, affine, path=folder, unit=unit, channel_axis=stored.channel)
-    if time is None or (points := image.array.shape[axes.index("t")] if "t" in axes else 1) == 1:
-        return opened
-    if stored.channel == "t":
-        return opened.selected(time)
-    return dataclasses.replace(opened, part=f"time point {time} of {points}")
-
-
-def _with_channels(array: Any) -> Any:
+def with_channels(array: Any) -> Any:
+    """An array (I, J, K) or (C, I, J, K) as (C, I, J, K). Raises OptionError for any other."""
     if array.ndim not in (3, 4):
         raise OptionError(f"an image is (I, J, K) or (C, I, J, K), not of shape {tuple(array.shape)}")
-    _check_dtype(array.dtype)
+    check_dtype(array.dtype)
     return array if array.ndim == 4 else array[None]
 
 
-def _check_dtype(dtype: np.dtype[Any]) -> None:
+def check_dtype(dtype: np.dtype[Any]) -> None:
+    """Refuse voxels that are no numbers."""
     if dtype.kind not in "biufc":
         raise OptionError(f"an image is of numbers, not of {dtype}")
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Self
 
 from zpatch.digests import Json
 from zpatch.errors import OptionError, UnknownNameError
 from zpatch.geometry.boxes import Triple
+from zpatch.geometry.voxel_grid import Spacing
 from zpatch.images.image import Image
+from zpatch.images.placed_image import PlacedImage
 from zpatch.store.names import check_name
 
 
@@ -77,6 +79,61 @@ class Subject:
         changed = {name: image for name, image in (self._images | images).items() if image is not None}
         return self.of(changed, name=self.name, split=self.split, metadata=self.metadata)
 
+    def resampled(
+        self,
+        spacing: Spacing,
+        *,
+        interpolation: str = "linear",
+        label_interpolation: str = "nearest",
+        antialias: bool = False,
+    ) -> Self:
+        """The subject with all images in voxels of another size, in mm; see ``Image.resampled``.
+
+        Label maps keep their classes, by ``label_interpolation``; ``interpolation`` and ``antialias`` are for
+        the other images. Images of different grids stay so: see ``on_grid_of``.
+
+        >>> import numpy as np
+        >>> from zpatch.images.image import LabelMap, ScalarImage
+        >>> volume = np.zeros((4, 4, 4), np.uint8)
+        >>> subject = Subject(t1=ScalarImage(volume), seg=LabelMap(volume)).resampled(2.0)
+        >>> subject.spatial_shape, subject.t1.dtype, subject.seg.dtype
+        ((2, 2, 2), dtype('float32'), dtype('uint8'))
+        """
+        options = interpolation, label_interpolation, antialias
+        return self._each(lambda image: image.resampled(spacing, **_options(image, *options)))
+
+    def on_grid_of(
+        self,
+        reference: str | PlacedImage,
+        *,
+        interpolation: str = "linear",
+        label_interpolation: str = "nearest",
+        antialias: bool = False,
+    ) -> Self:
+        """The subject with all images on the grid of one of them, or of another image.
+
+        The reference itself stays as it is. Options are those of ``resampled``; raises OptionError for images
+        that do not overlap it in space, and UnknownNameError for an unknown image.
+        """
+        grid = self[reference] if isinstance(reference, str) else reference
+        options = interpolation, label_interpolation, antialias
+        return self._each(
+            lambda image: image if image is grid else image.on_grid_of(grid, **_options(image, *options))
+        )
+
+    def oriented(self, axes: str = "RAS") -> Self:
+        """The subject with the axes of all images permuted and reversed, so that they point to RAS, ..."""
+        return self._each(lambda image: image.oriented(axes))
+
+    def _each(self, fn: Callable[[Image], Image]) -> Self:
+        changed = {}
+        for name, image in self._images.items():
+            try:
+                changed[name] = fn(image)
+            except OptionError as error:
+                raise OptionError(f"{name!r} of subject {self.name!r}: {error}") from None
+        return self.with_images(**changed)
+
     @property
     def spatial_shape(self) -> Triple:
         """Extent along I, J, K in voxels, which all images must share."""
@@ -85,7 +142,8 @@ class Subject:
             listed = ", ".join(f"{k} {image.spatial_shape}" for k, image in self._images.items())
             raise OptionError(
                 f"the images of subject {self.name!r} differ in shape ({listed}); "
-                f"resample them to one grid, or make a subject of the images of one shape"
+                f"put them on one grid, as in subject.on_grid_of({next(iter(self._images))!r}), or make a "
+                f"subject of the images of one shape"
             )
         return shapes.pop()
 
@@ -114,3 +172,10 @@ class Subject:
 
     def __repr__(self) -> str:
         return f"Subject({self.name!r}: {', '.join(self._images)})"
+
+
+def _options(image: Image, interpolation: str, label_interpolation: str, antialias: bool) -> Json:
+    """The options with which an image of a subject is resampled, by its kind."""
+    if image.kind == "label":
+        return {"interpolation": label_interpolation}
+    return {"interpolation": interpolation, "antialias": antialias}

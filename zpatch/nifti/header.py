@@ -13,10 +13,9 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zpatch.errors import NiftiError, OptionError
+from zpatch.errors import NiftiError
 from zpatch.geometry.affines import Affine
 from zpatch.geometry.boxes import padded_to_4d
-from zpatch.geometry.orientation import Orientation
 from zpatch.nifti.gzip_streams import is_gzip, open_bytes
 from zpatch.nifti.header_affine import best_affine
 from zpatch.nifti.signature import (
@@ -174,17 +173,6 @@ def _rows(planes: int, depth: int, *, backwards: bool) -> list[tuple[int, int]]:
     """Number and planes of each row of shards, in the order of the file."""
     rows = [(start // depth, min(depth, planes - start)) for start in range(0, planes, depth)]
     return rows[::-1] if backwards else rows
-
-
-def orientation_to(affine: Affine, codes: str) -> Orientation:
-    """How to turn a volume so that its axes point to ``codes``, as RAS or LPS, in nibabel's sense."""
-    if sorted("RLAPSI".find(code) // 2 for code in codes) != [0, 1, 2]:
-        raise OptionError(f"orient must be three letters as RAS, LPS or PIR, not {codes!r}", option="orient")
-    orientations = nibabel_module().orientations
-    wanted = orientations.axcodes2ornt(tuple(codes))
-    turned = orientations.ornt_transform(orientations.io_orientation(affine), wanted)
-    (i, a), (j, b), (k, c) = turned.astype(int).tolist()
-    return Orientation((i, j, k), (a < 0, b < 0, c < 0))
 
 
 def nibabel_module() -> Any:

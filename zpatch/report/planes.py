@@ -20,8 +20,7 @@ from zpatch.chunks.sharded_array import ShardedArray
 from zpatch.errors import MemoryLimitError
 from zpatch.geometry.affines import spacing_mm
 from zpatch.geometry.boxes import AXIS_NAMES, PatchLocation, Triple, Voxels, padded_to_4d
-from zpatch.geometry.orientation import AS_STORED
-from zpatch.nifti.header import orientation_to
+from zpatch.geometry.orientation import AS_STORED, orientation_to
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.store import sharded_array
 

@@ -2,10 +2,11 @@
 
 In reading order::
 
-    randomness    random numbers as a function of (seed, epoch, subject, draw)
-    patch         Patch and PatchImage: a patch as torch sees it
-    centre_draws  centres drawn exactly by their mass, reading only the drawn chunks
-    centre_maps   label maps and sampling maps that centres are drawn from
-    samplers      UniformSampler, WeightedSampler, LabelSampler
-    grid_sampler  GridSampler: all patches of a grid, as a dataset
+    randomness       random numbers as a function of (seed, epoch, subject, draw)
+    patch            Patch and PatchImage: a patch as torch sees it
+    centre_draws     centres drawn exactly by their mass, reading only the drawn chunks
+    resampled_draws  centres on a resampled map, drawn by the mass of the map that it was made of
+    centre_maps      label maps and sampling maps that centres are drawn from
+    samplers         UniformSampler, WeightedSampler, LabelSampler
+    grid_sampler     GridSampler: all patches of a grid, as a dataset
 """

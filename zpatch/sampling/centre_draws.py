@@ -6,6 +6,10 @@ and drawn again, which leaves exactly the conditional distribution (rejection sa
 After many rejections in a row the mass inside the box is counted instead, once, and drawn from directly. The
 counted mass is kept, but each draw starts with rejections again: it depends on its generator alone, and not
 on the draws before it.
+
+On a resampled map a voxel of the map that it was made of is drawn, and a uniform point inside it; the centre
+is the resampled voxel that contains the point, if the resampled map has mass there. So the probability of a
+resampled voxel is proportional to the mass inside its volume.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from zpatch.geometry.boxes import PatchLocation, Voxels
 from zpatch.store.voxel_index import ChunkGrid, MassTable
 
 MAX_REJECTIONS = 32
+MAX_ROUNDS = 4096  # of rejections, until nothing is thought to be there to be drawn
 MIN_INTERIOR_SHARE = 0.05
 READ_VOXELS = 2**22  # of a map at a time
 
@@ -79,7 +84,7 @@ class AllowedMass:
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Voxels (count, 3) of a chunk, drawn by their masses, and which of them (count,) are allowed."""
         box = self.grid.box(chunk)
-        masses, corner = self._masses_of(voxels), np.array(box.index)
+        masses, corner = self._masses_in(box, voxels), np.array(box.index)
         if self.is_exact:
             masses, corner = self._inside(masses, box), np.maximum(corner, self._allowed.index_ini)
         if not masses.any():
@@ -90,6 +95,10 @@ class AllowedMass:
         drawn = corner + _draw_voxels(masses, count, rng)
         allowed = (drawn >= self._allowed.index_ini) & (drawn < self._allowed.index_fin)
         return drawn, np.asarray(allowed.all(axis=1))
+
+    def _masses_in(self, box: PatchLocation, voxels: Voxels) -> Masses:
+        """The masses (I, J, K) of a chunk's voxels."""
+        return self._masses_of(voxels)
 
     def counted(self, read: ReadChunks) -> AllowedMass:
         """The mass inside the box alone; the first call reads the chunks that the border of the box cuts."""
@@ -125,7 +134,7 @@ def draw_centres(
     masses = [mass for mass, _ in parts]
     centres = [np.empty((count, 3), dtype=np.int64) for _, count in parts]
     pending = [np.arange(count) for _, count in parts]  # the rows of centres that are not drawn yet
-    for attempt in range(MAX_REJECTIONS + 1):
+    for attempt in range(MAX_ROUNDS):
         for n, mass in enumerate(masses):
             if pending[n].size and (attempt == MAX_REJECTIONS or mass.is_hopeless):
                 masses[n] = mass.counted(read)
@@ -134,7 +143,10 @@ def draw_centres(
         if not any(rows.size for rows in pending):
             break
         pending = _draw_round(masses, centres, pending, read, rng)
-    return [None if mass.is_empty else drawn for mass, drawn in zip(masses, centres, strict=True)]
+    return [
+        None if mass.is_empty or rows.size else drawn
+        for mass, rows, drawn in zip(masses, pending, centres, strict=True)
+    ]
 
 
 def _draw_round(

@@ -17,7 +17,8 @@ from zpatch.errors import SamplingError
 from zpatch.geometry.boxes import PatchLocation, Voxels
 from zpatch.images.image import Image
 from zpatch.runtime.recent import Recent
-from zpatch.sampling.centre_draws import AllowedMass
+from zpatch.sampling.centre_draws import AllowedMass, MassesOf
+from zpatch.sampling.resampled_draws import ResampledMap, ResampledMass
 from zpatch.store.voxel_index import (
     ChunkGrid,
     MassTable,
@@ -36,24 +37,36 @@ Map = TypeVar("Map", bound="_Map")
 
 
 class _Map:
-    """An image to draw from, with the allowed masses that were asked for before."""
+    """An image to draw from, with the allowed masses that were asked for before.
+
+    Chunks are those of the image that it was resampled from, if it was.
+    """
 
     def __init__(self, image: Image) -> None:
-        self._image = image
-        i, j, k = (min(n, c) for n, c in zip(image.spatial_shape, image.source.chunk_shape, strict=True))
-        self.grid = ChunkGrid(image.spatial_shape, (i, j, k))
+        self._image, sources = image.root
+        root = self._image
+        i, j, k = (min(n, c) for n, c in zip(root.spatial_shape, root.source.chunk_shape, strict=True))
+        self.grid = ChunkGrid(root.spatial_shape, (i, j, k))
+        self._resampled = None if root is image else ResampledMap(image, root, sources)
         self._allowed_masses: dict[Any, AllowedMass] = {}
 
     def read(self, boxes: Sequence[PatchLocation]) -> list[Voxels]:
         """The values (C, I, J, K) of some chunks."""
         return self._image.read_group(boxes)
 
-    def _kept(self, key: Any, make: Callable[[], AllowedMass]) -> AllowedMass:
-        if key not in self._allowed_masses:
+    def _mass_within(
+        self, key: Any, allowed: PatchLocation, table: Callable[[], MassTable], masses_of: MassesOf
+    ) -> AllowedMass:
+        """The mass of a class, or of all weights, among the allowed centres; kept for the same ``key``."""
+        if (key, allowed) not in self._allowed_masses:
             if len(self._allowed_masses) >= MAX_BOXES:
                 self._allowed_masses.clear()
-            self._allowed_masses[key] = make()
-        return self._allowed_masses[key]
+            if self._resampled is None:
+                mass = AllowedMass(table(), self.grid, allowed, masses_of)
+            else:
+                mass = ResampledMass(table(), self.grid, allowed, masses_of, self._resampled)
+            self._allowed_masses[key, allowed] = mass
+        return self._allowed_masses[key, allowed]
 
 
 class LabelClasses(_Map):
@@ -61,7 +74,7 @@ class LabelClasses(_Map):
 
     def __init__(self, image: Image) -> None:
         super().__init__(image)
-        self._table = None
+        self._table, image = None, self._image
         if image.kind == "label" and image.folder and image.record:
             self._table = read_label_table(image.folder, image.record.files)
         self._masses: dict[int | None, MassTable] = {}
@@ -72,10 +85,8 @@ class LabelClasses(_Map):
 
     def allowed_mass(self, label: int | None, allowed: PatchLocation) -> AllowedMass:
         """The voxels of a class among the allowed centres, each of mass 1."""
-        return self._kept(
-            (label, allowed),
-            lambda: AllowedMass(self._mass(label), self.grid, allowed, partial(self._members, label)),
-        )
+        table, members = partial(self._mass, label), partial(self._members, label)
+        return self._mass_within(label, allowed, table, members)
 
     def _mass(self, label: int | None) -> MassTable:
         if label not in self._masses:
@@ -107,7 +118,7 @@ class WeightMap(_Map):
         super().__init__(image)
         if image.num_channels != 1:
             raise SamplingError(f"{where} has {image.num_channels} channels; a map has one")
-        self._where = where
+        self._where, image = where, self._image
         if image.kind == "sampling" and image.folder and image.record:
             self._mass = sum_table(read_weight_sums(image.folder, image.record.files))
         else:
@@ -117,7 +128,7 @@ class WeightMap(_Map):
 
     def allowed_mass(self, allowed: PatchLocation) -> AllowedMass:
         """The weights of the allowed centres."""
-        return self._kept(allowed, lambda: AllowedMass(self._mass, self.grid, allowed, self._weights))
+        return self._mass_within(None, allowed, lambda: self._mass, self._weights)
 
     def _weights(self, voxels: Voxels) -> Voxels:
         check_weights(voxels, self._where)
@@ -138,7 +149,9 @@ def weight_map(image: Image, where: str) -> WeightMap:
 
 
 def _map_of(image: Image, kind: type[Map], make: Callable[[], Map]) -> Map:
-    if image.folder and image.record:
-        found: Map = _recent.get((kind, image.folder, image.record.contents, image.scaling), make)
+    root, _ = image.root
+    if root.folder and root.record:
+        grid = None if root is image else (image.identity(), image.spatial_shape)
+        found: Map = _recent.get((kind, root.folder, root.record.contents, root.scaling, grid), make)
         return found
     return image.remembered(kind, make)

@@ -52,6 +52,9 @@ class VoxelSource(Protocol):
         """The tasks of requests to sources of this class; a class may let requests share work."""
         return [each.source.tasks(each.boxes, each.outs, each.scaling, parts) for each in requests]
 
+    def selected(self, channels: Sequence[int]) -> VoxelSource:
+        """A source of some channels, in this order."""
+
     def marks(self) -> tuple[FileMark, ...]:
         """The marks of the files that tell whether the voxels are still there; may read metadata files."""
         return ()
@@ -90,6 +93,10 @@ class WrappedSource(VoxelSource):
     ) -> ReadTasks:
         """The source's own tasks."""
         return self.source.tasks(boxes, outs, scaling, parts)
+
+    def selected(self, channels: Sequence[int]) -> VoxelSource:
+        """The source's own source of some channels."""
+        return self.source.selected(channels)
 
     def marks(self) -> tuple[FileMark, ...]:
         """The source's own marks."""

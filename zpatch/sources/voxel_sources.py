@@ -58,6 +58,11 @@ class _ArrayLike(VoxelSource):
         dtype: np.dtype[Any] = self.array.dtype.newbyteorder("=")
         return dtype
 
+    def selected(self, channels: Sequence[int]) -> VoxelSource:
+        """The source of some channels, in this order. Chunks that hold no others are not read."""
+        known = range(self.shape[0]) if self.channels is None else self.channels
+        return dataclasses.replace(self, channels=tuple(known[number] for number in channels))
+
 
 @dataclass(frozen=True, slots=True)
 class ShardSource(_ArrayLike):
@@ -119,7 +124,7 @@ class ShardSource(_ArrayLike):
         blocks = [self.shape[0], *(self.array.shards[axis] for axis in self._order[1:])]
         if block_voxels is not None:
             blocks[1:] = [max(1, block_voxels // n) * n for n in self.chunk_shape]
-        return _dask_view(self, blocks)
+        return dask_view(self, blocks)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -169,7 +174,7 @@ class ArraySource(_ArrayLike):
 
     def dask(self, block_voxels: int | None = None) -> Any:
         """A dask array in blocks of 128 voxels a side."""
-        return _dask_view(self, [self.shape[0], *(block_voxels or 128,) * 3])
+        return dask_view(self, [self.shape[0], *(block_voxels or 128,) * 3])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -245,17 +250,13 @@ class DaskSource(_ArrayLike):
         """The tasks of several expressions, optimised together: shared blocks are computed once."""
         return [_derived_tasks(requests)]
 
+    def selected(self, channels: Sequence[int]) -> VoxelSource:
+        """The source of the expression for some channels."""
+        return DaskSource.of(self.array[list(channels)])
+
     def dask(self, block_voxels: int | None = None) -> Any:
         """The expression itself."""
         return self.array
-
-
-def selected(source: VoxelSource, channels: Sequence[int]) -> VoxelSource:
-    """A source of some channels of another one, in this order. Chunks that hold no others are not read."""
-    if isinstance(source, _ArrayLike) and not isinstance(source, DaskSource):
-        known = range(source.shape[0]) if source.channels is None else source.channels
-        return dataclasses.replace(source, channels=tuple(known[number] for number in channels))
-    return DaskSource.of(source.dask()[list(channels)])
 
 
 def _runs(channels: Sequence[int]) -> Iterator[tuple[range, slice]]:
@@ -320,7 +321,8 @@ def _put(
     scaling.write(np.asarray(finish(blocks, *extra)), out)
 
 
-def _dask_view(source: VoxelSource, blocks: Sequence[int]) -> Any:
+def dask_view(source: VoxelSource, blocks: Sequence[int]) -> Any:
+    """A dask array of a source, in blocks of some extent (C, I, J, K)."""
     import dask.array as da
 
     chunks = tuple(min(n, b) for n, b in zip(source.shape, blocks, strict=True))
