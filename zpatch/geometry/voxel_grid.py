@@ -62,9 +62,14 @@ class VoxelGrid:
         return VoxelGrid((i, j, k), self.affine @ matrix)
 
     def spacing_matrix(self, spacing: Spacing) -> Affine:
-        """Voxel of the grid with another spacing to voxel of this one, 4 x 4."""
+        """Voxel of the grid with another spacing to voxel of this one, 4 x 4.
+
+        A spacing that only rounding makes another one is the same: no voxel moves by more than 1e-4 voxels.
+        """
         wanted = checked_spacing(spacing, self.spacing)
-        factors = [t / s for t, s in zip(wanted, self.spacing, strict=True)]
+        factors = []
+        for t, s, n in zip(wanted, self.spacing, self.shape, strict=True):
+            factors.append(1.0 if abs(t / s - 1) * n <= SAME_PLACE else t / s)
         matrix = np.diag([*factors, 1.0])
         matrix[:3, 3] = [factor / 2 - 0.5 for factor in factors]
         return matrix
@@ -117,7 +122,7 @@ def format_spacing(spacing: Sequence[float]) -> str:
 
 def snapped(matrix: Affine, shape: Triple) -> Affine:
     """A matrix in which numbers that are whole, but for rounding, are; for the voxels of a shape."""
-    found, extent = matrix.copy(), np.array(shape) - 1.0
+    found, extent = matrix.copy(), np.maximum(np.array(shape) - 1.0, 1.0)
     for axis in range(3):
         row = found[axis]
         main = int(np.argmax(np.abs(row[:3])))
