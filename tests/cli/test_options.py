@@ -16,7 +16,7 @@ import zpatch.cli
 from zpatch.chunks.codec import CODECS
 from zpatch.cli import COMMANDS
 from zpatch.cli.options import flag_of, with_flags
-from zpatch.conversion.conversion_options import AFFINES, FORMATS, ConvertOptions
+from zpatch.conversion.conversion_options import AFFINES, FORMATS, INTERPOLATIONS, ConvertOptions
 from zpatch.conversion.nifti_export import SUFFIXES, plan_export
 from zpatch.errors import OptionError
 
@@ -46,7 +46,7 @@ def wrong(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (("--orient", "RAS", "--pyramid"), "--orient and --pyramid cannot be combined yet; leave one out"),
+        (("--antialias",), "--antialias is for resampling; say --spacing too"),
         (("--orient", "RAX"), "--orient must be three letters as RAS, LPS or PIR, not 'RAX'"),
     ],
 )
@@ -164,6 +164,7 @@ def choices_and_defaults(name: str) -> dict[str, tuple[list[str] | None, Any]]:
 def test_convert_has_the_options_choices_and_defaults_of_the_function() -> None:
     shown = choices_and_defaults("convert")
     allowed = {"format": list(FORMATS), "codec": list(CODECS), "affine": list(AFFINES)}
+    allowed["interpolation"] = list(INTERPOLATIONS)
     for field in dataclasses.fields(ConvertOptions):
         choices, default = shown.pop(field.name)
         assert choices == allowed.get(field.name)

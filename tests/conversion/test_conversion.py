@@ -19,10 +19,11 @@ from zpatch.conversion.case_staging import label_dtype
 from zpatch.conversion.conversion import run_conversion
 from zpatch.conversion.conversion_options import ConvertOptions
 from zpatch.conversion.conversion_plan import ConversionPlan, plan_conversion
-from zpatch.conversion.fingerprints import fingerprint
+from zpatch.conversion.source_files import fingerprint
 from zpatch.digests import unsealed
 from zpatch.errors import MemoryLimitError, OptionError, SourceError
 from zpatch.nifti import header
+from zpatch.store import store_writer
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.names import MANIFEST
 
@@ -542,3 +543,25 @@ def test_an_unexpected_error_fails_its_case_only(
     assert [record.subject for record in report.records] == ["a"]
     [failure] = report.failures
     assert failure.reason.startswith(f"{source / 'b' / 'seg.nii'}: unexpected ZeroDivisionError: odd; leave")
+
+
+def test_an_interrupted_commit_leaves_nothing_of_its_subject(
+    cohort_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = store_writer.append_lines
+    entered: list[str] = []
+
+    def interrupted(path: Path, *lines: Any) -> None:
+        entered.extend(line["document"] for line in lines if "document" in line)
+        if len(set(entered)) == 3:  # that of the store, and those of two subjects
+            raise KeyboardInterrupt
+        written(path, *lines)
+
+    monkeypatch.setattr(store_writer, "append_lines", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        zp.convert(cohort_source, tmp_path / "a.zarr")
+    report = zp.verify(tmp_path / "a.zarr")
+    assert (report.damages, report.leftovers) == ((), ())
+    monkeypatch.undo()
+    zp.convert(cohort_source, tmp_path / "a.zarr")
+    assert zp.verify(tmp_path / "a.zarr").ok

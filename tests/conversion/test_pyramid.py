@@ -13,7 +13,6 @@ import zarr
 import zpatch as zp
 from zpatch.chunks.levels import halve
 from zpatch.conversion import conversion_options
-from zpatch.errors import OptionError
 
 
 @pytest.mark.parametrize("shape", [(70, 66, 131), (130, 3, 70), (65, 66, 67, 3)])
@@ -48,6 +47,17 @@ def test_each_stored_level_is_the_finer_one_halved(
     assert zp.verify(tmp_path / "a.zarr").ok
 
 
-def test_a_pyramid_of_turned_volumes_is_refused(cohort_source: Path, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="orient= and pyramid= cannot be combined"):
-        zp.convert(cohort_source, tmp_path / "a.zarr", pyramid=True, orient="RAS")
+@pytest.mark.parametrize("codes", ["RAS", "PIL", "SRA"])
+def test_a_turned_volume_has_the_levels_of_what_is_stored(
+    codes: str, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    source, affine = tmp_path / "source" / "a", np.diag([-1.0, 2, 3, 1])
+    source.mkdir(parents=True)
+    nib.save(nib.Nifti1Image(rng.integers(0, 9, (70, 3, 131)).astype(np.int16), affine), source / "t1.nii.gz")
+    zp.convert(source.parent, tmp_path / "a.zarr", pyramid=True, orient=codes, chunk=16)
+    group = zarr.open_group(tmp_path / "a.zarr" / "a" / "t1", mode="r")
+    levels = [np.asarray(group[name][:])[None] for name in sorted(group) if name.isdecimal()]
+    assert len(levels) == 3
+    for above, found in itertools.pairwise(levels):
+        np.testing.assert_array_equal(found, halve(above, majority=False))
+    assert zp.verify(tmp_path / "a.zarr").ok

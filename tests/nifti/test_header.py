@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from zpatch.chunks.layout import Layout, plan_layout
 from zpatch.conversion.conversion_options import ConvertOptions
 from zpatch.conversion.conversion_plan import plan_conversion
-from zpatch.conversion.fingerprints import fingerprint
+from zpatch.conversion.source_files import fingerprint
 from zpatch.errors import NiftiError
 from zpatch.nifti.header import NiftiFile, read_header
 from zpatch.nifti.writer import make_header, write_nifti

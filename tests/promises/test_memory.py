@@ -44,10 +44,11 @@ CONVERT = """
 from zpatch.conversion.conversion_plan import ConvertOptions, plan_conversion
 from zpatch.conversion.conversion import run_conversion
 
-small, source, store = map(Path, sys.argv[1:])
-run_conversion(plan_conversion(small, ConvertOptions()), store.with_name("small.zarr"))
+small, source, store = map(Path, sys.argv[1:4])
+options = ConvertOptions.of(**json.loads(sys.argv[4] if sys.argv[4:] else "{}"))
+run_conversion(plan_conversion(small, options), store.with_name("small.zarr"))
 before = start()
-plan = plan_conversion(source, ConvertOptions())
+plan = plan_conversion(source, options)
 run_conversion(plan, store)
 print(json.dumps({"growth": status("VmHWM") - before, "stated": plan.peak_bytes}))
 """
@@ -56,6 +57,7 @@ READ = """
 import zpatch as zp
 
 subject = zp.Cohort(sys.argv[1])[0]
+subject = subject.resampled(float(sys.argv[2])) if sys.argv[2:] else subject
 list(zp.UniformSampler(64)(subject, 2, rng=0))
 before = status("RssAnon")
 most = 0
@@ -83,7 +85,7 @@ print(json.dumps({"growth": status("VmHWM") - before}))
 """
 
 
-def measured(program: str, *arguments: Path) -> dict[str, int]:
+def measured(program: str, *arguments: Path | str) -> dict[str, int]:
     """The output of a program in a process of its own."""
     ran = forked.run(MEASURE + program, *arguments, malloc={forked.M_ARENA_MAX: 2})
     assert ran.returncode == 0, ran.stderr
@@ -160,6 +162,30 @@ def test_reading_patches_takes_memory_only_for_the_patches_in_use(
     store, _ = converted
     figures = measured(READ, store)
     assert figures["growth"] < 2 * 16 * figures["patch"] < VOLUME_BYTES / 32  # 16 are read together
+
+
+@pytest.mark.parametrize(
+    "options", ['{"spacing": 1.3}', '{"spacing": [0.8, 1, 0.7], "interpolation": "cubic", "orient": "LPI"}']
+)
+def test_resampling_takes_the_memory_of_its_plan_whatever_the_volume(options: str, tmp_path: Path) -> None:
+    stated = []
+    for planes in (192, 768):
+        small = case(tmp_path / f"small{planes}", (64, 64, 64), ".nii.gz")
+        source = case(tmp_path / f"source{planes}", (256, 256, planes), ".nii.gz")
+        figures = measured(CONVERT, small, source, tmp_path / f"{planes}.zarr", options)
+        assert 0 < figures["growth"] <= figures["stated"]
+        stated.append(figures["stated"])
+    assert stated[1] < stated[0] * 1.05  # a plane more may lie under one of more slabs
+
+
+def test_reading_resampled_patches_takes_memory_only_for_the_boxes_under_them(
+    converted: tuple[Path, dict[str, int]],
+) -> None:
+    store, _ = converted
+    figures = measured(READ, store, "1.3")
+    assert (
+        figures["growth"] < 6 * 16 * figures["patch"] < VOLUME_BYTES / 5
+    )  # each box under one is 2.2 times it
 
 
 def test_a_prediction_takes_memory_for_its_front_and_not_for_the_volume(tmp_path: Path) -> None:

@@ -241,7 +241,7 @@ def test_a_worker_that_hangs_is_an_error_that_names_it_and_its_subject(
     if not full and start_method != "fork":
         pytest.skip("start methods that start slowly need --full")
     hanging = Deadly(tmp_path / "hung", "hang")
-    options: dict[str, Any] = {"num_workers": 2, "timeout": 1 if start_method == "fork" else 6}
+    options: dict[str, Any] = {"num_workers": 2, "timeout": 1 if start_method == "fork" else 30}
     with (
         pytest.raises(QueueError, match="a worker of the queue gave nothing for") as raised,
         queue_of(transform=hanging, start_method=start_method, **options) as queue,

@@ -68,7 +68,7 @@ TIMES_OF_FILES = {
     "chunks/file_mark.py",
     "chunks/mapped_shards.py",
     "compat/nifti_cache.py",
-    "conversion/fingerprints.py",
+    "conversion/source_files.py",
     "sources/input_files.py",
     "images/opened_image.py",
     "store/image_record.py",

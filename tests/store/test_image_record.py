@@ -17,7 +17,7 @@ from zpatch.chunks.codec import CODECS, check_codec
 from zpatch.chunks.levels import plan_levels
 from zpatch.digests import FileSeal, check_seal, compact_json, digest, sealed_line, unsealed
 from zpatch.errors import DamageError, OptionError, SourceError
-from zpatch.store import image_record
+from zpatch.store import staged_image
 from zpatch.store.image_record import ImageRecord, Provenance, SourceFingerprint
 from zpatch.store.names import check_name, check_names_differ
 
@@ -277,7 +277,7 @@ def test_sizes_are_those_of_the_voxels_and_of_the_files() -> None:
 
 def multiscale(record: ImageRecord) -> tuple[list[dict[str, Any]], list[float], list[float]]:
     """Axes, scale and translation in the OME-Zarr metadata."""
-    (found,) = image_record.ome_attributes(record)["multiscales"]
+    (found,) = staged_image.ome_attributes(record)["multiscales"]
     (dataset,) = found["datasets"]
     scale, translation = dataset["coordinateTransformations"]
     assert (scale["type"], translation["type"]) == ("scale", "translation")
@@ -287,7 +287,7 @@ def multiscale(record: ImageRecord) -> tuple[list[dict[str, Any]], list[float], 
 @given(records())
 def test_ome_metadata_is_valid_for_ome_zarr_models_and_as_json(record: ImageRecord) -> None:
     with np.errstate(over="ignore"):
-        attributes = image_record.ome_attributes(record)
+        attributes = staged_image.ome_attributes(record)
     compact_json(attributes)
     assert ImageAttrs.model_validate(attributes).get_array_paths() == ["0"]
 
@@ -315,7 +315,7 @@ def test_levels_have_the_scale_of_the_axes_that_were_halved_and_the_centres_of_t
     record = a_record(shape=(2, 1, 300), chunks=(2, 1, 32), shards=(2, 1, 320))
     levels = plan_levels(record.shape, record.chunks, record.shards)
     record = dataclasses.replace(record, levels=levels, affine=a_diagonal(1.0, 3.0, 5.0))
-    [found] = image_record.ome_attributes(record)["multiscales"]
+    [found] = staged_image.ome_attributes(record)["multiscales"]
     datasets = [dataset["coordinateTransformations"] for dataset in found["datasets"]]
     assert [level.shape for level in levels] == [(1, 1, 150), (1, 1, 75), (1, 1, 38)]
     assert [scale["scale"] for scale, _ in datasets] == [[5, 3, 1], [10, 3, 2], [10, 3, 4], [10, 3, 8]]
@@ -324,21 +324,21 @@ def test_levels_have_the_scale_of_the_axes_that_were_halved_and_the_centres_of_t
 
 
 def test_label_maps_are_marked_with_a_colour_for_each_label() -> None:
-    assert "image-label" not in image_record.ome_attributes(a_record())
+    assert "image-label" not in staged_image.ome_attributes(a_record())
     stats = {"labels": {"0": 5, "3": 1, "12": 2}}
-    label = image_record.ome_attributes(a_record(kind="label", dtype="|u1", stats=stats))["image-label"]
+    label = staged_image.ome_attributes(a_record(kind="label", dtype="|u1", stats=stats))["image-label"]
     assert [colour["label-value"] for colour in label["colors"]] == [0, 3, 12]
     [none, *others] = [colour["rgba"] for colour in label["colors"]]
     assert none == [0, 0, 0, 0]
     assert all(0 <= part <= 255 for colour in others for part in colour)
-    one = image_record.ome_attributes(a_record(kind="label", stats={"labels": {"12": 2}}))["image-label"]
+    one = staged_image.ome_attributes(a_record(kind="label", stats={"labels": {"12": 2}}))["image-label"]
     assert one["colors"] == label["colors"][2:]  # the same colour in every image
 
 
 @pytest.mark.parametrize("labels", [{}, {"0": 9}, {str(n): 1 for n in range(300)}])
 def test_a_label_map_without_labels_or_with_too_many_has_no_colours(labels: dict[str, int]) -> None:
     record = a_record(kind="label", dtype="<u2", stats={"labels": labels})
-    assert image_record.ome_attributes(record)["image-label"] == {"version": "0.5"}
+    assert staged_image.ome_attributes(record)["image-label"] == {"version": "0.5"}
 
 
 def test_a_record_without_provenance_is_written_as_before_it_was_known() -> None:
@@ -369,7 +369,7 @@ def test_an_unknown_unit_is_left_out() -> None:
 def test_an_invalid_voxel_size_is_written_as_one(spacing: float) -> None:
     record = a_record(affine=a_diagonal(spacing, 3.0, 4.0))
     assert multiscale(record)[1] == [4.0, 3.0, 1.0]
-    compact_json(image_record.ome_attributes(record))
+    compact_json(staged_image.ome_attributes(record))
 
 
 def test_an_origin_that_is_not_a_number_is_written_as_zero() -> None:

@@ -13,6 +13,7 @@ from zpatch.cli import EXIT_SOME_FAILED
 from zpatch.cli.options import (
     STORE,
     Bytes,
+    Millimetres,
     cluster_timeout_option,
     exclude_option,
     in_flags,
@@ -76,6 +77,19 @@ if TYPE_CHECKING:
 @click.option(
     "--orient", metavar="CODES", help="Turn volumes so that their axes point to RAS, say; export turns back."
 )
+@click.option(
+    "--spacing",
+    type=Millimetres(),
+    help="Resample images to voxels of this size in mm: 1, or 1x1x3 along I, J, K, after --orient.",
+)
+@click.option(
+    "--interpolation",
+    type=click.Choice(["linear", "cubic"]),
+    default="linear",
+    show_default=True,
+    help="For --spacing; label maps get the nearest voxel.",
+)
+@click.option("--antialias", is_flag=True, help="For --spacing: smooth the axes whose voxels grow.")
 @click.option("--pyramid", is_flag=True, help="Add coarser levels for viewers, each half of the one before.")
 @click.option("--limit", type=click.IntRange(1), help="Convert at most this many cases.")
 @click.option("--strict", is_flag=True, help="Let a warning fail its case.")
@@ -184,7 +198,7 @@ def _print_plan(plan: ConversionPlan, json: bool) -> None:
         return
     rows: list[tuple[str, ...]] = [("subject", "image", "kind", "shape", "dtype", "shards", "file")]
     for image in plan.images:
-        shape = "x".join(map(str, image.file.dims))
+        shape = "x".join(map(str, image.dims))
         where = str(image.source.path)
         rows.append(
             (image.subject, image.source.name, image.source.kind, shape, str(image.file.dtype),

@@ -47,7 +47,8 @@ def export_command(
     """Write images of STORE as NIfTI files DEST/<subject>/<image>.nii.gz.
 
     If DEST ends in .nii or .nii.gz, a single image is written to that file. Converted images keep the
-    voxels, header, affine, slope and extensions of their source files.
+    voxels, header, affine, slope and extensions of their source files; of those that were converted with
+    --spacing the stored voxels are written, under a header that says so.
 
     \b
     Examples:
@@ -71,3 +72,5 @@ def export_command(
     for exported in planned:
         click.echo(exported.path)
     say(f"{len(planned)} images, {format_bytes(total)} of voxels")
+    if resampled := sum(exported.record.resampled is not None for exported in planned):
+        say(f"{resampled} of them were resampled as they were converted: they are on the grid of the store")

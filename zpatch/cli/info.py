@@ -45,7 +45,7 @@ def info_command(store: Path, include: tuple[str, ...], limit: int, json: bool) 
         print_json({"store": str(store), **opened.attributes, "images": [_as_json(r) for r in records]})
         return
     show(_headline(opened, records))
-    for line in _origins(records):
+    for line in (*_resampled(records), *_origins(records)):
         show(line)
     if records:
         show()
@@ -93,6 +93,26 @@ def _origins(records: Sequence[ImageRecord]) -> list[str]:
     return [
         f"predicted by {name} ({path or 'in memory'}) from {common_folder(paths) or 'memory'}, by zpatch {by}"
         for (name, path, by), paths in inputs.items()
+    ]
+
+
+def _resampled(records: Sequence[ImageRecord]) -> list[str]:
+    """A line for each kind of resampling: how it was done, and the voxel sizes of the files."""
+    import numpy as np
+
+    from zpatch.geometry.affines import spacing_mm
+    from zpatch.geometry.voxel_grid import format_spacing
+
+    files: dict[str, set[str]] = {}
+    for record in records:
+        if (made := record.resampled) is not None:
+            antialias = ", antialiased" if made.antialias else ""
+            how = f"to {format_spacing(made.spacing)} mm ({made.interpolation}{antialias})"
+            shape, spacing = "x".join(map(str, made.shape)), spacing_mm(np.array(made.affine))
+            files.setdefault(how, set()).add(f"{shape} of {format_spacing(spacing)}")
+    return [
+        f"resampled {how} from {', '.join(sorted(natives)[:3])}{', ...' if len(natives) > 3 else ''} mm"
+        for how, natives in files.items()
     ]
 
 

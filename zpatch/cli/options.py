@@ -31,6 +31,26 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]
             self.fail(str(error), param, ctx)
 
 
+class Millimetres(click.ParamType):  # type: ignore[type-arg]
+    """One voxel size in mm or three, as ``1.5`` or ``1x1x3``."""
+
+    name = "mm"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        """Parse a value."""
+        if isinstance(value, tuple):  # click may give a value that was parsed before
+            return value
+        try:
+            numbers = tuple(float(part) for part in str(value).replace(",", "x").split("x"))
+        except ValueError:
+            numbers = ()
+        if len(numbers) not in (1, 3) or not all(0 < number < float("inf") for number in numbers):
+            self.fail(f"{value!r} is not one voxel size in mm or three, as 1.5 or 1x1x3", param, ctx)
+        return numbers if len(numbers) == 3 else numbers * 3
+
+
 class Voxels(click.ParamType):  # type: ignore[type-arg]
     """One integer or three with commas, as ``96`` or ``128,128,32``."""
 

@@ -4,11 +4,11 @@ In reading order::
 
     conversion_options  the options of a conversion, checked, and the memory that follows from them
     cases               a case and its images, as data; names and kinds of images
-    source_files        the NIfTI files in source folders, by their names
+    source_files        the NIfTI files of a source: found by name, known again by their fingerprints
     case_lists          cases listed in a file: JSON datalists (MSD, MONAI), CSV, TSV
     folder_conventions  cases found by folder names: BIDS, nnU-Net, plain folders
     discovery           the cases of a source: its convention is detected, and all names are checked
-    fingerprints        by which a source file that has changed since its conversion is found
+    slab_resampler      slabs of a file -> slabs of another voxel size
     conversion_plan     the cases, the layout of each image, and the memory of a conversion
     pyramid             coarser levels for viewers, built slab by slab
     case_staging        one case: NIfTI slabs into shards of staged images

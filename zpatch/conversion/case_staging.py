@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,13 +18,14 @@ from zpatch.chunks.layout import Layout, chunk_counts
 from zpatch.chunks.levels import plan_levels
 from zpatch.conversion.conversion_options import ConvertOptions
 from zpatch.conversion.conversion_plan import Failure, PlannedCase, PlannedImage, unexpected
-from zpatch.conversion.fingerprints import fingerprint
-from zpatch.conversion.pyramid import PyramidBuilder
+from zpatch.conversion.pyramid import PyramidBuilder, write_levels
+from zpatch.conversion.source_files import fingerprint
 from zpatch.errors import NiftiError, SamplingError, SourceError, StoreError, one_line
 from zpatch.geometry.boxes import padded_to_4d
 from zpatch.geometry.orientation import Orientation
 from zpatch.nifti import header
-from zpatch.nifti.header import NiftiFile, Warn
+from zpatch.nifti.header import NiftiFile, Slab, Warn
+from zpatch.nifti.writer import resampled_header
 from zpatch.runtime.byte_sizes import format_bytes
 from zpatch.runtime.task_contract import Progress
 from zpatch.runtime.tasks import read_ahead
@@ -83,14 +85,17 @@ def stage_case(task: CaseTask, progress: Progress) -> StagedCase:
 
 def _stage_image(image: PlannedImage, task: CaseTask, stage: StagedImage, progress: Progress) -> ImageRecord:
     file, layout = image.file, image.layout
-    dtype = label_dtype(file, layout) if image.source.kind == "label" else file.channel_dtype
-    record = _record_of(image, task, dtype)
+    dtype = label_dtype(file, layout) if image.source.kind == "label" else image.dtype
+    raw_header = header.read_header(file.path).raw_header
+    record = _record_of(image, task, dtype, raw_header)
     writer = ImageWriter(stage, record, str(file.path))
     warnings = list(image.warnings)
     with ThreadPoolExecutor(1, thread_name_prefix="zpatch-fingerprint") as pool:
         source = pool.submit(fingerprint, image.source.path, task.folder)
         _stream(image, record, writer, warnings.append, progress)
-        record = writer.finish(header.read_header(file.path).raw_header, warnings, source=source.result())
+        if image.grid is not None:
+            raw_header = resampled_header(raw_header, image.grid.grid.shape, dtype, image.affine)
+        record = writer.finish(raw_header, warnings, source=source.result())
     if task.options.strict and record.warnings:
         raise SourceError(f"{file.path}: {record.warnings[0]} (strict=True)")
     return record
@@ -101,23 +106,36 @@ def _stream(
 ) -> None:
     """Write the voxels of the file to shards, a slab at a time."""
     turn, dtype = record.orientation, np.dtype(record.dtype)
-    pyramid = PyramidBuilder(writer.stage, record)
-    for slab in read_ahead(image.file.slabs(image.layout.slab_extent, warn, backwards=turn.flips[2])):
+    pyramid = PyramidBuilder(writer.stage, record) if turn.is_identity else None
+    for slab in read_ahead(_slabs(image, warn, backwards=turn.flips[2])):
         voxels = turn.turn(slab.voxels.astype(dtype, copy=False))
         for shard, part in _shards_of(record, slab.shard, voxels):
             writer.add_shard(shard, part)
-        pyramid.feed(voxels, slab.shard[0])
-        progress(slab.voxels.nbytes)
+        if pyramid is not None:
+            pyramid.feed(voxels, slab.shard[0])
+        progress(round(image.file.voxel_bytes * slab.voxels.size / math.prod(image.shape)))
+    if pyramid is None:
+        write_levels(writer.stage, record)
 
 
-def _record_of(image: PlannedImage, task: CaseTask, dtype: np.dtype[Any]) -> ImageRecord:
+def _slabs(image: PlannedImage, warn: Warn, *, backwards: bool) -> Iterator[Slab]:
+    """The voxels to store, with the axes of the file, one row of shards at a time."""
+    file, extent, grid = image.file, image.layout.slab_extent, image.grid
+    if grid is None:
+        return file.slabs(extent, warn, backwards=backwards)
+    source = read_ahead(file.slabs(grid.source_extent(extent), warn))
+    return grid.slabs(file, extent, source, backwards=backwards)
+
+
+def _record_of(image: PlannedImage, task: CaseTask, dtype: np.dtype[Any], raw_header: bytes) -> ImageRecord:
     """The record of an image before its voxels are read."""
     file, turn, case = image.file, image.orientation, task.case.case
     shape, chunks, shards = (
-        _turned(extent, turn) for extent in (file.shape, image.layout.chunks, image.layout.shards)
+        _turned(extent, turn) for extent in (image.shape, image.layout.chunks, image.layout.shards)
     )
-    nz, ny, nx = file.shape[-3:]
-    affine = turn.affine(file.affine, (nx, ny, nz))
+    nz, ny, nx = image.shape[-3:]
+    affine = turn.affine(image.affine, (nx, ny, nz))
+    is_scaled = image.grid is None or image.source.kind == "label"
     return ImageRecord(
         subject=case.subject,
         image=image.source.name,
@@ -131,11 +149,12 @@ def _record_of(image: PlannedImage, task: CaseTask, dtype: np.dtype[Any]) -> Ima
         affine=tuple(map(tuple, affine.tolist())),
         affine_source=file.affine_source,
         spatial_unit=file.spatial_unit,
-        slope=file.slope,
-        inter=file.inter,
+        slope=file.slope if is_scaled else 1.0,
+        inter=file.inter if is_scaled else 0.0,
         source_dtype=file.dtype.str if file.colours == 1 and dtype != file.channel_dtype else None,
         colours=file.colours,
         orientation=turn,
+        resampled=None if image.grid is None else image.grid.described(raw_header),
         levels=plan_levels(shape, chunks, shards) if task.options.pyramid else (),
         split=case.split,
         meta=case.meta,

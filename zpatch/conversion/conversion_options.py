@@ -13,11 +13,13 @@ from zpatch.chunks.codec import check_codec
 from zpatch.chunks.layout import CHUNK_VOXELS, SHARD_BYTES
 from zpatch.errors import OptionError
 from zpatch.geometry.orientation import orientation_to
+from zpatch.geometry.voxel_grid import Spacing, checked_spacing
 from zpatch.runtime.byte_sizes import parse_bytes
 from zpatch.runtime.task_contract import CLUSTER_TIMEOUT_S, check_cluster_timeout
 
 FORMATS = ("auto", "bids", "nnunet", "msd", "json", "csv", "glob")
 AFFINES = ("sform", "qform")
+INTERPOLATIONS = ("linear", "cubic")
 
 BASE_BYTES = 64 * 2**20
 LIVE_SLABS = 2
@@ -31,11 +33,14 @@ class ConvertOptions:
     ``format`` is one of ``FORMATS``: the convention of the source, or ``auto`` to detect it. ``codec`` is a
     preset, ``chunk`` the side of a chunk in voxels. ``affine`` is the one to take where a header has both,
     sform or qform. ``pyramid`` adds coarser levels; ``orient`` turns volumes so that their axes point to
-    RAS, say. Patterns are globs: of file names in ``label_patterns`` and ``sampling_patterns``, of subjects
-    in ``include`` and ``exclude``. ``limit`` is the largest number of cases; ``strict`` fails a case for a
-    warning. ``jobs`` cases are converted at a time. To stay below ``max_memory`` (bytes, or a text such as
-    ``"2 GiB"``) shards are made smaller; where that is not enough the plan is refused. A
-    Dask cluster may be without workers for ``cluster_timeout`` seconds.
+    RAS, say. ``spacing`` (in mm, one number, or three along I, J, K of the store; None keeps an
+    axis) resamples images: ``interpolation`` is linear or cubic, label maps get the nearest voxel, and
+    ``antialias`` smooths the axes whose voxels grow. Patterns are globs: of file names in
+    ``label_patterns`` and ``sampling_patterns``, of subjects in ``include`` and ``exclude``. ``limit`` is
+    the largest number of cases; ``strict`` fails a case for a warning. ``jobs`` cases are converted at a
+    time. To stay below ``max_memory`` (bytes, or a text such as ``"2 GiB"``) shards are made smaller; where
+    that is not enough the plan is refused. A Dask cluster may be without workers for ``cluster_timeout``
+    seconds.
     """
 
     format: str = "auto"
@@ -44,6 +49,9 @@ class ConvertOptions:
     affine: str = "sform"
     pyramid: bool = False
     orient: str | None = None
+    spacing: Spacing | None = None
+    interpolation: str = "linear"
+    antialias: bool = False
     label_patterns: Sequence[str] = ()
     sampling_patterns: Sequence[str] = ()
     include: Sequence[str] = ()
@@ -76,8 +84,17 @@ class ConvertOptions:
             raise OptionError(f"affine must be sform or qform, not {self.affine!r}", option="affine")
         if self.orient is not None:
             orientation_to(np.eye(4), self.orient)
-        if self.orient is not None and self.pyramid:
-            raise OptionError("orient= and pyramid= cannot be combined yet; leave one out", option="orient")
+        if self.spacing is not None:
+            checked_spacing(self.spacing, (1.0, 1.0, 1.0))
+        if self.interpolation not in INTERPOLATIONS:
+            raise OptionError(
+                f"interpolation must be linear or cubic, not {self.interpolation!r}; label maps keep the "
+                f"nearest voxel",
+                option="interpolation",
+            )
+        if self.spacing is None and (self.antialias or self.interpolation != "linear"):
+            option = "antialias" if self.antialias else "interpolation"
+            raise OptionError(f"{option}= is for resampling; say spacing= too", option=option)
         if self.chunk < 1:
             raise OptionError(f"chunk must be at least 1 voxel, not {self.chunk}", option="chunk")
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -17,10 +18,11 @@ from zpatch.chunks.layout import Layout, plan_layout
 from zpatch.conversion.cases import Case, CaseImage
 from zpatch.conversion.conversion_options import ConvertOptions
 from zpatch.conversion.discovery import discover
-from zpatch.conversion.fingerprints import has_fingerprint
+from zpatch.conversion.slab_resampler import SlabResampler, is_resampled_as
+from zpatch.conversion.source_files import has_fingerprint
 from zpatch.digests import Json
-from zpatch.errors import SourceError, one_line
-from zpatch.geometry.affines import max_corner_distance, spacing_mm
+from zpatch.errors import OptionError, SourceError, one_line
+from zpatch.geometry.affines import Affine, max_corner_distance, spacing_mm
 from zpatch.geometry.boxes import padded_to_4d
 from zpatch.geometry.orientation import AS_STORED, Orientation, orientation_to
 from zpatch.nifti import header
@@ -35,26 +37,53 @@ MAX_AFFINE_VOXELS = 0.5
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlannedImage:
-    """One image to convert: its ``source``, the ``file`` header, and the ``layout`` of the stored array."""
+    """One image to convert: its ``source``, the ``file`` header, and the ``layout`` of the stored array.
+
+    ``grid`` says how it is resampled; None keeps its voxels. The layout has the axes of the file.
+    """
 
     subject: str
     source: CaseImage
     file: NiftiFile
     layout: Layout
+    grid: SlabResampler | None = None
     orientation: Orientation = AS_STORED
     warnings: tuple[str, ...] = ()
 
     @property
     def slab_bytes(self) -> int:
-        """Bytes of one slab in memory."""
-        _, _, ny, nx = padded_to_4d(self.file.shape)
+        """Bytes of one slab in memory; of one that is resampled, with those of the file under it."""
+        _, _, ny, nx = padded_to_4d(self.shape)
         together, depth, _, _ = padded_to_4d(self.layout.shards)
-        return together * depth * ny * nx * self.file.channel_dtype.itemsize
+        stored = together * depth * ny * nx * self.dtype.itemsize
+        if self.grid is None:
+            return stored
+        return stored + together * self.grid.source_bytes(depth, self.file.channel_dtype.itemsize)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the stored array, with the axes of the file."""
+        return self.file.shape if self.grid is None else self.grid.stored_shape(self.file.shape)
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Extent of the image along the axes of the file, those of time and channels included."""
+        return self.file.dims if self.grid is None else (*self.grid.grid.shape, *self.file.dims[3:])
+
+    @property
+    def affine(self) -> Affine:
+        """The affine of the stored array, with the axes of the file."""
+        return self.file.affine if self.grid is None else self.grid.grid.affine
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the stored voxels; of a label map of floats, that of the file."""
+        return self.file.channel_dtype if self.grid is None else self.grid.dtype_of(self.file)
 
     @property
     def shard_files(self) -> int:
         """Number of shard files of the stored image."""
-        return int(np.prod(self.layout.shard_counts(self.file.shape)))
+        return int(np.prod(self.layout.shard_counts(self.shape)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,7 +157,7 @@ class ConversionPlan:
                     "image": image.source.name,
                     "kind": image.source.kind,
                     "file": str(image.source.path),
-                    "shape": image.file.dims,
+                    "shape": image.dims,
                     "shards": image.shard_files,
                     "warnings": image.warnings,
                 }
@@ -158,7 +187,7 @@ def plan_conversion(
     found = discover(source, options)
     planned, failures, unchanged = [], [], []
     for case in found.cases:
-        if _is_unchanged(case, done, found.folder):
+        if _is_unchanged(case, done, found.folder, options):
             unchanged.append(case.subject)
             continue
         try:
@@ -188,12 +217,17 @@ def plan_conversion(
     return plan
 
 
-def _is_unchanged(case: Case, done: Mapping[Key, ImageRecord], folder: Path) -> bool:
-    """Whether all images of a case are in the store, with their kind, split, metadata and unchanged files."""
+def _is_unchanged(case: Case, done: Mapping[Key, ImageRecord], folder: Path, options: ConvertOptions) -> bool:
+    """Whether all images of a case are in the store, with their kind, split, metadata and unchanged files.
+
+    An image that was resampled in another way, or is to be resampled now, is not unchanged.
+    """
     for image in case.images:
         if (case.subject, image.name) not in done:
             return False
         record = done[case.subject, image.name]
+        if not is_resampled_as(record, options):
+            return False
         if record.kind != image.kind or record.source is None or record.split != case.split:
             return False
         if record.meta != json.loads(json.dumps(case.meta)):
@@ -227,17 +261,22 @@ def _plan_case(case: Case, options: ConvertOptions) -> PlannedCase:
 
 def _plan_image(subject: str, image: CaseImage, options: ConvertOptions) -> PlannedImage:
     file = header.read_header(image.path, affine=options.affine)
+    try:
+        turn = AS_STORED if options.orient is None else orientation_to(file.affine, options.orient)
+        grid = SlabResampler.of(file, turn, image.kind, options)
+    except OptionError as error:  # of this file: its affine is singular, or its voxels are complex
+        raise SourceError(f"{file.path}: {error}") from None
+    shape = file.shape if grid is None else grid.stored_shape(file.shape)
     layout = plan_layout(
-        file.shape,
-        file.channel_dtype.itemsize,
-        spacing=spacing_mm(file.affine)[::-1],
+        shape,
+        (file.channel_dtype if grid is None else grid.dtype_of(file)).itemsize,
+        spacing=spacing_mm(file.affine if grid is None else grid.grid.affine)[::-1],
         chunk=options.chunk,
         shard_bytes=options.shard_bytes,
         colours=file.colours,
     )
-    turn = AS_STORED if options.orient is None else orientation_to(file.affine, options.orient)
     file = dataclasses.replace(file, raw_header=b"")  # up to 64 MiB each; read again when it is converted
-    return PlannedImage(subject, image, file, layout, turn, file.warnings)
+    return PlannedImage(subject, image, file, layout, grid, turn, file.warnings)
 
 
 def _check_labels_fit(case: Case, images: list[PlannedImage]) -> None:

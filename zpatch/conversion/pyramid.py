@@ -1,4 +1,8 @@
-"""Coarser levels of an image for viewers, built from each slab as it is converted: nothing is read back."""
+"""Coarser levels of an image for viewers.
+
+They are built from each slab as it is converted, so that nothing is read back; of a volume that was turned,
+whose slabs are not in the order of the store, they are made from the shards on disk.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,12 @@ import itertools
 
 import numpy as np
 
-from zpatch.chunks.levels import halve
+from zpatch.chunks.levels import halve, halved_shard
+from zpatch.chunks.mapped_shards import close_shards
 from zpatch.geometry.boxes import Voxels, padded_to_4d
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.staged_image import StagedImage
+from zpatch.store.store import sharded_array
 
 
 class PyramidBuilder:
@@ -70,3 +76,15 @@ class _LevelWriter:
             shard = (channel_row, self._row, y, x)
             self._stage.write_shard(self._record, shard, tile, level=self._number)
         self._row += 1
+
+
+def write_levels(stage: StagedImage, record: ImageRecord) -> None:
+    """Write the coarser levels of a staged image whose shards are all written."""
+    for level in range(1, len(record.levels) + 1):
+        fine, coarse = (sharded_array(stage.folder, record, number) for number in (level - 1, level))
+        try:
+            for shard in np.ndindex(coarse.shard_grid):
+                voxels = halved_shard(fine, coarse, shard, majority=record.kind == "label")
+                stage.write_shard(record, shard, voxels, level=level)
+        finally:
+            close_shards(fine.path)

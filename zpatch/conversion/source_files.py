@@ -1,4 +1,4 @@
-"""Source folders, looked into: their NIfTI files by name. No file is opened."""
+"""The NIfTI files of a source: found by their names, and known again by their fingerprints."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zpatch.conversion.cases import HEADER, VOXELS, stem_of
-from zpatch.errors import SourceError
-from zpatch.nifti.header import SUFFIXES
+from zpatch.digests import new_digest
+from zpatch.errors import NiftiError, SourceError
+from zpatch.nifti.header import SUFFIXES, image_of_pair
+from zpatch.store.image_record import SourceFingerprint
 
 Note = Callable[[str], None]
 
@@ -84,3 +86,46 @@ def counted(names: list[str], what: str) -> str:
     """
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return f"{len(names)} {what}{'s' if len(names) > 1 else ''} ({shown})"
+
+
+def fingerprint(path: Path, folder: Path) -> SourceFingerprint:
+    """The size, time and checksum of a source file, with its path relative to ``folder``.
+
+    A .hdr/.img pair has one fingerprint, of both files.
+    """
+    checksum = new_digest()
+    try:
+        files = _files_of(path)
+        for file in files:
+            with file.open("rb") as stream:
+                while block := stream.read(2**20):
+                    checksum.update(block)
+        size, mtime_ns = _size_and_time(files)
+    except OSError as error:
+        raise NiftiError(f"{path}: it cannot be read ({error.strerror}); restore the file") from None
+    return SourceFingerprint(_relative_path(path, folder), size, mtime_ns, checksum.hexdigest())
+
+
+def has_fingerprint(path: Path, source: SourceFingerprint, folder: Path) -> bool:
+    """Whether a file still has a fingerprint; its bytes are read only if its time differs."""
+    try:
+        size, mtime_ns = _size_and_time(_files_of(path))
+        if _relative_path(path, folder) != source.path or size != source.bytes:
+            return False
+        return mtime_ns == source.mtime_ns or fingerprint(path, folder).checksum == source.checksum
+    except (OSError, NiftiError):
+        return False
+
+
+def _files_of(path: Path) -> list[Path]:
+    is_pair = path.name.removesuffix(".gz").endswith(".hdr")
+    return [path, image_of_pair(path)] if is_pair else [path]
+
+
+def _size_and_time(files: list[Path]) -> tuple[int, int]:
+    statuses = [file.stat() for file in files]
+    return sum(s.st_size for s in statuses), max(s.st_mtime_ns for s in statuses)
+
+
+def _relative_path(path: Path, folder: Path) -> str:
+    return Path(os.path.relpath(path, folder)).as_posix()

@@ -128,7 +128,7 @@ class NiftiFile:
         together, depth = shard_extent
         with open_bytes(self.voxel_path, compressed=self.compressed) as stream:
             _skip(stream, self.voxel_offset)
-            rows = _rows(nz, depth, backwards=backwards)
+            rows = rows_of(nz, depth, backwards=backwards)
             for c, (row, planes) in itertools.product(range(0, channels, together), rows):
                 volumes = min(together, channels - c) // self.colours
                 flat = self._read_voxels(stream, volumes * planes * ny * nx)
@@ -169,7 +169,7 @@ class NiftiFile:
             warn(_TRAILING.format(trailing))
 
 
-def _rows(planes: int, depth: int, *, backwards: bool) -> list[tuple[int, int]]:
+def rows_of(planes: int, depth: int, *, backwards: bool) -> list[tuple[int, int]]:
     """Number and planes of each row of shards, in the order of the file."""
     rows = [(start // depth, min(depth, planes - start)) for start in range(0, planes, depth)]
     return rows[::-1] if backwards else rows

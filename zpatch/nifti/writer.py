@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zpatch.errors import NiftiError
-from zpatch.geometry.affines import Affine
+from zpatch.geometry.affines import Affine, spacing_mm
 from zpatch.geometry.boxes import Triple
 from zpatch.nifti.gzip_streams import gzip_writer
 from zpatch.nifti.header import nibabel_module, parsed
@@ -87,6 +87,34 @@ def make_header(
     header["vox_offset"] = header.single_vox_offset
     header["magic"] = header.single_magic
     header["scl_slope"], header["scl_inter"] = 1, 0
+    return bytes(header.binaryblock) + bytes(EXTENSION_FLAG_BYTES)
+
+
+def resampled_header(raw_header: bytes, spatial_shape: Triple, dtype: np.dtype[Any], affine: Affine) -> bytes:
+    """The raw header of an image, after its voxels were resampled to another grid and their slope applied.
+
+    Its description says so; extensions are left out, as they may be about the old grid. Codes and units stay.
+    """
+    header = header_of(raw_header)
+    dims = (*spatial_shape, *(int(n) for n in header["dim"][4 : 1 + int(header["dim"][0])]))
+    codes = int(header["qform_code"]), int(header["sform_code"]) or 1
+    steps, units = np.array(header["pixdim"][4:]), header.get_xyzt_units()
+    if max(dims) > np.iinfo(np.int16).max and header.sizeof_hdr != nibabel_module().Nifti2Header.sizeof_hdr:
+        header = nibabel_module().Nifti2Header.from_header(header)
+    if header.get_data_dtype().names is None:  # colours stay as they are
+        header.set_data_dtype(dtype.newbyteorder(header.endianness))
+    header.set_data_shape(dims)
+    header.set_sform(affine, code=codes[1])
+    try:
+        header.set_qform(affine, code=codes[0], strip_shears=False)
+    except nibabel_module().spatialimages.HeaderDataError:
+        header["qform_code"] = 0  # a sheared affine has no qform
+        header["pixdim"][1:4] = spacing_mm(affine)
+    header["pixdim"][4:] = steps
+    header.set_xyzt_units(*units)
+    header["scl_slope"], header["scl_inter"] = 1, 0
+    header["descrip"] = b"resampled by zpatch"
+    header["vox_offset"], header["magic"] = header.single_vox_offset, header.single_magic
     return bytes(header.binaryblock) + bytes(EXTENSION_FLAG_BYTES)
 
 

@@ -1,11 +1,10 @@
-"""The record of an image, which is its line in the manifest, and its OME-Zarr metadata.
+"""The record of an image, which is its line in the manifest.
 
 Everything here is data: no file is read or written.
 """
 
 from __future__ import annotations
 
-import colorsys
 import contextlib
 import dataclasses
 import os
@@ -21,7 +20,7 @@ from zpatch.chunks.layout import unreadable
 from zpatch.chunks.levels import Level
 from zpatch.digests import FileSeal, Json, digest
 from zpatch.errors import DamageError
-from zpatch.geometry.affines import Affine, spacing_mm
+from zpatch.geometry.affines import Affine
 from zpatch.geometry.boxes import Triple, padded_to_4d
 from zpatch.geometry.orientation import AS_STORED, Orientation
 from zpatch.store.names import check_name
@@ -78,6 +77,36 @@ class Provenance:
 
 
 @dataclass(frozen=True, slots=True)
+class Resampled:
+    """How an image was resampled as it was converted, and the grid of its file.
+
+    ``spacing`` is the one that was asked for, in mm along I, J, K of the store. ``shape`` (I, J, K) and
+    ``affine`` are those of the file, ``header`` is its NIfTI header in base64, without extensions.
+    """
+
+    spacing: tuple[float, ...]
+    interpolation: str
+    antialias: bool
+    shape: tuple[int, ...]
+    affine: tuple[tuple[float, ...], ...]
+    header: str
+
+    @classmethod
+    def from_json(cls, value: Json) -> Self:
+        """The value of a manifest line; raises TypeError, KeyError or ValueError for any other."""
+        found = cls(**value)
+        spacing, shape, affine = tuple(found.spacing), tuple(found.shape), tuple(map(tuple, found.affine))
+        numbers = (*spacing, *(n for row in affine for n in row))
+        if not all(map(_is_number, numbers)) or not all(type(n) is int and n > 0 for n in shape):
+            raise ValueError(f"resampled {value}")
+        if (len(spacing), len(shape), [*map(len, affine)]) != (3, 3, [4] * 4):
+            raise ValueError(f"resampled {value}")
+        if not isinstance(found.interpolation, str) or not isinstance(found.header, str):
+            raise TypeError(f"resampled {value}")
+        return cls(spacing, found.interpolation, bool(found.antialias), shape, affine, found.header)
+
+
+@dataclass(frozen=True, slots=True)
 class ImageRecord:
     """All metadata of one committed image; a line of the manifest.
 
@@ -86,10 +115,10 @@ class ImageRecord:
     turn them into values. ``affine`` maps (I, J, K) to mm; ``affine_source`` says whether it is the sform,
     the qform or made of voxel sizes. ``source_dtype`` is the type in the source file where voxels were
     cast, ``colours`` the number of channels that make one voxel of the file (3 for RGB). ``orientation``
-    is how the volume was turned from its file. ``levels`` are the coarser levels of a pyramid, each half
-    of the one before. ``stats`` are statistics of scaled values. ``inputs`` is a digest of the model,
-    options and input of a prediction, ``provenance`` says where they came from. ``files`` are the seals of
-    all files in the image's folder, by path relative to it.
+    is how the volume was turned from its file, ``resampled`` how it was resampled before that. ``levels``
+    are the coarser levels of a pyramid, each half of the one before. ``stats`` are statistics of scaled
+    values. ``inputs`` is a digest of the model, options and input of a prediction, ``provenance`` says
+    where they came from. ``files`` are the seals of all files in the image's folder, by path relative to it.
     """
 
     subject: str
@@ -109,6 +138,7 @@ class ImageRecord:
     source_dtype: str | None = None
     colours: int = 1
     orientation: Orientation = AS_STORED
+    resampled: Resampled | None = None
     levels: tuple[Level, ...] = ()
     split: str | None = None
     meta: Json = field(default_factory=dict)
@@ -151,14 +181,15 @@ class ImageRecord:
         return np.array(self.affine, dtype=np.float64)
 
     def to_json(self) -> Json:
-        """The record as plain JSON; without provenance, if it has none, as records had before."""
+        """The record as plain JSON; without provenance and ``resampled``, if it has none, as before."""
         value = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         value["source"] = dataclasses.asdict(self.source) if self.source else None
         value["orientation"] = dataclasses.asdict(self.orientation)
         value["levels"] = [dataclasses.asdict(level) for level in self.levels]
         value["files"] = {key: [seal.bytes, seal.checksum] for key, seal in self.files.items()}
-        if (made := value.pop("provenance")) is not None:
-            value["provenance"] = dataclasses.asdict(made)
+        for key in ("provenance", "resampled"):
+            if (made := value.pop(key)) is not None:
+                value[key] = dataclasses.asdict(made)
         return value
 
     @classmethod
@@ -171,6 +202,7 @@ class ImageRecord:
                 "affine": tuple(map(tuple, value["affine"])),
                 "source": SourceFingerprint(**value["source"]) if value["source"] else None,
                 "provenance": Provenance(**made) if (made := value.get("provenance")) else None,
+                "resampled": Resampled.from_json(how) if (how := value.get("resampled")) else None,
                 "orientation": Orientation(**{k: tuple(v) for k, v in value["orientation"].items()}),
                 "levels": tuple(
                     Level(**{key: tuple(shape) for key, shape in level.items()}) for level in value["levels"]
@@ -264,55 +296,3 @@ def common_folder(paths: Iterable[str | None]) -> str | None:
     with contextlib.suppress(ValueError):  # paths of two drives, or none at all
         return os.path.commonpath(known)
     return None
-
-
-MOST_COLOURS = 256  # in the metadata of a label map
-GOLDEN_ANGLE = 0.381966  # of a turn: hues that far apart differ most
-
-_AXIS_TYPES = {"z": "space", "y": "space", "x": "space", "c": "channel", "t": "time"}
-
-
-def ome_attributes(record: ImageRecord) -> Json:
-    """OME-Zarr 0.5 metadata: axes, and the scale and translation of each level.
-
-    OME-Zarr 0.5 has no affines: the whole affine is in the image record and in the raw NIfTI header. A voxel
-    size of zero is written as 1, because scales must be positive; an unknown unit is left out. A label map
-    is marked as such, with a colour for each label that it has.
-    """
-    axes: list[Json] = [{"name": name, "type": _AXIS_TYPES[name]} for name in record.axes]
-    for axis in axes:
-        if axis["type"] == "space" and record.spatial_unit:
-            axis["unit"] = record.spatial_unit
-    leading = len(record.axes) - 3
-    i, j, k = (s if np.isfinite(s) and s > 0 else 1.0 for s in spacing_mm(record.affine_array))
-    x, y, z = np.nan_to_num(record.affine_array[:3, 3]).tolist()
-    datasets = []
-    factors, shapes = [1.0] * 3, [record.shape, *(level.shape for level in record.levels)]
-    for number, shape in enumerate(shapes):
-        # The centre of a coarse voxel is the mean of the centres of the fine voxels that it covers.
-        scale = [s * f for s, f in zip((k, j, i), factors, strict=True)]
-        shift = [o + s * (f - 1) / 2 for o, s, f in zip((z, y, x), (k, j, i), factors, strict=True)]
-        transformations = [
-            {"type": "scale", "scale": [1.0] * leading + scale},
-            {"type": "translation", "translation": [0.0] * leading + shift},
-        ]
-        datasets.append({"path": str(number), "coordinateTransformations": transformations})
-        factors = [f * 2 if n > 1 else f for f, n in zip(factors, shape[leading:], strict=True)]
-    multiscale = {"name": record.image, "axes": axes, "datasets": datasets}
-    label = {"image-label": _image_label(record)} if record.kind == "label" else {}
-    return {"version": "0.5", **label, "multiscales": [multiscale]}
-
-
-def _image_label(record: ImageRecord) -> Json:
-    """The ``image-label`` of OME-Zarr 0.5: a colour by the value of each label, the same in all images."""
-    labels = record.stats.get("labels", {}) if record.shape_czyx[0] == 1 else {}
-    values = sorted(map(int, labels))
-    if len(values) > MOST_COLOURS or not any(values):
-        return {"version": "0.5"}
-    return {"version": "0.5", "colors": [{"label-value": v, "rgba": _rgba(v)} for v in values]}
-
-
-def _rgba(value: int) -> list[int]:
-    """Red, green, blue and opacity of a label, 0 to 255; label 0 is transparent."""
-    colour = colorsys.hls_to_rgb(value * GOLDEN_ANGLE % 1, 0.55, 0.9)
-    return [*(round(255 * part) for part in colour), 255] if value else [0, 0, 0, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import dataclasses
 import json
 import shutil
@@ -17,11 +18,16 @@ from numpy.typing import NDArray
 from zpatch.chunks.codec import CODECS
 from zpatch.chunks.shard_writer import write_shard
 from zpatch.digests import FileSeal, Json, digest
+from zpatch.geometry.affines import spacing_mm
 from zpatch.runtime.whole_file import sync
-from zpatch.store import image_record
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.names import HISTOGRAM, INDEX, RAW_HEADER, ROOT_DOCUMENT
 from zpatch.store.store import TOOL, sharded_array
+
+MOST_COLOURS = 256  # in the metadata of a label map
+GOLDEN_ANGLE = 0.381966  # of a turn: hues that far apart differ most
+
+_AXIS_TYPES = {"z": "space", "y": "space", "x": "space", "c": "channel", "t": "time"}
 
 
 class StagedImage:
@@ -71,7 +77,7 @@ class StagedImage:
         for level in range(len(record.levels) + 1):
             _write_array_metadata(self.folder, record, level)
         attributes = {
-            "ome": image_record.ome_attributes(record),
+            "ome": ome_attributes(record),
             TOOL: {k: v for k, v in record.to_json().items() if k != "files"},
         }
         (self.folder / ROOT_DOCUMENT).write_bytes(group_document(attributes))
@@ -141,3 +147,49 @@ def group_document(attributes: Json) -> bytes:
     """The ``zarr.json`` of a group."""
     document = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
     return json.dumps(document, indent=2, allow_nan=False).encode()
+
+
+def ome_attributes(record: ImageRecord) -> Json:
+    """OME-Zarr 0.5 metadata: axes, and the scale and translation of each level.
+
+    OME-Zarr 0.5 has no affines: the whole affine is in the image record and in the raw NIfTI header. A voxel
+    size of zero is written as 1, because scales must be positive; an unknown unit is left out. A label map
+    is marked as such, with a colour for each label that it has.
+    """
+    axes: list[Json] = [{"name": name, "type": _AXIS_TYPES[name]} for name in record.axes]
+    for axis in axes:
+        if axis["type"] == "space" and record.spatial_unit:
+            axis["unit"] = record.spatial_unit
+    leading = len(record.axes) - 3
+    i, j, k = (s if np.isfinite(s) and s > 0 else 1.0 for s in spacing_mm(record.affine_array))
+    x, y, z = np.nan_to_num(record.affine_array[:3, 3]).tolist()
+    datasets = []
+    factors, shapes = [1.0] * 3, [record.shape, *(level.shape for level in record.levels)]
+    for number, shape in enumerate(shapes):
+        # The centre of a coarse voxel is the mean of the centres of the fine voxels that it covers.
+        scale = [s * f for s, f in zip((k, j, i), factors, strict=True)]
+        shift = [o + s * (f - 1) / 2 for o, s, f in zip((z, y, x), (k, j, i), factors, strict=True)]
+        transformations = [
+            {"type": "scale", "scale": [1.0] * leading + scale},
+            {"type": "translation", "translation": [0.0] * leading + shift},
+        ]
+        datasets.append({"path": str(number), "coordinateTransformations": transformations})
+        factors = [f * 2 if n > 1 else f for f, n in zip(factors, shape[leading:], strict=True)]
+    multiscale = {"name": record.image, "axes": axes, "datasets": datasets}
+    label = {"image-label": _image_label(record)} if record.kind == "label" else {}
+    return {"version": "0.5", **label, "multiscales": [multiscale]}
+
+
+def _image_label(record: ImageRecord) -> Json:
+    """The ``image-label`` of OME-Zarr 0.5: a colour by the value of each label, the same in all images."""
+    labels = record.stats.get("labels", {}) if record.shape_czyx[0] == 1 else {}
+    values = sorted(map(int, labels))
+    if len(values) > MOST_COLOURS or not any(values):
+        return {"version": "0.5"}
+    return {"version": "0.5", "colors": [{"label-value": v, "rgba": _rgba(v)} for v in values]}
+
+
+def _rgba(value: int) -> list[int]:
+    """Red, green, blue and opacity of a label, 0 to 255; label 0 is transparent."""
+    colour = colorsys.hls_to_rgb(value * GOLDEN_ANGLE % 1, 0.55, 0.9)
+    return [*(round(255 * part) for part in colour), 255] if value else [0, 0, 0, 0]

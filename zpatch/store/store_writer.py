@@ -191,11 +191,13 @@ class StoreWriter:
 
     def _undo(self, images: Sequence[tuple[Path, ImageRecord]]) -> None:
         """Take out what was moved in, unless its line was written."""
-        records = read_manifest(self._manifest).records
+        manifest = read_manifest(self._manifest)
         for _, record in images:
-            if (record.subject, record.image) not in records:
+            if (record.subject, record.image) not in manifest.records:
                 shutil.rmtree(self.path / record.subject / record.image, ignore_errors=True)
-        self._put_back(records)
+            if f"{record.subject}/{ROOT_DOCUMENT}" not in manifest.documents:
+                shutil.rmtree(self.path / record.subject, ignore_errors=True)
+        self._put_back(manifest.records)
 
     def _put_back(self, records: Mapping[Key, ImageRecord]) -> None:
         """Undo replacements whose line was not written.
