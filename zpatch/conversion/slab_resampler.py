@@ -74,7 +74,7 @@ class SlabResampler:
     def source_bytes(self, depth: int, itemsize: int) -> int:
         """Bytes of a channel of the file that are held for a slab of ``depth`` planes."""
         i, j, _ = self.resampler.shape
-        held = self._held_planes(depth) + self._source_depth(depth)
+        held = 2 * self._held_planes(depth) + self._source_depth(depth)  # twice: as read, and in one piece
         return held * i * j * itemsize
 
     def slabs(

@@ -112,9 +112,9 @@ def _world_axes(affine: Affine) -> list[tuple[int, bool]]:
     left, sizes, right = np.linalg.svd(columns / lengths)
     if sizes.min() < 1e-6:
         raise OptionError("the affine is singular: its voxel axes lie in a plane, so it cannot be oriented")
-    directions, found = left @ right, []
-    for axis in range(3):
+    directions, found = left @ right, {}
+    for axis in np.argsort(-(directions**2).max(axis=0), kind="stable").tolist():  # the clearest one first
         world = int(np.argmax(np.abs(directions[:, axis])))
-        found.append((world, bool(directions[world, axis] > 0)))
+        found[axis] = world, bool(directions[world, axis] > 0)
         directions[world] = 0
-    return found
+    return [found[axis] for axis in range(3)]
