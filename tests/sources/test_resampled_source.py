@@ -188,6 +188,10 @@ def test_channels_are_chosen_before_or_after(volume: NDArray[np.int16]) -> None:
     image = zp.ScalarImage(np.stack([volume, volume + 5, volume * 2]), affine=AFFINE)
     after = image.resampled(1.0).select(channels=[2, 0]).data
     assert np.array_equal(after, image.select(channels=[2, 0]).resampled(1.0).data)
+    moved = image.resampled(1.0)
+    assert len({moved.select(channels=[n]).identity() for n in range(3)} | {moved.identity()}) == 4
+    root, _ = moved.select(channels=[2]).root
+    assert np.array_equal(root.data, image.data[2:])
 
 
 def test_images_on_other_grids_are_sent_to_other_processes(stored: zp.Cohort) -> None:

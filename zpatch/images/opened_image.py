@@ -58,7 +58,6 @@ class OpenedImage:
     def derived(self, array: Any) -> Self:
         """The image of a dask array (C, I, J, K) of values that was computed from these voxels."""
         source = DaskSource.of(with_channels(array))
-        # What is computed of voxels is no longer the voxels of the base.
         is_as_before = self.record is None and source.shape[0] == self.source.shape[0]
         axis = self.channel_axis if is_as_before else "c"  # time points of a store are channels
         return dataclasses.replace(
@@ -120,6 +119,7 @@ class OpenedImage:
             source=self.source.selected(numbers),
             record=None,
             channel_axis="c",
+            base=None if self.base is None else self.base._picked(numbers, named),
             part=f"{self.part}, {named}".removeprefix(", "),
         )
 
