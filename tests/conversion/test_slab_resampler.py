@@ -213,6 +213,6 @@ def test_a_file_that_cannot_be_resampled_fails_alone(source: Path, tmp_path: Pat
     write(folder / "bob", "t1", np.ones((9, 9, 9), np.complex64), np.eye(4))
     write(folder / "cid", "t1", np.ones((9, 9, 9), np.int16), np.diag([1e-7, 1, 1, 1]))
     report = zp.convert(folder, tmp_path / "a.zarr", spacing=1)
-    assert sorted(zp.Cohort(tmp_path / "a.zarr").names) == ["ann", "cid"] or True
+    assert sorted(zp.Cohort(tmp_path / "a.zarr").names) == ["ann", "cid"]
     reasons = {failure.subject: failure.reason for failure in report.failures}
     assert "complex voxels" in reasons["bob"]

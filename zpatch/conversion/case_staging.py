@@ -86,13 +86,13 @@ def stage_case(task: CaseTask, progress: Progress) -> StagedCase:
 def _stage_image(image: PlannedImage, task: CaseTask, stage: StagedImage, progress: Progress) -> ImageRecord:
     file, layout = image.file, image.layout
     dtype = label_dtype(file, layout) if image.source.kind == "label" else image.dtype
-    raw_header = header.read_header(file.path).raw_header
-    record = _record_of(image, task, dtype, raw_header)
+    record = _record_of(image, task, dtype)
     writer = ImageWriter(stage, record, str(file.path))
     warnings = list(image.warnings)
     with ThreadPoolExecutor(1, thread_name_prefix="zpatch-fingerprint") as pool:
         source = pool.submit(fingerprint, image.source.path, task.folder)
         _stream(image, record, writer, warnings.append, progress)
+        raw_header = header.read_header(file.path).raw_header  # now: it may be large
         if image.grid is not None:
             raw_header = resampled_header(raw_header, image.grid.grid.shape, dtype, image.affine)
         record = writer.finish(raw_header, warnings, source=source.result())
@@ -127,7 +127,7 @@ def _slabs(image: PlannedImage, warn: Warn, *, backwards: bool) -> Iterator[Slab
     return grid.slabs(file, extent, source, backwards=backwards)
 
 
-def _record_of(image: PlannedImage, task: CaseTask, dtype: np.dtype[Any], raw_header: bytes) -> ImageRecord:
+def _record_of(image: PlannedImage, task: CaseTask, dtype: np.dtype[Any]) -> ImageRecord:
     """The record of an image before its voxels are read."""
     file, turn, case = image.file, image.orientation, task.case.case
     shape, chunks, shards = (
@@ -154,7 +154,7 @@ def _record_of(image: PlannedImage, task: CaseTask, dtype: np.dtype[Any], raw_he
         source_dtype=file.dtype.str if file.colours == 1 and dtype != file.channel_dtype else None,
         colours=file.colours,
         orientation=turn,
-        resampled=None if image.grid is None else image.grid.described(raw_header),
+        resampled=None if image.grid is None else image.grid.described(file.path),
         levels=plan_levels(shape, chunks, shards) if task.options.pyramid else (),
         split=case.split,
         meta=case.meta,

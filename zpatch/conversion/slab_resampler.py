@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -14,7 +15,7 @@ from zpatch.conversion.conversion_options import ConvertOptions
 from zpatch.geometry.boxes import PatchLocation, Voxels, padded_to_4d, reversed_axes
 from zpatch.geometry.orientation import Orientation
 from zpatch.geometry.voxel_grid import Spacing, VoxelGrid, checked_spacing
-from zpatch.nifti.header import NiftiFile, Slab, rows_of
+from zpatch.nifti.header import NiftiFile, Slab, read_header, rows_of
 from zpatch.nifti.writer import header_of
 from zpatch.resampling.interpolation import Interpolation
 from zpatch.resampling.resampler import ResampledBox, Resampler
@@ -106,9 +107,9 @@ class SlabResampler:
         """How many channels and planes of the file are read at a time, for those of a shard."""
         return extent[0], self._source_depth(extent[1])
 
-    def described(self, raw_header: bytes) -> Resampled:
-        """How the image was resampled, for its record."""
-        native = bytes(header_of(raw_header).binaryblock)
+    def described(self, path: Path) -> Resampled:
+        """How the image of a file is resampled, for its record."""
+        native = bytes(header_of(read_header(path).raw_header).binaryblock)
         how = self.resampler.interpolation
         return Resampled(
             self.wanted,
