@@ -55,7 +55,7 @@ class Interpolation:
                 f"complex voxels ({source}) are resampled with interpolation='nearest' only; resample their "
                 f"magnitude, as in image.map(abs)"
             )
-        return np.dtype(np.float64 if source.itemsize >= 4 and source != np.float32 else np.float32)
+        return sum_dtype(source)
 
     def smoothing(self, factor: float) -> float:
         """Standard deviation, in voxels of the source, of the Gaussian that smooths an axis; 0 for none.
@@ -67,3 +67,8 @@ class Interpolation:
         if not self.antialias or factor <= 1:
             return 0.0
         return math.sqrt((factor**2 - 1) / (8 * math.log(2)))
+
+
+def sum_dtype(source: np.dtype[Any]) -> np.dtype[Any]:
+    """The type in which voxels of a type are summed: float32, or float64 for 32 bits and more."""
+    return np.dtype(np.float64 if source.itemsize >= 4 and source != np.float32 else np.float32)

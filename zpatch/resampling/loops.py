@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from zpatch.chunks.scaling import UNSCALED, Scaling
 from zpatch.geometry.boxes import Integers, Voxels
 from zpatch.resampling.axis_taps import AxisTaps, Floats
+from zpatch.resampling.interpolation import sum_dtype
 
 try:
     from zpatch.resampling import _resample as _compiled
@@ -50,11 +51,6 @@ class PointMap:
                 at = start + x + self.matrix[:, 3, None, None]
                 limits = self.low[:, None, None], self.high[:, None, None]
                 yield (z, slice(first, first + len(y))), np.clip(at, *limits)
-
-
-def sum_dtype(source: np.dtype[Any]) -> np.dtype[Any]:
-    """The type in which voxels of a type are summed."""
-    return np.dtype(np.float64 if source.itemsize >= 4 and source != np.float32 else np.float32)
 
 
 def sum_taps(voxels: Voxels, taps: Sequence[AxisTaps], out: Voxels, scaling: Scaling = UNSCALED) -> None:

@@ -15,8 +15,8 @@ from zpatch.geometry.affines import Affine
 from zpatch.geometry.boxes import PatchLocation, Triple, Voxels, reversed_axes
 from zpatch.resampling import loops
 from zpatch.resampling.axis_taps import SPLINE_RADIUS, AxisTaps
-from zpatch.resampling.interpolation import Interpolation
-from zpatch.resampling.loops import PointMap, sum_dtype
+from zpatch.resampling.interpolation import Interpolation, sum_dtype
+from zpatch.resampling.loops import PointMap
 
 
 class ResampledBox(ABC):
