@@ -116,8 +116,8 @@ def _zpatch(head: Path, store: Path, output: Path) -> None:
 
 def _floor(head: Path, store: Path, output: Path) -> None:
     """One accumulator of the whole volume; plane by plane, so that products stay in the cache."""
-    from zpatch.blending.windows import partition_of_unity
     from zpatch.geometry.patch_grid import axis_starts
+    from zpatch.tiling.windows import partition_of_unity
 
     voxels = raw_voxels(head)
     starts = [axis_starts(n, PATCH, OVERLAP) for n in voxels.shape]

@@ -12,9 +12,9 @@ from zpatch.blending.blend import accumulation_dtype, add_batch
 from zpatch.blending.grid_blend import GridBlend
 from zpatch.blending.reduction import Finaliser
 from zpatch.blending.sinks import TensorSink
-from zpatch.blending.tiling import Tiling
 from zpatch.errors import ModelError
 from zpatch.geometry.patch_grid import PatchGrid
+from zpatch.tiling.volume_tiles import Tiling
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from zpatch.blending.grid_blend import GridBlend, Skipped
 from zpatch.blending.reduction import Finaliser
-from zpatch.blending.tiling import Tiling
 from zpatch.errors import IncompleteCoverageError, MemoryLimitError, PatchLocationError
 from zpatch.geometry.boxes import PatchLocation, Triple
 from zpatch.geometry.patch_grid import PatchGrid
+from zpatch.tiling.volume_tiles import Tiling
 
 MODES = ["crop", "average", "hann", "gaussian"]
 FILL = -7.0

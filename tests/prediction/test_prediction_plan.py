@@ -15,12 +15,12 @@ from small_plans import MODES, Bools, adds_to, in_sweep_order, planned, plans, s
 
 from zpatch.blending.grid_blend import GridBlend, Skipped
 from zpatch.blending.reduction import Finaliser
-from zpatch.blending.tiling import Tile, Tiling
 from zpatch.geometry.boxes import Triple
 from zpatch.geometry.patch_grid import PatchGrid
 from zpatch.prediction.peak_memory import held_of_head, sweep_peak_bytes
 from zpatch.prediction.prediction_plan import FLIPPED_OUTPUTS, Head, PlannedHead, PredictionPlan
 from zpatch.runtime.byte_sizes import format_bytes
+from zpatch.tiling.volume_tiles import Tile, Tiling
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
 

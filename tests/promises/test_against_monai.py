@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import zpatch as zp
-from zpatch.blending.windows import partition_of_unity, window
+from zpatch.tiling.windows import partition_of_unity, window
 
 inferers = pytest.importorskip("monai.inferers", reason="MONAI is not installed")
 

@@ -2,9 +2,6 @@
 
 In reading order::
 
-    windows             weights of patches on one axis; they sum to one at every voxel
-    axis_tiles          one axis of an output cut into tiles
-    tiling              a volume cut into tiles that become final while patches arrive: the sweep
     reduction           argmax, softmax, sigmoid, threshold: final voxels of blended ones
     sinks               where final voxels are written: a tensor, or shards of an image
     blend               what a blend is; a batch is checked before it is added

@@ -20,7 +20,6 @@ from zpatch.blending.grid_blend import GridBlend
 from zpatch.blending.reduction import Finaliser, Reductions, check_channels, kind_of
 from zpatch.blending.scattered_blend import ScatteredBlend
 from zpatch.blending.sinks import ImageSink, Output, OutputSink, TensorSink
-from zpatch.blending.tiling import Tiling
 from zpatch.errors import IncompleteCoverageError, OptionError, UnknownNameError
 from zpatch.geometry.affines import resized_affine
 from zpatch.geometry.boxes import PatchLocation, Triple
@@ -28,6 +27,7 @@ from zpatch.sampling.grid_sampler import GridSampler
 from zpatch.store.lock import writing_to
 from zpatch.store.names import check_name, check_names_differ
 from zpatch.store.staged_image import StagedImage
+from zpatch.tiling.volume_tiles import Tiling
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,11 @@ from typing import Any, Self, TypeVar
 import torch
 
 from zpatch.blending.reduction import STORED_AS, Reduction, Reductions, check_known, check_reduction
-from zpatch.blending.windows import check_overlap_mode
 from zpatch.errors import OptionError, StoreExistsError, UnknownNameError
 from zpatch.geometry.boxes import Triple, patch_overlap_triple, triple
 from zpatch.runtime.byte_sizes import parse_bytes
 from zpatch.sampling.grid_sampler import GridSampler
+from zpatch.tiling.windows import check_overlap_mode
 
 T = TypeVar("T")
 

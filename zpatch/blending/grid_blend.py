@@ -17,10 +17,10 @@ from zpatch.blending.blend import accumulation_dtype
 from zpatch.blending.reduction import Finaliser
 from zpatch.blending.sinks import VolumeSink
 from zpatch.blending.tile_sums import Part, SumsMemory, TileSums, memory_order
-from zpatch.blending.tiling import Tile, Tiling
 from zpatch.errors import IncompleteCoverageError, MemoryLimitError
 from zpatch.geometry.boxes import Bools, PatchLocation, Triple
 from zpatch.runtime.byte_sizes import format_bytes
+from zpatch.tiling.volume_tiles import Tile, Tiling
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -15,8 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from zpatch.blending import windows
-from zpatch.blending.axis_tiles import AxisScale
 from zpatch.blending.blend import accumulation_dtype
 from zpatch.blending.reduction import Final, Finaliser, fitting_fill
 from zpatch.blending.sinks import VolumeSink
@@ -24,6 +22,8 @@ from zpatch.blending.tile_spill import SpilledTiles
 from zpatch.chunks.layout import CHUNK_VOXELS
 from zpatch.errors import IncompleteCoverageError, ModelError
 from zpatch.geometry.boxes import PatchLocation, Triple
+from zpatch.tiling import windows
+from zpatch.tiling.axis_tiles import AxisScale
 
 TILE_VOXELS = 64**3
 PATCHES_IN_FLOAT32 = 256

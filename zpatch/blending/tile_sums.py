@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-from zpatch.blending.tiling import Share, Tile
 from zpatch.geometry.boxes import Triple
 from zpatch.runtime import buffer_pool
+from zpatch.tiling.volume_tiles import Share, Tile
 
 try:
     from zpatch.blending._blend import add as _compiled_add

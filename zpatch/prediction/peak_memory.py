@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from zpatch.blending.axis_tiles import AxisTile
 from zpatch.geometry.boxes import Integers, Triple
 from zpatch.prediction.prediction_plan import PlannedHead, PredictionPlan, Ranges, Region
 from zpatch.runtime.buffer_pool import POOL_SLACK
 from zpatch.sources.chunk_cache import is_quick, patches_of_chunks
 from zpatch.sources.voxel_source import VoxelSource
+from zpatch.tiling.axis_tiles import AxisTile
 
 WEIGHT_BYTES = 4  # of a voxel's summed weights
 BATCHES_READ = 3  # one in the network, one waiting, one being read

@@ -12,7 +12,6 @@ from typing import Any, Self
 import torch
 
 from zpatch.blending.reduction import Reduction, Reductions, check_known, check_reduction
-from zpatch.blending.windows import check_overlap_mode
 from zpatch.digests import Json, compact_json
 from zpatch.errors import OptionError, StoreExistsError
 from zpatch.geometry.boxes import PatchLocation, Triple, patch_overlap_triple, patch_size_triple
@@ -22,6 +21,7 @@ from zpatch.images.subject import Subject
 from zpatch.networks.model_identity import identity
 from zpatch.runtime.byte_sizes import parse_bytes
 from zpatch.runtime.task_contract import CLUSTER_TIMEOUT_S, check_cluster_timeout
+from zpatch.tiling.windows import check_overlap_mode
 
 MaskFunction = Callable[[Subject, PatchLocation], bool]
 

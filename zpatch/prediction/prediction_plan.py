@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from zpatch.blending.tiling import Tiling, sweep_order
 from zpatch.chunks.layout import chunk_counts
 from zpatch.digests import Json
 from zpatch.geometry.boxes import Bools, Integers, Triple
@@ -23,6 +22,7 @@ from zpatch.images.subject import Subject
 from zpatch.runtime.byte_sizes import format_bytes
 from zpatch.sources.input_files import InputSeal
 from zpatch.store.image_record import ImageRecord
+from zpatch.tiling.volume_tiles import Tiling, sweep_order
 
 BATCHES_AHEAD = 2  # through the network, while a shard waits until the one before it is written
 OUTPUT_BUFFERS = 2  # of a batch: as the network returns it, and as it is summed

@@ -16,7 +16,6 @@ import numpy as np
 
 from zpatch.blending.reduction import kind_of
 from zpatch.blending.sinks import output_record
-from zpatch.blending.tiling import Tiling
 from zpatch.chunks.layout import SHARD_BYTES, Layout, plan_output_layout
 from zpatch.chunks.levels import plan_levels
 from zpatch.errors import PatchSizeError
@@ -28,6 +27,7 @@ from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.prediction_plan import Head, PlannedHead, Ranges, Region
 from zpatch.sources.voxel_sources import ArraySource
 from zpatch.store.image_record import ImageRecord
+from zpatch.tiling.volume_tiles import Tiling
 
 SMALLEST_SHARD_BYTES = 2**16
 

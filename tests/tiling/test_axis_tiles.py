@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from zpatch.blending import windows
-from zpatch.blending.axis_tiles import MIN_TILE_VOXELS, AxisPatch, AxisScale, AxisTiles
 from zpatch.geometry.boxes import PatchLocation
 from zpatch.geometry.patch_grid import PatchGrid, axis_starts
+from zpatch.tiling import windows
+from zpatch.tiling.axis_tiles import MIN_TILE_VOXELS, AxisPatch, AxisScale, AxisTiles
 
 MODES = st.sampled_from(windows.OVERLAP_MODES)
 

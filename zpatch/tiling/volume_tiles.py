@@ -23,10 +23,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from zpatch.blending import windows
-from zpatch.blending.axis_tiles import AxisScale, AxisShare, AxisTile, AxisTiles, Weights
 from zpatch.geometry.boxes import Bools, Triple
 from zpatch.geometry.patch_grid import PatchGrid
+from zpatch.tiling import windows
+from zpatch.tiling.axis_tiles import AxisScale, AxisShare, AxisTile, AxisTiles, Weights
 
 Slices = tuple[slice, slice, slice]
 

@@ -11,16 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from zpatch.blending.windows import (
+from zpatch.errors import OptionError
+from zpatch.geometry.boxes import PatchLocation
+from zpatch.geometry.patch_grid import axis_starts
+from zpatch.tiling.windows import (
     OVERLAP_MODES,
     check_overlap_mode,
     kept_by_crop,
     partition_of_unity,
     window,
 )
-from zpatch.errors import OptionError
-from zpatch.geometry.boxes import PatchLocation
-from zpatch.geometry.patch_grid import axis_starts
 
 MODES = st.sampled_from(OVERLAP_MODES)
 WINDOWED = st.sampled_from(["average", "hann", "gaussian"])

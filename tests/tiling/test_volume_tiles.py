@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from zpatch.blending import windows
-from zpatch.blending.tiling import Tile, Tiling, sweep_order
 from zpatch.errors import OptionError
 from zpatch.geometry.boxes import Triple
 from zpatch.geometry.patch_grid import PatchGrid
+from zpatch.tiling import windows
+from zpatch.tiling.volume_tiles import Tile, Tiling, sweep_order
 
 MODES = st.sampled_from(windows.OVERLAP_MODES)
 

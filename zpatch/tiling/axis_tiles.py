@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zpatch.blending import windows
 from zpatch.geometry.boxes import Integers
+from zpatch.tiling import windows
 
 MIN_TILE_VOXELS = 16
 

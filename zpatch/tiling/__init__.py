@@ -1,0 +1,8 @@
+"""A volume cut into tiles that become final while the patches of a grid arrive: numbers only, no voxels.
+
+In reading order::
+
+    windows       weights of patches on one axis; they sum to one at every voxel
+    axis_tiles    one axis of an output cut into tiles
+    volume_tiles  the tiles of a volume, and the sweep of patches that makes them final
+"""
