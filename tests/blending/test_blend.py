@@ -11,7 +11,7 @@ import torch
 from zpatch.blending.blend import accumulation_dtype, add_batch
 from zpatch.blending.grid_blend import GridBlend
 from zpatch.blending.reduction import Finaliser
-from zpatch.blending.sinks import TensorSink
+from zpatch.blending.sinks import FinalisingSink, TensorSink
 from zpatch.errors import ModelError
 from zpatch.geometry.patch_grid import PatchGrid
 from zpatch.tiling.volume_tiles import Tiling
@@ -39,7 +39,7 @@ def simple() -> Tiling:
 
 
 def blend_of(tiling: Tiling) -> GridBlend:
-    return GridBlend(tiling, TensorSink(tiling.shape), Finaliser(None))
+    return GridBlend(tiling, FinalisingSink(Finaliser(None), TensorSink(tiling.shape)))
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_a_patch_one_voxel_off_by_rounding_is_cut_or_continued_by_its_edge(lengt
     tiling = Tiling.over(PatchGrid.over((9, 9, 9), (9, 9, 9)), "hann", output_shape=(5, 5, 5))
     patch = torch.arange(length).expand(1, 1, length, length, length).float()
     sink = TensorSink(tiling.shape)
-    blend = GridBlend(tiling, sink, Finaliser(None))
+    blend = GridBlend(tiling, FinalisingSink(Finaliser(None), sink))
     add_batch(blend, patch, [tiling.grid.location(0)])
     blend.finish()
     assert sink.tensor is not None

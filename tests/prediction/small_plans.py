@@ -14,6 +14,7 @@ import zpatch as zp
 import zpatch.prediction.regions
 from zpatch.errors import MemoryLimitError
 from zpatch.geometry.boxes import Triple
+from zpatch.prediction.model_inputs import ModelInputs
 from zpatch.prediction.planning import MemoryLimit, candidates, first_fitting
 from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.prediction_plan import Head, PredictionPlan
@@ -50,7 +51,8 @@ def planned(
     chosen = PredictOptions.of(image="t1", patch_size=patch_size, patch_overlap=patch_overlap, **options)
     grid = grid_over(shape, chosen)
     heads = [head(chosen, scale, f"head-{n}") for n, scale in enumerate(scales)]
-    found = candidates(subject, heads, chosen, slabs=slabs, tta=tta, begun=begun)
+    inputs = ModelInputs.of(subject, chosen)
+    found = candidates(inputs, heads, chosen, slabs=slabs, tta=tta, begun=begun)
     return first_fitting(found, None if limit is None else MemoryLimit(limit, held=0), begun)
 
 

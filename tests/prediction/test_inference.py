@@ -30,6 +30,7 @@ from zpatch.errors import (
 )
 from zpatch.networks.model_files import load_model
 from zpatch.networks.network import Network
+from zpatch.prediction.model_inputs import ModelInputs
 from zpatch.prediction.planning import candidates, plan_prediction
 from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.prediction_run import run_prediction
@@ -632,7 +633,11 @@ def test_they_are_counted_once_in_bands_and_in_a_prediction_that_is_resumed(
     assert count >= gaps(subject[0]).sum()
     network = Network.of(WithGaps(), options)
     heads = probe(network, "ann", [subject[0].t1], options)
-    [plan] = [p for p in candidates(subject[0], heads, options, slabs=3) if len(p.regions) == 3][:1]
+    [plan] = [
+        p
+        for p in candidates(ModelInputs.of(subject[0], options), heads, options, slabs=3)
+        if len(p.regions) == 3
+    ][:1]
     assert plan.patches_run > plan.patches
     found = run_prediction(network, [plan], out.with_name("bands.zarr"), options)
     assert found[0].prediction.statistics["not_finite"] == count
@@ -727,7 +732,7 @@ def test_statistics_of_a_store_are_used_as_they_are(
     def refuse(image: zp.Image, progress: Any = None) -> Any:
         raise AssertionError("a pass that is not needed")
 
-    monkeypatch.setattr("zpatch.prediction.planning.computed_statistics", refuse)
+    monkeypatch.setattr("zpatch.prediction.model_inputs.computed_statistics", refuse)
     assert predict(cohort[:1], out, normalize="zscore").names == cohort[:1].names
 
 

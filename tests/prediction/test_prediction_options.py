@@ -12,7 +12,7 @@ import pytest
 import zpatch as zp
 from zpatch.errors import OptionError, PatchOverlapError, PatchSizeError
 from zpatch.networks.model_identity import identity
-from zpatch.prediction.prediction_options import OF_THE_NETWORK, OF_THE_RUN, PredictOptions
+from zpatch.prediction.prediction_options import OF_THE_GRID, OF_THE_NETWORK, OF_THE_RUN, PredictOptions
 
 FIELDS = {field.name: field for field in dataclasses.fields(PredictOptions)}
 
@@ -42,7 +42,14 @@ def test_options_that_voxels_depend_on_are_stored_and_no_others() -> None:
         "mask": None,
         "fill": "0.0",
     }
-    assert {*options.stored(), *OF_THE_NETWORK, *OF_THE_RUN} == FIELDS.keys()
+    assert {*options.stored(), *OF_THE_GRID, *OF_THE_NETWORK, *OF_THE_RUN} == FIELDS.keys()
+    other = dataclasses.replace(options, spacing=(1.5, None, 2.0)).stored()
+    assert other == options.stored() | {
+        "spacing": [1.5, None, 2.0],
+        "orientation": None,
+        "align": None,
+        "output_grid": "native",
+    }
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,8 @@ SHAPE = (40, 36, 160)  # five shards along K
 PATCH, OVERLAP, BATCH = 20, 8, 2
 OPTIONS = {"image": "t1", "patch_size": PATCH, "patch_overlap": OVERLAP, "batch_size": BATCH}
 ARGUMENTS = ("--image", "t1", "--patch-size", PATCH, "--overlap", OVERLAP, "--batch-size", BATCH, "-q")
+OTHER_GRID = {"spacing": 0.8, "orientation": "PIL"}
+FLAGS = {"spacing": "--spacing", "orientation": "--orient"}
 COUNT, FAIL_AT = Path("patches"), Path("fail-at")  # in the working folder of a command
 
 
@@ -257,17 +259,27 @@ def processes_below(pid: int) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize(("jobs", "grid"), [(1, {}), (2, {}), (1, OTHER_GRID), (2, OTHER_GRID)])
 def test_a_prediction_killed_at_any_moment_is_finished_by_the_same_command_byte_for_byte(
-    commands: Commands, store: Path, cohort: zp.Cohort, out: Path, some: Some, jobs: int
+    commands: Commands,
+    store: Path,
+    cohort: zp.Cohort,
+    out: Path,
+    some: Some,
+    full: bool,
+    jobs: int,
+    grid: dict[str, Any],
 ) -> None:
-    expected = undisturbed(cohort, out)
-    plans = plans_of(cohort, jobs=jobs)
+    if grid and jobs == 1 and not full:
+        pytest.skip("on another grid with two jobs in the quick run")
+    expected = undisturbed(cohort, out, **grid)
+    flags = ("--jobs", jobs, *(word for name, value in grid.items() for word in (FLAGS[name], value)))
+    plans = plans_of(cohort, jobs=jobs, **grid)
     patches = sum(plan.patches_run for plan in plans)
     redone = sum(plan.redone_patches for plan in plans) if jobs > 1 else plans[0].redone_patches
     assert redone < patches
     began = time.monotonic()
-    assert commands.predict(store, out, "--jobs", jobs).code == 0
+    assert commands.predict(store, out, *flags).code == 0
     took_s = time.monotonic() - began
     assert commands.patches == patches + 1  # one more, to see what the network gives
     assert_whole(out, expected)
@@ -275,13 +287,13 @@ def test_a_prediction_killed_at_any_moment_is_finished_by_the_same_command_byte_
     for _ in some(range(30), 2):
         shutil.rmtree(out)
         commands.forget()
-        pid = commands.start_prediction(store, out, "--jobs", jobs)
+        pid = commands.start_prediction(store, out, *flags)
         time.sleep(moments.uniform(0, took_s))
         workers = processes_below(pid)
         with contextlib.suppress(ProcessLookupError):
             (os.kill if moments.random() < 0.5 else os.killpg)(pid, signal.SIGKILL)
         assert commands.wait().code in (0, -signal.SIGKILL)
-        again = commands.start_prediction(store, out, "--jobs", jobs)
+        again = commands.start_prediction(store, out, *flags)
         eventually(lambda: not any(map(is_running, workers)), "the end of all workers", DEADLINE_S)  # noqa: B023
         ran = commands.wait()
         assert (ran.code, ran.err, is_running(again)) == (0, "", False)
@@ -322,13 +334,20 @@ def test_a_killed_worker_costs_a_rerun_of_its_unfinished_shards(
 
 
 @pytest.mark.parametrize("fail_at", [1, 50, 118, 170, 200, 233])
-@pytest.mark.parametrize("slow_disk", [False, True], ids=["", "slow disk"])
+@pytest.mark.parametrize(
+    ("slow_disk", "grid"), [(False, {}), (True, {}), (True, OTHER_GRID)], ids=["", "slow disk", "other grid"]
+)
 def test_the_number_of_patches_run_again_is_bounded_by_the_plan(
-    cohort: zp.Cohort, out: Path, monkeypatch: pytest.MonkeyPatch, fail_at: int, slow_disk: bool
+    cohort: zp.Cohort,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fail_at: int,
+    slow_disk: bool,
+    grid: dict[str, Any],
 ) -> None:
     """On the slow disk, what is being written when the network fails is lost, as by a kill."""
     real = shard_ledger.write_shard
-    plans = plans_of(cohort)
+    plans = plans_of(cohort, **grid)
     first = Net(fail_at=fail_at, pause_s=0.001)
 
     def lose(*args: Any) -> Any:
@@ -340,10 +359,10 @@ def test_the_number_of_patches_run_again_is_bounded_by_the_plan(
     if slow_disk:
         monkeypatch.setattr(shard_ledger, "write_shard", lose)
     with pytest.raises((ModelError, StoreError)):
-        predict(cohort, out, first)
+        predict(cohort, out, first, **grid)
     monkeypatch.setattr(shard_ledger, "write_shard", real)
     second = Net()
-    predict(cohort, out, second)
+    predict(cohort, out, second, **grid)
     done = min(first.patches, fail_at) - 1
     left = sum(plan.patches for plan in plans) - done
     assert second.patches <= left + plans[0].redone_patches + 1

@@ -81,7 +81,10 @@ CHOICES: dict[str, Choice] = {
     "hann": {"model": Conv(), "overlap_mode": "hann"},
     "argmax": {"model": pointwise, "overlap_mode": "crop", "reduce": "argmax"},
     "masked": {"model": Conv(), "overlap_mode": "gaussian", "mask": "mask", "fill": -1.0},
-}
+    "returned": {
+        "model": Conv(), "spacing": (1.3, 0.7, 1.5), "orientation": "PIL", "mask": "mask", "fill": -1.0,
+    },
+}  # fmt: skip
 each_choice = pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
 
 

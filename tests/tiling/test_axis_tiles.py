@@ -89,7 +89,9 @@ def test_tiles_of_an_axis_part_it_and_each_is_in_one_shard(scaled: bool) -> None
         for number, tile in enumerate(axis.tiles.tiles):
             assert tile.number == number
             assert tile.length == tile.stop - tile.first
-            assert tile.first // axis.shard == (tile.stop - 1) // axis.shard == tile.shard
+            shard = tile.first // axis.shard
+            assert (tile.stop - 1) // axis.shard == shard
+            assert tile.shards == range(shard, shard + 1)
         assert axis.tiles.shards == -(-axis.length // axis.shard)
         of_shards = [tile for shard in range(axis.tiles.shards) for tile in axis.tiles.tiles_of(shard)]
         assert of_shards == list(axis.tiles.tiles)
@@ -161,7 +163,7 @@ def test_patches_far_apart_are_cut_into_tiles_at_their_borders() -> None:
 def test_no_tile_crosses_a_shard() -> None:
     axis = AxisTiles.cut("average", np.array([0, 48, 96]), 16, AxisScale.of(160, 160, 64), 64)
     assert edges_of(axis) == [0, 48, 64, 96, 112, 128, 160]
-    assert [tile.shard for tile in axis.tiles] == [0, 0, 1, 1, 1, 2]
+    assert [tile.shards.start for tile in axis.tiles] == [0, 0, 1, 1, 1, 2]
     numbers = [[tile.number for tile in axis.tiles_of(shard)] for shard in range(3)]
     assert numbers == [[0, 1], [2, 3, 4], [5]]
 

@@ -81,7 +81,7 @@ def test_tiles_part_the_volume_and_fill_its_shards(tiling: Tiling) -> None:
     assert counts == tuple(-(-n // u) for n, u in zip(tiling.shape, tiling.shard_shape, strict=True))
     for number, shard in enumerate(np.ndindex(counts)):
         for tile in tiling.tiles_of(shard):
-            assert tile.shard == shard
+            assert tile.shards == tuple(range(n, n + 1) for n in shard)
             assert (seen[box_of(tile)] == -1).all()
             seen[box_of(tile)] = number
     of_voxel = [np.arange(n) // u for n, u in zip(tiling.shape, tiling.shard_shape, strict=True)]
@@ -164,7 +164,7 @@ def test_the_patches_for_some_shards_are_those_that_add_to_any(
     shards = rng.random(tiling.shard_counts) < share
     expected = np.zeros(tiling.grid.counts, dtype=bool)
     for tile in all_tiles(tiling):
-        if shards[tile.shard]:
+        if shards[tuple(of.start for of in tile.shards)]:
             for position in adds_to(tiling, tile):
                 expected[position] = True
     assert np.array_equal(tiling.patches_for(shards), expected)

@@ -19,7 +19,7 @@ from zpatch.blending.blend import Blend, add_batch
 from zpatch.blending.grid_blend import GridBlend
 from zpatch.blending.reduction import Finaliser, Reductions, check_channels, kind_of
 from zpatch.blending.scattered_blend import ScatteredBlend
-from zpatch.blending.sinks import ImageSink, Output, OutputSink, TensorSink
+from zpatch.blending.sinks import FinalisingSink, ImageSink, Output, OutputSink, TensorSink
 from zpatch.errors import IncompleteCoverageError, OptionError, UnknownNameError
 from zpatch.geometry.affines import resized_affine
 from zpatch.geometry.boxes import PatchLocation, Triple
@@ -162,7 +162,7 @@ class PatchAggregator:
             tiling = Tiling.over(
                 options.grid.grid, options.overlap_mode, output_shape=head.shape, patch_shape=patch_shape
             )
-            return Head(GridBlend(tiling, sink, finalise, max_held_bytes=max_bytes), sink)
+            return Head(GridBlend(tiling, FinalisingSink(finalise, sink), max_held_bytes=max_bytes), sink)
         blend = ScatteredBlend(
             options.spatial_shape,
             options.overlap_mode,

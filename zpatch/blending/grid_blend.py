@@ -7,15 +7,11 @@ swept axis. Where only one patch covers a tile there is nothing to sum: its voxe
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
 from zpatch.blending.blend import accumulation_dtype
-from zpatch.blending.reduction import Finaliser
-from zpatch.blending.sinks import VolumeSink
+from zpatch.blending.sinks import BlendedSink
 from zpatch.blending.tile_sums import Part, SumsMemory, TileSums, memory_order
 from zpatch.errors import IncompleteCoverageError, MemoryLimitError
 from zpatch.geometry.boxes import Bools, PatchLocation, Triple
@@ -23,49 +19,35 @@ from zpatch.runtime.byte_sizes import format_bytes
 from zpatch.tiling.volume_tiles import Tile, Tiling
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Skipped:
-    """Patches of a grid that are never run. Where others cover a voxel, it is divided by their weights.
-
-    Attributes:
-        patches: Which, over the positions of the grid.
-        fill: Gives final voxels (C, I, J, K) of a shape (I, J, K) for where no patch is run.
-    """
-
-    patches: Bools
-    fill: Callable[[Triple], torch.Tensor]
-
-
 class GridBlend:
     """Blends the patches of a grid, in any order, and hands each tile on as soon as it is final.
 
-    Only tiles in ``wanted`` shards (over their numbers) are made; all of them by default. Contributions are
+    Only tiles of ``wanted`` shards (over their numbers) are made; all of them by default. Contributions are
     summed in sweep order, so that the voxels do not depend on the order in which patches arrive. Parts of
-    patches that arrive before their turn wait, and take at most ``max_held_bytes``.
+    patches that arrive before their turn wait, and take at most ``max_held_bytes``. Patches that are
+    ``skipped`` (over the positions of the grid) are never run: where others cover a voxel, it is divided by
+    their weights, and tiles without any are not handed on.
     """
 
     def __init__(
         self,
         tiling: Tiling,
-        sink: VolumeSink,
-        finalise: Finaliser,
+        sink: BlendedSink,
         *,
         wanted: Bools | None = None,
-        skipped: Skipped | None = None,
+        skipped: Bools | None = None,
         max_held_bytes: int | None = None,
     ) -> None:
         self.channels: int | None = None
         self.held_bytes = 0
         self._tiling = tiling
         self._sink = sink
-        self._finalise = finalise
         self._wanted = np.ones(tiling.shard_counts, dtype=bool) if wanted is None else wanted
         self._skipped = skipped
         self._max_held_bytes = max_held_bytes
-        run = True if skipped is None else ~skipped.patches
+        run = True if skipped is None else ~skipped
         self._needed = tiling.patches_for(self._wanted) & run
         self._arrived = np.zeros(tiling.grid.counts, dtype=bool)
-        self._unfilled = self._wanted.copy()  # shards whose tiles without patches are not handed on yet
         self._sums: dict[Triple, TileSums] = {}
         self._memory = SumsMemory()
 
@@ -85,8 +67,12 @@ class GridBlend:
         patch = patch.to(accumulation_dtype(patch.dtype, self._tiling.mode))
         # In the patch's order in memory, so that what neighbouring tiles take of it is still in the cache.
         for tile, share in self._tiling.tiles_hit(position, memory_order(patch[0])):
-            if self._wanted[tile.shard]:
+            if self._is_wanted(tile):
                 self._add_to_tile(tile, Part(patch[:, *share.in_patch], share))
+
+    def _is_wanted(self, tile: Tile) -> bool:
+        i, j, k = (slice(shards.start, shards.stop) for shards in tile.shards)
+        return bool(self._wanted[i, j, k].any())
 
     def _add_to_tile(self, tile: Tile, part: Part) -> None:
         if tile.contributors == 1:
@@ -113,7 +99,7 @@ class GridBlend:
         """The ranks of those contributors of a tile that are run."""
         if self._skipped is None:
             return range(tile.contributors)
-        return self._tiling.ranks(tile, ~self._skipped.patches)
+        return self._tiling.ranks(tile, ~self._skipped)
 
     def _hold(self, sums: TileSums, part: Part) -> None:
         self.held_bytes += part.voxels.nbytes
@@ -127,28 +113,13 @@ class GridBlend:
     def _hand_on(self, tile: Tile, voxels: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Hand on the voxels of a tile, which are divided by ``weights`` where these do not sum to one."""
         if self._skipped is None or weights is None:
-            final, count = self._finalise(voxels)
-            self._sink.put(tile.first, final.cpu(), not_finite=count)
-        else:
-            empty = weights == 0
-            reached = torch.from_numpy(self._tiling.reached(tile, self._skipped.patches)).to(empty.device)
-            if self._tiling.mode != "crop":
-                voxels = voxels / weights.masked_fill(empty | ~reached, 1)
-            final, count = self._finalise(voxels)  # they are 0 where empty
-            fill = self._skipped.fill(tile.shape).to(empty.device)
-            final = torch.where(empty, fill, final)
-            self._sink.put(tile.first, final.cpu(), skipped=int(empty.sum()), not_finite=count)
-        self._fill_shard(tile.shard)
-
-    def _fill_shard(self, shard: Triple) -> None:
-        """Hand on the tiles of a shard for which no patch is run, once."""
-        if self._skipped is None or not self._unfilled[shard]:
+            self._sink.put(tile.first, voxels)
             return
-        self._unfilled[shard] = False
-        for tile in self._tiling.tiles_of(shard):
-            if not self._ranks(tile):
-                fill = self._skipped.fill(tile.shape)
-                self._sink.put(tile.first, fill, skipped=fill[0].numel())
+        empty = weights == 0
+        if self._tiling.mode != "crop":
+            reached = torch.from_numpy(self._tiling.reached(tile, self._skipped)).to(empty.device)
+            voxels = voxels / weights.masked_fill(empty | ~reached, 1)
+        self._sink.put(tile.first, voxels, empty=empty)  # they are 0 where empty
 
     def check_complete(self) -> None:
         """Raise IncompleteCoverageError where a patch has not arrived; it may still be added then."""
@@ -162,10 +133,8 @@ class GridBlend:
             )
 
     def finish(self) -> None:
-        """Check that every patch arrived, and hand on the tiles for which none is run."""
+        """Check that every patch arrived."""
         self.check_complete()
-        for i, j, k in np.argwhere(self._unfilled).tolist():
-            self._fill_shard((i, j, k))
 
     def close(self) -> None:
         """Drop the sums of all tiles."""

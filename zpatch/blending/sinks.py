@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from zpatch.blending.reduction import Finaliser
 from zpatch.chunks.layout import Layout, plan_output_layout
 from zpatch.errors import IncompleteCoverageError
 from zpatch.geometry.affines import Affine
@@ -35,6 +36,36 @@ class VolumeSink(Protocol):
 
         No patch was run for ``skipped`` of them; ``not_finite`` were NaN or infinite before their reduction.
         """
+
+
+class BlendedSink(Protocol):
+    """Takes each voxel of a blended volume once, in boxes of any order."""
+
+    def put(self, first: Triple, voxels: torch.Tensor, *, empty: torch.Tensor | None = None) -> None:
+        """Take in blended voxels (C, I, J, K) from ``first`` on; no patch covers those that are ``empty``.
+
+        ``empty`` is (I, J, K). The memory of the voxels may be used again afterwards.
+        """
+
+
+class FinalisingSink:
+    """Makes final voxels of blended ones, and hands them on; those that are empty get the value ``fill``."""
+
+    def __init__(self, finalise: Finaliser, sink: VolumeSink, fill: float = 0) -> None:
+        self._finalise = finalise
+        self._sink = sink
+        self._fill = fill
+
+    def put(self, first: Triple, voxels: torch.Tensor, *, empty: torch.Tensor | None = None) -> None:
+        """Take in blended voxels."""
+        final, count = self._finalise(voxels)
+        skipped = 0
+        if empty is not None:
+            final = torch.where(
+                empty, torch.full((), self._fill, dtype=final.dtype, device=final.device), final
+            )
+            skipped = int(empty.sum())
+        self._sink.put(first, final.cpu(), skipped=skipped, not_finite=count)
 
 
 class OutputSink(VolumeSink, Protocol):
@@ -170,10 +201,16 @@ class CompleteShard(NamedTuple):
 class ShardAssembler:
     """Collects boxes of final voxels into shards of an image.
 
-    The boxes may arrive in any order and must not overlap. Only incomplete shards are in memory.
+    The boxes may arrive in any order and must not overlap. Only incomplete shards are in memory. ``expected``
+    says for each shard how many voxels of a channel arrive, if not all do; the others are skipped, and get
+    the value ``fill``.
     """
 
-    def __init__(self, record: ImageRecord) -> None:
+    def __init__(
+        self, record: ImageRecord, *, expected: Mapping[Shard, int] | None = None, fill: float = 0
+    ) -> None:
+        self._expected = expected
+        self._fill = fill
         self._shape = record.shape_czyx
         self._shard_shape = padded_to_4d(record.shards)
         self._dtype = np.dtype(record.dtype)
@@ -208,7 +245,17 @@ class ShardAssembler:
         origin = [n * s for n, s in zip(number, self._shard_shape, strict=True)]
         limits = zip(origin, self._shard_shape, self._shape, strict=True)
         extent = [min(o + s, n) - o for o, s, n in limits]
-        return _OpenShard(origin, buffer_pool.empty(extent, self._dtype), math.prod(extent))
+        voxels, total = buffer_pool.empty(extent, self._dtype), math.prod(extent)
+        expected = total if self._expected is None else extent[0] * self._expected[number]
+        if expected < total:
+            voxels.fill(self._fill)
+        return _OpenShard(origin, voxels, expected, skipped=(total - expected) // extent[0])
+
+    def filled(self, number: Shard) -> CompleteShard:
+        """A shard of which no voxel arrives."""
+        shard = self._new_shard(number)
+        assert not shard.missing
+        return CompleteShard(number, shard.voxels, shard.skipped, 0)
 
     @property
     def complete(self) -> bool:

@@ -12,6 +12,7 @@ from zpatch.cli import EXIT_SOME_FAILED
 from zpatch.cli.options import (
     STORE,
     Bytes,
+    Millimetres,
     Numbers,
     Voxels,
     cluster_timeout_option,
@@ -68,6 +69,16 @@ if TYPE_CHECKING:
     help="The spatial axes that the network is fed, in its order: zyx if it was trained on (z, y, x) arrays "
     "(tifffile, zarr, scikit-image, nnU-Net), yx if it is 2-D, (B, C, H, W).",
 )
+@click.option(
+    "--spacing", type=Millimetres(),
+    help="The voxel size that it was trained on, in mm: 1.5, or 1x1x3 along I, J, K, after --orient.",
+)  # fmt: skip
+@click.option("--orient", "orientation", metavar="CODES", help="The orientation that it was trained on: RAS.")
+@click.option("--align", metavar="NAME", help="The image on whose grid all others are put first.")
+@click.option(
+    "--output-grid", type=click.Choice(["native", "model"]), default="native", show_default=True,
+    help="Where the output is: on the image's own grid, resampled before --reduce, or on the model's.",
+)  # fmt: skip
 @click.option("--patch-size", type=Voxels(), required=True, help="One number or I,J,K, as 96 or 128,128,32.")
 @click.option(
     "--overlap",
@@ -187,6 +198,8 @@ def predict_command(
           --patch-size 128 --overlap 32 --reduce argmax
       zpatch predict cohort.zarr out.zarr --model mypackage.nets:unet --image t1 --image flair \\
           --patch-size 96,96,64 --overlap 16 --blend gaussian --device cuda --amp
+      zpatch predict cohort.zarr out.zarr --model net.pt2 --image ct --spacing 1.5 --orient RAS \\
+          --patch-size 128 --overlap 64 --reduce argmax
       zpatch predict slide.ome.zarr out.zarr --model mypackage.nets:stain \\
           --patch-size 1024,1024,1 --overlap 64,64,0 --model-axes yx --jobs 4
       zpatch predict movie.ome.zarr out.zarr --model net.pt2 --time 3 --channel 0,2 \\

@@ -89,6 +89,17 @@ class VoxelGrid:
         self._check_overlap(matrix, other.shape)
         return snapped(matrix, other.shape)
 
+    def is_same(self, other: VoxelGrid) -> bool:
+        """Whether the voxels of both are in the same places, to 1e-4 voxels."""
+        if self.shape != other.shape:
+            return False
+        if np.array_equal(self.affine, other.affine):
+            return True
+        try:
+            return np.array_equal(self.matrix_from(other), np.eye(4))
+        except OptionError:
+            return False
+
     def _check_overlap(self, matrix: Affine, shape: Triple) -> None:
         ends = np.array(np.meshgrid(*([-0.5, n - 0.5] for n in shape))).reshape(3, -1)
         corners = matrix[:3, :3] @ ends + matrix[:3, 3:]
@@ -99,17 +110,26 @@ class VoxelGrid:
             )
 
 
-def checked_spacing(spacing: Spacing, kept: Sequence[float]) -> tuple[float, float, float]:
-    """A wanted voxel size, one number or three, as three; None is the size that is kept on an axis."""
+def spacing_triple(spacing: Spacing) -> tuple[float | None, float | None, float | None]:
+    """A wanted voxel size, one number or three, as three; None is the size that is kept on an axis.
+
+    Raises OptionError for one that is not positive and finite.
+    """
     values = [spacing] * 3 if isinstance(spacing, int | float | np.number) else spacing
     try:
-        i, j, k = (float(old if new is None else new) for new, old in zip(values, kept, strict=True))
+        i, j, k = (None if value is None else float(value) for value in values)
     except (TypeError, ValueError):
         raise OptionError(
             f"spacing must be one number of mm or three, not {spacing!r}", option="spacing"
         ) from None
-    if not all(math.isfinite(t) and t > 0 for t in (i, j, k)):
+    if not all(t is None or (math.isfinite(t) and t > 0) for t in (i, j, k)):
         raise OptionError(f"spacing must be positive and finite (in mm), not {spacing!r}", option="spacing")
+    return i, j, k
+
+
+def checked_spacing(spacing: Spacing, kept: Sequence[float]) -> tuple[float, float, float]:
+    """A wanted voxel size as three numbers; on an axis of which it is None, the one that is kept."""
+    i, j, k = (old if new is None else new for new, old in zip(spacing_triple(spacing), kept, strict=True))
     if not all(math.isfinite(s) and s > 0 for s in kept):
         raise OptionError("the affine is singular: an axis has voxels of no size, so it has no spacing")
     return i, j, k

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from zpatch.blending.reduction import Reductions
+from zpatch.geometry.voxel_grid import Spacing
 from zpatch.images.cohort import Cohort
 from zpatch.images.subject import Subject
 from zpatch.networks.model_files import Model
@@ -43,6 +44,10 @@ def predict(
     amp: bool = False,
     tta: bool = False,
     model_axes: str = "xyz",
+    spacing: Spacing | None = None,
+    orientation: str | None = None,
+    align: str | None = None,
+    output_grid: str = "native",
     padding_mode: str | None = None,
     normalize: str | None = None,
     mask: str | MaskFunction | None = None,
@@ -77,6 +82,15 @@ def predict(
     ``device="auto"`` chooses a GPU if there is one; ``amp`` runs the network in torch's autocast, ``tta``
     averages it over all flips.
 
+    ``spacing`` (mm: one number, or three along I, J, K) and ``orientation`` ("RAS") are those of the grid
+    that the network was trained on: images are resampled linearly, label maps by the nearest voxel, as
+    patches are read. The output is on the image's own grid: the blended volume is resampled linearly onto it,
+    channel by channel, and then reduced. It is made as patches arrive, and never held whole.
+    ``output_grid="model"`` leaves it on the model's grid. ``align`` names the image on whose grid all others
+    are put first; the output is on its grid. Channels that are integers (blended with ``crop``) are classes,
+    and get the nearest voxel. Images that are mapped beforehand, as with ``cohort.map``, have their own grid
+    after the mapping.
+
     Voxels where blended outputs are NaN or infinite are counted: a warning at the end says how many there
     are, and so do ``statistics["not_finite"]`` and the warnings of the image. ``strict`` raises ModelError at
     the first patch with such a value.
@@ -86,6 +100,7 @@ def predict(
 
     ``mask`` names an image, or is a function ``(subject, location) -> bool``. Patches wholly outside the mask
     are not run, and voxels that no patch covers get ``fill``; voxels inside are the same as without a mask.
+    It is on the image's own grid, or with ``align`` on any; a function gets the subject on the model's grid.
 
     Each shard of the output is reduced and written once, after its last patch. Memory is planned before
     anything runs and does not grow with the longest axis. ``max_memory`` (bytes, or text such as "2 GiB") is

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from zpatch.blending.regridding import regridding_bytes
 from zpatch.geometry.boxes import Integers, Triple
 from zpatch.prediction.prediction_plan import PlannedHead, PredictionPlan, Ranges, Region
 from zpatch.runtime.buffer_pool import POOL_SLACK
 from zpatch.sources.chunk_cache import is_quick, patches_of_chunks
 from zpatch.sources.voxel_source import VoxelSource
-from zpatch.tiling.axis_tiles import AxisTile
+from zpatch.tiling.axis_tiles import AxisTile, AxisTiles
 
 WEIGHT_BYTES = 4  # of a voxel's summed weights
 BATCHES_READ = 3  # one in the network, one waiting, one being read
@@ -37,6 +38,18 @@ class AxisLifetimes:
     def within(self, first: int) -> AxisLifetimes:
         """The same pieces, with patches counted from ``first``."""
         return AxisLifetimes(self.birth - first, self.death - first, self.size)
+
+    def final(self) -> AxisLifetimes:
+        """The same pieces, held only at the end of their lives."""
+        return AxisLifetimes(self.death, self.death, self.size)
+
+    def until_next(self) -> AxisLifetimes:
+        """The same pieces, held from the end of their lives until the next one ends."""
+        return AxisLifetimes(self.death, np.append(self.death[1:], self.death[-1:]), self.size)
+
+    def faces(self) -> AxisLifetimes:
+        """The last voxel of each piece but the last, held until the next one ends."""
+        return AxisLifetimes(self.death[:-1], self.death[1:], np.ones_like(self.size[1:]))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,23 +104,27 @@ def held_of_head(
 ) -> Iterator[Held]:
     """The sums and the shards that are held during a sweep over some shards of an output.
 
-    With a mask, weights are summed too, and a shard may be begun by its first patch.
+    With a mask, weights are summed too, and a shard may be begun by its first patch. For an output on another
+    grid, the faces of final tiles are held until the cells that need them are made.
     """
     tiling, head = planned.tiling, planned.head
     sums = head.channels * head.sum_bytes + (WEIGHT_BYTES if masked else 0)
     along = list(zip(tiling.axes, shards, patches, strict=True))
-    tiles = [[t for shard in u for t in axis.tiles_of(shard)] for axis, u, _ in along]
+    tiles = [axis.tiles_of(u[0], u[-1]) for axis, u, _ in along]
     all_tiles = [_tile_lives(some, run.start) for (_, _, run), some in zip(along, tiles, strict=True)]
     alone = [
         _tile_lives([t for t in some if len(t.contributors) == 1], run.start)
         for (_, _, run), some in zip(along, tiles, strict=True)
     ]
-    filled = [
-        _shard_lives([axis.tiles_of(shard) for shard in u], run.start, masked) for axis, u, run in along
-    ]
+    filled = [_shard_lives(axis, u, run.start, masked) for axis, u, run in along]
     for lives, voxel_bytes in ((all_tiles, sums), (alone, -sums), (filled, planned.voxel_bytes)):
         a, b, c = (lives[axis] for axis in tiling.order)
         yield Held((a, b, c), voxel_bytes)
+    if tiling.output is not None:
+        slow, middle, fast = (all_tiles[axis] for axis in tiling.order)
+        yield Held((slow.faces(), middle.until_next(), fast.until_next()), sums)
+        yield Held((slow.final(), middle.faces(), fast.until_next()), sums)
+        yield Held((slow.final(), middle.final(), fast.faces()), sums)
 
 
 def _tile_lives(tiles: Sequence[AxisTile], first: int) -> AxisLifetimes:
@@ -117,11 +134,15 @@ def _tile_lives(tiles: Sequence[AxisTile], first: int) -> AxisLifetimes:
     return AxisLifetimes(births - first, deaths - first, sizes)
 
 
-def _shard_lives(shards: Sequence[Sequence[AxisTile]], first: int, masked: bool) -> AxisLifetimes:
-    births = np.array([tiles[0].contributors[0 if masked else -1] for tiles in shards], dtype=np.int64)
-    deaths = np.array([tiles[-1].contributors[-1] for tiles in shards], dtype=np.int64)
-    sizes = np.array([tiles[-1].stop - tiles[0].first for tiles in shards], dtype=np.int64)
-    return AxisLifetimes(births - first, deaths - first, sizes)
+def _shard_lives(axis: AxisTiles, shards: range, first: int, masked: bool) -> AxisLifetimes:
+    births, deaths, sizes = [], [], []
+    for shard in shards:
+        tiles, cells = axis.tiles_of(shard), axis.cells_of(shard)
+        begin = tiles[0].contributors[0] if masked else axis.tiles[cells[0].tile].contributors[-1]
+        births.append(begin - first)
+        deaths.append(tiles[-1].contributors[-1] - first)
+        sizes.append(sum(cell.length for cell in cells))
+    return AxisLifetimes(np.array(births), np.array(deaths), np.array(sizes))
 
 
 def region_bytes(plan: PredictionPlan) -> int:
@@ -136,7 +157,12 @@ def _fixed_bytes(plan: PredictionPlan) -> int:
     batches = (BATCHES_READ + (1 if plan.tta else 0)) * read  # one more that is flipped
     written = SHARDS_WRITTEN * sum(head.shard_bytes for head in plan.heads)
     outputs = max(plan.outputs_bytes, plan.network_bytes)  # the network holds its own while it runs
-    return batches + outputs + written + len(plan.heads) * POOL_SLACK + SMALL_PIECES_BYTES
+    regridded = sum(
+        regridding_bytes(h.tiling, (h.head.channels + 1) * h.head.sum_bytes)
+        for h in plan.heads
+        if h.tiling.output is not None
+    )
+    return batches + outputs + written + regridded + len(plan.heads) * POOL_SLACK + SMALL_PIECES_BYTES
 
 
 def _swept_bytes(plan: PredictionPlan, region: Region) -> int:
@@ -153,13 +179,27 @@ def _swept_bytes(plan: PredictionPlan, region: Region) -> int:
     chunks = [_held_chunks(source, plan, region.patches) for source in sources]
     of_patch = sum(_bytes_under(plan.grid.patch_size, source) for source in sources)
     together = (plan.batch_size - 1) * of_patch
+    together += plan.batch_size * sum(_bytes_below(plan.grid.patch_size, source) for source in sources)
     return sweep_peak_bytes(kept, counts) + (sweep_peak_bytes(chunks, counts) + together if chunks else 0)
 
 
 def _bytes_under(patch_size: Triple, source: VoxelSource) -> int:
     """Bytes of the most chunks that a patch touches, wherever it is."""
-    extents = [(-(-(p - 1) // c) + 1) * c for p, c in zip(patch_size, source.chunk_shape, strict=True)]
-    return math.prod(min(n, e) for n, e in zip(source.shape[1:], extents, strict=True)) * _voxel_bytes(source)
+    counts = _chunks_under(patch_size, source)
+    extents = (min(n, m * c) for n, m, c in zip(source.shape[1:], counts, source.chunk_shape, strict=True))
+    return math.prod(extents) * _voxel_bytes(source)
+
+
+def _bytes_below(patch_size: Triple, source: VoxelSource) -> int:
+    """Bytes of what the chunks under a patch are made from."""
+    i, j, k = map(min, source.chunk_shape, source.shape[1:])
+    return math.prod(_chunks_under(patch_size, source)) * source.bytes_below((i, j, k))
+
+
+def _chunks_under(patch_size: Triple, source: VoxelSource) -> list[int]:
+    """The most chunks that a patch touches along each axis, wherever it is."""
+    sizes = zip(patch_size, source.chunk_shape, source.shape[1:], strict=True)
+    return [min(-(-(p - 1) // c) + 1, -(-n // c)) for p, c, n in sizes]
 
 
 def _voxel_bytes(source: VoxelSource) -> int:

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 
 from zpatch.blending.reduction import Reduction, Reductions, check_known, check_reduction
 from zpatch.digests import Json, compact_json
 from zpatch.errors import OptionError, StoreExistsError
 from zpatch.geometry.boxes import PatchLocation, Triple, patch_overlap_triple, patch_size_triple
+from zpatch.geometry.orientation import orientation_to
 from zpatch.geometry.padding import check_padding_mode
+from zpatch.geometry.voxel_grid import Spacing, spacing_triple
 from zpatch.images.normalization import MODES
 from zpatch.images.subject import Subject
 from zpatch.networks.model_identity import identity
@@ -25,9 +28,11 @@ from zpatch.tiling.windows import check_overlap_mode
 
 MaskFunction = Callable[[Subject, PatchLocation], bool]
 
+OUTPUT_GRIDS = ("native", "model")
 SHOWN_CHANGES = 5
 SHOWN_CHARACTERS = 40
 
+OF_THE_GRID = ("spacing", "orientation", "align", "output_grid")
 OF_THE_NETWORK = ("device", "amp", "tta", "model_axes")  # stored by the network: "auto" is a device by then
 OF_THE_RUN = (
     "strict",
@@ -47,17 +52,20 @@ OF_THE_RUN = (
 class PredictOptions:
     """The options of ``predict``, which documents them, in one form and checked.
 
-    ``image`` are names of images, stacked as channels. ``patch_size`` and ``patch_overlap`` are voxels along
-    (I, J, K). ``overlap_mode`` and ``reduce`` are those of a PatchAggregator (``reduce`` for all outputs, or
-    a dict by output), ``padding_mode`` that of a GridSampler, ``normalize`` is a mode of Normalize.
-    ``batch_size`` counts patches. ``device`` is one of torch's or ``auto``; ``amp`` is autocast, ``tta`` a
-    mean over all flips, ``model_axes`` the axes of the network's batches, as ``xyz``, ``zyx`` or (2-D)
-    ``yx``. ``mask`` is the name of an image or a function, ``fill`` the value where no patch is run.
-    ``strict`` stops at the first output that is NaN or infinite. ``max_memory`` is bytes, as a number or as
-    text; ``jobs`` counts local processes, ``scheduler`` is the address of a Dask cluster, which may be
-    without workers for ``cluster_timeout`` seconds. ``resume`` allows an existing output to be resumed,
-    ``overwrite`` replaces it; ``verify`` compares every byte that is stored. With ``keep_going`` a subject
-    that fails does not stop the others. ``pyramid`` adds coarser levels; if it is None, to slides only.
+    ``image`` are names of images, stacked as channels. They are put on the grid of the image ``align``,
+    turned to ``orientation`` and resampled to ``spacing`` (mm along I, J, K; None keeps an axis); the output
+    is on the ``output_grid``: ``native``, that of the image itself, or ``model``. ``patch_size`` and
+    ``patch_overlap`` are voxels along (I, J, K). ``overlap_mode`` and ``reduce`` are those of a
+    PatchAggregator (``reduce`` for all outputs, or a dict by output), ``padding_mode`` that of a GridSampler,
+    ``normalize`` is a mode of Normalize. ``batch_size`` counts patches. ``device`` is one of torch's or
+    ``auto``; ``amp`` is autocast, ``tta`` a mean over all flips, ``model_axes`` the axes of the network's
+    batches, as ``xyz``, ``zyx`` or (2-D) ``yx``. ``mask`` is the name of an image or a function, ``fill`` the
+    value where no patch is run. ``strict`` stops at the first output that is NaN or infinite. ``max_memory``
+    is bytes, as a number or as text; ``jobs`` counts local processes, ``scheduler`` is the address of a Dask
+    cluster, which may be without workers for ``cluster_timeout`` seconds. ``resume`` allows an existing
+    output to be resumed, ``overwrite`` replaces it; ``verify`` compares every byte that is stored. With
+    ``keep_going`` a subject that fails does not stop the others. ``pyramid`` adds coarser levels; if it is
+    None, to slides only.
 
     >>> PredictOptions.of(image="t1", patch_size=96, patch_overlap=32).patch_overlap
     (32, 32, 32)
@@ -73,6 +81,10 @@ class PredictOptions:
     amp: bool = False
     tta: bool = False
     model_axes: str = "xyz"
+    spacing: tuple[float | None, float | None, float | None] | None = None
+    orientation: str | None = None
+    align: str | None = None
+    output_grid: str = "native"
     padding_mode: str | None = None
     normalize: str | None = None
     mask: str | MaskFunction | None = None
@@ -95,6 +107,7 @@ class PredictOptions:
         image: str | Sequence[str],
         patch_size: int | Sequence[int],
         patch_overlap: int | Sequence[int] = 0,
+        spacing: Spacing | None = None,
         **options: Any,
     ) -> Self:
         """Options in the forms in which ``predict`` accepts them."""
@@ -103,6 +116,7 @@ class PredictOptions:
             image=(image,) if isinstance(image, str) else tuple(image),
             patch_size=size,
             patch_overlap=patch_overlap_triple(patch_overlap, size),
+            spacing=None if spacing is None else spacing_triple(spacing),
             **options,
         )
 
@@ -120,6 +134,13 @@ class PredictOptions:
         for name, count in (("batch_size", self.batch_size), ("jobs", self.jobs)):
             if count < 1:
                 raise OptionError(f"{name} must be at least 1, not {count}", option=name)
+        if self.output_grid not in OUTPUT_GRIDS:
+            raise OptionError(
+                f"output_grid must be one of {', '.join(OUTPUT_GRIDS)}, not {self.output_grid!r}",
+                option="output_grid",
+            )
+        if self.orientation is not None:
+            orientation_to(np.eye(4), self.orientation)
         check_cluster_timeout(self.cluster_timeout)
         if self.max_memory is not None:
             parse_bytes(self.max_memory)
@@ -128,6 +149,16 @@ class PredictOptions:
     def pads_border(self) -> bool:
         """Whether every volume is padded, by half the overlap; otherwise only one smaller than the patch."""
         return self.padding_mode is not None
+
+    @property
+    def changes_grid(self) -> bool:
+        """Whether the network sees another grid than that of the images."""
+        return any(option is not None for option in (self.spacing, self.orientation, self.align))
+
+    @property
+    def returns(self) -> bool:
+        """Whether the output is on the image's own grid although the network sees another."""
+        return self.changes_grid and self.output_grid == "native"
 
     @property
     def reading_mode(self) -> str:
@@ -153,10 +184,12 @@ class PredictOptions:
     def stored(self) -> Json:
         """The options that all voxels depend on, as they are stored beside the voxels.
 
-        A new option belongs here unless it is listed as one of the network or of the run.
+        A new option belongs here unless it is listed as one of the network or of the run. Those of another
+        grid are left out where there is none, as in predictions that were made before there were any.
         """
+        others = OF_THE_NETWORK + OF_THE_RUN + (() if self.changes_grid else OF_THE_GRID)
         names = [field.name for field in dataclasses.fields(self)]
-        return {n: _stored(n, getattr(self, n)) for n in names if n not in OF_THE_NETWORK + OF_THE_RUN}
+        return {name: _stored(name, getattr(self, name)) for name in names if name not in others}
 
 
 def _stored(name: str, value: Any) -> Any:

@@ -17,6 +17,7 @@ from zpatch.chunks.layout import chunk_counts
 from zpatch.digests import Json
 from zpatch.geometry.boxes import Bools, Integers, Triple
 from zpatch.geometry.patch_grid import PatchGrid
+from zpatch.geometry.voxel_grid import format_spacing
 from zpatch.images.image import Image
 from zpatch.images.subject import Subject
 from zpatch.runtime.byte_sizes import format_bytes
@@ -37,7 +38,7 @@ class Head:
     """One output of a network, known from the first patch.
 
     ``channels`` are summed, with ``sum_bytes`` each; ``patch_shape`` is the output's extent for one patch.
-    A reduced voxel has ``kept_channels`` of ``kept_dtype``.
+    A reduced voxel has ``kept_channels`` of ``kept_dtype``. Sums are floats, or integers that are classes.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Head:
     patch_shape: Triple
     kept_channels: int
     kept_dtype: str
+    is_float: bool = True
 
     def shape_for(self, spatial_shape: Triple, patch_size: Triple) -> Triple:
         """The extent of the output for a whole volume, scaled as the network scales a patch, and rounded.
@@ -130,16 +132,17 @@ class PredictionPlan:
     """The plan of a prediction for one subject.
 
     ``images`` are read at the patches of ``grid``, ``batch_size`` at a time, and all ``regions`` together
-    fill the shards of ``heads``. ``skipped`` marks patches wholly outside the mask, over the positions of the
-    grid. ``cost`` is the network's, if it was measured. ``region_bytes`` is the most memory that a region
-    holds beside what the process holds before it, with the network's if that is known; ``jobs`` regions are
-    run at a time. With ``tta`` the network is run on all flips of a batch. ``identities`` are those of the
-    images whose statistics were computed for the plan; empty if none were. ``seals`` are those of the images
-    when the plan was made.
+    fill the shards of ``heads``. ``native`` is the image whose own grid the output is on. ``skipped`` marks
+    patches wholly outside the mask, over the positions of the grid. ``cost`` is the network's, if it was
+    measured. ``region_bytes`` is the most memory that a region holds beside what the process holds before it,
+    with the network's if that is known; ``jobs`` regions are run at a time. With ``tta`` the network is run
+    on all flips of a batch. ``identities`` are those of the images whose statistics were computed for the
+    plan; empty if none were. ``seals`` are those of the images when the plan was made.
     """
 
     subject: Subject
     images: tuple[Image, ...]
+    native: Image
     grid: PatchGrid
     batch_size: int
     heads: tuple[PlannedHead, ...]
@@ -217,7 +220,7 @@ class PredictionPlan:
             image.record.stored_bytes
             if image.record
             else math.prod(image.shape) * image.source.dtype.itemsize
-            for image in self.images
+            for image in self._stored_images
         )
 
     @property
@@ -225,8 +228,13 @@ class PredictionPlan:
         """Chunks of the images that are read."""
         return sum(
             math.prod(-(-n // c) for n, c in zip(image.spatial_shape, image.source.chunk_shape, strict=True))
-            for image in self.images
+            for image in self._stored_images
         )
+
+    @property
+    def _stored_images(self) -> list[Image]:
+        """The images that are read, on their own grids."""
+        return [image.root[0] for image in self.images]
 
     @property
     def bytes_out(self) -> int:
@@ -281,6 +289,7 @@ class PredictionPlan:
         return {
             "subject": self.subject.name,
             "shape": list(self.grid.spatial_shape),
+            "native_shape": list(self.native.spatial_shape),
             "patches": self.patches,
             "patches_skipped": len(self.grid) - self.patches,
             "patches_run_twice": self.patches_run - self.patches,
@@ -301,12 +310,15 @@ class PredictionPlan:
         fed = f" of {channels} channels" if channels > 1 else ""
         parts = [part for image in self.images if (part := image.opened.in_words)]
         fed += f" ({'; '.join(parts)})" if parts else ""
+        model, native = self.images[0].grid, self.native.grid
+        of_native = f"{' x '.join(map(str, native.shape))} of {format_spacing(native.spacing)} mm"
+        placed = "" if model.is_same(native) else f" of {format_spacing(model.spacing)} mm (from {of_native})"
         notes = f", {masked} more are masked out" if masked else ""
         notes += f", {twice} runs more where regions meet" if twice else ""
         plural = "" if self.levels == 1 else "s"
         levels = f" with {self.levels} coarser level{plural}" if self.levels else ""
         return (
-            f"{self.subject.name}: {' x '.join(map(str, self.grid.spatial_shape))} voxels{fed} in "
+            f"{self.subject.name}: {' x '.join(map(str, self.grid.spatial_shape))} voxels{placed}{fed} in "
             f"{self.patches} patches{notes}; {self.chunks_in} chunks of {format_bytes(self.bytes_in)} in, "
             f"{self.shards_out} shards of {format_bytes(self.bytes_out)} out{levels}; "
             f"at most {format_bytes(self.peak_bytes)} of memory; "

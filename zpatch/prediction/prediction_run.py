@@ -167,7 +167,8 @@ def check_output(output: Path, subjects: Sequence[Subject], options: PredictOpti
     are not looked at.
     """
     target = output.resolve()
-    names = [*options.image, *([options.mask] if isinstance(options.mask, str) else [])]
+    others = [name for name in (options.mask, options.align) if isinstance(name, str)]
+    names = [*options.image, *others]
     known = [
         subject.images for subject in subjects if isinstance(subject, Subject)
     ]  # planning refuses others

@@ -113,7 +113,19 @@ def _head(name: str, output: torch.Tensor, options: PredictOptions) -> Head:
     dtype = accumulation_dtype(output.dtype, options.overlap_mode)
     kept = as_stored(reduce_channels(output[0].to(dtype), reduce)).cpu()
     fitting_fill(options.fill, kept.dtype)
-    return Head(name, channels, dtype.itemsize, (i, j, k), len(kept), kept.numpy().dtype.str)
+    if options.returns and dtype.is_complex:
+        raise ModelError(
+            f"the output {name!r} is complex ({dtype}), and is not interpolated; say output_grid='model'"
+        )
+    return Head(
+        name,
+        channels,
+        dtype.itemsize,
+        (i, j, k),
+        len(kept),
+        kept.numpy().dtype.str,
+        dtype.is_floating_point,
+    )
 
 
 def check_names(names: Sequence[str], what: str, error: type[ZpatchError]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +20,14 @@ import numpy as np
 import torch
 
 from zpatch.blending.blend import add_batch
-from zpatch.blending.grid_blend import GridBlend, Skipped
-from zpatch.blending.reduction import Finaliser, not_finite
-from zpatch.blending.sinks import CompleteShard, ShardAssembler
+from zpatch.blending.grid_blend import GridBlend
+from zpatch.blending.reduction import Finaliser, fitting_fill, not_finite
+from zpatch.blending.regridding import Regridder
+from zpatch.blending.sinks import BlendedSink, CompleteShard, FinalisingSink, ShardAssembler
 from zpatch.digests import Json
 from zpatch.errors import ModelError
 from zpatch.geometry.boxes import Bools, PatchLocation, Triple
+from zpatch.geometry.voxel_grid import VoxelGrid
 from zpatch.images.image import Image
 from zpatch.networks.model_axes import ModelAxes
 from zpatch.networks.network import Network, Outputs
@@ -43,6 +45,7 @@ from zpatch.store.image_writer import Shard
 from zpatch.store.lock import writing_to
 from zpatch.store.names import RAW_HEADER, UNFINISHED
 from zpatch.store.store import read_small_array
+from zpatch.tiling.volume_tiles import Tiling
 
 Batch = tuple[list[PatchLocation], torch.Tensor]
 
@@ -96,7 +99,7 @@ def run_region(
     was read. Raises ModelError if the network fails.
     """
     shards = region.wanted(plan.heads)
-    wanted = [unwritten(folder.ledger(h).has, of) for h, of in zip(plan.heads, shards, strict=True)]
+    wanted = [unwritten(h, folder.ledger(h).has, of) for h, of in zip(plan.heads, shards, strict=True)]
     needed = plan.needed(wanted)
     if done_before := plan.count_run(plan.needed(shards)) - plan.count_run(needed):
         progress(done_before)
@@ -112,12 +115,19 @@ def run_region(
         blender.finish()
 
 
-def unwritten(is_written: Callable[[Shard], bool], shards: Bools) -> Bools:
-    """Those of some shards, over their positions along I, J, K, that are not written."""
+def unwritten(head: PlannedHead, is_written: Callable[[Shard], bool], shards: Bools) -> Bools:
+    """Those of some shards of an output, over their positions, that are not written."""
     left = shards.copy()
-    for i, j, k in np.argwhere(shards).tolist():
-        left[i, j, k] = not is_written((0, k, j, i))
+    for position in np.argwhere(shards).tolist():
+        left[*position] = not is_written(_stored(head.tiling, position))
     return left
+
+
+def _stored(tiling: Tiling, position: Sequence[int]) -> Shard:
+    """The number of the shard at a position along the axes of the volume."""
+    i, j, k = position
+    i, j, k = tiling.stored_shard((i, j, k))
+    return 0, k, j, i
 
 
 def _batches(
@@ -160,21 +170,22 @@ class _Blender:
         check_inputs: Callable[[], None],
     ) -> None:
         self._subject = plan.subject.name
-        self._sinks = [ShardSink(folder.ledger(h), h.record, folder.output, check_inputs) for h in plan.heads]
-        self._blends = {
-            head.head.name: GridBlend(
-                head.tiling,
-                sink,
-                Finaliser(
-                    options.reduction_of(head.head.name),
-                    _kept_dtype(head),
-                    channels=head.head.kept_channels,
-                ),
-                wanted=shards,
-                skipped=_skipped(plan, head, options.fill),
+        self._sinks: list[ShardSink] = []
+        self._blends: dict[str, GridBlend] = {}
+        for head, shards in zip(plan.heads, wanted, strict=True):
+            fill = fitting_fill(options.fill, _kept_dtype(head))
+            expected = _expected(head, shards, plan.skipped)
+            sink = ShardSink(
+                folder.ledger(head), head.record, folder.output, check_inputs, expected=expected, fill=fill
             )
-            for head, shards, sink in zip(plan.heads, wanted, self._sinks, strict=True)
-        }
+            reduction, channels = options.reduction_of(head.head.name), head.head.kept_channels
+            final: BlendedSink = FinalisingSink(
+                Finaliser(reduction, _kept_dtype(head), channels=channels), sink, fill
+            )
+            if head.tiling.output is not None:
+                final = Regridder(head.tiling, final, wanted=shards, skipped=plan.skipped)
+            self._sinks.append(sink)
+            self._blends[head.head.name] = GridBlend(head.tiling, final, wanted=shards, skipped=plan.skipped)
 
     def add(self, outputs: Outputs, locations: Sequence[PatchLocation]) -> None:
         """Blend a batch."""
@@ -194,7 +205,7 @@ class _Blender:
         for blend in self._blends.values():
             blend.finish()
         for sink in self._sinks:
-            sink.wait()
+            sink.finish()
 
     def __enter__(self) -> Self:
         return self
@@ -210,18 +221,22 @@ def _kept_dtype(head: PlannedHead) -> torch.dtype:
     return torch_dtype(np.dtype(head.record.dtype), widen=False)
 
 
-def _skipped(plan: PredictionPlan, head: PlannedHead, fill: float) -> Skipped | None:
-    if plan.skipped is None:
+def _expected(head: PlannedHead, shards: Bools, skipped: Bools | None) -> dict[Shard, int] | None:
+    """How many voxels of each of some shards any patch is run for; None for all."""
+    if skipped is None:
         return None
-    channels, dtype = head.head.kept_channels, _kept_dtype(head)
-    return Skipped(plan.skipped, lambda shape: torch.full((channels, *shape), fill, dtype=dtype))
+    return {
+        _stored(head.tiling, (i, j, k)): head.tiling.count_made((i, j, k), ~skipped)
+        for i, j, k in np.argwhere(shards).tolist()
+    }
 
 
 class ShardSink:
     """Writes final voxels into shards of an image, and an entry for each shard into its ledger.
 
     ``check_inputs`` is called before a shard is written, and may raise. A thread encodes and writes one
-    shard while the next one is filled.
+    shard while the next one is filled. ``expected`` says for each shard how many voxels of a channel arrive,
+    if not all do; the others get the value ``fill``.
     """
 
     def __init__(
@@ -230,20 +245,27 @@ class ShardSink:
         record: ImageRecord,
         store: Path,
         check_inputs: Callable[[], None] = lambda: None,
+        *,
+        expected: Mapping[Shard, int] | None = None,
+        fill: float = 0,
     ) -> None:
         self._check_inputs = check_inputs
         self._record = record
         self._store = store
         self._ledger = ledger
-        self._shards = ShardAssembler(record)
+        self._expected = expected or {}
+        self._shards = ShardAssembler(record, expected=expected, fill=fill)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="zpatch-write")
         self._last: Future[Any] | None = None
 
     def put(self, first: Triple, voxels: torch.Tensor, *, skipped: int = 0, not_finite: int = 0) -> None:
         """Take in final voxels, and start to write each shard that they complete after the one before it."""
         for shard in self._shards.put(first, voxels, skipped=skipped, not_finite=not_finite):
-            self.wait()
-            self._last = self._pool.submit(self._write, shard)
+            self._start(shard)
+
+    def _start(self, shard: CompleteShard) -> None:
+        self.wait()
+        self._last = self._pool.submit(self._write, shard)
 
     def _write(self, shard: CompleteShard) -> None:
         self._check_inputs()
@@ -251,6 +273,13 @@ class ShardSink:
             self._ledger.write(
                 self._record, shard.number, shard.voxels, skipped=shard.skipped, not_finite=shard.not_finite
             )
+
+    def finish(self) -> None:
+        """Write the shards of which no voxel arrives, and wait until all are written."""
+        for number, expected in self._expected.items():
+            if not expected:
+                self._start(self._shards.filled(number))
+        self.wait()
 
     def wait(self) -> None:
         """Wait until all complete shards are written."""
@@ -273,7 +302,7 @@ def finish_subject(
     ledgers = [folder.ledger(head) for head in plan.heads]
     mended: list[ImageRecord | None] = [*committed] or [None] * len(ledgers)
     return [
-        (ledger.folder, _finished(head, plan.images[0], ledger, before))
+        (ledger.folder, _finished(head, plan.native, ledger, before))
         for head, ledger, before in zip(plan.heads, ledgers, mended, strict=True)
     ]
 
@@ -283,8 +312,8 @@ def _finished(
 ) -> ImageRecord:
     """Complete an image, with the NIfTI header of the image it was predicted from if the grid is the same."""
     record, like = head.record, None
-    source, keeps_grid = image.record, head.tiling.shape == image.spatial_shape
-    if keeps_grid and image.folder and source and source.orientation.is_identity:
+    source, grid = image.record, VoxelGrid(record.spatial_shape, record.affine_array)
+    if image.folder and source and source.orientation.is_identity and grid.is_same(image.grid):
         like = read_small_array(image.folder, RAW_HEADER, source.files).tobytes()
     header = make_header(
         record.spatial_shape,

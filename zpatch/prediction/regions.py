@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from zpatch.blending.reduction import kind_of
 from zpatch.blending.sinks import output_record
@@ -22,11 +24,14 @@ from zpatch.errors import PatchSizeError
 from zpatch.geometry.affines import resized_affine
 from zpatch.geometry.boxes import Triple
 from zpatch.geometry.patch_grid import PatchGrid
+from zpatch.geometry.voxel_grid import VoxelGrid
 from zpatch.images.image import Image
+from zpatch.prediction.model_inputs import ModelInputs
 from zpatch.prediction.prediction_options import PredictOptions
 from zpatch.prediction.prediction_plan import Head, PlannedHead, Ranges, Region
 from zpatch.sources.voxel_sources import ArraySource
 from zpatch.store.image_record import ImageRecord
+from zpatch.tiling.output_cells import OutputGrid
 from zpatch.tiling.volume_tiles import Tiling
 
 SMALLEST_SHARD_BYTES = 2**16
@@ -50,47 +55,70 @@ def grid_over(spatial_shape: Triple, options: PredictOptions) -> PatchGrid:
 
 
 def planned_heads(
-    subject: str, heads: Sequence[Head], image: Image, grid: PatchGrid, options: PredictOptions, begun: Shards
+    inputs: ModelInputs, heads: Sequence[Head], grid: PatchGrid, options: PredictOptions, begun: Shards
 ) -> Iterator[tuple[PlannedHead, ...]]:
-    """The outputs for one subject in ever smaller shards; only in those of ``begun`` if it has all outputs.
-
-    ``image`` is the first one that is read: the affine of the outputs follows from its affine.
-    """
+    """The outputs for one subject in ever smaller shards; only as ``begun``, if that has all outputs."""
     swept_axis = max(range(3), key=lambda axis: (grid.spatial_shape[axis], axis))
-    for layouts in _layouts(heads, grid, swept_axis, begun):
+    volumes = [_volume(head, inputs, grid, options, swept_axis) for head in heads]
+    for layouts in _layouts(volumes, begun):
         yield tuple(
             PlannedHead(
-                head,
-                _record(subject, head, layout, image, grid, options),
-                _tiling(head, layout, grid, options, swept_axis),
+                volume.head,
+                _record(volume, layout, inputs, options),
+                _tiling(volume, layout, grid, options, swept_axis),
             )
-            for head, layout in zip(heads, layouts, strict=True)
+            for volume, layout in zip(volumes, layouts, strict=True)
         )
 
 
-def _layouts(
-    heads: Sequence[Head], grid: PatchGrid, swept_axis: int, begun: Shards
-) -> Iterator[list[Layout]]:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Volume:
+    """An output for one subject, before it is cut into shards.
+
+    ``blended`` is the shape of the volume that patches are blended into, ``grid`` that of the output, which
+    is resampled from it to ``output`` unless that is None. ``swept_axis`` is that of the output.
+    """
+
+    head: Head
+    blended: Triple
+    grid: VoxelGrid
+    output: OutputGrid | None
+    swept_axis: int
+
+
+def _volume(
+    head: Head, inputs: ModelInputs, grid: PatchGrid, options: PredictOptions, swept_axis: int
+) -> _Volume:
+    model, native = inputs.images[0].grid, inputs.native.grid
+    shape = head.shape_for(grid.spatial_shape, grid.patch_size)
+    blended = VoxelGrid(shape, resized_affine(model.affine, grid.spatial_shape, shape))
+    if not options.returns or blended.is_same(native):
+        return _Volume(head, shape, blended, None, swept_axis)
+    output = OutputGrid(native.shape, blended.matrix_from(native), "linear" if head.is_float else "nearest")
+    return _Volume(head, shape, native, output, output.axes[swept_axis])
+
+
+def _layouts(volumes: Sequence[_Volume], begun: Shards) -> Iterator[list[Layout]]:
     """How the outputs may be stored: as they were begun, or else in ever smaller shards."""
-    layouts = _layouts_of(heads, grid, swept_axis, SHARD_BYTES)
+    layouts = _layouts_of(volumes, SHARD_BYTES)
+    heads = [volume.head for volume in volumes]
     pairs = list(zip(layouts, heads, strict=True))
     if all(head.name in begun and _can_have(layout, begun[head.name]) for layout, head in pairs):
         yield [Layout(layout.chunks, _with_channels(begun[head.name])) for layout, head in pairs]
         return
     shard_bytes = SHARD_BYTES
     while shard_bytes >= SMALLEST_SHARD_BYTES:
-        yield _layouts_of(heads, grid, swept_axis, shard_bytes)
+        yield _layouts_of(volumes, shard_bytes)
         shard_bytes //= 4
 
 
-def _layouts_of(heads: Sequence[Head], grid: PatchGrid, swept_axis: int, shard_bytes: int) -> list[Layout]:
+def _layouts_of(volumes: Sequence[_Volume], shard_bytes: int) -> list[Layout]:
     layouts = []
-    for head in heads:
-        i, j, k = head.shape_for(grid.spatial_shape, grid.patch_size)
-        shape, itemsize = (head.kept_channels, k, j, i), np.dtype(head.kept_dtype).itemsize
-        layouts.append(
-            plan_output_layout(shape, itemsize, swept_axis=2 - swept_axis, shard_bytes=shard_bytes)
-        )
+    for volume in volumes:
+        i, j, k = volume.grid.shape
+        itemsize, swept = np.dtype(volume.head.kept_dtype).itemsize, 2 - volume.swept_axis
+        shape = volume.head.kept_channels, k, j, i
+        layouts.append(plan_output_layout(shape, itemsize, swept_axis=swept, shard_bytes=shard_bytes))
     return layouts
 
 
@@ -106,18 +134,16 @@ def _with_channels(shards: tuple[int, ...]) -> tuple[int, ...]:
     return (1,) * (4 - len(shards)) + shards
 
 
-def _record(
-    subject: str, head: Head, layout: Layout, image: Image, grid: PatchGrid, options: PredictOptions
-) -> ImageRecord:
-    shape = head.shape_for(grid.spatial_shape, grid.patch_size)
+def _record(volume: _Volume, layout: Layout, inputs: ModelInputs, options: PredictOptions) -> ImageRecord:
+    head, image = volume.head, inputs.native
     record = output_record(
-        subject,
+        inputs.subject.name,
         head.name,
         kind_of(options.reduction_of(head.name)),
         np.dtype(head.kept_dtype),
         layout,
-        (head.kept_channels, *shape),
-        resized_affine(image.affine, grid.spatial_shape, shape),
+        (head.kept_channels, *volume.grid.shape),
+        volume.grid.affine,
         spatial_unit=image.spatial_unit,
         like=image.record,
     )
@@ -134,15 +160,18 @@ def is_slide(image: Image) -> bool:
     return 1 in image.spatial_shape and is_in_zarr
 
 
-def _tiling(head: Head, layout: Layout, grid: PatchGrid, options: PredictOptions, swept_axis: int) -> Tiling:
+def _tiling(
+    volume: _Volume, layout: Layout, grid: PatchGrid, options: PredictOptions, swept_axis: int
+) -> Tiling:
     _, k, j, i = layout.shards
     return Tiling.over(
         grid,
         options.overlap_mode,
         swept_axis=swept_axis,
-        output_shape=head.shape_for(grid.spatial_shape, grid.patch_size),
-        patch_shape=head.patch_shape,
+        output_shape=volume.blended,
+        patch_shape=volume.head.patch_shape,
         shard_shape=(i, j, k),
+        output=volume.output,
     )
 
 
@@ -177,7 +206,7 @@ def _regions(heads: Sequence[PlannedHead], parts: Triple) -> tuple[Region, ...]:
     cuts = []  # the starts of parts, as fractions of the volume
     for axis in range(3):
         begins = [shards[0] for shards in np.array_split(np.arange(first.shard_counts[axis]), parts[axis])]
-        cuts.append(np.array(begins) * first.shard_shape[axis] / first.shape[axis])
+        cuts.append(_shard_starts(first, axis)[begins])
     regions = []
     for place in itertools.product(*map(range, parts)):
         shards = [_shards_in(head.tiling, cuts, place) for head in heads]
@@ -189,11 +218,17 @@ def _regions(heads: Sequence[PlannedHead], parts: Triple) -> tuple[Region, ...]:
 def _shards_in(tiling: Tiling, cuts: Sequence[Any], place: Sequence[int]) -> Ranges:
     ranges = []
     for axis, (part, begins) in enumerate(zip(place, cuts, strict=True)):
-        starts = np.arange(tiling.shard_counts[axis]) * tiling.shard_shape[axis] / tiling.shape[axis]
-        of_part = np.flatnonzero(np.searchsorted(begins, starts + 1e-9, side="right") - 1 == part)
+        starts = _shard_starts(tiling, axis) + 1e-9
+        of_part = np.flatnonzero(np.searchsorted(begins, starts, side="right") - 1 == part)
         ranges.append(range(of_part[0], of_part[-1] + 1) if of_part.size else range(0))
     i, j, k = ranges
     return i, j, k
+
+
+def _shard_starts(tiling: Tiling, axis: int) -> NDArray[np.float64]:
+    """Where the shards begin along an axis of the volume, as fractions of it."""
+    lengths = np.array(tiling.axes[axis].shard_lengths)
+    return np.asarray((np.cumsum(lengths) - lengths) / lengths.sum())
 
 
 def _patches_of(heads: Sequence[PlannedHead], shards: Sequence[Ranges]) -> Ranges:

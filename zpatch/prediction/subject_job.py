@@ -96,7 +96,8 @@ def patches_left(plan: PredictionPlan, prediction: str, store: Store, *, verify:
     left = 0
     for region in plan.regions:
         shards = region.wanted(plan.heads)
-        left += plan.count_run(plan.needed([unwritten(*each) for each in zip(written, shards, strict=True)]))
+        each = zip(plan.heads, written, shards, strict=True)
+        left += plan.count_run(plan.needed([unwritten(*of_head) for of_head in each]))
     return left
 
 

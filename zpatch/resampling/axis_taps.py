@@ -88,6 +88,11 @@ class AxisTaps:
         """The taps for a source that begins at voxel ``start``."""
         return type(self)(self.first - start, self.weights)
 
+    def some(self, voxels: range) -> Self:
+        """The taps of some voxels of the new axis."""
+        part = slice(voxels.start, voxels.stop)
+        return type(self)(self.first[part], self.weights[part])
+
     @classmethod
     def linear(cls, places: Floats) -> Self:
         """The two voxels around each place."""

@@ -75,6 +75,21 @@ class Resampler:
             return _PointBox(self, box)
         return _AxisBox(self, box, axes)
 
+    def needed_size(self, size: Triple) -> Triple:
+        """The most voxels of the source along its axes that a box of some size needs, wherever it is."""
+        if self.only_turns:
+            i, j, k = (np.abs(self.matrix[:3, :3]) @ size).astype(int).tolist()
+            return i, j, k
+        extents = np.ceil(np.abs(self.matrix[:3, :3]) @ (np.array(size) - 1)).astype(int) + 1
+        factors = np.sqrt((self.matrix[:3, :3] ** 2).sum(axis=1)).tolist()
+        taps = [
+            AxisTaps.at(np.array([0.25]), length, self.interpolation, factor)
+            for length, factor in zip(self.shape, factors, strict=True)
+        ]
+        ends = zip(extents.tolist(), taps, self.shape, strict=True)
+        i, j, k = (min(extent + of.weights.shape[1], length) for extent, of, length in ends)
+        return i, j, k
+
     def turned(self, box: PatchLocation, out: Voxels) -> tuple[PatchLocation, Voxels] | None:
         """The same voxels as a box of the source, and its view of ``out``; None unless they are the same."""
         axes = self.axes

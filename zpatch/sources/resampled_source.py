@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -95,6 +96,17 @@ class ResampledSource(WrappedSource):
         if self.interpolation.keeps_values or dtype.kind in "iu" or dtype.itemsize in (4, 8):
             return dtype
         return self.interpolation.dtype_of(dtype)  # bool, float16
+
+    def bytes_below(self, size: Triple) -> int:
+        """The boxes of the source that a box is made from; none if it only turns them."""
+        needed = self._resampler.needed_size(size)
+        if self._resampler.only_turns:
+            return self.source.bytes_below(needed)
+        dtype = self._read_dtype(self._scalings(UNSCALED)[0])
+        voxel_bytes = dtype.itemsize
+        if self._resampler.axes is None:  # points are interpolated in voxels that are filtered first
+            voxel_bytes += dtype.itemsize if self.interpolation.keeps_values else self.dtype.itemsize
+        return self.shape[0] * math.prod(needed) * voxel_bytes + self.source.bytes_below(needed)
 
     def selected(self, channels: Sequence[int]) -> VoxelSource:
         """The source of some channels."""

@@ -55,6 +55,10 @@ class VoxelSource(Protocol):
     def selected(self, channels: Sequence[int]) -> VoxelSource:
         """A source of some channels, in this order."""
 
+    def bytes_below(self, size: Triple) -> int:
+        """The most memory that reading a box of some size takes besides the box: what it is made from."""
+        return 0
+
     def marks(self) -> tuple[FileMark, ...]:
         """The marks of the files that tell whether the voxels are still there; may read metadata files."""
         return ()
@@ -97,6 +101,10 @@ class WrappedSource(VoxelSource):
     def selected(self, channels: Sequence[int]) -> VoxelSource:
         """The source's own source of some channels."""
         return self.source.selected(channels)
+
+    def bytes_below(self, size: Triple) -> int:
+        """The source's own."""
+        return self.source.bytes_below(size)
 
     def marks(self) -> tuple[FileMark, ...]:
         """The source's own marks."""

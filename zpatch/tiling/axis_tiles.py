@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from zpatch.geometry.boxes import Integers
 from zpatch.tiling import windows
+from zpatch.tiling.output_cells import AxisCell, OutputAxis, cells_of_tiles
 
 MIN_TILE_VOXELS = 16
 
@@ -89,13 +90,14 @@ def _rounded(positions: NDArray[np.floating[Any]]) -> Integers:
 class AxisTile:
     """A tile on one axis, where it is ``[first, stop)``.
 
+    ``shards`` are the numbers of the shards that are made from it: one, if the output has its voxels.
     ``contributors`` are the numbers of the patches that have weight in it, ascending.
     """
 
     number: int
     first: int
     stop: int
-    shard: int
+    shards: range
     contributors: tuple[int, ...]
 
     @property
@@ -137,21 +139,29 @@ class AxisPatch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AxisTiles:
-    """One axis of a grid cut into tiles, which ascend as the patches do.
+    """One axis of a grid cut into tiles, and the ``cells`` of the output; both ascend as the patches do.
 
     Borders of patches closer than ``MIN_TILE_VOXELS`` to another edge make no edge of their own.
     """
 
     tiles: tuple[AxisTile, ...]
     patches: tuple[AxisPatch, ...]
+    cells: tuple[AxisCell, ...]
 
     @classmethod
     def cut(
-        cls, mode: str, starts: Integers, overlap: int, scale: AxisScale, shard_length: int | None = None
+        cls,
+        mode: str,
+        starts: Integers,
+        overlap: int,
+        scale: AxisScale,
+        shard_length: int | None = None,
+        output: OutputAxis | None = None,
     ) -> AxisTiles:
-        """The tiles of the output's extent, for patches that begin at ``starts`` in the volume.
+        """The tiles of the blended extent, for patches that begin at ``starts`` in the volume.
 
-        ``overlap`` is that of the patches in the volume; without a ``shard_length`` the output is one shard.
+        ``overlap`` is that of the patches in the volume. The output has the voxels that are blended, in
+        shards of ``shard_length``, or it is one shard; or it is resampled from them, as ``output`` says.
         """
         length = scale.output_length
         begins, ends = scale.place(np.stack([starts, starts + scale.patch_length]))
@@ -159,37 +169,49 @@ class AxisTiles:
         spans = [_Span.of(int(a), w, length) for a, w in zip(begins, weights, strict=True)]
         borders = {end for span in spans if len(span.weights) for end in (span.first, span.stop)}
         edges = _edges(sorted(borders), length, shard_length or length)
+        cells = output.cells(edges) if output else cells_of_tiles(edges, shard_length or length)
         hit = [span.tiles(edges) for span in spans]
         contributors: list[list[int]] = [[] for _ in edges[1:]]
         for patch, numbers in enumerate(hit):
             for number in numbers:
                 contributors[number].append(patch)
+        shards = _shards_of_tiles(cells, len(edges) - 1)
         tiles = tuple(
-            AxisTile(number, a, b, a // (shard_length or length), tuple(patches))
-            for number, ((a, b), patches) in enumerate(
-                zip(itertools.pairwise(edges), contributors, strict=True)
+            AxisTile(number, a, b, of_tile, tuple(patches))
+            for number, ((a, b), of_tile, patches) in enumerate(
+                zip(itertools.pairwise(edges), shards, contributors, strict=True)
             )
         )
         patches = tuple(
             AxisPatch(int(a), int(b), tuple(span.share(patch, int(a), tiles[t]) for t in numbers))
             for patch, (a, b, span, numbers) in enumerate(zip(begins, ends, spans, hit, strict=True))
         )
-        return cls(tiles, patches)
+        return cls(tiles, patches, cells)
 
     @property
     def shards(self) -> int:
         """How many shards there are."""
-        return self.tiles[-1].shard + 1
+        return self.cells[-1].shard + 1
 
-    def tiles_of(self, shard: int) -> tuple[AxisTile, ...]:
-        """The tiles of a shard."""
-        first, stop = (bisect.bisect_left(self.tiles, n, key=lambda t: t.shard) for n in (shard, shard + 1))
-        return self.tiles[first:stop]
+    @property
+    def shard_lengths(self) -> list[int]:
+        """The voxels of the output in each shard."""
+        return [sum(cell.length for cell in self.cells_of(shard)) for shard in range(self.shards)]
+
+    def cells_of(self, shard: int) -> tuple[AxisCell, ...]:
+        """The cells of a shard."""
+        first, stop = (bisect.bisect_left(self.cells, n, key=lambda c: c.shard) for n in (shard, shard + 1))
+        return self.cells[first:stop]
+
+    def tiles_of(self, first: int, last: int | None = None) -> tuple[AxisTile, ...]:
+        """The tiles that a shard is made from, or all shards up to and including the ``last`` one."""
+        cells = self.cells_of(first), self.cells_of(first if last is None else last)
+        return self.tiles[cells[0][0].tiles.start : cells[1][-1].tiles.stop]
 
     def shards_hit(self) -> tuple[Integers, Integers]:
         """First shard of each patch, and the one after its last; both 0 where it adds nothing."""
         ends = [
-            (patch.shares[0].tile.shard, patch.shares[-1].tile.shard + 1) if patch.shares else (0, 0)
+            (patch.shares[0].tile.shards.start, patch.shares[-1].tile.shards.stop) if patch.shares else (0, 0)
             for patch in self.patches
         ]
         first, stop = np.array(ends, dtype=np.int64).T
@@ -233,6 +255,18 @@ class _Span:
             slice(first - tile.first, stop - tile.first),
             self.weights[first - self.first : stop - self.first],
         )
+
+
+def _shards_of_tiles(cells: Sequence[AxisCell], tiles: int) -> list[range]:
+    """The shards that are made from each tile; where there are none, an empty range between the others."""
+    starts = [cells[-1].shard + 1] * tiles
+    stops = [0] * tiles
+    for cell in cells:
+        for tile in cell.tiles:
+            starts[tile], stops[tile] = min(starts[tile], cell.shard), cell.shard + 1
+    for tile in reversed(range(tiles - 1)):
+        starts[tile] = min(starts[tile], starts[tile + 1])
+    return [range(start, max(start, stop)) for start, stop in zip(starts, stops, strict=True)]
 
 
 def _edges(borders: Sequence[int], length: int, shard_length: int) -> list[int]:

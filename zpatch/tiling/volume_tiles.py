@@ -27,6 +27,7 @@ from zpatch.geometry.boxes import Bools, Triple
 from zpatch.geometry.patch_grid import PatchGrid
 from zpatch.tiling import windows
 from zpatch.tiling.axis_tiles import AxisScale, AxisShare, AxisTile, AxisTiles, Weights
+from zpatch.tiling.output_cells import OutputGrid
 
 Slices = tuple[slice, slice, slice]
 
@@ -39,14 +40,14 @@ class Tile:
         number: Its number on each axis.
         first: Its first voxel.
         shape: Its extent.
-        shard: The shard that holds it.
+        shards: The numbers on each axis of the shards that are made from it.
         positions: The numbers of its contributors on each axis; they are at the product of these in the grid.
     """
 
     number: Triple
     first: Triple
     shape: Triple
-    shard: Triple
+    shards: tuple[range, range, range]
     positions: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
     @classmethod
@@ -56,7 +57,7 @@ class Tile:
             (i.number, j.number, k.number),
             (i.first, j.first, k.first),
             (i.length, j.length, k.length),
-            (i.shard, j.shard, k.shard),
+            (i.shards, j.shards, k.shards),
             (i.contributors, j.contributors, k.contributors),
         )
 
@@ -90,10 +91,11 @@ class Tiling:
     Attributes:
         grid: The patches.
         mode: How they overlap: one of ``windows.OVERLAP_MODES``.
-        shape: The shape of the output along I, J, K.
-        shard_shape: The shape of a shard along I, J, K.
+        shape: The shape of the blended volume along I, J, K.
+        shard_shape: The shape of a shard along I, J, K of the output.
         swept_axis: The slowest axis of the sweep.
         axes: The tiles on each axis.
+        output: The grid of the output, if it is resampled from the blended volume.
     """
 
     grid: PatchGrid
@@ -102,6 +104,7 @@ class Tiling:
     shard_shape: Triple
     swept_axis: int
     axes: tuple[AxisTiles, AxisTiles, AxisTiles]
+    output: OutputGrid | None = None
 
     @classmethod
     def over(
@@ -113,23 +116,28 @@ class Tiling:
         output_shape: Triple | None = None,
         patch_shape: Triple | None = None,
         shard_shape: Triple | None = None,
+        output: OutputGrid | None = None,
     ) -> Tiling:
-        """The tiles of a grid's volume, or of an output of another shape; without shards it is one shard.
+        """The tiles of a grid's volume, or of a blended volume of another shape; without shards it is one.
 
-        ``patch_shape`` is what the network makes of a patch.
+        ``patch_shape`` is what the network makes of a patch. The output has the voxels that are blended, or
+        is resampled from them.
         """
         windows.check_overlap_mode(mode)
         shape = output_shape or grid.spatial_shape
-        shards = shard_shape or shape
+        shards = shard_shape or (output.shape if output else shape)
         sizes = grid.spatial_shape, shape, grid.patch_size, patch_shape or (None,) * 3
-        scales = map(AxisScale.of, *sizes)
         i, j, k = (
-            AxisTiles.cut(mode, starts, overlap, scale, shard_length)
-            for starts, overlap, scale, shard_length in zip(
-                grid.starts, grid.patch_overlap, scales, shards, strict=True
+            AxisTiles.cut(
+                mode,
+                grid.starts[axis],
+                grid.patch_overlap[axis],
+                scale,
+                *((None, output.axis(axis, shape[axis], shards)) if output else (shards[axis],)),
             )
+            for axis, scale in enumerate(map(AxisScale.of, *sizes))
         )
-        return cls(grid, mode, shape, shards, swept_axis, (i, j, k))
+        return cls(grid, mode, shape, shards, swept_axis, (i, j, k), output)
 
     @property
     def order(self) -> Triple:
@@ -142,6 +150,17 @@ class Tiling:
         i, j, k = (axis.shards for axis in self.axes)
         return i, j, k
 
+    def stored_shard(self, shard: Triple) -> Triple:
+        """The position along I, J, K of the output of the shard at a position along the volume's axes."""
+        if self.output is None:
+            return shard
+        found = [0, 0, 0]
+        where = zip(shard, self.output.axes, self.output.is_reversed, self.shard_counts, strict=True)
+        for number, along, is_reversed, count in where:
+            found[along] = count - 1 - number if is_reversed else number
+        i, j, k = found
+        return i, j, k
+
     def size_of(self, position: Triple) -> Triple:
         """Extent in the output of the patch at a position."""
         patches = [axis.patches[n] for axis, n in zip(self.axes, position, strict=True)]
@@ -149,7 +168,7 @@ class Tiling:
         return i, j, k
 
     def tiles_of(self, shard: Triple) -> Iterator[Tile]:
-        """The tiles of a shard."""
+        """The tiles that a shard is made from."""
         of_shard = (axis.tiles_of(n) for axis, n in zip(self.axes, shard, strict=True))
         return itertools.starmap(Tile.of, itertools.product(*of_shard))
 
@@ -189,6 +208,24 @@ class Tiling:
                 axes = zip(self.axes, position, tile.number, strict=True)
                 found[tuple(axis.patches[n].share_of(t).in_tile for axis, n, t in axes)] = True
         return found
+
+    def count_made(self, shard: Triple, patches: Bools) -> int:
+        """How many voxels of a shard are in cells that any of ``patches``, over the positions, adds to."""
+        tiles = [axis.tiles_of(n) for axis, n in zip(self.axes, shard, strict=True)]
+        is_hit = np.zeros(list(map(len, tiles)), dtype=bool)
+        for place in np.ndindex(is_hit.shape):
+            positions = [of[n].contributors for of, n in zip(tiles, place, strict=True)]
+            is_hit[place] = patches[np.ix_(*positions)].any()
+        lengths = []
+        for axis, (number, of) in enumerate(zip(shard, tiles, strict=True)):
+            cells = self.axes[axis].cells_of(number)
+            starts = [cell.tiles.start - of[0].number for cell in cells]
+            stops = [cell.tiles.stop - of[0].number for cell in cells]
+            parts = [is_hit.take(range(a, b), axis).any(axis) for a, b in zip(starts, stops, strict=True)]
+            is_hit = np.stack(parts, axis)
+            lengths.append(np.array([cell.length for cell in cells]))
+        i, j, k = lengths
+        return int(np.einsum("ijk,i,j,k", is_hit, i, j, k))
 
     def patches_for(self, shards: Bools) -> Bools:
         """Which patches of the grid add to any of some shards."""
