@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import sys
@@ -146,6 +147,19 @@ def one_thread() -> Iterator[None]:
     from zpatch.loading import draw_reader
 
     with draw_reader.one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def small_chunks() -> Iterator[None]:
+    """Predictions in chunks of 8 voxels and small shards, so that small volumes have many shards."""
+    from zpatch.chunks.layout import plan_output_layout
+    from zpatch.planning import regions
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(regions, "plan_output_layout", functools.partial(plan_output_layout, chunk=8))
+        patch.setattr(regions, "SHARD_BYTES", 2**16)
+        patch.setattr(regions, "SMALLEST_SHARD_BYTES", 2**12)
         yield
 
 

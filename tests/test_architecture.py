@@ -41,7 +41,8 @@ DOORS = {
     "tiling": "windows output_cells axis_tiles volume_tiles",
     "blending": "aggregator blend grid_blend reduction sinks regridding",
     "networks": "model_files model_identity model_axes network",
-    "prediction": "inference planning prediction_options prediction_plan prediction_run",
+    "planning": "planning prediction_options model_inputs prediction_plan probe",
+    "prediction": "inference prediction_run",
     "report": "report",
     "bench": "benchmark_plan benchmark benchmark_report advice",
     "compat": "",
@@ -63,7 +64,7 @@ PURE = [
     "resampling/*",
     "tiling/*",
     "loading/epoch_plan",
-    "prediction/peak_memory",
+    "planning/peak_memory",
 ]
 WORLD = (
     "os io shutil pathlib tempfile time datetime random secrets socket subprocess threading multiprocessing"

@@ -104,8 +104,8 @@ def stated_bytes(store: str, patch: str) -> int:
     """The bytes that the plan of such a prediction states."""
     import zpatch as zp
     from zpatch.networks.network import Network
-    from zpatch.prediction.planning import plan_prediction
-    from zpatch.prediction.prediction_options import PredictOptions
+    from zpatch.planning.planning import plan_prediction
+    from zpatch.planning.prediction_options import PredictOptions
 
     options = PredictOptions.of(**zpatch_options(int(patch)), device="cpu")
     (plan,) = plan_prediction(Network.of(network, options), zp.Cohort(store), options)

@@ -12,7 +12,7 @@ from zpatch.blending import reduction
 from zpatch.cli.predict import _reductions, predict_command
 from zpatch.geometry.padding import PADDING_MODES
 from zpatch.images import normalization
-from zpatch.prediction.prediction_options import PredictOptions
+from zpatch.planning.prediction_options import PredictOptions
 from zpatch.tiling.windows import OVERLAP_MODES
 
 PARAMETERS: dict[str | None, Any] = {parameter.name: parameter for parameter in predict_command.params}

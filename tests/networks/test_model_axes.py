@@ -15,7 +15,7 @@ from zpatch.errors import ModelError, OptionError, StoreExistsError
 from zpatch.geometry.boxes import PatchLocation, Triple
 from zpatch.networks.model_axes import MODEL_AXES, ModelAxes
 from zpatch.networks.network import Network
-from zpatch.prediction.prediction_options import PredictOptions
+from zpatch.planning.prediction_options import PredictOptions
 
 CPU = torch.device("cpu")
 HERE = PatchLocation((3, 4, 5), (4, 6, 8))

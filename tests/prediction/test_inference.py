@@ -30,11 +30,11 @@ from zpatch.errors import (
 )
 from zpatch.networks.model_files import load_model
 from zpatch.networks.network import Network
-from zpatch.prediction.model_inputs import ModelInputs
-from zpatch.prediction.planning import candidates, plan_prediction
-from zpatch.prediction.prediction_options import PredictOptions
+from zpatch.planning.model_inputs import ModelInputs
+from zpatch.planning.planning import candidates, plan_prediction
+from zpatch.planning.prediction_options import PredictOptions
+from zpatch.planning.probe import probe
 from zpatch.prediction.prediction_run import run_prediction
-from zpatch.prediction.probe import probe
 from zpatch.store.voxel_index import read_label_table
 
 MODES = ["crop", "average", "hann", "gaussian"]
@@ -732,7 +732,7 @@ def test_statistics_of_a_store_are_used_as_they_are(
     def refuse(image: zp.Image, progress: Any = None) -> Any:
         raise AssertionError("a pass that is not needed")
 
-    monkeypatch.setattr("zpatch.prediction.model_inputs.computed_statistics", refuse)
+    monkeypatch.setattr("zpatch.planning.model_inputs.computed_statistics", refuse)
     assert predict(cohort[:1], out, normalize="zscore").names == cohort[:1].names
 
 

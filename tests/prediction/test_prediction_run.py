@@ -13,8 +13,8 @@ import torch
 import zpatch as zp
 from zpatch.errors import ModelError, StoreExistsError
 from zpatch.networks.network import Network
-from zpatch.prediction.planning import plan_prediction
-from zpatch.prediction.prediction_options import PredictOptions
+from zpatch.planning.planning import plan_prediction
+from zpatch.planning.prediction_options import PredictOptions
 from zpatch.prediction.prediction_run import begun_shards, patches_to_run, run_prediction
 
 pytestmark = pytest.mark.usefixtures("small_chunks")

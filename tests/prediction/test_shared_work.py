@@ -12,7 +12,7 @@ import torch
 
 from zpatch.errors import StoreError
 from zpatch.networks.network import Network
-from zpatch.prediction.prediction_options import PredictOptions
+from zpatch.planning.prediction_options import PredictOptions
 from zpatch.prediction.shared_work import SentNetwork, WorkFile
 
 

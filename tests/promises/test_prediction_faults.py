@@ -32,10 +32,10 @@ import zpatch.cli
 from zpatch.chunks.mapped_shards import close_shards
 from zpatch.errors import ModelError, StoreError, StoreExistsError
 from zpatch.networks.network import Network, torch_device
+from zpatch.planning.planning import plan_prediction
+from zpatch.planning.prediction_options import PredictOptions
+from zpatch.planning.prediction_plan import PredictionPlan
 from zpatch.prediction import shard_ledger
-from zpatch.prediction.planning import plan_prediction
-from zpatch.prediction.prediction_options import PredictOptions
-from zpatch.prediction.prediction_plan import PredictionPlan
 from zpatch.prediction.region_run import WorkFolder, run_region
 from zpatch.store.names import LOCK, MANIFEST, UNFINISHED
 

@@ -23,8 +23,8 @@ from zpatch.chunks.mapped_shards import close_shards
 from zpatch.errors import MemoryLimitError
 from zpatch.networks.network import Network, torch_device
 from zpatch.nifti.writer import make_header
-from zpatch.prediction.planning import plan_prediction
-from zpatch.prediction.prediction_options import PredictOptions
+from zpatch.planning.planning import plan_prediction
+from zpatch.planning.prediction_options import PredictOptions
 from zpatch.store.image_writer import ImageWriter
 from zpatch.store.store_writer import StoreWriter
 
@@ -43,8 +43,8 @@ from pathlib import Path
 import torch
 import zpatch as zp
 from zpatch.networks.network import Network
-from zpatch.prediction.planning import plan_prediction
-from zpatch.prediction.prediction_options import PredictOptions
+from zpatch.planning.planning import plan_prediction
+from zpatch.planning.prediction_options import PredictOptions
 from zpatch.prediction.prediction_run import run_prediction
 from zpatch.runtime.process_memory import resident_bytes
 

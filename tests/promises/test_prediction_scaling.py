@@ -27,11 +27,12 @@ from zpatch.chunks.mapped_shards import close_shards
 from zpatch.errors import MemoryLimitError, OptionError
 from zpatch.networks import network
 from zpatch.networks.network import Network, torch_device
-from zpatch.prediction import planning, shared_work
-from zpatch.prediction.planning import plan_prediction
-from zpatch.prediction.prediction_options import PredictOptions
-from zpatch.prediction.prediction_plan import PredictionPlan
-from zpatch.prediction.probe import probe
+from zpatch.planning import planning
+from zpatch.planning.planning import plan_prediction
+from zpatch.planning.prediction_options import PredictOptions
+from zpatch.planning.prediction_plan import PredictionPlan
+from zpatch.planning.probe import probe
+from zpatch.prediction import shared_work
 from zpatch.runtime.tasks import run_tasks
 from zpatch.store.names import UNFINISHED
 

@@ -31,7 +31,7 @@ from zpatch.runtime.byte_sizes import format_bytes
 if TYPE_CHECKING:
     from zpatch.blending.reduction import Reduction, Reductions
     from zpatch.images.subject import Subject
-    from zpatch.prediction.prediction_plan import PredictionPlan
+    from zpatch.planning.prediction_plan import PredictionPlan
 
 
 @click.command("predict", short_help="Run a network over every subject, patch by patch.")
@@ -208,8 +208,8 @@ def predict_command(
     from zpatch.images.cohort import open_subjects
     from zpatch.networks.model_files import ModelName, load_model
     from zpatch.networks.network import Network
-    from zpatch.prediction.planning import plan_prediction
-    from zpatch.prediction.prediction_options import PredictOptions
+    from zpatch.planning.planning import plan_prediction
+    from zpatch.planning.prediction_options import PredictOptions
     from zpatch.prediction.prediction_run import begun_shards, check_output, patches_to_run, run_prediction
     from zpatch.runtime.failures import Failure, Failures
     from zpatch.store.image_writer import not_finite_text

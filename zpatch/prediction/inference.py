@@ -20,8 +20,8 @@ from zpatch.images.cohort import Cohort
 from zpatch.images.subject import Subject
 from zpatch.networks.model_files import Model
 from zpatch.networks.network import Network
-from zpatch.prediction.planning import plan_prediction
-from zpatch.prediction.prediction_options import MaskFunction, PredictOptions
+from zpatch.planning.planning import plan_prediction
+from zpatch.planning.prediction_options import MaskFunction, PredictOptions
 from zpatch.prediction.prediction_run import begun_shards, check_output, run_prediction
 from zpatch.runtime.failures import Failures
 from zpatch.runtime.task_contract import CLUSTER_TIMEOUT_S, Progress

@@ -19,8 +19,8 @@ from zpatch.images.cohort import Cohort
 from zpatch.images.subject import Subject
 from zpatch.networks.model_files import ModelName
 from zpatch.networks.network import Network
-from zpatch.prediction.prediction_options import PredictOptions, check_same
-from zpatch.prediction.prediction_plan import PredictionPlan
+from zpatch.planning.prediction_options import PredictOptions, check_same
+from zpatch.planning.prediction_plan import PredictionPlan
 from zpatch.prediction.shard_ledger import HEADER, header_of
 from zpatch.prediction.shared_work import SentNetwork, SharedWork, finished_jobs
 from zpatch.prediction.subject_job import (

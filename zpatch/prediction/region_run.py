@@ -32,9 +32,9 @@ from zpatch.images.image import Image
 from zpatch.networks.model_axes import ModelAxes
 from zpatch.networks.network import Network, Outputs
 from zpatch.nifti.writer import make_header
-from zpatch.prediction.prediction_options import PredictOptions
-from zpatch.prediction.prediction_plan import PlannedHead, PredictionPlan, Region
-from zpatch.prediction.probe import read_batch
+from zpatch.planning.prediction_options import PredictOptions
+from zpatch.planning.prediction_plan import PlannedHead, PredictionPlan, Region
+from zpatch.planning.probe import read_batch
 from zpatch.prediction.shard_ledger import ShardLedger, begin
 from zpatch.runtime.task_contract import Progress
 from zpatch.runtime.tasks import read_ahead

@@ -44,7 +44,7 @@ from zpatch.chunks.shard_writer import write_shard
 from zpatch.chunks.sharded_array import ShardedArray
 from zpatch.digests import FileSeal, Json, compact_json, digest, sealed_line, unsealed
 from zpatch.errors import DamageError, IncompleteCoverageError
-from zpatch.prediction.prediction_options import check_same
+from zpatch.planning.prediction_options import check_same
 from zpatch.runtime.byte_sizes import format_bytes
 from zpatch.runtime.guarded_files import read_document
 from zpatch.runtime.whole_file import clear_folder, link_or_copy, whole_file

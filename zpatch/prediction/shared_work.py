@@ -21,7 +21,7 @@ import torch
 from zpatch.digests import file_digest
 from zpatch.errors import ModelError, SourceError, StoreError, WorkerError
 from zpatch.networks.network import Network
-from zpatch.prediction.prediction_options import PredictOptions
+from zpatch.planning.prediction_options import PredictOptions
 from zpatch.prediction.region_run import run_region
 from zpatch.prediction.subject_job import SubjectJob
 from zpatch.runtime.failures import Failures, is_of_subject, without_locals

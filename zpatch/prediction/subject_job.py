@@ -14,8 +14,8 @@ from pathlib import Path
 from zpatch.digests import Json, compact_json, digest
 from zpatch.errors import DamageError, ModelError, StoreExistsError
 from zpatch.networks.model_files import ModelName
-from zpatch.prediction.prediction_options import PredictOptions
-from zpatch.prediction.prediction_plan import PredictionPlan
+from zpatch.planning.prediction_options import PredictOptions
+from zpatch.planning.prediction_plan import PredictionPlan
 from zpatch.prediction.region_run import WorkFolder, finish_subject, unwritten
 from zpatch.sources.input_files import check_all
 from zpatch.store.image_record import ImageRecord, Provenance

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import zpatch as zp
-import zpatch.prediction.regions
+import zpatch.planning.regions
 from zpatch.errors import MemoryLimitError
 from zpatch.geometry.boxes import Triple
-from zpatch.prediction.model_inputs import ModelInputs
-from zpatch.prediction.planning import MemoryLimit, candidates, first_fitting
-from zpatch.prediction.prediction_options import PredictOptions
-from zpatch.prediction.prediction_plan import Head, PredictionPlan
-from zpatch.prediction.regions import NOT_BEGUN, Shards, grid_over
+from zpatch.planning.model_inputs import ModelInputs
+from zpatch.planning.planning import MemoryLimit, candidates, first_fitting
+from zpatch.planning.prediction_options import PredictOptions
+from zpatch.planning.prediction_plan import Head, PredictionPlan
+from zpatch.planning.regions import NOT_BEGUN, Shards, grid_over
 
 MODES = ["crop", "average", "hann", "gaussian"]
 

@@ -14,12 +14,12 @@ from zpatch.errors import MemoryLimitError, ModelError, OptionError
 from zpatch.images.normalization import lacks_statistics
 from zpatch.images.subject import Subject
 from zpatch.networks.network import Network
-from zpatch.prediction.model_inputs import Measure, ModelInputs, measured
-from zpatch.prediction.peak_memory import region_bytes
-from zpatch.prediction.prediction_options import PredictOptions
-from zpatch.prediction.prediction_plan import Head, NetworkCost, PredictionPlan
-from zpatch.prediction.probe import check_names, network_cost, probe
-from zpatch.prediction.regions import NOT_BEGUN, Shards, grid_over, partitions, planned_heads
+from zpatch.planning.model_inputs import Measure, ModelInputs, measured
+from zpatch.planning.peak_memory import region_bytes
+from zpatch.planning.prediction_options import PredictOptions
+from zpatch.planning.prediction_plan import Head, NetworkCost, PredictionPlan
+from zpatch.planning.probe import check_names, network_cost, probe
+from zpatch.planning.regions import NOT_BEGUN, Shards, grid_over, partitions, planned_heads
 from zpatch.runtime.byte_sizes import format_bytes, parse_bytes
 from zpatch.runtime.failures import Failures
 from zpatch.runtime.process_memory import private_bytes, resident_bytes

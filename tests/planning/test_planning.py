@@ -13,11 +13,11 @@ from small_plans import planned, plans
 
 from zpatch.errors import MemoryLimitError
 from zpatch.networks.network import Network
-from zpatch.prediction.peak_memory import SMALL_PIECES_BYTES
-from zpatch.prediction.planning import MemoryLimit, first_fitting
-from zpatch.prediction.prediction_options import PredictOptions
-from zpatch.prediction.prediction_plan import PredictionPlan
-from zpatch.prediction.regions import Shards
+from zpatch.planning.peak_memory import SMALL_PIECES_BYTES
+from zpatch.planning.planning import MemoryLimit, first_fitting
+from zpatch.planning.prediction_options import PredictOptions
+from zpatch.planning.prediction_plan import PredictionPlan
+from zpatch.planning.regions import Shards
 from zpatch.runtime.buffer_pool import POOL_SLACK
 from zpatch.runtime.byte_sizes import format_bytes
 from zpatch.runtime.process_memory import private_bytes

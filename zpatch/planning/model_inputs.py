@@ -17,7 +17,7 @@ from zpatch.geometry.patch_grid import PatchGrid
 from zpatch.images.image import Image
 from zpatch.images.normalization import Normalize, computed_statistics, lacks_statistics
 from zpatch.images.subject import Subject
-from zpatch.prediction.prediction_options import PredictOptions
+from zpatch.planning.prediction_options import PredictOptions
 
 Measure = Callable[[Image, str], Json]
 

@@ -12,7 +12,7 @@ import pytest
 import zpatch as zp
 from zpatch.errors import OptionError, PatchOverlapError, PatchSizeError
 from zpatch.networks.model_identity import identity
-from zpatch.prediction.prediction_options import OF_THE_GRID, OF_THE_NETWORK, OF_THE_RUN, PredictOptions
+from zpatch.planning.prediction_options import OF_THE_GRID, OF_THE_NETWORK, OF_THE_RUN, PredictOptions
 
 FIELDS = {field.name: field for field in dataclasses.fields(PredictOptions)}
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from zpatch.blending.regridding import regridding_bytes
 from zpatch.geometry.boxes import Integers, Triple
-from zpatch.prediction.prediction_plan import PlannedHead, PredictionPlan, Ranges, Region
+from zpatch.planning.prediction_plan import PlannedHead, PredictionPlan, Ranges, Region
 from zpatch.runtime.buffer_pool import POOL_SLACK
 from zpatch.sources.chunk_cache import is_quick, patches_of_chunks
 from zpatch.sources.voxel_source import VoxelSource

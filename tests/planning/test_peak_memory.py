@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zpatch.geometry.boxes import Triple
-from zpatch.prediction.peak_memory import AxisLifetimes, Held, sweep_peak_bytes
+from zpatch.planning.peak_memory import AxisLifetimes, Held, sweep_peak_bytes
 
 Counts = tuple[int, int, int]
 

@@ -18,9 +18,9 @@ from zpatch.geometry.boxes import PatchLocation
 from zpatch.images.image import Image
 from zpatch.networks.model_axes import ModelAxes
 from zpatch.networks.network import Network
-from zpatch.prediction.prediction_options import PredictOptions
-from zpatch.prediction.prediction_plan import Head, NetworkCost
-from zpatch.prediction.regions import grid_over
+from zpatch.planning.prediction_options import PredictOptions
+from zpatch.planning.prediction_plan import Head, NetworkCost
+from zpatch.planning.regions import grid_over
 from zpatch.runtime.process_memory import peak_bytes, reset_peak, resident_bytes
 from zpatch.sources.group_read import read_group
 from zpatch.store.names import check_name, check_names_differ

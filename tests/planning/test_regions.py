@@ -10,9 +10,9 @@ from hypothesis import given
 from small_plans import adds_to, planned, plans
 
 from zpatch.geometry.boxes import Triple
-from zpatch.prediction.prediction_options import PredictOptions
-from zpatch.prediction.prediction_plan import PredictionPlan
-from zpatch.prediction.regions import grid_over
+from zpatch.planning.prediction_options import PredictOptions
+from zpatch.planning.prediction_plan import PredictionPlan
+from zpatch.planning.regions import grid_over
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
 

@@ -19,8 +19,8 @@ from zpatch.blending.regridding import Regridder
 from zpatch.blending.sinks import BlendedSink, FinalisingSink
 from zpatch.geometry.boxes import Triple
 from zpatch.geometry.patch_grid import PatchGrid
-from zpatch.prediction.peak_memory import held_of_head, sweep_peak_bytes
-from zpatch.prediction.prediction_plan import FLIPPED_OUTPUTS, Head, PlannedHead, PredictionPlan
+from zpatch.planning.peak_memory import held_of_head, sweep_peak_bytes
+from zpatch.planning.prediction_plan import FLIPPED_OUTPUTS, Head, PlannedHead, PredictionPlan
 from zpatch.runtime.byte_sizes import format_bytes
 from zpatch.tiling.output_cells import OutputGrid
 from zpatch.tiling.volume_tiles import Tile, Tiling

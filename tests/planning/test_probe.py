@@ -12,8 +12,8 @@ import torch
 import zpatch as zp
 from zpatch.networks.model_axes import ModelAxes
 from zpatch.networks.network import Network
-from zpatch.prediction.prediction_options import PredictOptions
-from zpatch.prediction.probe import network_cost, read_batch
+from zpatch.planning.prediction_options import PredictOptions
+from zpatch.planning.probe import network_cost, read_batch
 
 MIB = 2**20
 LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resets Linux's peak")

@@ -26,9 +26,9 @@ from zpatch.geometry.boxes import Triple
 from zpatch.geometry.patch_grid import PatchGrid
 from zpatch.geometry.voxel_grid import VoxelGrid
 from zpatch.images.image import Image
-from zpatch.prediction.model_inputs import ModelInputs
-from zpatch.prediction.prediction_options import PredictOptions
-from zpatch.prediction.prediction_plan import Head, PlannedHead, Ranges, Region
+from zpatch.planning.model_inputs import ModelInputs
+from zpatch.planning.prediction_options import PredictOptions
+from zpatch.planning.prediction_plan import Head, PlannedHead, Ranges, Region
 from zpatch.sources.voxel_sources import ArraySource
 from zpatch.store.image_record import ImageRecord
 from zpatch.tiling.output_cells import OutputGrid
