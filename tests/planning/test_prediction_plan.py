@@ -271,6 +271,7 @@ def test_a_plan_is_printed_and_given_as_json() -> None:
     assert json.loads(json.dumps(found)) == found == {
         "subject": "ann",
         "shape": [100, 40, 36],
+        "native_shape": [100, 40, 36],
         "patches": 63,
         "patches_skipped": 9,
         "patches_run_twice": plan.patches_run - 63,
