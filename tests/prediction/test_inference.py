@@ -632,7 +632,7 @@ def test_they_are_counted_once_in_bands_and_in_a_prediction_that_is_resumed(
     count = predict(subject, out.with_name("whole.zarr"), WithGaps())[0].prediction.statistics["not_finite"]
     assert count >= gaps(subject[0]).sum()
     network = Network.of(WithGaps(), options)
-    heads = probe(network, "ann", [subject[0].t1], options)
+    heads = probe(network, ModelInputs.of(subject[0], options), options)
     [plan] = [
         p
         for p in candidates(ModelInputs.of(subject[0], options), heads, options, slabs=3)

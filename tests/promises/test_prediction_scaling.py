@@ -28,6 +28,7 @@ from zpatch.errors import MemoryLimitError, OptionError
 from zpatch.networks import network
 from zpatch.networks.network import Network, torch_device
 from zpatch.planning import planning
+from zpatch.planning.model_inputs import ModelInputs
 from zpatch.planning.planning import plan_prediction
 from zpatch.planning.prediction_options import PredictOptions
 from zpatch.planning.prediction_plan import PredictionPlan
@@ -289,7 +290,7 @@ def test_jobs_are_refused_where_a_gpu_does_the_work(
 ) -> None:
     monkeypatch.setattr(network, "torch_device", lambda name: torch.device("meta"))
     options = PredictOptions.of(**OPTIONS)
-    heads = probe(Network(pointwise, torch.device("cpu")), "ann", [cohort[0].t1], options)
+    heads = probe(Network(pointwise, torch.device("cpu")), ModelInputs.of(cohort[0], options), options)
     monkeypatch.setattr(planning, "probe", lambda *_: heads)
     with pytest.raises(OptionError, match="one process feeds meta: leave jobs=1"):
         predict(cohort, out, model=pointwise, jobs=2, device="cuda")

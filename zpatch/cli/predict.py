@@ -79,6 +79,10 @@ if TYPE_CHECKING:
     "--output-grid", type=click.Choice(["native", "model"]), default="native", show_default=True,
     help="Where the output is: on the image's own grid, resampled before --reduce, or on the model's.",
 )  # fmt: skip
+@click.option(
+    "--context", type=Numbers(), default=(), metavar="N,N",
+    help="Stack coarser levels around the same centre as channels: 2,4 are 2 and 4 times as wide.",
+)  # fmt: skip
 @click.option("--patch-size", type=Voxels(), required=True, help="One number or I,J,K, as 96 or 128,128,32.")
 @click.option(
     "--overlap",

@@ -43,3 +43,13 @@ def max_corner_distance(first: Affine, second: Affine, spatial_shape: Triple) ->
     points = np.vstack([corners, np.ones(corners.shape[1])])
     apart = np.linalg.norm(((first - second) @ points)[:3], axis=0).max()
     return float(apart / max(min(spacing_mm(first)), 1e-12))
+
+
+def level_factors(spatial_shape: Triple, level: int) -> Triple:
+    """How many voxels of a volume a voxel of a coarser level is wide: each level halves axes longer than 1.
+
+    >>> level_factors((100, 3, 1), 2)
+    (4, 4, 1)
+    """
+    i, j, k = (min(2**level, 2 ** (n - 1).bit_length()) for n in spatial_shape)
+    return i, j, k

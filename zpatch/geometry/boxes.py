@@ -123,6 +123,16 @@ class PatchLocation:
         ini, fin = np.floor(np.array([self.index, self.index_fin]) * factors + 0.5)
         return PatchLocation.between(ini, fin, self.subject_index)
 
+    def around_the_same_centre(self, factors: Triple) -> PatchLocation:
+        """As many voxels around the same centre on a grid whose voxels are ``factors`` times as wide.
+
+        >>> PatchLocation((8, 8, 8), (4, 4, 4)).around_the_same_centre((2, 4, 1)).index
+        (3, 1, 8)
+        """
+        axes = zip(self.index, self.size, factors, strict=True)
+        i, j, k = (int(starts_around_the_same_centre(np.array(start), *of)) for start, *of in axes)
+        return PatchLocation((i, j, k), self.size, self.subject_index)
+
     def lies_within(self, spatial_shape: Triple) -> bool:
         """Whether the whole box is inside a volume of that shape."""
         return min(self.index + self.size) >= 0 and all(
@@ -133,6 +143,11 @@ class PatchLocation:
         """The part of the box inside a volume of that shape; its size may be 0."""
         ini, fin = np.clip([self.index, self.index_fin], 0, spatial_shape)
         return PatchLocation.between(ini, fin, self.subject_index)
+
+
+def starts_around_the_same_centre(starts: Integers, size: int, factor: int) -> Integers:
+    """First voxels of patches around the same centres, in voxels ``factor`` times as wide."""
+    return np.floor((starts + size / 2) / factor - size / 2 + 0.5).astype(np.int64)
 
 
 def centre_of(start: int, size: int) -> int:

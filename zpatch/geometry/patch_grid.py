@@ -24,7 +24,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from zpatch.errors import PatchLocationError
-from zpatch.geometry.boxes import AXIS_NAMES, Integers, PatchLocation, Triple
+from zpatch.geometry.boxes import (
+    AXIS_NAMES,
+    Integers,
+    PatchLocation,
+    Triple,
+    starts_around_the_same_centre,
+)
 
 
 def axis_starts(axis_length: int, patch_length: int, overlap: int) -> Integers:
@@ -81,6 +87,14 @@ class PatchGrid:
         """Number of patches along I, J, K."""
         i, j, k = map(len, self.starts)
         return i, j, k
+
+    def around_the_same_centres(self, factors: Triple, spatial_shape: Triple) -> PatchGrid:
+        """Patches of as many voxels around the same centres, of a volume whose voxels are so much wider."""
+        i, j, k = (
+            starts_around_the_same_centre(*of_axis)
+            for of_axis in zip(self.starts, self.patch_size, factors, strict=True)
+        )
+        return PatchGrid(spatial_shape, self.patch_size, self.patch_overlap, (0, 0, 0), (0, 0, 0), (i, j, k))
 
     def __len__(self) -> int:
         i, j, k = self.counts

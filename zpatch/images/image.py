@@ -13,7 +13,7 @@ import numpy as np
 from zpatch.chunks.scaling import UNSCALED, Scaling
 from zpatch.digests import Json, compact_json, digest
 from zpatch.errors import OptionError
-from zpatch.geometry.affines import Affine
+from zpatch.geometry.affines import Affine, level_factors, resized_affine
 from zpatch.geometry.boxes import PatchLocation, Voxels
 from zpatch.images.open_image import open_image
 from zpatch.images.opened_image import OpenedImage
@@ -226,6 +226,17 @@ class Image(PlacedImage):
         [[18, 19, 20], [0, 1, 2]]
         """
         return type(self)(self._opened.selected(time, channels), affine=self._affine)
+
+    def level(self, number: int) -> Self:
+        """A coarser level of the image, as `zpatch convert --pyramid` stores it; lazy.
+
+        Voxels are 2**number times as wide along each axis that has more than one: the mean of the finer ones,
+        or in a label map their most frequent label. Raises OptionError if it is not stored.
+        """
+        if number == 0:
+            return self
+        affine = resized_affine(self._affine, level_factors(self.spatial_shape, number), (1, 1, 1))
+        return type(self)(dataclasses.replace(self._opened.level(number), affine=affine))
 
     def with_source(self, source: VoxelSource) -> Self:
         """The same image, its unscaled voxels read from another source."""

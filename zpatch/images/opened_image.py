@@ -64,6 +64,25 @@ class OpenedImage:
             self, source=source, scaling=UNSCALED, record=None, channel_axis=axis, base=None
         )
 
+    def level(self, number: int) -> Self:
+        """The coarser level of that number of an image in a store; its voxels are 2**number times as wide.
+
+        Raises OptionError if there is none.
+        """
+        if self.record is None or self.path is None:
+            raise OptionError(
+                "it has no coarser levels, as it is in no store, or was mapped or resampled since; use an "
+                "image of a store made by 'zpatch convert --pyramid', with --spacing where that is wanted"
+            )
+        levels = self.record.levels
+        if number > len(levels):
+            raise OptionError(
+                f"it has {len(levels)} coarser levels, and level {number} is wanted; make the store by "
+                f"'zpatch convert --pyramid'" + ", where levels end once no side is over 64" * bool(levels)
+            )
+        source = ShardSource(store.sharded_array(self.path, self.record, number))
+        return dataclasses.replace(self, source=source, record=None, part=f"level {number}")
+
     def resampled(self, spatial_shape: Triple, matrix: Affine, interpolation: Interpolation) -> Self:
         """These voxels on another grid; ``matrix`` is voxel of it to voxel of these, 4 x 4.
 

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 
 from zpatch.chunks.scaling import UNSCALED
-from zpatch.geometry.affines import Affine, crop_affine
+from zpatch.geometry.affines import Affine
 from zpatch.geometry.boxes import PatchLocation
-from zpatch.images.image import Image
 from zpatch.images.subject import Subject
 from zpatch.loading.epoch_plan import Draw
 from zpatch.loading.shared_slots import ImagePlace, SlotLayout, new_tensor
 from zpatch.sampling.grid_sampler import GridSampler, PatchSampler
 from zpatch.sampling.patch import Patch, torch_dtype
+from zpatch.sampling.patch_views import PatchView, views_of
 from zpatch.sampling.randomness import Purpose, rng
-from zpatch.sources.group_read import read_group
+from zpatch.sources.group_read import read_together
 
 Transform = Callable[[Patch], Patch]
 
@@ -40,27 +40,28 @@ class VoxelTypes:
     dtype: torch.dtype | None
     has_transform: bool
 
-    def place_of(self, name: str, image: Image) -> ImagePlace:
-        """The image of that name in a patch, not yet placed in a slot."""
-        dtype, (slope, inter) = self._type_of(image)
-        shape = image.num_channels, *self.sampler.patch_size
-        return ImagePlace(name, image.kind, shape, dtype, slope=slope, inter=inter)
+    def place_of(self, view: PatchView) -> ImagePlace:
+        """A view of a patch, not yet placed in a slot."""
+        dtype, (slope, inter) = self._type_of(view)
+        shape = view.image.num_channels, *self.sampler.patch_size
+        return ImagePlace(view.name, view.image.kind, shape, dtype, slope=slope, inter=inter)
 
-    def _type_of(self, image: Image) -> tuple[torch.dtype, tuple[float, float]]:
+    def _type_of(self, view: PatchView) -> tuple[torch.dtype, tuple[float, float]]:
+        image = view.image
         if image.kind == "label" or image.dtype.kind == "c":
             return torch_dtype(image.dtype), (1.0, 0.0)
-        if self.dtype is not None and (self.has_transform or self._fills_with_a_value(image)):
+        if self.dtype is not None and (self.has_transform or self._fills_with_a_value(view)):
             return self.dtype, (1.0, 0.0)
         widen = self.dtype is None
-        if image.scaling.is_bounded or self._fills_with_a_value(image):
+        if image.scaling.is_bounded or self._fills_with_a_value(view):
             return torch_dtype(image.dtype, widen=widen), (1.0, 0.0)
         return torch_dtype(image.source.dtype, widen=widen), (image.scaling.slope, image.scaling.inter)
 
-    def _fills_with_a_value(self, image: Image) -> bool:
+    def _fills_with_a_value(self, view: PatchView) -> bool:
         """Whether padding has a value that no stored voxel represents."""
-        if not isinstance(self.sampler, GridSampler) or self.sampler.padding_mode != "constant":
+        if not isinstance(self.sampler, GridSampler) or view.padding_mode != "constant":
             return False
-        fill = self.sampler.fill_of(image)
+        image, fill = view.image, view.fill(self.sampler.fill)
         with np.errstate(all="ignore"):
             stored = np.array(fill).astype(image.source.dtype)
         return image.scaling != UNSCALED or stored != fill
@@ -120,7 +121,11 @@ class DrawReader:
 
     def layout_of(self, subject: Subject) -> SlotLayout:
         """The layout of a patch of a subject in a slot, before any transform."""
-        return SlotLayout.of([self._types.place_of(name, image) for name, image in subject.images.items()])
+        return SlotLayout.of([self._types.place_of(view) for view in self._views(subject)])
+
+    def _views(self, subject: Subject) -> list[PatchView]:
+        grid = self._sampler if isinstance(self._sampler, GridSampler) else None
+        return views_of(subject, self._sampler.context, None if grid is None else grid.padding_mode)
 
     def patches(self, draw: Draw) -> Iterator[Patch]:
         """The transformed patches of a draw, each in newly allocated memory."""
@@ -152,17 +157,14 @@ class DrawReader:
 
         ``tensors`` has a list for each image with a tensor for each location.
         """
-        images = list(subject.images.values())
-        grid = self._sampler if isinstance(self._sampler, GridSampler) else None
-        read_group(
-            images,
-            locations,
-            scaled=[(place.slope, place.inter) == (1.0, 0.0) for place in layout.images],
-            padding_mode=None if grid is None else grid.padding_mode,
-            fill=0 if grid is None else [grid.fill_of(image) for image in images],
-            out=[[tensor.numpy() for tensor in of] for of in tensors],
-        )
-        return [[crop_affine(image.affine, at.index) for image in images] for at in locations]
+        views = self._views(subject)
+        fill = self._sampler.fill if isinstance(self._sampler, GridSampler) else 0
+        reads = [
+            view.read(locations, is_scaled=(place.slope, place.inter) == (1.0, 0.0), fill=fill)
+            for view, place in zip(views, layout.images, strict=True)
+        ]
+        read_together(reads, [[tensor.numpy() for tensor in of] for of in tensors])
+        return [[view.affine(at) for view in views] for at in locations]
 
 
 def check_patch(changed: Any) -> None:

@@ -18,6 +18,7 @@ from zpatch.images.image import Image
 from zpatch.images.normalization import Normalize, computed_statistics, lacks_statistics
 from zpatch.images.subject import Subject
 from zpatch.planning.prediction_options import PredictOptions
+from zpatch.sampling.patch_views import PatchView, level_view
 
 Measure = Callable[[Image, str], Json]
 
@@ -33,12 +34,12 @@ class ModelInputs:
 
     Attributes:
         subject: The subject.
-        images: Its images as they are read, all of one shape.
+        views: What a patch is stacked of: its images, all of one shape, and coarser levels of them.
         native: The image whose own grid the output is on, unless it is asked for on the model's.
     """
 
     subject: Subject
-    images: tuple[Image, ...]
+    views: tuple[PatchView, ...]
     native: Image
 
     @classmethod
@@ -60,7 +61,20 @@ class ModelInputs:
                 f"align= puts them on the grid of one",
                 option="image",
             )
-        return cls(subject, tuple(placed), native)
+        mode = options.reading_mode
+        named = dict(zip(options.image, placed, strict=True))
+        views = [PatchView(name, image, padding_mode=mode) for name, image in named.items()]
+        views += [
+            level_view(name, image, width, mode, subject.name)
+            for width in options.context
+            for name, image in named.items()
+        ]
+        return cls(subject, tuple(views), native)
+
+    @property
+    def images(self) -> list[Image]:
+        """The images of the views."""
+        return [view.image for view in self.views]
 
     def outside(self, grid: PatchGrid, options: PredictOptions) -> Bools | None:
         """Which patches of the model's grid are wholly outside the mask; None without a mask.

@@ -17,6 +17,7 @@ from zpatch.blending.regridding import regridding_bytes
 from zpatch.geometry.boxes import Integers, Triple
 from zpatch.planning.prediction_plan import PlannedHead, PredictionPlan, Ranges, Region
 from zpatch.runtime.buffer_pool import POOL_SLACK
+from zpatch.sampling.patch_views import PatchView
 from zpatch.sources.chunk_cache import is_quick, patches_of_chunks
 from zpatch.sources.voxel_source import VoxelSource
 from zpatch.tiling.axis_tiles import AxisTile, AxisTiles
@@ -175,8 +176,9 @@ def _swept_bytes(plan: PredictionPlan, region: Region) -> int:
         if all(shards)
         for held in held_of_head(head, shards, region.patches, masked=plan.skipped is not None)
     ]
-    sources = [image.source for image in plan.images if not is_quick(image.source)]
-    chunks = [_held_chunks(source, plan, region.patches) for source in sources]
+    slow_views = [view for view in plan.views if not is_quick(view.image.source)]
+    chunks = [_held_chunks(view, plan, region.patches) for view in slow_views]
+    sources = [view.image.source for view in slow_views]
     of_patch = sum(_bytes_under(plan.grid.patch_size, source) for source in sources)
     together = (plan.batch_size - 1) * of_patch
     together += plan.batch_size * sum(_bytes_below(plan.grid.patch_size, source) for source in sources)
@@ -206,8 +208,8 @@ def _voxel_bytes(source: VoxelSource) -> int:
     return source.shape[0] * source.dtype.itemsize
 
 
-def _held_chunks(source: VoxelSource, plan: PredictionPlan, patches: Ranges) -> Held:
-    grid, lifetimes = plan.grid, []
+def _held_chunks(view: PatchView, plan: PredictionPlan, patches: Ranges) -> Held:
+    source, grid, lifetimes = view.image.source, plan.grid_of(view), []
     for axis in plan.heads[0].tiling.order:
         run, length = patches[axis], min(source.chunk_shape[axis], grid.spatial_shape[axis])
         starts = grid.starts[axis][run.start : run.stop]

@@ -56,11 +56,11 @@ def plan_prediction(
     for subject in subjects:
         with failures.caught(subject.name, but=ModelError):  # that of a network that fails on its first patch
             inputs = ModelInputs.of(subject, options, measure)
-            seals = _sealed(inputs, options)  # before the network runs: files may change
+            seals = _sealed(inputs)  # before the network runs: files may change
             if not heads:
-                heads = probe(network, subject.name, inputs.images, options)
+                heads = probe(network, inputs, options)
                 if estimate or options.max_memory is not None:
-                    cost = network_cost(network, subject.name, inputs.images, options)
+                    cost = network_cost(network, inputs, options)
                 limit = MemoryLimit.of(options, network)
             slabs, of_subject = _slabs(inputs, options, len(subjects)), begun.get(subject.name, NOT_BEGUN)
             found = candidates(
@@ -72,10 +72,10 @@ def plan_prediction(
     return plans
 
 
-def _sealed(inputs: ModelInputs, options: PredictOptions) -> tuple[InputSeal, ...]:
+def _sealed(inputs: ModelInputs) -> tuple[InputSeal, ...]:
     return tuple(
-        InputSeal.of(f"image {name!r} of subject {inputs.subject.name!r}", image.source)
-        for name, image in zip(options.image, inputs.images, strict=True)
+        InputSeal.of(f"image {view.name!r} of subject {inputs.subject.name!r}", view.image.source)
+        for view in inputs.views
     )
 
 
@@ -104,7 +104,7 @@ def candidates(
         for regions in partitions(planned, slabs):
             plan = PredictionPlan(
                 subject=subject,
-                images=images,
+                views=inputs.views,
                 native=inputs.native,
                 grid=grid,
                 batch_size=options.batch_size,

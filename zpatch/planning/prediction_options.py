@@ -24,6 +24,7 @@ from zpatch.images.subject import Subject
 from zpatch.networks.model_identity import identity
 from zpatch.runtime.byte_sizes import parse_bytes
 from zpatch.runtime.task_contract import CLUSTER_TIMEOUT_S, check_cluster_timeout
+from zpatch.sampling.patch_views import checked_context
 from zpatch.tiling.windows import check_overlap_mode
 
 MaskFunction = Callable[[Subject, PatchLocation], bool]
@@ -85,6 +86,7 @@ class PredictOptions:
     orientation: str | None = None
     align: str | None = None
     output_grid: str = "native"
+    context: tuple[int, ...] = ()
     padding_mode: str | None = None
     normalize: str | None = None
     mask: str | MaskFunction | None = None
@@ -108,6 +110,7 @@ class PredictOptions:
         patch_size: int | Sequence[int],
         patch_overlap: int | Sequence[int] = 0,
         spacing: Spacing | None = None,
+        context: int | Sequence[int] = (),
         **options: Any,
     ) -> Self:
         """Options in the forms in which ``predict`` accepts them."""
@@ -117,6 +120,7 @@ class PredictOptions:
             patch_size=size,
             patch_overlap=patch_overlap_triple(patch_overlap, size),
             spacing=None if spacing is None else spacing_triple(spacing),
+            context=checked_context(context),
             **options,
         )
 
@@ -138,6 +142,12 @@ class PredictOptions:
             raise OptionError(
                 f"output_grid must be one of {', '.join(OUTPUT_GRIDS)}, not {self.output_grid!r}",
                 option="output_grid",
+            )
+        if self.context and self.changes_grid:
+            raise OptionError(
+                "context= reads the coarser levels of stored images, which spacing=, orientation= and align= "
+                "do not have; convert with --spacing, --orient and --pyramid instead",
+                option="context",
             )
         if self.orientation is not None:
             orientation_to(np.eye(4), self.orientation)
@@ -185,9 +195,10 @@ class PredictOptions:
         """The options that all voxels depend on, as they are stored beside the voxels.
 
         A new option belongs here unless it is listed as one of the network or of the run. Those of another
-        grid are left out where there is none, as in predictions that were made before there were any.
+        grid and of context are left out where there is none, as in predictions from before there was any.
         """
         others = OF_THE_NETWORK + OF_THE_RUN + (() if self.changes_grid else OF_THE_GRID)
+        others += () if self.context else ("context",)
         names = [field.name for field in dataclasses.fields(self)]
         return {name: _stored(name, getattr(self, name)) for name in names if name not in others}
 

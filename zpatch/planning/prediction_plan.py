@@ -21,6 +21,7 @@ from zpatch.geometry.voxel_grid import format_spacing
 from zpatch.images.image import Image
 from zpatch.images.subject import Subject
 from zpatch.runtime.byte_sizes import format_bytes
+from zpatch.sampling.patch_views import PatchView
 from zpatch.sources.input_files import InputSeal
 from zpatch.store.image_record import ImageRecord
 from zpatch.tiling.volume_tiles import Tiling, sweep_order
@@ -131,7 +132,7 @@ class Region:
 class PredictionPlan:
     """The plan of a prediction for one subject.
 
-    ``images`` are read at the patches of ``grid``, ``batch_size`` at a time, and all ``regions`` together
+    ``views`` are read at the patches of ``grid``, ``batch_size`` at a time, and all ``regions`` together
     fill the shards of ``heads``. ``native`` is the image whose own grid the output is on. ``skipped`` marks
     patches wholly outside the mask, over the positions of the grid. ``cost`` is the network's, if it was
     measured. ``region_bytes`` is the most memory that a region holds beside what the process holds before it,
@@ -141,7 +142,7 @@ class PredictionPlan:
     """
 
     subject: Subject
-    images: tuple[Image, ...]
+    views: tuple[PatchView, ...]
     native: Image
     grid: PatchGrid
     batch_size: int
@@ -154,6 +155,15 @@ class PredictionPlan:
     cost: NetworkCost | None = None
     identities: tuple[str, ...] = ()
     seals: tuple[InputSeal, ...] = ()
+
+    @property
+    def images(self) -> list[Image]:
+        """The images that are read."""
+        return [view.image for view in self.views]
+
+    def grid_of(self, view: PatchView) -> PatchGrid:
+        """The boxes that are read of a view, by the positions of the patches."""
+        return self.grid.around_the_same_centres(view.factors, view.image.spatial_shape)
 
     @property
     def swept_axis(self) -> int:

@@ -15,37 +15,37 @@ from zpatch.blending.blend import accumulation_dtype
 from zpatch.blending.reduction import as_stored, check_channels, fitting_fill, reduce_channels
 from zpatch.errors import ModelError, SourceError, ZpatchError
 from zpatch.geometry.boxes import PatchLocation
-from zpatch.images.image import Image
 from zpatch.networks.model_axes import ModelAxes
 from zpatch.networks.network import Network
+from zpatch.planning.model_inputs import ModelInputs
 from zpatch.planning.prediction_options import PredictOptions
 from zpatch.planning.prediction_plan import Head, NetworkCost
 from zpatch.planning.regions import grid_over
 from zpatch.runtime.process_memory import peak_bytes, reset_peak, resident_bytes
-from zpatch.sources.group_read import read_group
+from zpatch.sampling.patch_views import PatchView
+from zpatch.sources.group_read import read_together
 from zpatch.store.names import check_name, check_names_differ
 
 
 def read_batch(
-    images: Sequence[Image], locations: Sequence[PatchLocation], axes: ModelAxes, padding_mode: str
+    views: Sequence[PatchView], locations: Sequence[PatchLocation], axes: ModelAxes
 ) -> torch.Tensor:
-    """Patches of images of one shape, stacked as channels: float32 (B, C, I, J, K).
+    """Patches of some views, stacked as channels: float32 (B, C, I, J, K).
 
     They are in memory in the order in which a network with ``axes`` is fed them.
     """
-    channels = np.cumsum([0, *(image.num_channels for image in images)]).tolist()
+    channels = np.cumsum([0, *(view.image.num_channels for view in views)]).tolist()
     batch = axes.new_batch(len(locations), channels[-1], locations[0].size)
     outs = [[patch[a:b] for patch in batch] for a, b in itertools.pairwise(channels)]
-    read_group(images, locations, padding_mode=padding_mode, out=outs)
+    read_together([view.read(locations) for view in views], outs)
     return torch.from_numpy(batch)
 
 
-def probe(
-    network: Network, subject: str, images: Sequence[Image], options: PredictOptions
-) -> tuple[Head, ...]:
+def probe(network: Network, inputs: ModelInputs, options: PredictOptions) -> tuple[Head, ...]:
     """The outputs of a network, from running it on the first patch of a subject."""
-    location = grid_over(images[0].spatial_shape, options).at((0, 0, 0))
-    batch = read_batch(images, [location], network.axes, options.reading_mode)
+    subject = inputs.subject.name
+    location = grid_over(inputs.images[0].spatial_shape, options).at((0, 0, 0))
+    batch = read_batch(inputs.views, [location], network.axes)
     with network.running():
         outputs = _probed(network, batch, subject, location)
         try:
@@ -56,18 +56,16 @@ def probe(
             raise ModelError(f"subject {subject!r}: {error}") from error
 
 
-def network_cost(
-    network: Network, subject: str, images: Sequence[Image], options: PredictOptions
-) -> NetworkCost:
+def network_cost(network: Network, inputs: ModelInputs, options: PredictOptions) -> NetworkCost:
     """Run a network, which has run before, on a whole batch, and measure what it takes."""
-    location = grid_over(images[0].spatial_shape, options).at((0, 0, 0))
+    location = grid_over(inputs.images[0].spatial_shape, options).at((0, 0, 0))
     locations = [location] * options.batch_size
-    batch = read_batch(images, locations, network.axes, options.reading_mode)
+    batch = read_batch(inputs.views, locations, network.axes)
     with network.running(), _threads(1 if options.jobs > 1 else torch.get_num_threads()):
         before = resident_bytes()
         reset_peak()
         start = time.perf_counter()
-        network(batch, subject, locations)
+        network(batch, inputs.subject.name, locations)
         return NetworkCost(max(0, peak_bytes() - before), time.perf_counter() - start)
 
 

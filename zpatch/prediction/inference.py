@@ -48,6 +48,7 @@ def predict(
     orientation: str | None = None,
     align: str | None = None,
     output_grid: str = "native",
+    context: int | Sequence[int] = (),
     padding_mode: str | None = None,
     normalize: str | None = None,
     mask: str | MaskFunction | None = None,
@@ -90,6 +91,9 @@ def predict(
     are put first; the output is on its grid. Channels that are integers (blended with ``crop``) are classes,
     and get the nearest voxel. Images that are mapped beforehand, as with ``cohort.map``, have their own grid
     after the mapping.
+
+    ``context=(2, 4)`` stacks, behind the images, as many voxels around the same centre that are 2 and 4 times
+    as wide, from the coarser levels that `zpatch convert --pyramid` stores.
 
     Voxels where blended outputs are NaN or infinite are counted: a warning at the end says how many there
     are, and so do ``statistics["not_finite"]`` and the warnings of the image. ``strict`` raises ModelError at

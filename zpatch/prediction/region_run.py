@@ -7,6 +7,7 @@ Freed memory is returned to the system at once, so that the process holds what t
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -105,7 +106,7 @@ def run_region(
         progress(done_before)
     with _Blender(plan, wanted, folder, options, check_inputs) as blender:
         with network.running():
-            for locations, inputs in read_ahead(_batches(plan, region, needed, options, network.axes)):
+            for locations, inputs in read_ahead(_batches(plan, region, needed, network.axes)):
                 outputs = network(inputs, plan.subject.name, locations)
                 if options.strict:
                     _check_finite(outputs, inputs, plan.subject.name, locations)
@@ -130,15 +131,18 @@ def _stored(tiling: Tiling, position: Sequence[int]) -> Shard:
     return 0, k, j, i
 
 
-def _batches(
-    plan: PredictionPlan, region: Region, needed: Bools, options: PredictOptions, axes: ModelAxes
-) -> Iterator[Batch]:
+def _batches(plan: PredictionPlan, region: Region, needed: Bools, axes: ModelAxes) -> Iterator[Batch]:
     """The batches with needed patches, as float32 (B, C, I, J, K)."""
-    caches = [cached(image.source, plan.grid, plan.swept_axis, region.patches) for image in plan.images]
-    images = [image.with_source(source) for image, (source, _) in zip(plan.images, caches, strict=True)]
+    caches = [
+        cached(view.image.source, plan.grid_of(view), plan.swept_axis, region.patches) for view in plan.views
+    ]
+    views = [
+        dataclasses.replace(view, image=view.image.with_source(source))
+        for view, (source, _) in zip(plan.views, caches, strict=True)
+    ]
     for positions in plan.batches(needed):
         locations = [plan.grid.at(position) for position in positions]
-        batch = read_batch(images, locations, axes, options.reading_mode)
+        batch = read_batch(views, locations, axes)
         for _, done in caches:
             done(positions[-1])
         yield locations, batch

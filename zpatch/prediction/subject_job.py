@@ -176,7 +176,7 @@ def _provenances(job: SubjectJob, model: ModelName, options: PredictOptions) -> 
     """Where each image of a job comes from: as before, if it is committed, because its voxels are."""
     if job.committed:
         return [record.provenance for record in job.committed]
-    images = dict(zip(options.image, job.plan.images, strict=True))
+    images = {view.name: view.image for view in job.plan.views}
     if isinstance(options.mask, str) and options.mask in job.plan.subject.images:
         images[options.mask] = job.plan.subject[options.mask]
     paths = {

@@ -11,9 +11,9 @@ from zpatch.errors import OptionError
 from zpatch.geometry.boxes import PatchLocation, check_patch_fits, patch_overlap_triple, patch_size_triple
 from zpatch.geometry.padding import check_padding_mode
 from zpatch.geometry.patch_grid import PatchGrid
-from zpatch.images.image import Image
 from zpatch.images.subject import Subject
 from zpatch.sampling.patch import Patch
+from zpatch.sampling.patch_views import checked_context
 from zpatch.sampling.samplers import READ_TOGETHER, PatchSize, RandomSampler, read_patches
 
 
@@ -25,7 +25,8 @@ class GridSampler(torch.utils.data.Dataset[Patch]):
     ``patch_overlap // 2`` voxels on each side, and small volumes up to the patch size, without copying the
     volume; locations stay relative to the volume, so padding starts below 0. ``fill`` is an intensity: label
     maps and sampling maps are padded with 0, and a fill that the type of a patch cannot represent is an
-    OptionError. Without a subject it is a template, for a queue.
+    OptionError. ``context`` adds coarser levels, as in ``RandomSampler``. Without a subject it is a template,
+    for a queue.
 
     >>> import numpy as np
     >>> from zpatch.images.image import ScalarImage
@@ -41,6 +42,8 @@ class GridSampler(torch.utils.data.Dataset[Patch]):
         patch_overlap: PatchSize = 0,
         padding_mode: str | None = None,
         fill: float = 0,
+        *,
+        context: Sequence[int] = (),
     ) -> None:
         if patch_size is None:
             raise OptionError("patch_size is missing; say GridSampler(subject, patch_size=64)")
@@ -49,6 +52,7 @@ class GridSampler(torch.utils.data.Dataset[Patch]):
         check_padding_mode(padding_mode)
         self.padding_mode = padding_mode
         self.fill = fill
+        self.context = checked_context(context)
         self.subject = subject
         self._grid = None if subject is None else self.grid_of(subject)
 
@@ -77,16 +81,14 @@ class GridSampler(torch.utils.data.Dataset[Patch]):
 
     def read(self, subject: Subject, locations: Sequence[PatchLocation]) -> list[Patch]:
         """The patches at some of the grid's locations, padded beyond the border."""
-        fills = [self.fill_of(image) for image in subject.images.values()]
-        return read_patches(subject, locations, padding_mode=self.padding_mode, fill=fills)
-
-    def fill_of(self, image: Image) -> float:
-        """The value of padding of an image if ``padding_mode`` is constant."""
-        return self.fill if image.kind == "scalar" else 0
+        return read_patches(
+            subject, locations, context=self.context, padding_mode=self.padding_mode, fill=self.fill
+        )
 
     def __call__(self, subject: Subject) -> Iterator[Patch]:
         """All patches of a subject, in order."""
-        return iter(GridSampler(subject, self.patch_size, self.patch_overlap, self.padding_mode, self.fill))
+        options = self.patch_size, self.patch_overlap, self.padding_mode, self.fill
+        return iter(GridSampler(subject, *options, context=self.context))
 
     @property
     def locations(self) -> list[PatchLocation]:
@@ -110,7 +112,8 @@ class GridSampler(torch.utils.data.Dataset[Patch]):
     def __repr__(self) -> str:
         return (
             f"GridSampler(patch_size={self.patch_size}, patch_overlap={self.patch_overlap}, "
-            f"padding_mode={self.padding_mode!r}, fill={self.fill})"
+            f"padding_mode={self.padding_mode!r}, fill={self.fill}"
+            + (f", context={self.context})" if self.context else ")")
         )
 
 

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zpatch.errors import OptionError, SamplingError, UnknownNameError
-from zpatch.geometry.affines import crop_affine
 from zpatch.geometry.boxes import (
     PatchLocation,
     allowed_centres,
@@ -24,8 +23,9 @@ from zpatch.images.subject import Subject
 from zpatch.sampling.centre_draws import draw_centres
 from zpatch.sampling.centre_maps import label_classes, weight_map
 from zpatch.sampling.patch import Patch, PatchImage, to_tensor
+from zpatch.sampling.patch_views import checked_context, views_of
 from zpatch.sampling.randomness import as_generator
-from zpatch.sources.group_read import read_group
+from zpatch.sources.group_read import read_together
 
 READ_TOGETHER = 16
 
@@ -37,24 +37,23 @@ def read_patches(
     subject: Subject,
     locations: Sequence[PatchLocation],
     *,
+    context: Sequence[int] = (),
     padding_mode: str | None = None,
-    fill: float | Sequence[float] = 0,
+    fill: float = 0,
 ) -> list[Patch]:
-    """The patches of a subject at some locations; all images are read as one group.
+    """The patches of a subject at some locations, with their context; all images are read as one group.
 
-    ``fill`` is one value, or one for each image.
+    ``fill`` is the padding of images that are intensities, if it is constant; that of others is 0.
     """
     if not locations:
         return []
-    found = read_group(list(subject.images.values()), locations, padding_mode=padding_mode, fill=fill)
-    voxels = dict(zip(subject.images, found, strict=True))
+    views = views_of(subject, context, padding_mode)
+    voxels = read_together([view.read(locations, fill=fill) for view in views], [None] * len(views))
     patches = []
     for n, location in enumerate(locations):
         images = {
-            name: PatchImage(
-                to_tensor(voxels[name][n]), crop_affine(image.affine, location.index), image.kind
-            )
-            for name, image in subject.images.items()
+            view.name: PatchImage(to_tensor(of_view[n]), view.affine(location), view.image.kind)
+            for view, of_view in zip(views, voxels, strict=True)
         }
         patches.append(Patch(images, location, subject.name))
     return patches
@@ -65,10 +64,16 @@ class RandomSampler(ABC):
 
     ``patch_size`` is in voxels, one integer or three (I, J, K). A patch larger than the volume is a
     PatchSizeError.
+
+    With ``context=(2, 4)`` a patch with the image ``t1`` also has ``t1_x2`` and ``t1_x4``: as many voxels
+    around the same centre, 2 and 4 times as wide, from the coarser levels that `zpatch convert --pyramid`
+    stores. The centre is kept to half a coarse voxel, and beyond the border the edge voxel is repeated. An
+    image without these levels is an OptionError.
     """
 
-    def __init__(self, patch_size: PatchSize) -> None:
+    def __init__(self, patch_size: PatchSize, *, context: Sequence[int] = ()) -> None:
         self.patch_size = patch_size_triple(patch_size)
+        self.context = checked_context(context)
 
     def __call__(
         self, subject: Subject, num_patches: int | None = None, *, rng: RandomSource = None
@@ -81,7 +86,8 @@ class RandomSampler(ABC):
         left = num_patches
         while left is None or left > 0:
             group = READ_TOGETHER if left is None else min(left, READ_TOGETHER)
-            yield from read_patches(subject, self.locations(subject, group, generator))
+            locations = self.locations(subject, group, generator)
+            yield from read_patches(subject, locations, context=self.context)
             left = None if left is None else left - group
 
     def locations(self, subject: Subject, num_patches: int, rng: RandomSource = None) -> list[PatchLocation]:
@@ -100,7 +106,11 @@ class RandomSampler(ABC):
         return np.asarray(centres - np.array(self.patch_size) // 2)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(patch_size={self.patch_size})"
+        return f"{type(self).__name__}(patch_size={self.patch_size}{self._context_text})"
+
+    @property
+    def _context_text(self) -> str:
+        return f", context={self.context}" if self.context else ""
 
 
 class UniformSampler(RandomSampler):
@@ -131,8 +141,8 @@ class WeightedSampler(RandomSampler):
     (2, 3, 1)
     """
 
-    def __init__(self, patch_size: PatchSize, probability_map: str) -> None:
-        super().__init__(patch_size)
+    def __init__(self, patch_size: PatchSize, probability_map: str, *, context: Sequence[int] = ()) -> None:
+        super().__init__(patch_size, context=context)
         self.probability_map = probability_map
 
     def _starts(self, subject: Subject, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -149,7 +159,10 @@ class WeightedSampler(RandomSampler):
         return self._start_of(centres)
 
     def __repr__(self) -> str:
-        return f"WeightedSampler(patch_size={self.patch_size}, probability_map={self.probability_map!r})"
+        return (
+            f"WeightedSampler(patch_size={self.patch_size}, probability_map={self.probability_map!r}"
+            f"{self._context_text})"
+        )
 
 
 class LabelSampler(RandomSampler):
@@ -173,8 +186,10 @@ class LabelSampler(RandomSampler):
         patch_size: PatchSize,
         label_name: str | None = None,
         label_probabilities: Mapping[int, float] | None = None,
+        *,
+        context: Sequence[int] = (),
     ) -> None:
-        super().__init__(patch_size)
+        super().__init__(patch_size, context=context)
         self.label_name = label_name
         if label_probabilities is not None:
             _check_probabilities(label_probabilities)
@@ -229,7 +244,7 @@ class LabelSampler(RandomSampler):
     def __repr__(self) -> str:
         return (
             f"LabelSampler(patch_size={self.patch_size}, label_name={self.label_name!r}, "
-            f"label_probabilities={self.label_probabilities})"
+            f"label_probabilities={self.label_probabilities}{self._context_text})"
         )
 
 

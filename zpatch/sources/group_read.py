@@ -100,18 +100,27 @@ def read_group(
     """
     check_padding_mode(padding_mode)
     memory = [None] * len(images) if out is None else _for_each(images, out, "out")
+    options = _for_each(images, scaled, "scaled"), _for_each(images, fill, "fill")
     reads = [
-        ImageRead(image, image.scaling if is_scaled else UNSCALED, value)
-        for image, is_scaled, value in zip(
-            images, _for_each(images, scaled, "scaled"), _for_each(images, fill, "fill"), strict=True
-        )
+        ImageRead(image, locations, is_scaled, padding_mode, value)
+        for image, is_scaled, value in zip(images, *options, strict=True)
     ]
+    found = read_together(reads, memory, scheduler)
+    return found if out is None else out
+
+
+def read_together(
+    reads: Sequence[ImageRead], memory: Sequence[Any], scheduler: Scheduler = "sync"
+) -> list[list[Voxels]]:
+    """Read boxes of several images as one group, as ``read_group`` does; each image has its own boxes.
+
+    ``memory`` has for each image that of its boxes, or None for new memory.
+    """
     requests, found, padding = [], [], []
     for read, given in zip(reads, memory, strict=True):
-        if padding_mode is None:
-            read.check_inside(locations)
-        outs = read.new_memory(locations) if given is None else read.checked_memory(locations, given)
-        targets = [read.target(at, out, padding_mode) for at, out in zip(locations, outs, strict=True)]
+        read.check_inside()
+        outs = read.new_memory() if given is None else read.checked_memory(given)
+        targets = [read.target(at, out) for at, out in zip(read.boxes, outs, strict=True)]
         requests.append(
             Request(read.image.source, [t.box for t in targets], [t.out for t in targets], read.scaling)
         )
@@ -120,7 +129,7 @@ def read_group(
     read_requests(requests, scheduler)
     for pad in padding:
         pad()
-    return found if out is None else out
+    return found
 
 
 def _for_each(images: Sequence[ReadableImage], value: Any, option: str) -> Sequence[Any]:
@@ -142,20 +151,27 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageRead:
-    """How one image of a group is read.
+    """The boxes of one image of a group, and how they are read.
 
-    ``scaling`` turns its stored voxels into values; ``fill`` is the value outside the image if the padding is
-    constant.
+    With ``is_scaled`` they are values, not stored voxels. ``fill`` is the value outside the image if the
+    padding is constant.
     """
 
     image: ReadableImage
-    scaling: Scaling
+    boxes: Sequence[PatchLocation]
+    is_scaled: bool = True
+    padding_mode: str | None = None
     fill: float = 0
 
-    def check_inside(self, locations: Sequence[PatchLocation]) -> None:
-        """Refuse boxes that reach outside the image."""
+    @property
+    def scaling(self) -> Scaling:
+        """Slope, intercept and bounds that are applied to stored voxels."""
+        return self.image.scaling if self.is_scaled else UNSCALED
+
+    def check_inside(self) -> None:
+        """Refuse boxes that reach outside the image, unless they are padded."""
         spatial_shape = self.image.source.shape[1:]
-        for location in locations:
+        for location in self.boxes if self.padding_mode is None else ():
             if not location.lies_within(spatial_shape):
                 raise PatchLocationError(
                     f"the box from {location.index_ini} to {location.index_fin} is not inside "
@@ -163,18 +179,18 @@ class ImageRead:
                     f"padding_mode"
                 )
 
-    def new_memory(self, locations: Sequence[PatchLocation]) -> list[Voxels]:
+    def new_memory(self) -> list[Voxels]:
         """New memory for each box, (C, I, J, K), of the type of the image's values."""
         dtype, channels = self._dtype, self.image.source.shape[0]
-        return [new_voxels((channels, *location.size), dtype) for location in locations]
+        return [new_voxels((channels, *location.size), dtype) for location in self.boxes]
 
-    def checked_memory(self, locations: Sequence[PatchLocation], given: Any) -> list[Voxels]:
+    def checked_memory(self, given: Any) -> list[Voxels]:
         """The caller's memory for each box, as arrays (C, I, J, K) of a fitting shape and type."""
         outs = list(map(_as_array, given))
-        if len(outs) != len(locations):
-            raise OptionError(f"there is memory for {len(outs)} boxes, but {len(locations)} are read")
+        if len(outs) != len(self.boxes):
+            raise OptionError(f"there is memory for {len(outs)} boxes, but {len(self.boxes)} are read")
         channels = self.image.source.shape[0]
-        for location, out in zip(locations, outs, strict=True):
+        for location, out in zip(self.boxes, outs, strict=True):
             if out.shape != (shape := (channels, *location.size)):
                 raise OptionError(f"the memory for a box of {shape} voxels has the shape {out.shape}")
             if not out.flags.writeable:
@@ -188,16 +204,16 @@ class ImageRead:
                 )
         return outs
 
-    def target(self, location: PatchLocation, out: Voxels, padding_mode: str | None) -> Target:
+    def target(self, location: PatchLocation, out: Voxels) -> Target:
         """The box inside that is read for a box; without a ``padding_mode``, that box itself."""
-        if padding_mode is None:
+        if self.padding_mode is None:
             return Target(location, out)
         channels, i, j, k = self.image.source.shape
         if location.lies_within((i, j, k)):
             return Target(location, out)
-        if padding_mode == "constant":
+        if self.padding_mode == "constant":
             check_fill(self.fill, out.dtype, self.image)
-        padded = PaddedBox.of(location, (i, j, k), padding_mode)
+        padded = PaddedBox.of(location, (i, j, k), self.padding_mode)
         inner = new_voxels((channels, *padded.inner.size), out.dtype)
         return Target(padded.inner, inner, partial(padded.fill_in, inner, self.fill, out))
 
