@@ -33,8 +33,8 @@ DOORS = {
     "store": "names image_record manifest store lock store_writer staged_image image_writer voxel_statistics "
     "voxel_index verification",
     "conversion": "conversion conversion_plan conversion_options nifti_export cases case_lists",
-    "sources": "voxel_source lazy_array zarr_images input_files group_read voxel_sources resampled_source "
-    "chunk_cache",
+    "sources": "voxel_source lazy_array zarr_images input_files image_read group_read voxel_sources "
+    "resampled_source chunk_cache",
     "images": "image placed_image subject cohort normalization opened_image",
     "sampling": "samplers grid_sampler patch patch_views randomness",
     "loading": "patch_queue queue_options subjects_loader patch_batch epoch_plan",

@@ -42,7 +42,9 @@ def test_options_that_voxels_depend_on_are_stored_and_no_others() -> None:
         "mask": None,
         "fill": "0.0",
     }
-    assert {*options.stored(), *OF_THE_GRID, *OF_THE_NETWORK, *OF_THE_RUN} == FIELDS.keys()
+    added = {*OF_THE_GRID, "context"}
+    assert {*options.stored(), *added, *OF_THE_NETWORK, *OF_THE_RUN} == FIELDS.keys()
+    assert dataclasses.replace(options, context=(2, 4)).stored() == options.stored() | {"context": [2, 4]}
     other = dataclasses.replace(options, spacing=(1.5, None, 2.0)).stored()
     assert other == options.stored() | {
         "spacing": [1.5, None, 2.0],

@@ -78,6 +78,8 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[int, ...]:
         """Parse a value."""
+        if isinstance(value, tuple):
+            return value
         try:
             return tuple(int(part) for part in str(value).split(","))
         except ValueError:

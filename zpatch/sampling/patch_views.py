@@ -10,7 +10,7 @@ from zpatch.geometry.affines import Affine, crop_affine, level_factors
 from zpatch.geometry.boxes import PatchLocation, Triple
 from zpatch.images.image import Image
 from zpatch.images.subject import Subject
-from zpatch.sources.group_read import ImageRead
+from zpatch.sources.image_read import ImageRead
 
 
 @dataclass(frozen=True, slots=True, eq=False)

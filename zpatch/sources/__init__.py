@@ -6,6 +6,7 @@ In reading order::
     lazy_array       arrays of other libraries that read what is sliced
     zarr_images      OME-Zarr images and Zarr arrays that other programs wrote
     input_files      the files that voxels are read from, as they were: whether they are still there
+    image_read       the boxes of one image: into which memory, in which type, how padded
     group_read       boxes of several images -> one Dask graph -> voxels in place
     voxel_sources    sharded arrays, arrays in memory, Dask expressions
     resampled_source the voxels of a source on another grid
