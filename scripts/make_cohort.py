@@ -5,11 +5,19 @@
 
 writes `DEST/sub-01/t1.nii.gz` and `DEST/sub-01/seg.nii.gz` (0 background, 1 grey matter, 2 white
 matter), and so on. Each subject is the template under a smooth random warp, with a random bias
-field, noise and field of view. Two subjects are awkward on purpose, as in real cohorts: one has an
-oblique affine, one is float32 on disk with a slope and an intercept.
+field, noise and field of view, in voxels of 1 mm whose axes point to the right, anterior and
+superior (RAS). Four subjects are awkward on purpose, as in real cohorts:
+
+    sub-02    an oblique affine
+    sub-03    its image is float32 on disk, with a slope and an intercept
+    sub-06    voxels of 1.25 mm, axes that all point the other way (LPI)
+    sub-08    voxels of 0.8 x 0.8 x 1.6 mm: sagittal slices, axes in another order (PIR)
+
+The last two are sampled from the template on their own grids. With `--zoom Z` all these sizes are
+divided by Z.
 
 A subject depends only on the seed and its number: neither `subjects` nor `jobs` changes a byte of
-it (except in cohorts of fewer than three, where other subjects are the awkward ones).
+it (except in cohorts of fewer than three, where other subjects are oblique and float32).
 """
 
 import gzip
@@ -44,6 +52,7 @@ NOISE_STD = 6.0  # in units of the template, whose white matter is about 214
 GAIN = (3.0, 5.0)  # stored intensity per unit of the template, low to high
 
 OBLIQUE_ANGLES_DEG = (12.0, -7.0)  # about the first and the third axis
+OBLIQUE, FLOAT = 1, 2  # indices of subjects
 FLOAT_SLOPE, FLOAT_INTERCEPT = 0.5, -64.0
 
 GZIP_LEVEL = 1
@@ -69,12 +78,25 @@ class Template:
 
 
 @dataclass(frozen=True, slots=True)
+class Grid:
+    """The voxels of a subject: their size along I, J, K at a zoom of 1, and where these axes point to."""
+
+    spacing_mm: tuple[float, float, float]
+    orientation: str
+
+
+USUAL_GRID = Grid((1.0, 1.0, 1.0), "RAS")
+OTHER_GRIDS = {5: Grid((1.25, 1.25, 1.25), "LPI"), 7: Grid((0.8, 0.8, 1.6), "PIR")}  # by index of the subject
+
+
+@dataclass(frozen=True, slots=True)
 class SubjectPlan:
     """All parameters of the files of one subject.
 
     folder: the folder that its files are written to.
     seed, index: its random stream.
-    zoom: voxels per template voxel along each axis.
+    zoom: how many times more voxels there are along each axis than at the spacing of `grid`.
+    grid: its voxel size and orientation.
     oblique: whether its affine is rotated about two axes.
     float_on_disk: whether its image is float32 with a slope and an intercept, rather than int16.
     """
@@ -83,6 +105,7 @@ class SubjectPlan:
     seed: int
     index: int
     zoom: float
+    grid: Grid
     oblique: bool
     float_on_disk: bool
 
@@ -92,8 +115,9 @@ def make_cohort(
 ) -> list[Path]:
     """Write a cohort and return its subject folders, in order.
 
-    `zoom` scales every axis: 1 gives volumes of 150 to 190 voxels an axis, 0.25 small ones for
-    tests. Raises `FileNotFoundError` where the template is not installed.
+    `zoom` multiplies the number of voxels of every axis: 1 gives 150 to 190 voxels of 1 mm (see
+    `OTHER_GRIDS` for others), 0.25 small volumes for tests. Raises `FileNotFoundError` where the
+    template is not installed.
     """
     plans = plan_cohort(Path(destination), subjects=subjects, seed=seed, zoom=zoom)
     return sorted(run_plans(plans, jobs=jobs))
@@ -112,8 +136,9 @@ def plan_cohort(destination: Path, *, subjects: int, seed: int, zoom: float = 1.
             seed=seed,
             index=index,
             zoom=zoom,
-            oblique=index == 1 % subjects,
-            float_on_disk=index == 2 % subjects,
+            grid=OTHER_GRIDS.get(index, USUAL_GRID),
+            oblique=index == OBLIQUE % subjects,
+            float_on_disk=index == FLOAT % subjects,
         )
         for index in range(subjects)
     ]
@@ -156,19 +181,25 @@ def draw_view(template: Template, plan: SubjectPlan, rng: np.random.Generator) -
     Returns the template coordinates (3, I, J, K) of each voxel, and the affine of the view.
     """
     low, high = (round(extent * plan.zoom) for extent in FIELD_OF_VIEW_MM)
-    shape = tuple(int(size) for size in rng.integers(low, high, size=3, endpoint=True))
-    extent = np.array(shape) / plan.zoom
+    sizes_at_1mm = rng.integers(low, high, size=3, endpoint=True)
+    spacing = [size_mm / TEMPLATE_SPACING_MM for size_mm in plan.grid.spacing_mm]
+    shape = tuple(round(int(size) / step) for size, step in zip(sizes_at_1mm, spacing, strict=True))
+    # For each axis of the template, which is in RAS: the voxel axis along it, and whether that points back.
+    turns = nib.orientations.axcodes2ornt(plan.grid.orientation)
+    axes = [int(axis) for axis in np.argsort(turns[:, 0])]
+    steps = [spacing[axis] * float(turns[axis, 1]) for axis in axes]
+    extent = np.array([shape[axis] * step for axis, step in zip(axes, steps, strict=True)]) / plan.zoom
     origin = template.centre - extent / 2
     origin += rng.uniform(-1, 1, size=3) * CENTRE_JITTER_MM / TEMPLATE_SPACING_MM
 
     coordinates = np.empty((3, *shape), dtype=np.float32)
-    for axis, size in enumerate(shape):
-        along = np.arange(size, dtype=np.float32) / plan.zoom + origin[axis]
+    to_template = np.zeros((4, 4))
+    to_template[:, 3] = [*origin, 1.0]
+    for of_template, (axis, step) in enumerate(zip(axes, steps, strict=True)):
+        along = np.arange(shape[axis], dtype=np.float32) * step / plan.zoom + origin[of_template]
         warp = smooth_field(shape, rng) * (WARP_MM / TEMPLATE_SPACING_MM)
-        coordinates[axis] = warp + along.reshape([-1 if a == axis else 1 for a in range(3)])
-
-    to_template = np.diag([1 / plan.zoom] * 3 + [1.0])
-    to_template[:3, 3] = origin
+        coordinates[of_template] = warp + along.reshape([-1 if a == axis else 1 for a in range(3)])
+        to_template[of_template, axis] = step / plan.zoom
     affine = template.affine @ to_template
     return coordinates, rotation(OBLIQUE_ANGLES_DEG) @ affine if plan.oblique else affine
 
@@ -273,7 +304,7 @@ def template_folder() -> Path:
     type=click.FloatRange(min=0.05, max=10),
     default=1.0,
     show_default=True,
-    help="Voxels per millimetre along each axis; 0.25 gives small volumes for tests.",
+    help="Multiplies the number of voxels along each axis; 0.25 gives small volumes for tests.",
 )
 @click.option("--jobs", "-j", type=click.IntRange(min=1), help="Processes; by default one for each core.")
 def main(destination: Path, subjects: int, seed: int, zoom: float, jobs: int | None) -> None:
