@@ -3,12 +3,15 @@
 
     python scripts/train.py cohort.zarr unet.pt2 --seconds 60 --exclude sub-07 --exclude sub-08
 
-The images must be called `t1` and the label maps `seg`, as `scripts/make_cohort.py` names them.
+The images must be called `t1` and the label maps `seg`, as `scripts/make_cohort.py` names them. All
+patches have voxels of one size and orientation, to which they are resampled as they are read. Give
+`zpatch predict` the same, as `--spacing 1 --orient RAS`; its output lies on the scan's own grid.
 The file `unet.json` beside the model holds the number of patches and the time of the training.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import time
@@ -23,6 +26,7 @@ from unet import UNet
 
 import zpatch as zp
 
+ORIENTATION = "RAS"
 PATCH_SIZE = 48
 BATCH_SIZE = 2
 LABEL_PROBABILITIES = {0: 1, 1: 2, 2: 2}  # background is easy
@@ -47,8 +51,17 @@ PERCENT = 100
     help=f"How long to train; a slow machine takes up to {PATIENCE} times as long.",
 )
 @click.option("--exclude", multiple=True, metavar="SUBJECT", help="Not to be trained on.")
+@click.option(
+    "--spacing",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1,
+    show_default=True,
+    help="The voxel size to train on, in mm.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-def main(store: Path, model: Path, seconds: float, exclude: tuple[str, ...], seed: int) -> None:
+def main(
+    store: Path, model: Path, seconds: float, exclude: tuple[str, ...], spacing: float, seed: int
+) -> None:
     """Train on STORE and save the network as MODEL, a torch.export file (.pt2)."""
     torch.manual_seed(seed)
     cohort = zp.Cohort(store)
@@ -56,11 +69,11 @@ def main(store: Path, model: Path, seconds: float, exclude: tuple[str, ...], see
         raise click.BadParameter(
             f"no subject {', '.join(sorted(unknown))} in {store}", param_hint="--exclude"
         )
-    subjects = [cohort[name] for name in cohort.names if name not in exclude]
+    trained = cohort.select([name for name in cohort.names if name not in exclude])
     sampler = zp.LabelSampler(PATCH_SIZE, "seg", LABEL_PROBABILITIES)
     network = UNet(classes=len(LABEL_PROBABILITIES)).to(memory_format=torch.channels_last_3d)
     with zp.Queue(
-        subjects,
+        trained.map(functools.partial(on_one_grid, spacing=spacing)),
         sampler,
         max_length=MAX_LENGTH,
         patches_per_volume=PATCHES_PER_VOLUME,
@@ -73,6 +86,11 @@ def main(store: Path, model: Path, seconds: float, exclude: tuple[str, ...], see
     save(network.eval(), model)
     report = {"patches": num_patches, "patch_size": PATCH_SIZE, "seconds": seconds_taken}
     model.with_suffix(".json").write_text(json.dumps(report))
+
+
+def on_one_grid(subject: zp.Subject, spacing: float) -> zp.Subject:
+    """The subject in voxels of one size and orientation; nothing is computed until a patch is read."""
+    return subject.oriented(ORIENTATION).resampled(spacing)
 
 
 def endless_batches(queue: zp.Queue) -> Iterator[zp.PatchBatch]:

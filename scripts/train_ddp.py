@@ -3,11 +3,13 @@
 
     torchrun --nproc-per-node 2 scripts/train_ddp.py cohort.zarr unet.pt --epochs 5
 
-A queue takes its rank from torch.distributed. Images must be called `t1` and label maps `seg`.
+A queue takes its rank from torch.distributed. Images must be called `t1` and label maps `seg`; patches of
+all subjects are resampled to one voxel size and orientation as they are read.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -28,6 +30,11 @@ def check_side(context: click.Context, option: click.Parameter, side: int) -> in
     return side
 
 
+def on_one_grid(subject: zp.Subject, spacing: float) -> zp.Subject:
+    """The subject in voxels of one size and orientation; nothing is computed until a patch is read."""
+    return subject.oriented("RAS").resampled(spacing)
+
+
 @click.command()
 @click.argument("store", type=click.Path(path_type=Path, exists=True))
 @click.argument("weights", type=click.Path(path_type=Path, dir_okay=False))
@@ -40,8 +47,15 @@ def check_side(context: click.Context, option: click.Parameter, side: int) -> in
     callback=check_side,
     help=f"Voxels on each side, a multiple of {UNet.SIDE_MULTIPLE}.",
 )
+@click.option(
+    "--spacing",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1,
+    show_default=True,
+    help="The voxel size to train on, in mm.",
+)
 @click.option("--workers", type=click.IntRange(min=0), default=2, show_default=True, help="Of each rank.")
-def main(store: Path, weights: Path, epochs: int, patch_size: int, workers: int) -> None:
+def main(store: Path, weights: Path, epochs: int, patch_size: int, spacing: float, workers: int) -> None:
     """Train on STORE and save the network's WEIGHTS."""
     has_gpu = torch.cuda.is_available()
     device = f"cuda:{os.environ['LOCAL_RANK']}" if has_gpu else "cpu"
@@ -50,7 +64,8 @@ def main(store: Path, weights: Path, epochs: int, patch_size: int, workers: int)
     network = DistributedDataParallel(UNet().to(device))
     optimizer = torch.optim.AdamW(network.parameters(), lr=5e-3)
     sampler = zp.LabelSampler(patch_size, "seg", {0: 1, 1: 2, 2: 2})
-    with zp.Queue(zp.Cohort(store), sampler, patches_per_volume=8, num_workers=workers) as queue:
+    cohort = zp.Cohort(store).map(functools.partial(on_one_grid, spacing=spacing))
+    with zp.Queue(cohort, sampler, patches_per_volume=8, num_workers=workers) as queue:
         loader = zp.SubjectsLoader(queue, batch_size=2, pin_memory=has_gpu, device=device)
         for epoch in range(epochs):
             queue.set_epoch(epoch)

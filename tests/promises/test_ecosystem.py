@@ -163,7 +163,7 @@ def test_the_example_trains_on_two_ranks(cohort_store: Path, tmp_path: Path, ful
         pytest.skip("torchrun runs in the quick run with test_ranks.py; the example needs --full")
     weights = tmp_path / "unet.pt"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    options = ["--epochs", "2", "--patch-size", "16", "--workers", "1"]
+    options = ["--epochs", "2", "--patch-size", "16", "--spacing", "4", "--workers", "1"]
     process = subprocess.Popen(
         [*torchrun, str(TRAIN_DDP), str(cohort_store), str(weights), *options],
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
