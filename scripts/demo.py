@@ -4,8 +4,9 @@
     python scripts/demo.py --out demo
 
 Makes a cohort from the MNI152 template, trains a small U-Net on all subjects but the last two, predicts
-those two, and compares the exported NIfTI files with their true labels. Each stage is a separate process,
-whose memory is measured from outside.
+those two, and compares the exported NIfTI files with their true labels. Two subjects, of which one is tested,
+have other voxel sizes and orientations: the network sees all of them on one grid, and the predictions come
+back on the grid of each scan. Each stage is a separate process, whose memory is measured from outside.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ except ModuleNotFoundError as missing:
     sys.exit(f"{missing.name} is not installed; run: pip install -e '.[demo]'")
 
 NUM_TEST_SUBJECTS = 2
+SPACING_MM = 1
+ORIENTATION = "RAS"  # that of train.py
 PATCH_SIZE = 64
 PATCH_OVERLAP = 32
 BATCH_SIZE = 2
@@ -115,8 +118,8 @@ def main(out: Path, train_seconds: int, subjects: int) -> None:
 
     header("Compare with the truth")
     scores = {name: dice(paths.predicted(name), paths.truth(name)) for name in tested}
-    draw_planes(paths, tested[0])
-    print_scores(scores)
+    draw_planes(paths, tested[-1])
+    print_scores(paths, scores)
     print_usages(usages)
     print_outputs(paths)
 
@@ -151,6 +154,7 @@ def plan_stages(paths: Paths, names: list[str], tested: list[str], train_seconds
     excluded = [word for name in tested for word in ("--exclude", name)]
     included = [word for name in tested for word in ("--include", name)]
     network: Words = ["--model", paths.model, "--image", "t1", "--batch-size", BATCH_SIZE]
+    grid: Words = ["--spacing", SPACING_MM]
     patches: Words = ["--patch-size", PATCH_SIZE, "--overlap", PATCH_OVERLAP, "--reduce", "argmax"]
     return [
         Stage(
@@ -168,13 +172,16 @@ def plan_stages(paths: Paths, names: list[str], tested: list[str], train_seconds
         Stage(
             "train",
             f"Train a U-Net for {train_seconds} s on {', '.join(trained)}",
-            [sys.executable, train, paths.store, paths.model, "--seconds", train_seconds, *excluded],
+            [sys.executable, train, paths.store, paths.model, "--seconds", train_seconds, *grid, *excluded],
             total_bytes(map(paths.image, trained)) + total_bytes(map(paths.truth, trained)),
         ),
         Stage(
             "predict",
             f"Predict {', '.join(tested)}, which were not used for training",
-            [zpatch, "predict", paths.store, paths.predictions, "--overwrite", *network, *patches, *included],
+            [
+                *(zpatch, "predict", paths.store, paths.predictions, "--overwrite"),
+                *(*network, *grid, "--orient", ORIENTATION, *patches, *included),
+            ],
             total_bytes(map(paths.image, tested)),
         ),
         Stage(
@@ -239,17 +246,12 @@ def process_bytes(process: psutil.Process) -> int:
     return int(getattr(memory, "pss", memory.uss))
 
 
-def voxels(path: Path) -> Volume:
-    """The values of a NIfTI file (I, J, K)."""
-    return np.asarray(nib.Nifti1Image.from_filename(path).dataobj)
-
-
 def dice(predicted: Path, truth: Path) -> dict[int, float]:
-    """The Dice coefficient of each tissue, of two NIfTI label maps with the same affine."""
-    ours, theirs = (nib.Nifti1Image.from_filename(path).affine for path in (predicted, truth))
-    if not np.allclose(ours, theirs, atol=AFFINE_TOLERANCE_MM):
-        raise click.ClickException(f"{predicted} and {truth} have different affines")
-    found, expected = voxels(predicted), voxels(truth)
+    """The Dice coefficient of each tissue, of two NIfTI label maps on the same grid."""
+    ours, theirs = (nib.Nifti1Image.from_filename(path) for path in (predicted, truth))
+    if ours.shape != theirs.shape or not np.allclose(ours.affine, theirs.affine, atol=AFFINE_TOLERANCE_MM):
+        raise click.ClickException(f"{predicted} and {truth} are on different grids")
+    found, expected = np.asarray(ours.dataobj), np.asarray(theirs.dataobj)
     scores = {}
     for tissue in TISSUES:
         overlap = np.sum((found == tissue) & (expected == tissue))
@@ -259,17 +261,25 @@ def dice(predicted: Path, truth: Path) -> dict[int, float]:
 
 def draw_planes(paths: Paths, subject: str) -> None:
     """Draw the middle planes of a subject: a row for each axis; image, truth and prediction."""
-    image, truth = voxels(paths.image(subject)), voxels(paths.truth(subject))
-    columns = {subject: np.zeros_like(truth), "truth": truth, "prediction": voxels(paths.predicted(subject))}
+    (image, spacing), (truth, _) = upright(paths.image(subject)), upright(paths.truth(subject))
+    predicted, _ = upright(paths.predicted(subject))
+    columns = {subject: np.zeros_like(truth), "truth": truth, "prediction": predicted}
     figure = Figure(figsize=(9, 9), facecolor="black", layout="constrained")
     grid = figure.subplots(3, len(columns))
     for row, axis in zip(grid, (2, 1, 0), strict=True):  # axial, coronal, sagittal
+        across, up = np.delete(spacing, axis)
         for cell, labels in zip(row, columns.values(), strict=True):
-            cell.imshow(overlay(middle(image, axis), middle(labels, axis)))
+            cell.imshow(overlay(middle(image, axis), middle(labels, axis)), aspect=up / across)
             cell.set_axis_off()
     for cell, title in zip(grid[0], columns, strict=True):
         cell.set_title(title, color="white")
     figure.savefig(paths.picture, dpi=120)
+
+
+def upright(path: Path) -> tuple[Volume, npt.NDArray[np.float64]]:
+    """The values of a NIfTI file (I, J, K), turned to RAS, and the size of its voxels in mm."""
+    image = nib.as_closest_canonical(nib.Nifti1Image.from_filename(path))
+    return np.asarray(image.dataobj), nib.affines.voxel_sizes(image.affine)
 
 
 def middle(volume: Volume, axis: int) -> Volume:
@@ -287,11 +297,15 @@ def overlay(plane: Volume, labels: Volume) -> npt.NDArray[np.float64]:
     return picture
 
 
-def print_scores(scores: dict[str, dict[int, float]]) -> None:
-    """Dice per subject and tissue."""
-    click.echo(f"{'Dice':<14}" + "".join(f"{name:>16}" for name in TISSUES.values()))
+def print_scores(paths: Paths, scores: dict[str, dict[int, float]]) -> None:
+    """Dice per subject and tissue, and the grid on which it was computed, the subject's own."""
+    click.echo(f"{'Dice':<14}" + "".join(f"{name:>16}" for name in TISSUES.values()) + "    voxels")
     for subject, of_tissue in scores.items():
-        click.echo(f"{subject:<14}" + "".join(f"{of_tissue[tissue]:>16.3f}" for tissue in TISSUES))
+        affine = nib.Nifti1Image.from_filename(paths.truth(subject)).affine
+        sizes = " x ".join(f"{size:g}" for size in nib.affines.voxel_sizes(affine).round(3))
+        grid = f"{sizes} mm, {''.join(nib.aff2axcodes(affine))}"
+        cells = "".join(f"{of_tissue[tissue]:>16.3f}" for tissue in TISSUES)
+        click.echo(f"{subject:<14}{cells}    {grid}")
 
 
 def print_usages(usages: list[Usage]) -> None:
