@@ -3,6 +3,10 @@
 #ifndef ZPATCH_AXES_H
 #define ZPATCH_AXES_H
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 #define AXES 3
 #define ITEM_TYPES(DO)                                                                                      \
     DO(u1, uint8_t, float) DO(i1, int8_t, float) DO(u2, uint16_t, float) DO(i2, int16_t, float)             \
@@ -71,6 +75,37 @@ static void add_taps(Plane plane, const Axis *axis, Py_ssize_t n, const char *so
     }
 }
 
+/* Voxels of a line from two neighbours each; `weights` has those of the first ones, then of the second ones. */
+#define PAIRS(real, start)                                                                                  \
+    for (Py_ssize_t n = start; n < count; n++)                                                              \
+        to[n] = weights[n] * from[first[n]] + weights[count + n] * from[first[n] + 1];
+
+CLONED static void pairs_f8(const double *restrict from, const int64_t *restrict first,
+                            const double *restrict weights, double *restrict to, Py_ssize_t count)
+{
+    PAIRS(double, 0)
+}
+
+static void pairs_f4(const float *restrict from, const int64_t *restrict first, const float *restrict weights,
+                     float *restrict to, Py_ssize_t count)
+{
+    Py_ssize_t done = 0;
+#ifdef __SSE2__ /* both neighbours in one load: several times as fast as to gather them */
+    for (; done + 4 <= count; done += 4) {
+        const int64_t *at = first + done;
+        __m128 p = _mm_loadl_pi(_mm_setzero_ps(), (const __m64 *)(from + at[0]));
+        __m128 q = _mm_loadl_pi(_mm_setzero_ps(), (const __m64 *)(from + at[2]));
+        p = _mm_loadh_pi(p, (const __m64 *)(from + at[1]));
+        q = _mm_loadh_pi(q, (const __m64 *)(from + at[3]));
+        __m128 a = _mm_mul_ps(_mm_loadu_ps(weights + done), _mm_shuffle_ps(p, q, _MM_SHUFFLE(2, 0, 2, 0)));
+        __m128 b = _mm_mul_ps(_mm_loadu_ps(weights + count + done),
+                              _mm_shuffle_ps(p, q, _MM_SHUFFLE(3, 1, 3, 1)));
+        _mm_storeu_ps(to + done, _mm_add_ps(a, b));
+    }
+#endif
+    PAIRS(float, done)
+}
+
 #define DEFINE_LINE(name, real)                                                                             \
     CLONED static void line_##name(const real *restrict from, const int64_t *restrict first,                \
                                    const real *restrict weights, Py_ssize_t taps, real *restrict to,        \
@@ -80,8 +115,7 @@ static void add_taps(Plane plane, const Axis *axis, Py_ssize_t n, const char *so
             for (Py_ssize_t n = 0; n < count; n++)                                                          \
                 to[n] = weights[n] * from[first[n]];                                                        \
         else                                                                                                \
-            for (Py_ssize_t n = 0; n < count; n++)                                                          \
-                to[n] = weights[n] * from[first[n]] + weights[count + n] * from[first[n] + 1];              \
+            pairs_##name(from, first, weights, to, count);                                                  \
         for (Py_ssize_t t = 2; t < taps; t++)                                                               \
             for (Py_ssize_t n = 0; n < count; n++)                                                          \
                 to[n] += weights[t * count + n] * from[first[n] + t];                                       \
