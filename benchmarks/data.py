@@ -29,21 +29,25 @@ COARSE_LABELS = 128  # side at which label maps are made, before their voxels ar
 TISSUES_HU = (-450, 30, 60)  # lower bounds of the classes of a cohort's label maps
 
 Shape = tuple[int, int, int]
+Spacing = tuple[float, float, float]
 
 
-def head(folder: Path, shape: Shape) -> Path:
+def head(folder: Path, shape: Shape, voxel_mm: Spacing = VOXEL_MM) -> Path:
     """A folder with one subject, ``sub-01/ct.nii.gz``: a head in Hounsfield units, with noise."""
-    return _once(folder / _name("head", shape), lambda place: _write_head(place, shape))
+    place = folder / _name("head", shape, voxel_mm)
+    return _once(place, lambda place: _write_head(place, shape, voxel_mm))
 
 
-def long_volume(folder: Path, shape: Shape) -> Path:
+def long_volume(folder: Path, shape: Shape, voxel_mm: Spacing = VOXEL_MM) -> Path:
     """The same, with any number of planes at little cost: the middle planes repeated, as gzip members."""
-    return _once(folder / _name("long", shape), lambda place: _write_long(place, shape))
+    place = folder / _name("long", shape, voxel_mm)
+    return _once(place, lambda place: _write_long(place, shape, voxel_mm))
 
 
-def plain_head(folder: Path, shape: Shape) -> Path:
+def plain_head(folder: Path, shape: Shape, voxel_mm: Spacing = VOXEL_MM) -> Path:
     """The head uncompressed, in ``source/sub-01/ct.nii``, and its voxels (z, y, x) in ``voxels.npy``."""
-    return _once(folder / _name("plain", shape), lambda place: _write_plain_head(place, shape))
+    place = folder / _name("plain", shape, voxel_mm)
+    return _once(place, lambda place: _write_plain_head(place, shape, voxel_mm))
 
 
 def cohort(folder: Path, shape: Shape, subjects: int) -> Path:
@@ -85,6 +89,13 @@ def voxels_of(source: Path) -> NDArray[np.int16]:
     return voxels
 
 
+def stored_shape(source: Path) -> tuple[int, ...]:
+    """Extent (z, y, x) of these voxels, by the header."""
+    from zpatch.nifti.header import read_header
+
+    return read_header(file_of(source)).shape
+
+
 def voxel_bytes(source: Path) -> int:
     """Bytes of these voxels, by the header."""
     from zpatch.nifti.header import read_header
@@ -111,8 +122,9 @@ def tiny_cohort(folder: Path, subjects: int, with_folders: int) -> Path:
     return place
 
 
-def _name(what: str, shape: Shape) -> str:
-    return "-".join([what, *map(str, shape)])
+def _name(what: str, shape: Shape, voxel_mm: Spacing = VOXEL_MM) -> str:
+    spacing = [] if voxel_mm == VOXEL_MM else [f"{size:g}mm" for size in voxel_mm]
+    return "-".join([what, *map(str, shape), *spacing])
 
 
 def _once(place: Path, make: Callable[[Path], None]) -> Path:
@@ -170,15 +182,15 @@ def _resampled(volume: NDArray[np.float32], count: int) -> NDArray[np.float32]:
     return resampled
 
 
-def _write_head(place: Path, shape: Shape) -> None:
+def _write_head(place: Path, shape: Shape, voxel_mm: Spacing) -> None:
     file = _new_file(place)
     with gzip.GzipFile(file, "wb", compresslevel=GZIP_LEVEL, mtime=0) as stream:
-        stream.write(_header(shape))
+        stream.write(_header(shape, voxel_mm=voxel_mm))
         for plane in _planes(shape):
             stream.write(plane.data)
 
 
-def _write_plain_head(place: Path, shape: Shape) -> None:
+def _write_plain_head(place: Path, shape: Shape, voxel_mm: Spacing) -> None:
     voxels = np.lib.format.open_memmap(place / "voxels.npy", mode="w+", dtype="<i2", shape=shape[::-1])
     for number, plane in enumerate(_planes(shape)):
         voxels[number] = plane
@@ -186,7 +198,7 @@ def _write_plain_head(place: Path, shape: Shape) -> None:
     file = place / "source" / "sub-01" / "ct.nii"
     file.parent.mkdir(parents=True)
     with file.open("wb") as stream:
-        stream.write(_header(shape))
+        stream.write(_header(shape, voxel_mm=voxel_mm))
         stream.write(voxels.data)
 
 
@@ -234,12 +246,12 @@ def _label_file(place: Path) -> Path:
     return place / "sub-01" / "seg.nii"
 
 
-def _write_long(place: Path, shape: Shape) -> None:
+def _write_long(place: Path, shape: Shape, voxel_mm: Spacing) -> None:
     planes = _planes((*shape[:2], 4 * MEMBER_PLANES))
     middle = [plane.tobytes() for plane in itertools.islice(planes, MEMBER_PLANES, 2 * MEMBER_PLANES)]
     member, rest = _gzip_member(b"".join(middle)), shape[2] % MEMBER_PLANES
     with _new_file(place).open("wb") as stream:
-        stream.write(_gzip_member(_header(shape)))
+        stream.write(_gzip_member(_header(shape, voxel_mm=voxel_mm)))
         for _ in range(shape[2] // MEMBER_PLANES):
             stream.write(member)
         if rest:
@@ -256,14 +268,14 @@ def _new_file(place: Path) -> Path:
     return file
 
 
-def _header(shape: Shape, dtype: str = "<i2") -> bytes:
+def _header(shape: Shape, dtype: str = "<i2", voxel_mm: Spacing = VOXEL_MM) -> bytes:
     import nibabel as nib
 
     header: Any = nib.Nifti1Header()
     header.set_data_dtype(np.dtype(dtype))
     header.set_data_shape(shape)
-    header.set_sform(np.diag([*VOXEL_MM, 1]), code="scanner")
-    header.set_qform(np.diag([*VOXEL_MM, 1]), code="scanner")
+    header.set_sform(np.diag([*voxel_mm, 1]), code="scanner")
+    header.set_qform(np.diag([*voxel_mm, 1]), code="scanner")
     header.set_xyzt_units("mm")
     header["vox_offset"] = HEADER_BYTES
     header["magic"] = b"n+1"

@@ -18,13 +18,13 @@ class Bands(nn.Module):
 class SmallUNet(nn.Module):
     """It holds the activations of two resolutions, in blocks of many sizes."""
 
-    def __init__(self, width: int = 6) -> None:
+    def __init__(self, width: int = 6, classes: int = CLASSES) -> None:
         super().__init__()
         self.fine = nn.Sequential(nn.Conv3d(1, width, 3, padding=1), nn.ReLU())
         self.down = nn.Conv3d(width, 2 * width, 2, stride=2)
         self.coarse = nn.Sequential(nn.Conv3d(2 * width, 2 * width, 3, padding=1), nn.ReLU())
         self.up = nn.ConvTranspose3d(2 * width, width, 2, stride=2)
-        self.out = nn.Conv3d(2 * width, CLASSES, 1)
+        self.out = nn.Conv3d(2 * width, classes, 1)
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
         fine = self.fine(batch)

@@ -81,8 +81,8 @@ def memory_of(modules: str, name: str, head: str, store: str, output: str) -> in
     Its imports are written to the file ``modules``, because they are too many for a pipe.
     """
     contender, target = contender_of(name), Path(output)
-    peak = _most_held(lambda: contender.predict(Path(head), Path(store), target))
-    _name_imports(modules)
+    peak = most_held(lambda: contender.predict(Path(head), Path(store), target))
+    name_imports(modules)
     remove(target)
     return peak
 
@@ -90,13 +90,14 @@ def memory_of(modules: str, name: str, head: str, store: str, output: str) -> in
 def memory_of_zpatch(modules: str, store: str, output: str, patch: str, limit: str) -> int:
     """The same for zpatch on any store. The prediction is compared."""
     options = zpatch_options(int(patch)) | {"max_memory": int(limit) if limit else None}
-    peak = _most_held(lambda: predict_with_zpatch(network, Path(store), Path(output), **options))
-    _name_imports(modules)
+    peak = most_held(lambda: predict_with_zpatch(network, Path(store), Path(output), **options))
+    name_imports(modules)
     check(zpatch_labels(Path(output)), in_stored_order(zpatch_image(Path(store)).data))
     return peak
 
 
-def _name_imports(modules: str) -> None:
+def name_imports(modules: str) -> None:
+    """Write the names of all modules that this process has imported into a file."""
     Path(modules).write_text("\n".join(sorted(sys.modules)))
 
 
@@ -118,7 +119,7 @@ def memory_of_imports(modules: str) -> int:
     return held_bytes(tree_of(os.getpid()))
 
 
-def _most_held(run: Run) -> int:
+def most_held(run: Run) -> int:
     """The most bytes that this process and its descendants hold during a run, sampled every 20 ms."""
     peak, over = 0, threading.Event()
 
