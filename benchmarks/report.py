@@ -15,7 +15,18 @@ from benchmarks.measure import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results.md"
 PACKAGES = ("zpatch", "numpy", "zarr", "numcodecs", "isal", "nibabel", "dask", "torch")
-PEERS = ("nifti-zarr", "ngff-zarr", "blosc2", "tensorstore", "monai", "torchio", "patchly")
+PEERS = (
+    "nifti-zarr",
+    "ngff-zarr",
+    "blosc2",
+    "tensorstore",
+    "monai",
+    "torchio",
+    "patchly",
+    "scipy",
+    "simpleitk",
+    "scikit-image",
+)
 
 TITLE = "# Results"
 LAST_HEADING = "## What the figures do not show"
