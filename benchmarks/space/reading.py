@@ -55,8 +55,8 @@ def new_shape(shape: Sequence[int]) -> Triple:
 
 def places(start: int, count: int, axis: int) -> NDArray[np.float64]:
     """Where voxels of the new grid lie on an axis (0 for x), in voxels of the old one."""
-    found: NDArray[np.float64] = (np.arange(start, start + count) + 0.5) * FACTORS[axis] - 0.5
-    return found
+    middles = np.arange(start, start + count, dtype=np.float64) + 0.5
+    return np.asarray(middles * FACTORS[axis] - 0.5, dtype=np.float64)
 
 
 def covering(start: Sequence[int], shape: Sequence[int], size: Sequence[int]) -> tuple[Triple, Triple]:
@@ -253,7 +253,7 @@ CONTENDERS = (
     Contender(NATIVE, _open_native, bare=True),
     Contender(COVERING, _open_covering, bare=True),
     Contender(INTERPOLATE, _open_interpolate),
-    Contender(GRID_SAMPLE, _open_grid_sample, "torch", slow=True),
+    Contender(GRID_SAMPLE, _open_grid_sample, slow=True),
     Contender(SCIPY, _open_scipy, "scipy", slow=True),
     Contender(TORCHIO, _open_torchio, "torchio", slow=True),
 )
@@ -279,7 +279,7 @@ class Groups:
     def _stored(self) -> list[Triple]:
         return self._drawn(np.array(self._shape) - PATCH, (1, 1, 1))
 
-    def _drawn(self, most: NDArray[np.int64], period: Triple) -> list[Triple]:
+    def _drawn(self, most: Voxels, period: Triple) -> list[Triple]:
         drawn = self._rng.integers(0, most + 1, size=(TOGETHER, 3)) * period
         return [(x, y, z) for x, y, z in drawn.tolist()]
 
