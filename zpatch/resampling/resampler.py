@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from zpatch.resampling import loops
 from zpatch.resampling.axis_taps import SPLINE_RADIUS, AxisTaps
 from zpatch.resampling.interpolation import Interpolation, sum_dtype
 from zpatch.resampling.loops import PointMap
+
+REMEMBERED_VOXELS = 2**12  # of a new axis: their taps are remembered
+VOXELS_AT_ONCE = 2**8
 
 
 class ResampledBox(ABC):
@@ -112,9 +116,9 @@ class _AxisBox(ResampledBox):
         self._axes = axes
         taps = []
         for axis, (new, length) in enumerate(zip(axes, resampler.shape, strict=True)):
-            factor = float(resampler.matrix[axis, new])
-            places = np.arange(box.index_ini[new], box.index_fin[new]) * factor + resampler.matrix[axis, 3]
-            taps.append(AxisTaps.at(places, length, resampler.interpolation, abs(factor)))
+            factor, shift = float(resampler.matrix[axis, new]), float(resampler.matrix[axis, 3])
+            voxels = range(box.index_ini[new], box.index_fin[new])
+            taps.append(_taps_of(voxels, factor, shift, length, resampler.interpolation))
         self.needed = PatchLocation.between([t.start for t in taps], [t.stop for t in taps])
         self._taps = [t.moved(start) for t, start in zip(taps, self.needed.index, strict=True)][::-1]
         self._keeps_values = resampler.interpolation.keeps_values
@@ -131,6 +135,26 @@ class _AxisBox(ResampledBox):
             picked = np.empty(view.shape, source.dtype)
             loops.pick(source, [t.first for t in self._taps], picked)
             scaling.write(picked, view)
+
+
+def _taps_of(
+    voxels: range, factor: float, shift: float, length: int, interpolation: Interpolation
+) -> AxisTaps:
+    """The taps of some voxels of a new axis; of axes that are not very long, all are remembered."""
+    if voxels.start < 0 or voxels.stop > REMEMBERED_VOXELS:
+        places = np.arange(voxels.start, voxels.stop, dtype=np.float64) * factor + shift
+        return AxisTaps.at(places, length, interpolation, abs(factor))
+    count = -(-voxels.stop // VOXELS_AT_ONCE) * VOXELS_AT_ONCE
+    return _first_taps(count, factor, shift, length, interpolation).some(voxels)
+
+
+@lru_cache(maxsize=32)
+def _first_taps(
+    count: int, factor: float, shift: float, length: int, interpolation: Interpolation
+) -> AxisTaps:
+    return AxisTaps.at(
+        np.arange(count, dtype=np.float64) * factor + shift, length, interpolation, abs(factor)
+    )
 
 
 class _PointBox(ResampledBox):
