@@ -13,6 +13,7 @@ import zpatch as zp
 from zpatch.loading.draw_reader import DrawReader, TransformRunner, VoxelTypes
 from zpatch.loading.epoch_plan import Draw
 from zpatch.sampling.grid_sampler import PatchSampler
+from zpatch.sampling.patch_views import PatchView
 
 VOXELS = np.arange(8**3, dtype=np.int16).reshape(8, 8, 8)
 PLAIN = zp.ScalarImage(VOXELS)
@@ -45,7 +46,9 @@ def test_voxels_are_read_as_stored_unless_values_are_needed_at_once(
     has_transform: bool,
     wanted: tuple[torch.dtype, float, float],
 ) -> None:
-    place = VoxelTypes(sampler, dtype, has_transform).place_of("t1", image)
+    place = VoxelTypes(sampler, dtype, has_transform).place_of(
+        PatchView("t1", image, padding_mode=getattr(sampler, "padding_mode", None))
+    )
     assert (place.dtype, place.slope, place.inter) == wanted
     assert (place.name, place.kind, place.shape) == ("t1", image.kind, (1, 4, 4, 4))
 

@@ -172,9 +172,9 @@ def test_peak_memory_does_not_grow_with_the_swept_axis(folder: Path, out: Path, 
         found.append(measured(folder, f"{length}.zarr", out.with_name(f"{length}.zarr"), **wish))
         shutil.rmtree(folder / f"{length}.zarr")
     short, long = found
-    assert abs(long["stated"] - short["stated"]) < (TOLERATED if grid else 1)
+    assert long["stated"] == short["stated"] or (grid and long["stated"] < 1.15 * short["stated"])
     assert long["patches"] > 2.5 * short["patches"]
-    assert abs(long["measured"] - short["measured"]) < TOLERATED
+    assert long["measured"] - short["measured"] < (2 if grid else 1) * TOLERATED
 
 
 @pytest.mark.parametrize("free", [40, 50])
