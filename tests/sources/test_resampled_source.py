@@ -17,6 +17,7 @@ from scipy import ndimage
 
 import zpatch as zp
 from zpatch.chunks import gather
+from zpatch.chunks.scaling import UNSCALED
 from zpatch.errors import OptionError, PatchLocationError
 
 AFFINE = np.diag([0.7, 0.9, 1.3, 1.0])
@@ -215,3 +216,16 @@ def test_identity_knows_the_grid(stored: zp.Cohort) -> None:
     ]
     assert len({fn(image).identity() for fn in made}) == len(made)
     assert image.resampled(1.0).identity() == image.resampled(1.0).identity()
+
+
+def test_reads_of_one_graph_never_take_the_place_of_each_other(stored: zp.Cohort) -> None:
+    """As memory is freed and used again, two lists of boxes may have had the same address."""
+    source = stored["ann"].ct.resampled(1.1).source
+    keys: set[Any] = set()
+    for _ in range(50):
+        out = np.empty((1, 8, 8, 8), np.float32)
+        found = source.tasks([zp.PatchLocation((0, 0, 0), (8, 8, 8))], [out], UNSCALED, 1).needs.keys()
+        own = {key for key in found if key[0] == "resampled" or key[0][0] == "resampled"}
+        assert own
+        assert not own & keys
+        keys |= own

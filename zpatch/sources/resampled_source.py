@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from zpatch.resampling.interpolation import Interpolation
 from zpatch.resampling.resampler import ResampledBox, Resampler
 from zpatch.sources.voxel_source import ReadTasks, Shape, VoxelSource, WrappedSource, new_voxels
 from zpatch.sources.voxel_sources import dask_view
+
+_numbers = itertools.count()  # of the reads of this process
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +76,7 @@ class ResampledSource(WrappedSource):
         needed = [each.needed for each in planned]
         voxels = [new_voxels((channels, *box.size), dtype) for box in needed]
         reads = self.source.tasks(needed, voxels, before, parts)
-        key = id(voxels)
+        key = "resampled", next(_numbers)  # all tasks of a group are in one graph
         needs = {**reads.needs, **{(key, n): task for n, task in enumerate(reads.writes)}}
         read = [(key, n) for n in range(len(reads.writes))]
         writes = [
