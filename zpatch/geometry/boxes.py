@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from zpatch.errors import OptionError, PatchLocationError, PatchOverlapError, Pa
 Triple = tuple[int, int, int]
 Voxels = NDArray[Any]
 Integers = NDArray[np.int64]
+Start = TypeVar("Start", int, Integers)
 Bools = NDArray[np.bool_]
 
 AXIS_NAMES = "IJK"
@@ -129,8 +130,7 @@ class PatchLocation:
         >>> PatchLocation((8, 8, 8), (4, 4, 4)).around_the_same_centre((2, 4, 1)).index
         (3, 1, 8)
         """
-        axes = zip(self.index, self.size, factors, strict=True)
-        i, j, k = (int(starts_around_the_same_centre(np.array(start), *of)) for start, *of in axes)
+        i, j, k = map(start_around_the_same_centre, self.index, self.size, factors)
         return PatchLocation((i, j, k), self.size, self.subject_index)
 
     def lies_within(self, spatial_shape: Triple) -> bool:
@@ -145,9 +145,12 @@ class PatchLocation:
         return PatchLocation.between(ini, fin, self.subject_index)
 
 
-def starts_around_the_same_centre(starts: Integers, size: int, factor: int) -> Integers:
-    """First voxels of patches around the same centres, in voxels ``factor`` times as wide."""
-    return np.floor((starts + size / 2) / factor - size / 2 + 0.5).astype(np.int64)
+def start_around_the_same_centre(start: Start, size: int, factor: int) -> Start:
+    """First voxel of a patch around the same centre, in voxels ``factor`` times as wide; or those of several.
+
+    It is ``(start + size / 2) / factor - size / 2``, rounded.
+    """
+    return (2 * start + size * (1 - factor) + factor) // (2 * factor)
 
 
 def centre_of(start: int, size: int) -> int:

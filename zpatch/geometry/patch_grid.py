@@ -29,7 +29,7 @@ from zpatch.geometry.boxes import (
     Integers,
     PatchLocation,
     Triple,
-    starts_around_the_same_centre,
+    start_around_the_same_centre,
 )
 
 
@@ -90,10 +90,7 @@ class PatchGrid:
 
     def around_the_same_centres(self, factors: Triple, spatial_shape: Triple) -> PatchGrid:
         """Patches of as many voxels around the same centres, of a volume whose voxels are so much wider."""
-        i, j, k = (
-            starts_around_the_same_centre(*of_axis)
-            for of_axis in zip(self.starts, self.patch_size, factors, strict=True)
-        )
+        i, j, k = map(start_around_the_same_centre, self.starts, self.patch_size, factors)
         return PatchGrid(spatial_shape, self.patch_size, self.patch_overlap, (0, 0, 0), (0, 0, 0), (i, j, k))
 
     def __len__(self) -> int:
