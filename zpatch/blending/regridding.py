@@ -140,9 +140,7 @@ class Regridder:
     def _tiles_under(self, cell: Triple) -> Iterator[Triple]:
         """The tiles that a cell is made from and any patch is run for."""
         for i, j, k in itertools.product(*(each.tiles for each in self._axis_cells(cell))):
-            axes = zip(self._tiling.axes, (i, j, k), strict=True)
-            positions = [axis.tiles[number].contributors for axis, number in axes]
-            if self._run is None or self._run[np.ix_(*positions)].any():
+            if self._run is None or self._tiling.is_hit((i, j, k), self._run):
                 yield i, j, k
 
     def _make(self, cell: Triple, order: Sequence[int]) -> None:

@@ -209,13 +209,18 @@ class Tiling:
                 found[tuple(axis.patches[n].share_of(t).in_tile for axis, n, t in axes)] = True
         return found
 
+    def is_hit(self, number: Triple, patches: Bools) -> bool:
+        """Whether any of ``patches``, over the grid's positions, adds to the tile of that number."""
+        axes = zip(self.axes, number, strict=True)
+        return bool(patches[np.ix_(*(axis.tiles[n].contributors for axis, n in axes))].any())
+
     def count_made(self, shard: Triple, patches: Bools) -> int:
         """How many voxels of a shard are in cells that any of ``patches``, over the positions, adds to."""
         tiles = [axis.tiles_of(n) for axis, n in zip(self.axes, shard, strict=True)]
         is_hit = np.zeros(list(map(len, tiles)), dtype=bool)
         for place in np.ndindex(is_hit.shape):
-            positions = [of[n].contributors for of, n in zip(tiles, place, strict=True)]
-            is_hit[place] = patches[np.ix_(*positions)].any()
+            i, j, k = (of[n].number for of, n in zip(tiles, place, strict=True))
+            is_hit[place] = self.is_hit((i, j, k), patches)
         lengths = []
         for axis, (number, of) in enumerate(zip(shard, tiles, strict=True)):
             cells = self.axes[axis].cells_of(number)
