@@ -18,6 +18,7 @@ import torch
 from torch import distributed
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
+from train import on_one_grid
 from unet import UNet
 
 import zpatch as zp
@@ -28,11 +29,6 @@ def check_side(context: click.Context, option: click.Parameter, side: int) -> in
     if side % UNet.SIDE_MULTIPLE:
         raise click.BadParameter(f"{side} is not a multiple of {UNet.SIDE_MULTIPLE}, as the U-Net needs it")
     return side
-
-
-def on_one_grid(subject: zp.Subject, spacing: float) -> zp.Subject:
-    """The subject in voxels of one size and orientation; nothing is computed until a patch is read."""
-    return subject.oriented("RAS").resampled(spacing)
 
 
 @click.command()
