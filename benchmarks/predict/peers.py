@@ -7,10 +7,8 @@ uncompressed file, which is faster than any store.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.peer import Peer
 from benchmarks.read.peers import BLOSC, in_stored_order, raw_voxels
 
 PATCH, OVERLAP, CLASSES = 128, 32, 3
@@ -62,7 +61,7 @@ def write_classes(file: Path, slabs: Iterable[NDArray[np.float32]], shape: Seque
 
 
 @dataclass(frozen=True, slots=True)
-class Contender:
+class Contender(Peer):
     """A way to predict: ``predict(head, store, output)`` writes what ``labels(output)`` reads, (z, y, x).
 
     ``head`` is a folder of ``data.plain_head`` and ``store`` the zpatch store of the same volume. ``slow``
@@ -74,15 +73,6 @@ class Contender:
     labels: Callable[[Path], Labels]
     package: str = "zpatch"
     slow: bool = False
-
-    @property
-    def installed(self) -> bool:
-        """Whether its library is installed."""
-        return importlib.util.find_spec(self.package) is not None
-
-    def __str__(self) -> str:
-        peer = self.package != "zpatch" and self.installed
-        return f"{self.name}, {version(self.package)}" if peer else self.name
 
 
 def zpatch_options(patch: int = PATCH) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from benchmarks.convert.bench import import_only
 from benchmarks.measure import POLL_S, Run, held_bytes, settle, tree_of
 from benchmarks.predict.peers import (
     CLASSES,
+    Contender,
     Labels,
     classes_of,
     contender_of,
@@ -41,17 +42,22 @@ def predictions_of(name: str, head: str, store: str, output: str) -> Callable[[s
     contender, target = contender_of(name), Path(output)
 
     def answer(question: str) -> float:
-        remove(target)
-        os.sync()
-        begin = time.perf_counter()
-        contender.predict(Path(head), Path(store), target)
-        seconds = time.perf_counter() - begin
+        seconds = seconds_of(contender, Path(head), Path(store), target)
         if question == "check":
             check(contender.labels(target), raw_voxels(Path(head)))
         remove(target)
         return seconds
 
     return answer
+
+
+def seconds_of(contender: Contender, head: Path, store: Path, output: Path) -> float:
+    """The time of a prediction, with no output of an earlier one and no writes waiting; its output stays."""
+    remove(output)
+    os.sync()
+    begin = time.perf_counter()
+    contender.predict(head, store, output)
+    return time.perf_counter() - begin
 
 
 def remove(output: Path) -> None:

@@ -5,7 +5,6 @@ A library is imported when its function runs, and is used as its documentation r
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from benchmarks.peer import Peer
 
 PRESET = "lz4"  # zpatch's default, which the goals are for; also the codec of peers that have the choice
 CHUNK = 32
@@ -56,7 +57,7 @@ Reader = Callable[[Group], Sequence[Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Contender:
+class Contender(Peer):
     """A way to read: ``make(head, store)`` writes the store that ``open(store)`` reads.
 
     ``head`` is a folder of ``data.plain_head``. ``slow`` contenders have fewer repetitions; ``bare`` ones
@@ -70,11 +71,6 @@ class Contender:
     package: str = "zpatch"
     slow: bool = False
     bare: bool = False
-
-    @property
-    def installed(self) -> bool:
-        """Whether its library is installed."""
-        return importlib.util.find_spec(self.package) is not None
 
     def __str__(self) -> str:
         peer = self.package in ("blosc2", "tensorstore", "zarr", "dask")

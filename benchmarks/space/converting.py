@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import shutil
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from numpy.typing import NDArray
 
 from benchmarks import data
 from benchmarks.measure import settle
+from benchmarks.peer import Peer
 from benchmarks.read.peers import in_stored_order, zpatch_image
 from benchmarks.space.reading import SPACING, TOLERANCE_HU, expected_box, new_shape
 
@@ -33,7 +32,7 @@ Voxels = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Contender:
+class Contender(Peer):
     """A way to resample: ``convert(source, output)`` writes what ``voxels(output)`` reads, (z, y, x).
 
     ``source`` is a folder of ``data.head``. ``bare`` ones do not resample, and are not compared.
@@ -46,14 +45,9 @@ class Contender:
     bare: bool = False
 
     @property
-    def installed(self) -> bool:
-        """Whether its library is installed."""
-        return importlib.util.find_spec(self.package) is not None
-
-    def __str__(self) -> str:
-        names = {"SimpleITK": "simpleitk", "skimage": "scikit-image"}
-        named = self.package in names and self.installed
-        return f"{self.name}, {version(names[self.package])}" if named else self.name
+    def distribution(self) -> str:
+        """The name under which its library is installed."""
+        return {"skimage": "scikit-image"}.get(self.package, self.package)
 
 
 def _zpatch(source: Path, output: Path) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,8 @@ import torch
 
 from benchmarks.measure import settle
 from benchmarks.predict.networks import SmallUNet
-from benchmarks.predict.peers import Labels, write_classes, zpatch_labels
-from benchmarks.predict.runs import most_held, name_imports, remove
+from benchmarks.predict.peers import Contender, Labels, write_classes, zpatch_labels
+from benchmarks.predict.runs import most_held, name_imports, remove, seconds_of
 from benchmarks.read.peers import raw_voxels
 from benchmarks.space.reading import VOXEL_MM, interpolated
 
@@ -47,18 +45,6 @@ def zpatch_options(output_grid: str) -> dict[str, Any]:
         "output_grid": output_grid,
         "device": "cpu",
     }
-
-
-@dataclass(frozen=True, slots=True)
-class Contender:
-    """A way to predict: ``predict(head, store, output)`` writes what ``labels(output)`` reads, (z, y, x).
-
-    ``head`` is a folder of ``data.plain_head`` and ``store`` the zpatch store of the same volume.
-    """
-
-    name: str
-    predict: Predict
-    labels: Callable[[Path], Labels]
 
 
 def _zpatch_on(output_grid: str) -> Predict:
@@ -136,11 +122,7 @@ def predictions_of(name: str, head: str, store: str, output: str) -> Callable[[s
     contender, target = contender_of(name), Path(output)
 
     def answer(question: str) -> float:
-        remove(target)
-        os.sync()
-        begin = time.perf_counter()
-        contender.predict(Path(head), Path(store), target)
-        seconds = time.perf_counter() - begin
+        seconds = seconds_of(contender, Path(head), Path(store), target)
         if question != "keep":
             remove(target)
         return seconds

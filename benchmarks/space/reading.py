@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.measure import Run, alternate, settle
+from benchmarks.peer import Peer
 from benchmarks.read.peers import in_stored_order, raw_voxels, zpatch_image
 
 VOXEL_MM = (0.7, 0.7, 1.2)
@@ -79,7 +78,7 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Contender:
+class Contender(Peer):
     """A way to read resampled patches: ``open(head, store)`` gives a reader of groups.
 
     ``slow`` contenders have fewer repetitions; ``bare`` ones give other voxels, and are not compared.
@@ -90,15 +89,6 @@ class Contender:
     package: str = "zpatch"
     slow: bool = False
     bare: bool = False
-
-    @property
-    def installed(self) -> bool:
-        """Whether its library is installed."""
-        return importlib.util.find_spec(self.package) is not None
-
-    def __str__(self) -> str:
-        peer = self.package != "zpatch" and self.installed
-        return f"{self.name}, {version(self.package)}" if peer else self.name
 
 
 def _locations(boxes: Sequence[tuple[Triple, Triple]]) -> list[Any]:
