@@ -118,9 +118,12 @@ def of_blend() -> Iterator[bytes]:
 
 
 def of_count() -> Iterator[bytes]:
-    """Voxels of one and of two bytes."""
-    for item, shift, count in itertools.product((1, 2, 3), (0, 1), (0, 9, 64)):
+    """Voxels of one, two and four bytes, and floats that are not finite or zero."""
+    for item, shift, count in itertools.product((1, 2, 3, 4), (0, 1), (0, 9, 64)):
         yield bytes([item - 1, shift, 0]) + voxels(count, "u1", "noise")
+    odd = np.array([0.0, -0.0, np.nan, np.inf, -np.inf, 1e-45, -3.5, 3e38], np.float32)
+    for count in (1, 11, 100):
+        yield bytes([3, 0, 0]) + np.tile(odd, count)[: 8 * count - 3].tobytes()
 
 
 # Parsers: each input as its function in parsers.py reads it

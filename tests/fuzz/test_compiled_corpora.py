@@ -249,19 +249,35 @@ def power(byte: int) -> float:
 
 def try_count(data: bytes) -> None:
     given = Input(data)
-    item, shift = given.take(1) % 4 + 1, given.take(1) & 3
+    item, shift = given.take(1) % 5 + 1, given.take(1) & 3
     values = 256 if item == 1 else 65536
     counts = np.zeros(values - (given.take(1) & 1), np.int64)
     memory = np.frombuffer(bytes(shift) + given.left, np.uint8).copy()
     voxels = memory[shift : shift + len(given.left) // item * item].view(
-        f"V{item}" if item == 3 else f"u{item}"
+        f"u{item}" if item in (1, 2, 4) else f"V{item}"
     )
-    if item <= 2 and len(counts) == values and not voxels.ctypes.data % item:
+    is_aligned = not voxels.ctypes.data % item
+    if item in (1, 2, 4) and len(counts) == values and is_aligned:
         counting.count(voxels, counts)
-        np.testing.assert_array_equal(counts, np.bincount(voxels, minlength=values))
+        leading = voxels >> 16 if item == 4 else voxels
+        np.testing.assert_array_equal(counts, np.bincount(leading, minlength=values))
     else:
         with pytest.raises(ValueError, match="are counted"):
             counting.count(voxels, counts)
+    if item == 4 and is_aligned:
+        floats = voxels.view(np.float32)
+        finite = floats[np.isfinite(floats)].astype(np.float64)
+        found = counting.moments(floats)
+        assert found[:4] == (
+            finite.size,
+            np.sum(voxels == 0),
+            np.sum(voxels == 2**31),
+            np.isinf(floats).sum(),
+        )
+        largest = np.abs(finite).max(initial=0)
+        assert abs(found[4] - (finite.mean() if finite.size else 0)) <= 1e-9 * largest
+        nonzero = finite[finite != 0]
+        assert found[6:] == (nonzero.min(initial=math.inf), nonzero.max(initial=-math.inf))
 
 
 TRIES: Mapping[str, Callable[[bytes], None]] = {

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from zpatch.digests import compact_json
 from zpatch.store import value_counts as counting
-from zpatch.store.value_counts import MAX_COUNTED_VALUES, value_counts
+from zpatch.store.value_counts import MAX_COUNTED_VALUES, BinnedValues, value_counts
 from zpatch.store.voxel_statistics import BLOCK_VOXELS, VoxelStatistics
 
 Array = NDArray[Any]
@@ -361,8 +361,37 @@ def test_integers_are_counted_value_by_value_with_compiled_loops_and_without(
         (np.zeros(4, "u1"), 255),
         (np.zeros(4, "u2"), 256),
         (np.zeros(4, "u1"), 65536),
+        (np.zeros(4, "f4"), 256),
+        (np.zeros(4, "f8"), 65536),
     ],
 )
 def test_compiled_loops_count_only_into_a_table_of_the_right_size(voxels: Array, counts: int) -> None:
-    with pytest.raises(ValueError, match="integers of one or two bytes are counted"):
-        counting._compiled(voxels, np.zeros(counts, np.int64))
+    with pytest.raises(ValueError, match="values of one, two or four bytes are counted"):
+        counting._compiled.count(voxels, np.zeros(counts, np.int64))
+
+
+@pytest.mark.skipif(counting._compiled is None, reason="no compiler was at hand")
+def test_moments_are_computed_of_float32_alone() -> None:
+    with pytest.raises(ValueError, match="moments are computed of float32"):
+        counting._compiled.moments(np.zeros(4))
+
+
+ANY_FLOAT32 = npst.arrays(np.uint32, st.integers(0, 40)).map(lambda bits: bits.view(np.float32))
+
+
+@given(st.lists(ANY_FLOAT32 | ANY_FLOAT32.map(lambda values: np.tile(values, 1000)), min_size=1, max_size=3))
+def test_float32_have_the_same_statistics_with_compiled_loops_and_without(blocks: list[Array]) -> None:
+    compiled, plain = BinnedValues(), BinnedValues()
+    for block in blocks:
+        compiled.update(block)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(counting, "_compiled", None)
+            plain.update(block)
+    found, wanted = compiled.state(), plain.state()
+    for name in ("totals", "extremes", "bin", "bin_count"):
+        np.testing.assert_array_equal(found[name], wanted[name])
+    scale = np.abs(wanted["extremes"][np.isfinite(wanted["extremes"])]).max(initial=1e-100)
+    np.testing.assert_allclose(found["moments"][0] / scale, wanted["moments"][0] / scale, atol=1e-12)
+    np.testing.assert_allclose(
+        found["moments"][1] / scale**2, wanted["moments"][1] / scale**2, rtol=1e-9, atol=1e-9
+    )

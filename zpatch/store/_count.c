@@ -1,11 +1,15 @@
-/* How often each value occurs among integers of one or two bytes, for the statistics of an image.
+/* How often each value occurs, and the moments of floats, for the statistics of an image.
 
-Values are counted by their bits, as unsigned numbers. Neighbours are often equal, and counting one value twice
-in a row waits for the first count; so neighbours are counted in different tables, which are summed. */
+Values are counted by their leading 16 bits or fewer, as unsigned numbers. Neighbours are often equal, and counting
+one value twice in a row waits for the first count; so neighbours are counted in different tables, which are summed.
+
+Moments are computed in pieces that stay in the cache, the mean before the squares of what differs from it, and
+merged by the formulas of Chan, Golub and LeVeque (1979). */
 
 #define Py_LIMITED_API 0x030B0000
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -33,9 +37,24 @@ static void count_2(const uint16_t *voxels, size_t count, uint32_t *tables)
         tables[voxels[at]]++;
 }
 
+static void count_4(const uint32_t *voxels, size_t count, uint32_t *tables)
+{
+    size_t at = 0;
+    for (; at + TABLES <= count; at += TABLES)
+        for (size_t n = 0; n < TABLES; n++)
+            tables[65536 * n + (voxels[at + n] >> 16)]++;
+    for (; at < count; at++)
+        tables[voxels[at] >> 16]++;
+}
+
+static size_t values_of(size_t item)
+{
+    return item == 1 ? 256 : 65536;
+}
+
 static int count_all(const uint8_t *voxels, size_t count, size_t item, int64_t *counts)
 {
-    size_t values = (size_t)1 << (8 * item);
+    size_t values = values_of(item);
     uint32_t *tables = malloc(TABLES * values * sizeof *tables);
     if (!tables)
         return 0;
@@ -44,8 +63,10 @@ static int count_all(const uint8_t *voxels, size_t count, size_t item, int64_t *
         memset(tables, 0, TABLES * values * sizeof *tables);
         if (item == 1)
             count_1(voxels, some, tables);
-        else
+        else if (item == 2)
             count_2((const uint16_t *)voxels, some, tables);
+        else
+            count_4((const uint32_t *)voxels, some, tables);
         for (size_t value = 0; value < values; value++)
             for (size_t n = 0; n < TABLES; n++)
                 counts[value] += tables[values * n + value];
@@ -70,8 +91,8 @@ static PyObject *count(PyObject *module, PyObject *arguments)
         return NULL;
     }
     size_t item = (size_t)voxels.itemsize;
-    int fits = (item == 1 || item == 2) && counts.itemsize == sizeof(int64_t) &&
-               (size_t)counts.len == sizeof(int64_t) << (8 * item) && (uintptr_t)voxels.buf % item == 0;
+    int fits = (item == 1 || item == 2 || item == 4) && counts.itemsize == sizeof(int64_t) &&
+               (size_t)counts.len == sizeof(int64_t) * values_of(item) && (uintptr_t)voxels.buf % item == 0;
     int done = 0;
     if (fits) {
         Py_BEGIN_ALLOW_THREADS
@@ -85,19 +106,132 @@ static PyObject *count(PyObject *module, PyObject *arguments)
     if (fits)
         return PyErr_NoMemory();
     PyErr_SetString(PyExc_ValueError,
-                    "integers of one or two bytes are counted in as many int64 as they have values");
+                    "values of one, two or four bytes are counted in 256 or, those longer than one, 65536 int64");
     return NULL;
+}
+
+#define LANES 8
+#define PIECE 4096
+
+typedef struct {
+    int64_t finite, positive_zeros, negative_zeros, infinite;
+    double mean, squares; /* squares: the sum of squared differences from the mean */
+    float low, high;      /* of nonzero values */
+} moments_t;
+
+/* Copy the finite values of a piece, and return how many there are. */
+static size_t finite_of(const float *voxels, size_t count, float *finite, moments_t *moments)
+{
+    size_t kept = 0, infinite = 0, positive = 0, negative = 0, unusual = 0;
+    for (size_t at = 0; at < count; at++) {
+        uint32_t bits;
+        memcpy(&bits, voxels + at, sizeof bits);
+        unusual += (bits & 0x7f800000) == 0x7f800000;
+        positive += bits == 0;
+        negative += bits == 0x80000000;
+    }
+    moments->positive_zeros += (int64_t)positive;
+    moments->negative_zeros += (int64_t)negative;
+    if (!unusual) {
+        memcpy(finite, voxels, count * sizeof *finite);
+        return count;
+    }
+    for (size_t at = 0; at < count; at++) {
+        infinite += isinf(voxels[at]) != 0;
+        if (isfinite(voxels[at]))
+            finite[kept++] = voxels[at];
+    }
+    moments->infinite += (int64_t)infinite;
+    return kept;
+}
+
+static void extremes_of(const float *voxels, size_t count, moments_t *moments)
+{
+    float low[LANES], high[LANES];
+    for (size_t n = 0; n < LANES; n++)
+        low[n] = moments->low, high[n] = moments->high;
+    for (size_t at = 0; at < count; at += LANES)
+        for (size_t n = 0; n < LANES; n++) {
+            float least = voxels[at + n] != 0 ? voxels[at + n] : INFINITY;
+            float most = voxels[at + n] != 0 ? voxels[at + n] : -INFINITY;
+            low[n] = least < low[n] ? least : low[n];
+            high[n] = most > high[n] ? most : high[n];
+        }
+    for (size_t n = 0; n < LANES; n++) {
+        moments->low = low[n] < moments->low ? low[n] : moments->low;
+        moments->high = high[n] > moments->high ? high[n] : moments->high;
+    }
+}
+
+/* The sum of (value - centre) ** power over values that come in whole lanes, power 1 or 2. */
+static double sum_of(const float *voxels, size_t count, double centre, int power)
+{
+    double sums[LANES] = {0}, sum = 0;
+    for (size_t at = 0; at < count; at += LANES)
+        for (size_t n = 0; n < LANES; n++) {
+            double difference = voxels[at + n] - centre;
+            sums[n] += power == 1 ? difference : difference * difference;
+        }
+    for (size_t n = 0; n < LANES; n++)
+        sum += sums[n];
+    return sum;
+}
+
+static void add_piece(const float *voxels, size_t count, moments_t *moments)
+{
+    float finite[PIECE];
+    size_t kept = finite_of(voxels, count, finite, moments), padded = kept;
+    if (!kept)
+        return;
+    while (padded % LANES) /* repeat the last value up to a whole number of lanes; counted out below */
+        finite[padded++] = finite[kept - 1];
+    double repeated = (double)(padded - kept), last = finite[kept - 1], held = (double)moments->finite;
+    double mean = (sum_of(finite, padded, 0, 1) - repeated * last) / (double)kept;
+    double squares = sum_of(finite, padded, mean, 2) - repeated * (last - mean) * (last - mean);
+    double delta = mean - moments->mean, total = held + (double)kept;
+    moments->squares += squares + delta * delta * held * (double)kept / total;
+    moments->mean += delta * (double)kept / total;
+    moments->finite += (int64_t)kept;
+    extremes_of(finite, padded, moments);
+}
+
+static PyObject *moments(PyObject *module, PyObject *voxel_object)
+{
+    (void)module;
+    Py_buffer voxels;
+    if (PyObject_GetBuffer(voxel_object, &voxels, PyBUF_C_CONTIGUOUS))
+        return NULL;
+    if (voxels.itemsize != sizeof(float) || (uintptr_t)voxels.buf % sizeof(float)) {
+        PyBuffer_Release(&voxels);
+        PyErr_SetString(PyExc_ValueError, "moments are computed of float32");
+        return NULL;
+    }
+    moments_t found = {0, 0, 0, 0, 0, 0, INFINITY, -INFINITY};
+    size_t count = (size_t)voxels.len / sizeof(float);
+    Py_BEGIN_ALLOW_THREADS
+    for (size_t at = 0; at < count; at += PIECE)
+        add_piece((const float *)voxels.buf + at, count - at < PIECE ? count - at : PIECE, &found);
+    Py_END_ALLOW_THREADS
+    PyBuffer_Release(&voxels);
+    return Py_BuildValue("LLLLdddd", (long long)found.finite, (long long)found.positive_zeros,
+                         (long long)found.negative_zeros, (long long)found.infinite, found.mean, found.squares,
+                         (double)found.low, (double)found.high);
 }
 
 static PyMethodDef methods[] = {
     {"count", count, METH_VARARGS,
      "count(voxels, counts)\n--\n\n"
-     "Add how often each value of one or two bytes occurs to ``counts``, by its bits as an unsigned number."},
+     "Add how often each value of one or two bytes occurs to ``counts``, by its bits as an unsigned number; of\n"
+     "values of four bytes, how often each leading half occurs."},
+    {"moments", moments, METH_O,
+     "moments(voxels)\n--\n\n"
+     "How many float32 are finite, 0.0, -0.0 and infinite; the mean of finite ones, the sum of their squared\n"
+     "differences from it, and the least and the greatest nonzero one (inf and -inf if there is none)."},
     {NULL, NULL, 0, NULL},
 };
 
 static PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "zpatch.store._count", "How often each value occurs.", 0, methods, NULL, NULL, NULL, NULL,
+    PyModuleDef_HEAD_INIT, "zpatch.store._count", "How often each value occurs, and moments.", 0, methods, NULL, NULL, NULL, NULL,
 };
 
 PyMODINIT_FUNC PyInit__count(void)

@@ -15,11 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 try:
-    from zpatch.store._count import count as _compiled
+    from zpatch.store import _count as _compiled
 except ImportError:
     _compiled = None  # type: ignore[assignment]
 
 MAX_COUNTED_VALUES = 2**22
+
+_NOT_FINITE = np.arange(2**16) & 0x7F80 == 0x7F80  # bins of infinities and NaN
 
 State = Mapping[str, NDArray[Any]]
 
@@ -38,7 +40,7 @@ def value_counts(voxels: NDArray[Any]) -> tuple[int, NDArray[np.int64]] | None:
     if is_counted_at_once(voxels.dtype):
         values = 2 ** (8 * voxels.dtype.itemsize)
         counts = np.zeros(values, dtype=np.int64)
-        _compiled(np.ascontiguousarray(voxels), counts)
+        _compiled.count(np.ascontiguousarray(voxels), counts)
         origin = 0
         if voxels.dtype.kind == "i":
             counts, origin = np.roll(counts, values // 2), -values // 2
@@ -149,6 +151,27 @@ class BinnedValues:
     def update(self, block: NDArray[Any]) -> bool:
         """Count a block of numbers, complex ones by their magnitude; always True."""
         block = np.abs(block) if block.dtype.kind == "c" else block
+        if _compiled is not None and block.dtype == np.float32 and block.dtype.isnative:
+            self._update_compiled(np.ascontiguousarray(block))
+        else:
+            self._update_numpy(block)
+        return True
+
+    def _update_compiled(self, block: NDArray[np.float32]) -> None:
+        bins = np.zeros(2**16, dtype=np.int64)
+        _compiled.count(block, bins)
+        count, positive_zeros, negative_zeros, inf, mean, m2, low, high = _compiled.moments(block)
+        self.nan += block.size - count - inf
+        self.inf += inf
+        self._add_extremes(low, high, positive_zeros + negative_zeros)
+        if count:
+            self._merge_moments(count, np.float64(mean), np.float64(m2))
+        bins[0] -= positive_zeros
+        bins[2**15] -= negative_zeros
+        bins[_NOT_FINITE] = 0
+        self._bins += bins
+
+    def _update_numpy(self, block: NDArray[Any]) -> None:
         with np.errstate(invalid="ignore"):  # signalling NaN
             values = block.astype(np.float64)
         if block.dtype.kind == "f":
@@ -159,20 +182,27 @@ class BinnedValues:
                 self.inf += int(values.size - finite.sum()) - nan
                 values = values[finite]
         if not values.size:
-            return True
+            return
         with np.errstate(over="ignore", invalid="ignore"):
             mean = values.mean()
             self._merge_moments(values.size, mean, ((values - mean) ** 2).sum())
-        self._low, self._high = min(self._low, values.min()), max(self._high, values.max())
         nonzero = values[values != 0]
-        self._zeros += values.size - nonzero.size
-        if nonzero.size:
-            self._low_foreground = min(self._low_foreground, nonzero.min())
-            self._high_foreground = max(self._high_foreground, nonzero.max())
+        low, high = (nonzero.min(), nonzero.max()) if nonzero.size else (math.inf, -math.inf)
+        self._add_extremes(low, high, values.size - nonzero.size)
         limit = float(np.finfo(np.float32).max)
         words = np.clip(nonzero, -limit, limit).astype(np.float32).view(np.uint32)
         self._bins += np.bincount(words >> 16, minlength=2**16)
-        return True
+
+    def _add_extremes(self, low: float, high: float, zeros: int) -> None:
+        """Take account of so many zeros, and of nonzero values from ``low`` to ``high``."""
+        self._zeros += zeros
+        self._low_foreground, self._high_foreground = (
+            min(self._low_foreground, low),
+            max(self._high_foreground, high),
+        )
+        if zeros:
+            low, high = min(low, 0.0), max(high, 0.0)
+        self._low, self._high = min(self._low, low), max(self._high, high)
 
     def _merge_moments(self, count: int, mean: np.float64, m2: np.float64) -> None:
         if not self._count:

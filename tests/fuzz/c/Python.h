@@ -53,8 +53,8 @@ static PyObject value_error = {.name = "ValueError"}, memory_error = {.name = "M
 static PyObject buffer_error = {.name = "BufferError"};
 static PyObject *error;              /* the one that is set */
 static Py_ssize_t held;              /* buffers and references that are not released yet */
-static Argument answer_values[2];    /* of Py_BuildValue */
-static PyObject answer_object = {.arguments = answer_values, .count = 2};
+static Argument answer_values[8];    /* of Py_BuildValue */
+static PyObject answer_object = {.arguments = answer_values};
 
 #define PyExc_ValueError (&value_error)
 #define Py_True (&true_object)
@@ -164,11 +164,21 @@ static int PyArg_ParseTuple(PyObject *given, const char *format, ...)
     return 1;
 }
 
-static PyObject *Py_BuildValue(const char *format, Py_ssize_t number, int state)
+static PyObject *Py_BuildValue(const char *format, ...)
 {
-    CHECK(!strcmp(format, "ni"));
-    answer_values[0].number = number;
-    answer_values[1].number = state;
+    va_list values;
+    va_start(values, format);
+    Argument *to = answer_values;
+    for (; *format; format++, to++)
+        switch (*format) {
+        case 'n': to->number = va_arg(values, Py_ssize_t); break;
+        case 'i': to->number = va_arg(values, int); break;
+        case 'L': to->number = (Py_ssize_t)va_arg(values, long long); break;
+        case 'd': to->real = va_arg(values, double); break;
+        default: CHECK(0);
+        }
+    va_end(values);
+    answer_object.count = to - answer_values;
     return &answer_object;
 }
 
@@ -177,23 +187,29 @@ static PyObject *PyBool_FromLong(long truth)
     return truth ? Py_True : Py_False;
 }
 
+typedef PyObject *(*Function)(PyObject *, PyObject *);
+
 /* Calls one of the functions of an extension; its answer, or NULL with `error` set. All is released then. */
-static PyObject *call(PyObject *(*function)(PyObject *, PyObject *), const Argument *arguments,
-                      Py_ssize_t count)
+static PyObject *call_with(Function function, PyObject *given)
 {
-    PyObject given = {.arguments = arguments, .count = count};
     error = NULL;
-    PyObject *answer = function(NULL, &given);
+    PyObject *answer = function(NULL, given);
     CHECK(!answer == !!error);
     CHECK(!held);
     return answer;
+}
+
+static PyObject *call(Function function, const Argument *arguments, Py_ssize_t count)
+{
+    PyObject given = {.arguments = arguments, .count = count};
+    return call_with(function, &given);
 }
 
 /* ---- definitions of modules, which are not used ---- */
 
 typedef struct {
     const char *name;
-    PyObject *(*function)(PyObject *, PyObject *);
+    Function function;
     int flags;
     const char *doc;
 } PyMethodDef;
