@@ -28,8 +28,7 @@ from zarr.codecs import GzipCodec
 
 import zpatch as zp
 from zpatch.loading.shared_slots import ImagePlace, SharedPickle, SlotBlock, SlotLayout
-from zpatch.sampling.grid_sampler import PatchSampler
-from zpatch.sampling.samplers import RandomSampler
+from zpatch.sampling.patch_sampler import PatchSampler, RandomSampler
 
 START_METHODS = ["fork", "spawn", "forkserver"]
 

@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from zpatch.prediction.inference import predict
     from zpatch.report.report import write_report
     from zpatch.sampling.grid_sampler import GridSampler
+    from zpatch.sampling.mixed_sampler import MixedSampler
     from zpatch.sampling.patch import Patch
+    from zpatch.sampling.patch_sampler import RandomSampler
     from zpatch.sampling.samplers import LabelSampler, UniformSampler, WeightedSampler
     from zpatch.sources.group_read import read_group
     from zpatch.store.verification import verify
@@ -50,12 +52,14 @@ __all__ = [
     "Image",
     "LabelMap",
     "LabelSampler",
+    "MixedSampler",
     "Normalize",
     "Patch",
     "PatchAggregator",
     "PatchBatch",
     "PatchLocation",
     "Queue",
+    "RandomSampler",
     "SamplingMap",
     "ScalarImage",
     "Subject",
@@ -84,7 +88,9 @@ _MODULES = {
     "images.subject": ["Subject"],
     "sampling.grid_sampler": ["GridSampler"],
     "sampling.patch": ["Patch"],
+    "sampling.patch_sampler": ["RandomSampler"],
     "sampling.samplers": ["LabelSampler", "UniformSampler", "WeightedSampler"],
+    "sampling.mixed_sampler": ["MixedSampler"],
     "loading.patch_batch": ["PatchBatch", "collate"],
     "loading.patch_queue": ["Queue"],
     "loading.subjects_loader": ["SubjectsLoader"],

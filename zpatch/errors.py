@@ -14,7 +14,8 @@ Each is also the built-in that a caller would expect, so that ``except ValueErro
     ├── PatchSizeError (ValueError)             a patch size is malformed or does not fit
     ├── PatchOverlapError (ValueError)          an overlap is odd, negative or too large
     ├── PatchLocationError (IndexError)         a location is outside its image
-    ├── SamplingError (ValueError)              a map has no voxel that could be drawn
+    ├── SamplingError (ValueError)              a map cannot be drawn from
+    │   └── NothingToDrawError                  no voxel of it can be the centre of a patch
     ├── QueueError (RuntimeError)               a queue or one of its workers failed
     ├── WorkerError (RuntimeError)              a task failed because its workers were killed
     ├── ModelError (RuntimeError)               a network cannot be loaded, or its output cannot be used
@@ -121,7 +122,11 @@ class PatchLocationError(ZpatchError, IndexError):
 
 
 class SamplingError(ZpatchError, ValueError):
-    """A label map or sampling map has no voxel that could be drawn."""
+    """A label map or sampling map cannot be drawn from."""
+
+
+class NothingToDrawError(SamplingError):
+    """No voxel of a label map or sampling map can be the centre of a patch."""
 
 
 class QueueError(ZpatchError, RuntimeError):

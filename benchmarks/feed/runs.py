@@ -141,7 +141,7 @@ def first_batch(store: str, max_length: str, patch: str) -> float:
 def group_seconds(store: str) -> list[float]:
     """Seconds of one thread for the patches of each subject, its opening included."""
     import zpatch as zp
-    from zpatch.sampling.samplers import read_patches
+    from zpatch.sampling.patch_sampler import read_patches
 
     torch.set_num_threads(1)
     cohort, sampler = zp.Cohort(store), zp.UniformSampler(PATCH)

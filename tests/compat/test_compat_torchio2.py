@@ -28,7 +28,7 @@ import zpatch as zp
 import zpatch.compat.torchio2 as tio
 from zpatch.compat.transforms import is_torchio_2
 from zpatch.errors import OptionError, PatchSizeError
-from zpatch.sampling.samplers import read_patches
+from zpatch.sampling.patch_sampler import read_patches
 
 TORCHIO_2_FOLDER = Path(sys.prefix) / "torchio-2"  # alone in it, as it goes by the same name
 PATCH_SIZE = 16

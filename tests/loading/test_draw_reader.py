@@ -12,7 +12,7 @@ from streams import item, noisy, small_subjects
 import zpatch as zp
 from zpatch.loading.draw_reader import DrawReader, TransformRunner, VoxelTypes
 from zpatch.loading.epoch_plan import Draw
-from zpatch.sampling.grid_sampler import PatchSampler
+from zpatch.sampling.patch_sampler import PatchSampler
 from zpatch.sampling.patch_views import PatchView
 
 VOXELS = np.arange(8**3, dtype=np.int16).reshape(8, 8, 8)

@@ -36,7 +36,7 @@ from zpatch.chunks.mapped_shards import close_shards
 from zpatch.errors import OptionError, QueueError
 from zpatch.loading.patch_feed import Arrival, PatchFeed
 from zpatch.loading.shared_slots import WATCH_BYTES, SlotBlock
-from zpatch.sampling.grid_sampler import PatchSampler
+from zpatch.sampling.patch_sampler import PatchSampler
 from zpatch.sampling.randomness import rng as address_rng
 
 # Torch says so where there are more workers than processors.

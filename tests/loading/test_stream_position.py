@@ -26,7 +26,7 @@ from zpatch.loading.stream_position import (
     queue_state,
     subjects_digest,
 )
-from zpatch.sampling.grid_sampler import PatchSampler
+from zpatch.sampling.patch_sampler import PatchSampler
 
 # Torch says so where there are more workers than processors.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")

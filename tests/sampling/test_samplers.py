@@ -27,7 +27,7 @@ from zpatch.errors import (
     UnknownNameError,
 )
 from zpatch.sampling import randomness
-from zpatch.sampling.samplers import RandomSampler
+from zpatch.sampling.patch_sampler import RandomSampler
 
 SHAPE = (9, 8, 7)
 DRAWS = 10_000

@@ -16,8 +16,8 @@ from zpatch.images.subject import Subject
 from zpatch.loading.epoch_plan import EpochPlan
 from zpatch.loading.patch_queue import Queue
 from zpatch.loading.queue_options import QueueOptions
-from zpatch.sampling.grid_sampler import GridSampler, PatchSampler
 from zpatch.sampling.patch import Patch
+from zpatch.sampling.patch_sampler import PatchSampler
 
 
 class Subjects(Protocol):
@@ -65,9 +65,7 @@ class CountedQueue(EpochQueue):
 
     def count_patches(self) -> NDArray[np.int64]:
         """How many patches an epoch takes of each subject, (N,)."""
-        if isinstance(self.patch_sampler, GridSampler):
-            return np.asarray(np.minimum(super().count_patches(), self._counts))
-        return self._counts
+        return np.asarray(np.minimum(super().count_patches(), self._counts))
 
 
 class NumberedSubjects(Sequence[Subject]):

@@ -27,7 +27,7 @@ from zpatch.geometry.boxes import PatchLocation, triple
 from zpatch.images.image import Image
 from zpatch.images.subject import Subject
 from zpatch.sampling.grid_sampler import GridSampler
-from zpatch.sampling.samplers import PatchSize
+from zpatch.sampling.patch_sampler import PatchSize
 from zpatch.sources.group_read import read_group
 
 FilePath = str | os.PathLike[str]

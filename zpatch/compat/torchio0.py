@@ -47,7 +47,7 @@ from zpatch.geometry.boxes import PatchLocation, Triple, triple
 from zpatch.images import image
 from zpatch.images.subject import Subject as NativeSubject
 from zpatch.sampling.grid_sampler import GridSampler as NativeGridSampler
-from zpatch.sampling.samplers import PatchSize
+from zpatch.sampling.patch_sampler import PatchSize
 
 __all__ = [
     "AFFINE",

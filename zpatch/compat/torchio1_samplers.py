@@ -15,9 +15,9 @@ from zpatch.geometry.boxes import Triple
 from zpatch.images.subject import Subject as NativeSubject
 from zpatch.sampling import samplers
 from zpatch.sampling.grid_sampler import GridSampler as NativeGridSampler
-from zpatch.sampling.grid_sampler import PatchSampler as NativePatchSampler
 from zpatch.sampling.patch import Patch as NativePatch
-from zpatch.sampling.samplers import PatchSize
+from zpatch.sampling.patch_sampler import PatchSampler as NativePatchSampler
+from zpatch.sampling.patch_sampler import PatchSize, RandomSampler
 
 
 class PatchSampler:
@@ -42,7 +42,7 @@ class PatchSampler:
         return Patch.of(patch, subject, self.offset(subject))
 
     def _draw(self, subject: Subject, num_patches: int | None) -> Iterator[NativePatch]:
-        assert isinstance(self.native, samplers.RandomSampler)
+        assert isinstance(self.native, RandomSampler)
         return self.native(subject, num_patches, rng=drawn_seed())
 
 

@@ -20,7 +20,7 @@ from zpatch.images import image
 from zpatch.images.subject import Subject as NativeSubject
 from zpatch.sampling.patch import Patch as NativePatch
 from zpatch.sampling.patch import to_tensor
-from zpatch.sampling.samplers import read_patches
+from zpatch.sampling.patch_sampler import read_patches
 
 DATA, AFFINE, TYPE, LOCATION = "data", "affine", "type", "location"
 INTENSITY, LABEL, SAMPLING_MAP = "intensity", "label", "sampling_map"

@@ -63,8 +63,7 @@ from zpatch.loading.queue_options import check_subjects
 from zpatch.loading.subjects_loader import SubjectsLoader as NativeLoader
 from zpatch.sampling import samplers
 from zpatch.sampling.grid_sampler import GridSampler as NativeGridSampler
-from zpatch.sampling.grid_sampler import PatchSampler
-from zpatch.sampling.samplers import PatchSize, RandomSource
+from zpatch.sampling.patch_sampler import PatchSampler, PatchSize, RandomSampler, RandomSource
 
 __all__ = [
     "GridSampler",
@@ -91,7 +90,7 @@ def __getattr__(name: str) -> Any:
     return transform_class(name, generation=2)
 
 
-class _SubjectSampler(samplers.RandomSampler, IterableDataset[SubjectPatch]):
+class _SubjectSampler(RandomSampler, IterableDataset[SubjectPatch]):
     """A random sampler of one subject: iterating it gives patches of that subject."""
 
     subject: NativeSubject

@@ -17,7 +17,7 @@ from zpatch.images.cohort import Cohort
 from zpatch.images.subject import Subject as NativeSubject
 from zpatch.loading.patch_batch import PatchBatch, collate
 from zpatch.sampling.patch import Patch, to_tensor
-from zpatch.sampling.samplers import read_patches
+from zpatch.sampling.patch_sampler import read_patches
 
 
 class _Image(image.Image):

@@ -161,14 +161,27 @@ def centre_of(start: int, size: int) -> int:
 def allowed_centres(spatial_shape: Triple, patch_size: Triple) -> PatchLocation:
     """The box of voxels that can be the centre of a patch wholly inside the volume.
 
-    The first ``p // 2`` and the last ``(p - 1) // 2`` voxels of each axis cannot.
+    The first ``p // 2`` and the last ``(p - 1) // 2`` voxels of each axis cannot. On an axis that is shorter
+    than the patch all voxels can.
 
-    >>> allowed_centres((10, 10, 10), (4, 5, 10)).index, allowed_centres((10, 10, 10), (4, 5, 10)).size
-    ((2, 2, 5), (7, 6, 1))
+    >>> allowed_centres((10, 10, 3), (4, 5, 10)).index, allowed_centres((10, 10, 3), (4, 5, 10)).size
+    ((2, 2, 0), (7, 6, 3))
     """
-    i, j, k = (centre_of(0, p) for p in patch_size)
-    a, b, c = (n - p + 1 for n, p in zip(spatial_shape, patch_size, strict=True))
-    return PatchLocation((i, j, k), (a, b, c))
+    first = [centre_of(0, p) if p <= n else 0 for n, p in zip(spatial_shape, patch_size, strict=True)]
+    stop = [n - (p - 1) // 2 if p <= n else n for n, p in zip(spatial_shape, patch_size, strict=True)]
+    return PatchLocation.between(first, stop)
+
+
+def starts_around(centres: Integers, spatial_shape: Triple, patch_size: Triple) -> Integers:
+    """First voxels of patches around allowed centres (count, 3).
+
+    On an axis that is shorter than the patch, the patch has the whole axis in its middle.
+
+    >>> starts_around(np.array([[2, 4, 1]]), (10, 10, 3), (4, 5, 10)).tolist()
+    [[0, 2, -3]]
+    """
+    shape, patch = np.array(spatial_shape), np.array(patch_size)
+    return np.asarray(np.where(patch > shape, -((patch - shape) // 2), centres - patch // 2))
 
 
 def check_patch_fits(patch_size: Triple, spatial_shape: Triple, subject: str) -> None:
@@ -177,7 +190,7 @@ def check_patch_fits(patch_size: Triple, spatial_shape: Triple, subject: str) ->
         if p > n:
             raise PatchSizeError(
                 f"patch of {p} voxels does not fit axis {axis} of {subject!r} ({n} voxels); "
-                f"use a smaller patch_size, or a GridSampler with padding_mode='constant'"
+                f"use a smaller patch_size, or say padding_mode='constant' to the sampler"
             )
 
 

@@ -17,8 +17,8 @@ from zpatch.geometry.boxes import PatchLocation
 from zpatch.images.subject import Subject
 from zpatch.loading.epoch_plan import Draw
 from zpatch.loading.shared_slots import ImagePlace, SlotLayout, new_tensor
-from zpatch.sampling.grid_sampler import GridSampler, PatchSampler
 from zpatch.sampling.patch import Patch, torch_dtype
+from zpatch.sampling.patch_sampler import PatchSampler
 from zpatch.sampling.patch_views import PatchView, views_of
 from zpatch.sampling.randomness import Purpose, rng
 from zpatch.sources.group_read import read_together
@@ -59,7 +59,7 @@ class VoxelTypes:
 
     def _fills_with_a_value(self, view: PatchView) -> bool:
         """Whether padding has a value that no stored voxel represents."""
-        if not isinstance(self.sampler, GridSampler) or view.padding_mode != "constant":
+        if view.padding_mode != "constant":
             return False
         image, fill = view.image, view.fill(self.sampler.fill)
         with np.errstate(all="ignore"):
@@ -124,8 +124,7 @@ class DrawReader:
         return SlotLayout.of([self._types.place_of(view) for view in self._views(subject)])
 
     def _views(self, subject: Subject) -> list[PatchView]:
-        grid = self._sampler if isinstance(self._sampler, GridSampler) else None
-        return views_of(subject, self._sampler.context, None if grid is None else grid.padding_mode)
+        return views_of(subject, self._sampler.context, self._sampler.padding_mode)
 
     def patches(self, draw: Draw) -> Iterator[Patch]:
         """The transformed patches of a draw, each in newly allocated memory."""
@@ -139,12 +138,8 @@ class DrawReader:
 
     def locations(self, subject: Subject, draw: Draw) -> list[PatchLocation]:
         """Where the patches of a draw are in its subject."""
-        if isinstance(self._sampler, GridSampler):
-            grid = self._sampler.grid_of(subject)
-            return [grid.location(number) for number in draw.numbers]
         generator = rng(self._seed, draw.epoch, draw.subject, draw.visit, purpose=Purpose.LOCATIONS)
-        drawn = self._sampler.locations(subject, self._patches_per_volume, generator)
-        return [drawn[number] for number in draw.numbers]
+        return self._sampler.numbered(subject, draw.numbers, self._patches_per_volume, generator)
 
     def read(
         self,
@@ -158,7 +153,7 @@ class DrawReader:
         ``tensors`` has a list for each image with a tensor for each location.
         """
         views = self._views(subject)
-        fill = self._sampler.fill if isinstance(self._sampler, GridSampler) else 0
+        fill = self._sampler.fill
         reads = [
             view.read(locations, is_scaled=(place.slope, place.inter) == (1.0, 0.0), fill=fill)
             for view, place in zip(views, layout.images, strict=True)

@@ -38,8 +38,8 @@ from zpatch.loading.stream_position import (
 from zpatch.loading.worker import FailedDraw, Task
 from zpatch.loading.worker_pool import START_METHOD, TASKS_PER_WORKER
 from zpatch.runtime.byte_sizes import format_bytes
-from zpatch.sampling.grid_sampler import GridSampler, PatchSampler
 from zpatch.sampling.patch import Patch
+from zpatch.sampling.patch_sampler import PatchSampler
 from zpatch.sampling.randomness import Purpose, rng
 
 GROUP_PATCHES = 32
@@ -139,9 +139,7 @@ class Queue(IterableDataset[Patch]):
 
     def count_patches(self) -> NDArray[np.int64]:
         """How many patches an epoch takes of each subject, (N,)."""
-        if isinstance(self.patch_sampler, GridSampler):
-            return np.array([len(self.patch_sampler.grid_of(subject)) for subject in self.subjects])
-        return np.full(len(self.subjects), self.options.patches_per_volume)
+        return self.patch_sampler.counts(self.subjects, self.options.patches_per_volume)
 
     @property
     def num_subjects(self) -> int:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from zpatch.errors import SamplingError
+from zpatch.errors import NothingToDrawError, SamplingError
 from zpatch.geometry.boxes import PatchLocation, Voxels
 from zpatch.images.image import Image
 from zpatch.runtime.recent import Recent
@@ -124,7 +124,7 @@ class WeightMap(_Map):
         else:
             self._mass = sum_masses(self.grid, self.read, self._weights)
         if not self._mass.mass.sum() > 0:
-            raise SamplingError(f"{where} is zero everywhere; nothing can be drawn from it")
+            raise NothingToDrawError(f"{where} is zero everywhere; nothing can be drawn from it")
 
     def allowed_mass(self, allowed: PatchLocation) -> AllowedMass:
         """The weights of the allowed centres."""

@@ -5,19 +5,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from zpatch.errors import OptionError
-from zpatch.geometry.boxes import PatchLocation, check_patch_fits, patch_overlap_triple, patch_size_triple
-from zpatch.geometry.padding import check_padding_mode
+from zpatch.geometry.boxes import PatchLocation, patch_overlap_triple
 from zpatch.geometry.patch_grid import PatchGrid
 from zpatch.images.subject import Subject
 from zpatch.sampling.patch import Patch
-from zpatch.sampling.patch_views import checked_context
-from zpatch.sampling.samplers import READ_TOGETHER, PatchSize, RandomSampler, read_patches
+from zpatch.sampling.patch_sampler import READ_TOGETHER, PatchSampler, PatchSize
 
 
-class GridSampler(torch.utils.data.Dataset[Patch]):
+class GridSampler(PatchSampler, torch.utils.data.Dataset[Patch]):
     """All patches of a regular grid, as a map-style dataset; lexicographic order, I slowest.
 
     First voxels on each axis are ``range(0, n - p + 1, p - o)``, and a last patch flush with the border where
@@ -47,25 +47,35 @@ class GridSampler(torch.utils.data.Dataset[Patch]):
     ) -> None:
         if patch_size is None:
             raise OptionError("patch_size is missing; say GridSampler(subject, patch_size=64)")
-        self.patch_size = patch_size_triple(patch_size)
+        super().__init__(patch_size, context=context, padding_mode=padding_mode, fill=fill)
         self.patch_overlap = patch_overlap_triple(patch_overlap, self.patch_size)
-        check_padding_mode(padding_mode)
-        self.padding_mode = padding_mode
-        self.fill = fill
-        self.context = checked_context(context)
         self.subject = subject
         self._grid = None if subject is None else self.grid_of(subject)
 
     def grid_of(self, subject: Subject) -> PatchGrid:
         """The grid over a subject."""
-        if self.padding_mode is None:
-            check_patch_fits(self.patch_size, subject.spatial_shape, subject.name)
+        self.check_fits(subject)
         return PatchGrid.over(
             subject.spatial_shape,
             self.patch_size,
             self.patch_overlap,
             border=self.padding_mode is not None,
         )
+
+    def counts(self, subjects: Sequence[Subject], patches_per_volume: int = 0) -> NDArray[np.int64]:
+        """How many patches the grid has over each subject, (N,)."""
+        return np.array([len(self.grid_of(subject)) for subject in subjects])
+
+    def numbered(
+        self,
+        subject: Subject,
+        numbers: Sequence[int],
+        patches_per_volume: int | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> list[PatchLocation]:
+        """The patches of some numbers in the grid over a subject."""
+        grid = self.grid_of(subject)
+        return [grid.location(number) for number in numbers]
 
     @property
     def grid(self) -> PatchGrid:
@@ -78,12 +88,6 @@ class GridSampler(torch.utils.data.Dataset[Patch]):
         if self.subject is None:
             raise OptionError("this GridSampler is a template without a subject; give it one")
         return self.subject
-
-    def read(self, subject: Subject, locations: Sequence[PatchLocation]) -> list[Patch]:
-        """The patches at some of the grid's locations, padded beyond the border."""
-        return read_patches(
-            subject, locations, context=self.context, padding_mode=self.padding_mode, fill=self.fill
-        )
 
     def __call__(self, subject: Subject) -> Iterator[Patch]:
         """All patches of a subject, in order."""
@@ -115,6 +119,3 @@ class GridSampler(torch.utils.data.Dataset[Patch]):
             f"padding_mode={self.padding_mode!r}, fill={self.fill}"
             + (f", context={self.context})" if self.context else ")")
         )
-
-
-PatchSampler = RandomSampler | GridSampler

@@ -1,0 +1,203 @@
+"""What samplers have in common: a strategy chooses locations, and images read the voxels there."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zpatch.errors import OptionError, PatchLocationError
+from zpatch.geometry.boxes import (
+    AXIS_NAMES,
+    PatchLocation,
+    allowed_centres,
+    check_patch_fits,
+    patch_size_triple,
+    starts_around,
+)
+from zpatch.geometry.padding import check_padding_mode
+from zpatch.images.subject import Subject
+from zpatch.sampling.patch import Patch, PatchImage, to_tensor
+from zpatch.sampling.patch_views import checked_context, views_of
+from zpatch.sampling.randomness import as_generator
+from zpatch.sources.group_read import read_together
+
+READ_TOGETHER = 16
+
+PatchSize = int | Sequence[int]
+RandomSource = np.random.Generator | int | None
+
+
+def read_patches(
+    subject: Subject,
+    locations: Sequence[PatchLocation],
+    *,
+    context: Sequence[int] = (),
+    padding_mode: str | None = None,
+    fill: float = 0,
+) -> list[Patch]:
+    """The patches of a subject at some locations, with their context; all images are read as one group.
+
+    ``fill`` is the padding of images that are intensities, if it is constant; that of others is 0.
+    """
+    if not locations:
+        return []
+    views = views_of(subject, context, padding_mode)
+    voxels = read_together([view.read(locations, fill=fill) for view in views], [None] * len(views))
+    patches = []
+    for n, location in enumerate(locations):
+        images = {
+            view.name: PatchImage(to_tensor(of_view[n]), view.affine(location), view.image.kind)
+            for view, of_view in zip(views, voxels, strict=True)
+        }
+        patches.append(Patch(images, location, subject.name))
+    return patches
+
+
+class PatchSampler(ABC):
+    """A strategy that says where the patches of a subject are, and how patches are padded and read.
+
+    ``patch_size`` is in voxels, one integer or three (I, J, K). See ``RandomSampler`` and ``GridSampler`` for
+    ``padding_mode`` and ``fill``, and the first for ``context``.
+    """
+
+    def __init__(
+        self,
+        patch_size: PatchSize,
+        *,
+        context: Sequence[int] = (),
+        padding_mode: str | None = None,
+        fill: float = 0,
+    ) -> None:
+        self.patch_size = patch_size_triple(patch_size)
+        self.context = checked_context(context)
+        check_padding_mode(padding_mode)
+        self.padding_mode = padding_mode
+        self.fill = fill
+
+    @abstractmethod
+    def counts(self, subjects: Sequence[Subject], patches_per_volume: int) -> NDArray[np.int64]:
+        """How many patches a queue takes of each subject in an epoch, (N,)."""
+
+    @abstractmethod
+    def numbered(
+        self, subject: Subject, numbers: Sequence[int], patches_per_volume: int, rng: np.random.Generator
+    ) -> list[PatchLocation]:
+        """The locations of some of the patches that a queue takes of a subject in a visit, by number."""
+
+    def read(self, subject: Subject, locations: Sequence[PatchLocation]) -> list[Patch]:
+        """The patches of a subject at some locations, padded beyond the border."""
+        return read_patches(
+            subject, locations, context=self.context, padding_mode=self.padding_mode, fill=self.fill
+        )
+
+    def check_fits(self, subject: Subject) -> None:
+        """Refuse a subject that is smaller than the patch, unless it is padded."""
+        if self.padding_mode is None:
+            check_patch_fits(self.patch_size, subject.spatial_shape, subject.name)
+
+
+class RandomSampler(PatchSampler):
+    """A sampler that draws locations at random; ``sampler(subject, num_patches)`` yields patches.
+
+    ``patch_size`` is in voxels, one integer or three (I, J, K). A patch larger than the volume is a
+    PatchSizeError, unless there is a ``padding_mode`` (constant with ``fill``, edge, reflect, symmetric,
+    wrap: as numpy.pad). Then an axis that is shorter than the patch is padded up to it on both sides, with an
+    odd voxel after it: patches have one place on that axis, and each of its voxels may be the centre that is
+    drawn. Other axes are not padded. ``fill`` is an intensity: other images are padded with 0.
+
+    With ``context=(2, 4)`` a patch with the image ``t1`` also has ``t1_x2`` and ``t1_x4``: as many voxels
+    around the same centre, 2 and 4 times as wide, from the coarser levels that `zpatch convert --pyramid`
+    stores. The centre is kept to half a coarse voxel, and beyond the border the edge voxel is repeated. An
+    image without these levels is an OptionError.
+
+    A strategy of one's own is a subclass with one method, ``starts``, and works in a queue like any other. It
+    must draw from ``rng`` alone, and if it has options, show them in its ``repr``, by which a queue knows
+    whether a state is its own.
+
+    >>> from zpatch.images.image import ScalarImage
+    >>> class NearTheMiddle(RandomSampler):
+    ...     def starts(self, subject, count, rng):
+    ...         allowed = self.allowed(subject)
+    ...         middle = allowed.index + np.array(allowed.size) // 2
+    ...         return self.around(middle + rng.integers(-1, 2, size=(count, 3)), subject)
+    >>> subject = Subject(t1=ScalarImage(np.zeros((20, 20, 20))))
+    >>> all(7 <= place.index[0] <= 9 for place in NearTheMiddle(4).locations(subject, 5, rng=0))
+    True
+    """
+
+    @abstractmethod
+    def starts(self, subject: Subject, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        """The first voxels (count, 3) of patches of a subject, drawn from ``rng``."""
+
+    def allowed(self, subject: Subject) -> PatchLocation:
+        """The box of voxels of a subject that may be the centre of a patch."""
+        return allowed_centres(subject.spatial_shape, self.patch_size)
+
+    def around(self, centres: NDArray[np.int64], subject: Subject) -> NDArray[np.int64]:
+        """The first voxels of the patches around some centres (count, 3), voxel ``p // 2`` of each patch."""
+        return starts_around(centres, subject.spatial_shape, self.patch_size)
+
+    def __call__(
+        self, subject: Subject, num_patches: int | None = None, *, rng: RandomSource = None
+    ) -> Iterator[Patch]:
+        """Patches of a subject, without end unless there is a number.
+
+        ``rng`` is a numpy Generator or an integer seed; None is a new generator with a seed from the system.
+        """
+        generator = as_generator(rng)
+        left = num_patches
+        while left is None or left > 0:
+            group = READ_TOGETHER if left is None else min(left, READ_TOGETHER)
+            yield from self.read(subject, self.locations(subject, group, generator))
+            left = None if left is None else left - group
+
+    def locations(self, subject: Subject, num_patches: int, rng: RandomSource = None) -> list[PatchLocation]:
+        """The locations of ``num_patches`` patches; of the images, only a map is read, and only in part."""
+        if num_patches < 0:
+            raise OptionError(f"num_patches must be at least 0, not {num_patches}")
+        self.check_fits(subject)
+        starts = np.asarray(self.starts(subject, num_patches, as_generator(rng)))
+        self._check_starts(starts, num_patches, subject)
+        return [PatchLocation((i, j, k), self.patch_size) for i, j, k in starts.tolist()]
+
+    def counts(self, subjects: Sequence[Subject], patches_per_volume: int) -> NDArray[np.int64]:
+        """How many patches a queue takes of each subject in an epoch, (N,): ``patches_per_volume``."""
+        return np.full(len(subjects), patches_per_volume)
+
+    def numbered(
+        self, subject: Subject, numbers: Sequence[int], patches_per_volume: int, rng: np.random.Generator
+    ) -> list[PatchLocation]:
+        """The locations of some of the ``patches_per_volume`` patches that are drawn in a visit."""
+        drawn = self.locations(subject, patches_per_volume, rng)
+        return [drawn[number] for number in numbers]
+
+    def _check_starts(self, starts: NDArray[np.int64], count: int, subject: Subject) -> None:
+        if starts.shape != (count, 3) or starts.dtype.kind not in "iu":
+            raise OptionError(
+                f"{type(self).__name__}.starts must give integers of shape ({count}, 3), the first voxels of "
+                f"patches, not {starts.dtype} of shape {starts.shape}"
+            )
+        stops = starts + self.patch_size
+        outside = (starts < 0) | (stops > subject.spatial_shape)
+        if count and self.padding_mode is None and outside.any():
+            row, axis = map(int, np.argwhere(outside)[0])
+            raise PatchLocationError(
+                f"{type(self).__name__}.starts gives a patch from {starts[row, axis]} to {stops[row, axis]} "
+                f"on axis {AXIS_NAMES[axis]} of {subject.name!r} ({subject.spatial_shape[axis]} voxels)"
+            )
+
+    def __repr__(self) -> str:
+        options = [f"{name}={value!r}" for name, value in self._options().items()]
+        return f"{type(self).__name__}({', '.join(options)})"
+
+    def _options(self) -> dict[str, object]:
+        """The options that are shown: those that a sampler always has, and others that were given."""
+        given: dict[str, object] = {"patch_size": self.patch_size}
+        if self.context:
+            given["context"] = self.context
+        if self.padding_mode is not None:
+            given |= {"padding_mode": self.padding_mode, "fill": self.fill}
+        return given
