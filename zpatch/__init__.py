@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from zpatch.images.image import Image, LabelMap, SamplingMap, ScalarImage
     from zpatch.images.normalization import Normalize
     from zpatch.images.subject import Subject
-    from zpatch.loading.patch_batch import PatchBatch, collate
     from zpatch.loading.patch_queue import Queue
     from zpatch.loading.subjects_loader import SubjectsLoader
     from zpatch.prediction.inference import predict
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from zpatch.sampling.grid_sampler import GridSampler
     from zpatch.sampling.mixed_sampler import MixedSampler
     from zpatch.sampling.patch import Patch
+    from zpatch.sampling.patch_batch import PatchBatch, collate
     from zpatch.sampling.patch_sampler import RandomSampler
     from zpatch.sampling.samplers import LabelSampler, UniformSampler, WeightedSampler
     from zpatch.sources.group_read import read_group
@@ -88,10 +88,10 @@ _MODULES = {
     "images.subject": ["Subject"],
     "sampling.grid_sampler": ["GridSampler"],
     "sampling.patch": ["Patch"],
+    "sampling.patch_batch": ["PatchBatch", "collate"],
     "sampling.patch_sampler": ["RandomSampler"],
     "sampling.samplers": ["LabelSampler", "UniformSampler", "WeightedSampler"],
     "sampling.mixed_sampler": ["MixedSampler"],
-    "loading.patch_batch": ["PatchBatch", "collate"],
     "loading.patch_queue": ["Queue"],
     "loading.subjects_loader": ["SubjectsLoader"],
     "blending.aggregator": ["PatchAggregator"],

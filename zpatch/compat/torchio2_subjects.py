@@ -15,8 +15,8 @@ from zpatch.geometry.boxes import PatchLocation, Triple
 from zpatch.images import image
 from zpatch.images.cohort import Cohort
 from zpatch.images.subject import Subject as NativeSubject
-from zpatch.loading.patch_batch import PatchBatch, collate
 from zpatch.sampling.patch import Patch, to_tensor
+from zpatch.sampling.patch_batch import PatchBatch, collate
 from zpatch.sampling.patch_sampler import read_patches
 
 

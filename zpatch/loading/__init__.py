@@ -12,6 +12,5 @@ In reading order::
     patch_feed       patches as they arrive, epoch after epoch
     patch_buffer     patches that wait until the shuffle hands them out
     patch_queue      Queue
-    patch_batch      PatchBatch and collate: patches stacked, each copied once
     subjects_loader  SubjectsLoader: batches for a training loop
 """

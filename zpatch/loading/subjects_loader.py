@@ -9,9 +9,9 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 
 from zpatch.errors import OptionError
-from zpatch.loading.patch_batch import PatchBatch, stack
 from zpatch.runtime import buffer_pool
 from zpatch.sampling.patch import Patch
+from zpatch.sampling.patch_batch import PatchBatch, stack
 
 
 @runtime_checkable

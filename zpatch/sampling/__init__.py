@@ -4,6 +4,7 @@ In reading order::
 
     randomness       random numbers as a function of (seed, epoch, subject, draw)
     patch            Patch and PatchImage: a patch as torch sees it
+    patch_batch      PatchBatch and collate: patches stacked, each copied once
     patch_views      the images of a patch: those of the subject, and coarser levels of them
     centre_draws     centres drawn exactly by their mass, reading only the drawn chunks
     resampled_draws  centres on a resampled map, drawn by the mass of the map that it was made of
