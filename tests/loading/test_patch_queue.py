@@ -44,7 +44,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:User
 
 WORKERS = [0, 2]
 PAD_MODES = ["constant", "edge", "reflect", "symmetric", "wrap"]
-DTYPES = [torch.float16, torch.float32, torch.float64, None]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, None]
 
 NUMPY_TYPE = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
 
@@ -912,7 +912,7 @@ def test_a_plain_dataloader_gives_the_same_patches_as_subjects_loader(
         lambda queue: DataLoader(queue, batch_size=5, num_workers=0, collate_fn=zp.collate), queue()
     )
     ours = three_epochs(lambda queue: zp.SubjectsLoader(queue, batch_size=5), queue())
-    assert [len(batch) for batch in plain] == [5, 5, 2] * 3
+    assert [batch.batch_size for batch in plain] == [5, 5, 2] * 3
     for one, other in zip(plain, ours, strict=True):
         for name in ("t1", "seg"):
             assert torch.equal(one[name].data, other[name].data)

@@ -1,4 +1,4 @@
-"""zpatch with tools for training: torch's DataLoader, torchdata, Lightning, torchrun."""
+"""zpatch with tools for training: torch's DataLoader, torchdata, Lightning, accelerate, MONAI, torchrun."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def patches_in(batches: Any) -> list[Any]:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_plain_dataloader_gives_the_batches_of_subjects_loader(cohort: zp.Cohort, workers: int) -> None:
     with queue_of(cohort, num_workers=workers) as queue:
-        plain = DataLoader(queue, batch_size=3, collate_fn=zp.collate)
+        plain = DataLoader(queue, batch_size=3)
         assert len(plain) == 6
         found = patches_in(plain)
         queue.set_epoch(0)
@@ -129,10 +129,13 @@ def test_a_lightning_module_trains_on_a_data_module(
         def training_step(self, batch: zp.PatchBatch, number: int) -> torch.Tensor:
             self.places.append(list(zip(batch.subjects, batch.patch_location, strict=True)))
             logits = self.network(batch.t1.data / 1000)
-            return nn.functional.cross_entropy(logits, batch.seg.data[:, 0].long())
+            loss = nn.functional.cross_entropy(logits, batch.seg.data[:, 0].long())
+            self.log("loss", loss, on_epoch=True)
+            return loss
 
         def validation_step(self, batch: zp.PatchBatch, number: int) -> None:
-            self.validated += len(batch)
+            self.validated += batch.batch_size
+            self.log("size", float(batch.batch_size))
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -140,7 +143,8 @@ def test_a_lightning_module_trains_on_a_data_module(
     module, brains = Segmentation(), Brains(cohort_store)
     before = module.network.weight.detach().clone()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Lightning's advice about loggers and workers
+        warnings.simplefilter("ignore")  # Lightning's advice about loggers and workers, but for this
+        warnings.filterwarnings("error", message=".*infer the `?batch_size")
         trainer = lightning.Trainer(
             max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
@@ -149,10 +153,136 @@ def test_a_lightning_module_trains_on_a_data_module(
         trainer.fit(module, datamodule=brains)
     assert trainer.global_step == len(module.places) == 4  # 12 patches in each epoch
     assert module.validated == 2 * len(brains.grid)
+    sizes = [batch.batch_size for batch in brains.val_dataloader()]
+    mean = sum(size**2 for size in sizes) / sum(sizes)  # each value weighs as many patches as its batch has
+    assert trainer.callback_metrics["size"].item() == pytest.approx(mean)
+    assert "loss_epoch" in trainer.callback_metrics
     assert not torch.equal(module.network.weight, before)
     with queue_of(zp.Cohort(cohort_store)[:-1]) as queue:
         epochs = [[(patch.subject, patch.location) for patch in queue] for _ in range(2)]
     assert [module.places[0] + module.places[1], module.places[2] + module.places[3]] == epochs
+
+
+RANKS = """
+import sys, warnings
+import lightning, torch, zpatch as zp
+
+class Segmentation(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.network = torch.nn.Conv3d(1, 3, 3, padding=1)
+
+    def training_step(self, batch, number):
+        loss = self.network(batch.t1.data / 1000).square().mean()
+        self.log("loss", loss, sync_dist=True, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch, number):
+        self.log("size", float(batch.batch_size), sync_dist=True)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+class Brains(lightning.LightningDataModule):
+    def setup(self, stage):
+        cohort = zp.Cohort(sys.argv[1])
+        self.queue = zp.Queue(cohort, zp.UniformSampler(16), patches_per_volume=4)
+        self.grid = zp.GridSampler(cohort[0], 24)
+
+    def train_dataloader(self):
+        return zp.SubjectsLoader(self.queue, batch_size=4)
+
+    def val_dataloader(self):
+        return zp.SubjectsLoader(self.grid, batch_size=4)
+
+warnings.filterwarnings("error", message=".*infer the `?batch_size")
+trainer = lightning.Trainer(
+    max_epochs=1, accelerator="cpu", strategy="ddp", devices=2, logger=False, enable_checkpointing=False,
+    enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+)
+trainer.fit(Segmentation(), datamodule=Brains())
+print(f"rank {trainer.global_rank}: {trainer.global_step} steps, {sorted(trainer.callback_metrics)}")
+"""
+
+
+def test_lightning_logs_on_two_ranks(lightning: Any, cohort_store: Path, tmp_path: Path, full: bool) -> None:
+    if not full:
+        pytest.skip("two processes that import Lightning need --full")
+    program = tmp_path / "train.py"
+    program.write_text(RANKS)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ran = subprocess.run(
+        [*torchrun, str(program), str(cohort_store)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=tmp_path,
+    )
+    assert ran.returncode == 0, ran.stderr
+    for rank in range(2):  # 4 subjects of 4 patches, shared by two
+        assert f"rank {rank}: 2 steps, ['loss', 'loss_epoch', 'loss_step', 'size']" in ran.stdout
+
+
+# accelerate
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_an_accelerate_loop_trains_and_finds_the_size_of_batches(cohort: zp.Cohort, plain: bool) -> None:
+    """It leaves a SubjectsLoader as it is, whose queue knows its rank; of a DataLoader it makes its own."""
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    loading = accelerate.utils.DataLoaderConfiguration(dispatch_batches=False)
+    accelerator = accelerate.Accelerator(
+        cpu=True, gradient_accumulation_steps=2, dataloader_config=loading if plain else None
+    )
+    network = nn.Conv3d(1, 3, 3, padding=1)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    with queue_of(cohort) as queue:
+        loader = (DataLoader if plain else zp.SubjectsLoader)(queue, batch_size=4)
+        network, optimizer, loader = accelerator.prepare(network, optimizer, loader)
+        sizes, seen = [], []
+        for batch in loader:
+            sizes.append(accelerate.utils.find_batch_size(batch))
+            seen.append(batch)
+            with accelerator.accumulate(network):
+                logits = network(batch.t1.data / 1000)
+                accelerator.backward(nn.functional.cross_entropy(logits, batch.seg.data[:, 0].long()))
+                optimizer.step()
+                optimizer.zero_grad()
+        queue.set_epoch(0)
+        assert patches_in(seen) == patches_in(zp.SubjectsLoader(queue, 4))
+    assert sizes == [4] * 4
+    moved = accelerate.utils.send_to_device(seen[0], "meta")
+    assert isinstance(moved, zp.PatchBatch)
+    assert moved.t1.data.device.type == "meta"
+
+
+# MONAI
+
+
+def test_a_monai_trainer_trains_on_a_queue(cohort: zp.Cohort) -> None:
+    engines = pytest.importorskip("monai.engines", reason="MONAI is not installed")
+    pytest.importorskip("ignite", reason="ignite is not installed")
+    network = nn.Conv3d(1, 3, 3, padding=1)
+    before = network.weight.detach().clone()
+
+    def image_and_label(batch: zp.PatchBatch, device: Any, non_blocking: bool, **_: Any) -> Any:
+        batch = batch.to(device, non_blocking=non_blocking)
+        return batch.t1.data / 1000, batch.seg.data[:, 0].long()
+
+    with queue_of(cohort) as queue:
+        trainer = engines.SupervisedTrainer(
+            device=torch.device("cpu"),
+            max_epochs=2,
+            train_data_loader=zp.SubjectsLoader(queue, batch_size=4),
+            network=network,
+            optimizer=torch.optim.SGD(network.parameters(), lr=0.1),
+            loss_function=nn.CrossEntropyLoss(),
+            prepare_batch=image_and_label,
+        )
+        trainer.run()
+    assert trainer.state.iteration == 8
+    assert not torch.equal(network.weight, before)
 
 
 # torchrun

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from streams import small_subjects
 
 import zpatch as zp
 from zpatch.errors import OptionError
+from zpatch.sampling.patch_batch import stack
 
 
 @pytest.fixture
@@ -19,7 +22,7 @@ def patches() -> list[zp.Patch]:
 def test_a_batch_stacks_patches_in_their_order(patches: list[zp.Patch]) -> None:
     batch = zp.collate(patches)
     assert batch.t1.data.shape == (3, 1, 4, 5, 6)
-    assert len(batch) == 3
+    assert batch.batch_size == 3
     for number, patch in enumerate(patches):
         assert torch.equal(batch.t1.data[number], patch.t1.data)
         assert torch.equal(batch.seg.data[number], patch.seg.data)
@@ -36,9 +39,39 @@ def test_a_batch_drops_gradients(patches: list[zp.Patch]) -> None:
     assert torch.equal(batch.t1.data, zp.collate(patches).t1.data.float())
 
 
-def test_the_memory_of_a_batch_is_in_the_order_of_the_store(patches: list[zp.Patch]) -> None:
-    data = zp.collate(patches).t1.data
-    assert data.permute(0, 1, 4, 3, 2).is_contiguous()  # (b, c, z, y, x)
+def test_the_memory_of_a_batch_is_in_the_order_of_its_axes_or_of_the_store(patches: list[zp.Patch]) -> None:
+    whole = zp.collate(patches).t1.data
+    assert whole.is_contiguous()
+    stored = stack(patches, 3, contiguous=False).t1.data
+    assert stored.permute(0, 1, 4, 3, 2).is_contiguous()  # (b, c, z, y, x)
+    assert torch.equal(whole, stored)
+
+
+def test_a_batch_and_a_patch_are_mappings_of_images_and_these_of_tensors(patches: list[zp.Patch]) -> None:
+    for one in (patches[0], zp.collate(patches)):
+        assert isinstance(one, Mapping)
+        assert list(one) == list(one.keys()) == ["t1", "seg"]
+        assert len(one) == 2
+        assert "t1" in one
+        assert "t2" not in one
+        assert one.get("t2") is None
+        assert dict(one.items()) == {"t1": one.t1, "seg": one.seg}
+        assert list(one["t1"]) == ["data", "affine"]
+        assert one["t1"]["data"] is one.t1.data
+        assert torch.equal(one["t1"]["affine"], torch.from_numpy(one.t1.affine))
+        with pytest.raises(KeyError):
+            one["t1"]["shape"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_dataloader_collates_patches_by_itself(workers: int) -> None:
+    grid = zp.GridSampler(small_subjects(1)[0], 5)
+    plain, named = (
+        list(torch.utils.data.DataLoader(grid, 4, num_workers=workers, collate_fn=collate_fn))
+        for collate_fn in (None, zp.collate)
+    )
+    assert [batch.patch_location for batch in plain] == [batch.patch_location for batch in named]
+    assert all(torch.equal(a.t1.data, b.t1.data) for a, b in zip(plain, named, strict=True))
 
 
 def test_patches_with_other_images_do_not_make_a_batch() -> None:

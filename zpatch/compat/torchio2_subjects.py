@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from zpatch.compat.nifti_cache import cached_image, save_image
 from zpatch.geometry.boxes import PatchLocation, Triple
@@ -99,16 +100,18 @@ class SubjectsBatch(PatchBatch):
 
     metadata: Mapping[str, list[Any]]
 
-    @property
-    def batch_size(self) -> int:
-        """Number of patches."""
-        return len(self)
-
 
 def collate_subjects(batch: Sequence[Patch | NativeSubject]) -> SubjectsBatch:
     """Stack patches, or whole subjects of one shape, into a batch: ``collate_fn`` of a DataLoader."""
     patches = [_whole(one) if isinstance(one, NativeSubject) else one for one in batch]
     return with_lists(collate(patches), [getattr(one, "metadata", {}) for one in patches])
+
+
+def _collate_by_default(patches: Sequence[SubjectPatch], *, collate_fn_map: object = None) -> SubjectsBatch:
+    return collate_subjects(patches)
+
+
+default_collate_fn_map[SubjectPatch] = _collate_by_default
 
 
 def with_lists(batch: PatchBatch, metadata: Sequence[Mapping[str, Any]]) -> SubjectsBatch:

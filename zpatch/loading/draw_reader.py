@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -158,8 +159,18 @@ class DrawReader:
             view.read(locations, is_scaled=(place.slope, place.inter) == (1.0, 0.0), fill=fill)
             for view, place in zip(views, layout.images, strict=True)
         ]
-        read_together(reads, [[tensor.numpy() for tensor in of] for of in tensors])
+        readable = [[_in_a_type_of_numpy(tensor) for tensor in of] for of in tensors]
+        read_together(reads, [[tensor.numpy() for tensor in of] for of in readable])
+        for out, voxels in zip(itertools.chain(*tensors), itertools.chain(*readable), strict=True):
+            if out is not voxels:
+                out.copy_(voxels)
         return [[view.affine(at) for view in views] for at in locations]
+
+
+def _in_a_type_of_numpy(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or for bfloat16, which numpy does not have, one of float32 in the same order of memory."""
+    is_known = tensor.dtype != torch.bfloat16
+    return tensor if is_known else torch.empty_like(tensor, dtype=torch.float32)
 
 
 def check_patch(changed: Any) -> None:

@@ -17,7 +17,7 @@ from zpatch.loading.draw_reader import Transform
 from zpatch.loading.epoch_plan import Share, Uneven
 from zpatch.loading.worker_pool import check_processes
 
-IMAGE_DTYPES = (torch.float16, torch.float32, torch.float64, None)
+IMAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

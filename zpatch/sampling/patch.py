@@ -36,12 +36,13 @@ def to_tensor(voxels: NDArray[Any]) -> torch.Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class PatchImage:
+class PatchImage(Mapping[str, torch.Tensor]):
     """One image of a patch.
 
     ``data`` is (C, I, J, K), a view of (c, z, y, x) memory; in a batch (B, C, I, J, K). ``affine`` is
     4 x 4 with its origin at the patch's corner; in a batch (B, 4, 4). Values are ``slope * data + inter``:
-    1 and 0 unless a queue was asked for stored voxels; in a batch (B,).
+    1 and 0 unless a queue was asked for stored voxels; in a batch (B,). As a mapping it has the tensors
+    ``image["data"]`` and ``image["affine"]``, which trainers look through.
     """
 
     data: torch.Tensor
@@ -49,6 +50,19 @@ class PatchImage:
     kind: Kind = "scalar"
     slope: Any = 1.0
     inter: Any = 0.0
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name == "affine":
+            return torch.from_numpy(self.affine)
+        if name == "data":
+            return self.data
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("data", "affine"))
+
+    def __len__(self) -> int:
+        return 2
 
     def write_values(self, out: torch.Tensor, dtype: torch.dtype | None) -> None:
         """Write the values to ``out``, of type ``dtype``; with None the data without slope and intercept.
@@ -58,8 +72,14 @@ class PatchImage:
         data = self.data.detach()
         if dtype is None or not self.is_pending(dtype):
             out.copy_(data)
-        else:
-            Scaling(self.slope, self.inter).write(in_stored_order(data).numpy(), in_stored_order(out).numpy())
+            return
+        target = in_stored_order(out)
+        if out.dtype == torch.bfloat16 or not target.is_contiguous():  # numpy has no bfloat16
+            wide = torch.float32 if out.dtype == torch.bfloat16 else out.dtype
+            target = torch.empty(target.shape, dtype=wide)
+        Scaling(self.slope, self.inter).write(in_stored_order(data).numpy(), target.numpy())
+        if target.data_ptr() != out.data_ptr():
+            in_stored_order(out).copy_(target)
 
     def is_pending(self, dtype: torch.dtype | None) -> bool:
         """Whether the data is still to be converted to values of a type; label maps never are."""
@@ -68,8 +88,8 @@ class PatchImage:
         return self.data.dtype != dtype or (self.slope, self.inter) != (1.0, 0.0)
 
 
-class ImagesByName:
-    """Images by attribute and by item."""
+class ImagesByName(Mapping[str, PatchImage]):
+    """Images by attribute and by item; as a mapping, images by name."""
 
     images: Mapping[str, PatchImage]
 
@@ -92,6 +112,9 @@ class ImagesByName:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.images)
+
+    def __len__(self) -> int:
+        return len(self.images)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""Batches: patches stacked along a new axis, each copied once."""
+"""Batches: patches stacked along a new axis, each copied once.
+
+Importing this module lets torch's ``default_collate`` know patches, so that a DataLoader of a sampler, a grid
+or a queue needs no ``collate_fn``.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from typing import Self
 
 import numpy as np
 import torch
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from zpatch.errors import OptionError
 from zpatch.geometry.boxes import PatchLocation
@@ -21,14 +26,18 @@ NewMemory = Callable[..., torch.Tensor]
 class PatchBatch(ImagesByName):
     """Patches with a batch axis: ``batch.t1.data`` is (B, C, I, J, K), ``batch.t1.affine`` (B, 4, 4).
 
-    ``patch_location`` and ``subjects`` have a location and the name of a subject for each patch.
+    ``patch_location`` and ``subjects`` have a location and the name of a subject for each patch. As a mapping
+    it has the images, and each of them is a mapping of its tensors: Lightning, accelerate and others find the
+    size of a batch there, and ``batch["t1"]["data"]`` is ``batch.t1.data``.
     """
 
     images: Mapping[str, PatchImage]
     patch_location: list[PatchLocation]
     subjects: list[str]
 
-    def __len__(self) -> int:
+    @property
+    def batch_size(self) -> int:
+        """Number of patches."""
         return len(self.patch_location)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
@@ -41,9 +50,10 @@ class PatchBatch(ImagesByName):
 
 
 def collate(patches: Sequence[Patch]) -> PatchBatch:
-    """Stack patches into a batch: ``collate_fn`` of any DataLoader.
+    """Stack patches into a batch: ``collate_fn`` of any DataLoader, which takes it for patches by itself too.
 
-    An OptionError if the patches differ in their images, or in the shapes or types of their data.
+    Data is contiguous, (B, C, I, J, K). An OptionError if the patches differ in their images, or in the
+    shapes or types of their data.
 
     >>> import numpy as np
     >>> patch = Patch({"t1": PatchImage(torch.ones(1, 2, 2, 2), np.eye(4))}, None, "sub-01")
@@ -59,11 +69,14 @@ def stack(
     count: int,
     new_memory: NewMemory = torch.empty,
     dtype: torch.dtype | None = None,
+    *,
+    contiguous: bool = True,
 ) -> PatchBatch:
     """A batch of at most ``count`` patches; each patch is copied before the next one is asked for.
 
-    ``new_memory(shape, dtype=)`` allocates the batch of one image, in the order (b, c, z, y, x). With a
-    ``dtype``, images other than label maps are written as values of that type.
+    ``new_memory(shape, dtype=)`` allocates the batch of one image: (b, c, i, j, k), or with
+    ``contiguous=False`` (b, c, z, y, x), the order of the store, which is copied faster. With a ``dtype``,
+    images other than label maps are written as values of that type.
     """
     batch: dict[str, torch.Tensor] = {}
     taken: list[Patch] = []
@@ -72,13 +85,14 @@ def stack(
             _check_alike(patch, taken[0], dtype)
         for name, image in patch.images.items():
             if not taken:
-                shape = (count, *in_stored_order(image.data).shape)
-                batch[name] = new_memory(shape, dtype=_type(image, dtype))
-            image.write_values(_in_user_order(batch[name])[len(taken)], dtype)
+                shape = (count, *(image.data if contiguous else in_stored_order(image.data)).shape)
+                memory = new_memory(shape, dtype=_type(image, dtype))
+                batch[name] = memory if contiguous else _in_user_order(memory)
+            image.write_values(batch[name][len(taken)], dtype)
         taken.append(patch)
     images = {
         name: PatchImage(
-            _in_user_order(data[: len(taken)]),
+            data[: len(taken)],
             np.stack([patch[name].affine for patch in taken]),
             taken[0][name].kind,
             *np.array([_pending_scale(patch[name], dtype) for patch in taken]).T,
@@ -117,3 +131,10 @@ def _check_alike(patch: Patch, first: Patch, dtype: torch.dtype | None) -> None:
 
 def _in_user_order(batch: torch.Tensor) -> torch.Tensor:
     return batch.permute(0, 1, 4, 3, 2) if batch.ndim == 5 else batch
+
+
+def _collate_by_default(patches: Sequence[Patch], *, collate_fn_map: object = None) -> PatchBatch:
+    return collate(patches)
+
+
+default_collate_fn_map[Patch] = _collate_by_default

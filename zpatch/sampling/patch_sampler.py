@@ -19,6 +19,7 @@ from zpatch.geometry.boxes import (
 )
 from zpatch.geometry.padding import check_padding_mode
 from zpatch.images.subject import Subject
+from zpatch.sampling import patch_batch  # noqa: F401 - it lets torch's default_collate know patches
 from zpatch.sampling.patch import Patch, PatchImage, to_tensor
 from zpatch.sampling.patch_views import checked_context, views_of
 from zpatch.sampling.randomness import as_generator
