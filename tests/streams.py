@@ -321,7 +321,7 @@ class Deadly:
 class Picky(RandomSampler):
     """Fails on a subject."""
 
-    def _starts(self, subject: zp.Subject, count: int, rng: np.random.Generator) -> np.ndarray[Any, Any]:
+    def starts(self, subject: zp.Subject, count: int, rng: np.random.Generator) -> np.ndarray[Any, Any]:
         if subject.name == "sub-02":
             raise ArithmeticError("no luck here")
         return np.zeros((count, 3), dtype=np.int64)

@@ -37,7 +37,7 @@ DOORS = {
     "resampled_source chunk_cache",
     "images": "image placed_image subject cohort normalization opened_image",
     "sampling": "patch_sampler samplers grid_sampler patch patch_batch patch_views randomness",
-    "loading": "patch_queue queue_options subjects_loader epoch_plan",
+    "loading": "patch_queue queue_options subject_check subjects_loader epoch_plan",
     "tiling": "windows output_cells axis_tiles volume_tiles",
     "blending": "aggregator blend grid_blend reduction sinks regridding",
     "networks": "model_files model_identity model_axes network",

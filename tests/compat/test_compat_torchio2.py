@@ -294,7 +294,7 @@ def test_a_loader_gives_batches_of_a_queue_as_its_patches_come(subjects: list[ti
         patches = list(queue)
         queue.set_epoch(0)
         batches = list(tio.SubjectsLoader(queue, batch_size=4, drop_last=True))
-    assert [len(batch) for batch in batches] == [4, 4, 4]
+    assert [batch.batch_size for batch in batches] == [4, 4, 4]
     assert torch.equal(
         torch.cat([b.t1.data for b in batches]), torch.stack([p.t1.data for p in patches[:12]])
     )

@@ -54,9 +54,7 @@ def test_voxels_are_read_as_stored_unless_values_are_needed_at_once(
 
 
 def reader_of(transform: Any = None, seed: int = 0) -> DrawReader:
-    types = VoxelTypes(UNIFORM, torch.float32, transform is not None)
-    runner = None if transform is None else TransformRunner(transform, seed)
-    return DrawReader(small_subjects(2), UNIFORM, 5, types, runner, seed)
+    return DrawReader(small_subjects(2), UNIFORM, 5, torch.float32, transform, seed)
 
 
 def draw_of(*numbers: int, epoch: int = 0, subject: int = 1, visit: int = 0) -> Draw:

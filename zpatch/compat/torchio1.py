@@ -75,7 +75,8 @@ from zpatch.compat.transforms import transform_class
 from zpatch.errors import ModelError, OptionError
 from zpatch.geometry.boxes import PatchLocation, Triple, triple
 from zpatch.images.subject import Subject as NativeSubject
-from zpatch.loading.queue_options import QueueOptions, check_subjects
+from zpatch.loading.queue_options import QueueOptions
+from zpatch.loading.subject_check import check_sequence
 from zpatch.runtime.byte_sizes import format_bytes
 
 __all__ = [
@@ -186,7 +187,7 @@ class Queue(IterableDataset[Patch]):
         if not isinstance(sampler, PatchSampler):
             raise OptionError(f"a queue needs a sampler of this module, not {sampler!r}")
         if not isinstance(subjects_dataset, SubjectsDataset):
-            check_subjects(subjects_dataset)
+            check_sequence(subjects_dataset, sampler.native)
             subjects_dataset = SubjectsDataset(subjects_dataset)
         self.subjects_dataset = subjects_dataset
         self.samples_per_volume = samples_per_volume

@@ -59,7 +59,7 @@ from zpatch.errors import OptionError
 from zpatch.geometry.boxes import PatchLocation
 from zpatch.images.cohort import Cohort
 from zpatch.images.subject import Subject as NativeSubject
-from zpatch.loading.queue_options import check_subjects
+from zpatch.loading.subject_check import check_sequence
 from zpatch.loading.subjects_loader import SubjectsLoader as NativeLoader
 from zpatch.sampling import samplers
 from zpatch.sampling.grid_sampler import GridSampler as NativeGridSampler
@@ -187,7 +187,7 @@ class Queue(EpochQueue):
         *,
         seed: int = 0,
     ) -> None:
-        check_subjects(subjects)
+        check_sequence(subjects, patch_sampler)
         own_number = getattr(patch_sampler, "num_patches", None)
         super().__init__(
             named_apart(subjects),

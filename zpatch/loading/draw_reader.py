@@ -41,6 +41,11 @@ class VoxelTypes:
     dtype: torch.dtype | None
     has_transform: bool
 
+    def layout_of(self, subject: Subject) -> SlotLayout:
+        """The layout of a patch of a subject in a slot, before any transform."""
+        views = views_of(subject, self.sampler.context, self.sampler.padding_mode)
+        return SlotLayout.of([self.place_of(view) for view in views])
+
     def place_of(self, view: PatchView) -> ImagePlace:
         """A view of a patch, not yet placed in a slot."""
         dtype, (slope, inter) = self._type_of(view)
@@ -96,7 +101,7 @@ class TransformRunner:
 class DrawReader:
     """The patches of any draw of some subjects; each worker has a copy.
 
-    ``types`` says in which types they are read; with a ``transform`` they are transformed.
+    They are read in types that make ``dtype``, see ``VoxelTypes``, and a ``transform`` is called with each.
     """
 
     def __init__(
@@ -104,15 +109,15 @@ class DrawReader:
         subjects: Sequence[Subject],
         sampler: PatchSampler,
         patches_per_volume: int,
-        types: VoxelTypes,
-        transform: TransformRunner | None,
+        dtype: torch.dtype | None,
+        transform: Transform | None,
         seed: int,
     ) -> None:
         self.subjects = subjects
-        self.transform = transform
+        self.transform = None if transform is None else TransformRunner(transform, seed)
         self._sampler = sampler
         self._patches_per_volume = patches_per_volume
-        self._types = types
+        self._types = VoxelTypes(sampler, dtype, has_transform=transform is not None)
         self._seed = seed
 
     def name_of(self, subject: int) -> str:
@@ -122,10 +127,7 @@ class DrawReader:
 
     def layout_of(self, subject: Subject) -> SlotLayout:
         """The layout of a patch of a subject in a slot, before any transform."""
-        return SlotLayout.of([self._types.place_of(view) for view in self._views(subject)])
-
-    def _views(self, subject: Subject) -> list[PatchView]:
-        return views_of(subject, self._sampler.context, self._sampler.padding_mode)
+        return self._types.layout_of(subject)
 
     def patches(self, draw: Draw) -> Iterator[Patch]:
         """The transformed patches of a draw, each in newly allocated memory."""
@@ -153,7 +155,7 @@ class DrawReader:
 
         ``tensors`` has a list for each image with a tensor for each location.
         """
-        views = self._views(subject)
+        views = views_of(subject, self._sampler.context, self._sampler.padding_mode)
         fill = self._sampler.fill
         reads = [
             view.read(locations, is_scaled=(place.slope, place.inter) == (1.0, 0.0), fill=fill)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from zpatch.errors import QueueError
 from zpatch.loading.epoch_plan import EpochPlan
 from zpatch.loading.patch_feed import Arrival, PatchFeed
 from zpatch.sampling.patch import Patch
@@ -56,7 +55,7 @@ class PatchBuffer:
             self.close()
             raise
         if arrival.failure is not None and arrival.serial == serial:
-            raise QueueError(arrival.failure)
+            raise arrival.failure
         self._waiting[arrival.serial, arrival.number] = arrival
 
     def _drop_before(self, serial: int) -> None:
@@ -65,7 +64,7 @@ class PatchBuffer:
             self.feed.release(self._waiting.pop(key))
         for arrival in self._waiting.values():
             if arrival.failure is not None and arrival.serial == serial:
-                raise QueueError(arrival.failure)
+                raise arrival.failure
 
     def close(self) -> None:
         """End the workers of the feed, and drop the patches that they sent."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from zpatch.errors import QueueError
 from zpatch.loading.draw_reader import DrawReader
 from zpatch.loading.epoch_plan import Draw, EpochPlan
 from zpatch.loading.shared_slots import SlotBlock
@@ -34,7 +35,7 @@ class Arrival:
     number: int
     patch: Patch | None
     slot: int | None = None
-    failure: str | None = None
+    failure: QueueError | None = None
 
 
 class PatchFeed:
@@ -122,7 +123,7 @@ class PatchFeed:
                 yield Arrival(serial, number, patch)
         except Exception as error:
             failed = FailedDraw.of(Task(serial, draw, ()), self._reader.name_of(draw.subject), error)
-            yield Arrival(serial, draw.arrivals[0], None, failure=str(failed))
+            yield Arrival(serial, draw.arrivals[0], None, failure=failed.error())
 
     def _unpack(self, result: Result) -> None:
         task = result.task
@@ -130,7 +131,7 @@ class PatchFeed:
             self._free.extend(task.slots)
         elif isinstance(result, FailedDraw):
             self._free.extend(task.slots)
-            self._arrived.append(Arrival(task.serial, task.draw.arrivals[0], None, failure=str(result)))
+            self._arrived.append(Arrival(task.serial, task.draw.arrivals[0], None, failure=result.error()))
         else:
             for number, slot, sent in zip(task.draw.arrivals, task.slots, result.patches, strict=True):
                 patch = sent.layout.patch(

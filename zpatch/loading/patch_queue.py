@@ -22,25 +22,26 @@ from torch.utils.data import IterableDataset, get_worker_info
 from zpatch.digests import Json
 from zpatch.errors import OptionError, QueueError
 from zpatch.images.subject import Subject
-from zpatch.loading.draw_reader import DrawReader, Transform, TransformRunner, VoxelTypes
+from zpatch.loading.draw_reader import DrawReader, Transform
 from zpatch.loading.epoch_plan import EpochPlan, Uneven
 from zpatch.loading.patch_buffer import PatchBuffer
 from zpatch.loading.patch_feed import PatchFeed
-from zpatch.loading.queue_options import QueueOptions, as_integer, check_subjects
+from zpatch.loading.queue_options import QueueOptions, as_integer
 from zpatch.loading.shared_slots import WATCH_BYTES, SlotLayout, copied
 from zpatch.loading.stream_position import (
     StreamPosition,
+    Turn,
     epoch_and_consumed,
     order_identity,
     queue_state,
     subjects_digest,
 )
+from zpatch.loading.subject_check import OnBad, check_sequence, usable_subjects
 from zpatch.loading.worker import FailedDraw, Task
 from zpatch.loading.worker_pool import START_METHOD, TASKS_PER_WORKER
 from zpatch.runtime.byte_sizes import format_bytes
 from zpatch.sampling.patch import Patch
 from zpatch.sampling.patch_sampler import PatchSampler
-from zpatch.sampling.randomness import Purpose, rng
 
 GROUP_PATCHES = 32
 
@@ -62,6 +63,9 @@ class Queue(IterableDataset[Patch]):
     Under torch.distributed, or with ``rank`` and ``world_size``, each process gets its share: as many
     subjects and patches as every other process. Where they cannot be divided evenly, ``uneven="pad"`` repeats
     some subjects, ``drop`` leaves the rest out, and ``error`` refuses.
+
+    Subjects that cannot give a patch (an image that is missing, smaller than the patch or on another grid, no
+    voxel of a wanted class) are an error at once that names them all; ``on_bad="skip"`` leaves them out.
 
     ``start_method`` is fork on Linux and spawn elsewhere. A worker that gives nothing for ``timeout``
     seconds in which this process ran has hung, which is a QueueError, as is a worker that dies and a subject
@@ -103,11 +107,12 @@ class Queue(IterableDataset[Patch]):
         rank: int | None = None,
         world_size: int | None = None,
         uneven: Uneven = "pad",
+        on_bad: OnBad = "error",
         start_method: str | None = None,
         timeout: float = 120,
         dtype: torch.dtype | None = torch.float32,
     ) -> None:
-        check_subjects(subjects)
+        check_sequence(subjects, patch_sampler)
         options = QueueOptions(
             max_length=max_length,
             patches_per_volume=patches_per_volume,
@@ -120,20 +125,17 @@ class Queue(IterableDataset[Patch]):
             rank=rank,
             world_size=world_size,
             uneven=uneven,
+            on_bad=on_bad,
             start_method=start_method,
             timeout=timeout,
             dtype=dtype,
         )
+        subjects = usable_subjects(subjects, patch_sampler, on_bad, are_alike=transform is None)
         self.subjects, self.patch_sampler, self.options = subjects, patch_sampler, options
-        self.share = options.share()
-        self.share.check(len(subjects))
-        options.check_subject_sampler(len(subjects))
+        self.share = options.share_of(len(subjects))
         self.position = StreamPosition()
-        types = VoxelTypes(patch_sampler, dtype, has_transform=transform is not None)
-        runner = None if transform is None else TransformRunner(transform, options.seed)
-        self._reader = DrawReader(
-            subjects, patch_sampler, options.patches_per_volume, types, runner, options.seed
-        )
+        self._turn = Turn("the queue is iterated by another thread; give each thread a queue of its own")
+        self._reader = DrawReader(subjects, patch_sampler, patches_per_volume, dtype, transform, seed)
         self._patches = self.count_patches()
         self._buffer: PatchBuffer | None = None
 
@@ -188,7 +190,7 @@ class Queue(IterableDataset[Patch]):
             return next(self._reader.patches(draw))
         except Exception as error:  # the same error as in a worker
             failed = FailedDraw.of(Task(0, draw, ()), self._reader.name_of(draw.subject), error)
-            raise QueueError(str(failed)) from error
+            raise failed.error() from error
 
     @property
     def pending_dtype(self) -> torch.dtype | None:
@@ -222,14 +224,7 @@ class Queue(IterableDataset[Patch]):
 
     def subject_order(self, epoch: int) -> NDArray[np.int64]:
         """The subjects of an epoch by their numbers, in order, before they are dealt out to ranks."""
-        sampler = self.options.subject_sampler
-        if sampler is not None:
-            if hasattr(sampler, "set_epoch"):
-                sampler.set_epoch(epoch)
-            return np.array(list(sampler), dtype=np.int64)
-        if not self.options.shuffle_subjects:
-            return np.arange(self.num_subjects)
-        return rng(self.options.seed, epoch, purpose=Purpose.SUBJECT_ORDER).permutation(self.num_subjects)
+        return self.options.subject_order(epoch, self.num_subjects)
 
     def upcoming(self, plan: EpochPlan) -> EpochPlan | None:
         """The epoch after a plan, which workers begin while the buffer drains; None if not known yet."""
@@ -257,14 +252,20 @@ class Queue(IterableDataset[Patch]):
                 "to Queue(num_workers=...)"
             )
         self.options.check_share(self.share)
-        self._end_iteration()
-        plan = self.plan(self.position.epoch)
-        consumed = self.position.begin(plan)
-        mine = self.position.iteration
-        try:
+        with self._turn:
+            self._end_iteration()
+            plan = self.plan(self.position.epoch)
+            consumed = self.position.begin(plan)
+            mine = self.position.iteration
             buffer, reads_ahead = self._running(), self.upcoming(plan) is not None
-            for patch in buffer.iter_patches(plan, consumed, reads_ahead=reads_ahead):
-                self.position.advance()
+            patches = buffer.iter_patches(plan, consumed, reads_ahead=reads_ahead)
+        try:
+            while True:
+                with self._turn:
+                    patch = next(patches, None)
+                    if patch is None:
+                        break
+                    self.position.advance()
                 yield patch
                 if mine != self.position.iteration:
                     raise QueueError(

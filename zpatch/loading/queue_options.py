@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from zpatch.errors import OptionError, QueueError
-from zpatch.images.subject import Subject
 from zpatch.loading.draw_reader import Transform
 from zpatch.loading.epoch_plan import Share, Uneven
+from zpatch.loading.subject_check import ON_BAD, OnBad
 from zpatch.loading.worker_pool import check_processes
+from zpatch.sampling.randomness import Purpose, rng
 
 IMAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, None)
 
@@ -32,6 +34,7 @@ class QueueOptions:
 
     ``rank`` and ``world_size`` are those of this process; None takes them from torch.distributed.
     ``uneven`` says how an epoch that cannot be divided evenly is shared out: pad, drop or error.
+    ``on_bad`` says what becomes of subjects that no patch can be taken of: error or skip.
     ``start_method`` is one of multiprocessing's; None is fork on Linux, spawn elsewhere. A worker that gives
     nothing for ``timeout`` seconds has hung. ``dtype`` is the type of images; None is their stored type.
     """
@@ -47,6 +50,7 @@ class QueueOptions:
     rank: int | None = None
     world_size: int | None = None
     uneven: Uneven = "pad"
+    on_bad: OnBad = "error"
     start_method: str | None = None
     timeout: float = 120
     dtype: torch.dtype | None = torch.float32
@@ -65,6 +69,11 @@ class QueueOptions:
             raise OptionError("rank and world_size go together; say both or neither")
         if self.dtype not in IMAGE_DTYPES:
             raise OptionError(f"dtype must be one of {', '.join(map(str, IMAGE_DTYPES))}, not {self.dtype}")
+        if self.on_bad not in ON_BAD:
+            raise OptionError(f"on_bad must be one of {', '.join(ON_BAD)}, not {self.on_bad!r}")
+        if self.on_bad == "skip" and self.subject_sampler is not None:
+            raise OptionError("a subject_sampler gives numbers of subjects, which on_bad='skip' would change")
+        _check_transform(self.transform)
         check_processes(self.start_method, self.timeout)
 
     @property
@@ -97,7 +106,14 @@ class QueueOptions:
                 f"{now.rank} of {now.world_size}; make the queue after init_process_group"
             )
 
-    def check_subject_sampler(self, num_subjects: int) -> None:
+    def share_of(self, num_subjects: int) -> Share:
+        """The share of this process; an OptionError if so many subjects cannot be shared out."""
+        share = self.share()
+        share.check(num_subjects)
+        self._check_subject_sampler(num_subjects)
+        return share
+
+    def _check_subject_sampler(self, num_subjects: int) -> None:
         """Refuse a ``subject_sampler`` that can be iterated only once, or that gives unknown subjects."""
         if self.subject_sampler is None:
             return
@@ -112,6 +128,17 @@ class QueueOptions:
                     f"subject_sampler gives {subject} of {num_subjects} subjects; they count from 0"
                 )
 
+    def subject_order(self, epoch: int, num_subjects: int) -> NDArray[np.int64]:
+        """The subjects of an epoch by their numbers, in order, before they are dealt out to ranks."""
+        sampler: Any = self.subject_sampler
+        if sampler is not None:
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
+            return np.array(list(sampler), dtype=np.int64)
+        if not self.shuffle_subjects:
+            return np.arange(num_subjects)
+        return rng(self.seed, epoch, purpose=Purpose.SUBJECT_ORDER).permutation(num_subjects)
+
     def as_keywords(self) -> dict[str, Any]:
         """The options by their names, as ``Queue`` takes them."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -125,23 +152,15 @@ def as_integer(name: str, value: Any) -> int:
         raise OptionError(f"{name} must be an integer, not {value!r}") from None
 
 
-def check_subjects(subjects: Any) -> None:
-    """Refuse what is not a sequence of subjects: one subject, the path of a store, an iterator."""
-    if isinstance(subjects, Subject):
-        raise OptionError(
-            f"a queue needs a list of subjects, and {subjects.name!r} is a single one; "
-            f"say Queue([subject], ...)"
-        )
-    if isinstance(subjects, str | os.PathLike):
-        path = os.fspath(subjects)
-        raise OptionError(
-            f"a queue needs a list of subjects, and {path!r} is a path; "
-            f"say Queue(zpatch.Cohort({path!r}), ...)"
-        )
-    if not (hasattr(subjects, "__len__") and hasattr(subjects, "__getitem__")):
-        raise OptionError(
-            f"a queue needs a list of subjects, or another sequence of them, not {type(subjects).__name__}; "
-            f"say Queue(list(subjects), ...)"
-        )
-    if not len(subjects):
-        raise OptionError("a queue needs at least one subject")
+def _check_transform(transform: Any) -> None:
+    """Refuse what cannot be called with a patch: a transform of another library, or no function at all."""
+    libraries = {base.__module__.partition(".")[0] for base in type(transform).__mro__}
+    for library in ("torchio", "monai"):
+        if library in libraries:
+            name = type(transform).__name__
+            raise OptionError(
+                f"{name} is a transform of another library, which takes no patch of zpatch; say "
+                f"transform=from_{library}({name}(...)), of zpatch.compat.transforms"
+            )
+    if transform is not None and not callable(transform):
+        raise OptionError(f"transform must be a function of a patch, not {transform!r}")

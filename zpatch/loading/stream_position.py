@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zpatch.digests import Json, digest
-from zpatch.errors import OptionError
+from zpatch.errors import OptionError, QueueError
 from zpatch.images.image import Image
 from zpatch.images.subject import Subject
 from zpatch.loading.epoch_plan import EpochPlan
@@ -97,6 +97,36 @@ class StreamPosition:
     def _start(self, epoch: int) -> None:
         self.epoch, self.consumed, self._total = epoch, 0, None
         self._is_resumed, self._chosen = False, None
+
+
+class Turn:
+    """A context that one thread at a time may be in; others get a QueueError with that text, at once.
+
+    Unlike a lock it can be pickled, and the copy is free.
+
+    >>> turn = Turn("one at a time")
+    >>> with turn:
+    ...     with turn:
+    ...         pass
+    Traceback (most recent call last):
+    zpatch.errors.QueueError: one at a time
+    """
+
+    def __init__(self, refusal: str) -> None:
+        self._refusal = refusal
+        self._free = [True]  # taking the only item is atomic
+
+    def __enter__(self) -> None:
+        try:
+            self._free.pop()
+        except IndexError:
+            raise QueueError(self._refusal) from None
+
+    def __exit__(self, *exc: object) -> None:
+        self._free.append(True)
+
+    def __reduce__(self) -> tuple[type[Turn], tuple[str]]:
+        return type(self), (self._refusal,)
 
 
 def subjects_digest(subjects: Sequence[Subject]) -> str:

@@ -57,6 +57,10 @@ class Delivery:
     patches: Sequence[Delivered]
 
 
+class WorkerTraceback(Exception):  # noqa: N818 - it is the text of a traceback
+    """The traceback of an error in a worker: the cause of the error that the caller gets."""
+
+
 @dataclass(frozen=True, slots=True)
 class FailedDraw:
     """What a worker returns for a task that failed: the name of the subject, why, and the traceback."""
@@ -72,9 +76,11 @@ class FailedDraw:
         reason = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
         return cls(task, subject, reason, "".join(traceback.format_exception(error)))
 
-    def __str__(self) -> str:
-        epoch = self.task.draw.epoch
-        return f"subject {self.subject!r} failed in epoch {epoch}: {self.reason}\n\n{self.traceback}"
+    def error(self) -> QueueError:
+        """The failure as an error, whose cause has the traceback."""
+        error = QueueError(f"subject {self.subject!r} failed in epoch {self.task.draw.epoch}: {self.reason}")
+        error.__cause__ = WorkerTraceback(f"\n\n{self.traceback}")
+        return error
 
 
 class Worker(Dataset[Any]):

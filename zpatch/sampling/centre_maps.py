@@ -135,6 +135,17 @@ class WeightMap(_Map):
         return np.asarray(voxels[0])
 
 
+def recorded_labels(image: Image) -> set[int] | None:
+    """The values of a label map by its record, or by that of the map that it was resampled from.
+
+    None if they are not known without reading voxels, and for a map of several channels.
+    """
+    root, _ = image.root
+    if image.num_channels > 1 or root.record is None or "labels" not in root.record.stats:
+        return None
+    return {int(value) for value in root.record.stats["labels"]}
+
+
 _recent: Recent[Any, Any] = Recent(RECENT_MAPS)
 
 

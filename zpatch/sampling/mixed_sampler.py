@@ -38,6 +38,21 @@ class MixedSampler(RandomSampler):
             first.patch_size, context=first.context, padding_mode=first.padding_mode, fill=first.fill
         )
 
+    def check(self, subject: Subject) -> None:
+        """Refuse a subject that none of the samplers can take a patch of, as far as that is known."""
+        why: list[NothingToDrawError] = []
+        for _, sampler in self.parts:
+            try:
+                sampler.check(subject)
+            except NothingToDrawError as error:
+                why.append(error)
+        if len(why) == len(self.parts):
+            raise why[0]
+
+    def classes(self, subject: Subject) -> dict[str, bool]:
+        """Whether the subject has each class that is drawn, by its description, where that is known."""
+        return {name: found for _, one in self.parts for name, found in one.classes(subject).items()}
+
     def starts(self, subject: Subject, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
         """The first voxels (count, 3) of patches of a subject."""
         starts = np.empty((count, 3), dtype=np.int64)

@@ -94,6 +94,15 @@ class PatchSampler(ABC):
             subject, locations, context=self.context, padding_mode=self.padding_mode, fill=self.fill
         )
 
+    def check(self, subject: Subject) -> None:
+        """Refuse a subject that no patch can be taken of, as far as that is known without reading voxels."""
+        self.check_fits(subject)
+        views_of(subject, self.context, self.padding_mode)
+
+    def classes(self, subject: Subject) -> dict[str, bool]:
+        """Whether the subject has each class that is drawn, by its description, where that is known."""
+        return {}
+
     def check_fits(self, subject: Subject) -> None:
         """Refuse a subject that is smaller than the patch, unless it is padded."""
         if self.padding_mode is None:

@@ -11,7 +11,7 @@ from zpatch.errors import NothingToDrawError, OptionError, UnknownNameError
 from zpatch.images.image import Image, LabelMap
 from zpatch.images.subject import Subject
 from zpatch.sampling.centre_draws import draw_centres
-from zpatch.sampling.centre_maps import label_classes, weight_map
+from zpatch.sampling.centre_maps import label_classes, recorded_labels, weight_map
 from zpatch.sampling.patch_sampler import PatchSize, RandomSampler
 
 
@@ -55,6 +55,11 @@ class WeightedSampler(RandomSampler):
     ) -> None:
         super().__init__(patch_size, context=context, padding_mode=padding_mode, fill=fill)
         self.probability_map = probability_map
+
+    def check(self, subject: Subject) -> None:
+        """Refuse a subject that no patch can be taken of, as far as that is known without reading voxels."""
+        super().check(subject)
+        subject[self.probability_map]
 
     def starts(self, subject: Subject, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
         """The first voxels (count, 3) of patches of a subject."""
@@ -109,6 +114,31 @@ class LabelSampler(RandomSampler):
         self._wanted: dict[int | None, float] = {None: 1.0}  # None: all but 0 together
         if label_probabilities is not None:
             self._wanted = {label: float(p) for label, p in label_probabilities.items()}
+
+    def check(self, subject: Subject) -> None:
+        """Refuse a subject that no patch can be taken of, as far as that is known without reading voxels."""
+        super().check(subject)
+        name, _ = self._label_map(subject)
+        classes = self.classes(subject)
+        if classes and not any(classes.values()):
+            raise NothingToDrawError(
+                f"{name!r} of subject {subject.name!r} has no voxel of the wanted classes "
+                f"({self._wanted_names()})"
+            )
+
+    def classes(self, subject: Subject) -> dict[str, bool]:
+        """Whether the subject has each class that is drawn, by its description, where that is known."""
+        name, image = self._label_map(subject)
+        labels = recorded_labels(image)
+        if labels is None:
+            return {}
+        wanted = [label for label, p in self._wanted.items() if p > 0]
+        return {
+            f"{'any class but 0' if label is None else f'class {label}'} in {name!r}": (
+                bool(labels - {0}) if label is None else label in labels
+            )
+            for label in wanted
+        }
 
     def starts(self, subject: Subject, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
         """The first voxels (count, 3) of patches of a subject."""

@@ -1,0 +1,114 @@
+"""What a queue checks of its subjects before the first patch: all that is known without reading voxels."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from zpatch.errors import OptionError, ZpatchError
+from zpatch.images.cohort import Cohort
+from zpatch.images.subject import Subject
+from zpatch.sampling.patch_sampler import PatchSampler
+
+OnBad = Literal["error", "skip"]
+ON_BAD: tuple[str, ...] = get_args(OnBad)
+MOST_LISTED = 10
+
+
+def check_sequence(subjects: Any, patch_sampler: Any) -> None:
+    """Refuse what is no sequence of subjects (one subject, a path, an iterator), and what is no sampler."""
+    if isinstance(subjects, PatchSampler):
+        raise OptionError("the subjects come first: Queue(subjects, patch_sampler)")
+    if isinstance(subjects, Subject):
+        raise OptionError(
+            f"a queue needs a list of subjects, and {subjects.name!r} is a single one; "
+            f"say Queue([subject], ...)"
+        )
+    if isinstance(subjects, str | os.PathLike):
+        path = os.fspath(subjects)
+        raise OptionError(
+            f"a queue needs a list of subjects, and {path!r} is a path; "
+            f"say Queue(zpatch.Cohort({path!r}), ...)"
+        )
+    if not (hasattr(subjects, "__len__") and hasattr(subjects, "__getitem__")):
+        raise OptionError(
+            f"a queue needs a list of subjects, or another sequence of them, not {type(subjects).__name__}; "
+            f"say Queue(list(subjects), ...)"
+        )
+    if not len(subjects):
+        raise OptionError("a queue needs at least one subject")
+    if not isinstance(patch_sampler, PatchSampler):
+        made = f"{patch_sampler.__name__}(96)" if isinstance(patch_sampler, type) else "UniformSampler(96)"
+        raise OptionError(f"a queue needs a patch sampler, as {made}, not {patch_sampler!r}")
+
+
+def usable_subjects(
+    subjects: Sequence[Subject], sampler: PatchSampler, on_bad: str, *, are_alike: bool
+) -> Sequence[Subject]:
+    """The subjects that patches can be taken of, in their order.
+
+    Others are errors, all of them in one; with ``on_bad="skip"`` they are left out with one warning. Known
+    are the images, their grids, and by the manifest the classes of label maps. With ``are_alike`` a subject
+    must have all images that most subjects have.
+    """
+    bad, classes = _complaints(subjects, sampler, are_alike=are_alike)
+    missing = [name for name, is_there in classes.items() if not is_there]
+    if missing:
+        bad[-1] = OptionError(f"no subject has {' or '.join(missing)}; correct label_probabilities")
+    if not bad:
+        return subjects
+    if on_bad == "error" or len(bad) - bool(missing) == len(subjects):
+        raise _as_one(bad, len(subjects), "")
+    warnings.warn(str(_as_one(bad, len(subjects), "left out")), stacklevel=3)
+    kept = [number for number in range(len(subjects)) if number not in bad]
+    if isinstance(subjects, Cohort):
+        names = subjects.names
+        return subjects.select([names[number] for number in kept])
+    return [subjects[number] for number in kept]
+
+
+def _complaints(
+    subjects: Sequence[Subject], sampler: PatchSampler, *, are_alike: bool
+) -> tuple[dict[int, ZpatchError], dict[str, bool]]:
+    """What is wrong with each subject, by its number; and for each class that is drawn whether any has it."""
+    bad: dict[int, ZpatchError] = {}
+    images: dict[int, tuple[str, frozenset[str]]] = {}
+    classes: dict[str, bool] = {}
+    for number in range(len(subjects)):
+        try:
+            subject = subjects[number]
+            images[number] = subject.name, frozenset(subject.images)
+            sampler.check(subject)
+            for name, is_there in sampler.classes(subject).items():
+                classes[name] = classes.get(name, False) or is_there
+        except ZpatchError as error:
+            bad[number] = error
+    if are_alike:
+        bad = {**dict(_without_images(images)), **bad}
+    return dict(sorted(bad.items())), classes
+
+
+def _without_images(images: Mapping[int, tuple[str, frozenset[str]]]) -> Iterator[tuple[int, ZpatchError]]:
+    """The subjects that lack an image which most subjects have."""
+    times = Counter(name for _, names in images.values() for name in names)
+    usual = [name for name, count in times.items() if 2 * count > len(images)]
+    for number, (subject, names) in images.items():
+        if lacking := [name for name in sorted(usual) if name not in names]:
+            listed, has = ", ".join(map(repr, lacking)), ", ".join(names)
+            yield number, OptionError(f"subject {subject!r} has no {listed}, as most have (it has: {has})")
+
+
+def _as_one(bad: Mapping[int, ZpatchError], count: int, done: str) -> ZpatchError:
+    """All complaints as one error, of the class of the first."""
+    first = next(iter(bad.values()))
+    number = len([n for n in bad if n >= 0])
+    if len(bad) == 1 and not done and (number == 0 or count == 1):
+        return first
+    listed = [str(error) for error in bad.values()][:MOST_LISTED]
+    more = [f"... and {len(bad) - MOST_LISTED} more"] if len(bad) > MOST_LISTED else []
+    advice = "" if done or number == count else "\n  say on_bad='skip' to leave them out"
+    head = f"{number} of {count} subjects cannot be used" + (f", and are {done}" if done else "")
+    return type(first)(f"{head}:\n  " + "\n  ".join([*listed, *more]) + advice)
