@@ -24,7 +24,8 @@ from zpatch.chunks.mapped_shards import close_shards
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
-FULL_TIMEOUT_S = 1200
+FULL_TIMEOUT_S = 600  # 400 examples of a law, on a slow machine
+SLOW_TIMEOUT_S = 1200
 
 hypothesis.settings.register_profile("quick", deadline=None, max_examples=20, derandomize=True)
 hypothesis.settings.register_profile("full", deadline=None, max_examples=400)
@@ -58,8 +59,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Slow tests may take longer in their full counts."""
     for item in items if config.getoption("--full") else ():
-        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
-            item.add_marker(pytest.mark.timeout(FULL_TIMEOUT_S))
+        if not item.get_closest_marker("timeout"):
+            is_slow = item.get_closest_marker("slow")
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S if is_slow else FULL_TIMEOUT_S))
 
 
 def pytest_collection_finish() -> None:
