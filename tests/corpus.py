@@ -67,11 +67,15 @@ class FileKind:
 
 @dataclass(frozen=True, slots=True)
 class CohortKind:
-    """A kind of bad cohort: ``make`` fills a folder and returns the source to convert."""
+    """A kind of bad cohort: ``make`` fills a folder and returns the source to convert.
+
+    With ``fails_alone`` only the cases with bad names are refused.
+    """
 
     name: str
     says: str
     make: Callable[[Path], Path]
+    fails_alone: bool = False
 
 
 FILES: list[FileKind] = []
@@ -93,9 +97,11 @@ def bomb(says: str) -> Callable[[Callable[[Path], object]], Callable[[Path], obj
     return kind("fails", says, kinds=BOMBS)
 
 
-def cohort(says: str) -> Callable[[Callable[[Path], Path]], Callable[[Path], Path]]:
+def cohort(
+    says: str, *, fails_alone: bool = False
+) -> Callable[[Callable[[Path], Path]], Callable[[Path], Path]]:
     def add(make: Callable[[Path], Path]) -> Callable[[Path], Path]:
-        COHORTS.append(CohortKind(make.__name__, says, make))
+        COHORTS.append(CohortKind(make.__name__, says, make, fails_alone))
         return make
 
     return add
@@ -927,22 +933,17 @@ def listing(source: Path, subject: str, name: str = "t1") -> Path:
     return source / "cases.csv"
 
 
-@cohort("two files for the image 't1': .*t1.nii and .*t1.nii.gz; rename or remove one")
+@cohort("two files for the image 't1': .*t1.nii and .*t1.nii.gz; rename or remove one", fails_alone=True)
 def two_files_for_one_image(source: Path) -> Path:
     return with_images(source, "sub-02/t1.nii", "sub-02/t1.nii.gz")
 
 
-@cohort("two files for the image 't1'|called 'sub-02'")
-def two_folders_for_one_subject(source: Path) -> Path:
-    return with_images(source, "a/sub-02/t1.nii.gz", "b/sub-02/t1.nii.gz")
-
-
-@cohort("'SUB-01' and 'sub-01' differ in case only; rename one")
+@cohort("'SUB-01' and 'sub-01' differ in case only; rename one", fails_alone=True)
 def subjects_equal_but_for_case(source: Path) -> Path:
     return with_images(source, "SUB-01/t1.nii.gz")
 
 
-@cohort("'T1' and 't1' differ in case only; rename one")
+@cohort("'T1' and 't1' differ in case only; rename one", fails_alone=True)
 def images_equal_but_for_case(source: Path) -> Path:
     return with_images(source, "sub-02/t1.nii.gz", "sub-02/T1.nii.gz")
 
@@ -951,7 +952,7 @@ def _named(name: str, shown: str, *files: str) -> None:
     def make(source: Path) -> Path:
         return with_images(source, *files)
 
-    COHORTS.append(CohortKind(name, f"name {shown} is not usable", make))
+    COHORTS.append(CohortKind(name, f"name {shown} is not usable", make, fails_alone=True))
 
 
 _named("subject_with_a_space", "'sub 02'", "sub 02/t1.nii")
@@ -974,7 +975,7 @@ def _listed(name: str, subject: str, shown: str) -> None:
     def make(source: Path) -> Path:
         return listing(source, subject)
 
-    COHORTS.append(CohortKind(name, shown, make))
+    COHORTS.append(CohortKind(name, shown, make, fails_alone="is not usable" in shown))
 
 
 _listed("listed_subject_called_dot_dot", "..", r"name '\.\.' is not usable")

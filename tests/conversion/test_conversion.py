@@ -565,3 +565,22 @@ def test_an_interrupted_commit_leaves_nothing_of_its_subject(
     monkeypatch.undo()
     zp.convert(cohort_source, tmp_path / "a.zarr")
     assert zp.verify(tmp_path / "a.zarr").ok
+
+
+def test_a_label_map_of_another_orientation_on_the_same_grid_converts_with_orient(tmp_path: Path) -> None:
+    volume = np.arange(4 * 5 * 6, dtype=np.int16).reshape(4, 5, 6)
+    image = nib.Nifti1Image(volume, np.diag([1.0, 2.0, 3.0, 1.0]))
+    turned = image.as_reoriented(
+        nib.orientations.ornt_transform(
+            nib.orientations.io_orientation(image.affine), nib.orientations.axcodes2ornt("PIR")
+        )
+    )
+    (tmp_path / "a").mkdir()
+    turned.to_filename(tmp_path / "a" / "t1.nii")
+    nib.Nifti1Image(volume.astype(np.uint8), image.affine).to_filename(tmp_path / "a" / "seg.nii")
+    with pytest.raises(SourceError, match=r"its shape .* is not that of"):
+        zp.convert(tmp_path, tmp_path / "plain")
+    zp.convert(tmp_path, tmp_path / "store", orient="LPS")
+    [subject] = zp.Cohort(tmp_path / "store")
+    np.testing.assert_array_equal(subject.t1.data, subject.seg.data)
+    np.testing.assert_allclose(subject.t1.affine, subject.seg.affine)

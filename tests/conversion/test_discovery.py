@@ -38,6 +38,13 @@ def found(cases: list[Case]) -> Found:
     return {case.subject: {image.name: image.kind for image in case.images} for case in cases}
 
 
+def complaint(source: Path) -> str:
+    """Why the cases of a source are refused."""
+    discovery = discover(source)
+    assert discovery.refused
+    return "\n".join(reason for _, reason in discovery.refused)
+
+
 def kind_of(source: Path, name: str, **patterns: list[str]) -> str:
     [case] = discover(touch(source, name), **patterns).cases
     [image] = case.images
@@ -182,11 +189,10 @@ def test_a_source_without_nifti_files_is_an_error(source: Path) -> None:
 
 def test_two_files_for_one_image_are_an_error_that_names_both(source: Path) -> None:
     touch(source, "sub-01/t1.nii", "sub-01/t1.nii.gz")
-    with pytest.raises(
-        SourceError,
-        match=r"'sub-01' has two files for the image 't1': .*t1.nii and .*t1.nii.gz; rename or remove one",
-    ):
-        discover(source)
+    assert re.search(
+        r"'sub-01' has two files for the image 't1': .*t1.nii and .*t1.nii.gz; rename or remove one",
+        complaint(source),
+    )
 
 
 @pytest.mark.parametrize(
@@ -197,16 +203,57 @@ def test_two_files_for_one_image_are_an_error_that_names_both(source: Path) -> N
     ],
 )
 def test_names_that_differ_in_case_only_are_an_error(source: Path, names: list[str], why: str) -> None:
-    with pytest.raises(SourceError, match=re.escape(why)):
-        discover(touch(source, *names))
+    assert why in complaint(touch(source, *names))
 
 
 @pytest.mark.parametrize("bad", ["_a", "-a", "a b", "ä", "a" * 129, "a\n", "a:b"])
 def test_a_name_that_could_not_be_a_folder_everywhere_is_quoted_in_the_error(source: Path, bad: str) -> None:
-    with pytest.raises(SourceError, match=re.escape(f"subject name {bad!r} is not usable: it must start")):
-        discover(touch(source, f"{bad}/t1.nii"))
-    with pytest.raises(SourceError, match=re.escape(f"image name {bad!r} is not usable: it must start")):
-        discover(touch(source / "other", f"sub/{bad}.nii"))
+    said = complaint(touch(source, f"{bad}/t1.nii"))
+    assert f"subject name {bad!r} is not usable: it must start" in said
+    said = complaint(touch(source / "other", f"sub/{bad}.nii"))
+    assert f"image name {bad!r} is not usable: it must start" in said
+
+
+def test_bad_names_are_refused_together_and_the_good_ones_are_kept(source: Path) -> None:
+    touch(
+        source, "good/t1.nii", "a b/t1.nii", "ä/t1.nii", "X/t1.nii", "x/t1.nii", "two/t1.nii", "two/t1.nii.gz"
+    )
+    discovery = discover(source)
+    assert list(found(discovery.cases)) == ["good"]
+    assert sorted(subject for subject, _ in discovery.refused) == ["X", "a b", "two", "x", "ä"]
+    for _, reason in discovery.refused:
+        assert str(source) in reason
+        assert "; rename" in reason
+        assert reason.endswith("in a table: a .csv with columns subject and one for each image")
+
+
+def test_folders_of_one_name_in_different_folders_are_different_subjects(source: Path) -> None:
+    touch(
+        source, "siteA/s1/t1.nii", "siteB/s1/t1.nii", "siteB/s1/images/t2.nii", "siteB/s2/t1.nii", "flat.nii"
+    )
+    discovery = discover(source)
+    assert found(discovery.cases) == {
+        "flat": {"image": "scalar"},
+        "siteA-s1": {"t1": "scalar"},
+        "siteB-s1": {"t1": "scalar", "t2": "scalar"},
+        "siteB-s2": {"t1": "scalar"},
+    }
+    assert discovery.notes == (
+        "subjects are named by all folders above their files, as 'siteA-s1': some share a name",
+    )
+    other = touch(source.with_name("other"), "siteA/s1/t1.nii", "siteB/s2/t1.nii")
+    assert list(found(discover(other).cases)) == ["s1", "s2"]
+
+
+@pytest.mark.parametrize("names", [["Dataset001_Brain"], ["Task01_A", "Task02_B"]])
+def test_a_folder_of_datasets_says_to_name_one_of_them(source: Path, names: list[str]) -> None:
+    for name in names:
+        touch(source, f"{name}/imagesTr/a_0000.nii.gz", f"{name}/labelsTr/a.nii.gz", f"{name}/dataset.json")
+    count = f"{len(names)} dataset" + "s" * (len(names) > 1)
+    why = f"source: it holds {count} ({', '.join(names)}); name one of them, as {source / names[0]}"
+    with pytest.raises(SourceError, match=re.escape(why)):
+        discover(source)
+    assert discover(source, format="glob").format == "glob"
 
 
 def test_an_excluded_subject_may_have_a_bad_name(source: Path) -> None:

@@ -181,7 +181,26 @@ def test_a_file_that_is_not_an_image_is_ignored(kind: FileKind, source: Path, st
     only_the_good_ones(store)
 
 
-@pytest.mark.parametrize("kind", COHORTS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [kind for kind in COHORTS if kind.fails_alone], ids=lambda kind: kind.name)
+def test_bad_names_fail_their_own_cases_with_path_and_remedy(
+    kind: CohortKind, source: Path, store: Path, run: Run
+) -> None:
+    code, _, stderr = run("convert", kind.make(source), store)
+    assert code == zpatch.cli.EXIT_SOME_FAILED
+    failed = [line for line in stderr.splitlines() if re.search(kind.says, line)]
+    assert failed, stderr
+    for line in failed:
+        assert line.isprintable()
+        assert str(source) in line
+        assert re.search("; rename .*, or give it another name in a table: a .csv with columns subject", line)
+    assert "unexpected" not in stderr
+    assert zp.Cohort(store).names
+    assert zp.verify(store).ok
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in COHORTS if not kind.fails_alone], ids=lambda kind: kind.name
+)
 def test_a_bad_cohort_is_refused_before_anything_is_written(
     kind: CohortKind, source: Path, store: Path, run: Run
 ) -> None:

@@ -23,7 +23,7 @@ from zpatch.conversion.source_files import has_fingerprint
 from zpatch.digests import Json
 from zpatch.errors import OptionError, SourceError, one_line
 from zpatch.geometry.affines import Affine, max_corner_distance, spacing_mm
-from zpatch.geometry.boxes import padded_to_4d
+from zpatch.geometry.boxes import Triple, padded_to_4d
 from zpatch.geometry.orientation import AS_STORED, Orientation, orientation_to
 from zpatch.nifti import header
 from zpatch.nifti.header import NiftiFile
@@ -185,7 +185,8 @@ def plan_conversion(
     ``done`` are the images in the store: a case whose files have not changed since then is not planned.
     """
     found = discover(source, options)
-    planned, failures, unchanged = [], [], []
+    planned, unchanged = [], []
+    failures = [Failure(subject, one_line(SourceError(reason))) for subject, reason in found.refused]
     for case in found.cases:
         if _is_unchanged(case, done, found.folder, options):
             unchanged.append(case.subject)
@@ -298,15 +299,21 @@ def _first(pair: tuple[float, PlannedImage]) -> float:
 
 def _voxels_apart(image: PlannedImage, other: PlannedImage) -> float:
     """The largest distance between voxels of a map and an image, in voxels; infinity if shapes differ."""
-    k, j, i = image.file.shape[-3:]
-    if other.file.shape[-3:] != (k, j, i):
+    (shape, affine), (other_shape, other_affine) = _turned_grid(image), _turned_grid(other)
+    if other_shape != shape:
         return math.inf
-    apart = max_corner_distance(other.file.affine, image.file.affine, (i, j, k))
+    apart = max_corner_distance(other_affine, affine, shape)
     return math.inf if math.isnan(apart) else apart
 
 
+def _turned_grid(image: PlannedImage) -> tuple[Triple, Affine]:
+    """Shape (I, J, K) and affine of the file, as it is turned."""
+    k, j, i = image.file.shape[-3:]
+    return image.orientation.shape((i, j, k)), image.orientation.affine(image.file.affine, (i, j, k))
+
+
 def _misfit(image: PlannedImage, nearest: PlannedImage, apart: float) -> str:
-    shape, other = (planned.file.shape[-3:][::-1] for planned in (image, nearest))
+    shape, other = (_turned_grid(planned)[0] for planned in (image, nearest))
     what = (
         f"its shape {shape} is not that of {nearest.source.path}, {other}"
         if shape != other

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import os
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,14 @@ from pathlib import Path
 from zpatch.conversion.case_lists import DATASET, datalist, looks_like_msd, read_dict, table
 from zpatch.conversion.cases import Case, CaseImage, stem_of
 from zpatch.conversion.conversion_options import ConvertOptions
-from zpatch.conversion.folder_conventions import bids, glob, looks_like_bids, looks_like_nnunet, nnunet
+from zpatch.conversion.folder_conventions import (
+    bids,
+    datasets_in,
+    glob,
+    looks_like_bids,
+    looks_like_nnunet,
+    nnunet,
+)
 from zpatch.conversion.source_files import Note, counted
 from zpatch.errors import SourceError
 from zpatch.store.image_record import Kind
@@ -35,12 +42,14 @@ class Discovery:
     """The cases of a source.
 
     ``format`` is the convention that was detected or chosen. Paths of sources are stored relative to
-    ``folder``, which need not hold a listed file. ``notes`` say what was left out, a line each.
+    ``folder``, which need not hold a listed file. ``refused`` are subjects whose names, or those of their
+    images, cannot be used, each with the reason. ``notes`` say what was left out, a line each.
     """
 
     format: str
     cases: list[Case]
     folder: Path
+    refused: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -61,15 +70,13 @@ def discover(source: Path, options: ConvertOptions) -> Discovery:
     if not cases:
         more = f" ({'; '.join(notes)})" if notes else ""
         raise SourceError(f"{source}: {_HOLDS_NOTHING[found]}{more}; name the folder that holds them")
-    _check_subjects(source, cases)
     kept = [case for case in cases if matches(case.subject, options.include or ["*"])]
     kept = [case for case in kept if not matches(case.subject, options.exclude)][: options.limit]
     if not kept:
         raise SourceError(f"{source}: include= and exclude= leave none of {len(cases)} subjects")
     kept = [_with_patterns(case, folder, options) for case in kept]
-    for case in kept:
-        _check_images(case)
-    return Discovery(found, kept, folder, tuple(notes))
+    usable, refused = _checked(kept)
+    return Discovery(found, usable, folder, tuple(refused), tuple(notes))
 
 
 def _detected(source: Path) -> str:
@@ -82,7 +89,14 @@ def _detected(source: Path) -> str:
             return "nnunet"
         if "training" in dataset:
             return "msd"
-    return "bids" if looks_like_bids(source) else "glob"
+    if looks_like_bids(source):
+        return "bids"
+    if inner := datasets_in(source):
+        raise SourceError(
+            f"{source}: it holds {len(inner)} dataset{'s' * (len(inner) > 1)} ({', '.join(inner[:5])}"
+            f"{', ...' * (len(inner) > 5)}); name one of them, as {source / inner[0]}"
+        )
+    return "glob"
 
 
 def _detected_list(file: Path) -> str:
@@ -124,11 +138,31 @@ def _with_images(cases: list[Case], note: Note) -> list[Case]:
     return [case for case in cases if case.images]
 
 
-def _check_subjects(source: Path, cases: Sequence[Case]) -> None:
-    times = Counter(case.subject for case in cases)
-    if twice := next((subject for subject, count in times.items() if count > 1), None):
-        raise SourceError(f"{source}: {times[twice]} cases are called {twice!r}; give each a different name")
-    check_names_differ(times, "subject")
+def _checked(cases: Sequence[Case]) -> tuple[list[Case], list[tuple[str, str]]]:
+    """The cases with names that a store can have, and the others, each with the reason."""
+    of_name: dict[str, list[Case]] = defaultdict(list)
+    for case in cases:
+        of_name[case.subject.casefold()].append(case)
+    usable, refused = [], []
+    for case in cases:
+        try:
+            _check_subject(case, of_name[case.subject.casefold()])
+            _check_images(case)
+            usable.append(case)
+        except SourceError as error:
+            advice = "or give it another name in a table: a .csv with columns subject and one for each image"
+            refused.append((case.subject, f"{case.images[0].path}: {error}, {advice}"))
+    return usable, refused
+
+
+def _check_subject(case: Case, alike: Sequence[Case]) -> None:
+    """Refuse a case that another one has the name of, exactly or but for the case of letters."""
+    others = [other for other in alike if other is not case]
+    if same := next((other for other in others if other.subject == case.subject), None):
+        raise SourceError(
+            f"{len(others) + 1} cases are called {case.subject!r} (also {same.images[0].path}); rename it"
+        )
+    check_names_differ((other.subject for other in alike), "subject")
 
 
 def _check_images(case: Case) -> None:

@@ -43,28 +43,39 @@ ImagesByCase = dict[str, list[CaseImage]]
 
 def glob(folder: Path, note: Note, *, guess_labels: bool = True) -> list[Case]:
     """``<subject>/<image>``, or flat: ``<subject>_<image>`` where several files share a ``<subject>``,
-    else one subject a file; files in ``images*/`` and ``labels*/`` are flat files of their stems."""
+    else one subject a file; files in ``images*/`` and ``labels*/`` are flat files of their stems.
+
+    Where folders of one name lie in different folders, as ``siteA/s1`` and ``siteB/s1``, subjects are named
+    by all folders: ``siteA-s1``.
+    """
     files = nifti_files(folder, note)
     sharing = Counter(file.stem.rpartition("_")[0] for file in files if len(file.parts) == 1)
-    subjects: ImagesByCase = defaultdict(list)
+    subjects: dict[tuple[str, ...], list[CaseImage]] = defaultdict(list)
     for file in files:
-        subject, name = _glob_names(file, sharing)
+        path, name = _glob_names(file, sharing)
         kind: Kind = _glob_kind(file) if guess_labels else "scalar"
-        subjects[subject].append(CaseImage(name, kind, file.path))
-    return [Case(subject, tuple(images)) for subject, images in subjects.items()]
+        subjects[path].append(CaseImage(name, kind, file.path))
+    is_ambiguous = len({path[-1] for path in subjects}) < len(subjects)
+    if is_ambiguous:
+        some = next(path for path in subjects if len(path) > 1)
+        note(f"subjects are named by all folders above their files, as {'-'.join(some)!r}: some share a name")
+    return [
+        Case("-".join(path) if is_ambiguous else path[-1], tuple(images)) for path, images in subjects.items()
+    ]
 
 
-def _glob_names(file: FoundFile, sharing: Mapping[str, int]) -> tuple[str, str]:
+def _glob_names(file: FoundFile, sharing: Mapping[str, int]) -> tuple[tuple[str, ...], str]:
+    """The subject of a file, with the folders that it is in, and the name of the image."""
     match file.parts[:-1]:
         case ():
             subject, _, image = file.stem.rpartition("_")
             shared = subject and image and sharing[subject] > 1
-            return (subject, image) if shared else (file.stem, SOLE_IMAGE)
+            return ((subject,), image) if shared else ((file.stem,), SOLE_IMAGE)
         case (only,) if _IMAGE_FOLDER.fullmatch(only):
-            return file.stem, SOLE_LABEL if only.lower().startswith("labels") else SOLE_IMAGE
-        case (*_, subject, inner) if _IMAGE_FOLDER.fullmatch(inner):
-            return subject, file.stem
-    return file.parts[-2], file.stem
+            return (file.stem,), SOLE_LABEL if only.lower().startswith("labels") else SOLE_IMAGE
+        case (*above, inner) if _IMAGE_FOLDER.fullmatch(inner):
+            return tuple(above), file.stem
+    return tuple(file.parts[:-1]), file.stem
 
 
 def _glob_kind(file: FoundFile) -> Kind:
@@ -190,6 +201,17 @@ def _participants(file: Path) -> dict[str, Row]:
             raise SourceError(f"{file}, line {line}: {name} has a row already; keep one a participant")
         people[name] = row
     return people
+
+
+def datasets_in(folder: Path) -> list[str]:
+    """The folders in a folder that are datasets of nnU-Net or of the Decathlon, by their names."""
+    return sorted(
+        entry.name
+        for entry in entries_of(folder)
+        if _is_folder(entry)
+        and os.path.isfile(os.path.join(entry.path, DATASET))
+        and os.path.isdir(os.path.join(entry.path, "imagesTr"))
+    )
 
 
 def looks_like_nnunet(folder: Path, dataset: Mapping[str, Any]) -> bool:

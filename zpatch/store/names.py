@@ -25,7 +25,8 @@ def check_name(name: str, what: str) -> None:
     if not _NAME.fullmatch(name) or name.casefold() in (ROOT_DOCUMENT, MANIFEST):
         raise SourceError(
             f"{what} name {name!r} is not usable: it must start with a letter or digit and hold only "
-            f"letters, digits, '.', '_' and '-' (at most 128), and not be a file of the store itself"
+            f"letters, digits, '.', '_' and '-' (at most 128), and not be a file of the store itself; "
+            f"rename it"
         )
 
 
