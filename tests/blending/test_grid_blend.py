@@ -378,7 +378,7 @@ def test_weights_of_skipped_patches_are_divided_out_and_voxels_without_other_pat
         for shard in np.ndindex(tiling.shard_counts):
             made = found.times[np.ix_(*(of == n for of, n in zip((i, j, k), shard, strict=True)))]
             assert tiling.count_made(shard, ~gone) == made.sum()
-        if numbers.size:
+        if inside.any():  # a patch may add to no voxel of a smaller output
             assert np.array_equal((found.voxels == FILL).all(axis=0), ~inside)
             np.testing.assert_allclose(found.voxels, wanted, rtol=1e-5)
         again = run(tiling, patches, rng.permutation(numbers).tolist(), skipped=gone)

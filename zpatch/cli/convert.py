@@ -144,6 +144,7 @@ def convert_command(
     from zpatch.conversion.conversion import committed, run_conversion
     from zpatch.conversion.conversion_options import ConvertOptions
     from zpatch.conversion.conversion_plan import plan_conversion
+    from zpatch.images.mixtures import mixtures
     from zpatch.store.store_writer import check_can_create
 
     check_can_create(store, overwrite=overwrite, resume=True)
@@ -164,6 +165,8 @@ def convert_command(
             progress=progress,
             on_case=lines.add,
         )
+    for image, text in mixtures(committed(store).values()):
+        say(f"note: {image}: {text}")
     if json:
         print_json(done.to_json())
     else:
@@ -196,7 +199,7 @@ def _print_plan(plan: ConversionPlan, json: bool) -> None:
     if json:
         print_json(plan.to_json())
         return
-    rows: list[tuple[str, ...]] = [("subject", "image", "kind", "shape", "dtype", "shards", "file")]
+    rows: list[tuple[str, ...]] = [("subject", "image", "kind", "shape I x J x K", "dtype", "shards", "file")]
     for image in plan.images:
         shape = "x".join(map(str, image.dims))
         where = str(image.source.path)

@@ -34,6 +34,7 @@ def info_command(store: Path, include: tuple[str, ...], limit: int, json: bool) 
       zpatch info cohort.zarr
       zpatch info cohort.zarr --include 'sub-0*' --json
     """
+    from zpatch.images.mixtures import mixtures
     from zpatch.store.names import chosen
     from zpatch.store.store import open_store
 
@@ -45,11 +46,12 @@ def info_command(store: Path, include: tuple[str, ...], limit: int, json: bool) 
         print_json({"store": str(store), **opened.attributes, "images": [_as_json(r) for r in records]})
         return
     show(_headline(opened, records))
-    for line in (*_resampled(records), *_origins(records)):
+    mixed = [f"{image}: {text}" for image, text in mixtures(records)]
+    for line in (*_resampled(records), *_origins(records), *mixed):
         show(line)
     if records:
         show()
-        show_table([_HEADING, *(_row(record) for record in records[:limit])])
+        show_table(_with_content([_HEADING, *(_row(record) for record in records[:limit])]))
     if len(records) > limit:
         show(f"... and {len(records) - limit} more (--limit)")
     for record in records:
@@ -57,19 +59,30 @@ def info_command(store: Path, include: tuple[str, ...], limit: int, json: bool) 
             show(f"warning: {record.subject}/{record.image}: {warning}")
 
 
+MOST_LABELS = 8  # values of a label map that are listed
+
 _HEADING = (
     "subject",
     "image",
+    "split",
     "kind",
-    "shape",
+    "shape I x J x K",
     "dtype",
     "spacing mm",
+    "axes",
     "stored",
     "ratio",
     "min",
     "mean",
     "max",
+    "labels",
 )
+
+
+def _with_content(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """A table without the columns in which only the heading has a text."""
+    kept = [column for column in range(len(_HEADING)) if any(row[column] for row in rows[1:])]
+    return [tuple(row[column] for column in kept) for row in rows]
 
 
 def _headline(store: Store, records: Sequence[ImageRecord]) -> str:
@@ -120,6 +133,7 @@ def _row(record: ImageRecord) -> tuple[str, ...]:
     import numpy as np
 
     from zpatch.geometry.affines import spacing_mm
+    from zpatch.images.mixtures import orientation_of
 
     channels, *_ = record.shape_czyx
     shape = "x".join(map(str, record.spatial_shape)) + (f" x{channels}" if channels > 1 else "")
@@ -128,20 +142,41 @@ def _row(record: ImageRecord) -> tuple[str, ...]:
     return (
         record.subject,
         record.image,
+        record.split or "",
         record.kind,
         shape,
         np.dtype(record.dtype).name,
         "x".join(f"{s:.3g}" for s in spacing_mm(record.affine_array)) + unit,
+        orientation_of(record),
         format_bytes(record.stored_bytes),
         f"{record.voxel_bytes / max(record.stored_bytes, 1):.1f}",
         *("-" if value is None else f"{value:.4g}" for value in values),
+        _labels(record),
     )
 
 
+def _labels(record: ImageRecord) -> str:
+    """The values of a label map, by the statistics of the manifest."""
+    found = record.stats.get("labels")
+    if not isinstance(found, dict):
+        return ""
+    values = sorted(found, key=lambda value: (len(value), value))
+    if len(values) > MOST_LABELS:
+        return f"{' '.join(values[: MOST_LABELS - 1])} ... {len(values)} values"
+    return " ".join(values)
+
+
 def _as_json(record: ImageRecord) -> dict[str, Any]:
+    from zpatch.images.mixtures import orientation_of
+
     value = record.to_json()
     return {
         **value,
+        "shape": list(record.spatial_shape),
+        "shape_axes": "IJK",
+        "channels": record.shape_czyx[0],
+        "stored_shape": value["shape"],
+        "orientation": orientation_of(record),
         "files": len(value["files"]),
         "voxel_bytes": record.voxel_bytes,
         "stored_bytes": record.stored_bytes,

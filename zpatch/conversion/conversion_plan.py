@@ -158,6 +158,7 @@ class ConversionPlan:
                     "kind": image.source.kind,
                     "file": str(image.source.path),
                     "shape": image.dims,
+                    "shape_axes": "IJKTC"[: len(image.dims)],
                     "shards": image.shard_files,
                     "warnings": image.warnings,
                 }

@@ -103,6 +103,17 @@ def orientation_to(affine: Affine, codes: str) -> Orientation:
     return Orientation((i, j, k), (a, b, c))
 
 
+def axis_codes(affine: Affine) -> str:
+    """Where the axes of a volume point, as RAS; an oblique axis to the world axis that it is closest to.
+
+    Raises OptionError for an affine that is singular.
+
+    >>> axis_codes(np.diag([-1.0, 1.0, 1.0, 1.0]))
+    'LAS'
+    """
+    return "".join(WORLD_AXES[world][points_up] for world, points_up in _world_axes(affine))
+
+
 def _world_axes(affine: Affine) -> list[tuple[int, bool]]:
     """The world axis that each voxel axis is closest to, and whether it points up that axis."""
     columns = np.array(affine, dtype=np.float64)[:3, :3]

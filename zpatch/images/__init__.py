@@ -9,4 +9,5 @@ In reading order::
     normalization  Normalize: intensities on one scale, by statistics of the store or of one pass
     subject        Subject: images by name
     cohort         Cohort: the subjects of a store, from its manifest
+    mixtures       what a cohort mixes: spacings, orientations, shapes, ranges of intensity
 """

@@ -9,6 +9,7 @@ from typing import Self
 from zpatch.digests import Json
 from zpatch.errors import DamageError, one_line
 from zpatch.geometry.affines import max_corner_distance
+from zpatch.images.mixtures import mixtures
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.verification import VerificationReport
 
@@ -52,8 +53,11 @@ def problems_of_files(report: VerificationReport) -> list[Problem]:
 
 
 def problems_of_subject(records: Sequence[ImageRecord]) -> list[Problem]:
-    """Warnings of a subject's images, and images on another grid than the subject's first image."""
+    """Warnings of a subject's images, empty label maps, and images on another grid than the first image."""
     found = [Problem(str(text), r.subject, r.image) for r in records for text in r.warnings]
+    empty = [r for r in records if r.kind == "label" and isinstance(r.stats.get("labels"), dict)
+             and not set(r.stats["labels"]) - {"0"}]  # fmt: skip
+    found += [Problem("it is empty: all of its voxels are 0", r.subject, r.image) for r in empty]
     first, *others = records
     for record in others:
         if record.spatial_shape != first.spatial_shape:
@@ -87,6 +91,11 @@ def problems_of_cohort(images: Mapping[str, Sequence[str]]) -> list[Problem]:
         for name in usual
         if name not in names
     ]
+
+
+def problems_of_mixtures(records: Sequence[ImageRecord]) -> list[Problem]:
+    """What images of one name differ in, over all subjects."""
+    return [Problem(f"it has {text}", image=image) for image, text in mixtures(records)]
 
 
 def share_a_grid(first: ImageRecord, second: ImageRecord) -> bool:

@@ -15,7 +15,13 @@ from zpatch.errors import OptionError, StoreExistsError
 from zpatch.images.cohort import Cohort
 from zpatch.report.labels import LabelColours, labels_of
 from zpatch.report.page import GENERATOR, page_html, section_html
-from zpatch.report.problems import Problem, problems_of_cohort, problems_of_files, problems_of_subject
+from zpatch.report.problems import (
+    Problem,
+    problems_of_cohort,
+    problems_of_files,
+    problems_of_mixtures,
+    problems_of_subject,
+)
 from zpatch.report.subject_section import SubjectSection, stored_images
 from zpatch.report.summary import CohortSummary
 from zpatch.runtime.task_contract import Progress
@@ -129,6 +135,7 @@ def _surveyed(cohort: Cohort) -> _Survey:
         summary.add(subject.name, subject.split, records)
         labels.update(label.value for r in records if r.kind == "label" for label in labels_of(r))
     problems += problems_of_cohort(images)
+    problems += problems_of_mixtures([image.record for subject in cohort for image in stored_images(subject)])
     return _Survey(summary, tuple(problems), LabelColours(labels))
 
 
