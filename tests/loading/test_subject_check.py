@@ -150,6 +150,23 @@ def test_arguments_in_each_others_place_say_what_is_wanted(arguments: Any, words
         zp.Queue(*arguments)
 
 
+@pytest.mark.parametrize("dataset", [GOOD[0], GOOD, "cohort.zarr"], ids=["subject", "list", "path"])
+def test_a_loader_of_subjects_says_to_make_a_queue_of_them(dataset: Any) -> None:
+    with pytest.raises(
+        OptionError, match=r"say SubjectsLoader\(Queue\(subjects, patch_sampler\), batch_size=2\)"
+    ):
+        zp.SubjectsLoader(dataset, batch_size=2)
+
+
+def test_samplers_of_what_is_no_subject_say_what_is_wanted(labelled: zp.Cohort) -> None:
+    with pytest.raises(OptionError, match=r"SubjectsLoader\(Queue\("):
+        zp.SubjectsLoader(labelled)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=r"over one subject, not Cohort.*GridSampler\(cohort\[0\]"):
+        zp.GridSampler(labelled, 4)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=r"from one subject, as cohort\[0\], not from Cohort"):
+        next(zp.UniformSampler(4)(labelled))  # type: ignore[arg-type]
+
+
 def test_a_transform_of_another_library_is_refused_with_how_to_wrap_it() -> None:
     tio = pytest.importorskip("torchio", reason="TorchIO is not installed")
     with pytest.raises(OptionError, match=r"transform=from_torchio\(RandomFlip\(...\)\)"):

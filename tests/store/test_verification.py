@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 
 import zpatch as zp
 from zpatch.errors import NotAStoreError
+from zpatch.store.lock import take_lock
 from zpatch.store.names import MANIFEST
 from zpatch.store.store import open_store
 from zpatch.store.store_writer import StoreWriter
@@ -223,5 +225,27 @@ def test_a_report_is_plain_json_and_a_damage_prints_as_a_line(copy: Path) -> Non
         "damages": [{"file": "sub-01/zarr.json", "what": "it is missing"}],
         "missing_subjects": [],
         "leftovers": [],
+        "writer": None,
     }
     assert str(report.damages[0]) == "sub-01/zarr.json: it is missing"
+
+
+def test_a_verification_beside_a_writer_says_that_one_is_at_work(
+    cohort_store: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    store = shutil.copytree(cohort_store, tmp_path / "store")
+    (store / ".staging" / "half").mkdir(parents=True)
+    lock = take_lock(store)
+    try:
+        report = zp.verify(store)
+        code, _, stderr = run("verify", store, "--quick")
+    finally:
+        lock.close()
+    assert report.writer == f"process {os.getpid()} on {socket.gethostname()}"
+    assert code == 0
+    assert (
+        f"{report.writer} is writing to this store: what it has not committed yet is not verified" in stderr
+    )
+    assert "leftover" not in stderr
+    assert zp.verify(store).writer is None
+    assert "leftover" in run("verify", store)[2]

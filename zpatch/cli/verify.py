@@ -38,12 +38,14 @@ def verify_command(store: Path, quick: bool, json: bool) -> int:
         show(f"damaged: {store / damage.file}: {damage.what}", err=True)
     for subject in report.missing_subjects:
         show(f"incomplete: subject {subject!r} was never committed", err=True)
-    for leftover in report.leftovers:
+    if report.writer:
+        say(f"{report.writer} is writing to this store: what it has not committed yet is not verified")
+    for leftover in () if report.writer else report.leftovers:
         say(f"leftover of interrupted work, harmless: {store / leftover}")
     if report.ok:
         how = "presence and length" if quick else "every byte"
         say(f"{report.images} images, {report.files} files, {format_bytes(report.bytes)}: {how} as written")
         return 0
     faults = len(report.damages) + len(report.missing_subjects)
-    say(f"{faults} faults; {report.remedy}")
+    say(f"{faults} faults; {'verify again when it has ended' if report.writer else report.remedy}")
     return EXIT_DAMAGED

@@ -19,6 +19,7 @@ from zpatch.errors import OptionError, StoreExistsError, UnknownNameError
 from zpatch.nifti.writer import header_of, single_file_header, write_nifti
 from zpatch.runtime.task_contract import Progress
 from zpatch.store.image_record import ImageRecord
+from zpatch.store.lock import writing_to
 from zpatch.store.names import RAW_HEADER, chosen
 from zpatch.store.store import Store, open_store, read_small_array, sharded_array
 
@@ -113,7 +114,10 @@ def export_image(
     folder = store.image_path(record)
     raw_header = read_small_array(folder, RAW_HEADER, record.files).tobytes()
     dtype = np.dtype(np.uint8) if record.colours > 1 else header_of(raw_header).get_data_dtype()
-    write_nifti(path, single_file_header(raw_header), _in_file_order(store, record, progress), dtype=dtype)
+    with writing_to(path):
+        write_nifti(
+            path, single_file_header(raw_header), _in_file_order(store, record, progress), dtype=dtype
+        )
 
 
 def _in_file_order(store: Store, record: ImageRecord, progress: Progress) -> Iterator[NDArray[Any]]:

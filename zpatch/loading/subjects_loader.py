@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 
 from zpatch.errors import OptionError
+from zpatch.images.subject import Subject
 from zpatch.runtime import buffer_pool
 from zpatch.sampling.patch import Patch
 from zpatch.sampling.patch_batch import PatchBatch, stack
@@ -61,6 +63,11 @@ class SubjectsLoader:
         device: torch.device | str | None = None,
         contiguous: bool = True,
     ) -> None:
+        if isinstance(dataset, Subject | str | os.PathLike) or _gives_subjects(dataset):
+            raise OptionError(
+                f"a SubjectsLoader makes batches of the patches of a queue or a grid, not of {dataset!r}; "
+                f"say SubjectsLoader(Queue(subjects, patch_sampler), batch_size={batch_size})"
+            )
         if batch_size < 1:
             raise OptionError(f"batch_size must be at least 1, not {batch_size}")
         if pin_memory and not _can_pin():
@@ -110,6 +117,12 @@ class SubjectsLoader:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the next iteration resume where the queue of another loader was."""
         cast(PatchStream, self.dataset).load_state_dict(state)
+
+
+def _gives_subjects(dataset: Any) -> bool:
+    """Whether it is a sequence of subjects, as a cohort is, instead of one of patches."""
+    is_sequence = isinstance(dataset, Sequence)
+    return is_sequence and len(dataset) > 0 and isinstance(dataset[0], Subject)
 
 
 def _can_pin() -> bool:

@@ -26,6 +26,7 @@ from zpatch.report.subject_section import SubjectSection, stored_images
 from zpatch.report.summary import CohortSummary
 from zpatch.runtime.task_contract import Progress
 from zpatch.runtime.whole_file import whole_file
+from zpatch.store.lock import writing_to
 from zpatch.store.verification import verify
 
 OUTPUT = "report.html"
@@ -94,7 +95,7 @@ def write_report(
     problems = [*survey.problems]
     shown = cohort[:limit]
     # Reading the images may find more problems, and the page begins with the problems.
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as sections:
+    with writing_to(path), tempfile.TemporaryFile("w+", encoding="utf-8") as sections:
         for subject in shown:
             section = SubjectSection.of(subject, survey.colours, problems)
             problems += section.unread

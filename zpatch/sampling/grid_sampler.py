@@ -47,6 +47,11 @@ class GridSampler(PatchSampler, torch.utils.data.Dataset[Patch]):
     ) -> None:
         if patch_size is None:
             raise OptionError("patch_size is missing; say GridSampler(subject, patch_size=64)")
+        if not isinstance(subject, Subject | None):
+            raise OptionError(
+                f"a GridSampler is over one subject, not {subject!r}; "
+                f"say GridSampler(cohort[0], patch_size=64), or GridSampler(patch_size=64) for a queue"
+            )
         super().__init__(patch_size, context=context, padding_mode=padding_mode, fill=fill)
         self.patch_overlap = patch_overlap_triple(patch_overlap, self.patch_size)
         self.subject = subject

@@ -168,6 +168,8 @@ class RandomSampler(PatchSampler):
         """The locations of ``num_patches`` patches; of the images, only a map is read, and only in part."""
         if num_patches < 0:
             raise OptionError(f"num_patches must be at least 0, not {num_patches}")
+        if not isinstance(subject, Subject):
+            raise OptionError(f"a sampler draws from one subject, as cohort[0], not from {subject!r}")
         self.check_fits(subject)
         starts = np.asarray(self.starts(subject, num_patches, as_generator(rng)))
         self._check_starts(starts, num_patches, subject)

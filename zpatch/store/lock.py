@@ -22,7 +22,7 @@ MOST_HOLDER_BYTES = 512
 
 @contextlib.contextmanager
 def writing_to(store: Path) -> Iterator[None]:
-    """Turn errors of the disk, such as a full one, into a ``StoreError`` that names the store."""
+    """Turn errors of the disk, such as a full one, into a ``StoreError`` that names the store or the file."""
     try:
         yield
     except OSError as error:
@@ -61,9 +61,20 @@ def take_lock(path: Path) -> IO[str]:
     return lock
 
 
-def _is_free(lock: IO[str]) -> bool:
+def writer_of(path: Path) -> str | None:
+    """Which process is writing to a store, in words; None if none is."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with os.fdopen(open_regular(path / LOCK, os.O_RDONLY)) as lock:
+            if _is_free(lock, fcntl.LOCK_SH):
+                return None
+            return lock.read(MOST_HOLDER_BYTES).strip() or "another process"
+    except (OSError, ZpatchError):  # it was never written to by a process with a lock, or is not ours to open
+        return None
+
+
+def _is_free(lock: IO[str], how: int = fcntl.LOCK_EX) -> bool:
+    try:
+        fcntl.flock(lock, how | fcntl.LOCK_NB)
     except OSError:
         return False
     return True

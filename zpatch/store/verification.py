@@ -13,6 +13,7 @@ from zpatch.errors import DamageError, StoreError
 from zpatch.runtime.guarded_files import is_behind_link, open_regular
 from zpatch.runtime.task_contract import Progress
 from zpatch.store.image_record import ImageRecord
+from zpatch.store.lock import writer_of
 from zpatch.store.names import MANIFEST, ROOT_DOCUMENT
 from zpatch.store.store import Store, open_store, store_of
 
@@ -35,7 +36,8 @@ class VerificationReport:
     ``images`` and ``files`` are how many were checked, ``bytes`` the length of the files together, ``quick``
     whether contents were left unread. ``missing_subjects`` are subjects that a prediction was to write and
     that were never committed. ``leftovers`` are folders that no manifest line names; interrupted work leaves
-    them, and they do no harm. ``is_predicted`` is whether ``predict`` wrote the store.
+    them, and they do no harm. ``is_predicted`` is whether ``predict`` wrote the store. ``writer`` is the
+    process that was writing to it, in words: what that had not committed yet was not verified.
     """
 
     store: Path
@@ -47,6 +49,7 @@ class VerificationReport:
     missing_subjects: tuple[str, ...]
     leftovers: tuple[str, ...]
     is_predicted: bool = False
+    writer: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -81,6 +84,7 @@ class VerificationReport:
             "damages": [{"file": damage.file, "what": damage.what} for damage in self.damages],
             "missing_subjects": list(self.missing_subjects),
             "leftovers": list(self.leftovers),
+            "writer": self.writer,
         }
 
 
@@ -97,6 +101,7 @@ def verify(
     raised; a folder that is not a store raises ``NotAStoreError``.
     """
     root = Path(store)
+    writer = writer_of(root)
     try:
         opened = _opened(root)
     except DamageError as error:
@@ -119,6 +124,7 @@ def verify(
         leftovers=tuple(_leftovers(opened)),
         is_predicted=any(record.inputs is not None for record in opened.records.values())
         or "prediction" in opened.attributes,
+        writer=writer,
     )
 
 
