@@ -22,6 +22,7 @@ from zpatch.sources.input_files import map_of, offset_in_file
 from zpatch.sources.resampled_source import ResampledSource
 from zpatch.sources.voxel_source import VoxelSource
 from zpatch.sources.voxel_sources import ArraySource, DaskSource, LazySource, ShardSource
+from zpatch.sources.window_source import WindowSource
 from zpatch.store import store
 from zpatch.store.image_record import ImageRecord
 
@@ -97,6 +98,12 @@ class OpenedImage:
         return dataclasses.replace(
             self, source=source, scaling=left, record=None, channel_axis=axis, base=self
         )
+
+    def window(self, first: Triple, spatial_shape: Triple, padding_mode: str, fill: float) -> Self:
+        """The box of these voxels from ``first`` on, padded beyond the border."""
+        source = WindowSource(self.source, first, spatial_shape, padding_mode, fill, self.scaling)
+        part = f"{self.part}, window at {first}".removeprefix(", ")
+        return dataclasses.replace(self, source=source, scaling=UNSCALED, record=None, part=part, base=None)
 
     @property
     def is_rescaled(self) -> bool:

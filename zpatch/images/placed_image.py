@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Self
 
-from zpatch.geometry.affines import Affine, spacing_mm
-from zpatch.geometry.boxes import Triple
+from zpatch.geometry.affines import Affine, crop_affine, spacing_mm
+from zpatch.geometry.boxes import PatchLocation, Triple, patch_size_triple
 from zpatch.geometry.orientation import orientation_to
+from zpatch.geometry.padding import check_fill, check_padding_mode
 from zpatch.geometry.voxel_grid import Spacing, VoxelGrid
 from zpatch.images.opened_image import OpenedImage
 from zpatch.resampling.interpolation import Interpolation
@@ -110,6 +112,34 @@ class PlacedImage:
         """
         grid = other.grid
         return self._on(grid, self.grid.matrix_from(grid), interpolation, antialias)
+
+    def window(
+        self,
+        first: Sequence[int],
+        spatial_shape: Sequence[int],
+        *,
+        padding_mode: str = "constant",
+        fill: float = 0,
+    ) -> Self:
+        """The box of the image from voxel ``first`` on, which may reach over its border, where it is padded.
+
+        Lazy. ``first`` may be below 0. Beyond the border there is ``fill``, or with another ``padding_mode``
+        what numpy.pad puts there. Raises OptionError for an unknown mode, a box without voxels, and a fill
+        that the type of the values cannot represent.
+
+        >>> import numpy as np
+        >>> from zpatch.images.image import ScalarImage
+        >>> image = ScalarImage(np.arange(4).reshape(4, 1, 1))
+        >>> image.window((2, 0, 0), (4, 1, 1), fill=-1).data.ravel().tolist()
+        [2, 3, -1, -1]
+        """
+        check_padding_mode(padding_mode)
+        (i, j, k), shape = map(int, first), patch_size_triple(tuple(spatial_shape))
+        box = PatchLocation((i, j, k), shape)
+        if padding_mode == "constant" and not box.lies_within(self.spatial_shape):
+            check_fill(fill, self._opened.scaling.dtype_of(self._opened.source.dtype), self)
+        opened = self._opened.window(box.index, shape, padding_mode, fill)
+        return type(self)(opened, affine=crop_affine(self._affine, box.index))
 
     def oriented(self, axes: str = "RAS") -> Self:
         """The image with its axes permuted and reversed, so that they point to RAS, LPS, ...

@@ -10,5 +10,6 @@ In reading order::
     group_read       boxes of several images -> one Dask graph -> voxels in place
     voxel_sources    sharded arrays, arrays in memory, Dask expressions
     resampled_source the voxels of a source on another grid
+    window_source    a box of a source as a source of its own, padded beyond the border
     chunk_cache      chunks kept in memory while the patches of a grid need them
 """
