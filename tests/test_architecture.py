@@ -31,13 +31,14 @@ DOORS = {
     "levels",
     "resampling": "interpolation resampler axis_taps loops",
     "store": "names image_record manifest store lock store_writer staged_image image_writer voxel_statistics "
-    "voxel_index verification",
+    "voxel_index verification value_counts",
     "conversion": "conversion conversion_plan conversion_options nifti_export cases case_lists",
     "sources": "voxel_source lazy_array zarr_images input_files image_read group_read voxel_sources "
     "resampled_source window_source chunk_cache",
     "images": "image placed_image subject cohort mixtures normalization opened_image",
     "sampling": "patch_sampler samplers grid_sampler patch patch_batch patch_views randomness",
-    "loading": "patch_queue queue_options subject_check subjects_loader epoch_plan",
+    "loading": "patch_queue queue_options queue_subjects subjects_loader epoch_plan",
+    "pipelines": "pipeline torchio1_pipeline",
     "tiling": "windows output_cells axis_tiles volume_tiles",
     "blending": "aggregator blend grid_blend reduction sinks regridding",
     "networks": "model_files model_identity model_axes network",

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 import zpatch as zp
 import zpatch.compat.torchio1 as tio
-from zpatch.compat.transforms import on_tensors
+from zpatch.compat.transforms import from_torchio, on_tensors
 from zpatch.errors import IncompleteCoverageError, ModelError, OptionError, PatchSizeError
 from zpatch.images.image import stored_image
 
@@ -690,16 +690,18 @@ def test_the_constants_of_torchio_are_here(torchio: Any) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_transforms_of_torchio_run_on_patches(torchio: Any, workers: int) -> None:
+def test_transforms_of_torchio_act_on_subjects_and_then_on_patches(torchio: Any, workers: int) -> None:
     subject = in_memory(9, 9, 9)
     transform = torchio.Compose(
-        [tio.RandomFlip(axes=0, flip_probability=1), torchio.RescaleIntensity((0, 1))]
+        [torchio.RescaleIntensity((0, 1)), tio.RandomFlip(axes=0, flip_probability=1)]
     )
     dataset = tio.SubjectsDataset([subject], transform=transform)
     for patch in tio.Queue(dataset, 5, 3, tio.UniformSampler(PATCH), num_workers=workers):
         box = tuple(slice(a, a + PATCH) for a in patch[tio.LOCATION].tolist()[:3])
         assert torch.equal(patch.seg.data, subject.seg.data[:, *box].flip(1))
-        assert (patch.t1.data.min(), patch.t1.data.max()) == (0, 1)
+        low, high = subject.t1.data.min(), subject.t1.data.max()
+        wanted = (subject.t1.data[:, *box].flip(1) - low) / (high - low)
+        torch.testing.assert_close(patch.t1.data, wanted.float())
 
 
 def test_a_subclass_of_a_torchio_transform_runs_on_patches(torchio: Any) -> None:
@@ -709,7 +711,11 @@ def test_a_subclass_of_a_torchio_transform_runs_on_patches(torchio: Any) -> None
             return subject
 
     subject = in_memory(9, 9, 9)
-    dataset = tio.SubjectsDataset([subject], transform=Doubled())
+    with pytest.raises(
+        OptionError, match=r"Doubled is not known here.*from_torchio\(Doubled\(...\), on='patch'\)"
+    ):
+        tio.SubjectsDataset([subject], transform=Doubled())
+    dataset = tio.SubjectsDataset([subject], transform=from_torchio(Doubled(), on="patch"))
     for patch in [*tio.Queue(dataset, 5, 3, tio.UniformSampler(PATCH)), dataset[0].whole()]:
         ini, fin = patch[tio.LOCATION].reshape(2, 3).tolist()
         box = tuple(slice(a, b) for a, b in zip(ini, fin, strict=True))

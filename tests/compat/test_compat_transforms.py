@@ -106,7 +106,7 @@ def torchio_subject(torchio: Any, patch: zp.Patch) -> Any:
 
 @pytest.mark.parametrize("dtype", LABEL_DTYPES)
 def test_torchio_gets_and_gives_back_a_patch_without_loss(torchio: Any, dtype: torch.dtype) -> None:
-    assert_equal(from_torchio(unchanged)(patch_of(dtype)), patch_of(dtype))
+    assert_equal(from_torchio(unchanged, on="patch")(patch_of(dtype)), patch_of(dtype))
 
 
 @pytest.mark.parametrize("transform", [flip, rotation, noise])
@@ -117,7 +117,7 @@ def test_torchio_transforms_a_patch_as_it_transforms_a_subject(
     torch.manual_seed(7)
     expected = transform(torchio)(torchio_subject(torchio, patch))
     torch.manual_seed(7)
-    found = from_torchio(transform(torchio))(patch)
+    found = from_torchio(transform(torchio), on="patch")(patch)
     for name in patch:
         assert torch.equal(found[name].data, expected[name].data.to(patch[name].data.dtype))
         np.testing.assert_array_equal(found[name].affine, np.array(expected[name].affine))
@@ -127,14 +127,14 @@ def test_torchio_transforms_a_patch_as_it_transforms_a_subject(
 @pytest.mark.parametrize("dtype", LABEL_DTYPES)
 def test_a_label_map_keeps_its_type_through_torchio(torchio: Any, dtype: torch.dtype) -> None:
     patch = patch_of(dtype)
-    rotated = from_torchio(rotation(torchio))(patch)
+    rotated = from_torchio(rotation(torchio), on="patch")(patch)
     assert rotated.seg.data.dtype == dtype
     assert rotated.seg.kind == "label"
     assert set(rotated.seg.data.unique().tolist()) <= set(patch.seg.data.unique().tolist())
 
 
 def test_a_transform_of_torchio_that_changes_shapes_moves_the_affine(torchio: Any, patch: zp.Patch) -> None:
-    cropped = from_torchio(torchio.CropOrPad((6, 10, 8)))(patch)
+    cropped = from_torchio(torchio.CropOrPad((6, 10, 8)), on="patch")(patch)
     for name, image in cropped.images.items():
         assert torch.equal(image.data, patch[name].data[:, 3:9])
         np.testing.assert_allclose(image.affine, crop_affine(AFFINE, (3, 0, 0)), rtol=1e-12)
@@ -142,7 +142,7 @@ def test_a_transform_of_torchio_that_changes_shapes_moves_the_affine(torchio: An
 
 
 def test_intensities_alone_get_noise_from_torchio(torchio: Any, patch: zp.Patch) -> None:
-    noisy = from_torchio(noise(torchio))(patch)
+    noisy = from_torchio(noise(torchio), on="patch")(patch)
     assert not torch.equal(noisy.t1.data, patch.t1.data)
     for name in ("seg", "weights"):
         assert torch.equal(noisy[name].data, patch[name].data)
@@ -155,7 +155,7 @@ def test_images_that_a_transform_of_torchio_adds_or_removes_are_added_or_removed
     def one_for_another(subject: Any) -> Any:
         return torchio.Subject(mask=subject["seg"], t1=subject["t1"])
 
-    found = from_torchio(one_for_another)(patch)
+    found = from_torchio(one_for_another, on="patch")(patch)
     assert list(found) == ["mask", "t1"]
     assert found.mask.kind == "label"
     assert torch.equal(found.mask.data, patch.seg.data)
@@ -163,11 +163,11 @@ def test_images_that_a_transform_of_torchio_adds_or_removes_are_added_or_removed
 
 def test_a_transform_that_gives_no_subject_is_an_error(torchio: Any, patch: zp.Patch) -> None:
     with pytest.raises(TypeError, match="a TorchIO transform gives a Subject, not NoneType"):
-        from_torchio(lambda subject: None)(patch)
+        from_torchio(lambda subject: None, on="patch")(patch)
 
 
 def test_a_queue_with_random_torchio_transforms_is_the_same_for_any_number_of_workers(torchio: Any) -> None:
-    transform = from_torchio(torchio.Compose([rotation(torchio), noise(torchio)]))
+    transform = from_torchio(torchio.Compose([rotation(torchio), noise(torchio)]), on="patch")
     assert_same_stream_for_any_workers(transform)
 
 
@@ -205,7 +205,7 @@ def test_a_label_map_keeps_its_type_through_monai(monai: Any, dtype: torch.dtype
 
 
 def test_a_transform_of_monai_that_changes_shapes_moves_the_affine(monai: Any, patch: zp.Patch) -> None:
-    cropped = from_monai(monai.CenterSpatialCropd(["t1", "seg"], (6, 10, 8)))(patch)
+    cropped = from_monai(monai.CenterSpatialCropd(["t1", "seg"], (6, 10, 8)), on="patch")(patch)
     for name in ("t1", "seg"):
         assert torch.equal(cropped[name].data, patch[name].data[:, 3:9])
         np.testing.assert_allclose(cropped[name].affine, crop_affine(AFFINE, (3, 0, 0)), rtol=1e-12)
@@ -230,7 +230,19 @@ def test_images_that_a_transform_of_monai_adds_or_removes_are_added_or_removed(
 
 def test_what_monai_gives_beside_images_is_left_behind(monai: Any, patch: zp.Patch) -> None:
     crop = monai.CropForegroundd(["t1", "seg"], source_key="seg", allow_smaller=True)
-    assert list(from_monai(crop)(patch)) == ["t1", "seg", "weights"]
+    assert list(from_monai(crop, on="patch")(patch)) == ["t1", "seg", "weights"]
+
+
+def test_a_transform_of_monai_that_means_the_volume_is_warned_of_by_name(monai: Any) -> None:
+    volume = [monai.NormalizeIntensityd(["t1"]), monai.Spacingd("t1", 1)]
+    chain = monai.Compose([monai.RandFlipd(["t1"], 0.5), *volume])
+    with pytest.warns(UserWarning, match="Spacingd, NormalizeIntensityd would act on each patch") as warned:
+        from_monai(chain)
+    assert len(warned) == 1
+    from_monai(chain, on="patch")
+    from_monai(monai.RandGaussianNoised(["t1"]))
+    with pytest.raises(OptionError, match="on must be 'subject' or 'patch', not 'volume'"):
+        from_monai(chain, on="volume")
 
 
 def test_a_crop_of_monai_gives_one_patch_or_an_error(monai: Any, patch: zp.Patch) -> None:
@@ -265,7 +277,7 @@ def test_a_random_transform_of_monai_is_seeded_anywhere_in_a_pipeline(torchio: A
             subject["t1"].set_data(data)
             return subject
 
-    assert_same_stream_for_any_workers(from_torchio(Wrapped()))
+    assert_same_stream_for_any_workers(from_torchio(Wrapped(), on="patch"))
 
 
 # Functions of tensors

@@ -19,8 +19,9 @@ Where TorchIO differs from its documentation, this module follows the documentat
 
 These differences are intended:
 
-- The transform of a dataset runs on patches of its subjects, not on volumes. A subject that a loader gives
-  whole is one patch, with its LOCATION, and its images have one shape.
+- A transform of a dataset makes lazy images of volumes, and random ones run on patches, read with a margin
+  where they move voxels; transforms that need the volume in memory are refused by name. A subject that a
+  loader gives whole is one patch, with its LOCATION, and its images have one shape.
 - ``save`` of an image, or of an image of a patch, writes .nii and .nii.gz only, with channels as fourth axis.
 - A queue gives images as float32 (label maps in their stored type), a sampler in their stored type.
 - A queue is iterated, not indexed. A subject that its sampler repeats gives other patches each time.
@@ -76,7 +77,7 @@ from zpatch.errors import ModelError, OptionError
 from zpatch.geometry.boxes import PatchLocation, Triple, triple
 from zpatch.images.subject import Subject as NativeSubject
 from zpatch.loading.queue_options import QueueOptions
-from zpatch.loading.subject_check import check_sequence
+from zpatch.loading.queue_subjects import check_sequence
 from zpatch.runtime.byte_sizes import format_bytes
 
 __all__ = [
@@ -206,7 +207,7 @@ class Queue(IterableDataset[Patch]):
             world_size=world_size,
         )
         counts = subjects_dataset.num_samples(samples_per_volume)
-        self._native = CountedQueue(subjects_dataset, counts, sampler.native, options)
+        self._native = CountedQueue(subjects_dataset.dry_iter(), counts, sampler.native, options)
 
     @property
     def num_subjects(self) -> int:

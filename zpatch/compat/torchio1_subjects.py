@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 import os
@@ -18,6 +19,7 @@ from zpatch.errors import OptionError
 from zpatch.geometry.boxes import PatchLocation, Triple
 from zpatch.images import image
 from zpatch.images.subject import Subject as NativeSubject
+from zpatch.loading.queue_subjects import SubjectTransform
 from zpatch.sampling.patch import Patch as NativePatch
 from zpatch.sampling.patch import to_tensor
 from zpatch.sampling.patch_sampler import read_patches
@@ -27,7 +29,7 @@ INTENSITY, LABEL, SAMPLING_MAP = "intensity", "label", "sampling_map"
 NUM_SAMPLES = "num_samples"
 CHANNELS_DIMENSION = 1  # of a batch
 
-SPACE_TOLERANCE = 1e-5  # affines that differ by less are the same: files hold them as float32
+SPACE_TOLERANCE = 1e-3  # mm; affines that differ by less are the same, for convert too
 
 _TYPES = {"scalar": INTENSITY, "label": LABEL, "sampling": SAMPLING_MAP}
 
@@ -63,10 +65,12 @@ class Image(image.Image):
             data, affine = data.opened, data.affine if affine is None else affine
         super().__init__(data, affine=affine, axes=axes)
 
+    whole: Callable[[], torch.Tensor] | None = None  # of a dataset whose transform acts on patches
+
     @property
     def data(self) -> Any:
-        """The whole image as a tensor (C, I, J, K), for small volumes."""
-        return to_tensor(super().data)
+        """The whole image as a tensor (C, I, J, K), after the transform of its dataset; for small volumes."""
+        return to_tensor(super().data) if self.whole is None else self.whole()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the image to a NIfTI file."""
@@ -99,7 +103,7 @@ class Subject(NativeSubject, Mapping[str, Any]):
     A queue takes ``num_samples`` patches of a subject that has an entry of that name.
     """
 
-    transform: PatchTransform | None = None  # of the dataset that gave the subject; runs on its patches
+    transform: PatchTransform | SubjectTransform | None = None  # of the dataset that gave the subject
 
     def __init__(self, *args: Mapping[str, Any], **items: Any) -> None:
         if len(args) > 1:
@@ -135,20 +139,35 @@ class Subject(NativeSubject, Mapping[str, Any]):
         """The first image."""
         return next(iter(self.images.values()))
 
-    def with_transform(self, transform: PatchTransform) -> Subject:
-        """A copy of the subject with a transform of its patches."""
-        copy = Subject(self)
+    def with_transform(self, transform: PatchTransform | SubjectTransform) -> Subject:
+        """A copy of the subject after a transform: its images are lazy, and patches are transformed later."""
+        changed = transform.of_subject(self) if isinstance(transform, SubjectTransform) else self
+        images = {name: _CLASSES[_TYPES[one.kind]](one) for name, one in changed.images.items()}
+        copy = Subject({**images, **self.metadata})
         copy.transform = transform
+        voxels = functools.cache(copy._whole_patch)  # one draw of random numbers for all images
+        for name, one in images.items():
+            one.whole = functools.partial(_data_of, voxels, name)
         return copy
 
     def transformed(self, patch: NativePatch) -> NativePatch:
-        """A patch of the subject, after the transform of its dataset."""
-        return patch if self.transform is None else self.transform(patch)
+        """A patch of the subject, after the transform of its dataset, with which it is read with a margin."""
+        if not isinstance(self.transform, SubjectTransform):
+            return patch if self.transform is None else self.transform(patch)
+        margin = self.transform.margin(self, patch.location.size)
+        wider = patch.location.widened(margin, self.spatial_shape)
+        if wider == patch.location:
+            return self.transform.on_patch(patch)
+        [read] = read_patches(self, [wider])
+        return self.transform.on_patch(read).cropped(patch.location)
+
+    def _whole_patch(self) -> NativePatch:
+        [patch] = read_patches(self, [PatchLocation((0, 0, 0), self.spatial_shape)])
+        return self.transformed(patch)
 
     def whole(self) -> Patch:
         """All voxels of the subject, as one patch."""
-        [patch] = read_patches(self, [PatchLocation((0, 0, 0), self.spatial_shape)])
-        return Patch.of(self.transformed(patch), self, (0, 0, 0))
+        return Patch.of(self._whole_patch(), self, (0, 0, 0))
 
     def in_one_space(self) -> Self:
         """The subject itself; an OptionError where its images have different affines."""
@@ -161,6 +180,10 @@ class Subject(NativeSubject, Mapping[str, Any]):
                     f"to one grid, or give the affine that is right to both"
                 )
         return self
+
+
+def _data_of(patch: Callable[[], NativePatch], name: str) -> torch.Tensor:
+    return patch()[name].data
 
 
 def as_subject(subject: NativeSubject) -> Subject:
@@ -221,9 +244,10 @@ class Patch(Entries):
 
 
 class SubjectsDataset(Dataset[Subject]):
-    """The subjects of a list or a cohort, with a transform that runs on each of their patches.
+    """The subjects of a list or a cohort, with a transform.
 
-    The transform is one of TorchIO, or any function of patches of zpatch: see ``zpatch.compat.transforms``.
+    A transform of TorchIO does what it does to volumes, without loading them: see ``from_torchio`` in
+    ``zpatch.compat.transforms``. Any other one is a function of patches of zpatch, and runs on each of them.
     ``load_getitem`` has no effect: voxels are read when a patch needs them.
     """
 
@@ -256,7 +280,7 @@ class SubjectsDataset(Dataset[Subject]):
 
     def set_transform(self, transform: Callable[[Any], Any] | None) -> None:
         """Replace the transform; None removes it."""
-        self.transform: PatchTransform | None = as_function(transform)
+        self.transform: PatchTransform | SubjectTransform | None = as_function(transform)
 
     def num_samples(self, default: int) -> list[int]:
         """How many patches a queue takes of each subject."""

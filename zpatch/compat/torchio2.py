@@ -59,7 +59,7 @@ from zpatch.errors import OptionError
 from zpatch.geometry.boxes import PatchLocation
 from zpatch.images.cohort import Cohort
 from zpatch.images.subject import Subject as NativeSubject
-from zpatch.loading.subject_check import check_sequence
+from zpatch.loading.queue_subjects import check_sequence
 from zpatch.loading.subjects_loader import SubjectsLoader as NativeLoader
 from zpatch.sampling import samplers
 from zpatch.sampling.grid_sampler import GridSampler as NativeGridSampler

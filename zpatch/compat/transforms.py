@@ -18,6 +18,7 @@ the stream is the same for any number of workers.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -28,31 +29,112 @@ import numpy as np
 import torch
 
 from zpatch.errors import OptionError
+from zpatch.geometry.affines import max_corner_distance
+from zpatch.pipelines.torchio1_pipeline import torchio1_pipeline
 from zpatch.sampling.patch import Patch, PatchImage
 from zpatch.store.image_record import Kind
 
 PatchTransform = Callable[[Patch], Patch]
 
+# Transforms that mean the whole volume, without the "d" of MONAI's dictionary transforms.
+VOLUME_TRANSFORMS_OF_MONAI = (
+    "Spacing",
+    "Orientation",
+    "Resize",
+    "ResizeWithPadOrCrop",
+    "SpatialPad",
+    "BorderPad",
+    "DivisiblePad",
+    "SpatialCrop",
+    "CenterSpatialCrop",
+    "CenterScaleCrop",
+    "CropForeground",
+    "ResampleToMatch",
+    "Zoom",
+    "NormalizeIntensity",
+    "ScaleIntensity",
+    "ScaleIntensityRangePercentiles",
+    "ClipIntensityPercentiles",
+    "HistogramNormalize",
+    "FillHoles",
+    "KeepLargestConnectedComponent",
+    "GibbsNoise",
+    "KSpaceSpikeNoise",
+)
+VOLUME_TRANSFORMS_OF_TORCHIO_2 = (
+    "Standardize",
+    "Normalize",
+    "HistogramStandardization",
+    "Resize",
+    "Reorient",
+    "CropOrPad",
+    "Crop",
+    "Pad",
+    "EnsureShapeMultiple",
+    "Resample",
+    "Motion",
+    "Ghosting",
+    "Spike",
+    "Swap",
+    "KeepLargestComponent",
+    "PCA",
+    "ToReferenceSpace",
+)
 
-def from_torchio(transform: Callable[[Any], Any]) -> PatchTransform:
-    """A function of patches that calls a transform of TorchIO 1 or 2 (``Subject -> Subject``).
+SAME_VOXEL = 1e-2  # voxels that are closer are in the same place; convert accepts such affines
 
-    Its images are ScalarImage, LabelMap, or a plain Image for sampling maps, which TorchIO's transforms
-    treat differently. An OptionError if TorchIO is not installed.
+
+def from_torchio(transform: Callable[[Any], Any], *, on: str = "subject") -> Any:
+    """A transform of TorchIO 1 or 2 (``Subject -> Subject``) as the ``transform`` of a queue.
+
+    Of TorchIO 1 it does what it does to the volume, lazily, as a ``Pipeline``: deterministic transforms act
+    on subjects before patches are taken, random ones on patches, with a margin where they move voxels. What
+    needs the volume in memory is refused by name. With ``on="patch"`` it is applied to each patch by itself,
+    whatever it is, as are transforms of TorchIO 2. Images are ScalarImage, LabelMap, or a plain Image for
+    sampling maps, which TorchIO's transforms treat differently. An OptionError if TorchIO is not installed.
     """
-    torchio_library()
+    torchio = torchio_library()
+    if on not in ("subject", "patch"):
+        raise OptionError(f"on must be 'subject' or 'patch', not {on!r}")
+    if on == "subject" and not is_torchio_2(torchio):
+        return torchio1_pipeline(transform, _torchio_on_patches)
+    if on == "subject":
+        _warn_of_volume_transforms(transform, VOLUME_TRANSFORMS_OF_TORCHIO_2)
+    return _torchio_on_patches(transform)
+
+
+def _torchio_on_patches(transform: Callable[[Any], Any]) -> PatchTransform:
     return partial(_through_torchio, transform, _with_own_generator(transform))
 
 
-def from_monai(transform: Callable[[Any], Any]) -> PatchTransform:
+def from_monai(transform: Callable[[Any], Any], *, on: str = "subject") -> PatchTransform:
     """A function of patches that calls a dictionary transform of MONAI, or a Compose of such transforms.
 
     Its keys are the names of images, its values MetaTensors (C, I, J, K); entries that it adds are kept if
     they are images too. Lazy transforms are carried out at the end. A transform that samples several patches
-    must give one (``num_samples=1``). An OptionError if MONAI is not installed.
+    must give one (``num_samples=1``). A warning names those that mean the whole volume, such as Spacingd and
+    NormalizeIntensityd: they act on each patch by itself, as ``on="patch"`` says without a warning. An
+    OptionError if MONAI is not installed.
     """
     composed = monai_library().transforms.Compose([transform])
+    if on not in ("subject", "patch"):
+        raise OptionError(f"on must be 'subject' or 'patch', not {on!r}")
+    if on == "subject":
+        _warn_of_volume_transforms(composed, VOLUME_TRANSFORMS_OF_MONAI)
     return partial(_through_monai, composed, _with_own_generator(composed))
+
+
+def _warn_of_volume_transforms(transform: Any, names: Sequence[str]) -> None:
+    """Warn of transforms that mean the whole volume and are given patches."""
+    found = {type(part).__name__ for part in _parts_of(transform)}
+    known = {name.removesuffix("d"): name for name in sorted(found)}  # RandFlipd holds a RandFlip
+    if meant := [known[name] for name in names if name in known]:
+        warnings.warn(
+            f"{', '.join(meant)} would act on each patch by itself, not on the volume as in its library: use "
+            f"zpatch.Normalize and subject.resampled, oriented and window on the subjects instead, or say "
+            f"on='patch' if patches are meant",
+            stacklevel=3,
+        )
 
 
 def on_tensors(
@@ -134,7 +216,7 @@ def meta_tensor(image: PatchImage) -> Any:
 
 def _through_torchio(transform: Callable[[Any], Any], randomizables: Sequence[Any], patch: Patch) -> Patch:
     torchio = torchio_library()
-    images = {name: _torchio_image(torchio, _with_values(image)) for name, image in patch.images.items()}
+    images = {name: _torchio_image(torchio, image) for name, image in _in_one_space(patch).items()}
     _seed(randomizables)
     changed = transform(torchio.Subject(**images))
     if not isinstance(changed, torchio.Subject):
@@ -147,6 +229,17 @@ def _through_torchio(transform: Callable[[Any], Any], randomizables: Sequence[An
             kind = "sampling"
         made[name] = PatchImage(image.data, np.array(image.affine, dtype=np.float64), kind)
     return _with_images(patch, made)
+
+
+def _in_one_space(patch: Patch) -> dict[str, PatchImage]:
+    """The images of a patch as values; affines that differ by less than a hundredth voxel are the same."""
+    images = {name: _with_values(image) for name, image in patch.images.items()}
+    first = next(iter(images.values())).affine
+    for name, image in images.items():
+        shape = image.data.shape[1:]
+        if max_corner_distance(first, image.affine, (shape[0], shape[1], shape[2])) < SAME_VOXEL:
+            images[name] = replace(image, affine=first)
+    return images
 
 
 def _torchio_image(torchio: Any, image: PatchImage) -> Any:
@@ -246,14 +339,18 @@ def _seed(randomizables: Sequence[Any]) -> None:
 
 def _with_own_generator(transform: Any) -> list[Any]:
     """The parts of a pipeline that have a generator of their own, as MONAI's Randomizable does."""
+    return [part for part in _parts_of(transform) if hasattr(part, "set_random_state")]
+
+
+def _parts_of(transform: Any) -> list[Any]:
+    """The objects that a pipeline is made of."""
     found, seen, waiting = [], set(), [transform]
     while waiting:
         part = waiting.pop()
         if id(part) in seen or isinstance(part, type | FunctionType | ModuleType | torch.Tensor):
             continue
         seen.add(id(part))
-        if hasattr(part, "set_random_state"):
-            found.append(part)
+        found.append(part)
         if isinstance(part, list | tuple):
             waiting += part
         else:

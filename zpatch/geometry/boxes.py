@@ -124,6 +124,16 @@ class PatchLocation:
         ini, fin = np.floor(np.array([self.index, self.index_fin]) * factors + 0.5)
         return PatchLocation.between(ini, fin, self.subject_index)
 
+    def widened(self, margin: Triple, spatial_shape: Triple) -> PatchLocation:
+        """The box with so many voxels more on each side, as far as they are inside a volume.
+
+        >>> PatchLocation((2, 5, -1), (4, 4, 4)).widened((3, 3, 3), (20, 10, 20)).index
+        (0, 2, -1)
+        """
+        first = [min(a, max(a - m, 0)) for a, m in zip(self.index, margin, strict=True)]
+        stop = [max(b, min(b + m, n)) for b, m, n in zip(self.index_fin, margin, spatial_shape, strict=True)]
+        return PatchLocation.between(first, stop)
+
     def around_the_same_centre(self, factors: Triple) -> PatchLocation:
         """As many voxels around the same centre on a grid whose voxels are ``factors`` times as wide.
 

@@ -119,7 +119,7 @@ def _computed(image: Image, progress: Callable[[int], None]) -> Json:
     before = image.identity() if is_in_files else None
     counted = scaling if scaling.is_bounded else UNSCALED  # other scalings are applied to the result
     whole = VoxelStatistics(counted.dtype_of(image.source.dtype))
-    boxes = list(_boxes(image.shape, image.source.chunk_shape))
+    boxes = list(pass_boxes(image.shape, image.source.chunk_shape))
     largest = max((math.prod(box.size) for box in boxes), default=1)
     box_bytes = largest * image.num_channels * image.source.dtype.itemsize
     is_alone = isinstance(image.source, LazySource)  # its library may not be used by several threads
@@ -159,7 +159,7 @@ def _of_box(image: Image, box: PatchLocation, scaling: Scaling) -> VoxelStatisti
     return found
 
 
-def _boxes(shape: tuple[int, ...], chunk_shape: Triple) -> Iterator[PatchLocation]:
+def pass_boxes(shape: tuple[int, ...], chunk_shape: Triple) -> Iterator[PatchLocation]:
     """Boxes of whole chunks that cover an image: about a million voxels, or one chunk, each."""
     channels, *spatial_shape = shape
     size = [min(n, c) for n, c in zip(spatial_shape, chunk_shape, strict=True)]

@@ -5,7 +5,7 @@ In reading order::
     epoch_plan       an epoch before anything is read: its patches, their order, the shares of ranks
     stream_position  where a queue's stream is, and its state as JSON
     shared_slots     shared memory, one patch in each slot
-    subject_check    what is known of subjects before their voxels are read, and which cannot be used
+    queue_subjects   the subjects of a queue: prepared by its transform, and checked
     draw_reader      the patches of a draw: located, read as one group, transformed
     worker           what a worker does with a task
     worker_pool      worker processes: started once, watched, named when they die

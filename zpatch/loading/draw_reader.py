@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,18 +13,18 @@ import numpy as np
 import torch
 
 from zpatch.chunks.scaling import UNSCALED
+from zpatch.errors import OptionError
 from zpatch.geometry.affines import Affine
-from zpatch.geometry.boxes import PatchLocation
+from zpatch.geometry.boxes import PatchLocation, Triple
 from zpatch.images.subject import Subject
 from zpatch.loading.epoch_plan import Draw
+from zpatch.loading.queue_subjects import AnyTransform, SubjectTransform
 from zpatch.loading.shared_slots import ImagePlace, SlotLayout, new_tensor
 from zpatch.sampling.patch import Patch, torch_dtype
 from zpatch.sampling.patch_sampler import PatchSampler
 from zpatch.sampling.patch_views import PatchView, views_of
 from zpatch.sampling.randomness import Purpose, rng
 from zpatch.sources.group_read import read_together
-
-Transform = Callable[[Patch], Patch]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +80,16 @@ class TransformRunner:
     torch computes in one thread.
     """
 
-    def __init__(self, transform: Transform, seed: int) -> None:
-        self._transform = transform
+    def __init__(self, transform: AnyTransform, seed: int) -> None:
+        self.source = transform
+        self._transform = transform.on_patch if isinstance(transform, SubjectTransform) else transform
         self._seed = seed
+
+    def margin(self, subject: Subject, patch_size: Triple) -> Triple:
+        """How many voxels around a patch of a subject the transform needs on each side."""
+        if isinstance(self.source, SubjectTransform):
+            return self.source.margin(subject, patch_size)
+        return (0, 0, 0)
 
     def run(self, patch: Patch, draw: Draw, number: int) -> Patch:
         """Transform patch ``number`` of the visit of a draw; an error names the location of the patch."""
@@ -110,7 +117,7 @@ class DrawReader:
         sampler: PatchSampler,
         patches_per_volume: int,
         dtype: torch.dtype | None,
-        transform: Transform | None,
+        transform: AnyTransform | None,
         seed: int,
     ) -> None:
         self.subjects = subjects
@@ -133,11 +140,27 @@ class DrawReader:
         """The transformed patches of a draw, each in newly allocated memory."""
         subject = self.subjects[draw.subject]
         locations, layout = self.locations(subject, draw), self.layout_of(subject)
-        tensors = [[new_tensor(place) for _ in locations] for place in layout.images]
-        affines = self.read(subject, layout, locations, tensors)
+        wider = self._with_margin(subject, locations)
+        tensors = [[new_tensor(place.of_size(box.size)) for box in wider] for place in layout.images]
+        affines = self.read(subject, layout, wider, tensors)
         for n, (number, location) in enumerate(zip(draw.numbers, locations, strict=True)):
-            patch = layout.patch([of[n] for of in tensors], affines[n], location, subject.name)
-            yield patch if self.transform is None else self.transform.run(patch, draw, number)
+            patch = layout.patch([of[n] for of in tensors], affines[n], wider[n], subject.name)
+            if self.transform is not None:
+                patch = self.transform.run(patch, draw, number)
+            yield patch if wider[n] == location else patch.cropped(location)
+
+    def _with_margin(self, subject: Subject, locations: Sequence[PatchLocation]) -> Sequence[PatchLocation]:
+        """The boxes that are read for some patches: wider by the margin of the transform."""
+        if self.transform is None:
+            return locations
+        margin = self.transform.margin(subject, self._sampler.patch_size)
+        if not any(margin):
+            return locations
+        if self._sampler.context:
+            raise OptionError(
+                "a transform that moves voxels does not go with context=; leave one of them out"
+            )
+        return [location.widened(margin, subject.spatial_shape) for location in locations]
 
     def locations(self, subject: Subject, draw: Draw) -> list[PatchLocation]:
         """Where the patches of a draw are in its subject."""

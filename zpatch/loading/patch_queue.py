@@ -22,11 +22,12 @@ from torch.utils.data import IterableDataset, get_worker_info
 from zpatch.digests import Json
 from zpatch.errors import OptionError, QueueError
 from zpatch.images.subject import Subject
-from zpatch.loading.draw_reader import DrawReader, Transform
+from zpatch.loading.draw_reader import DrawReader
 from zpatch.loading.epoch_plan import EpochPlan, Uneven
 from zpatch.loading.patch_buffer import PatchBuffer
 from zpatch.loading.patch_feed import PatchFeed
 from zpatch.loading.queue_options import QueueOptions, as_integer
+from zpatch.loading.queue_subjects import AnyTransform, OnBad, subjects_of_queue
 from zpatch.loading.shared_slots import WATCH_BYTES, SlotLayout, copied
 from zpatch.loading.stream_position import (
     StreamPosition,
@@ -36,7 +37,6 @@ from zpatch.loading.stream_position import (
     queue_state,
     subjects_digest,
 )
-from zpatch.loading.subject_check import OnBad, check_sequence, usable_subjects
 from zpatch.loading.worker import FailedDraw, Task
 from zpatch.loading.worker_pool import START_METHOD, TASKS_PER_WORKER
 from zpatch.runtime.byte_sizes import format_bytes
@@ -100,7 +100,7 @@ class Queue(IterableDataset[Patch]):
         num_workers: int = 0,
         shuffle_subjects: bool = True,
         shuffle_patches: bool = True,
-        transform: Transform | None = None,
+        transform: AnyTransform | None = None,
         subject_sampler: Iterable[int] | None = None,
         *,
         seed: int = 0,
@@ -112,7 +112,6 @@ class Queue(IterableDataset[Patch]):
         timeout: float = 120,
         dtype: torch.dtype | None = torch.float32,
     ) -> None:
-        check_sequence(subjects, patch_sampler)
         options = QueueOptions(
             max_length=max_length,
             patches_per_volume=patches_per_volume,
@@ -130,7 +129,7 @@ class Queue(IterableDataset[Patch]):
             timeout=timeout,
             dtype=dtype,
         )
-        subjects = usable_subjects(subjects, patch_sampler, on_bad, are_alike=transform is None)
+        subjects = subjects_of_queue(subjects, patch_sampler, transform, on_bad)
         self.subjects, self.patch_sampler, self.options = subjects, patch_sampler, options
         self.share = options.share_of(len(subjects))
         self.position = StreamPosition()

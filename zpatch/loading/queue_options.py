@@ -13,9 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from zpatch.errors import OptionError, QueueError
-from zpatch.loading.draw_reader import Transform
 from zpatch.loading.epoch_plan import Share, Uneven
-from zpatch.loading.subject_check import ON_BAD, OnBad
+from zpatch.loading.queue_subjects import ON_BAD, AnyTransform, OnBad
 from zpatch.loading.worker_pool import check_processes
 from zpatch.sampling.randomness import Purpose, rng
 
@@ -44,7 +43,7 @@ class QueueOptions:
     num_workers: int = 0
     shuffle_subjects: bool = True
     shuffle_patches: bool = True
-    transform: Transform | None = None
+    transform: AnyTransform | None = None
     subject_sampler: Iterable[int] | None = None
     seed: int = 0
     rank: int | None = None

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from zpatch.errors import QueueError
 from zpatch.geometry.affines import Affine
-from zpatch.geometry.boxes import PatchLocation
+from zpatch.geometry.boxes import PatchLocation, Triple
 from zpatch.runtime import buffer_pool
 from zpatch.runtime.byte_sizes import format_bytes
 from zpatch.sampling.patch import Patch, PatchImage
@@ -63,6 +63,11 @@ class ImagePlace:
     def stored_shape(self) -> Shape:
         """The shape of the memory, (c, z, y, x)."""
         return (self.shape[0], *self.shape[:0:-1]) if len(self.shape) == 4 else self.shape
+
+    def of_size(self, size: Triple) -> ImagePlace:
+        """The image in a patch of another size, not placed in a slot."""
+        shape = (self.shape[0], *size)
+        return self if self.shape == shape else dataclasses.replace(self, shape=shape)
 
     def in_user_order(self, stored: torch.Tensor) -> torch.Tensor:
         """The memory (c, z, y, x) as a tensor (C, I, J, K)."""

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from zpatch.chunks.scaling import Scaling
-from zpatch.errors import UnknownNameError
-from zpatch.geometry.affines import Affine
+from zpatch.errors import OptionError, UnknownNameError
+from zpatch.geometry.affines import Affine, crop_affine
 from zpatch.geometry.boxes import PatchLocation
 from zpatch.store.image_record import Kind
 
@@ -132,6 +132,24 @@ class Patch(ImagesByName):
         """A copy of the patch with other voxels in some images."""
         changed = {name: replace(self[name], data=tensor) for name, tensor in tensors.items()}
         return replace(self, images={**self.images, **changed})
+
+    def cropped(self, location: PatchLocation) -> Patch:
+        """The part of the patch at a location inside its own, in the same volume.
+
+        Raises OptionError where the data is not of the patch's extent, as a transform may have left it.
+        """
+        first = tuple(a - b for a, b in zip(location.index, self.location.index, strict=True))
+        box = tuple(slice(f, f + n) for f, n in zip(first, location.size, strict=True))
+        images = {}
+        for name, image in self.images.items():
+            if tuple(image.data.shape[1:]) != self.location.size:
+                raise OptionError(
+                    f"the transform makes {tuple(image.data.shape[1:])} voxels of {name!r} of "
+                    f"{self.location.size}, so that its margin cannot be cropped; keep the extent of patches"
+                )
+            data = image.data[(slice(None), *box)]
+            images[name] = replace(image, data=data, affine=crop_affine(image.affine, first))
+        return Patch(images, location, self.subject)
 
 
 def in_stored_order(data: torch.Tensor) -> torch.Tensor:

@@ -1,21 +1,81 @@
-"""What a queue checks of its subjects before the first patch: all that is known without reading voxels."""
+"""The subjects of a queue: as its transform prepares them, and checked before the first patch.
+
+Checks use what is known without reading voxels.
+"""
 
 from __future__ import annotations
 
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Protocol, get_args, overload, runtime_checkable
 
 from zpatch.errors import OptionError, ZpatchError
+from zpatch.geometry.boxes import Triple
 from zpatch.images.cohort import Cohort
 from zpatch.images.subject import Subject
+from zpatch.sampling.patch import Patch
 from zpatch.sampling.patch_sampler import PatchSampler
 
 OnBad = Literal["error", "skip"]
 ON_BAD: tuple[str, ...] = get_args(OnBad)
+
+Transform = Callable[[Patch], Patch]
 MOST_LISTED = 10
+
+
+@runtime_checkable
+class SubjectTransform(Protocol):
+    """A transform of patches that also acts on their subject, lazily, before patches are taken."""
+
+    def of_subject(self, subject: Subject) -> Subject:
+        """The subject that patches are taken of."""
+
+    def margin(self, subject: Subject, patch_size: Triple) -> Triple:
+        """How many voxels around a patch ``on_patch`` needs on each side; they are cropped after it."""
+
+    def on_patch(self, patch: Patch) -> Patch:
+        """A patch with its margin, as far as that is inside the volume, after the rest of the transform."""
+
+
+AnyTransform = Transform | SubjectTransform
+
+
+class PreparedSubjects(Sequence[Subject]):
+    """Subjects as a transform makes them, when they are accessed."""
+
+    def __init__(self, subjects: Sequence[Subject], transform: SubjectTransform) -> None:
+        self._subjects, self._transform = subjects, transform
+
+    def __len__(self) -> int:
+        return len(self._subjects)
+
+    @overload
+    def __getitem__(self, index: int) -> Subject: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Subject]: ...
+    def __getitem__(self, index: int | slice) -> Subject | Sequence[Subject]:
+        if isinstance(index, slice):
+            return PreparedSubjects(self._subjects[index], self._transform)
+        return self._transform.of_subject(self._subjects[index])
+
+
+def prepared(subjects: Sequence[Subject], transform: AnyTransform | None) -> Sequence[Subject]:
+    """The subjects as a transform makes them before patches are taken, if it acts on subjects."""
+    if not isinstance(transform, SubjectTransform):
+        return subjects
+    if isinstance(subjects, Cohort):
+        return subjects.map(transform.of_subject)
+    return PreparedSubjects(subjects, transform)
+
+
+def subjects_of_queue(
+    subjects: Any, sampler: PatchSampler, transform: AnyTransform | None, on_bad: str
+) -> Sequence[Subject]:
+    """The subjects that a queue takes patches of, as its transform makes them; OptionError for others."""
+    check_sequence(subjects, sampler)
+    return usable_subjects(prepared(subjects, transform), sampler, on_bad, are_alike=transform is None)
 
 
 def check_sequence(subjects: Any, patch_sampler: Any) -> None:

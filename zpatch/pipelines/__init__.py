@@ -1,0 +1,10 @@
+"""Transforms of other libraries taken apart: what acts on subjects, lazily, and what acts on patches.
+
+In reading order::
+
+    pipeline            Pipeline: steps of subjects, then transforms of patches with a margin
+    volume_statistics   mean, deviation and quantiles of a volume, where a mask is, in one or two passes
+    torchio1_grids      transforms of TorchIO 1 that change grids, on lazy images
+    torchio1_volumes    transforms of TorchIO 1 that change values, on lazy images
+    torchio1_pipeline   a transform of TorchIO 1 as a Pipeline, or refused by name
+"""
