@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,15 @@ def test_each_transform_of_torchio_has_its_place(tio: Any) -> None:
         made = getattr(tio.transforms, name)
         if isinstance(made, type) and issubclass(made, tio.Transform):
             assert name in known | abstract | drawn, name
+
+
+def test_the_table_in_the_documentation_says_the_same() -> None:
+    text = (Path(zp.__file__).parent.parent / "docs" / "transforms.md").read_text()
+    rows = dict(re.findall(r"^\| (\w+) \| (.*) \|$", text, re.MULTILINE))
+    del rows["transform"]
+    expected = dict.fromkeys(STEPS, "volume") | dict.fromkeys(MARGINS, "margin")
+    expected |= dict.fromkeys((*ON_PATCHES, "To"), "patch")
+    assert rows == expected | {name: f"refused: {why}" for name, why in REFUSED.items()}
 
 
 def test_blur_of_a_patch_with_its_margin_is_that_of_the_volume(tio: Any, subject: zp.Subject) -> None:

@@ -18,7 +18,6 @@ the stream is the same for any number of workers.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -31,55 +30,11 @@ import torch
 from zpatch.errors import OptionError
 from zpatch.geometry.affines import max_corner_distance
 from zpatch.pipelines.torchio1_pipeline import torchio1_pipeline
+from zpatch.pipelines.volume_names import OF_MONAI, OF_TORCHIO_2, warn_of_volume_transforms
 from zpatch.sampling.patch import Patch, PatchImage
 from zpatch.store.image_record import Kind
 
 PatchTransform = Callable[[Patch], Patch]
-
-# Transforms that mean the whole volume, without the "d" of MONAI's dictionary transforms.
-VOLUME_TRANSFORMS_OF_MONAI = (
-    "Spacing",
-    "Orientation",
-    "Resize",
-    "ResizeWithPadOrCrop",
-    "SpatialPad",
-    "BorderPad",
-    "DivisiblePad",
-    "SpatialCrop",
-    "CenterSpatialCrop",
-    "CenterScaleCrop",
-    "CropForeground",
-    "ResampleToMatch",
-    "Zoom",
-    "NormalizeIntensity",
-    "ScaleIntensity",
-    "ScaleIntensityRangePercentiles",
-    "ClipIntensityPercentiles",
-    "HistogramNormalize",
-    "FillHoles",
-    "KeepLargestConnectedComponent",
-    "GibbsNoise",
-    "KSpaceSpikeNoise",
-)
-VOLUME_TRANSFORMS_OF_TORCHIO_2 = (
-    "Standardize",
-    "Normalize",
-    "HistogramStandardization",
-    "Resize",
-    "Reorient",
-    "CropOrPad",
-    "Crop",
-    "Pad",
-    "EnsureShapeMultiple",
-    "Resample",
-    "Motion",
-    "Ghosting",
-    "Spike",
-    "Swap",
-    "KeepLargestComponent",
-    "PCA",
-    "ToReferenceSpace",
-)
 
 SAME_VOXEL = 1e-2  # voxels that are closer are in the same place; convert accepts such affines
 
@@ -99,7 +54,7 @@ def from_torchio(transform: Callable[[Any], Any], *, on: str = "subject") -> Any
     if on == "subject" and not is_torchio_2(torchio):
         return torchio1_pipeline(transform, _torchio_on_patches)
     if on == "subject":
-        _warn_of_volume_transforms(transform, VOLUME_TRANSFORMS_OF_TORCHIO_2)
+        warn_of_volume_transforms(_parts_of(transform), OF_TORCHIO_2)
     return _torchio_on_patches(transform)
 
 
@@ -120,21 +75,8 @@ def from_monai(transform: Callable[[Any], Any], *, on: str = "subject") -> Patch
     if on not in ("subject", "patch"):
         raise OptionError(f"on must be 'subject' or 'patch', not {on!r}")
     if on == "subject":
-        _warn_of_volume_transforms(composed, VOLUME_TRANSFORMS_OF_MONAI)
+        warn_of_volume_transforms(_parts_of(composed), OF_MONAI)
     return partial(_through_monai, composed, _with_own_generator(composed))
-
-
-def _warn_of_volume_transforms(transform: Any, names: Sequence[str]) -> None:
-    """Warn of transforms that mean the whole volume and are given patches."""
-    found = {type(part).__name__ for part in _parts_of(transform)}
-    known = {name.removesuffix("d"): name for name in sorted(found)}  # RandFlipd holds a RandFlip
-    if meant := [known[name] for name in names if name in known]:
-        warnings.warn(
-            f"{', '.join(meant)} would act on each patch by itself, not on the volume as in its library: use "
-            f"zpatch.Normalize and subject.resampled, oriented and window on the subjects instead, or say "
-            f"on='patch' if patches are meant",
-            stacklevel=3,
-        )
 
 
 def on_tensors(

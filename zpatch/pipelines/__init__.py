@@ -3,6 +3,7 @@
 In reading order::
 
     pipeline            Pipeline: steps of subjects, then transforms of patches with a margin
+    volume_names        transforms of other libraries that mean the whole volume, which are warned of
     volume_statistics   mean, deviation and quantiles of a volume, where a mask is, in one or two passes
     torchio1_grids      transforms of TorchIO 1 that change grids, on lazy images
     torchio1_volumes    transforms of TorchIO 1 that change values, on lazy images
