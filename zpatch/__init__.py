@@ -12,8 +12,9 @@ data flow::
                      +------------------------------------------------- blending/ ----+  prediction/ drives it
 
 Read them in the order geometry, runtime, nifti, chunks, resampling, store, conversion, sources, images,
-sampling, loading, tiling, blending, networks, planning, prediction; report, bench, pipelines, compat and cli
-are at the edge. Names are imported when first used: ``import zpatch`` loads neither torch nor dask nor nibabel.
+sampling, loading, tiling, blending, networks, planning, prediction; report, bench, pipelines, compat and
+cli are at the edge. Names are imported when first used: ``import zpatch`` loads neither torch nor dask nor
+nibabel.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -726,3 +727,42 @@ def test_names_that_are_no_transforms_are_attribute_errors(torchio: Any) -> None
     with pytest.raises(AttributeError, match="RandomFoo"):
         tio.RandomFoo  # noqa: B018 - the access is what is tested
     assert not hasattr(tio, "__path__")
+
+
+def test_images_have_the_names_that_scripts_use_around_patches() -> None:
+    affine = np.diag([-1.0, 2, 3, 1])
+    affine[:3, 3] = 4, 5, 6
+    image = tio.ScalarImage(tensor=torch.arange(24).reshape(1, 2, 3, 4), affine=affine)
+    assert image.origin == (4, 5, 6)
+    assert image.orientation == ("L", "A", "S")
+    np.testing.assert_array_equal(image.numpy(), image.data)
+    subject = tio.Subject(t1=image, age=4)
+    subject.add_image(tio.LabelMap(tensor=torch.zeros(1, 2, 3, 4, dtype=torch.uint8)), "seg")
+    assert list(subject) == ["t1", "seg", "age"]
+    assert subject.seg.kind == "label"
+
+
+def test_datasets_and_utils_are_those_of_the_installed_torchio(torchio: Any, tmp_path: Path) -> None:
+    assert tio.datasets is torchio.datasets
+    assert tio.utils is torchio.utils
+    path = tmp_path / "t1.nii.gz"
+    nib.Nifti1Image(np.arange(1000, dtype=np.float32).reshape(10, 10, 10), np.eye(4)).to_filename(path)
+    theirs = torchio.Subject(
+        t1=torchio.ScalarImage(path), seg=torchio.LabelMap(tensor=torch.ones(1, 10, 10, 10)), age=3
+    )
+    dataset = tio.SubjectsDataset([theirs])
+    assert dataset[0].age == 3
+    patches = list(tio.Queue(dataset, 4, 4, tio.UniformSampler(4)))
+    for patch in patches:
+        ini, fin = patch[tio.LOCATION].reshape(2, 3).tolist()
+        box = (slice(None), *(slice(a, b) for a, b in zip(ini, fin, strict=True)))
+        torch.testing.assert_close(patch.t1.data, theirs.t1.data[box].float())
+
+
+def test_a_subject_is_plotted_by_torchio(torchio: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(
+        torchio.ScalarImage, "plot", lambda self, **options: drawn.append((self.shape, options))
+    )
+    tio.Subject(t1=tio.ScalarImage(tensor=torch.zeros(1, 4, 5, 6))).plot(show=False)
+    assert drawn == [((1, 4, 5, 6), {"show": False})]

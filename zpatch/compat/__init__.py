@@ -6,7 +6,8 @@ In reading order::
     transforms          transforms of TorchIO and MONAI, and functions of tensors, on patches
     monai               zpatch images in MONAI's pipelines
     epoch_queues        queues with TorchIO's epochs and counts
-    torchio1_subjects   images, subjects and patches of TorchIO 0.18 to 1.x
+    torchio1_images     images of TorchIO 0.18 to 1.x
+    torchio1_subjects   subjects, their patches and datasets of TorchIO 0.18 to 1.x
     torchio1_samplers   samplers of TorchIO 0.18 to 1.x
     torchio1            TorchIO 0.18 to 1.x: import this instead of torchio
     torchio0            TorchIO about 0.13

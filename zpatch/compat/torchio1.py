@@ -47,6 +47,17 @@ from torch.utils.data import IterableDataset
 
 from zpatch.blending.aggregator import PatchAggregator
 from zpatch.compat.epoch_queues import CountedQueue, subject_number
+from zpatch.compat.torchio1_images import (
+    AFFINE,
+    DATA,
+    INTENSITY,
+    LABEL,
+    SAMPLING_MAP,
+    TYPE,
+    Image,
+    LabelMap,
+    ScalarImage,
+)
 from zpatch.compat.torchio1_samplers import (
     GridSampler,
     LabelSampler,
@@ -56,18 +67,9 @@ from zpatch.compat.torchio1_samplers import (
     drawn_seed,
 )
 from zpatch.compat.torchio1_subjects import (
-    AFFINE,
     CHANNELS_DIMENSION,
-    DATA,
-    INTENSITY,
-    LABEL,
     LOCATION,
-    SAMPLING_MAP,
-    TYPE,
-    Image,
-    LabelMap,
     Patch,
-    ScalarImage,
     Subject,
     SubjectsDataset,
     SubjectsLoader,

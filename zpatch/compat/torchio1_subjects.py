@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from zpatch.compat.nifti_cache import cached_image, save_image
+from zpatch.compat.nifti_cache import save_image
+from zpatch.compat.torchio1_images import AFFINE, CLASSES, DATA, TYPE, TYPES, Image
 from zpatch.compat.transforms import PatchTransform, as_function
 from zpatch.errors import OptionError
 from zpatch.geometry.boxes import PatchLocation, Triple
@@ -21,80 +22,13 @@ from zpatch.images import image
 from zpatch.images.subject import Subject as NativeSubject
 from zpatch.loading.queue_subjects import SubjectTransform
 from zpatch.sampling.patch import Patch as NativePatch
-from zpatch.sampling.patch import to_tensor
 from zpatch.sampling.patch_sampler import read_patches
 
-DATA, AFFINE, TYPE, LOCATION = "data", "affine", "type", "location"
-INTENSITY, LABEL, SAMPLING_MAP = "intensity", "label", "sampling_map"
+LOCATION = "location"
 NUM_SAMPLES = "num_samples"
 CHANNELS_DIMENSION = 1  # of a batch
 
 SPACE_TOLERANCE = 1e-3  # mm; affines that differ by less are the same, for convert too
-
-_TYPES = {"scalar": INTENSITY, "label": LABEL, "sampling": SAMPLING_MAP}
-
-
-class Image(image.Image):
-    """An image from a path, or from the voxels of a ``tensor`` (C, I, J, K) with an ``affine``.
-
-    ``type`` is INTENSITY, LABEL or SAMPLING_MAP; ScalarImage and LabelMap imply it.
-    """
-
-    def __new__(cls, path: Any = None, type: str = INTENSITY, *_: Any, **__: Any) -> Any:  # noqa: A002, D102
-        if cls is Image and type not in _CLASSES:
-            raise OptionError(f"type must be one of {', '.join(_CLASSES)}, not {type!r}")
-        return super().__new__(_CLASSES[type] if cls is Image else cls)
-
-    def __init__(
-        self,
-        path: Any = None,
-        type: str | None = None,  # noqa: A002 - TorchIO's name
-        tensor: Any = None,
-        affine: Any = None,
-        *,
-        axes: str | None = None,
-    ) -> None:
-        if type not in (None, _TYPES[self.kind]):
-            raise OptionError(f"a {self.__class__.__name__} is not of type {type!r}")
-        if (path is None) == (tensor is None):
-            raise OptionError("an image is made of a path or of a tensor; give one of them")
-        data = path if tensor is None else np.asarray(tensor)
-        if isinstance(data, str) or hasattr(data, "__fspath__"):
-            data = cached_image(data, self.kind)
-        if isinstance(data, image.Image):
-            data, affine = data.opened, data.affine if affine is None else affine
-        super().__init__(data, affine=affine, axes=axes)
-
-    whole: Callable[[], torch.Tensor] | None = None  # of a dataset whose transform acts on patches
-
-    @property
-    def data(self) -> Any:
-        """The whole image as a tensor (C, I, J, K), after the transform of its dataset; for small volumes."""
-        return to_tensor(super().data) if self.whole is None else self.whole()
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the image to a NIfTI file."""
-        save_image(path, super().data, self.affine)
-
-    def __getitem__(self, key: str) -> Any:
-        if key not in (DATA, AFFINE, TYPE):
-            raise KeyError(key)
-        return _TYPES[self.kind] if key == TYPE else getattr(self, key)
-
-
-class ScalarImage(Image, image.ScalarImage):
-    """An image of intensities."""
-
-
-class LabelMap(Image, image.LabelMap):
-    """An image whose values are classes."""
-
-
-class SamplingMap(Image, image.SamplingMap):
-    """An image whose values are proportional to the probability of a voxel to be the centre of a patch."""
-
-
-_CLASSES: Mapping[str, type[Image]] = {INTENSITY: ScalarImage, LABEL: LabelMap, SAMPLING_MAP: SamplingMap}
 
 
 class Subject(NativeSubject, Mapping[str, Any]):
@@ -111,7 +45,7 @@ class Subject(NativeSubject, Mapping[str, Any]):
         items = dict(*args) | items
         images = {name: item for name, item in items.items() if isinstance(item, image.Image)}
         others = {name: item for name, item in items.items() if name not in images}
-        own = {n: i if isinstance(i, Image) else _CLASSES[_TYPES[i.kind]](i) for n, i in images.items()}
+        own = {n: i if isinstance(i, Image) else CLASSES[TYPES[i.kind]](i) for n, i in images.items()}
         self._set(own, others.get("name", "subject"), others.get("split"), others)
 
     def __getitem__(self, name: str) -> Any:
@@ -135,6 +69,17 @@ class Subject(NativeSubject, Mapping[str, Any]):
         """The images: those of intensities only, or all."""
         return [i for i in self.images.values() if i.kind == "scalar" or not intensity_only]
 
+    def add_image(self, image: image.Image, image_name: str) -> None:
+        """Add an image, or replace the one of that name."""
+        changed = Subject({**self, image_name: image})
+        self._set(changed.images, self.name, self.split, self.metadata)
+
+    def plot(self, **options: Any) -> None:
+        """Three planes of each image, drawn by the installed TorchIO and matplotlib."""
+        for one in self.images.values():
+            assert isinstance(one, Image)
+            one.plot(**options)
+
     def get_first_image(self) -> image.Image:
         """The first image."""
         return next(iter(self.images.values()))
@@ -142,7 +87,7 @@ class Subject(NativeSubject, Mapping[str, Any]):
     def with_transform(self, transform: PatchTransform | SubjectTransform) -> Subject:
         """A copy of the subject after a transform: its images are lazy, and patches are transformed later."""
         changed = transform.of_subject(self) if isinstance(transform, SubjectTransform) else self
-        images = {name: _CLASSES[_TYPES[one.kind]](one) for name, one in changed.images.items()}
+        images = {name: CLASSES[TYPES[one.kind]](one) for name, one in changed.images.items()}
         copy = Subject({**images, **self.metadata})
         copy.transform = transform
         voxels = functools.cache(copy._whole_patch)  # one draw of random numbers for all images
@@ -190,9 +135,27 @@ def as_subject(subject: NativeSubject) -> Subject:
     """A subject of zpatch as one of these: its images and its name."""
     if isinstance(subject, Subject):
         return subject
+    if _is_of_torchio(subject):
+        return _of_torchio(subject)
     if not isinstance(subject, NativeSubject):
         raise OptionError(f"a subject must be a Subject, not {type(subject).__name__}")
     return Subject(subject.images, name=subject.name)
+
+
+def _is_of_torchio(subject: Any) -> bool:
+    return type(subject).__module__.startswith("torchio.")
+
+
+def _of_torchio(subject: Any) -> Subject:
+    """A subject of TorchIO itself, such as ``Colin27()``: its files are opened as lazy images."""
+    images = subject.get_images_dict(intensity_only=False)
+    entries = {
+        name: Image(path=one.path, type=one.type)
+        if isinstance(one.path, str | os.PathLike)
+        else Image(tensor=one.data, affine=one.affine, type=one.type)
+        for name, one in images.items()
+    }
+    return Subject({**{key: value for key, value in subject.items() if key not in images}, **entries})
 
 
 class Entries(dict[str, Any]):
@@ -235,7 +198,7 @@ class Patch(Entries):
     def of(cls, patch: NativePatch, subject: Subject, offset: Triple) -> Self:
         """A patch of zpatch as a mapping, its location relative to ``offset``, the first voxel of padding."""
         images = {
-            name: PatchImage({DATA: found.data, AFFINE: found.affine, TYPE: _TYPES[found.kind]})
+            name: PatchImage({DATA: found.data, AFFINE: found.affine, TYPE: TYPES[found.kind]})
             for name, found in patch.images.items()
         }
         ini = [n - first for n, first in zip(patch.location.index, offset, strict=True)]
@@ -264,7 +227,8 @@ class SubjectsDataset(Dataset[Subject]):
                 "these subjects belong to a dataset with a transform; split the list of subjects instead, "
                 "and make a dataset of each part"
             )
-        self._subjects = subjects
+        are_foreign = _is_of_torchio(subjects[0])
+        self._subjects = [as_subject(subject) for subject in subjects] if are_foreign else subjects
         self.set_transform(transform)
 
     def __len__(self) -> int:

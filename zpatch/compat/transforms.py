@@ -36,6 +36,8 @@ from zpatch.store.image_record import Kind
 
 PatchTransform = Callable[[Patch], Patch]
 
+SUBMODULES = ("datasets", "utils")  # of TorchIO, which scripts use around patches
+
 SAME_VOXEL = 1e-2  # voxels that are closer are in the same place; convert accepts such affines
 
 
@@ -105,7 +107,7 @@ def as_function(transform: Any) -> Any:
 
 
 def transform_class(name: str, generation: int) -> Any:
-    """A transform of the installed TorchIO by its name, for a module that replaces TorchIO 1 or 2.
+    """A transform or a submodule of the installed TorchIO, for a module that replaces TorchIO 1 or 2.
 
     An AttributeError if TorchIO has none, is of the other generation, or is not installed.
     """
@@ -120,7 +122,7 @@ def transform_class(name: str, generation: int) -> Any:
             f"no {name!r} here; its transforms are those of TorchIO {generation}, and the installed one "
             f"is of another generation"
         )
-    return getattr(torchio.transforms, name)
+    return getattr(torchio if name in SUBMODULES else torchio.transforms, name)
 
 
 def torchio_library() -> Any:
