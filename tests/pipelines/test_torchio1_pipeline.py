@@ -14,20 +14,12 @@ from scipy.stats import ks_2samp
 
 import zpatch as zp
 from zpatch.compat import torchio1
-from zpatch.compat.transforms import from_torchio, is_torchio_2
+from zpatch.compat.transforms import from_torchio
 from zpatch.errors import OptionError, QueueError
 from zpatch.pipelines.torchio1_pipeline import MARGINS, ON_PATCHES, REFUSED
 from zpatch.pipelines.torchio1_volumes import STEPS
 
 SHAPE, PATCH = (48, 44, 40), 16
-
-
-@pytest.fixture(scope="module")
-def tio() -> Any:
-    torchio = pytest.importorskip("torchio", reason="TorchIO is not installed")
-    if is_torchio_2(torchio):
-        pytest.skip("the TorchIO that is installed is not TorchIO 1")
-    return torchio
 
 
 @pytest.fixture(scope="module")

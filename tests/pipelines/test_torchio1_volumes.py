@@ -9,21 +9,13 @@ import numpy as np
 import pytest
 
 import zpatch as zp
-from zpatch.compat.transforms import from_torchio, is_torchio_2
+from zpatch.compat.transforms import from_torchio
 from zpatch.errors import OptionError
 from zpatch.pipelines.torchio1_volumes import STEPS
 
 SHAPE = (40, 37, 33)
 AFFINE = np.array([[-1.0, 0, 0, 10], [0, 1.5, 0, -20], [0, 0, 2, 30], [0, 0, 0, 1]])
 LANDMARKS = {"t1": np.linspace(0, 100, 13) ** 1.2}
-
-
-@pytest.fixture(scope="module")
-def tio() -> Any:
-    torchio = pytest.importorskip("torchio", reason="TorchIO is not installed")
-    if is_torchio_2(torchio):
-        pytest.skip("the TorchIO that is installed is not TorchIO 1")
-    return torchio
 
 
 @pytest.fixture(scope="module")
