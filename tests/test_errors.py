@@ -24,6 +24,7 @@ BUILT_INS: dict[str, type[Exception]] = {
     "PatchOverlapError": ValueError,
     "PatchLocationError": IndexError,
     "SamplingError": ValueError,
+    "NothingToDrawError": ValueError,
     "QueueError": RuntimeError,
     "WorkerError": RuntimeError,
     "ModelError": RuntimeError,

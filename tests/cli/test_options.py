@@ -88,7 +88,7 @@ def test_a_wrong_option_of_bench_is_named_by_its_flag(wrong: Callable[..., str],
     assert "--patch-size must be at least 1 " in wrong("bench", cohort_store, "--patch-size", "0")
     line = wrong("bench", cohort_store, "--patch-size", "24,24,500")
     assert "patch of 500 voxels does not fit axis K of " in line
-    assert "use a smaller --patch-size, or a GridSampler with padding_mode='constant'" in line
+    assert "use a smaller --patch-size, or say padding_mode='constant' to the sampler" in line
 
 
 def test_an_error_about_a_memory_limit_names_flags_and_is_not_wrong_usage(

@@ -306,11 +306,11 @@ def test_a_pass_reads_each_chunk_once_and_every_voxel(monkeypatch: pytest.Monkey
         ((1, 1, 1, 9), (4, 4, 4)),
     ):
         seen = np.zeros(shape[1:], int)
-        for box in normalization._boxes(shape, chunks):  # type: ignore[arg-type]
+        for box in normalization.pass_boxes(shape, chunks):  # type: ignore[arg-type]
             seen[box.to_slices()] += 1
             assert all(i % c == 0 for i, c in zip(box.index_ini, chunks, strict=True) if i)
         assert (seen == 1).all()
-    assert list(normalization._boxes((1, 0, 5, 5), (4, 4, 4))) == []
+    assert list(normalization.pass_boxes((1, 0, 5, 5), (4, 4, 4))) == []
 
 
 def test_values_that_are_not_finite_are_left_out_of_computed_statistics() -> None:

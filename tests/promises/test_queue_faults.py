@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -297,7 +298,12 @@ def test_a_damaged_shard_is_an_error_with_subject_and_file(
     ):
         list(queue)
     assert str(damaged.store.path / "sub-03" / "t1") in str(raised.value)
-    assert "Traceback" in str(raised.value.__cause__)
+    assert "Traceback" in shown(raised.value)
+
+
+def shown(error: BaseException) -> str:
+    """An error as Python shows it, with its cause."""
+    return "".join(traceback.format_exception(error))
 
 
 @pytest.mark.parametrize("workers", WORKERS)
@@ -308,7 +314,7 @@ def test_a_sampler_that_fails_is_an_error_with_subject_reason_and_traceback(work
     ):
         list(queue)
     assert "ArithmeticError: no luck here" in str(raised.value)
-    assert "in starts" in str(raised.value.__cause__)
+    assert "in starts" in shown(raised.value)
 
 
 @pytest.mark.parametrize("workers", WORKERS)
@@ -346,7 +352,7 @@ def test_a_transform_that_fails_is_an_error_with_traceback_subject_and_place(
     }
     place, *_ = re.findall(r"in the transform of the patch at \((\d+), (\d+), (\d+)\)$", text)
     assert tuple(map(int, place)) in places
-    trace = str(raised.value.__cause__)
+    trace = shown(raised.value)
     assert re.search(r'Traceback.*File ".*streams.py", line \d+, in __call__', trace, re.DOTALL)
 
 

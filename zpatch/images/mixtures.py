@@ -16,8 +16,10 @@ MOST_NAMED = 3
 OTHER_SCALE = 10.0  # ranges of intensity that differ by this factor are of other units
 
 
-def mixtures(records: Iterable[ImageRecord]) -> list[tuple[str, str]]:
+def mixtures(records: Iterable[ImageRecord], *, shapes: bool = True) -> list[tuple[str, str]]:
     """What images of one name differ in, as (name of the image, text): a line for each, by name.
+
+    ``shapes`` are mostly different, and no fault; False leaves them out.
 
     Intensities are of another range where their 0.5th and 99.5th percentiles are ten times as large as in
     most subjects, or a tenth, or where only they, or all but they, go far below 0, as Hounsfield units do.
@@ -25,7 +27,11 @@ def mixtures(records: Iterable[ImageRecord]) -> list[tuple[str, str]]:
     of_name: dict[str, list[ImageRecord]] = {}
     for record in records:
         of_name.setdefault(record.image, []).append(record)
-    return [(name, text) for name, images in sorted(of_name.items()) for text in _of_image(images)]
+    return [
+        (name, text)
+        for name, images in sorted(of_name.items())
+        for text in _of_image(images, with_shapes=shapes)
+    ]
 
 
 def orientation_of(record: ImageRecord) -> str:
@@ -36,11 +42,11 @@ def orientation_of(record: ImageRecord) -> str:
         return "?"
 
 
-def _of_image(images: Sequence[ImageRecord]) -> Iterator[str]:
+def _of_image(images: Sequence[ImageRecord], *, with_shapes: bool) -> Iterator[str]:
     yield from _mixed("spacings", images, [_spacing(record) for record in images], "mm")
     yield from _mixed("orientations", images, [orientation_of(record) for record in images])
     shapes = {record.spatial_shape for record in images}
-    if len(shapes) > 1:
+    if with_shapes and len(shapes) > 1:
         least, most = (" x ".join(map(str, bound)) for bound in (np.min([*shapes], 0), np.max([*shapes], 0)))
         yield f"{len(shapes)} shapes, from {least} to {most} voxels (I x J x K)"
     yield from _other_ranges([record for record in images if record.kind == "scalar"])

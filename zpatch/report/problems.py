@@ -94,8 +94,8 @@ def problems_of_cohort(images: Mapping[str, Sequence[str]]) -> list[Problem]:
 
 
 def problems_of_mixtures(records: Sequence[ImageRecord]) -> list[Problem]:
-    """What images of one name differ in, over all subjects."""
-    return [Problem(f"it has {text}", image=image) for image, text in mixtures(records)]
+    """What images of one name differ in, over all subjects, but for their shapes."""
+    return [Problem(f"it has {text}", image=image) for image, text in mixtures(records, shapes=False)]
 
 
 def share_a_grid(first: ImageRecord, second: ImageRecord) -> bool:
