@@ -246,10 +246,14 @@ class Model:
         """The manifest was changed: either it cannot be read, or it says what is committed now.
 
         A line that was cut off in its middle does not exist. If it replaced an older one, that one counts,
-        whose files are gone.
+        whose files are gone. A document that still has a line is sealed, also of a subject without images.
         """
-        found = parsed(read(self.path / MANIFEST) or b"")
+        manifest = read(self.path / MANIFEST) or b""
+        found = parsed(manifest)
         assert found is not None
+        lines = map(unsealed, manifest.split(b"\n")[:-1])
+        sealed = {line["document"] for line in lines if line and "document" in line}
+        kept = {name: harm for name, harm in self.damaged.items() if name in sealed}
         for key, line in found.items():
             self.images[key] = self.history[line["check"]]
             for name, seal in line["files"].items():
@@ -261,6 +265,7 @@ class Model:
             del self.images[key]
             self.forget_damage_of(key)
             self.left |= {key[0], "/".join(key)}
+        self.damaged |= kept
 
     def expect_after_kill(self, planned: dict[Key, Scan], before: dict[Key, Json]) -> None:
         """A writer was killed that was about to commit some images: each subject as before, or as planned."""
