@@ -41,11 +41,6 @@ class VoxelTypes:
     dtype: torch.dtype | None
     has_transform: bool
 
-    def layout_of(self, subject: Subject) -> SlotLayout:
-        """The layout of a patch of a subject in a slot, before any transform."""
-        views = views_of(subject, self.sampler.context, self.sampler.padding_mode)
-        return SlotLayout.of([self.place_of(view) for view in views])
-
     def place_of(self, view: PatchView) -> ImagePlace:
         """A view of a patch, not yet placed in a slot."""
         dtype, (slope, inter) = self._type_of(view)
@@ -134,7 +129,10 @@ class DrawReader:
 
     def layout_of(self, subject: Subject) -> SlotLayout:
         """The layout of a patch of a subject in a slot, before any transform."""
-        return self._types.layout_of(subject)
+        return SlotLayout.of([self._types.place_of(view) for view in self._views(subject)])
+
+    def _views(self, subject: Subject) -> list[PatchView]:
+        return views_of(subject, self._sampler.context, self._sampler.padding_mode)
 
     def patches(self, draw: Draw) -> Iterator[Patch]:
         """The transformed patches of a draw, each in newly allocated memory."""
@@ -178,8 +176,7 @@ class DrawReader:
 
         ``tensors`` has a list for each image with a tensor for each location.
         """
-        views = views_of(subject, self._sampler.context, self._sampler.padding_mode)
-        fill = self._sampler.fill
+        views, fill = self._views(subject), self._sampler.fill
         reads = [
             view.read(locations, is_scaled=(place.slope, place.inter) == (1.0, 0.0), fill=fill)
             for view, place in zip(views, layout.images, strict=True)

@@ -134,7 +134,8 @@ class Queue(IterableDataset[Patch]):
         self.share = options.share_of(len(subjects))
         self.position = StreamPosition()
         self._turn = Turn("the queue is iterated by another thread; give each thread a queue of its own")
-        self._reader = DrawReader(subjects, patch_sampler, patches_per_volume, dtype, transform, seed)
+        per_volume, seed = options.patches_per_volume, options.seed  # as Python's integers
+        self._reader = DrawReader(subjects, patch_sampler, per_volume, dtype, transform, seed)
         self._patches = self.count_patches()
         self._buffer: PatchBuffer | None = None
 
@@ -256,9 +257,10 @@ class Queue(IterableDataset[Patch]):
             plan = self.plan(self.position.epoch)
             consumed = self.position.begin(plan)
             mine = self.position.iteration
-            buffer, reads_ahead = self._running(), self.upcoming(plan) is not None
-            patches = buffer.iter_patches(plan, consumed, reads_ahead=reads_ahead)
         try:
+            with self._turn:
+                buffer, reads_ahead = self._running(), self.upcoming(plan) is not None
+            patches = buffer.iter_patches(plan, consumed, reads_ahead=reads_ahead)
             while True:
                 with self._turn:
                     patch = next(patches, None)

@@ -26,6 +26,7 @@ from zpatch.report.subject_section import SubjectSection, stored_images
 from zpatch.report.summary import CohortSummary
 from zpatch.runtime.task_contract import Progress
 from zpatch.runtime.whole_file import whole_file
+from zpatch.store.image_record import ImageRecord
 from zpatch.store.lock import writing_to
 from zpatch.store.verification import verify
 
@@ -129,14 +130,16 @@ def _surveyed(cohort: Cohort) -> _Survey:
     summary = CohortSummary(cohort.store.path, cohort.store.attributes, checked)
     images: dict[str, list[str]] = {}
     labels: set[int] = set()
+    every: list[ImageRecord] = []
     for subject in cohort:
         records = [image.record for image in stored_images(subject)]
         images[subject.name] = [record.image for record in records]
+        every += records
         problems += problems_of_subject(records)
         summary.add(subject.name, subject.split, records)
         labels.update(label.value for r in records if r.kind == "label" for label in labels_of(r))
     problems += problems_of_cohort(images)
-    problems += problems_of_mixtures([image.record for subject in cohort for image in stored_images(subject)])
+    problems += problems_of_mixtures(every)
     return _Survey(summary, tuple(problems), LabelColours(labels))
 
 
