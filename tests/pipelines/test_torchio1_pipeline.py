@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,14 @@ def test_one_of_several_and_transforms_by_chance_act_on_patches(tio: Any, subjec
     with pytest.raises(OptionError, match="CropOrPad needs the whole volume"):
         from_torchio(tio.OneOf([tio.CropOrPad(8), tio.RandomNoise()]))
     assert [step.name for step in from_torchio(tio.Clamp(0, 1, p=0.5)).patches] == ["Clamp"]
+
+
+def test_a_pipeline_can_be_sent_to_a_process(tio: Any, subject: zp.Subject) -> None:
+    moving = tio.OneOf([tio.RandomBlur(2), tio.RandomAffine()])
+    pipeline = from_torchio(tio.Compose([tio.ZNormalization(), tio.RandomFlip(), moving]))
+    sent = pickle.loads(pickle.dumps(pipeline))
+    assert sent.margin(subject, (PATCH,) * 3) == pipeline.margin(subject, (PATCH,) * 3)
+    assert [step.name for step in sent.patches] == [step.name for step in pipeline.patches]
 
 
 def test_a_pipeline_is_not_called_with_patches_of_subjects_that_it_did_not_see(

@@ -51,13 +51,17 @@ def from_torchio(transform: Callable[[Any], Any], *, on: str = "subject") -> Any
     sampling maps, which TorchIO's transforms treat differently. An OptionError if TorchIO is not installed.
     """
     torchio = torchio_library()
-    if on not in ("subject", "patch"):
-        raise OptionError(f"on must be 'subject' or 'patch', not {on!r}")
+    _check_on(on)
     if on == "subject" and not is_torchio_2(torchio):
         return torchio1_pipeline(transform, _torchio_on_patches)
     if on == "subject":
         warn_of_volume_transforms(_parts_of(transform), OF_TORCHIO_2)
     return _torchio_on_patches(transform)
+
+
+def _check_on(on: str) -> None:
+    if on not in ("subject", "patch"):
+        raise OptionError(f"on must be 'subject' or 'patch', not {on!r}")
 
 
 def _torchio_on_patches(transform: Callable[[Any], Any]) -> PatchTransform:
@@ -74,8 +78,7 @@ def from_monai(transform: Callable[[Any], Any], *, on: str = "subject") -> Patch
     OptionError if MONAI is not installed.
     """
     composed = monai_library().transforms.Compose([transform])
-    if on not in ("subject", "patch"):
-        raise OptionError(f"on must be 'subject' or 'patch', not {on!r}")
+    _check_on(on)
     if on == "subject":
         warn_of_volume_transforms(_parts_of(composed), OF_MONAI)
     return partial(_through_monai, composed, _with_own_generator(composed))

@@ -23,6 +23,11 @@ Remember = Callable[[str, Callable[[], Any]], Any]
 Margin = Callable[[Triple, tuple[float, float, float]], Triple]
 
 
+def no_margin(patch_size: Triple, spacing: tuple[float, float, float]) -> Triple:
+    """The margin of a transform that needs no voxels around a patch."""
+    return (0, 0, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class SubjectStep:
     """A transform that acts on subjects: ``act(subject, remember)`` gives a lazy one.
@@ -40,7 +45,7 @@ class PatchStep:
 
     name: str
     act: Callable[[Patch], Patch]
-    margin: Margin = lambda patch_size, spacing: (0, 0, 0)
+    margin: Margin = no_margin
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 from zpatch.errors import OptionError
 from zpatch.geometry.boxes import Triple
 from zpatch.pipelines import torchio1_volumes as volumes
-from zpatch.pipelines.pipeline import Margin, PatchStep, Pipeline, SubjectStep, followed_by
+from zpatch.pipelines.pipeline import Margin, PatchStep, Pipeline, SubjectStep, followed_by, no_margin
 from zpatch.sampling.patch import Patch
 
 Act = Callable[[Any], Callable[[Patch], Patch]]
@@ -81,8 +81,6 @@ def _probability(transform: Any) -> float:
 
 def _step(transform: Any, on_patches: Act, follows_random: bool) -> SubjectStep | PatchStep:
     name = _name_of(transform)
-    if name == "To":
-        return PatchStep(name, on_patches(transform))
     if name in volumes.STEPS and _probability(transform) == 1 and not (follows_random and name in POINTWISE):
         return SubjectStep(name, partial(volumes.STEPS[name], transform))
     return PatchStep(name, on_patches(transform), _margin_of(transform))
@@ -96,7 +94,7 @@ def _margin_of(transform: Any) -> Margin:
         margins = [_margin_of(part) for part in inner]
         return partial(_together, margins, sum if name == "Compose" else max)
     if name in ON_PATCHES or name in POINTWISE:
-        return lambda patch_size, spacing: (0, 0, 0)
+        return no_margin
     if name in MARGINS:
         return partial(MARGINS[name], transform)
     if name in volumes.STEPS:
