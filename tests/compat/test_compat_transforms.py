@@ -176,7 +176,7 @@ def test_a_queue_with_random_torchio_transforms_is_the_same_for_any_number_of_wo
 
 @pytest.mark.parametrize("dtype", LABEL_DTYPES)
 def test_monai_gets_and_gives_back_a_patch_without_loss(monai: Any, dtype: torch.dtype) -> None:
-    assert_equal(from_monai(monai.Identityd(["t1", "seg"]))(patch_of(dtype)), patch_of(dtype))
+    assert_equal(from_monai(monai.Identityd(["t1", "seg"]), on="patch")(patch_of(dtype)), patch_of(dtype))
 
 
 def test_monai_transforms_a_patch_as_it_transforms_metatensors(monai: Any, patch: zp.Patch) -> None:
@@ -185,7 +185,7 @@ def test_monai_transforms_a_patch_as_it_transforms_metatensors(monai: Any, patch
     transform = monai.Flipd(["t1", "seg"], spatial_axis=0)
     affine = torch.from_numpy(AFFINE)
     expected = transform({name: MetaTensor(patch[name].data, affine=affine) for name in ("t1", "seg")})
-    found = from_monai(transform)(patch)
+    found = from_monai(transform, on="patch")(patch)
     for name in ("t1", "seg"):
         assert torch.equal(found[name].data, expected[name].as_tensor())
         np.testing.assert_array_equal(found[name].affine, expected[name].affine.numpy())
@@ -214,14 +214,14 @@ def test_a_transform_of_monai_that_changes_shapes_moves_the_affine(monai: Any, p
 
 def test_lazy_transforms_of_monai_are_carried_out(monai: Any, patch: zp.Patch) -> None:
     lazy = monai.Flipd(["t1"], spatial_axis=1, lazy=True)
-    assert torch.equal(from_monai(lazy)(patch).t1.data, patch.t1.data.flip(2))
+    assert torch.equal(from_monai(lazy, on="patch")(patch).t1.data, patch.t1.data.flip(2))
 
 
 def test_images_that_a_transform_of_monai_adds_or_removes_are_added_or_removed(
     monai: Any, patch: zp.Patch
 ) -> None:
     steps = [monai.ConcatItemsd(["t1", "weights"], name="both"), monai.DeleteItemsd(["t1", "weights"])]
-    found = from_monai(monai.Compose(steps))(patch)
+    found = from_monai(monai.Compose(steps), on="patch")(patch)
     assert list(found) == ["seg", "both"]
     assert found.both.kind == "scalar"
     assert torch.equal(found.both.data, torch.cat([patch.t1.data, patch.weights.data]))
@@ -233,24 +233,20 @@ def test_what_monai_gives_beside_images_is_left_behind(monai: Any, patch: zp.Pat
     assert list(from_monai(crop, on="patch")(patch)) == ["t1", "seg", "weights"]
 
 
-def test_a_transform_of_monai_that_means_the_volume_is_warned_of_by_name(monai: Any) -> None:
-    volume = [monai.NormalizeIntensityd(["t1"]), monai.Spacingd("t1", 1)]
-    chain = monai.Compose([monai.RandFlipd(["t1"], 0.5), *volume])
-    with pytest.warns(UserWarning, match="Spacingd, NormalizeIntensityd would act on each patch") as warned:
-        from_monai(chain)
-    assert len(warned) == 1
-    from_monai(chain, on="patch")
-    from_monai(monai.RandGaussianNoised(["t1"]))
+def test_a_transform_of_monai_acts_on_subjects_or_on_patches(monai: Any) -> None:
+    chain = monai.Compose([monai.NormalizeIntensityd(["t1"]), monai.RandFlipd(["t1"], 0.5)])
+    assert [step.name for step in from_monai(chain).steps] == ["NormalizeIntensityd"]
+    assert not hasattr(from_monai(chain, on="patch"), "steps")
     with pytest.raises(OptionError, match="on must be 'subject' or 'patch', not 'volume'"):
         from_monai(chain, on="volume")
 
 
 def test_a_crop_of_monai_gives_one_patch_or_an_error(monai: Any, patch: zp.Patch) -> None:
     one = monai.RandSpatialCropSamplesd(["t1", "seg"], (6, 6, 6), num_samples=1, random_size=False)
-    assert from_monai(one)(patch).t1.data.shape == (1, 6, 6, 6)
+    assert from_monai(one, on="patch")(patch).t1.data.shape == (1, 6, 6, 6)
     two = monai.RandSpatialCropSamplesd(["t1", "seg"], (6, 6, 6), num_samples=2, random_size=False)
     with pytest.raises(TypeError, match="gives one dictionary, not 2 patches; say num_samples=1 there"):
-        from_monai(two)(patch)
+        from_monai(two, on="patch")(patch)
 
 
 def test_a_queue_with_random_monai_transforms_is_the_same_for_any_number_of_workers(monai: Any) -> None:

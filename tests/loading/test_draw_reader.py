@@ -73,16 +73,16 @@ def test_a_patch_does_not_depend_on_the_patches_read_with_it(transform: Any) -> 
 def test_another_address_gives_another_transform(change: dict[str, int]) -> None:
     runner = TransformRunner(noisy, seed=0)
     [patch] = reader_of().patches(draw_of(0))
-    one, other = (runner.run(patch, draw, 0) for draw in (draw_of(0), draw_of(0, **change)))
-    assert item(one) == item(runner.run(patch, draw_of(0), 0))
-    assert item(one) != item(other) != item(runner.run(patch, draw_of(0, **change), 1))
-    assert item(TransformRunner(noisy, seed=1).run(patch, draw_of(0), 0)) != item(one)
+    one, other = (runner.run(patch, patch.location, draw, 0) for draw in (draw_of(0), draw_of(0, **change)))
+    assert item(one) == item(runner.run(patch, patch.location, draw_of(0), 0))
+    assert item(one) != item(other) != item(runner.run(patch, patch.location, draw_of(0, **change), 1))
+    assert item(TransformRunner(noisy, seed=1).run(patch, patch.location, draw_of(0), 0)) != item(one)
 
 
 def test_an_error_of_a_transform_names_the_location_of_the_patch() -> None:
     [patch] = reader_of().patches(draw_of(0))
     with pytest.raises(TypeError, match="a transform gives a Patch, not int") as failed:
-        TransformRunner(lambda patch: 5, seed=0).run(patch, draw_of(0), 0)  # type: ignore[arg-type, return-value]
+        TransformRunner(lambda patch: 5, seed=0).run(patch, patch.location, draw_of(0), 0)  # type: ignore[arg-type, return-value]
     assert failed.value.__notes__ == [f"in the transform of the patch at {patch.location.index}"]
 
 

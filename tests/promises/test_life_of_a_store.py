@@ -246,13 +246,12 @@ class Model:
         """The manifest was changed: either it cannot be read, or it says what is committed now.
 
         A line that was cut off in its middle does not exist. If it replaced an older one, that one counts,
-        whose files are gone. A document that still has a line is sealed, also of a subject without images.
+        whose files are gone. A document that still has a line is sealed, also of a subject without images;
+        one that has none is not, also of a subject with images.
         """
-        manifest = read(self.path / MANIFEST) or b""
-        found = parsed(manifest)
+        found = parsed(read(self.path / MANIFEST) or b"")
         assert found is not None
-        lines = map(unsealed, manifest.split(b"\n")[:-1])
-        sealed = {line["document"] for line in lines if line and "document" in line}
+        sealed = self.sealed_documents()
         kept = {name: harm for name, harm in self.damaged.items() if name in sealed}
         for key, line in found.items():
             self.images[key] = self.history[line["check"]]
@@ -266,6 +265,14 @@ class Model:
             self.forget_damage_of(key)
             self.left |= {key[0], "/".join(key)}
         self.damaged |= kept
+        for name in set(self.damaged) - sealed:
+            if name.partition("/")[2] == ROOT_DOCUMENT:  # of a subject
+                del self.damaged[name]
+
+    def sealed_documents(self) -> set[str]:
+        """The documents outside the images that the manifest has a line of."""
+        lines = map(unsealed, (read(self.path / MANIFEST) or b"").split(b"\n")[:-1])
+        return {line["document"] for line in lines if line and "document" in line}
 
     def expect_after_kill(self, planned: dict[Key, Scan], before: dict[Key, Json]) -> None:
         """A writer was killed that was about to commit some images: each subject as before, or as planned."""
@@ -801,7 +808,9 @@ class Life(RuleBasedStateMachine):
         if not model.is_sound or model.in_flight:
             return
         files = [f"{s}/{i}/{name}" for (s, i), line in model.lines().items() for name in line["files"]]
-        files += [f"{subject}/{ROOT_DOCUMENT}" for subject in model.subjects] + [ROOT_DOCUMENT, MANIFEST]
+        sealed = model.sealed_documents()
+        files += [name for subject in model.subjects if (name := f"{subject}/{ROOT_DOCUMENT}") in sealed]
+        files += [ROOT_DOCUMENT, MANIFEST]
         name = sorted(files)[number % len(files)]
         data = read(model.path / name)
         if name in model.damaged or not data:

@@ -101,10 +101,8 @@ class Subject(NativeSubject, Mapping[str, Any]):
             return patch if self.transform is None else self.transform(patch)
         margin = self.transform.margin(self, patch.location.size)
         wider = patch.location.widened(margin, self.spatial_shape)
-        if wider == patch.location:
-            return self.transform.on_patch(patch)
-        [read] = read_patches(self, [wider])
-        return self.transform.on_patch(read).cropped(patch.location)
+        [read] = [patch] if wider == patch.location else read_patches(self, [wider])
+        return self.transform.on_patch(read, patch.location)
 
     def _whole_patch(self) -> NativePatch:
         [patch] = read_patches(self, [PatchLocation((0, 0, 0), self.spatial_shape)])

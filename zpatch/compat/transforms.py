@@ -29,8 +29,10 @@ import torch
 
 from zpatch.errors import OptionError
 from zpatch.geometry.affines import max_corner_distance
+from zpatch.images.image import Image
+from zpatch.pipelines.monai_pipeline import monai_pipeline
 from zpatch.pipelines.torchio1_pipeline import torchio1_pipeline
-from zpatch.pipelines.volume_names import OF_MONAI, OF_TORCHIO_2, warn_of_volume_transforms
+from zpatch.pipelines.volume_names import OF_TORCHIO_2, warn_of_volume_transforms
 from zpatch.sampling.patch import Patch, PatchImage
 from zpatch.store.image_record import Kind
 
@@ -68,20 +70,37 @@ def _torchio_on_patches(transform: Callable[[Any], Any]) -> PatchTransform:
     return partial(_through_torchio, transform, _with_own_generator(transform))
 
 
-def from_monai(transform: Callable[[Any], Any], *, on: str = "subject") -> PatchTransform:
-    """A function of patches that calls a dictionary transform of MONAI, or a Compose of such transforms.
+def from_monai(transform: Callable[[Any], Any], *, on: str = "subject") -> Any:
+    """A dictionary transform of MONAI, or a Compose of such, as the ``transform`` of a queue.
 
-    Its keys are the names of images, its values MetaTensors (C, I, J, K); entries that it adds are kept if
-    they are images too. Lazy transforms are carried out at the end. A transform that samples several patches
-    must give one (``num_samples=1``). A warning names those that mean the whole volume, such as Spacingd and
-    NormalizeIntensityd: they act on each patch by itself, as ``on="patch"`` says without a warning. An
+    Its keys are the names of images. It does what it does to the volume, lazily, as a ``Pipeline``:
+    deterministic transforms act on subjects before patches are taken, random ones on patches, with a margin
+    where they move voxels. What needs the volume in memory is refused by name, and so are random crops, which
+    are what a sampler does: ``from_monai(before).then(from_monai(after, on="patch"))`` is what surrounds one.
+
+    With ``on="patch"`` the transform is applied to each patch by itself, whatever it is. Its values are
+    MetaTensors (C, I, J, K); entries that it adds are kept if they are images too. Lazy transforms are
+    carried out at the end. One that samples several patches must give one (``num_samples=1``). An
     OptionError if MONAI is not installed.
     """
-    composed = monai_library().transforms.Compose([transform])
+    monai_library()
     _check_on(on)
     if on == "subject":
-        warn_of_volume_transforms(_parts_of(composed), OF_MONAI)
+        lazy = getattr(transform, "lazy", False)
+        return monai_pipeline(transform, partial(_monai_on_patches, lazy), monai_stand_in)
+    return _monai_on_patches(False, [transform])
+
+
+def _monai_on_patches(lazy: bool | None, transforms: Sequence[Any]) -> PatchTransform:
+    composed = monai_library().transforms.Compose(list(transforms), lazy=lazy)
     return partial(_through_monai, composed, _with_own_generator(composed))
+
+
+def monai_stand_in(image: Image) -> Any:
+    """A MetaTensor of the shape and the affine of an image that takes no memory; its voxels are all 0."""
+    meta = {"original_channel_dim": 0, "spatial_shape": np.array(image.spatial_shape)}
+    voxels, affine = torch.zeros(()).expand(image.shape), torch.from_numpy(image.affine)
+    return monai_library().data.MetaTensor(voxels, affine=affine, meta=meta)
 
 
 def on_tensors(

@@ -103,14 +103,14 @@ class PlacedImage:
         return self._on(grid.with_spacing(spacing), grid.spacing_matrix(spacing), interpolation, antialias)
 
     def on_grid_of(
-        self, other: PlacedImage, *, interpolation: str | None = None, antialias: bool = False
+        self, other: PlacedImage | VoxelGrid, *, interpolation: str | None = None, antialias: bool = False
     ) -> Self:
-        """The image on the grid of another one: its shape and affine, rotated or not.
+        """The image on the grid of another one, or on a grid: its shape and affine, rotated or not.
 
         Options and values are those of ``resampled``. Raises OptionError if an affine is singular, and if the
         images do not overlap in space.
         """
-        grid = other.grid
+        grid = other if isinstance(other, VoxelGrid) else other.grid
         return self._on(grid, self.grid.matrix_from(grid), interpolation, antialias)
 
     def window(

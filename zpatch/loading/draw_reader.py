@@ -77,7 +77,6 @@ class TransformRunner:
 
     def __init__(self, transform: AnyTransform, seed: int) -> None:
         self.source = transform
-        self._transform = transform.on_patch if isinstance(transform, SubjectTransform) else transform
         self._seed = seed
 
     def margin(self, subject: Subject, patch_size: Triple) -> Triple:
@@ -86,16 +85,23 @@ class TransformRunner:
             return self.source.margin(subject, patch_size)
         return (0, 0, 0)
 
-    def run(self, patch: Patch, draw: Draw, number: int) -> Patch:
-        """Transform patch ``number`` of the visit of a draw; an error names the location of the patch."""
+    def run(self, patch: Patch, location: PatchLocation, draw: Draw, number: int) -> Patch:
+        """Transform patch ``number`` of the visit of a draw, which is read with its margin.
+
+        An error names its location.
+        """
         address = draw.visit << 32 | number
         stream = rng(self._seed, draw.epoch, draw.subject, address, purpose=Purpose.TRANSFORM)
         try:
             with seeded_globals(int(stream.integers(2**63))), one_thread():
-                changed: Any = self._transform(patch)
+                changed: Any = (
+                    self.source.on_patch(patch, location)
+                    if isinstance(self.source, SubjectTransform)
+                    else self.source(patch)
+                )
             check_patch(changed)
         except Exception as error:
-            error.add_note(f"in the transform of the patch at {patch.location.index}")
+            error.add_note(f"in the transform of the patch at {location.index}")
             raise
         return changed  # type: ignore[no-any-return]
 
@@ -143,9 +149,7 @@ class DrawReader:
         affines = self.read(subject, layout, wider, tensors)
         for n, (number, location) in enumerate(zip(draw.numbers, locations, strict=True)):
             patch = layout.patch([of[n] for of in tensors], affines[n], wider[n], subject.name)
-            if self.transform is not None:
-                patch = self.transform.run(patch, draw, number)
-            yield patch if wider[n] == location else patch.cropped(location)
+            yield patch if self.transform is None else self.transform.run(patch, location, draw, number)
 
     def _with_margin(self, subject: Subject, locations: Sequence[PatchLocation]) -> Sequence[PatchLocation]:
         """The boxes that are read for some patches: wider by the margin of the transform."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, get_args, overload, runtime_checkable
 
 from zpatch.errors import OptionError, ZpatchError
-from zpatch.geometry.boxes import Triple
+from zpatch.geometry.boxes import PatchLocation, Triple
 from zpatch.images.cohort import Cohort
 from zpatch.images.subject import Subject
 from zpatch.sampling.patch import Patch
@@ -33,10 +33,13 @@ class SubjectTransform(Protocol):
         """The subject that patches are taken of."""
 
     def margin(self, subject: Subject, patch_size: Triple) -> Triple:
-        """How many voxels around a patch ``on_patch`` needs on each side; they are cropped after it."""
+        """How many voxels around a patch ``on_patch`` needs on each side."""
 
-    def on_patch(self, patch: Patch) -> Patch:
-        """A patch with its margin, as far as that is inside the volume, after the rest of the transform."""
+    def on_patch(self, patch: Patch, location: PatchLocation) -> Patch:
+        """The patch at ``location`` after the rest of the transform.
+
+        It is read with its margin, as far as that is inside the volume, which ``on_patch`` crops.
+        """
 
 
 AnyTransform = Transform | SubjectTransform

@@ -8,22 +8,23 @@ where they move voxels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from zpatch.digests import digest
 from zpatch.errors import OptionError
-from zpatch.geometry.boxes import Triple
+from zpatch.geometry.affines import Affine
+from zpatch.geometry.boxes import PatchLocation, Triple
 from zpatch.images.subject import Subject
 from zpatch.sampling.patch import Patch
 
 MOST_KEPT = 100_000  # results of passes over volumes, a few numbers each
 
 Remember = Callable[[str, Callable[[], Any]], Any]
-Margin = Callable[[Triple, tuple[float, float, float]], Triple]
+Margin = Callable[[Triple, Affine], Triple]
 
 
-def no_margin(patch_size: Triple, spacing: tuple[float, float, float]) -> Triple:
+def no_margin(patch_size: Triple, affine: Affine) -> Triple:
     """The margin of a transform that needs no voxels around a patch."""
     return (0, 0, 0)
 
@@ -41,7 +42,7 @@ class SubjectStep:
 
 @dataclass(frozen=True, slots=True)
 class PatchStep:
-    """A transform that acts on patches; ``margin(patch_size, spacing)`` is how far it reads around one."""
+    """A transform that acts on patches; ``margin(patch_size, affine)`` is how far it reads around one."""
 
     name: str
     act: Callable[[Patch], Patch]
@@ -50,13 +51,15 @@ class PatchStep:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A transform taken apart: ``steps`` of subjects, and then ``patches``, of patches.
+    """A transform taken apart: ``steps`` of subjects, then ``patches``, of patches that have a margin.
 
     A queue applies both. Elsewhere, take patches of ``of_subject(subject)``, and call ``on_patch`` with each.
+    ``after`` are functions of patches without their margin, which ``then`` adds.
     """
 
     steps: tuple[SubjectStep, ...] = ()
     patches: tuple[PatchStep, ...] = ()
+    after: tuple[Callable[[Patch], Patch], ...] = ()
     _kept: dict[tuple[str, int, str], Any] = field(default_factory=dict, compare=False, repr=False)
 
     def of_subject(self, subject: Subject) -> Subject:
@@ -87,27 +90,44 @@ class Pipeline:
         """Voxels around a patch that are read with it, on each side, and cropped after all transforms."""
         if not self.patches:
             return (0, 0, 0)
-        spacing = next(iter(subject.images.values())).spacing
+        affine = next(iter(subject.images.values())).affine
         i = j = k = 0
         for step in self.patches:
-            a, b, c = step.margin(patch_size, spacing)
+            a, b, c = step.margin(patch_size, affine)
             i, j, k = i + a, j + b, k + c
         return i, j, k
 
-    def on_patch(self, patch: Patch) -> Patch:
-        """A patch, read with its margin, after all transforms that act on patches."""
+    def on_patch(self, patch: Patch, location: PatchLocation) -> Patch:
+        """The patch at a location, of one read with its margin, after all transforms that act on patches."""
         for step in self.patches:
             patch = step.act(patch)
+        patch = patch if patch.location == location else patch.cropped(location)
+        for function in self.after:
+            patch = function(patch)
         return patch
 
+    def then(self, function: Callable[[Patch], Patch]) -> Pipeline:
+        """The pipeline, and after it a function of patches, as of what another library does after a crop.
+
+        >>> from_the_volume, on_each_patch = Pipeline(), Pipeline()
+        >>> len(from_the_volume.then(on_each_patch).after)
+        1
+        """
+        if isinstance(function, Pipeline) and function.steps:
+            raise OptionError(
+                f"{function.steps[0].name} acts on subjects, and cannot follow; make what follows of "
+                f"transforms of patches, by from_torchio or from_monai(..., on='patch')"
+            )
+        return replace(self, after=(*self.after, function))
+
     def __call__(self, patch: Patch) -> Patch:
-        """The same as ``on_patch``, where nothing acts on subjects and there is no margin."""
+        """The same as ``on_patch``, where nothing acts on subjects, of a patch without a margin."""
         if self.steps:
             raise OptionError(
                 f"{self.steps[0].name} acts on subjects, not on patches: give the transform to a queue, or "
                 f"take patches of transform.of_subject(subject) and call transform.on_patch with each"
             )
-        return self.on_patch(patch)
+        return self.on_patch(patch, patch.location)
 
 
 def followed_by(steps: Sequence[SubjectStep | PatchStep]) -> Pipeline:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -50,13 +49,6 @@ def to_orientation(transform: Any, subject: Subject, remember: Remember) -> Subj
     return each(subject, list(subject), lambda image: image.oriented(transform.orientation))
 
 
-@dataclass(frozen=True, slots=True)
-class _OnGrid:
-    """What ``on_grid_of`` takes: something that has a grid."""
-
-    grid: VoxelGrid
-
-
 def resample(transform: Any, subject: Subject, remember: Remember) -> Subject:
     """Resample to a spacing, or to the grid of an image of the subject."""
     interpolation = _interpolation(transform.image_interpolation)
@@ -72,8 +64,7 @@ def resample(transform: Any, subject: Subject, remember: Remember) -> Subject:
         is_scalar = image.kind == "scalar"
         antialias = bool(getattr(transform, "antialias", False)) and is_scalar
         mode = interpolation if is_scalar else label_interpolation
-        reference: Any = _OnGrid(grid)
-        return image.on_grid_of(reference, interpolation=mode, antialias=antialias)
+        return image.on_grid_of(grid, interpolation=mode, antialias=antialias)
 
     return each(subject, names_of(transform, subject), resampled)
 

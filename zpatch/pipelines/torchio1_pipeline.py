@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from zpatch.errors import OptionError
+from zpatch.geometry.affines import Affine
 from zpatch.geometry.boxes import Triple
 from zpatch.pipelines import torchio1_volumes as volumes
+from zpatch.pipelines.displacements import in_voxels, in_world, margin_to, rotated
 from zpatch.pipelines.pipeline import Margin, PatchStep, Pipeline, SubjectStep, followed_by, no_margin
 from zpatch.sampling.patch import Patch
 
@@ -96,6 +98,7 @@ def _margin_of(transform: Any) -> Margin:
     if name in ON_PATCHES or name in POINTWISE:
         return no_margin
     if name in MARGINS:
+        MARGINS[name](transform, (1, 1, 1), np.eye(4))  # options that it does not go with are errors
         return partial(MARGINS[name], transform)
     if name in volumes.STEPS:
         raise OptionError(
@@ -110,41 +113,40 @@ def _margin_of(transform: Any) -> Margin:
 
 
 def _together(
-    margins: list[Margin], how: Callable[[Iterable[int]], int], patch_size: Triple, spacing: Any
+    margins: list[Margin], how: Callable[[Iterable[int]], int], patch_size: Triple, affine: Affine
 ) -> Triple:
-    i, j, k = (how(axis) for axis in zip(*(margin(patch_size, spacing) for margin in margins), strict=True))
+    i, j, k = (how(axis) for axis in zip(*(margin(patch_size, affine) for margin in margins), strict=True))
     return i, j, k
 
 
-def _of_affine(transform: Any, patch_size: Triple, spacing: Any) -> Triple:
-    """The largest displacement of a voxel of the patch: by rotation, scaling and translation, in voxels."""
-    sizes = np.array(spacing)
-    radius = float(np.linalg.norm(np.array(patch_size) * sizes)) / 2
-    angle = min(math.pi, math.radians(float(np.abs(transform.degrees).reshape(3, 2).max(axis=1).sum())))
-    scales = np.array(transform.scales).reshape(3, 2)
-    stretch = max(float(np.abs(1 / np.maximum(scales, 1e-6) - 1).max()), float(np.abs(scales - 1).max()))
-    moved = float(np.linalg.norm(np.abs(transform.translation).reshape(3, 2).max(axis=1)))
-    relative = min(2 * math.sin(angle / 2) + stretch, 1.5)  # more than this reaches over any volume
-    return _voxels((relative * radius + moved) / (1 - relative / 2), sizes)
+def _of_affine(transform: Any, patch_size: Triple, affine: Affine) -> Triple:
+    """To where voxels of the patch come from: scaled, rotated and moved along world axes, or the inverse."""
+    if transform.center != "image":
+        raise OptionError(
+            "RandomAffine with center='origin' moves voxels by any distance; turn around 'image'"
+        )
+    angles, moved = (
+        np.abs(ranges).reshape(3, 2).max(axis=1) for ranges in (transform.degrees, transform.translation)
+    )
+    scales = np.maximum(transform.scales, 1e-3)
+    extent = in_world(patch_size, affine) * max(scales.max(), 1 / scales.min()) + moved
+    return margin_to(in_voxels(rotated(extent, np.radians(angles).tolist()), affine), patch_size)
 
 
-def _of_blur(transform: Any, patch_size: Triple, spacing: Any) -> Triple:
-    """Four standard deviations, where TorchIO cuts its kernel."""
-    return _voxels(4 * np.array(transform.std_ranges).reshape(3, 2)[:, 1], np.array(spacing))
+def _of_blur(transform: Any, patch_size: Triple, affine: Affine) -> Triple:
+    """Four standard deviations, where TorchIO cuts its kernel, along axes of voxels."""
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    reach = 4 * np.array(transform.std_ranges).reshape(3, 2)[:, 1] / spacing
+    return margin_to(np.array(patch_size) / 2 + reach, patch_size)
 
 
-def _of_anisotropy(transform: Any, patch_size: Triple, spacing: Any) -> Triple:
+def _of_anisotropy(transform: Any, patch_size: Triple, affine: Affine) -> Triple:
     """Two voxels of the coarsest axis."""
     reach = math.ceil(2 * float(np.max(transform.downsampling_range)))
     return reach, reach, reach
 
 
-def _voxels(distance_mm: Any, spacing: Any) -> Triple:
-    i, j, k = (1 + np.ceil(distance_mm / spacing)).astype(int).tolist()
-    return i, j, k
-
-
-MARGINS: dict[str, Callable[[Any, Triple, Any], Triple]] = {
+MARGINS: dict[str, Callable[[Any, Triple, Affine], Triple]] = {
     "RandomAffine": _of_affine,
     "RandomBlur": _of_blur,
     "RandomAnisotropy": _of_anisotropy,

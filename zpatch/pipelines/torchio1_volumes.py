@@ -19,7 +19,7 @@ from zpatch.images.image import Image
 from zpatch.images.subject import Subject
 from zpatch.pipelines.pipeline import Remember
 from zpatch.pipelines.torchio1_grids import GRID_STEPS, VolumeStep, each, names_of
-from zpatch.pipelines.volume_statistics import Masked, Moments, moments, quantiles
+from zpatch.pipelines.volume_statistics import Masked, Moments, moments, quantiles, stored_moments
 
 LANDMARKS = np.array(
     [0, 1, 2, 4, 5, 6, 7, 8, 10, 11, 12]
@@ -134,12 +134,8 @@ def _outside(labels: Sequence[int] | None, value: float, voxels: Voxels, inside:
 
 def _moments_of(method: Any, name: str, subject: Subject, remember: Remember) -> Moments:
     """The moments of an image where a mask is; those of a whole stored image are in its store."""
-    image, stored = subject[name], subject[name].statistics
-    is_known = {"count", "mean", "std", "min", "max"} <= stored.keys()
-    if method is None and is_known and image.num_channels == 1:
-        count = int(stored["count"])
-        std = float(stored["std"]) * math.sqrt(count / (count - 1)) if count > 1 else math.nan
-        return Moments(count, float(stored["mean"]), std, float(stored["min"]), float(stored["max"]))
+    if method is None and (known := stored_moments(subject[name])) is not None:
+        return known
     masked = _masked(method, name, subject, remember)
     found: Moments = remember(f"{name} moments", lambda: moments(masked))
     return found

@@ -5,31 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 
-# Without the "d" of dictionary transforms.
-OF_MONAI = (
-    "Spacing",
-    "Orientation",
-    "Resize",
-    "ResizeWithPadOrCrop",
-    "SpatialPad",
-    "BorderPad",
-    "DivisiblePad",
-    "SpatialCrop",
-    "CenterSpatialCrop",
-    "CenterScaleCrop",
-    "CropForeground",
-    "ResampleToMatch",
-    "Zoom",
-    "NormalizeIntensity",
-    "ScaleIntensity",
-    "ScaleIntensityRangePercentiles",
-    "ClipIntensityPercentiles",
-    "HistogramNormalize",
-    "FillHoles",
-    "KeepLargestConnectedComponent",
-    "GibbsNoise",
-    "KSpaceSpikeNoise",
-)
 OF_TORCHIO_2 = (
     "Standardize",
     "Normalize",
@@ -53,8 +28,8 @@ OF_TORCHIO_2 = (
 
 def warn_of_volume_transforms(parts: Iterable[object], names: Sequence[str]) -> None:
     """Warn, once, of those of some objects whose class is one of ``names``, as they are given patches."""
-    known = {name.removesuffix("d"): name for name in sorted({type(part).__name__ for part in parts})}
-    if meant := [known[name] for name in names if name in known]:
+    known = {type(part).__name__ for part in parts}
+    if meant := [name for name in names if name in known]:
         warnings.warn(
             f"{', '.join(meant)} would act on each patch by itself, not on the volume as in its library: use "
             f"zpatch.Normalize and subject.resampled, oriented and window on the subjects instead, or say "

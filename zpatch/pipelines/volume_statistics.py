@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from zpatch.errors import OptionError
 from zpatch.images.image import Image
 from zpatch.images.normalization import pass_boxes
+from zpatch.sources.resampled_source import ResampledSource
 from zpatch.store.value_counts import BinnedValues
 
 Values = NDArray[np.float32]
@@ -20,7 +21,7 @@ Values = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Masked:
-    """The values of an image, as float32; only those above a number, or where a ``mask`` is not 0.
+    """The values of an image, as float32; only those above a number, not 0, or where a ``mask`` is not 0.
 
     ``labels`` are the values of the mask that count; None for all but 0.
     """
@@ -29,6 +30,7 @@ class Masked:
     mask: Image | None = None
     labels: tuple[int, ...] | None = None
     above: float | None = None
+    nonzero: bool = False
 
     def blocks(self) -> Iterator[Values]:
         """The values, box by box; each chunk of the image is read once."""
@@ -40,6 +42,8 @@ class Masked:
             values = self.image.read(box).astype(np.float32, copy=False)
             if self.above is not None:
                 yield values[values > self.above]
+            elif self.nonzero:
+                yield values[values != 0]
             elif self.mask is None:
                 yield values.ravel()
             else:
@@ -57,6 +61,20 @@ class Moments:
     std: float
     low: float
     high: float
+
+
+def stored_moments(image: Image) -> Moments | None:
+    """The moments of all values of an image, from its store; None where they are not there."""
+    opened, stored = image.opened, image.statistics
+    while opened.base is not None:
+        if not (isinstance(opened.source, ResampledSource) and opened.source.has_all_voxels):
+            return None
+        opened = opened.base
+    if image.num_channels > 1 or not {"count", "mean", "std", "min", "max"} <= stored.keys():
+        return None
+    count = int(stored["count"])
+    std = float(stored["std"]) * math.sqrt(count / (count - 1)) if count > 1 else math.nan
+    return Moments(count, float(stored["mean"]), std, float(stored["min"]), float(stored["max"]))
 
 
 def moments(values: Masked) -> Moments:

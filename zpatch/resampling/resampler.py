@@ -94,16 +94,20 @@ class Resampler:
         i, j, k = (min(extent + of.weights.shape[1], length) for extent, of, length in ends)
         return i, j, k
 
-    def turned(self, box: PatchLocation, out: Voxels) -> tuple[PatchLocation, Voxels] | None:
-        """The same voxels as a box of the source, and its view of ``out``; None unless they are the same."""
-        axes = self.axes
-        if axes is None or not self.only_turns:
+    def same_voxels(self, box: PatchLocation) -> PatchLocation | None:
+        """The box of the source that has the same voxels in another order; None if there is none."""
+        if self.axes is None or not self.only_turns:
             return None
         ends = np.array([box.index_ini, np.array(box.index_fin) - 1])
         low, high = np.sort(ends @ self.matrix[:3, :3].T + self.matrix[:3, 3], axis=0)
         found = PatchLocation.between(low.tolist(), (high + 1).tolist())
-        if not found.lies_within(self.shape):
-            return None  # beyond the border
+        return found if found.lies_within(self.shape) else None
+
+    def turned(self, box: PatchLocation, out: Voxels) -> tuple[PatchLocation, Voxels] | None:
+        """The same voxels as a box of the source, and its view of ``out``; None unless they are the same."""
+        axes, found = self.axes, self.same_voxels(box)
+        if axes is None or found is None:
+            return None
         view = out.transpose(0, *(1 + axis for axis in axes))
         flipped = tuple(1 + a for a in range(3) if self.matrix[a, axes[a]] < 0)
         return found, np.flip(view, flipped)

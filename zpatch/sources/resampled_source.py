@@ -48,6 +48,13 @@ class ResampledSource(WrappedSource):
         return self.source.shape[0], *self.spatial_shape
 
     @property
+    def has_all_voxels(self) -> bool:
+        """Whether these are the voxels of the source, each once, in another order."""
+        (_, *extent), whole = self.source.shape, PatchLocation((0, 0, 0), self.spatial_shape)
+        found = self._resampler.same_voxels(whole)
+        return found is not None and list(found.size) == extent
+
+    @property
     def dtype(self) -> np.dtype[Any]:
         """Type of the results."""
         return self.interpolation.dtype_of(self.scaling.dtype_of(self.source.dtype))
