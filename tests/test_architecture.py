@@ -38,7 +38,7 @@ DOORS = {
     "images": "image placed_image subject cohort mixtures normalization opened_image",
     "sampling": "patch_sampler samplers grid_sampler patch patch_batch patch_views randomness",
     "loading": "patch_queue queue_options queue_subjects subjects_loader epoch_plan",
-    "pipelines": "pipeline torchio1_pipeline monai_pipeline volume_names",
+    "pipelines": "pipeline torchio_pipeline torchio1_places torchio2_places monai_pipeline",
     "tiling": "windows output_cells axis_tiles volume_tiles",
     "blending": "aggregator blend grid_blend reduction sinks regridding",
     "networks": "model_files model_identity model_axes network",

@@ -30,9 +30,9 @@ import torch
 from zpatch.errors import OptionError
 from zpatch.geometry.affines import max_corner_distance
 from zpatch.images.image import Image
+from zpatch.pipelines import torchio1_places, torchio2_places
 from zpatch.pipelines.monai_pipeline import monai_pipeline
-from zpatch.pipelines.torchio1_pipeline import torchio1_pipeline
-from zpatch.pipelines.volume_names import OF_TORCHIO_2, warn_of_volume_transforms
+from zpatch.pipelines.torchio_pipeline import torchio_pipeline
 from zpatch.sampling.patch import Patch, PatchImage
 from zpatch.store.image_record import Kind
 
@@ -46,19 +46,18 @@ SAME_VOXEL = 1e-2  # voxels that are closer are in the same place; convert accep
 def from_torchio(transform: Callable[[Any], Any], *, on: str = "subject") -> Any:
     """A transform of TorchIO 1 or 2 (``Subject -> Subject``) as the ``transform`` of a queue.
 
-    Of TorchIO 1 it does what it does to the volume, lazily, as a ``Pipeline``: deterministic transforms act
-    on subjects before patches are taken, random ones on patches, with a margin where they move voxels. What
-    needs the volume in memory is refused by name. With ``on="patch"`` it is applied to each patch by itself,
-    whatever it is, as are transforms of TorchIO 2. Images are ScalarImage, LabelMap, or a plain Image for
-    sampling maps, which TorchIO's transforms treat differently. An OptionError if TorchIO is not installed.
+    It does what it does to the volume, lazily, as a ``Pipeline``: deterministic transforms act on subjects
+    before patches are taken, random ones on patches, with a margin where they move voxels. What needs the
+    volume in memory is refused by name. With ``on="patch"`` it is applied to each patch by itself, whatever
+    it is. Images are ScalarImage, LabelMap, or a plain Image for sampling maps, which TorchIO's transforms
+    treat differently. An OptionError if TorchIO is not installed.
     """
     torchio = torchio_library()
     _check_on(on)
-    if on == "subject" and not is_torchio_2(torchio):
-        return torchio1_pipeline(transform, _torchio_on_patches)
-    if on == "subject":
-        warn_of_volume_transforms(_parts_of(transform), OF_TORCHIO_2)
-    return _torchio_on_patches(transform)
+    if on == "patch":
+        return _torchio_on_patches(transform)
+    places = (torchio2_places if is_torchio_2(torchio) else torchio1_places).PLACES
+    return torchio_pipeline(transform, places, _torchio_on_patches)
 
 
 def _check_on(on: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,15 @@ from zpatch.pipelines.displacements import Extent, largest, margin_to, rotated
 from zpatch.pipelines.monai_grids import GRID_STEPS, StandIn
 from zpatch.pipelines.monai_linear import BY_STATISTICS
 from zpatch.pipelines.monai_volumes import POINTWISE
-from zpatch.pipelines.pipeline import Margin, PatchStep, Pipeline, SubjectStep, followed_by, no_margin
+from zpatch.pipelines.pipeline import (
+    Margin,
+    PatchStep,
+    Pipeline,
+    SubjectStep,
+    followed_by,
+    no_margin,
+    together,
+)
 from zpatch.sampling.patch import Patch
 
 Act = Callable[[Sequence[Any]], Callable[[Patch], Patch]]
@@ -118,7 +126,7 @@ def monai_pipeline(transform: Any, on_patches: Act, stand_in: StandIn) -> Pipeli
     if rest:
         margins = [_margin_of(part) for part in rest if part not in late]
         act = on_patches([part for part in rest if part not in late])
-        steps.append(PatchStep(_name_of(rest[0]), act, partial(_together, margins, sum)))
+        steps.append(PatchStep(_name_of(rest[0]), act, partial(together, margins, sum)))
     return followed_by([*steps, *(_subject_step(part, stand_in) for part in late)])
 
 
@@ -160,7 +168,7 @@ def _margin_of(transform: Any) -> Margin:
     name = _name_of(transform)
     if name in COMPOSED:
         margins = [_margin_of(part) for part in transform.transforms]
-        return partial(_together, margins, max if name == "OneOf" else sum)
+        return partial(together, margins, max if name == "OneOf" else sum)
     if name in ON_PATCHES or name in POINTWISE:
         return no_margin
     if name in MARGINS:
@@ -185,13 +193,6 @@ def _why_refused(transform: Any, name: str) -> str:
     if type(transform).__module__.startswith("monai.") and not hasattr(transform, "keys"):
         return f"takes one array; use {name}d, with the names of images"
     return "is not known here, and may need the whole volume"
-
-
-def _together(
-    margins: list[Margin], how: Callable[[Iterable[int]], int], patch_size: Triple, affine: Affine
-) -> Triple:
-    i, j, k = (how(axis) for axis in zip(*(margin(patch_size, affine) for margin in margins), strict=True))
-    return i, j, k
 
 
 # Margins, in voxels: MONAI's random transforms know no millimetres

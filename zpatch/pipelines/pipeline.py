@@ -7,7 +7,7 @@ where they move voxels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +27,14 @@ Margin = Callable[[Triple, Affine], Triple]
 def no_margin(patch_size: Triple, affine: Affine) -> Triple:
     """The margin of a transform that needs no voxels around a patch."""
     return (0, 0, 0)
+
+
+def together(
+    margins: Sequence[Margin], how: Callable[[Iterable[int]], int], patch_size: Triple, affine: Affine
+) -> Triple:
+    """The margin of several transforms: the ``sum`` of theirs, one after the other, or the ``max`` of any."""
+    i, j, k = (how(axis) for axis in zip(*(margin(patch_size, affine) for margin in margins), strict=True))
+    return i, j, k
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +99,7 @@ class Pipeline:
         if not self.patches:
             return (0, 0, 0)
         affine = next(iter(subject.images.values())).affine
-        i = j = k = 0
-        for step in self.patches:
-            a, b, c = step.margin(patch_size, affine)
-            i, j, k = i + a, j + b, k + c
-        return i, j, k
+        return together([step.margin for step in self.patches], sum, patch_size, affine)
 
     def on_patch(self, patch: Patch, location: PatchLocation) -> Patch:
         """The patch at a location, of one read with its margin, after all transforms that act on patches."""

@@ -17,9 +17,9 @@ from zpatch.geometry.voxel_grid import VoxelGrid
 from zpatch.images.image import Image
 from zpatch.images.subject import Subject
 from zpatch.pipelines.pipeline import Remember
+from zpatch.pipelines.torchio_pipeline import VolumeStep
 from zpatch.pipelines.volume_statistics import Masked, moments, quantiles
 
-VolumeStep = Callable[[Any, Subject, Remember], Subject]
 INTERPOLATIONS = {"nearest": "nearest", "linear": "linear"}
 PADDING = ("edge", "reflect", "symmetric", "wrap")
 

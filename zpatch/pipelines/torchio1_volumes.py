@@ -18,7 +18,8 @@ from zpatch.geometry.boxes import Voxels
 from zpatch.images.image import Image
 from zpatch.images.subject import Subject
 from zpatch.pipelines.pipeline import Remember
-from zpatch.pipelines.torchio1_grids import GRID_STEPS, VolumeStep, each, names_of
+from zpatch.pipelines.torchio1_grids import GRID_STEPS, each, names_of
+from zpatch.pipelines.torchio_pipeline import VolumeStep
 from zpatch.pipelines.volume_statistics import Masked, Moments, moments, quantiles, stored_moments
 
 LANDMARKS = np.array(
@@ -49,9 +50,9 @@ def rescale_intensity(transform: Any, subject: Subject, remember: Remember) -> S
     out_low, out_high = transform.out_min_max
 
     def rescaled(name: str) -> Image:
-        image, masked = subject[name], _masked(transform.masking_method, name, subject, remember)
+        image, values = subject[name], masked_values(transform.masking_method, name, subject, remember)
         q = [p / 100 for p in transform.percentiles]
-        low, high = remember(f"{name} cut", lambda: quantiles(masked, q))
+        low, high = remember(f"{name} cut", lambda: quantiles(values, q))
         if math.isnan(low):
             return image  # an empty mask: TorchIO warns and changes nothing
         low, high = float(np.float32(low)), float(np.float32(high))
@@ -73,23 +74,32 @@ def histogram_standardization(transform: Any, subject: Subject, remember: Rememb
     """HistogramStandardization (Nyúl and Udupa, 2000): a piecewise linear map to trained landmarks."""
 
     def standardised(name: str) -> Image:
-        masked = _masked(transform.masking_method, name, subject, remember)
+        values = masked_values(transform.masking_method, name, subject, remember)
         percentiles = sorted({1.0, 99.0, *range(10, 100, 10), 25.0, 50.0, 75.0})
-        found = remember(f"{name} percentiles", lambda: quantiles(masked, [p / 100 for p in percentiles]))
+        found = remember(f"{name} percentiles", lambda: quantiles(values, [p / 100 for p in percentiles]))
         knots = np.array(found, dtype=np.float32)[LANDMARKS]
-        targets = np.asarray(transform.landmarks_dict[name], dtype=np.float64)[LANDMARKS]
-        steps = np.diff(knots).astype(np.float64)
-        steps[steps < 1e-5] = np.inf
-        slopes = np.diff(targets) / steps
-        mapped = partial(_piecewise, knots[1:-1], slopes, targets[:-1] - slopes * knots[:-1])
-        return subject[name].map(lambda array: array.map_blocks(mapped, dtype=np.float32))
+        return mapped_piecewise(subject[name], knots, transform.landmarks_dict[name][LANDMARKS])
 
     chosen = [name for name in names_of(transform, subject, "scalar") if name in transform.landmarks_dict]
     return subject.with_images(**{name: standardised(name) for name in chosen})
 
 
-def _piecewise(edges: Any, slopes: Any, intercepts: Any, values: Voxels) -> Voxels:
-    part = np.digitize(values.astype(np.float32), edges)
+def mapped_piecewise(image: Image, knots: Any, targets: Any, *, right: bool = False) -> Image:
+    """The image after a piecewise linear map of ``knots``, ascending values of float32, to others.
+
+    A value that is a knot belongs to the piece above it, or with ``right`` to that below it; these differ
+    where knots are equal.
+    """
+    targets = np.asarray(targets, dtype=np.float64)
+    steps = np.diff(knots).astype(np.float64)
+    steps[steps < 1e-5] = np.inf
+    slopes = np.diff(targets) / steps
+    mapped = partial(_piecewise, knots[1:-1], right, slopes, targets[:-1] - slopes * knots[:-1])
+    return image.map(lambda array: array.map_blocks(mapped, dtype=np.float32))
+
+
+def _piecewise(edges: Any, right: bool, slopes: Any, intercepts: Any, values: Voxels) -> Voxels:
+    part = np.digitize(values.astype(np.float32), edges, right=right)
     return np.asarray(slopes[part] * values + intercepts[part], dtype=np.float32)
 
 
@@ -136,12 +146,12 @@ def _moments_of(method: Any, name: str, subject: Subject, remember: Remember) ->
     """The moments of an image where a mask is; those of a whole stored image are in its store."""
     if method is None and (known := stored_moments(subject[name])) is not None:
         return known
-    masked = _masked(method, name, subject, remember)
-    found: Moments = remember(f"{name} moments", lambda: moments(masked))
+    values = masked_values(method, name, subject, remember)
+    found: Moments = remember(f"{name} moments", lambda: moments(values))
     return found
 
 
-def _masked(method: Any, name: str, subject: Subject, remember: Remember) -> Masked:
+def masked_values(method: Any, name: str, subject: Subject, remember: Remember) -> Masked:
     """The values of an image that a masking method of TorchIO chooses."""
     image = subject[name]
     if method is None:

@@ -17,7 +17,7 @@ import zpatch as zp
 from zpatch.compat import torchio1
 from zpatch.compat.transforms import from_torchio
 from zpatch.errors import OptionError, QueueError
-from zpatch.pipelines.torchio1_pipeline import MARGINS, ON_PATCHES, REFUSED
+from zpatch.pipelines.torchio1_places import MARGINS, ON_PATCHES, REFUSED
 from zpatch.pipelines.torchio1_volumes import STEPS
 
 SHAPE, PATCH = (48, 44, 40), 16
