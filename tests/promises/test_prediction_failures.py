@@ -78,6 +78,15 @@ def test_a_damaged_subject_fails_alone_with_one_line_and_the_same_command_tries_
     assert_whole(out, expected)
 
 
+def test_an_input_that_is_lost_after_its_prediction_is_finished_is_no_failure(
+    commands: Commands, store: Path, out: Path
+) -> None:
+    assert commands.predict(store, out).code == 0
+    Shards(store, "ann").lose()  # the network would be tried on its first patch
+    ran = commands.predict(store, out)
+    assert (ran.code, ran.err) == (0, "")
+
+
 def test_a_subject_with_a_damaged_chunk_keeps_what_was_predicted_of_it(
     commands: Commands, store: Path, cohort: zp.Cohort, out: Path
 ) -> None:

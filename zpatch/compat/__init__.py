@@ -6,6 +6,7 @@ In reading order::
     transforms          transforms of TorchIO and MONAI, and functions of tensors, on patches
     monai               zpatch images in MONAI's pipelines
     epoch_queues        queues with TorchIO's epochs and counts
+    generation_errors   errors that are also of the class that TorchIO raises
     torchio1_images     images of TorchIO 0.18 to 1.x
     torchio1_subjects   subjects, their patches and datasets of TorchIO 0.18 to 1.x
     torchio1_samplers   samplers of TorchIO 0.18 to 1.x

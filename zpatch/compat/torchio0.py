@@ -97,7 +97,7 @@ class Subject(torchio1.Subject):
 
 
 class ImagesDataset(torchio1.SubjectsDataset):
-    """Subjects, with a transform that runs on each patch of them."""
+    """Subjects, with a transform; see ``torchio1.SubjectsDataset``."""
 
     def __init__(self, subjects: Sequence[NativeSubject], transform: Any = None) -> None:
         super().__init__(subjects, transform)

@@ -14,8 +14,9 @@ Where TorchIO differs from its documentation, this module follows the documentat
   also where that one was broken off.
 - ``downsampling_factor`` applies in all modes of the aggregator, and in ``crop`` to the overlap as well.
 - ``LabelSampler`` without probabilities takes all channels of a label map, not only the first.
+- A queue with a ``subject_sampler`` needs no ``shuffle_subjects=False``: the sampler decides the order. Both
+  together are an error.
 - A ``WeightedSampler`` draws every voxel of a map of any size, exactly in proportion.
-- A queue with a ``subject_sampler`` needs no ``shuffle_subjects=False``: the sampler decides the order.
 
 These differences are intended:
 
@@ -47,6 +48,7 @@ from torch.utils.data import IterableDataset
 
 from zpatch.blending.aggregator import PatchAggregator
 from zpatch.compat.epoch_queues import CountedQueue, subject_number
+from zpatch.compat.generation_errors import check_subject_sampler, raised_as_in_torchio
 from zpatch.compat.torchio1_images import (
     AFFINE,
     DATA,
@@ -180,7 +182,7 @@ class Queue(IterableDataset[Patch]):
         sampler: PatchSampler,
         subject_sampler: Iterable[int] | None = None,
         num_workers: int = 0,
-        shuffle_subjects: bool = True,
+        shuffle_subjects: bool | None = None,
         shuffle_patches: bool = True,
         start_background: bool = True,
         verbose: bool = False,
@@ -195,12 +197,21 @@ class Queue(IterableDataset[Patch]):
         self.subjects_dataset = subjects_dataset
         self.samples_per_volume = samples_per_volume
         self.sampler = sampler
-        self.shuffle_subjects = shuffle_subjects
+        self.shuffle_subjects = subject_sampler is None if shuffle_subjects is None else shuffle_subjects
+        check_subject_sampler(
+            subject_sampler,
+            bool(shuffle_subjects),
+            "The flag shuffle_subjects cannot be set when a subject sampler is passed",
+            OptionError(
+                "The subject sampler passed to the queue must have a __len__ method: it is iterated anew for "
+                "each epoch; give a list, or a Sampler"
+            ),
+        )
         rank, world_size = (0, 1) if subject_sampler is None else (None, None)  # not torch.distributed's
         options = QueueOptions(
             max_length=max_length,
             num_workers=num_workers,
-            shuffle_subjects=shuffle_subjects and subject_sampler is None,
+            shuffle_subjects=self.shuffle_subjects,
             shuffle_patches=shuffle_patches,
             transform=subjects_dataset.transform,
             subject_sampler=subject_sampler,
@@ -209,7 +220,8 @@ class Queue(IterableDataset[Patch]):
             world_size=world_size,
         )
         counts = subjects_dataset.num_samples(samples_per_volume)
-        self._native = CountedQueue(subjects_dataset.dry_iter(), counts, sampler.native, options)
+        with raised_as_in_torchio("Empty probability map found"):
+            self._native = CountedQueue(subjects_dataset.dry_iter(), counts, sampler.native, options)
 
     @property
     def num_subjects(self) -> int:

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from zpatch.compat.generation_errors import raised_as_in_torchio
 from zpatch.compat.torchio1_subjects import Patch, Subject, as_subject
 from zpatch.errors import OptionError
 from zpatch.geometry.boxes import Triple
@@ -34,8 +35,8 @@ class PatchSampler:
     def __call__(self, subject: NativeSubject, num_patches: int | None = None) -> Iterator[Patch]:
         """Patches of a subject, without end unless there is a number."""
         own = as_subject(subject).in_one_space()
-        for patch in self._draw(own, num_patches):
-            yield self.of(own.transformed(patch), own)
+        with raised_as_in_torchio("Empty probability map found"):
+            yield from (self.of(own.transformed(patch), own) for patch in self._draw(own, num_patches))
 
     def of(self, patch: NativePatch, subject: Subject) -> Patch:
         """A patch of a subject as a mapping."""
@@ -120,7 +121,9 @@ class GridSampler(PatchSampler, Dataset[Patch]):
     ) -> Iterator[Patch]:
         """All patches of a subject in order; of the subject of the grid if none is given."""
         if num_patches is not None:
-            raise OptionError("a GridSampler gives all patches of a subject; leave out num_patches")
+            raise OptionError(
+                "GridSampler does not support limiting the number of patches; leave out num_patches"
+            )
         subject = self.subject if subject is None else subject
         if subject is None:
             raise OptionError("this GridSampler has no subject; give it one")

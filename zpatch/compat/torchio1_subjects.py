@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from zpatch.compat.generation_errors import WrongTypeError
 from zpatch.compat.nifti_cache import save_image
 from zpatch.compat.torchio1_images import AFFINE, CLASSES, DATA, TYPE, TYPES, Image
 from zpatch.compat.transforms import PatchTransform, as_function
 from zpatch.errors import OptionError
 from zpatch.geometry.boxes import PatchLocation, Triple
 from zpatch.images import image
+from zpatch.images.image import Image as NativeImage
 from zpatch.images.subject import Subject as NativeSubject
 from zpatch.loading.queue_subjects import SubjectTransform
 from zpatch.sampling.patch import Patch as NativePatch
@@ -41,10 +43,12 @@ class Subject(NativeSubject, Mapping[str, Any]):
 
     def __init__(self, *args: Mapping[str, Any], **items: Any) -> None:
         if len(args) > 1:
-            raise OptionError("a Subject takes one dictionary, or items by their names")
+            raise OptionError("Only one dictionary as positional argument is allowed; name the other items")
         items = dict(*args) | items
         images = {name: item for name, item in items.items() if isinstance(item, image.Image)}
         others = {name: item for name, item in items.items() if name not in images}
+        if not images:
+            raise WrongTypeError("A subject without images cannot be created")
         own = {n: i if isinstance(i, Image) else CLASSES[TYPES[i.kind]](i) for n, i in images.items()}
         self._set(own, others.get("name", "subject"), others.get("split"), others)
 
@@ -71,6 +75,8 @@ class Subject(NativeSubject, Mapping[str, Any]):
 
     def add_image(self, image: image.Image, image_name: str) -> None:
         """Add an image, or replace the one of that name."""
+        if not isinstance(image, NativeImage):
+            raise OptionError(f"Image must be an instance of torchio.Image, but its type is {type(image)}")
         changed = Subject({**self, image_name: image})
         self._set(changed.images, self.name, self.split, self.metadata)
 
@@ -136,7 +142,7 @@ def as_subject(subject: NativeSubject) -> Subject:
     if _is_of_torchio(subject):
         return _of_torchio(subject)
     if not isinstance(subject, NativeSubject):
-        raise OptionError(f"a subject must be a Subject, not {type(subject).__name__}")
+        raise WrongTypeError(f"a subject must be a Subject, not {type(subject).__name__}")
     return Subject(subject.images, name=subject.name)
 
 
@@ -219,13 +225,17 @@ class SubjectsDataset(Dataset[Subject]):
         load_getitem: bool = True,
     ) -> None:
         if not len(subjects):
-            raise OptionError("a dataset needs at least one subject")
+            raise OptionError("Subjects list is empty; a dataset needs at least one subject")
         if getattr(subjects[0], "transform", None) is not None:
             raise OptionError(
                 "these subjects belong to a dataset with a transform; split the list of subjects instead, "
                 "and make a dataset of each part"
             )
         are_foreign = _is_of_torchio(subjects[0])
+        if not (are_foreign or isinstance(subjects[0], NativeSubject)):
+            raise WrongTypeError(
+                f"Subjects list must contain instances of torchio.Subject, not {type(subjects[0]).__name__}"
+            )
         self._subjects = [as_subject(subject) for subject in subjects] if are_foreign else subjects
         self.set_transform(transform)
 
@@ -242,6 +252,10 @@ class SubjectsDataset(Dataset[Subject]):
 
     def set_transform(self, transform: Callable[[Any], Any] | None) -> None:
         """Replace the transform; None removes it."""
+        if transform is not None and not callable(transform):
+            raise OptionError(
+                f"The transform must be a callable object, but it has type {type(transform).__name__}"
+            )
         self.transform: PatchTransform | SubjectTransform | None = as_function(transform)
 
     def num_samples(self, default: int) -> list[int]:

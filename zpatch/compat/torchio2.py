@@ -16,7 +16,8 @@ Where TorchIO 2.0.0a2 differs from its documentation, this module follows the do
 
 These differences are intended::
 
-    transform of a Queue   works on patches, not on subjects: a volume is never loaded whole
+    transform of a Queue   makes lazy images of volumes, and random ones run on patches, read with a margin
+                           where they move voxels; what needs the volume in memory is refused by name
     workers of a Queue     are processes, and give the same stream in any number; seed= chooses another
     a Queue and ranks      shares subjects out under torch.distributed, without a subject_sampler too
     num_subjects           counts the subjects of all ranks, patches_per_epoch the patches of this rank
@@ -42,6 +43,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from zpatch.blending.aggregator import PatchAggregator
 from zpatch.compat.epoch_queues import EpochQueue
+from zpatch.compat.generation_errors import (
+    WrongTypeError,
+    check_subject_sampler,
+    raised_as_in_torchio,
+)
 from zpatch.compat.torchio2_subjects import (
     LabelMap,
     ScalarImage,
@@ -105,8 +111,9 @@ class _SubjectSampler(RandomSampler, IterableDataset[SubjectPatch]):
         """
         count = self.num_patches if num_patches is None else num_patches
         rng = int(torch.randint(2**63 - 1, ())) if rng is None else rng
-        for patch in super().__call__(subject, count, rng=rng):
-            yield with_metadata(patch, subject.metadata)
+        with raised_as_in_torchio(f"Probability map {getattr(self, 'probability_map', '')!r} is all zeros"):
+            for patch in super().__call__(subject, count, rng=rng):
+                yield with_metadata(patch, subject.metadata)
 
     def __iter__(self) -> Iterator[SubjectPatch]:
         worker, count = get_worker_info(), self.num_patches
@@ -188,6 +195,15 @@ class Queue(EpochQueue):
         seed: int = 0,
     ) -> None:
         check_sequence(subjects, patch_sampler)
+        check_subject_sampler(
+            subject_sampler,
+            shuffle_subjects,
+            "shuffle_subjects must be False when subject_sampler is provided",
+            WrongTypeError(
+                "subject_sampler must have a __len__ method: it is iterated anew for each epoch; give a "
+                "list, or a Sampler"
+            ),
+        )
         own_number = getattr(patch_sampler, "num_patches", None)
         super().__init__(
             named_apart(subjects),

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from zpatch.compat.nifti_cache import cached_image, save_image
+from zpatch.errors import OptionError
 from zpatch.geometry.boxes import PatchLocation, Triple
 from zpatch.images import image
 from zpatch.images.cohort import Cohort
@@ -59,6 +60,8 @@ class Subject(NativeSubject):
     def __init__(self, **entries: Any) -> None:
         images = {key: value for key, value in entries.items() if isinstance(value, image.Image)}
         metadata = {key: value for key, value in entries.items() if key not in images}
+        if not images:
+            raise OptionError("A Subject must contain at least one entry that is an image")
         self._set(images, metadata.get("name", "subject"), metadata.get("split"), metadata)
 
     def __getattr__(self, name: str) -> Any:

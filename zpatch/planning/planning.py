@@ -39,7 +39,9 @@ def plan_prediction(
     estimate: bool = False,
     measure: Measure = measured,
 ) -> list[PredictionPlan]:
-    """The plan of each subject. The network is run on one patch of the first subject; nothing is written.
+    """The plan of each subject. The network is run on one patch of the first one that can be read.
+
+    Nothing is written.
 
     ``begun`` has the shards of an output that is to be resumed, by subject and output: they are kept.
     ``failures`` notes the subjects that cannot be read, unless none can. With a limit of memory, or to
@@ -48,21 +50,29 @@ def plan_prediction(
     plan of a subject fits ``options.max_memory``.
     """
     _check_subjects(subjects)
-    failures = failures or Failures()
+    failures, unread = failures or Failures(), Failures(keep_going=True)
     heads: tuple[Head, ...] = ()
     cost: NetworkCost | None = None
-    limit: MemoryLimit | None = None
-    plans: list[PredictionPlan] = []
+    sealed: list[tuple[ModelInputs, tuple[InputSeal, ...]]] = []
     for subject in subjects:
         with failures.caught(subject.name, but=ModelError):  # that of a network that fails on its first patch
             inputs = ModelInputs.of(subject, options, measure)
-            seals = _sealed(inputs)  # before the network runs: files may change
-            if not heads:
+            sealed.append((inputs, _sealed(inputs)))  # before the network runs: files may change
+            if heads:
+                continue
+            # A first patch that cannot be read fails where it is predicted, which a finished one is not.
+            with unread.caught(subject.name, but=ModelError):
                 heads = probe(network, inputs, options)
                 if estimate or options.max_memory is not None:
                     cost = network_cost(network, inputs, options)
-                limit = MemoryLimit.of(options, network)
-            slabs, of_subject = _slabs(inputs, options, len(subjects)), begun.get(subject.name, NOT_BEGUN)
+    if not heads:
+        raise (unread if unread.found else failures).error()
+    limit = MemoryLimit.of(options, network)
+    plans: list[PredictionPlan] = []
+    for inputs, seals in sealed:
+        name = inputs.subject.name
+        with failures.caught(name):
+            slabs, of_subject = _slabs(inputs, options, len(subjects)), begun.get(name, NOT_BEGUN)
             found = candidates(
                 inputs, heads, options, slabs=slabs, tta=network.tta, begun=of_subject, cost=cost
             )
