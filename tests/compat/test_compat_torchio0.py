@@ -262,7 +262,7 @@ def test_transforms_are_those_of_torchio() -> None:
     class Mine(installed.RandomFlip):  # type: ignore[misc]
         pass
 
-    assert torchio.RandomFlip is installed.RandomFlip
+    assert issubclass(torchio.RandomFlip, installed.RandomFlip)
     subject = torchio.Subject(torchio.Image("t1", np.arange(64).reshape(4, 4, 4)))
     dataset = torchio.ImagesDataset([subject], transform=Mine(axes=0, flip_probability=1))
     for patch in torchio.Queue(dataset, 5, 3, 4, torchio.ImageSampler):

@@ -766,3 +766,31 @@ def test_a_subject_is_plotted_by_torchio(torchio: Any, monkeypatch: pytest.Monke
     )
     tio.Subject(t1=tio.ScalarImage(tensor=torch.zeros(1, 4, 5, 6))).plot(show=False)
     assert drawn == [((1, 4, 5, 6), {"show": False})]
+
+
+def test_a_transform_is_called_with_a_subject_or_an_image_as_in_torchio(torchio: Any) -> None:
+    own, real = in_memory(9, 10, 11, age=5), {}
+    for name, image in own.images.items():
+        make = {"scalar": torchio.ScalarImage, "label": torchio.LabelMap}[image.kind]
+        real[name] = make(tensor=image.data, affine=image.affine)
+    for name, arguments in (("RandomFlip", {"flip_probability": 1}), ("CropOrPad", {"target_shape": 6}),
+                            ("RandomMotion", {}), ("RandomAffine", {}), ("ZNormalization", {})):  # fmt: skip
+        torch.manual_seed(3)
+        wanted = getattr(torchio, name)(**arguments)(torchio.Subject(real))
+        torch.manual_seed(3)
+        transform = getattr(tio, name)(**arguments)
+        found = transform(own)
+        assert isinstance(found, tio.Subject)
+        assert found["age"] == 5
+        for key, image in found.images.items():
+            torch.testing.assert_close(image.data.float(), wanted[key].data.float())
+            np.testing.assert_allclose(image.affine, wanted[key].affine)
+            assert image[tio.TYPE] == own.images[key][tio.TYPE]
+        assert isinstance(transform, getattr(torchio, name))
+        assert repr(transform) == repr(getattr(torchio, name)(**arguments))
+        assert type(pickle.loads(pickle.dumps(transform))) is type(transform)
+    flipped = tio.RandomFlip(axes=(0, 1), flip_probability=1)(own.images["t1"])
+    assert isinstance(flipped, tio.ScalarImage)
+    assert torch.equal(flipped.data, own.images["t1"].data.flip(1, 2))
+    assert isinstance(tio.Compose([tio.ToCanonical(), tio.RandomFlip()])(own), tio.Subject)
+    assert isinstance(tio.RandomFlip()(torch.zeros(1, 4, 4, 4)), torch.Tensor)

@@ -569,3 +569,21 @@ def test_all_that_needs_the_second_torchio_passes_with_it() -> None:
     )
     assert done.returncode == 0, done.stdout
     assert "skipped" not in done.stdout
+
+
+def test_a_transform_is_called_with_a_subject_or_an_image_as_in_torchio() -> None:
+    torchio = pytest.importorskip("torchio", reason="TorchIO is not installed")
+    if not is_torchio_2(torchio):
+        pytest.skip("the TorchIO that is installed is not TorchIO 2")
+    t1 = torch.arange(9 * 8 * 7).reshape(1, 9, 8, 7).float()
+    own = tio.Subject(t1=tio.ScalarImage(t1), seg=tio.LabelMap((t1 > 9).int()), age=5)
+    found = tio.Compose([tio.Flip(axes=0, flip_probability=1), tio.Standardize()])(own)
+    wanted = torchio.Compose([torchio.Flip(axes=0, flip_probability=1), torchio.Standardize()])(
+        torchio.Subject(t1=torchio.ScalarImage(t1), seg=torchio.LabelMap((t1 > 9).int()))
+    )
+    assert isinstance(found, tio.Subject)
+    assert found.age == 5
+    torch.testing.assert_close(found.t1.data, wanted.t1.data)
+    assert torch.equal(found.seg.data, wanted.seg.data.int())
+    flipped = tio.Flip(axes=(0, 1), flip_probability=1)(own.t1)
+    assert torch.equal(flipped.data, t1.flip(1, 2))

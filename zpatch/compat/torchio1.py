@@ -2,7 +2,8 @@
 
 Images are NIfTI paths (each converted once into a cache, see ``nifti_cache``), paths of stored images,
 arrays or tensors. Subjects of a cohort are accepted wherever a Subject is; they have images and a ``name``.
-No volume is loaded whole. Transforms are those of the installed TorchIO: ``tio.RandomFlip()``.
+No volume is loaded whole. Transforms are those of the installed TorchIO: ``tio.RandomFlip()``; called with a
+subject or an image, they load it, as in TorchIO.
 
 Patches are mappings, with entries that are attributes too: ``patch["t1"][DATA]`` or ``patch.t1.data`` is a
 tensor (C, I, J, K), ``patch[LOCATION]`` a tensor of 6, first voxel and one past the last. Random numbers
@@ -75,6 +76,7 @@ from zpatch.compat.torchio1_subjects import (
     Subject,
     SubjectsDataset,
     SubjectsLoader,
+    apply_in_memory,
 )
 from zpatch.compat.transforms import transform_class
 from zpatch.errors import ModelError, OptionError
@@ -114,7 +116,7 @@ data = inference = sampler = sys.modules[__name__]  # tio.data.UniformSampler is
 
 def __getattr__(name: str) -> Any:
     """A transform of TorchIO 1, if that is installed."""
-    return transform_class(name, generation=1)
+    return transform_class(name, 1, apply_in_memory)
 
 
 class GridAggregator:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from zpatch.compat.generation_errors import WrongTypeError
 from zpatch.compat.nifti_cache import save_image
 from zpatch.compat.torchio1_images import AFFINE, CLASSES, DATA, TYPE, TYPES, Image
-from zpatch.compat.transforms import PatchTransform, as_function
+from zpatch.compat.transforms import PatchTransform, as_function, torchio_on_patches
 from zpatch.errors import OptionError
 from zpatch.geometry.boxes import PatchLocation, Triple
 from zpatch.images import image
@@ -129,6 +129,16 @@ class Subject(NativeSubject, Mapping[str, Any]):
                     f"to one grid, or give the affine that is right to both"
                 )
         return self
+
+
+def apply_in_memory(transform: Any, data: Any) -> Any:
+    """What a transform of TorchIO 1 makes of a subject or an image, which is loaded whole for it."""
+    if isinstance(data, NativeImage):
+        return apply_in_memory(transform, Subject(image=data)).image
+    subject = as_subject(data)
+    changed = torchio_on_patches(transform)(subject._whole_patch()).images
+    images = {n: CLASSES[TYPES[i.kind]](tensor=i.data, affine=i.affine) for n, i in changed.items()}
+    return Subject({**images, **subject.metadata})
 
 
 def _data_of(patch: Callable[[], NativePatch], name: str) -> torch.Tensor:

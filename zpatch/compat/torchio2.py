@@ -2,7 +2,7 @@
 
 Samplers, queue, loader and aggregator have TorchIO's signatures. Subjects are those of a cohort, or made from
 files as in TorchIO; NIfTI files are converted on first use, into a cache. Transforms are those of the
-installed TorchIO: ``tio.Flip`` is its Flip.
+installed TorchIO: ``tio.Flip`` is its Flip; called with a subject or an image, it loads that, as in TorchIO.
 
 Where TorchIO 2.0.0a2 differs from its documentation, this module follows the documentation::
 
@@ -54,6 +54,7 @@ from zpatch.compat.torchio2_subjects import (
     Subject,
     SubjectPatch,
     SubjectsBatch,
+    apply_in_memory,
     collate_subjects,
     named_apart,
     with_lists,
@@ -93,7 +94,7 @@ sys.modules[f"{__name__}.loader"] = loader  # so that it can be imported from, a
 
 def __getattr__(name: str) -> Any:
     """A transform of TorchIO 2."""
-    return transform_class(name, generation=2)
+    return transform_class(name, 2, apply_in_memory)
 
 
 class _SubjectSampler(RandomSampler, IterableDataset[SubjectPatch]):

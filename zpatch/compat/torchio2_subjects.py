@@ -12,6 +12,7 @@ import torch
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from zpatch.compat.nifti_cache import cached_image, save_image
+from zpatch.compat.transforms import torchio_on_patches
 from zpatch.errors import OptionError
 from zpatch.geometry.boxes import PatchLocation, Triple
 from zpatch.images import image
@@ -132,6 +133,18 @@ def with_metadata(patch: Patch, metadata: Mapping[str, Any]) -> SubjectPatch:
 def _whole(subject: NativeSubject) -> SubjectPatch:
     [patch] = read_patches(subject, [PatchLocation((0, 0, 0), subject.spatial_shape)])
     return with_metadata(patch, subject.metadata)
+
+
+def apply_in_memory(transform: Any, data: Any) -> Any:
+    """What a transform of TorchIO 2 makes of a subject or an image, which is loaded whole for it."""
+    if isinstance(data, image.Image):
+        return apply_in_memory(transform, NativeSubject(image=data)).image
+    changed = torchio_on_patches(transform)(_whole(data)).images
+    classes = {"label": LabelMap}
+    images = {
+        n: classes.get(i.kind, ScalarImage)(i.data.numpy(), affine=i.affine) for n, i in changed.items()
+    }
+    return Subject(**{**images, **data.metadata})
 
 
 def named_apart(subjects: Sequence[NativeSubject]) -> Sequence[NativeSubject]:

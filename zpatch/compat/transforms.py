@@ -18,6 +18,7 @@ the stream is the same for any number of workers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -30,6 +31,7 @@ import torch
 from zpatch.errors import OptionError
 from zpatch.geometry.affines import max_corner_distance
 from zpatch.images.image import Image
+from zpatch.images.subject import Subject
 from zpatch.pipelines import torchio1_places, torchio2_places
 from zpatch.pipelines.monai_pipeline import monai_pipeline
 from zpatch.pipelines.torchio_pipeline import torchio_pipeline
@@ -55,9 +57,9 @@ def from_torchio(transform: Callable[[Any], Any], *, on: str = "subject") -> Any
     torchio = torchio_library()
     _check_on(on)
     if on == "patch":
-        return _torchio_on_patches(transform)
+        return torchio_on_patches(transform)
     places = (torchio2_places if is_torchio_2(torchio) else torchio1_places).PLACES
-    return torchio_pipeline(transform, places, _torchio_on_patches)
+    return torchio_pipeline(transform, places, torchio_on_patches)
 
 
 def _check_on(on: str) -> None:
@@ -65,7 +67,8 @@ def _check_on(on: str) -> None:
         raise OptionError(f"on must be 'subject' or 'patch', not {on!r}")
 
 
-def _torchio_on_patches(transform: Callable[[Any], Any]) -> PatchTransform:
+def torchio_on_patches(transform: Callable[[Any], Any]) -> PatchTransform:
+    """A function of patches that applies a transform of TorchIO to each by itself."""
     return partial(_through_torchio, transform, _with_own_generator(transform))
 
 
@@ -127,9 +130,10 @@ def as_function(transform: Any) -> Any:
     return from_torchio(transform) if "torchio" in bases else transform
 
 
-def transform_class(name: str, generation: int) -> Any:
+def transform_class(name: str, generation: int, act: Callable[[Any, Any], Any]) -> Any:
     """A transform or a submodule of the installed TorchIO, for a module that replaces TorchIO 1 or 2.
 
+    ``act(transform, data)`` is what a transform does when it is called with a subject or an image of zpatch.
     An AttributeError if TorchIO has none, is of the other generation, or is not installed.
     """
     if name.startswith("_"):
@@ -143,7 +147,27 @@ def transform_class(name: str, generation: int) -> Any:
             f"no {name!r} here; its transforms are those of TorchIO {generation}, and the installed one "
             f"is of another generation"
         )
-    return getattr(torchio if name in SUBMODULES else torchio.transforms, name)
+    found = getattr(torchio if name in SUBMODULES else torchio.transforms, name)
+    is_transform = isinstance(found, type) and issubclass(found, torchio.Transform)
+    return _acting_on_own(found, generation, act) if is_transform else found
+
+
+@functools.cache
+def _acting_on_own(transform: Any, generation: int, act: Callable[[Any, Any], Any]) -> Any:
+    """The class of a transform that also takes subjects and images of zpatch."""
+    method = "forward" if hasattr(transform, "forward") else "__call__"
+
+    def call(self: Any, data: Any) -> Any:
+        return (
+            act(self, data) if isinstance(data, Subject | Image) else getattr(transform, method)(self, data)
+        )
+
+    names = {
+        "__module__": f"zpatch.compat.torchio{generation}",
+        "__qualname__": transform.__qualname__,
+        "__doc__": transform.__doc__,
+    }
+    return type(transform.__name__, (transform,), {method: call, **names})
 
 
 def torchio_library() -> Any:
