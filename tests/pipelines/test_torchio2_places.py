@@ -128,6 +128,7 @@ RANDOM = {
     "Flip": lambda t: t.Flip(axes=(0, 1, 2)),
     "Noise": lambda t: t.Noise(std=(0, 30)),
     "Gamma": lambda t: t.Gamma(log_gamma=(-0.1, 0.1)),
+    "LabelsToImage": lambda t: t.LabelsToImage(label_key="seg", image_key="t1"),
 }
 
 
@@ -138,7 +139,8 @@ def test_patches_have_the_distribution_of_those_of_the_transformed_volume(tio2: 
     )
     rng = np.random.default_rng(3)
     t1 = (waves * 100 + rng.normal(0, 5, waves.shape) + 300).astype(np.float32)
-    subject = zp.Subject(t1=zp.ScalarImage(t1), name="a")
+    seg = zp.LabelMap((t1 > 300).astype(np.uint8))
+    subject = zp.Subject(t1=zp.ScalarImage(t1), seg=seg, name="a")
     transform = RANDOM[name](tio2)
     torch.manual_seed(4)
     wanted, volume = [], in_memory(tio2, subject)

@@ -95,12 +95,22 @@ def test_an_affine_transform_leaves_hardly_a_voxel_of_a_patch_at_the_pad_value(
 
 
 @pytest.mark.parametrize(
-    "name", ["RandomAffine", "RandomNoise", "RandomGamma", "RandomAnisotropy", "RandomFlip"]
+    "name",
+    [
+        "RandomAffine",
+        "RandomNoise",
+        "RandomGamma",
+        "RandomAnisotropy",
+        "RandomFlip",
+        "RandomBlur",
+        "RandomLabelsToImage",
+    ],
 )
 def test_patches_have_the_distribution_of_those_of_the_transformed_volume(
     tio: Any, subject: zp.Subject, name: str
 ) -> None:
-    transform = getattr(tio, name)()
+    options = {"RandomLabelsToImage": {"label_key": "seg", "image_key": "t1"}}
+    transform = getattr(tio, name)(**options.get(name, {}))
     rng = np.random.default_rng(3)
     torch.manual_seed(4)
     wanted = []
@@ -111,6 +121,18 @@ def test_patches_have_the_distribution_of_those_of_the_transformed_volume(
     found = [patch.t1.data for patch in patches(subject, from_torchio(transform), 120)]
     for of in (torch.mean, torch.std, lambda voxels: voxels.diff(dim=-1).std()):
         seen, expected = ([float(of(voxels)) for voxels in part] for part in (found, wanted))
+        assert ks_2samp(seen, expected).pvalue > 1e-3
+
+
+def test_a_bias_field_spans_the_patch_as_documented(tio: Any, subject: zp.Subject) -> None:
+    transform = tio.RandomBiasField()
+    plain = {patch.location: patch.t1.data for patch in patches(subject, None, seed=5)}
+    found = {patch.location: patch.t1.data for patch in patches(subject, from_torchio(transform), seed=5)}
+    torch.manual_seed(4)
+    wanted = [transform(voxels) / voxels for voxels in plain.values()]
+    fields = [voxels / plain[location] for location, voxels in found.items()]
+    for of in (torch.mean, torch.std):
+        seen, expected = ([float(of(field)) for field in part] for part in (fields, wanted))
         assert ks_2samp(seen, expected).pvalue > 1e-3
 
 
