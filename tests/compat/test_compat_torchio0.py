@@ -100,7 +100,7 @@ def test_dense_inference_is_that_of_the_native_sampler_and_aggregator(
     grid = zp.GridSampler(subject, patch_size, 2 * patch_overlap)
     same = zp.PatchAggregator(subject.spatial_shape, "crop", grid=grid)
     with torch.no_grad():
-        for batch in zp.SubjectsLoader(grid, batch_size=4, contiguous=True):
+        for batch in zp.SubjectsLoader(grid, batch_size=4):
             same.add_batch(model(batch.image.data).argmax(1, keepdim=True), batch.patch_location)
     assert output_tensor.shape == subject.spatial_shape
     expected = same.get_output()

@@ -165,7 +165,7 @@ def test_dense_inference_is_that_of_the_native_sampler_and_aggregator(
     grid = zp.GridSampler(brain, patch_size, patch_overlap, mode_of_pad, fill)
     same = zp.PatchAggregator(brain.spatial_shape, mode, grid=grid)
     with torch.no_grad():
-        for batch in zp.SubjectsLoader(grid, batch_size=4, contiguous=True):
+        for batch in zp.SubjectsLoader(grid, batch_size=4):
             same.add_batch(model(batch.t1.data.float()), batch.patch_location)
     torch.testing.assert_close(output_tensor, same.get_output(), rtol=0, atol=1e-6)
 

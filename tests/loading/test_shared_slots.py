@@ -118,12 +118,12 @@ def test_the_size_of_a_block_is_its_slots_and_the_watch() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_images_of_four_axes_are_in_the_order_of_the_store(dtype: torch.dtype) -> None:
+def test_images_are_in_the_order_of_their_axes(dtype: torch.dtype) -> None:
     place = ImagePlace("t1", "scalar", (2, 3, 4, 5), dtype)
     for tensor in (SlotBlock(1, place.nbytes).tensor(0, place), new_tensor(place)):
         assert tensor.shape == (2, 3, 4, 5)
         assert tensor.dtype == dtype
-        assert tensor.permute(0, 3, 2, 1).is_contiguous()  # (c, z, y, x)
+        assert tensor.is_contiguous()
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (4, 5), (3, 4, 5), (2, 2, 3, 4, 5)])

@@ -135,26 +135,19 @@ def test_stored_voxels_have_the_scale_of_each_patch() -> None:
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_batches_of_a_queue_may_be_in_the_order_of_the_store(cohort: zp.Cohort, workers: int) -> None:
-    with queue_of(cohort, num_workers=workers) as queue:
-        for batch in zp.SubjectsLoader(queue, 4, contiguous=False):
-            assert batch.t1.data.shape == (4, 1, 6, 7, 8)
-            assert batch.t1.data.permute(0, 1, 4, 3, 2).is_contiguous()
-
-
-@pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("batch_size", [1, 5])
-def test_batches_are_contiguous_and_the_same_as_in_the_order_of_the_store(
-    cohort: zp.Cohort, batch_size: int, workers: int
-) -> None:
+def test_batches_are_contiguous_and_so_are_patches(cohort: zp.Cohort, batch_size: int, workers: int) -> None:
     with queue_of(cohort, num_workers=workers) as queue:
-        plain = list(zp.SubjectsLoader(queue, batch_size, contiguous=False))
+        for batch in zp.SubjectsLoader(queue, batch_size):
+            assert all(image.data.is_contiguous() for image in batch.images.values())
+            batch.t1.data.view(-1)
         queue.set_epoch(0)
-        batches = list(zp.SubjectsLoader(queue, batch_size))
-    for one, other in zip(plain, batches, strict=True):
-        assert_same(one, other)
-        assert all(image.data.is_contiguous() for image in other.images.values())
-        other.t1.data.view(-1)
+        assert all(image.data.is_contiguous() for patch in queue for image in patch.images.values())
+
+
+def test_contiguous_is_deprecated(patches: list[zp.Patch]) -> None:
+    with pytest.warns(DeprecationWarning, match="contiguous= has no effect: batches are contiguous"):
+        zp.SubjectsLoader(patches, 2, contiguous=False)
 
 
 @pytest.mark.parametrize("workers", WORKERS)
@@ -250,11 +243,8 @@ def test_contiguous_batches_are_put_into_page_locked_memory_too(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs a GPU")
-@pytest.mark.parametrize("contiguous", [True, False])
-def test_pin_memory_puts_every_image_into_page_locked_memory(
-    patches: list[zp.Patch], contiguous: bool
-) -> None:
-    batch = next(iter(zp.SubjectsLoader(patches, 2, pin_memory=True, contiguous=contiguous)))
+def test_pin_memory_puts_every_image_into_page_locked_memory(patches: list[zp.Patch]) -> None:
+    batch = next(iter(zp.SubjectsLoader(patches, 2, pin_memory=True)))
     assert all(image.data.is_pinned() for image in batch.images.values())
 
 

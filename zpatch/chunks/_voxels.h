@@ -161,6 +161,67 @@ static void join_8(uint8_t *out, const uint8_t *const *planes, size_t at, const 
                 out[8 * i + p] = planes[p][at + i];
 }
 
+/* ---- rows of voxels -> columns ---- */
+
+/* Writes `rows` rows of `voxels` voxels, which are `in_step` bytes apart, as columns: the voxels of one place
+ * in the rows follow each other in the output, `out_step` bytes after those of the place before. */
+typedef void (*Turn)(uint8_t *out, ptrdiff_t out_step, const uint8_t *in, ptrdiff_t in_step, size_t rows,
+                     size_t voxels);
+
+typedef uint64_t Quads __attribute__((vector_size(16)));
+typedef uint32_t Fours __attribute__((vector_size(16)));
+
+#define LOW_FOURS(a, b) (Bytes) __builtin_shufflevector((Fours)(a), (Fours)(b), 0, 4, 1, 5)
+#define HIGH_FOURS(a, b) (Bytes) __builtin_shufflevector((Fours)(a), (Fours)(b), 2, 6, 3, 7)
+#define LOW_QUADS(a, b) (Bytes) __builtin_shufflevector((Quads)(a), (Quads)(b), 0, 2)
+#define HIGH_QUADS(a, b) (Bytes) __builtin_shufflevector((Quads)(a), (Quads)(b), 1, 3)
+#define LOW_TWOS(a, b) (Bytes) LOW_PAIRS(a, b)
+#define HIGH_TWOS(a, b) (Bytes) HIGH_PAIRS(a, b)
+
+/* A square of SIDE rows of 16 bytes is turned by riffling its rows log2(SIDE) times: rows k and k + SIDE / 2
+ * become rows 2 k and 2 k + 1, their voxels taken in turns. Squares at the end overlap those before. */
+#define UNROLLED _Pragma("GCC unroll 16")
+#define TURN(ITEM, SIDE, LOW, HIGH)                                                                        \
+    static void turn_square_##ITEM(uint8_t *out, ptrdiff_t out_step, const uint8_t *in, ptrdiff_t in_step) \
+    {                                                                                                      \
+        Bytes square[SIDE], riffled[SIDE];                                                                 \
+        UNROLLED for (ptrdiff_t k = 0; k < SIDE; k++)                                                      \
+            square[k] = bytes_at(in + k * in_step);                                                        \
+        UNROLLED for (size_t turns = 1; turns < SIDE; turns *= 2) {                                        \
+            UNROLLED for (size_t k = 0; k < SIDE / 2; k++) {                                               \
+                riffled[2 * k] = LOW(square[k], square[k + SIDE / 2]);                                     \
+                riffled[2 * k + 1] = HIGH(square[k], square[k + SIDE / 2]);                                \
+            }                                                                                              \
+            UNROLLED for (size_t k = 0; k < SIDE; k++)                                                     \
+                square[k] = riffled[k];                                                                    \
+        }                                                                                                  \
+        UNROLLED for (ptrdiff_t k = 0; k < SIDE; k++)                                                      \
+            put(out + k * out_step, square[k]);                                                            \
+    }                                                                                                      \
+    static void turn_##ITEM(uint8_t *out, ptrdiff_t out_step, const uint8_t *in, ptrdiff_t in_step,        \
+                            size_t rows, size_t voxels)                                                    \
+    {                                                                                                      \
+        if (rows < SIDE || voxels < SIDE) {                                                                \
+            for (size_t i = 0; i < voxels; i++)                                                            \
+                for (size_t k = 0; k < rows; k++)                                                          \
+                    memcpy(out + (ptrdiff_t)i * out_step + k * ITEM,                                       \
+                           in + (ptrdiff_t)k * in_step + i * ITEM, ITEM);                                  \
+            return;                                                                                        \
+        }                                                                                                  \
+        for (size_t i = 0; i < voxels; i += SIDE) {                                                        \
+            i = i + SIDE <= voxels ? i : voxels - SIDE;                                                    \
+            for (size_t k = 0; k < rows; k += SIDE) {                                                      \
+                k = k + SIDE <= rows ? k : rows - SIDE;                                                    \
+                turn_square_##ITEM(out + (ptrdiff_t)i * out_step + k * ITEM, out_step,                     \
+                                   in + (ptrdiff_t)k * in_step + i * ITEM, in_step);                       \
+            }                                                                                              \
+        }                                                                                                  \
+    }
+TURN(1, 16, LOW_BYTES, HIGH_BYTES)
+TURN(2, 8, LOW_TWOS, HIGH_TWOS)
+TURN(4, 4, LOW_FOURS, HIGH_FOURS)
+TURN(8, 2, LOW_QUADS, HIGH_QUADS)
+
 #define SCALE(NAME, VOXEL)                                                            \
     static void NAME(uint8_t *restrict out, const uint8_t *restrict voxels, size_t n, \
                      const Scaling *scaling)                                          \

@@ -10,11 +10,12 @@ import numpy as np
 from zpatch.geometry.boxes import Voxels
 
 try:
-    from zpatch.chunks._gather import scale as _compiled
+    from zpatch.chunks import _gather as _compiled
 except ImportError:  # installed without a compiler
     _compiled = None  # type: ignore[assignment]
 
 
+MAX_AXES = 4  # of compiled copies
 COMPILED_TYPES = ("u1", "i1", "u2", "i2")  # scaled to float32 by compiled loops
 
 
@@ -65,11 +66,15 @@ class Scaling(NamedTuple):
         return values
 
     def write(self, voxels: Voxels, out: Voxels) -> None:
-        """The values of some voxels, cast to the type of ``out`` and written there."""
+        """The values of some voxels, cast to the type of ``out`` and written there, in any order of axes."""
         if _compiled is not None and _is_compiled(voxels, out):
-            _compiled(voxels, out, voxels.dtype.str[1:], *self)
+            _compiled.scale(voxels, out, voxels.dtype.str[1:], *self)
             return
-        np.copyto(out, voxels if self == UNSCALED else self.apply(voxels), casting="unsafe")
+        values = voxels if self == UNSCALED else self.apply(voxels)
+        if _compiled is not None and values.dtype == out.dtype and values.ndim <= MAX_AXES:
+            _compiled.copy(values, out)
+        else:
+            np.copyto(out, values, casting="unsafe")
 
 
 def _is_compiled(voxels: Voxels, out: Voxels) -> bool:

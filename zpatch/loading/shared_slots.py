@@ -42,8 +42,8 @@ Shape = tuple[int, ...]
 class ImagePlace:
     """An image of a patch, and the ``offset`` of its first byte in a slot.
 
-    ``shape`` is (C, I, J, K), with memory in the order (c, z, y, x). A transform may give another number of
-    axes, with memory in their order. Values are ``slope * voxel + inter``.
+    ``shape`` is (C, I, J, K), with memory in this order. A transform may give another number of axes. Values
+    are ``slope * voxel + inter``.
     """
 
     name: str
@@ -59,19 +59,10 @@ class ImagePlace:
         """Bytes of the image in a slot, rounded up to the alignment."""
         return -(-math.prod(self.shape) * self.dtype.itemsize // ALIGNMENT) * ALIGNMENT
 
-    @property
-    def stored_shape(self) -> Shape:
-        """The shape of the memory, (c, z, y, x)."""
-        return (self.shape[0], *self.shape[:0:-1]) if len(self.shape) == 4 else self.shape
-
     def of_size(self, size: Triple) -> ImagePlace:
         """The image in a patch of another size, not placed in a slot."""
         shape = (self.shape[0], *size)
         return self if self.shape == shape else dataclasses.replace(self, shape=shape)
-
-    def in_user_order(self, stored: torch.Tensor) -> torch.Tensor:
-        """The memory (c, z, y, x) as a tensor (C, I, J, K)."""
-        return stored.permute(0, 3, 2, 1) if len(self.shape) == 4 else stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,15 +194,15 @@ class SlotBlock:
             return torch.empty(place.shape, dtype=place.dtype)
         start = WATCH_BYTES + slot * self.slot_bytes + place.offset
         flat = torch.frombuffer(self._map, dtype=place.dtype, count=voxels, offset=start)
-        return place.in_user_order(flat.reshape(place.stored_shape))
+        return flat.reshape(place.shape)
 
 
 def new_tensor(place: ImagePlace) -> torch.Tensor:
     """Newly allocated memory for an image, (C, I, J, K), with arbitrary contents."""
     if place.dtype == torch.bfloat16:  # numpy has no such type
-        return place.in_user_order(torch.empty(place.stored_shape, dtype=place.dtype))
+        return torch.empty(place.shape, dtype=place.dtype)
     dtype = torch.empty(0, dtype=place.dtype).numpy().dtype
-    return place.in_user_order(torch.from_numpy(buffer_pool.empty(place.stored_shape, dtype)))
+    return torch.from_numpy(buffer_pool.empty(place.shape, dtype))
 
 
 def copied(patch: Patch, dtype: torch.dtype | None) -> Patch:

@@ -37,12 +37,11 @@ class PatchStream(Protocol):
 class SubjectsLoader:
     """Batches from a queue, a grid sampler, or any other iterable of patches.
 
-    ``batch.t1.data`` is (B, C, I, J, K), contiguous. ``contiguous=False`` leaves its memory in the order of
-    the store, (b, c, z, y, x), which is copied several times as fast, but which ``view`` refuses.
-    ``drop_last`` leaves out a last batch that is not full. ``pin_memory`` puts batches into page-locked
-    memory if there is a device that copies from it. ``device`` copies batches to a device, without waiting
-    for the copy if the memory is pinned. ``state_dict`` and ``load_state_dict`` are those of the queue,
-    between two batches.
+    ``batch.t1.data`` is (B, C, I, J, K), contiguous; ``contiguous=`` has no effect any more. ``drop_last``
+    leaves out a last batch that is not full. ``pin_memory`` puts batches into page-locked memory if there
+    is a device that copies from it. ``device`` copies batches to a device, without waiting for the copy
+    if the memory is pinned. ``state_dict`` and ``load_state_dict`` are those of the queue, between two
+    batches.
 
     >>> import numpy as np
     >>> from zpatch.images.image import ScalarImage
@@ -61,8 +60,12 @@ class SubjectsLoader:
         drop_last: bool = False,
         pin_memory: bool = False,
         device: torch.device | str | None = None,
-        contiguous: bool = True,
+        contiguous: bool | None = None,
     ) -> None:
+        if contiguous is not None:
+            warnings.warn(
+                "contiguous= has no effect: batches are contiguous", DeprecationWarning, stacklevel=2
+            )
         if isinstance(dataset, Subject | str | os.PathLike) or _gives_subjects(dataset):
             raise OptionError(
                 f"a SubjectsLoader makes batches of the patches of a queue or a grid, not of {dataset!r}; "
@@ -80,7 +83,6 @@ class SubjectsLoader:
         self.drop_last = drop_last
         self.pin_memory = pin_memory
         self.device = None if device is None else torch.device(device)
-        self.contiguous = contiguous
 
     def __len__(self) -> int:
         patches = len(cast(Sized, self.dataset))
@@ -92,9 +94,8 @@ class SubjectsLoader:
             patches, dtype = self.dataset.iter_shared(), self.dataset.pending_dtype
         else:
             patches = iter(self.dataset)
-        contiguous = self.contiguous and self.device is None  # a device reorders faster
         while True:
-            batch = stack(patches, self.batch_size, self._new_memory, dtype, contiguous=contiguous)
+            batch = stack(patches, self.batch_size, self._new_memory, dtype)
             if batch.batch_size < (self.batch_size if self.drop_last else 1):
                 return
             yield self._placed(batch)
@@ -107,8 +108,7 @@ class SubjectsLoader:
     def _placed(self, batch: PatchBatch) -> PatchBatch:
         if self.device is None:
             return batch
-        batch = batch.map_data(lambda data: data.to(self.device, non_blocking=self.pin_memory))
-        return batch.map_data(torch.Tensor.contiguous) if self.contiguous else batch
+        return batch.map_data(lambda data: data.to(self.device, non_blocking=self.pin_memory))
 
     def state_dict(self) -> dict[str, Any]:
         """Where the queue's stream is: after the batches that were given."""

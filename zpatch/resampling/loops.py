@@ -53,10 +53,21 @@ class PointMap:
                 yield (z, slice(first, first + len(y))), np.clip(at, *limits)
 
 
+def _memory(out: Voxels, dtype: np.dtype[Any]) -> Voxels:
+    """Where a loop writes: ``out``, or new memory if that is of another type, or not dense along x."""
+    is_dense = out.shape[-1] == 1 or out.strides[-1] == out.itemsize
+    return out if out.dtype == dtype and is_dense and out.flags.writeable else np.empty(out.shape, dtype)
+
+
+def _hand_over(target: Voxels, out: Voxels) -> None:
+    if target is not out:
+        UNSCALED.write(target, out)
+
+
 def sum_taps(voxels: Voxels, taps: Sequence[AxisTaps], out: Voxels, scaling: Scaling = UNSCALED) -> None:
     """Resample voxels axis by axis, along z, y, x, scale the result, and write it into ``out``."""
     dtype = sum_dtype(voxels.dtype)
-    target = out if out.dtype == dtype and out.flags.writeable else np.empty(out.shape, dtype)
+    target = _memory(out, dtype)
     if _compiled is not None and voxels.dtype.str[1:] in COMPILED_TYPES and voxels.flags.c_contiguous:
         tables: list[Any] = []
         for axis in taps:
@@ -67,8 +78,7 @@ def sum_taps(voxels: Voxels, taps: Sequence[AxisTaps], out: Voxels, scaling: Sca
         for number, axis in enumerate(taps, start=1):
             values = _along(values, axis, number)
         target[...] = scaling.apply(values)
-    if target is not out:
-        np.copyto(out, target, casting="unsafe")
+    _hand_over(target, out)
 
 
 def _along(values: Voxels, taps: AxisTaps, axis: int) -> Voxels:
@@ -85,7 +95,9 @@ def pick(voxels: Voxels, places: Sequence[Integers], out: Voxels) -> None:
     """Write the voxels of some planes, lines and columns into ``out``, of their type."""
     z, y, x = places
     if _compiled is not None and voxels.flags.c_contiguous and out.dtype == voxels.dtype:
-        _compiled.pick(voxels, out, *map(np.ascontiguousarray, places))
+        target = _memory(out, out.dtype)
+        _compiled.pick(voxels, target, *map(np.ascontiguousarray, places))
+        _hand_over(target, out)
     else:
         out[...] = voxels[:, z][:, :, y][..., x]
 
@@ -93,7 +105,9 @@ def pick(voxels: Voxels, places: Sequence[Integers], out: Voxels) -> None:
 def nearest(voxels: Voxels, points: PointMap, out: Voxels) -> None:
     """Write the voxel that is nearest to each point into ``out``, of their type."""
     if _compiled is not None and voxels.flags.c_contiguous and out.dtype == voxels.dtype:
-        _compiled.nearest(voxels, out, points.packed())
+        target = _memory(out, out.dtype)
+        _compiled.nearest(voxels, target, points.packed())
+        _hand_over(target, out)
         return
     limits = np.array(voxels.shape[1:])[:, None, None] - 1
     for (z, lines), at in points.lines(out.shape[1:]):
@@ -108,7 +122,7 @@ def interpolate(
 
     With ``is_cubic`` the voxels are the coefficients of a cubic B-spline.
     """
-    target = out if out.dtype == voxels.dtype else np.empty(out.shape, voxels.dtype)
+    target = _memory(out, voxels.dtype)
     if _compiled is not None and voxels.flags.c_contiguous:
         _compiled.points(voxels, target, points.packed(), is_cubic, *scaling)
     else:
@@ -117,15 +131,16 @@ def interpolate(
             for weights, (a, b, c) in _corners(voxels.shape[1:], at, is_cubic=is_cubic):
                 values = values + weights * voxels[:, a, b, c]
             target[:, z, lines] = scaling.apply(values)
-    if target is not out:
-        np.copyto(out, target, casting="unsafe")
+    _hand_over(target, out)
 
 
 def majority(voxels: Voxels, points: PointMap, out: Voxels) -> None:
     """Write the label with the largest sum of linear weights at each point, the lowest of equal ones."""
     is_simple = voxels.flags.c_contiguous and out.dtype == voxels.dtype
     if _compiled is not None and is_simple and voxels.dtype.str[1:] in COMPILED_TYPES:
-        _compiled.labels(voxels, voxels.dtype.str[1:], out, points.packed(), TIE)
+        target = _memory(out, out.dtype)
+        _compiled.labels(voxels, voxels.dtype.str[1:], target, points.packed(), TIE)
+        _hand_over(target, out)
         return
     for (z, lines), at in points.lines(out.shape[1:]):
         corners = list(_corners(voxels.shape[1:], at, is_cubic=False))

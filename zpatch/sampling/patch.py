@@ -39,10 +39,10 @@ def to_tensor(voxels: NDArray[Any]) -> torch.Tensor:
 class PatchImage(Mapping[str, torch.Tensor]):
     """One image of a patch.
 
-    ``data`` is (C, I, J, K), a view of (c, z, y, x) memory; in a batch (B, C, I, J, K). ``affine`` is
-    4 x 4 with its origin at the patch's corner; in a batch (B, 4, 4). Values are ``slope * data + inter``:
-    1 and 0 unless a queue was asked for stored voxels; in a batch (B,). As a mapping it has the tensors
-    ``image["data"]`` and ``image["affine"]``, which trainers look through.
+    ``data`` is (C, I, J, K), contiguous; in a batch (B, C, I, J, K). ``affine`` is 4 x 4 with its origin at
+    the patch's corner; in a batch (B, 4, 4). Values are ``slope * data + inter``: 1 and 0 unless a queue
+    was asked for stored voxels; in a batch (B,). As a mapping it has the tensors ``image["data"]`` and
+    ``image["affine"]``, which trainers look through.
     """
 
     data: torch.Tensor
@@ -73,13 +73,10 @@ class PatchImage(Mapping[str, torch.Tensor]):
         if dtype is None or not self.is_pending(dtype):
             out.copy_(data)
             return
-        target = in_stored_order(out)
-        if out.dtype == torch.bfloat16 or not target.is_contiguous():  # numpy has no bfloat16
-            wide = torch.float32 if out.dtype == torch.bfloat16 else out.dtype
-            target = torch.empty(target.shape, dtype=wide)
-        Scaling(self.slope, self.inter).write(in_stored_order(data).numpy(), target.numpy())
-        if target.data_ptr() != out.data_ptr():
-            in_stored_order(out).copy_(target)
+        target = torch.empty(out.shape) if out.dtype == torch.bfloat16 else out  # numpy has no bfloat16
+        Scaling(self.slope, self.inter).write(data.numpy(), target.numpy())
+        if target is not out:
+            out.copy_(target)
 
     def is_pending(self, dtype: torch.dtype | None) -> bool:
         """Whether the data is still to be converted to values of a type; label maps never are."""
@@ -150,8 +147,3 @@ class Patch(ImagesByName):
             data = image.data[(slice(None), *box)]
             images[name] = replace(image, data=data, affine=crop_affine(image.affine, first))
         return Patch(images, location, self.subject)
-
-
-def in_stored_order(data: torch.Tensor) -> torch.Tensor:
-    """A tensor (C, I, J, K) in the order of its memory, (c, z, y, x), in which copies are fast."""
-    return data.permute(0, 3, 2, 1) if data.ndim == 4 else data

@@ -17,7 +17,7 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 
 from zpatch.errors import OptionError
 from zpatch.geometry.boxes import PatchLocation
-from zpatch.sampling.patch import ImagesByName, Patch, PatchImage, in_stored_order
+from zpatch.sampling.patch import ImagesByName, Patch, PatchImage
 
 NewMemory = Callable[..., torch.Tensor]
 
@@ -69,14 +69,11 @@ def stack(
     count: int,
     new_memory: NewMemory = torch.empty,
     dtype: torch.dtype | None = None,
-    *,
-    contiguous: bool = True,
 ) -> PatchBatch:
     """A batch of at most ``count`` patches; each patch is copied before the next one is asked for.
 
-    ``new_memory(shape, dtype=)`` allocates the batch of one image: (b, c, i, j, k), or with
-    ``contiguous=False`` (b, c, z, y, x), the order of the store, which is copied faster. With a ``dtype``,
-    images other than label maps are written as values of that type.
+    ``new_memory(shape, dtype=)`` allocates the batch (b, c, i, j, k) of one image. With a ``dtype``, images
+    other than label maps are written as values of that type.
     """
     batch: dict[str, torch.Tensor] = {}
     taken: list[Patch] = []
@@ -85,9 +82,7 @@ def stack(
             _check_alike(patch, taken[0], dtype)
         for name, image in patch.images.items():
             if not taken:
-                shape = (count, *(image.data if contiguous else in_stored_order(image.data)).shape)
-                memory = new_memory(shape, dtype=_type(image, dtype))
-                batch[name] = memory if contiguous else _in_user_order(memory)
+                batch[name] = new_memory((count, *image.data.shape), dtype=_type(image, dtype))
             image.write_values(batch[name][len(taken)], dtype)
         taken.append(patch)
     images = {
@@ -127,10 +122,6 @@ def _check_alike(patch: Patch, first: Patch, dtype: torch.dtype | None) -> None:
         types = [_type(one[name], dtype) for one in (patch, first)]
         if types[0] != types[1]:
             raise OptionError(f"a batch needs patches of one type: {name!r} has {types[0]} and {types[1]}")
-
-
-def _in_user_order(batch: torch.Tensor) -> torch.Tensor:
-    return batch.permute(0, 1, 4, 3, 2) if batch.ndim == 5 else batch
 
 
 def _collate_by_default(patches: Sequence[Patch], *, collate_fn_map: object = None) -> PatchBatch:

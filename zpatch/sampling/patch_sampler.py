@@ -46,7 +46,8 @@ def read_patches(
     if not locations:
         return []
     views = views_of(subject, context, padding_mode)
-    voxels = read_together([view.read(locations, fill=fill) for view in views], [None] * len(views))
+    reads = [view.read(locations, fill=fill) for view in views]
+    voxels = read_together(reads, [read.new_memory(contiguous=True) for read in reads])
     patches = []
     for n, location in enumerate(locations):
         images = {

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, overload
 
 import numpy as np
 
-from zpatch.chunks.scaling import Scaling
+from zpatch.chunks.scaling import UNSCALED, Scaling
 from zpatch.errors import OptionError
 from zpatch.geometry.boxes import PatchLocation, Voxels
 from zpatch.geometry.padding import check_padding_mode
@@ -208,7 +208,7 @@ def _read_on_cluster(requests: Sequence[Request], client: Any) -> None:
             targets[key] = outs
     for outs, voxels in zip(targets.values(), client.get(graph, list(targets)), strict=True):
         for out, values in zip(outs, voxels, strict=True):
-            out[...] = values
+            UNSCALED.write(values, out)
 
 
 def _read_on_worker(

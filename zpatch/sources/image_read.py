@@ -66,10 +66,12 @@ class ImageRead:
                     f"padding_mode"
                 )
 
-    def new_memory(self) -> list[Voxels]:
-        """New memory for each box, (C, I, J, K), of the type of the image's values."""
+    def new_memory(self, *, contiguous: bool = False) -> list[Voxels]:
+        """New memory for each box, (C, I, J, K), of the type of the image's values; see ``new_voxels``."""
         dtype, channels = self._dtype, self.image.source.shape[0]
-        return [new_voxels((channels, *location.size), dtype) for location in self.boxes]
+        return [
+            new_voxels((channels, *location.size), dtype, contiguous=contiguous) for location in self.boxes
+        ]
 
     def checked_memory(self, given: Any) -> list[Voxels]:
         """The caller's memory for each box, as arrays (C, I, J, K) of a fitting shape and type."""
@@ -101,7 +103,8 @@ class ImageRead:
         if self.padding_mode == "constant":
             check_fill(self.fill, out.dtype, self.image)
         padded = PaddedBox.of(location, (i, j, k), self.padding_mode)
-        inner = new_voxels((channels, *padded.inner.size), out.dtype)
+        shape = channels, *padded.inner.size
+        inner = new_voxels(shape, out.dtype, contiguous=out.flags.c_contiguous)
         return Target(padded.inner, inner, partial(padded.fill_in, inner, self.fill, out))
 
     @property

@@ -108,15 +108,16 @@ class ResampledSource(WrappedSource):
         return self.interpolation.dtype_of(dtype)  # bool, float16
 
     def bytes_below(self, size: Triple) -> int:
-        """The boxes of the source that a box is made from; none if it only turns them."""
+        """The boxes of the source that a box is made from, and the box itself; none if it only turns them."""
         needed = self._resampler.needed_size(size)
         if self._resampler.only_turns:
             return self.source.bytes_below(needed)
         dtype = self._read_dtype(self._scalings(UNSCALED)[0])
-        voxel_bytes = dtype.itemsize
+        voxel_bytes, made = dtype.itemsize, math.prod(size) * self.dtype.itemsize
         if self._resampler.axes is None:  # points are interpolated in voxels that are filtered first
             voxel_bytes += dtype.itemsize if self.interpolation.keeps_values else self.dtype.itemsize
-        return self.shape[0] * math.prod(needed) * voxel_bytes + self.source.bytes_below(needed)
+        read = math.prod(needed) * voxel_bytes
+        return self.shape[0] * (read + made) + self.source.bytes_below(needed)
 
     def selected(self, channels: Sequence[int]) -> VoxelSource:
         """The source of some channels."""

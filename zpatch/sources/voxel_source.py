@@ -129,7 +129,9 @@ class Request:
     scaling: Scaling = UNSCALED
 
 
-def new_voxels(shape: Sequence[int], dtype: Any) -> Voxels:
-    """Memory for a box (C, I, J, K), with the strides of stored voxels (c, z, y, x)."""
+def new_voxels(shape: Sequence[int], dtype: Any, *, contiguous: bool = False) -> Voxels:
+    """Memory for a box (C, I, J, K): with the strides of stored voxels (c, z, y, x), or ``contiguous``."""
     c, i, j, k = shape
+    if contiguous:
+        return buffer_pool.empty((c, i, j, k), dtype)
     return reversed_axes(buffer_pool.empty((c, k, j, i), dtype))

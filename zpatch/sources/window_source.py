@@ -59,7 +59,8 @@ class WindowSource(WrappedSource):
                 into.append(out)
                 continue
             padded = PaddedBox.of(moved, (i, j, k), self.padding_mode)
-            inner = new_voxels((channels, *padded.inner.size), out.dtype)
+            shape = channels, *padded.inner.size
+            inner = new_voxels(shape, out.dtype, contiguous=out.flags.c_contiguous)
             read.append(padded.inner)
             into.append(inner)
             pads.append(partial(_pad, padded, inner, self._filled(scaling), out))
