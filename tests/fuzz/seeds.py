@@ -91,6 +91,17 @@ def of_gather() -> Iterator[bytes]:
                 )
             )
             yield head + boxes + struct.pack("<H", 0) + bytes([len(rows), 0]) + table + encoded
+    deep = (1, 19, 2, 21)  # boxes in any order of axes
+    for writer, order in itertools.product(range(8), range(24)):
+        item = (1, 2, 4, 8, 1, 1, 2, 2)[writer]
+        data = voxels(math.prod(deep), f"u{item}", "steps")
+        head = struct.pack("<B4f4B", writer << 1, *SCALING, *(side - 1 for side in deep))
+        boxes = b"\0\0" + bytes(side - 1 for side in deep) + bytes((order, 0, 0, 0))
+        table = struct.pack("<BHHB", 0, 0, 0xFFFF, 0) + bytes((0, 0, 0, 18, 0, 0, 1, 0, 0, 20, 0, 0))
+        yield head + boxes + struct.pack("<H", 0) + b"\1\0" + table + data
+        sides = bytes((1, 18, 3, 20))
+        layouts = bytes((order, 0, 0, 0)) + bytes((23 - order, 0, 0, 0))
+        yield struct.pack("<B4f", 64 | writer << 1, *SCALING) + sides + layouts
     flat, far = (1, 1, 2, 40), struct.pack("<Q", 1 << 63 | 8)  # strides of axes of one voxel are of anyone
     data = np.arange(math.prod(flat), dtype="u2").tobytes()
     head = struct.pack("<B4f4B", 2, *SCALING, *(side - 1 for side in flat))

@@ -87,7 +87,7 @@ def try_gather(data: bytes) -> None:
     if mode & 64:
         try_copy(given, item, mode >> 7)
         return
-    limits = (3, 8, 8, 80)
+    limits = (2, 20, 6, 80)
     chunk = [given.signed() if raw else given.take(1) % limit + 1 for limit in limits]
     if min(chunk) > 0 and 2**16 <= math.prod(chunk) * item < 2**60:
         return
@@ -125,7 +125,7 @@ def take_boxes_maps_and_rows(given: Input, chunk: list[int], item: int, scaled_f
     box_count, map_count = given.take(1) % 3 + 1, given.take(1) % 2 + 1
     boxes = []
     for number in range(box_count):
-        shape = [given.take(1) % limit + 1 for limit in (3, 5, 8, 80)]
+        shape = [given.take(1) % limit + 1 for limit in (2, 20, 6, 80)]
         boxes.append((number, given.layout(shape, 4 if scaled_from else item)))
     first_map, count, start = given.take(2), given.take(1) % 16, given.take(1) % 16
     table, bodies = Input(given.bytes(count * (128 if raw else 18))), given.left
@@ -175,7 +175,7 @@ def try_scale(given: Input, item: int, scaled_from: str, scaling: list[np.float3
 
 
 def try_copy(given: Input, item: int, differs: int) -> None:
-    shape = [given.take(1) % limit for limit in (4, 6, 9, 60)]
+    shape = [given.take(1) % limit for limit in (3, 20, 6, 60)]
     one = given.layout(shape, item)
     two = given.layout([*shape[:3], shape[3] + differs], item)
     source, out = one.filled(f"<u{item}", 0), two.filled(f"<u{item}", 1)

@@ -74,7 +74,7 @@ static void run_scale(Input *input, const Given *given)
 static void run_copy(Input *input, size_t item, int differs)
 {
     Array arrays[2] = {0};
-    static const unsigned limits[4] = {4, 6, 9, 60};
+    static const unsigned limits[4] = {3, 20, 6, 60};
     for (int axis = 0; axis < 4; axis++)
         arrays[0].shape[axis] = arrays[1].shape[axis] = (Py_ssize_t)(take(input, 1) % limits[axis]);
     arrays[1].shape[3] += differs;
@@ -221,7 +221,7 @@ static void run_gather(Input *input, Given *given, int raw)
     uint8_t *maps[MAX_MAPS];
     Py_ssize_t map_bytes[MAX_MAPS], one = 1;
     int box_count = (int)take(input, 1) % MAX_BOXES + 1, map_count = (int)take(input, 1) % MAX_MAPS + 1;
-    static const int limits[4] = {3, 5, 8, 80};
+    static const int limits[4] = {2, 20, 6, 80};
     for (int n = 0; n < box_count; n++) {
         for (int axis = 0; axis < 4; axis++)
             boxes[n].shape[axis] = (Py_ssize_t)take(input, 1) % limits[axis] + 1;
@@ -292,7 +292,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         run_copy(&input, given.item, mode >> 7);
         return 0;
     }
-    static const uint64_t limits[4] = {3, 8, 8, 80};
+    static const uint64_t limits[4] = {2, 20, 6, 80};
     __int128 bytes = (__int128)given.item;
     for (int axis = 0; axis < 4; axis++) {
         uint64_t side = take(&input, raw ? 8 : 1);
