@@ -34,7 +34,7 @@ DOORS = {
     "voxel_index verification value_counts",
     "conversion": "conversion conversion_plan conversion_options nifti_export cases case_lists",
     "sources": "voxel_source lazy_array zarr_images input_files image_read group_read voxel_sources "
-    "resampled_source window_source chunk_cache",
+    "resampled_source window_source voxelwise_source chunk_cache",
     "images": "image placed_image subject cohort mixtures normalization opened_image",
     "sampling": "patch_sampler samplers grid_sampler patch patch_batch patch_views randomness",
     "loading": "patch_queue queue_options queue_subjects subjects_loader epoch_plan",

@@ -320,3 +320,95 @@ def test_a_pipeline_can_be_sent_to_a_process(monai: Any, subject: zp.Subject) ->
         sent.of_subject(subject).t1.spatial_shape == from_monai(steps[0]).of_subject(subject).t1.spatial_shape
     )
     assert [step.name for step in sent.patches] == ["RandFlipd"]
+
+
+def corners_at_the_ends() -> zp.Subject:
+    """Labels in a corner of each end of a volume, which a patch around them reaches over."""
+    labels = np.zeros((96, 48, 48), np.uint8)
+    labels[16:18, 16:32, 16:32] = labels[-18:-16, 16:32, 16:32] = 1
+    numbers = np.arange(labels.size, dtype=np.float32).reshape(labels.shape)
+    return zp.Subject(t1=zp.ScalarImage(numbers), seg=zp.LabelMap(labels), name="ends")
+
+
+@pytest.mark.parametrize("flip_first", [False, True])
+def test_flips_beside_a_margin_keep_the_patch_at_the_border(monai: Any, flip_first: bool) -> None:
+    """The margin is narrower on one side there: a flip must not move the patch."""
+    keys = ["t1", "seg"]
+    steps = [monai.RandAffined(keys, prob=0.0, rotate_range=(0.3, 0.3, 0.3)), monai.RandFlipd(keys, 1.0, 0)]
+    transform = from_monai(monai.Compose(steps[::-1] if flip_first else steps))
+    subject, sampler = corners_at_the_ends(), zp.LabelSampler(32, "seg", {1: 1})
+    with zp.Queue([subject], sampler, patches_per_volume=40, transform=transform) as queue:
+        for patch in queue:
+            box = (slice(None), *patch.location.to_slices())
+            wanted = torch.from_numpy(subject.t1.data[box]).flip(1)
+            assert torch.equal(patch.t1.data, wanted)
+            assert patch.seg.data.any()
+
+
+def test_quarter_turns_follow_margins(monai: Any, subject: zp.Subject) -> None:
+    keys = ["t1", "seg"]
+    smooth, turn = monai.RandGaussianSmoothd("t1", prob=1), monai.RandRotate90d(keys, prob=1)
+    found = patches(subject, from_monai(monai.Compose([smooth, turn])), 30)
+    assert {tuple(patch.t1.data.shape) for patch in found} == {(1, PATCH, PATCH, PATCH)}
+    with pytest.raises(OptionError, match="RandRotate90d turns the margin that RandGaussianSmoothd reads"):
+        from_monai(monai.Compose([turn, smooth]))
+
+
+def test_zooms_after_each_other_read_far_enough(monai: Any) -> None:
+    ones = zp.Subject(t1=zp.ScalarImage(np.ones((160, 160, 160), np.float32)), name="ones")
+    zoom = monai.RandZoomd("t1", 1, 0.6, 0.6, padding_mode="constant", mode="trilinear")
+    pipeline = from_monai(monai.Compose([zoom, zoom]))
+    location = zp.PatchLocation((64, 64, 64), (32, 32, 32))
+    wide = location.widened(pipeline.margin(ones, location.size), (160, 160, 160))
+    assert pipeline.on_patch(_read(ones, wide), location).t1.data.min() > 0.99
+
+
+def test_some_of_several_with_repetition_reads_as_often(monai: Any, subject: zp.Subject) -> None:
+    parts = [monai.RandGaussianSmoothd("t1", prob=1), monai.RandZoomd("t1", 1, mode="trilinear")]
+    once = from_monai(monai.SomeOf(parts, num_transforms=2)).margin(subject, (PATCH,) * 3)
+    twice = from_monai(monai.SomeOf(parts, num_transforms=2, replace=True)).margin(subject, (PATCH,) * 3)
+    assert all(2 * a <= b for a, b in zip(once, twice, strict=True))
+
+
+def test_dropout_after_a_margin_is_of_the_patch(monai: Any) -> None:
+    ones = zp.Subject(t1=zp.ScalarImage(np.ones((96, 96, 96), np.float32)), name="ones")
+    drop = monai.RandCoarseDropoutd("t1", holes=4, spatial_size=8, fill_value=0, prob=1)
+    move = monai.RandAffined("t1", prob=1, rotate_range=0.5, padding_mode="border")
+    dropped = [
+        np.mean([float((patch.t1.data == 0).float().mean()) for patch in patches(ones, from_monai(made), 60)])
+        for made in (drop, monai.Compose([move, drop]))
+    ]
+    assert dropped[1] == pytest.approx(dropped[0], rel=0.1)
+
+
+def test_a_key_that_is_no_image_is_refused_before_patches_are_taken(monai: Any, subject: zp.Subject) -> None:
+    with pytest.raises(OptionError, match="RandFlipd of subject 'a': 'zz' is no image of the subject"):
+        from_monai(monai.RandFlipd(["zz"], 1, 0)).of_subject(subject)
+    assert from_monai(monai.RandFlipd(["zz"], 1, 0, allow_missing_keys=True)).of_subject(subject)
+
+
+def test_options_that_have_no_lazy_form_are_refused(monai: Any, subject: zp.Subject) -> None:
+    spacing = monai.Spacingd("t1", 2.0)
+    with pytest.raises(OptionError, match="overrides of a Compose are not supported"):
+        from_monai(monai.Compose([spacing], lazy=True, overrides={"t1": {"mode": "nearest"}}))
+    for transform, says in (
+        (monai.Resized("t1", 9, mode="trilinear", anti_aliasing=True), "anti_aliasing is not supported"),
+        (monai.Spacingd("t1", 2.0, recompute_affine=True), "MONAI refuses it: recompute_affine"),
+        (monai.CropForegroundd("t1", "t1", select_fn=lambda x: x > x.mean()), "select_fn must look at each"),
+        (monai.MaskIntensityd("t1", mask_key="t1", select_fn=lambda x: x > x.mean()), "select_fn must look"),
+        (monai.Activationsd("t1", other=lambda x: x / x.max()), "other must look at each voxel by itself"),
+        (monai.MaskIntensityd("t1", mask_key="seg", select_fn=lambda x: x.nothing), "select_fn fails on"),
+    ):  # fmt: skip
+        with pytest.raises(OptionError, match=says):
+            from_monai(transform).of_subject(subject)
+    taken = monai.CropForegroundd("t1", "t1", select_fn=lambda x: torch.gt(x, 300))
+    assert from_monai(taken).of_subject(subject)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "uint32", "int32", "bool"])
+def test_labels_of_any_type_are_filtered(monai: Any, dtype: str) -> None:
+    labels = np.arange(27).reshape(3, 3, 3).astype(dtype)
+    subject = zp.Subject(seg=zp.LabelMap(labels))
+    made = from_monai(monai.LabelFilterd("seg", [1, 3])).of_subject(subject).seg
+    assert made.dtype == labels.dtype
+    np.testing.assert_array_equal(made.data[0], np.where(np.isin(labels, [1, 3]), labels, 0).astype(dtype))

@@ -201,3 +201,26 @@ def test_options_that_need_the_volume_are_refused_with_the_transform_and_the_sub
     transform = make(tio)
     with pytest.raises(OptionError, match=f"{type(transform).__name__} of subject 'a': .*{words}"):
         from_torchio(transform).of_subject(ours(arrays))
+
+
+def test_options_that_change_what_is_done_are_followed(tio: Any) -> None:
+    rng = np.random.default_rng(0)
+    affine = np.diag([1.0, -1.3, 2.0, 1.0])
+    t1 = rng.random((20, 16, 12), np.float32)
+    seg = (t1 > 0.5).astype(np.uint8)
+    subject = zp.Subject(t1=zp.ScalarImage(t1, affine=affine), seg=zp.LabelMap(seg, affine=affine))
+    real = tio.Subject(
+        t1=tio.ScalarImage(tensor=t1[None], affine=affine), seg=tio.LabelMap(tensor=seg[None], affine=affine)
+    )
+    for transform in (
+        tio.ToCanonical(orientation="LPS"),
+        tio.Resample(1.57, scalars_only=True),
+        tio.RescaleIntensity(keep={"t1": "t1_orig"}),
+        tio.ZNormalization(keep={"t1": "before"}),
+    ):
+        wanted = transform(real).get_images_dict(intensity_only=False)
+        found = from_torchio(transform).of_subject(subject)
+        assert set(found.images) == set(wanted)
+        for name, image in found.images.items():
+            np.testing.assert_allclose(image.affine, wanted[name].affine, atol=1e-5)
+            np.testing.assert_allclose(image.data, wanted[name].numpy(), atol=1e-3)

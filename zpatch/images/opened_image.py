@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -20,8 +20,9 @@ from zpatch.resampling.interpolation import Interpolation
 from zpatch.sources import zarr_images
 from zpatch.sources.input_files import map_of, offset_in_file
 from zpatch.sources.resampled_source import ResampledSource
-from zpatch.sources.voxel_source import VoxelSource
+from zpatch.sources.voxel_source import VoxelSource, WrappedSource
 from zpatch.sources.voxel_sources import ArraySource, DaskSource, LazySource, ShardSource
+from zpatch.sources.voxelwise_source import VoxelInput, VoxelwiseSource
 from zpatch.sources.window_source import WindowSource
 from zpatch.store import store
 from zpatch.store.image_record import ImageRecord
@@ -105,6 +106,18 @@ class OpenedImage:
         part = f"{self.part}, window at {first}".removeprefix(", ")
         return dataclasses.replace(self, source=source, scaling=UNSCALED, record=None, part=part, base=None)
 
+    def voxelwise(self, fn: Callable[..., Voxels], others: Sequence[OpenedImage]) -> Self:
+        """The values of ``fn`` of each voxel of these, and of others at the same place."""
+        together: list[OpenedImage] = [self, *others]
+        inputs = tuple(VoxelInput(opened.source, opened.scaling) for opened in together)
+        probe = fn(*(np.zeros((one.source.shape[0], 1, 1, 1), one.dtype) for one in inputs))
+        check_dtype(probe.dtype)
+        source = VoxelwiseSource(inputs, fn, len(probe), probe.dtype)
+        axis = self.channel_axis if self.record is None and len(probe) == self.source.shape[0] else "c"
+        return dataclasses.replace(
+            self, source=source, scaling=UNSCALED, record=None, channel_axis=axis, base=None
+        )
+
     @property
     def is_rescaled(self) -> bool:
         """Whether values were given another scale since they were resampled."""
@@ -177,11 +190,8 @@ class OpenedImage:
             known |= dataclasses.replace(self.record, provenance=None).to_json()
         if self.path is not None and not (self.record and self.record.files):
             known["files"] = _identity_of_files(self.path)
-        elif isinstance(self.source, LazySource):
-            lazy = self.source.array
-            known["files"] = lazy.file and f"{_identity_of_files(lazy.file)} at {lazy.place}"
-        elif isinstance(self.source, ArraySource):
-            known["voxels"] = _identity_of_array(self.source.array)
+        else:
+            known |= _identity_of_source(self.source)
         if self.part:
             known["part"] = self.part
         return {**known, "scaling": repr(self.scaling)}
@@ -214,6 +224,18 @@ def _identity_of_files(path: Path) -> str:
             ) from None
         state.update(f"{os.path.relpath(file, path)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return state.hexdigest()
+
+
+def _identity_of_source(source: VoxelSource) -> Json:
+    """A digest of the voxels of an array in memory or in a file, also where another source reads from it."""
+    if isinstance(source, LazySource):
+        lazy = source.array
+        return {"files": lazy.file and f"{_identity_of_files(lazy.file)} at {lazy.place}"}
+    if isinstance(source, ArraySource):
+        return {"voxels": _identity_of_array(source.array)}
+    if isinstance(source, VoxelwiseSource):
+        return {"inputs": [_identity_of_source(one.source) for one in source.inputs]}
+    return {"source": _identity_of_source(source.source)} if isinstance(source, WrappedSource) else {}
 
 
 def _files_below(path: Path) -> Iterator[str]:

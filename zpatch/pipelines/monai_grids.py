@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from zpatch.errors import OptionError
@@ -45,10 +46,28 @@ def keys_of(transform: Any, subject: Subject) -> list[str]:
     return [key for key in transform.keys if key not in missing]
 
 
+def check_voxelwise(function: Callable[[Any], Any], name: str) -> None:
+    """Refuse a function of voxels that gives something else of a part than of the whole."""
+    ramp = torch.linspace(-500, 1000, 512).reshape(1, 8, 8, 8)
+    try:
+        whole, part = (torch.as_tensor(function(voxels)) for voxels in (ramp, ramp[:, :4, 2:, :3]))
+        is_voxelwise = torch.equal(whole[:, :4, 2:, :3], part)
+    except Exception as error:
+        raise OptionError(f"{name} fails on a tensor (C, I, J, K): {error}") from error
+    if not is_voxelwise:
+        raise OptionError(f"{name} must look at each voxel by itself; it uses the whole volume")
+
+
 def moved(stand_in: StandIn, transform: Any, subject: Subject, remember: Remember) -> Subject:
     """The subject on the grids that a lazy transform of MONAI notes."""
     keys_of(transform, subject)
-    return _carried_out(transform(_stand_ins(stand_in, subject), lazy=True), _fill(transform), subject)
+    if any(np.atleast_1d(getattr(transform, "anti_aliasing", False))):
+        raise OptionError("anti_aliasing is not supported; use subject.resampled(..., antialias=True)")
+    try:
+        notes = transform(_stand_ins(stand_in, subject), lazy=True)
+    except (KeyError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise OptionError(f"MONAI refuses it: {error}") from error
+    return _carried_out(notes, _fill(transform), subject)
 
 
 def crop_foreground(stand_in: StandIn, transform: Any, subject: Subject, remember: Remember) -> Subject:
@@ -56,6 +75,7 @@ def crop_foreground(stand_in: StandIn, transform: Any, subject: Subject, remembe
     source, cropper = transform.source_key, transform.cropper
     if source not in subject.images:
         raise OptionError(f"source_key {source!r} is no image of the subject")
+    check_voxelwise(cropper.select_fn, "select_fn")
     found = remember(f"{source} foreground", partial(_bounds, cropper, subject[source]))
     if found is None:
         raise OptionError(f"no value of {source!r} is chosen by select_fn; leave the subject out")
@@ -82,7 +102,8 @@ def _bounds(cropper: Any, image: Image) -> tuple[NDArray[np.int64], NDArray[np.i
     )
     along = [np.zeros(n, dtype=bool) for n in chosen.spatial_shape]
     for box in pass_boxes(chosen.shape, chosen.source.chunk_shape):
-        selected: Any = np.asarray(cropper.select_fn(chosen.read(box))).any(axis=0)
+        voxels = torch.from_numpy(np.ascontiguousarray(chosen.read(box)))
+        selected: Any = np.asarray(cropper.select_fn(voxels)).any(axis=0)
         for axis, (start, stop) in enumerate(zip(box.index_ini, box.index_fin, strict=True)):
             others = tuple(other for other in range(3) if other != axis)
             along[axis][start:stop] |= selected.any(axis=others)
@@ -194,7 +215,6 @@ GRID_STEPS = {
         (
             "Spacingd",
             "Orientationd",
-            "SpatialResampled",
             "ResampleToMatchd",
             "Resized",
             "Rotated",

@@ -97,7 +97,7 @@ def _by(maps: Sequence[Linear], image: Image, nonzero: bool) -> Image:
         return image.rescaled(first.slope, first.inter, first.low, first.high)
     columns = np.array([[m.slope, m.inter, m.low, m.high] for m in maps])
     apply = partial(_linear_block, columns.T.reshape(4, -1, 1, 1, 1), nonzero)
-    return image.map(lambda array: array.rechunk({0: -1}).map_blocks(apply, dtype=np.float32))
+    return image.voxelwise(apply)
 
 
 def _linear_block(maps: Any, nonzero: bool, voxels: Voxels) -> Voxels:
@@ -111,7 +111,11 @@ def _numpy_type(dtype: Any) -> Any:
 
 
 def _as_type(image: Image, dtype: np.dtype[Any]) -> Image:
-    return image if image.dtype == dtype else image.map(lambda array: array.astype(dtype))
+    return image if image.dtype == dtype else image.voxelwise(partial(_cast, dtype))
+
+
+def _cast(dtype: np.dtype[Any], voxels: Voxels) -> Voxels:
+    return voxels.astype(dtype)
 
 
 def _moments_of(values: Masked, remember: Remember) -> Moments:

@@ -12,8 +12,9 @@ import numpy as np
 from zpatch.errors import OptionError
 from zpatch.geometry.affines import Affine
 from zpatch.geometry.boxes import Triple
+from zpatch.images.subject import Subject
 from zpatch.pipelines.displacements import Extent, largest, margin_to, rotated
-from zpatch.pipelines.monai_grids import GRID_STEPS, StandIn
+from zpatch.pipelines.monai_grids import GRID_STEPS, StandIn, keys_of
 from zpatch.pipelines.monai_linear import BY_STATISTICS
 from zpatch.pipelines.monai_volumes import POINTWISE
 from zpatch.pipelines.pipeline import (
@@ -22,8 +23,10 @@ from zpatch.pipelines.pipeline import (
     Pipeline,
     SubjectStep,
     followed_by,
+    in_order,
     no_margin,
-    together,
+    one_of,
+    repeated,
 )
 from zpatch.sampling.patch import Patch
 
@@ -52,6 +55,8 @@ ON_PATCHES = (
     "ApplyPendingd",
 )
 
+FLIPS = ("RandFlipd", "RandAxisFlipd")
+
 SAMPLERS = {
     "RandSpatialCropd": "zp.UniformSampler",
     "RandSpatialCropSamplesd": "zp.UniformSampler",
@@ -67,17 +72,14 @@ SAMPLERS = {
 _SPANS = "has control points that span the volume"
 _FOURIER = "changes k-space, which is of the whole volume"
 REFUSED = {
-    "RandGibbsNoised": _FOURIER,
-    "GibbsNoised": _FOURIER,
-    "RandKSpaceSpikeNoised": _FOURIER,
-    "KSpaceSpikeNoised": _FOURIER,
-    "RandGridDistortiond": _SPANS,
-    "GridDistortiond": _SPANS,
-    "RandSmoothDeformd": _SPANS,
-    "RandSmoothFieldAdjustContrastd": _SPANS,
-    "RandSmoothFieldAdjustIntensityd": _SPANS,
+    **dict.fromkeys(
+        ("RandGibbsNoised", "GibbsNoised", "RandKSpaceSpikeNoised", "KSpaceSpikeNoised"), _FOURIER
+    ),
+    **dict.fromkeys(("RandGridDistortiond", "GridDistortiond", "RandSmoothDeformd"), _SPANS),
+    **dict.fromkeys(("RandSmoothFieldAdjustContrastd", "RandSmoothFieldAdjustIntensityd"), _SPANS),
     "Rand2DElasticd": "is of pictures, not of volumes",
     "Zoomd": "repeats the border of the volume; use Spacingd",
+    "SpatialResampled": "needs an affine beside the images; use Spacingd, or ResampleToMatchd",
     "Cropd": "holds any crop of the volume; use SpatialCropd",
     "AdjustContrastd": "uses the range of the whole volume",
     "StdShiftIntensityd": "uses the deviation of the whole volume; use NormalizeIntensityd",
@@ -102,12 +104,8 @@ REFUSED = {
     "SplitDimd": "makes images of channels; use subject['name'].select(channels=[...])",
     "Lambdad": "may do anything to the volume",
     "RandLambdad": "may do anything to the volume",
-    "TorchIOd": "holds a transform of TorchIO; use from_torchio",
-    "RandTorchIOd": "holds a transform of TorchIO; use from_torchio",
-    "TorchVisiond": "holds a transform of pictures",
-    "RandTorchVisiond": "holds a transform of pictures",
-    "CuCIMd": "holds a transform of pictures",
-    "RandCuCIMd": "holds a transform of pictures",
+    **dict.fromkeys(("TorchIOd", "RandTorchIOd"), "holds a transform of TorchIO; use from_torchio"),
+    **dict.fromkeys(("TorchVisiond", "RandTorchVisiond", "CuCIMd", "RandCuCIMd"), "holds one of pictures"),
 }
 
 
@@ -123,16 +121,48 @@ def monai_pipeline(transform: Any, on_patches: Act, stand_in: StandIn) -> Pipeli
     count = next((n for n, part in enumerate(parts) if not _acts_on_subjects(part)), len(parts))
     steps: list[SubjectStep | PatchStep] = [_subject_step(part, stand_in) for part in parts[:count]]
     rest, late = parts[count:], [part for part in parts[count:] if _must_come_first(part)]
-    if rest:
-        margins = [_margin_of(part) for part in rest if part not in late]
-        act = on_patches([part for part in rest if part not in late])
-        steps.append(PatchStep(_name_of(rest[0]), act, partial(together, margins, sum)))
+    steps += _patch_steps([part for part in rest if part not in late], on_patches)
     return followed_by([*steps, *(_subject_step(part, stand_in) for part in late)])
+
+
+def _patch_steps(parts: Sequence[Any], on_patches: Act) -> list[PatchStep]:
+    """One step of all transforms up to the last that needs a margin, and one of those after it."""
+    margins = [_margin_of(part) for part in parts]
+    needing = [number for number, margin in enumerate(margins) if margin is not no_margin]
+    count = needing[-1] + 1 if needing else 0
+    for part in parts[:count]:
+        if _is_among(("RandRotate90d",), part):
+            raise OptionError(
+                f"RandRotate90d turns the margin that {_name_of(parts[count - 1])} reads; put it after that"
+            )
+    split = [(parts[:count], in_order(margins[:count])), (parts[count:], no_margin)]
+    return [
+        PatchStep(
+            _name_of(some[0]), on_patches(some), margin, _is_among(FLIPS, *some), partial(_check_keys, some)
+        )
+        for some, margin in split
+        if some
+    ]
+
+
+def _is_among(names: Sequence[str], *parts: Any) -> bool:
+    return any(
+        _name_of(part) in names or (_name_of(part) in COMPOSED and _is_among(names, *part.transforms))
+        for part in parts
+    )
+
+
+def _check_keys(parts: Sequence[Any], subject: Subject) -> None:
+    for part in parts:
+        if hasattr(part, "keys") and hasattr(part, "allow_missing_keys") and _name_of(part) not in POINTWISE:
+            keys_of(part, subject)
 
 
 def _flat(transform: Any) -> list[Any]:
     """The transforms of a Compose, one after the other."""
     if _name_of(transform) == "Compose":
+        if getattr(transform, "overrides", None):
+            raise OptionError("overrides of a Compose are not supported; give the options to the transforms")
         return [part for inner in transform.transforms for part in _flat(inner)]
     return [transform]
 
@@ -168,7 +198,7 @@ def _margin_of(transform: Any) -> Margin:
     name = _name_of(transform)
     if name in COMPOSED:
         margins = [_margin_of(part) for part in transform.transforms]
-        return partial(together, margins, max if name == "OneOf" else sum)
+        return one_of(margins) if name == "OneOf" else in_order(repeated(margins, transform))
     if name in ON_PATCHES or name in POINTWISE:
         return no_margin
     if name in MARGINS:

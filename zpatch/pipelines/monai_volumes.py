@@ -16,7 +16,7 @@ import torch
 from zpatch.errors import OptionError
 from zpatch.geometry.boxes import Voxels
 from zpatch.images.subject import Subject
-from zpatch.pipelines.monai_grids import Step, keys_of
+from zpatch.pipelines.monai_grids import Step, check_voxelwise, keys_of
 from zpatch.pipelines.monai_linear import scale_intensity_range
 from zpatch.pipelines.pipeline import Remember
 
@@ -38,25 +38,23 @@ def voxelwise(transform: Any, subject: Subject, remember: Remember) -> Subject:
     for name in keys_of(transform, subject):
         image = subject[name]
         block = partial(_transformed_block, lenient, name, image.dtype if image.kind == "label" else None)
-        probe = block(np.zeros((image.num_channels, 1, 1, 1), image.dtype))
-        made[name] = image.map(partial(_in_blocks, block, probe))
+        made[name] = image.voxelwise(block)
     return subject.with_images(**made)
 
 
-def _in_blocks(block: Callable[[Voxels], Voxels], probe: Voxels, array: Any) -> Any:
-    whole = array.rechunk({0: -1})
-    chunks = ((len(probe),), *whole.chunks[1:])
-    return whole.map_blocks(block, dtype=probe.dtype, chunks=chunks, meta=probe[:0])
-
-
 def _transformed_block(transform: Any, name: str, labels: np.dtype[Any] | None, voxels: Voxels) -> Voxels:
+    if labels is not None and (labels.kind == "b" or (labels.kind == "u" and labels.itemsize > 1)):
+        voxels = voxels.astype(np.int64)  # torch computes little with these types
     changed = transform({name: torch.from_numpy(np.ascontiguousarray(voxels))})[name]
     made = np.asarray(torch.as_tensor(changed).as_subclass(torch.Tensor))
-    if labels is None or made.dtype.kind in "iu":
+    if labels is None:
         return made
     kept = made.astype(labels)
     if not np.array_equal(kept, made):
-        raise OptionError(f"it gives the label map {name!r} values that {labels} cannot represent")
+        raise OptionError(
+            f"it gives the label map {name!r} values that {labels} cannot represent; store them in a "
+            f"wider type"
+        )
     return kept
 
 
@@ -71,18 +69,23 @@ def mask_intensity(transform: Any, subject: Subject, remember: Remember) -> Subj
     """MaskIntensityd: 0 where ``select_fn`` of the image ``mask_key`` is false."""
     if transform.mask_key not in subject.images:
         raise OptionError("mask_key must name an image of the subject; masks in memory are not supported")
-    inside, select = subject[transform.mask_key], transform.converter.select_fn
-
-    def masked(array: Any) -> Any:
-        whole = array.rechunk({0: -1})
-        where = inside.dask.rechunk((-1, *whole.chunks[1:]))
-        return whole.map_blocks(partial(_masked_block, select), where, dtype=array.dtype, chunks=whole.chunks)
-
-    return subject.with_images(**{name: subject[name].map(masked) for name in keys_of(transform, subject)})
+    inside, mask = subject[transform.mask_key], partial(_masked_block, transform.converter.select_fn)
+    check_voxelwise(transform.converter.select_fn, "select_fn")
+    changed = {name: subject[name].voxelwise(mask, inside) for name in keys_of(transform, subject)}
+    return subject.with_images(**changed)
 
 
 def _masked_block(select: Callable[[Any], Any], voxels: Voxels, mask: Voxels) -> Voxels:
-    return np.asarray(voxels * np.asarray(select(mask)), dtype=voxels.dtype)
+    chosen = np.asarray(select(torch.from_numpy(np.ascontiguousarray(mask))))
+    return np.asarray(voxels * chosen, dtype=voxels.dtype)
+
+
+def activations(transform: Any, subject: Subject, remember: Remember) -> Subject:
+    """Activationsd: a sigmoid, a softmax over channels, or another function of each voxel."""
+    for other in transform.other if isinstance(transform.other, tuple) else (transform.other,):
+        if other is not None:
+            check_voxelwise(other, "other")
+    return voxelwise(transform, subject, remember)
 
 
 # Which images there are
@@ -116,16 +119,7 @@ def concat_items(transform: Any, subject: Subject, remember: Remember) -> Subjec
     if transform.dim != 0:
         raise OptionError("only channels are joined: dim must be 0")
     first, *others = (subject[key] for key in keys_of(transform, subject))
-    count = first.num_channels + sum(other.num_channels for other in others)
-    dtype = np.result_type(first.dtype, *(other.dtype for other in others))
-
-    def joined(array: Any) -> Any:
-        whole = array.rechunk({0: -1})
-        chunks = whole.chunks[1:]
-        rest = [other.dask.rechunk((-1, *chunks)) for other in others]
-        return whole.map_blocks(_joined_blocks, *rest, dtype=dtype, chunks=((count,), *chunks))
-
-    return subject.with_images(**{transform.name: first.map(joined)})
+    return subject.with_images(**{transform.name: first.voxelwise(_joined_blocks, *others)})
 
 
 def _joined_blocks(*blocks: Voxels) -> Voxels:
@@ -141,7 +135,6 @@ POINTWISE: Mapping[str, Step] = {
             "LabelToMaskd",
             "LabelFilterd",
             "AsDiscreted",
-            "Activationsd",
             "RepeatChanneld",
             "RemoveRepeatedChanneld",
             "SignalFillEmptyd",
@@ -164,6 +157,7 @@ POINTWISE: Mapping[str, Step] = {
     ),
     "ScaleIntensityRanged": scale_intensity_range,
     "MaskIntensityd": mask_intensity,
+    "Activationsd": activations,
     "ConcatItemsd": concat_items,
     "CopyItemsd": copy_items,
     "SelectItemsd": select_items,

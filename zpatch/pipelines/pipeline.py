@@ -7,16 +7,23 @@ where they move voxels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
-from zpatch.digests import digest
+import numpy as np
+
 from zpatch.errors import OptionError
 from zpatch.geometry.affines import Affine
 from zpatch.geometry.boxes import PatchLocation, Triple
+from zpatch.images.image import Image
 from zpatch.images.subject import Subject
 from zpatch.sampling.patch import Patch
+from zpatch.sources.voxel_source import WrappedSource
+from zpatch.sources.voxel_sources import DaskSource
+from zpatch.sources.voxelwise_source import VoxelwiseSource
 
 MOST_KEPT = 100_000  # results of passes over volumes, a few numbers each
 
@@ -29,12 +36,38 @@ def no_margin(patch_size: Triple, affine: Affine) -> Triple:
     return (0, 0, 0)
 
 
-def together(
-    margins: Sequence[Margin], how: Callable[[Iterable[int]], int], patch_size: Triple, affine: Affine
-) -> Triple:
-    """The margin of several transforms: the ``sum`` of theirs, one after the other, or the ``max`` of any."""
-    i, j, k = (how(axis) for axis in zip(*(margin(patch_size, affine) for margin in margins), strict=True))
+def in_order(margins: Sequence[Margin]) -> Margin:
+    """The margin of transforms one after the other: each must leave what those after it read."""
+    found = [margin for margin in margins if margin is not no_margin]
+    return partial(_added, found) if found else no_margin
+
+
+def _added(margins: Sequence[Margin], patch_size: Triple, affine: Affine) -> Triple:
+    total = np.zeros(3, int)
+    for margin in reversed(margins):
+        i, j, k = (np.array(patch_size) + 2 * total).tolist()
+        total += margin((i, j, k), affine)
+    i, j, k = total.tolist()
     return i, j, k
+
+
+def one_of(margins: Sequence[Margin]) -> Margin:
+    """The margin of one of several transforms: the largest along each axis."""
+    found = [margin for margin in margins if margin is not no_margin]
+    return partial(_largest, found) if found else no_margin
+
+
+def _largest(margins: Sequence[Margin], patch_size: Triple, affine: Affine) -> Triple:
+    i, j, k = np.max([margin(patch_size, affine) for margin in margins], axis=0).tolist()
+    return i, j, k
+
+
+def repeated(margins: Sequence[Margin], transform: Any) -> list[Margin]:
+    """The margins of what a SomeOf applies: all, or as many times all as it may draw with ``replace``."""
+    if not getattr(transform, "replace", False):
+        return list(margins)
+    most = getattr(transform, "max_num_transforms", None) or transform.num_transforms  # of MONAI, of TorchIO
+    return list(margins) * int(np.max(most))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +83,16 @@ class SubjectStep:
 
 @dataclass(frozen=True, slots=True)
 class PatchStep:
-    """A transform that acts on patches; ``margin(patch_size, affine)`` is how far it reads around one."""
+    """A transform that acts on patches; ``margin(patch_size, affine)`` is how far it reads around one.
+
+    ``flips`` says that it may reverse axes, and ``check`` refuses subjects that it cannot act on.
+    """
 
     name: str
     act: Callable[[Patch], Patch]
     margin: Margin = no_margin
+    flips: bool = False
+    check: Callable[[Subject], object] = bool
 
 
 @dataclass(frozen=True)
@@ -68,24 +106,22 @@ class Pipeline:
     steps: tuple[SubjectStep, ...] = ()
     patches: tuple[PatchStep, ...] = ()
     after: tuple[Callable[[Patch], Patch], ...] = ()
-    _kept: dict[tuple[str, int, str], Any] = field(default_factory=dict, compare=False, repr=False)
+    _kept: dict[tuple[Any, int, str], Any] = field(default_factory=dict, compare=False, repr=False)
 
     def of_subject(self, subject: Subject) -> Subject:
         """The subject after all steps that act on subjects; lazy, but for passes over volumes."""
-        if not self.steps:
-            return subject
-        images = " ".join(f"{name} {image.identity()}" for name, image in subject.images.items())
-        identity = digest(images.encode())
+        given = subject
         for number, step in enumerate(self.steps):
-            try:
-                subject = step.act(subject, self._remember(identity, number))
-            except OptionError as error:
-                raise OptionError(f"{step.name} of subject {subject.name!r}: {error}") from None
+            with _naming(step.name, given):
+                subject = step.act(subject, self._remember(given, number))
+        for patches in self.patches:
+            with _naming(patches.name, given):
+                patches.check(subject)
         return subject
 
-    def _remember(self, identity: str, number: int) -> Remember:
+    def _remember(self, subject: Subject, number: int) -> Remember:
         def remember(name: str, make: Callable[[], Any]) -> Any:
-            key = identity, number, name
+            key = _identity(subject), number, name
             if key not in self._kept:
                 if len(self._kept) >= MOST_KEPT:
                     self._kept.clear()
@@ -96,17 +132,23 @@ class Pipeline:
 
     def margin(self, subject: Subject, patch_size: Triple) -> Triple:
         """Voxels around a patch that are read with it, on each side, and cropped after all transforms."""
-        if not self.patches:
-            return (0, 0, 0)
         affine = next(iter(subject.images.values())).affine
-        return together([step.margin for step in self.patches], sum, patch_size, affine)
+        return in_order([step.margin for step in self.patches])(patch_size, affine)
 
     def on_patch(self, patch: Patch, location: PatchLocation) -> Patch:
-        """The patch at a location, of one read with its margin, after all transforms that act on patches."""
-        for step in self.patches:
+        """The patch at a location, of one read with its margin, after all transforms that act on patches.
+
+        The margin is cropped after the last transform that needs one. At the border of a volume it is
+        narrower on one side; before axes are reversed, it is widened there by the edge.
+        """
+        needing = [number for number, step in enumerate(self.patches) if step.margin is not no_margin]
+        count = needing[-1] + 1 if needing else 0
+        if any(step.flips for step in self.patches[:count]):
+            patch = patch.centred(location)
+        for step in self.patches[:count]:
             patch = step.act(patch)
         patch = patch if patch.location == location else patch.cropped(location)
-        for function in self.after:
+        for function in (*(step.act for step in self.patches[count:]), *self.after):
             patch = function(patch)
         return patch
 
@@ -132,6 +174,36 @@ class Pipeline:
                 f"take patches of transform.of_subject(subject) and call transform.on_patch with each"
             )
         return self.on_patch(patch, patch.location)
+
+
+@contextlib.contextmanager
+def _naming(step: str, subject: Subject) -> Iterator[None]:
+    try:
+        yield
+    except OptionError as error:
+        raise OptionError(f"{step} of subject {subject.name!r}: {error}") from None
+
+
+def _identity(subject: Subject) -> tuple[Any, ...]:
+    """What identifies the values of a subject; for images that are computed and in no file, how they are."""
+    return tuple((name, _identity_of(image)) for name, image in subject.images.items())
+
+
+def _identity_of(image: Image) -> tuple[Any, ...]:
+    known = image.remembered("identity", image.identity)
+    return known, () if image.opened.is_in_files else tuple(_computed(image.source))
+
+
+def _computed(source: Any) -> Iterator[Any]:
+    """The names of dask's expressions and the functions that a source computes its voxels by."""
+    if isinstance(source, DaskSource):
+        yield source.array.name
+    if isinstance(source, VoxelwiseSource):
+        yield source.function
+        for one in source.inputs:
+            yield from _computed(one.source)
+    elif isinstance(source, WrappedSource):
+        yield from _computed(source.source)
 
 
 def followed_by(steps: Sequence[SubjectStep | PatchStep]) -> Pipeline:

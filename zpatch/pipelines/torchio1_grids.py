@@ -41,7 +41,8 @@ def each(subject: Subject, names: Sequence[str], fn: Callable[[Image], Image]) -
 
 def to_canonical(transform: Any, subject: Subject, remember: Remember) -> Subject:
     """ToCanonical: axes to RAS."""
-    return each(subject, list(subject), lambda image: image.oriented("RAS"))
+    axes = getattr(transform, "orientation", "RAS")
+    return each(subject, list(subject), lambda image: image.oriented(axes))
 
 
 def to_orientation(transform: Any, subject: Subject, remember: Remember) -> Subject:
@@ -66,7 +67,8 @@ def resample(transform: Any, subject: Subject, remember: Remember) -> Subject:
         mode = interpolation if is_scalar else label_interpolation
         return image.on_grid_of(grid, interpolation=mode, antialias=antialias)
 
-    return each(subject, names_of(transform, subject), resampled)
+    kinds = ("scalar",) if getattr(transform, "scalars_only", False) else ()
+    return each(subject, names_of(transform, subject, *kinds), resampled)
 
 
 def _interpolation(name: str) -> str:

@@ -70,4 +70,4 @@ MARGINS = {
     "RandomBlur": _of_blur,
     "RandomAnisotropy": _of_anisotropy,
 }
-PLACES = Places(STEPS, POINTWISE, ON_PATCHES, MARGINS, REFUSED)
+PLACES = Places(STEPS, POINTWISE, ON_PATCHES, ("RandomFlip",), MARGINS, REFUSED)

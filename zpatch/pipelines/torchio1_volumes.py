@@ -95,7 +95,7 @@ def mapped_piecewise(image: Image, knots: Any, targets: Any, *, right: bool = Fa
     steps[steps < 1e-5] = np.inf
     slopes = np.diff(targets) / steps
     mapped = partial(_piecewise, knots[1:-1], right, slopes, targets[:-1] - slopes * knots[:-1])
-    return image.map(lambda array: array.map_blocks(mapped, dtype=np.float32))
+    return image.voxelwise(mapped)
 
 
 def _piecewise(edges: Any, right: bool, slopes: Any, intercepts: Any, values: Voxels) -> Voxels:
@@ -109,9 +109,13 @@ def clamp(transform: Any, subject: Subject, remember: Remember) -> Subject:
     high = math.inf if transform.out_max is None else transform.out_max
 
     def clamped(image: Image) -> Image:
-        return image.map(lambda array: array.clip(*_bounds_in(array.dtype, low, high)))
+        return image.voxelwise(partial(_clipped, *_bounds_in(image.dtype, low, high)))
 
     return each(subject, names_of(transform, subject, "scalar"), clamped)
+
+
+def _clipped(low: Any, high: Any, voxels: Voxels) -> Voxels:
+    return voxels.clip(low, high)
 
 
 def _bounds_in(dtype: np.dtype[Any], low: float, high: float) -> tuple[Any, Any]:
@@ -127,14 +131,9 @@ def mask(transform: Any, subject: Subject, remember: Remember) -> Subject:
     where = subject[_mask_name(transform.masking_method, subject)]
     outside = partial(_outside, transform.masking_labels, transform.outside_value)
 
-    def masked(image: Image) -> Image:
-        def cut(array: Any) -> Any:
-            inside = where.dask.rechunk((1, *array.chunks[1:]))
-            return array.map_blocks(outside, inside, dtype=array.dtype)
-
-        return image.map(lambda array: cut(array.rechunk({0: -1})))
-
-    return each(subject, names_of(transform, subject, "scalar"), masked)
+    return each(
+        subject, names_of(transform, subject, "scalar"), lambda image: image.voxelwise(outside, where)
+    )
 
 
 def _outside(labels: Sequence[int] | None, value: float, voxels: Voxels, inside: Voxels) -> Voxels:
@@ -202,7 +201,7 @@ def _labels_in(image: Image) -> list[int]:
 
 def _remapped(subject: Subject, names: Sequence[str], remapping: Mapping[int, int]) -> Subject:
     relabel = partial(_relabel, tuple(remapping.items()))
-    return each(subject, names, lambda image: image.map(lambda a: a.map_blocks(relabel, dtype=a.dtype)))
+    return each(subject, names, lambda image: image.voxelwise(relabel))
 
 
 def _relabel(remapping: Sequence[tuple[int, int]], labels: Voxels) -> Voxels:
@@ -226,8 +225,7 @@ def one_hot(transform: Any, subject: Subject, remember: Remember) -> Subject:
 
 
 def _as_channels(count: int, image: Image) -> Image:
-    hot = partial(_hot, count)
-    return image.map(lambda a: a.map_blocks(hot, dtype=a.dtype, chunks=((count,), *a.chunks[1:])))
+    return image.voxelwise(partial(_hot, count))
 
 
 def _hot(count: int, labels: Voxels) -> Voxels:

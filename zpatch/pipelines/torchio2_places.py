@@ -41,7 +41,9 @@ def _padding(transform: Any) -> dict[str, Any]:
 
 def reorient(transform: Any, subject: Subject, remember: Remember) -> Subject:
     """Reorient: axes to other letters."""
-    return _by(grids.to_orientation, transform, subject, remember, orientation=transform.orientation)
+    return grids.each(
+        subject, names_of(transform, subject), lambda image: image.oriented(transform.orientation)
+    )
 
 
 def crop(transform: Any, subject: Subject, remember: Remember) -> Subject:
@@ -243,4 +245,4 @@ MARGINS = {
     "Blur": _of_blur,
     "Anisotropy": _of_anisotropy,
 }
-PLACES = Places(STEPS, POINTWISE, ON_PATCHES, MARGINS, REFUSED)
+PLACES = Places(STEPS, POINTWISE, ON_PATCHES, ("Flip",), MARGINS, REFUSED)

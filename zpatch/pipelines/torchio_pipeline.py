@@ -20,8 +20,10 @@ from zpatch.pipelines.pipeline import (
     Remember,
     SubjectStep,
     followed_by,
+    in_order,
     no_margin,
-    together,
+    one_of,
+    repeated,
 )
 from zpatch.sampling.patch import Patch
 
@@ -35,12 +37,14 @@ class Places:
 
     ``steps`` act on subjects; those of ``pointwise`` give the same voxels on a patch as on the volume, and
     act on patches after random transforms. ``on_patches`` are random, of each voxel by itself, of all voxels
-    alike, or of axes; ``margins`` need voxels around a patch. ``refused`` says why something acts nowhere.
+    alike, or of axes, as ``flips`` are; ``margins`` need voxels around a patch. ``refused`` says why
+    something acts nowhere.
     """
 
     steps: Mapping[str, VolumeStep]
     pointwise: Collection[str]
     on_patches: Collection[str]
+    flips: Collection[str]
     margins: Mapping[str, Callable[[Any, Triple, Affine], Triple]]
     refused: Mapping[str, str]
 
@@ -49,8 +53,13 @@ class Places:
         name = name_of(transform)
         acts_on_patches = follows_random and name in self.pointwise
         if name in self.steps and probability(transform) == 1 and not acts_on_patches:
-            return SubjectStep(name, partial(self.steps[name], transform))
-        return PatchStep(name, on_patches(transform), self.margin(transform))
+            return SubjectStep(name, partial(_keeping, self.steps[name], transform))
+        return PatchStep(name, on_patches(transform), self.margin(transform), self.flips_in(transform))
+
+    def flips_in(self, transform: Any) -> bool:
+        """Whether a transform may reverse axes."""
+        inner: Any = getattr(transform, "transforms_dict", None) or getattr(transform, "transforms", ())
+        return name_of(transform) in self.flips or any(self.flips_in(part) for part in inner)
 
     def margin(self, transform: Any) -> Margin:
         """What a transform of patches reads around a patch; an OptionError if it cannot act on patches."""
@@ -58,7 +67,7 @@ class Places:
         if name in ("Compose", "OneOf", "SomeOf"):
             inner = getattr(transform, "transforms_dict", None) or transform.transforms
             margins = [self.margin(part) for part in inner]
-            return partial(together, margins, max if name == "OneOf" else sum)
+            return one_of(margins) if name == "OneOf" else in_order(repeated(margins, transform))
         if name in self.on_patches or name in self.pointwise:
             return no_margin
         if name in self.margins:
@@ -90,6 +99,12 @@ def torchio_pipeline(transform: Any, places: Places, on_patches: Act) -> Pipelin
         follows_random = any(isinstance(step, PatchStep) for step in steps)
         steps.append(places.step(part, on_patches, follows_random))
     return followed_by(steps)
+
+
+def _keeping(step: VolumeStep, transform: Any, subject: Subject, remember: Remember) -> Subject:
+    """The subject after a step, with the images that are to be kept as they were, under new names."""
+    kept = {new: subject[name] for name, new in (getattr(transform, "keep", None) or {}).items()}
+    return step(transform, subject, remember).with_images(**kept)
 
 
 def _flat(transform: Any) -> list[Any]:

@@ -130,6 +130,28 @@ class Patch(ImagesByName):
         changed = {name: replace(self[name], data=tensor) for name, tensor in tensors.items()}
         return replace(self, images={**self.images, **changed})
 
+    def centred(self, location: PatchLocation) -> Patch:
+        """The patch with its edges repeated, so far that a location inside it is in its middle."""
+        first, last = np.array(location.index), np.array(location.index_fin)
+        reach = np.maximum(first - self.location.index_ini, np.array(self.location.index_fin) - last)
+        box = PatchLocation.between((first - reach).tolist(), (last + reach).tolist())
+        if box == self.location:
+            return self
+        places = [
+            torch.arange(start - own, stop - own).clamp(0, n - 1)
+            for start, stop, own, n in zip(
+                box.index, box.index_fin, self.location.index, self.location.size, strict=True
+            )
+        ]
+        moved = [a - b for a, b in zip(box.index, self.location.index, strict=True)]
+        images = {}
+        for name, image in self.images.items():
+            data = image.data
+            for axis, taken in enumerate(places, start=1):
+                data = data.index_select(axis, taken)
+            images[name] = replace(image, data=data, affine=crop_affine(image.affine, moved))
+        return Patch(images, box, self.subject)
+
     def cropped(self, location: PatchLocation) -> Patch:
         """The part of the patch at a location inside its own, in the same volume.
 

@@ -11,5 +11,6 @@ In reading order::
     voxel_sources    sharded arrays, arrays in memory, Dask expressions
     resampled_source the voxels of a source on another grid
     window_source    a box of a source as a source of its own, padded beyond the border
+    voxelwise_source a function of each voxel of one or several sources
     chunk_cache      chunks kept in memory while the patches of a grid need them
 """
