@@ -87,8 +87,8 @@ NOT_SHOWN = (
     "zpatch draws its first patch from a full buffer, which takes `max_length` patches to fill.",
     "TorchIO 2 is a pre-release. Its queue never frees a volume: from the second epoch on it copies from "
     "memory, and reads no file. With new subjects each epoch it reads them, as the others do.",
-    "The memory of zpatch's batches is in the order of the store, (z, y, x), that of the peers in theirs; a "
-    "network that needs another order copies once more.",
+    "zpatch's batches are contiguous, (B, C, I, J, K); those of peers have the order of memory that they "
+    "give.",
     "Memory of processes is anonymous and shared pages. Pages of mapped files, which the kernel may drop at "
     "any time, are not in it: zpatch, blosc2 and tensorstore map theirs.",
 )
