@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from reading import many_examples
 
 from zpatch.chunks.scaling import UNSCALED, Scaling
+from zpatch.errors import DamageError
 
 finite = st.floats(-1e6, 1e6)
 steep = finite.filter(lambda slope: abs(slope) > 1e-3)
@@ -145,3 +148,16 @@ def test_a_scaling_survives_pickling() -> None:
     scaling = Scaling(0.1, -3.0, 0.0, 1.0)
     assert pickle.loads(pickle.dumps(scaling)) == scaling
     assert type(pickle.loads(pickle.dumps(scaling))) is Scaling
+
+
+def test_a_view_of_a_file_that_was_cut_short_is_an_error_never_other_voxels(tmp_path: Path) -> None:
+    pytest.importorskip("zpatch.chunks._gather", reason="installed without a compiler")
+    np.arange(2**16, dtype=np.float32).tofile(tmp_path / "voxels")
+    mapped = np.memmap(tmp_path / "voxels", np.float32, "r", shape=(1, 64, 32, 32))
+    os.truncate(tmp_path / "voxels", 8)
+    for out in (
+        np.empty((1, 64, 32, 32), np.float32),
+        np.empty((1, 32, 32, 64), np.float32).transpose(0, 3, 2, 1),
+    ):
+        with pytest.raises(DamageError, match="cut short or unmounted while it was read"):
+            Scaling().write(mapped, out)

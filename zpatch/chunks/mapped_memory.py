@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zpatch.chunks.file_mark import AGAIN
+from zpatch.chunks.scaling import MAX_AXES
 from zpatch.errors import DamageError
 from zpatch.geometry.boxes import Voxels, reversed_axes
 from zpatch.runtime import buffer_pool
@@ -20,8 +21,6 @@ try:
     from zpatch.chunks._gather import copy as _compiled
 except ImportError:  # installed without a compiler
     _compiled = None  # type: ignore[assignment]
-
-MAX_AXES = 4
 
 
 def read_mapped(voxels: Voxels, file: Path) -> Voxels:

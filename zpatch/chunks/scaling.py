@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from zpatch.errors import DamageError
 from zpatch.geometry.boxes import Voxels
 
 try:
@@ -66,13 +67,17 @@ class Scaling(NamedTuple):
         return values
 
     def write(self, voxels: Voxels, out: Voxels) -> None:
-        """The values of some voxels, cast to the type of ``out`` and written there, in any order of axes."""
+        """The values of some voxels, cast to the type of ``out`` and written there, in any order of axes.
+
+        Raises DamageError for a view of a memory map whose file was cut short.
+        """
         if _compiled is not None and _is_compiled(voxels, out):
             _compiled.scale(voxels, out, voxels.dtype.str[1:], *self)
             return
         values = voxels if self == UNSCALED else self.apply(voxels)
         if _compiled is not None and values.dtype == out.dtype and values.ndim <= MAX_AXES:
-            _compiled.copy(values, out)
+            if not _compiled.copy(values, out):
+                raise DamageError("a file was cut short or unmounted while it was read; open it again")
         else:
             np.copyto(out, values, casting="unsafe")
 
