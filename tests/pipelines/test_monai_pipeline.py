@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from against_monai import in_memory
-from scipy.stats import ks_2samp
+from distributions import assert_distributed_alike, random_crop
 
 import zpatch as zp
 from zpatch.compat.transforms import from_monai
@@ -147,12 +147,9 @@ def test_patches_have_the_distribution_of_those_of_the_transformed_volume(
     wanted, volume = [], in_memory(subject)
     for _ in range(60):
         whole = transform(dict(volume))["t1"].as_tensor()
-        first = [int(rng.integers(0, n - PATCH + 1)) for n in whole.shape[1:]]
-        wanted.append(whole[(slice(None), *(slice(f, f + PATCH) for f in first))])
+        wanted.append(random_crop(whole, PATCH, rng))
     found = [patch.t1.data for patch in patches(subject, from_monai(transform), 120)]
-    for of in (torch.mean, torch.std, lambda voxels: voxels.diff(dim=-1).std()):
-        seen, expected = ([float(of(voxels)) for voxels in part] for part in (found, wanted))
-        assert ks_2samp(seen, expected).pvalue > 1e-3
+    assert_distributed_alike(found, wanted)
 
 
 AFTER_A_CROP = {
@@ -175,12 +172,7 @@ def test_what_uses_numbers_of_a_patch_gives_what_it_gives_after_a_random_crop(
     plain = {patch.location: patch for patch in patches(subject, None, seed=5)}
     found = patches(subject, from_monai(transform), seed=5)
     wanted = [transform({"t1": plain[patch.location].t1.data})["t1"] for patch in found]
-    for of in (torch.mean, torch.std):
-        seen, expected = (
-            [float(of(torch.as_tensor(voxels))) for voxels in part]
-            for part in ([patch.t1.data for patch in found], wanted)
-        )
-        assert ks_2samp(seen, expected).pvalue > 1e-3
+    assert_distributed_alike([patch.t1.data for patch in found], wanted, (torch.mean, torch.std))
 
 
 def test_an_affine_patch_has_no_voxel_from_beyond_its_margin(monai: Any) -> None:

@@ -23,7 +23,6 @@ from zpatch.images.subject import Subject
 from zpatch.pipelines.pipeline import Remember
 
 Note = Mapping[str, Any]  # of a transform that is to be carried out
-Step = Callable[[Any, Subject, Remember], Subject]
 StandIn = Callable[[Image], Any]  # an image of MONAI with shape and affine, but without memory
 
 SAME_GRID = 1e-3  # voxels: MONAI resamples nothing where matrices differ by less

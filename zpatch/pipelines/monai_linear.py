@@ -19,8 +19,8 @@ from zpatch.errors import OptionError
 from zpatch.geometry.boxes import Voxels
 from zpatch.images.image import Image
 from zpatch.images.subject import Subject
-from zpatch.pipelines.monai_grids import Step, keys_of
-from zpatch.pipelines.pipeline import Remember
+from zpatch.pipelines.monai_grids import keys_of
+from zpatch.pipelines.pipeline import Remember, Step
 from zpatch.pipelines.volume_statistics import Masked, Moments, moments, quantiles, stored_moments
 
 

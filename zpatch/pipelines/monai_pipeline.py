@@ -19,14 +19,16 @@ from zpatch.pipelines.monai_linear import BY_STATISTICS
 from zpatch.pipelines.monai_volumes import POINTWISE
 from zpatch.pipelines.pipeline import (
     Margin,
+    MarginOf,
     PatchStep,
     Pipeline,
     SubjectStep,
+    checked,
+    count_with_margin,
     followed_by,
     in_order,
     no_margin,
-    one_of,
-    repeated,
+    of_several,
 )
 from zpatch.sampling.patch import Patch
 
@@ -128,8 +130,7 @@ def monai_pipeline(transform: Any, on_patches: Act, stand_in: StandIn) -> Pipeli
 def _patch_steps(parts: Sequence[Any], on_patches: Act) -> list[PatchStep]:
     """One step of all transforms up to the last that needs a margin, and one of those after it."""
     margins = [_margin_of(part) for part in parts]
-    needing = [number for number, margin in enumerate(margins) if margin is not no_margin]
-    count = needing[-1] + 1 if needing else 0
+    count = count_with_margin(margins)
     for part in parts[:count]:
         if _is_among(("RandRotate90d",), part):
             raise OptionError(
@@ -198,12 +199,11 @@ def _margin_of(transform: Any) -> Margin:
     name = _name_of(transform)
     if name in COMPOSED:
         margins = [_margin_of(part) for part in transform.transforms]
-        return one_of(margins) if name == "OneOf" else in_order(repeated(margins, transform))
+        return of_several(margins, transform, is_one_of=name == "OneOf")
     if name in ON_PATCHES or name in POINTWISE:
         return no_margin
     if name in MARGINS:
-        MARGINS[name](transform, (1, 1, 1), np.eye(4))  # options that it does not go with are errors
-        return partial(MARGINS[name], transform)
+        return checked(MARGINS[name], transform)
     if name in SAMPLERS:
         raise OptionError(
             f"{name} takes patches, which a sampler does here: give the queue {SAMPLERS[name]}(...), and "
@@ -331,7 +331,7 @@ def _voxels(distance: Any) -> Triple:
     return i, j, k
 
 
-MARGINS: dict[str, Callable[[Any, Triple, Affine], Triple]] = {
+MARGINS: dict[str, MarginOf] = {
     "RandAffined": _of_affine,
     "Rand3DElasticd": _of_elastic,
     "RandRotated": _of_rotation,

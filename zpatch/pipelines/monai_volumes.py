@@ -1,12 +1,12 @@
 """Transforms of MONAI of each voxel by itself, and of which images there are, as steps on lazy images.
 
-They are called with the blocks that cover a box. On a patch they give the same as on the volume.
+They are called with the boxes that are read. On a patch they give the same as on the volume.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,9 +16,9 @@ import torch
 from zpatch.errors import OptionError
 from zpatch.geometry.boxes import Voxels
 from zpatch.images.subject import Subject
-from zpatch.pipelines.monai_grids import Step, check_voxelwise, keys_of
+from zpatch.pipelines.monai_grids import check_voxelwise, keys_of
 from zpatch.pipelines.monai_linear import scale_intensity_range
-from zpatch.pipelines.pipeline import Remember
+from zpatch.pipelines.pipeline import Remember, Step
 
 
 def unchanged(transform: Any, subject: Subject, remember: Remember) -> Subject:
@@ -31,7 +31,7 @@ def unchanged(transform: Any, subject: Subject, remember: Remember) -> Subject:
 
 
 def voxelwise(transform: Any, subject: Subject, remember: Remember) -> Subject:
-    """A transform that gives the same on a block as on the volume: it is called with blocks."""
+    """A transform that gives the same on a box as on the volume: it is called with boxes."""
     lenient = copy.copy(transform)
     lenient.allow_missing_keys = True
     made = {}
@@ -100,18 +100,15 @@ def copy_items(transform: Any, subject: Subject, remember: Remember) -> Subject:
 
 def select_items(transform: Any, subject: Subject, remember: Remember) -> Subject:
     """SelectItemsd: these images only."""
-    return _only(keys_of(transform, subject), subject)
+    keys = keys_of(transform, subject)
+    return subject.with_images(**{name: None for name in subject.images if name not in keys})
 
 
 def delete_items(transform: Any, subject: Subject, remember: Remember) -> Subject:
     """DeleteItemsd: all other images; keys that are not there, as of metadata, are none."""
     if transform.use_re is not False and any(transform.use_re):
         raise OptionError("use_re is not supported; name the images")
-    return _only([name for name in subject.images if name not in transform.keys], subject)
-
-
-def _only(names: Sequence[str], subject: Subject) -> Subject:
-    return Subject.of({name: subject[name] for name in names}, name=subject.name, metadata=subject.metadata)
+    return subject.with_images(**{name: None for name in subject.images if name in transform.keys})
 
 
 def concat_items(transform: Any, subject: Subject, remember: Remember) -> Subject:

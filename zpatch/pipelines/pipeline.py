@@ -28,7 +28,9 @@ from zpatch.sources.voxelwise_source import VoxelwiseSource
 MOST_KEPT = 100_000  # results of passes over volumes, a few numbers each
 
 Remember = Callable[[str, Callable[[], Any]], Any]
+Step = Callable[[Any, Subject, Remember], Subject]  # of a transform of another library
 Margin = Callable[[Triple, Affine], Triple]
+MarginOf = Callable[[Any, Triple, Affine], Triple]  # of a transform of another library
 
 
 def no_margin(patch_size: Triple, affine: Affine) -> Triple:
@@ -62,12 +64,26 @@ def _largest(margins: Sequence[Margin], patch_size: Triple, affine: Affine) -> T
     return i, j, k
 
 
-def repeated(margins: Sequence[Margin], transform: Any) -> list[Margin]:
-    """The margins of what a SomeOf applies: all, or as many times all as it may draw with ``replace``."""
+def of_several(margins: Sequence[Margin], transform: Any, *, is_one_of: bool) -> Margin:
+    """The margin of one of several transforms, or of all, as often as they may be drawn with ``replace``."""
+    if is_one_of:
+        return one_of(margins)
     if not getattr(transform, "replace", False):
-        return list(margins)
+        return in_order(margins)
     most = getattr(transform, "max_num_transforms", None) or transform.num_transforms  # of MONAI, of TorchIO
-    return list(margins) * int(np.max(most))
+    return in_order(list(margins) * int(np.max(most)))
+
+
+def checked(of: MarginOf, transform: Any) -> Margin:
+    """The margin of a transform; an OptionError at once for options that it does not go with."""
+    of(transform, (1, 1, 1), np.eye(4))
+    return partial(of, transform)
+
+
+def count_with_margin(margins: Sequence[Margin]) -> int:
+    """How many transforms there are up to the last that needs a margin."""
+    needing = [number for number, margin in enumerate(margins) if margin is not no_margin]
+    return needing[-1] + 1 if needing else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +157,7 @@ class Pipeline:
         The margin is cropped after the last transform that needs one. At the border of a volume it is
         narrower on one side; before axes are reversed, it is widened there by the edge.
         """
-        needing = [number for number, step in enumerate(self.patches) if step.margin is not no_margin]
-        count = needing[-1] + 1 if needing else 0
+        count = count_with_margin([step.margin for step in self.patches])
         if any(step.flips for step in self.patches[:count]):
             patch = patch.centred(location)
         for step in self.patches[:count]:

@@ -16,8 +16,7 @@ from zpatch.errors import OptionError
 from zpatch.geometry.voxel_grid import VoxelGrid
 from zpatch.images.image import Image
 from zpatch.images.subject import Subject
-from zpatch.pipelines.pipeline import Remember
-from zpatch.pipelines.torchio_pipeline import VolumeStep
+from zpatch.pipelines.pipeline import Remember, Step
 from zpatch.pipelines.volume_statistics import Masked, moments, quantiles
 
 INTERPOLATIONS = {"nearest": "nearest", "linear": "linear"}
@@ -193,7 +192,7 @@ def copy_affine(transform: Any, subject: Subject, remember: Remember) -> Subject
     )
 
 
-GRID_STEPS: Mapping[str, VolumeStep] = {
+GRID_STEPS: Mapping[str, Step] = {
     "ToCanonical": to_canonical,
     "ToOrientation": to_orientation,
     "Resample": resample,

@@ -17,9 +17,8 @@ from zpatch.errors import OptionError
 from zpatch.geometry.boxes import Voxels
 from zpatch.images.image import Image
 from zpatch.images.subject import Subject
-from zpatch.pipelines.pipeline import Remember
+from zpatch.pipelines.pipeline import Remember, Step
 from zpatch.pipelines.torchio1_grids import GRID_STEPS, each, names_of
-from zpatch.pipelines.torchio_pipeline import VolumeStep
 from zpatch.pipelines.volume_statistics import Masked, Moments, moments, quantiles, stored_moments
 
 LANDMARKS = np.array(
@@ -232,7 +231,7 @@ def _hot(count: int, labels: Voxels) -> Voxels:
     return np.asarray(labels == np.arange(count).reshape(-1, 1, 1, 1), dtype=labels.dtype)
 
 
-STEPS: Mapping[str, VolumeStep] = {
+STEPS: Mapping[str, Step] = {
     **GRID_STEPS,
     "ZNormalization": z_normalization,
     "RescaleIntensity": rescale_intensity,

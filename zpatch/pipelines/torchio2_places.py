@@ -19,16 +19,16 @@ from zpatch.pipelines import torchio1_grids as grids
 from zpatch.pipelines import torchio1_places as places1
 from zpatch.pipelines import torchio1_volumes as volumes
 from zpatch.pipelines.displacements import in_voxels, in_world, margin_to, rotated
-from zpatch.pipelines.pipeline import Remember
+from zpatch.pipelines.pipeline import Remember, Step
 from zpatch.pipelines.torchio1_grids import names_of
-from zpatch.pipelines.torchio_pipeline import Places, VolumeStep, name_of
+from zpatch.pipelines.torchio_pipeline import Places, name_of
 from zpatch.pipelines.volume_statistics import Masked, quantiles
 
 PADDING = {"replicate": "edge", "circular": "wrap"}
 LABELS = {"label": "linear"}  # partial volumes of labels: the likeliest label
 
 
-def _by(step: VolumeStep, transform: Any, subject: Subject, remember: Remember, **options: Any) -> Subject:
+def _by(step: Step, transform: Any, subject: Subject, remember: Remember, **options: Any) -> Subject:
     """A step of TorchIO 1, with options under the names that they have there."""
     given = SimpleNamespace(include=transform.include, exclude=transform.exclude, **options)
     return step(given, subject, remember)
@@ -158,7 +158,7 @@ def histogram_standardization(transform: Any, subject: Subject, remember: Rememb
     return subject.with_images(**{name: standardised(name) for name in chosen})
 
 
-STEPS: dict[str, VolumeStep] = {
+STEPS: dict[str, Step] = {
     "Reorient": reorient,
     "Resample": resample,
     "CropOrPad": crop_or_pad,

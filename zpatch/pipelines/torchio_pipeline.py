@@ -7,28 +7,24 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from zpatch.errors import OptionError
-from zpatch.geometry.affines import Affine
-from zpatch.geometry.boxes import Triple
 from zpatch.images.subject import Subject
 from zpatch.pipelines.pipeline import (
     Margin,
+    MarginOf,
     PatchStep,
     Pipeline,
     Remember,
+    Step,
     SubjectStep,
+    checked,
     followed_by,
-    in_order,
     no_margin,
-    one_of,
-    repeated,
+    of_several,
 )
 from zpatch.sampling.patch import Patch
 
 Act = Callable[[Any], Callable[[Patch], Patch]]
-VolumeStep = Callable[[Any, Subject, Remember], Subject]
 
 
 @dataclass(frozen=True)
@@ -41,11 +37,11 @@ class Places:
     something acts nowhere.
     """
 
-    steps: Mapping[str, VolumeStep]
+    steps: Mapping[str, Step]
     pointwise: Collection[str]
     on_patches: Collection[str]
     flips: Collection[str]
-    margins: Mapping[str, Callable[[Any, Triple, Affine], Triple]]
+    margins: Mapping[str, MarginOf]
     refused: Mapping[str, str]
 
     def step(self, transform: Any, on_patches: Act, follows_random: bool) -> SubjectStep | PatchStep:
@@ -67,14 +63,11 @@ class Places:
         if name in ("Compose", "OneOf", "SomeOf"):
             inner = getattr(transform, "transforms_dict", None) or transform.transforms
             margins = [self.margin(part) for part in inner]
-            return one_of(margins) if name == "OneOf" else in_order(repeated(margins, transform))
+            return of_several(margins, transform, is_one_of=name == "OneOf")
         if name in self.on_patches or name in self.pointwise:
             return no_margin
         if name in self.margins:
-            self.margins[name](
-                transform, (1, 1, 1), np.eye(4)
-            )  # an error for options that it does not go with
-            return partial(self.margins[name], transform)
+            return checked(self.margins[name], transform)
         if name in self.steps:
             raise OptionError(
                 f"{name} needs the whole volume, and here it is applied to some volumes only; let it be "
@@ -101,7 +94,7 @@ def torchio_pipeline(transform: Any, places: Places, on_patches: Act) -> Pipelin
     return followed_by(steps)
 
 
-def _keeping(step: VolumeStep, transform: Any, subject: Subject, remember: Remember) -> Subject:
+def _keeping(step: Step, transform: Any, subject: Subject, remember: Remember) -> Subject:
     """The subject after a step, with the images that are to be kept as they were, under new names."""
     kept = {new: subject[name] for name, new in (getattr(transform, "keep", None) or {}).items()}
     return step(transform, subject, remember).with_images(**kept)

@@ -14,6 +14,7 @@ from zpatch.chunks.scaling import Scaling
 from zpatch.errors import OptionError, UnknownNameError
 from zpatch.geometry.affines import Affine, crop_affine
 from zpatch.geometry.boxes import PatchLocation
+from zpatch.geometry.padding import PaddedBox
 from zpatch.store.image_record import Kind
 
 # Types that torch stores but hardly computes with, and wider types (of uint64, all values below 2**63).
@@ -137,19 +138,14 @@ class Patch(ImagesByName):
         box = PatchLocation.between((first - reach).tolist(), (last + reach).tolist())
         if box == self.location:
             return self
-        places = [
-            torch.arange(start - own, stop - own).clamp(0, n - 1)
-            for start, stop, own, n in zip(
-                box.index, box.index_fin, self.location.index, self.location.size, strict=True
-            )
-        ]
-        moved = [a - b for a, b in zip(box.index, self.location.index, strict=True)]
+        i, j, k = (a - b for a, b in zip(box.index, self.location.index, strict=True))
+        padded = PaddedBox.of(PatchLocation((i, j, k), box.size), self.location.size, "edge")
         images = {}
         for name, image in self.images.items():
             data = image.data
-            for axis, taken in enumerate(places, start=1):
-                data = data.index_select(axis, taken)
-            images[name] = replace(image, data=data, affine=crop_affine(image.affine, moved))
+            for axis, taken in enumerate(padded.take, start=1):
+                data = data.index_select(axis, torch.from_numpy(taken))
+            images[name] = replace(image, data=data, affine=crop_affine(image.affine, (i, j, k)))
         return Patch(images, box, self.subject)
 
     def cropped(self, location: PatchLocation) -> Patch:
