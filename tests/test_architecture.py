@@ -37,7 +37,8 @@ DOORS = {
     "resampled_source window_source voxelwise_source chunk_cache",
     "images": "image placed_image subject cohort mixtures normalization opened_image",
     "sampling": "patch_sampler samplers grid_sampler patch patch_batch patch_views randomness",
-    "loading": "patch_queue queue_options queue_subjects subjects_loader epoch_plan",
+    "epochs": "epoch_plan stream_position",
+    "loading": "patch_queue queue_options queue_subjects subjects_loader",
     "pipelines": "pipeline torchio_pipeline torchio1_places torchio2_places monai_pipeline",
     "tiling": "windows output_cells axis_tiles volume_tiles",
     "blending": "aggregator blend grid_blend reduction sinks regridding",
@@ -64,7 +65,7 @@ PURE = [
     "chunks/scaling",
     "resampling/*",
     "tiling/*",
-    "loading/epoch_plan",
+    "epochs/epoch_plan",
     "planning/peak_memory",
 ]
 WORLD = (

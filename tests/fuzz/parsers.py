@@ -26,11 +26,11 @@ from zpatch.chunks.mapped_shards import close_shards
 from zpatch.conversion.conversion_options import ConvertOptions
 from zpatch.conversion.discovery import discover
 from zpatch.digests import digest
+from zpatch.epochs.stream_position import epoch_and_consumed
 from zpatch.errors import ZpatchError
 from zpatch.geometry.boxes import PatchLocation
 from zpatch.geometry.orientation import orientation_to
 from zpatch.images.image import ScalarImage
-from zpatch.loading.stream_position import epoch_and_consumed
 from zpatch.nifti.header import NiftiFile, read_header
 from zpatch.nifti.writer import make_header, single_file_header
 from zpatch.prediction.shard_ledger import HEADER, LEDGER, ShardLedger, begin, header_of

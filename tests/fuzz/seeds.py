@@ -18,7 +18,7 @@ from parsers import EYE, FINGERPRINT, LEDGER_RECORD, SPLIT, packed
 from zpatch.chunks.codec import crc32c
 from zpatch.chunks.levels import Level
 from zpatch.digests import FileSeal, compact_json, sealed_line
-from zpatch.loading.stream_position import queue_state
+from zpatch.epochs.stream_position import queue_state
 from zpatch.nifti.writer import make_header
 from zpatch.store.image_record import ImageRecord, Provenance, SourceFingerprint
 from zpatch.store.image_writer import ImageTally

@@ -10,8 +10,8 @@ import torch
 from streams import item, noisy, small_subjects
 
 import zpatch as zp
+from zpatch.epochs.epoch_plan import Draw
 from zpatch.loading.draw_reader import DrawReader, TransformRunner, VoxelTypes
-from zpatch.loading.epoch_plan import Draw
 from zpatch.sampling.patch_sampler import PatchSampler
 from zpatch.sampling.patch_views import PatchView
 

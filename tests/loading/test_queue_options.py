@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import zpatch as zp
+from zpatch.epochs.epoch_plan import Share
 from zpatch.errors import OptionError
-from zpatch.loading.epoch_plan import Share
 from zpatch.loading.queue_options import QueueOptions
 
 

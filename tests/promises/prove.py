@@ -99,7 +99,7 @@ PROMISES = (
     Promise(
         "queue streams",
         "The stream of patches is the same with any number of workers, start method and interruption",
-        r"tests/loading/|tests/sampling/|test_ecosystem",
+        r"tests/epochs/|tests/loading/|tests/sampling/|test_ecosystem",
     ),
     Promise(
         "memory",

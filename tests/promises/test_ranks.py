@@ -30,8 +30,8 @@ from streams import items, small_subjects
 from torch.utils.data.distributed import DistributedSampler
 
 import zpatch as zp
+from zpatch.epochs.epoch_plan import Uneven
 from zpatch.errors import OptionError, QueueError
-from zpatch.loading.epoch_plan import Uneven
 
 COUNTS = (3, 5, 7)
 WORKERS = (0, 1, 2)

@@ -12,8 +12,8 @@ from typing import Protocol, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from zpatch.epochs.epoch_plan import EpochPlan
 from zpatch.images.subject import Subject
-from zpatch.loading.epoch_plan import EpochPlan
 from zpatch.loading.patch_queue import Queue
 from zpatch.loading.queue_options import QueueOptions
 from zpatch.sampling.patch import Patch

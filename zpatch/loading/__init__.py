@@ -1,9 +1,7 @@
-"""Patches to torch: the plan of an epoch, workers that carry it out, the queue, and batches.
+"""Patches to torch: workers that carry out the plan of an epoch, the queue, and batches.
 
 In reading order::
 
-    epoch_plan       an epoch before anything is read: its patches, their order, the shares of ranks
-    stream_position  where a queue's stream is, and its state as JSON
     shared_slots     shared memory, one patch in each slot
     queue_subjects   the subjects of a queue: prepared by its transform, and checked
     draw_reader      the patches of a draw: located, read as one group, transformed

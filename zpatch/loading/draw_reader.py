@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from zpatch.chunks.scaling import UNSCALED
+from zpatch.epochs.epoch_plan import Draw
 from zpatch.errors import OptionError
 from zpatch.geometry.affines import Affine
 from zpatch.geometry.boxes import PatchLocation, Triple
 from zpatch.images.subject import Subject
-from zpatch.loading.epoch_plan import Draw
 from zpatch.loading.queue_subjects import AnyTransform, SubjectTransform
 from zpatch.loading.shared_slots import ImagePlace, SlotLayout, new_tensor
 from zpatch.sampling.patch import Patch, torch_dtype

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from zpatch.loading.epoch_plan import EpochPlan
+from zpatch.epochs.epoch_plan import EpochPlan
 from zpatch.loading.patch_feed import Arrival, PatchFeed
 from zpatch.sampling.patch import Patch
 

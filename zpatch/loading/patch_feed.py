@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
+from zpatch.epochs.epoch_plan import Draw, EpochPlan
 from zpatch.errors import QueueError
 from zpatch.loading.draw_reader import DrawReader
-from zpatch.loading.epoch_plan import Draw, EpochPlan
 from zpatch.loading.shared_slots import SlotBlock
 from zpatch.loading.worker import Delivered, FailedDraw, Task, unpacked
 from zpatch.loading.worker_pool import Result, WorkerPool

@@ -20,16 +20,8 @@ from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
 from zpatch.digests import Json
-from zpatch.errors import OptionError, QueueError
-from zpatch.images.subject import Subject
-from zpatch.loading.draw_reader import DrawReader
-from zpatch.loading.epoch_plan import EpochPlan, Uneven
-from zpatch.loading.patch_buffer import PatchBuffer
-from zpatch.loading.patch_feed import PatchFeed
-from zpatch.loading.queue_options import QueueOptions, as_integer
-from zpatch.loading.queue_subjects import AnyTransform, OnBad, subjects_of_queue
-from zpatch.loading.shared_slots import WATCH_BYTES, SlotLayout, copied
-from zpatch.loading.stream_position import (
+from zpatch.epochs.epoch_plan import EpochPlan, Uneven
+from zpatch.epochs.stream_position import (
     StreamPosition,
     Turn,
     epoch_and_consumed,
@@ -37,6 +29,14 @@ from zpatch.loading.stream_position import (
     queue_state,
     subjects_digest,
 )
+from zpatch.errors import OptionError, QueueError
+from zpatch.images.subject import Subject
+from zpatch.loading.draw_reader import DrawReader
+from zpatch.loading.patch_buffer import PatchBuffer
+from zpatch.loading.patch_feed import PatchFeed
+from zpatch.loading.queue_options import QueueOptions, as_integer
+from zpatch.loading.queue_subjects import AnyTransform, OnBad, subjects_of_queue
+from zpatch.loading.shared_slots import WATCH_BYTES, SlotLayout, copied
 from zpatch.loading.worker import FailedDraw, Task
 from zpatch.loading.worker_pool import START_METHOD, TASKS_PER_WORKER
 from zpatch.runtime.byte_sizes import format_bytes

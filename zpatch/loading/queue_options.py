@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from zpatch.epochs.epoch_plan import Share, Uneven
 from zpatch.errors import OptionError, QueueError
-from zpatch.loading.epoch_plan import Share, Uneven
 from zpatch.loading.queue_subjects import ON_BAD, AnyTransform, OnBad
 from zpatch.loading.worker_pool import check_processes
 from zpatch.sampling.randomness import Purpose, rng

@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, get_worker_info
 
+from zpatch.epochs.epoch_plan import Draw
 from zpatch.errors import QueueError
 from zpatch.geometry.affines import Affine
 from zpatch.geometry.boxes import PatchLocation
 from zpatch.loading.draw_reader import DrawReader
-from zpatch.loading.epoch_plan import Draw
 from zpatch.loading.shared_slots import SharedPickle, SlotBlock, SlotLayout
 from zpatch.runtime.tasks import end_with_parent
 from zpatch.sampling.patch import Patch

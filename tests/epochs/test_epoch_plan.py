@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zpatch.epochs.epoch_plan import UNEVEN, Draw, EpochPlan, Share, Uneven
 from zpatch.errors import OptionError
-from zpatch.loading.epoch_plan import UNEVEN, Draw, EpochPlan, Share, Uneven
 
 Wanted = tuple[int, int, int]  # subject, visit, number
 

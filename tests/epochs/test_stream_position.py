@@ -18,14 +18,14 @@ from streams import SAMPLERS, Item, item, items, small_subjects, stop_forkserver
 from torch.utils.data.distributed import DistributedSampler
 
 import zpatch as zp
-from zpatch.errors import OptionError
-from zpatch.loading.epoch_plan import EpochPlan
-from zpatch.loading.stream_position import (
+from zpatch.epochs.epoch_plan import EpochPlan
+from zpatch.epochs.stream_position import (
     StreamPosition,
     epoch_and_consumed,
     queue_state,
     subjects_digest,
 )
+from zpatch.errors import OptionError
 from zpatch.sampling.patch_sampler import PatchSampler
 
 # Torch says so where there are more workers than processors.

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zpatch.digests import Json, digest
+from zpatch.epochs.epoch_plan import EpochPlan
 from zpatch.errors import OptionError, QueueError
 from zpatch.images.image import Image
 from zpatch.images.subject import Subject
-from zpatch.loading.epoch_plan import EpochPlan
 
 VERSION = 1
 MOST = 2**63  # epochs, and patches of one

@@ -1,0 +1,7 @@
+"""An epoch before anything is read: which patches, in which order, for which rank, and where a stream is.
+
+In reading order::
+
+    epoch_plan       an epoch as a function of (seed, epoch): its patches, their order, the shares of ranks
+    stream_position  where a queue's stream is, and its state as JSON
+"""
