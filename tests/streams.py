@@ -148,8 +148,9 @@ def numbered(place: ImagePlace, first: int) -> torch.Tensor:
 def write_slots(block: SlotBlock, layout: SlotLayout, slots: Iterable[int]) -> None:
     """Write to slots as a worker does, and to the numbers that are watched."""
     for slot in slots:
-        for place in layout.images:
-            block.tensor(slot, place).copy_(numbered(place, slot))
+        for row in range(layout.rows):
+            for place in layout.images:
+                block.tensor(slot, row, place).copy_(numbered(place, 10 * slot + row))
         block.watched[slot] = 100 + slot
 
 

@@ -78,6 +78,7 @@ def seed_of_torch(seed: int) -> int:
 # The examples of the documentation
 
 
+@pytest.mark.filterwarnings("ignore:the loop refers to more:UserWarning")
 def test_training_with_a_queue_gives_the_patches_of_the_native_queue(cohort_source: Path) -> None:
     paths = sorted(cohort_source.rglob("*t1.nii*"))
     subjects = [tio.Subject(t1=tio.ScalarImage(path)) for path in paths]
@@ -288,6 +289,7 @@ def test_subjects_of_one_name_get_different_names(subjects: list[tio.Subject]) -
         assert Counter(patch.metadata["age"] for patch in queue) == dict.fromkeys(range(40, 45), 2)
 
 
+@pytest.mark.filterwarnings("ignore:the loop refers to more:UserWarning")
 def test_a_loader_gives_batches_of_a_queue_as_its_patches_come(subjects: list[tio.Subject]) -> None:
     sampler = tio.LabelSampler(subjects[0], 8, "seg", {1: 1, 2: 1})
     with tio.Queue(subjects, sampler, 7, 3, seed=5) as queue:

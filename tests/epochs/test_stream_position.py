@@ -414,7 +414,7 @@ OTHER_STREAMS: dict[str, tuple[str, Callable[[], zp.Queue]]] = {
         lambda: queue_of(small_subjects(3), shuffle_subjects=False),
     ),
     "shuffle_patches": (
-        "shuffle_patches was True and is False",
+        "shuffle_patches was 'stratified' and is False",
         lambda: queue_of(small_subjects(3), shuffle_patches=False),
     ),
     "subject_sampler": (

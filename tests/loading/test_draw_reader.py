@@ -24,33 +24,52 @@ UNIFORM = zp.UniformSampler(4)
 PADDED = zp.GridSampler(patch_size=4, padding_mode="constant", fill=0.5)
 
 
+BYTES = zp.ScalarImage(VOXELS.astype(np.uint16))
+
+
 @pytest.mark.parametrize(
-    ("image", "sampler", "dtype", "has_transform", "wanted"),
+    ("image", "sampler", "dtype", "sends_stored", "wanted"),
     [
-        (PLAIN, UNIFORM, torch.float32, False, (torch.int16, 1, 0)),
-        (PLAIN, UNIFORM, torch.float32, True, (torch.float32, 1, 0)),
-        (PLAIN, UNIFORM, None, True, (torch.int16, 1, 0)),
-        (PLAIN, PADDED, torch.float16, False, (torch.float16, 1, 0)),
-        (SCALED, UNIFORM, torch.float32, False, (torch.int16, 0.5, -3)),
-        (SCALED, UNIFORM, torch.float32, True, (torch.float32, 1, 0)),
-        (SCALED, UNIFORM, None, True, (torch.int16, 0.5, -3)),
+        (PLAIN, UNIFORM, torch.float32, True, (torch.int16, 1, 0)),
+        (PLAIN, UNIFORM, torch.float32, False, (torch.float32, 1, 0)),
+        (PLAIN, UNIFORM, torch.float16, True, (torch.float16, 1, 0)),
+        (PLAIN, UNIFORM, None, False, (torch.int16, 1, 0)),
+        (PLAIN, PADDED, torch.float16, True, (torch.float16, 1, 0)),
+        (PLAIN, PADDED, torch.float32, True, (torch.float32, 1, 0)),
+        (BYTES, UNIFORM, torch.float32, True, (torch.uint16, 1, 0)),
+        (BYTES, UNIFORM, None, False, (torch.int32, 1, 0)),
+        (SCALED, UNIFORM, torch.float32, True, (torch.int16, 0.5, -3)),
+        (SCALED, UNIFORM, torch.float32, False, (torch.float32, 1, 0)),
+        (SCALED, UNIFORM, None, False, (torch.int16, 0.5, -3)),
         (SCALED, PADDED, None, False, (torch.float32, 1, 0)),
-        (CUT, UNIFORM, torch.float64, False, (torch.float32, 1, 0)),
+        (CUT, UNIFORM, torch.float64, True, (torch.float64, 1, 0)),
+        (CUT, UNIFORM, None, False, (torch.float32, 1, 0)),
         (LABELS, UNIFORM, torch.float32, True, (torch.int32, 1, 0)),
+        (LABELS, UNIFORM, torch.float32, False, (torch.int32, 1, 0)),
     ],
 )
-def test_voxels_are_read_as_stored_unless_values_are_needed_at_once(
+def test_images_are_read_as_values_or_where_that_is_asked_for_as_stored(
     image: zp.Image,
     sampler: PatchSampler,
     dtype: torch.dtype | None,
-    has_transform: bool,
+    sends_stored: bool,
     wanted: tuple[torch.dtype, float, float],
 ) -> None:
-    place = VoxelTypes(sampler, dtype, has_transform).place_of(
+    place = VoxelTypes(sampler, dtype, sends_stored).place_of(
         PatchView("t1", image, padding_mode=getattr(sampler, "padding_mode", None))
     )
     assert (place.dtype, place.slope, place.inter) == wanted
     assert (place.name, place.kind, place.shape) == ("t1", image.kind, (1, 4, 4, 4))
+
+
+def test_stored_voxels_are_sent_only_without_a_transform() -> None:
+    reader = reader_of()
+    sending = reader.sending_stored(True)
+    assert sending.sending_stored(True) is sending
+    assert [p.dtype for p in sending.layout_of(reader.subjects[0]).images] == [torch.int16, torch.uint8]
+    assert sending.sending_stored(False).layout_of(reader.subjects[0]).images[0].dtype == torch.float32
+    transformed = reader_of(noisy)
+    assert transformed.sending_stored(True) is transformed
 
 
 def reader_of(transform: Any = None, seed: int = 0) -> DrawReader:

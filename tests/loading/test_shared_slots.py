@@ -1,9 +1,10 @@
-"""Slots of shared memory: one patch in each, seen by every process, and freed with the last of them."""
+"""Slots of shared memory: one batch in each, seen by every process, and freed with the last of them."""
 
 from __future__ import annotations
 
 import errno
 import gc
+import itertools
 import math
 import mmap
 import multiprocessing
@@ -23,10 +24,12 @@ from zpatch.loading.shared_slots import (
     ALIGNMENT,
     WATCH_BYTES,
     ImagePlace,
+    ReturnedSlots,
     SharedPickle,
     SlotBlock,
     SlotLayout,
-    new_tensor,
+    SlotLease,
+    new_memory,
 )
 from zpatch.sampling.patch import PatchImage
 
@@ -49,9 +52,13 @@ shapes = st.lists(st.integers(0, 5), min_size=0, max_size=6).map(tuple)
 @st.composite
 def layouts(draw: Any) -> SlotLayout:
     parts = draw(st.lists(st.tuples(shapes, dtypes), min_size=1, max_size=4))
-    return SlotLayout.of(
-        [ImagePlace(f"i{n}", "scalar", shape, dtype) for n, (shape, dtype) in enumerate(parts)]
-    )
+    images = [ImagePlace(f"i{n}", "scalar", shape, dtype) for n, (shape, dtype) in enumerate(parts)]
+    return SlotLayout.of(images, draw(st.integers(1, 4)))
+
+
+def slots_of(nbytes: int) -> SlotLayout:
+    """A layout of slots of a size."""
+    return SlotLayout.of([ImagePlace("t1", "scalar", (nbytes,), torch.uint8)])
 
 
 def open_descriptors() -> int:
@@ -67,9 +74,10 @@ def test_images_follow_each_other_at_aligned_offsets(layout: SlotLayout) -> None
     for place in layout.images:
         assert place.offset == end
         assert place.offset % ALIGNMENT == 0
-        end += place.nbytes
-        assert 0 <= place.nbytes - math.prod(place.shape) * place.dtype.itemsize < ALIGNMENT
+        assert place.nbytes == math.prod(place.shape) * place.dtype.itemsize
+        end += -(-layout.rows * place.nbytes // ALIGNMENT) * ALIGNMENT
     assert layout.nbytes == end
+    assert layout.with_rows(1).with_rows(layout.rows) == layout
 
 
 def test_the_layout_of_a_patch_describes_its_images() -> None:
@@ -100,27 +108,27 @@ def test_a_layout_and_its_tensors_make_the_patch_again() -> None:
 
 @given(layouts(), st.integers(1, 3))
 def test_what_is_written_to_a_slot_stays_there_and_touches_no_other(layout: SlotLayout, count: int) -> None:
-    block = SlotBlock(count, layout.nbytes)
+    block = SlotBlock(count, layout)
     write_slots(block, layout, range(count))
-    for slot in range(count):
-        for place in layout.images:
-            found = block.tensor(slot, place)
-            assert found.shape == place.shape
-            assert found.dtype == place.dtype
-            assert torch.equal(found, numbered(place, slot))
+    for slot, row, place in itertools.product(range(count), range(layout.rows), layout.images):
+        found = block.tensor(slot, row, place)
+        assert found.shape == place.shape
+        assert found.dtype == place.dtype
+        assert torch.equal(found, numbered(place, 10 * slot + row))
     assert block.watched[:count].tolist() == [100 + slot for slot in range(count)]
 
 
 def test_the_size_of_a_block_is_its_slots_and_the_watch() -> None:
-    block = SlotBlock(7, 640)
-    assert (block.count, block.slot_bytes, block.nbytes) == (7, 640, WATCH_BYTES + 7 * 640)
+    block = SlotBlock(7, slots_of(640))
+    assert (block.count, block.layout.nbytes, block.nbytes) == (7, 640, WATCH_BYTES + 7 * 640)
     assert block.watched.nbytes == WATCH_BYTES
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_images_are_in_the_order_of_their_axes(dtype: torch.dtype) -> None:
     place = ImagePlace("t1", "scalar", (2, 3, 4, 5), dtype)
-    for tensor in (SlotBlock(1, place.nbytes).tensor(0, place), new_tensor(place)):
+    block = SlotBlock(1, SlotLayout.of([place]))
+    for tensor in (block.tensor(0, 0, place), new_memory(place.shape, dtype=dtype)):
         assert tensor.shape == (2, 3, 4, 5)
         assert tensor.dtype == dtype
         assert tensor.is_contiguous()
@@ -129,7 +137,8 @@ def test_images_are_in_the_order_of_their_axes(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", [(), (5,), (4, 5), (3, 4, 5), (2, 2, 3, 4, 5)])
 def test_images_of_another_number_of_axes_are_in_the_order_of_their_axes(shape: tuple[int, ...]) -> None:
     place = ImagePlace("t1", "scalar", shape, torch.float32)
-    for tensor in (SlotBlock(1, place.nbytes).tensor(0, place), new_tensor(place)):
+    block = SlotBlock(1, SlotLayout.of([place]))
+    for tensor in (block.tensor(0, 0, place), new_memory(shape, dtype=place.dtype)):
         assert tensor.shape == shape
         assert tensor.is_contiguous()
 
@@ -142,9 +151,10 @@ def test_another_process_writes_where_this_one_reads(start_method: str, full: bo
         [
             ImagePlace("t1", "scalar", (1, 3, 4, 5), torch.float32),
             ImagePlace("seg", "label", (1, 3, 4, 5), torch.uint8),
-        ]
+        ],
+        rows=2,
     )
-    block = SlotBlock(4, layout.nbytes)
+    block = SlotBlock(4, layout)
     context: Any = multiprocessing.get_context(start_method)
     process = context.Process(target=write_slots, args=(block, layout, [1, 3]))
     process.start()
@@ -152,18 +162,18 @@ def test_another_process_writes_where_this_one_reads(start_method: str, full: bo
     stop_forkserver()
     assert process.exitcode == 0
     assert block.watched[:4].tolist() == [0, 101, 0, 103]
-    for slot in range(4):
-        for place in layout.images:
-            wanted = numbered(place, slot) if slot in (1, 3) else torch.zeros(place.shape, dtype=place.dtype)
-            assert torch.equal(block.tensor(slot, place), wanted)
+    for slot, row, place in itertools.product(range(4), range(2), layout.images):
+        written = numbered(place, 10 * slot + row)
+        wanted = written if slot in (1, 3) else torch.zeros_like(written)
+        assert torch.equal(block.tensor(slot, row, place), wanted)
 
 
 def test_a_block_is_freed_with_the_last_process_that_has_it_open() -> None:
     place = ImagePlace("t1", "scalar", (1, 4, 4, 4), torch.float32)
     gc.collect()  # what earlier tests left
     before = open_descriptors()
-    block = SlotBlock(2, place.nbytes)
-    tensor = block.tensor(1, place)
+    block = SlotBlock(2, SlotLayout.of([place]))
+    tensor = block.tensor(1, 0, place)
     tensor.fill_(3)
     del block
     gc.collect()
@@ -176,8 +186,74 @@ def test_a_block_is_freed_with_the_last_process_that_has_it_open() -> None:
 
 
 def test_a_block_costs_memory_only_where_something_was_written() -> None:
-    block = SlotBlock(2**10, 2**20)  # a GiB
+    block = SlotBlock(2**10, slots_of(2**20))  # a GiB
     assert os.fstat(block._file.handle).st_blocks * 512 <= WATCH_BYTES
+
+
+def test_a_slot_of_several_patches_takes_those_that_make_one_batch() -> None:
+    def layout(
+        dtype: torch.dtype = torch.int16, slope: float = 1, name: str = "t1", side: int = 4
+    ) -> SlotLayout:
+        return SlotLayout.of([ImagePlace(name, "scalar", (1, side, 4, 4), dtype, slope)])
+
+    block = SlotBlock(2, layout().with_rows(3))
+    assert block.placed(layout(slope=2)) == layout(slope=2).with_rows(3)
+    for other in (layout(torch.uint8), layout(name="t2"), layout(side=3), SlotLayout(())):
+        assert block.placed(other) is None
+    single = SlotBlock(2, layout())
+    assert single.placed(layout(torch.uint8)) == layout(torch.uint8)  # whatever is no larger
+    assert single.placed(layout(side=5)) is None
+
+
+# Leases
+
+
+def test_a_slot_is_returned_with_the_last_tensor_that_refers_to_its_lease() -> None:
+    place = ImagePlace("t1", "scalar", (1, 2, 2, 2), torch.float32)
+    block, returned = SlotBlock(2, SlotLayout.of([place], rows=3)), ReturnedSlots()
+    lease = SlotLease(1, returned)
+    one, other = (block.lent_tensor(1, 3, place, lease) for _ in range(2))
+    del lease
+    part = one[1, 0].view(-1)[2:]
+    del one
+    assert list(returned.take()) == []
+    del other
+    assert list(returned.take()) == []
+    block.tensor(1, 1, place).fill_(7)
+    assert part.tolist() == [7] * 6
+    del part
+    assert list(returned.take()) == [1]
+
+
+def test_a_lease_that_is_ended_returns_its_slot_once() -> None:
+    place = ImagePlace("t1", "scalar", (1, 2, 2, 2), torch.float32)
+    block, returned = SlotBlock(2, SlotLayout.of([place])), ReturnedSlots()
+    lease = SlotLease(1, returned)
+    tensor = block.lent_tensor(1, 1, place, lease)
+    lease.end()
+    assert list(returned.take()) == [1]
+    del lease, tensor
+    assert list(returned.take()) == []
+
+
+def test_slots_are_kept_until_the_events_of_their_copies() -> None:
+    class Event:
+        is_done = False
+
+        def query(self) -> bool:
+            return self.is_done
+
+    returned, events = ReturnedSlots(), [Event(), Event()]
+    returned.append(5)
+    pending = iter(events)
+    returned.event = lambda: next(pending)
+    returned.append(6)
+    returned.append(7)
+    assert list(returned.take()) == [5]
+    events[1].is_done = True
+    assert list(returned.take()) == []  # in order: copies of one stream are
+    events[0].is_done = True
+    assert list(returned.take()) == [6, 7]
 
 
 # A shared pickle
@@ -190,7 +266,7 @@ def test_a_shared_pickle_is_read_by_each_process_that_it_is_sent_to(start_method
     before = open_descriptors()
     shared, blocks = (
         SharedPickle(list(range(10**5))),
-        [SlotBlock(1, 64) for _ in range(2)],
+        [SlotBlock(1, slots_of(64)) for _ in range(2)],
     )  # more than a pipe holds
     context: Any = multiprocessing.get_context(start_method)
     processes = [context.Process(target=copy_shared_pickle, args=(shared, block)) for block in blocks]
@@ -239,7 +315,7 @@ def test_too_little_memory_is_an_error_with_the_size_and_advice(
     monkeypatch.setattr(os, step, refuse(number))
     before = open_descriptors()
     with pytest.raises(QueueError, match=f"10.0 MiB of shared memory .*{os.strerror(number)}.*{advice}"):
-        SlotBlock(10, 2**20)
+        SlotBlock(10, slots_of(2**20))
     assert open_descriptors() == before
 
 
@@ -247,7 +323,7 @@ def test_no_room_to_map_the_block_is_the_same_error(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(mmap, "mmap", refuse(errno.ENOMEM))
     before = open_descriptors()
     with pytest.raises(QueueError, match=r"shared memory cannot be allocated .*smaller max_length"):
-        SlotBlock(10, 2**20)
+        SlotBlock(10, slots_of(2**20))
     gc.collect()
     assert open_descriptors() == before
 
@@ -255,7 +331,7 @@ def test_no_room_to_map_the_block_is_the_same_error(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("count", [2**27, 10**12, 10**15])  # from what a process cannot address
 def test_more_memory_than_there_can_be_is_the_same_error(count: int) -> None:
     with pytest.raises(QueueError, match=r"shared memory cannot be allocated .*smaller max_length"):
-        SlotBlock(count, 2**20)
+        SlotBlock(count, slots_of(2**20))
 
 
 def test_where_the_system_has_no_files_in_memory_a_temporary_one_serves(
@@ -263,13 +339,13 @@ def test_where_the_system_has_no_files_in_memory_a_temporary_one_serves(
 ) -> None:
     monkeypatch.delattr(os, "memfd_create")
     place = ImagePlace("t1", "scalar", (1, 4, 4, 4), torch.float32)
-    block = SlotBlock(2, place.nbytes)
-    write_slots(block, SlotLayout((place,)), [1])
-    assert torch.equal(block.tensor(1, place), numbered(place, 1))
+    block = SlotBlock(2, SlotLayout.of([place]))
+    write_slots(block, block.layout, [1])
+    assert torch.equal(block.tensor(1, 0, place), numbered(place, 10))
     monkeypatch.setattr(os, "posix_fallocate", refuse(errno.ENOSPC))
     before = open_descriptors()
     with pytest.raises(QueueError, match=r"No space left on device.*smaller max_length"):
-        SlotBlock(2, place.nbytes)
+        SlotBlock(2, SlotLayout.of([place]))
     assert open_descriptors() == before
 
 
@@ -280,12 +356,12 @@ def test_where_space_cannot_be_set_aside_either_a_temporary_file_serves_too(
     monkeypatch.delattr(os, "memfd_create")
     monkeypatch.delattr(os, "posix_fallocate")
     place = ImagePlace("t1", "scalar", (1, 4, 4, 4), torch.float32)
-    block = SlotBlock(2, place.nbytes)
-    write_slots(block, SlotLayout((place,)), [1])
-    assert torch.equal(block.tensor(1, place), numbered(place, 1))
+    block = SlotBlock(2, SlotLayout.of([place]))
+    write_slots(block, block.layout, [1])
+    assert torch.equal(block.tensor(1, 0, place), numbered(place, 10))
     assert SharedPickle("dear worker").read() == "dear worker"
     monkeypatch.setattr(os, "ftruncate", refuse(errno.ENOSPC))
     before = open_descriptors()
     with pytest.raises(QueueError, match=r"No space left on device.*smaller max_length"):
-        SlotBlock(2, place.nbytes)
+        SlotBlock(2, SlotLayout.of([place]))
     assert open_descriptors() == before

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 import streams
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from streams import small_subjects
 
 import zpatch as zp
 from zpatch.errors import OptionError
+from zpatch.loading.batch_slots import HANDED_OUT
 
 WORKERS = [0, 2]
+KEEPS = pytest.mark.filterwarnings("ignore:the loop refers to more:UserWarning")
 
 
 @pytest.fixture
@@ -150,6 +156,7 @@ def test_contiguous_is_deprecated(patches: list[zp.Patch]) -> None:
         zp.SubjectsLoader(patches, 2, contiguous=False)
 
 
+@KEEPS
 @pytest.mark.parametrize("workers", WORKERS)
 def test_a_batch_has_memory_of_its_own(workers: int) -> None:
     with queue_of(small_subjects(4), num_workers=workers) as queue:
@@ -164,6 +171,7 @@ def test_a_batch_has_memory_of_its_own(workers: int) -> None:
             assert_same(batch, kept)
 
 
+@KEEPS
 @pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("drop_last", [True, False])
 def test_epochs_follow_each_other_with_and_without_drop_last(workers: int, drop_last: bool) -> None:
@@ -178,13 +186,17 @@ def test_epochs_follow_each_other_with_and_without_drop_last(workers: int, drop_
             assert_same(batches[1], zp.collate(patches[5:10]))
 
 
+@KEEPS
 @pytest.mark.parametrize("batch_size", [4, 12, 20])
-def test_a_loader_that_is_read_to_its_length_gives_the_next_epoch_next(batch_size: int) -> None:
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_a_loader_that_is_read_to_its_length_gives_the_next_epoch_next(
+    batch_size: int, drop_last: bool
+) -> None:
     """As in ``for step, batch in zip(range(len(loader)), loader)``, which never asks for one more."""
     queue = queue_of(small_subjects(4))
-    loader = zp.SubjectsLoader(queue, batch_size)
+    loader = zp.SubjectsLoader(queue, batch_size, drop_last=drop_last)
     found = [batch for _ in range(3) for _, batch in zip(range(len(loader)), loader, strict=False)]
-    again = zp.SubjectsLoader(queue_of(small_subjects(4)), batch_size)
+    again = zp.SubjectsLoader(queue_of(small_subjects(4)), batch_size, drop_last=drop_last)
     for one, other in zip(found, [batch for _ in range(3) for batch in again], strict=True):
         assert_same(one, other)
 
@@ -258,6 +270,155 @@ def test_batches_on_a_gpu_equal_those_on_the_cpu(cohort: zp.Cohort, pin_memory: 
         for number, batch in enumerate(zp.SubjectsLoader(queue, 5, pin_memory=pin_memory, device="cuda")):
             assert batch.t1.data.is_cuda
             assert_same(batch.map_data(torch.Tensor.cpu), plain[number])
+
+
+# Batches in place
+
+
+def in_slots(queue: zp.Queue, batch: zp.PatchBatch) -> bool:
+    """Whether a batch is a view of the memory that workers write to."""
+    assert queue._feed is not None
+    memory = torch.from_numpy(queue._feed.block.bytes)
+    first, stop = memory.data_ptr(), memory.data_ptr() + memory.nbytes
+    return all(first <= image.data.data_ptr() < stop for image in batch.images.values())
+
+
+@pytest.mark.parametrize("reuse", ["unused", "next"])
+@pytest.mark.parametrize("workers", WORKERS)
+def test_a_loop_that_looks_at_one_batch_at_a_time_gets_what_workers_wrote(workers: int, reuse: Any) -> None:
+    with queue_of(small_subjects(8), num_workers=workers, max_length=20) as queue:
+        loader = zp.SubjectsLoader(queue, 5, reuse=reuse)
+        for _ in range(3):
+            for batch in loader:
+                assert in_slots(queue, batch)
+                assert queue._feed is not None
+                assert queue._feed.slots.lent <= 2
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_a_loop_that_keeps_batches_gets_copies_and_is_told_once(workers: int) -> None:
+    with queue_of(small_subjects(8), num_workers=workers) as queue:
+        loader = zp.SubjectsLoader(queue, 3)
+        with pytest.warns(
+            UserWarning, match="refers to more than 3 batches, .* copies; .* reuse='next'"
+        ) as told:
+            kept = list(loader)
+        assert len(told) == 1
+        assert [in_slots(queue, batch) for batch in kept] == [True] * HANDED_OUT + [False] * 5
+        del kept
+        assert all(in_slots(queue, batch) for batch in loader)  # once it does not keep them
+
+
+class Keeper:
+    """Keeps batches, writes to them, drops them, and knows what each must hold."""
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[zp.PatchBatch, dict[str, torch.Tensor]]] = []
+
+    def keep(self, batch: zp.PatchBatch, number: int, writes: bool) -> None:
+        if writes:
+            batch.t1.data.add_(number)
+            batch.seg.data.fill_(number % 200)
+        self.kept.append((batch, {name: batch[name].data.clone() for name in batch}))
+
+    def check(self) -> None:
+        for batch, wanted in self.kept:
+            for name, data in wanted.items():
+                assert torch.equal(batch[name].data, data)
+
+
+@KEEPS
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@settings(max_examples=15, deadline=None)
+@given(
+    most=st.sampled_from([1, 2, 3, 50]),
+    writes=st.lists(st.booleans(), min_size=27, max_size=27),
+    dropped=st.lists(st.integers(0, 49), min_size=27, max_size=27),
+    threads=st.booleans(),
+)
+def test_a_batch_that_is_kept_or_written_to_never_changes_another_one(
+    workers: int, most: int, writes: list[bool], dropped: list[int], threads: bool
+) -> None:
+    subjects, keeper = small_subjects(9), Keeper()
+    singly = stream_of(subjects)
+    with queue_of(subjects, num_workers=workers) as queue, ThreadPoolExecutor(1) as pool:
+        number = 0
+        for epoch in range(3):
+            for batch in zp.SubjectsLoader(queue, 3):
+                place = number % 9 * 3
+                for row, (subject, index, voxels) in enumerate(singly[epoch][place : place + 3]):
+                    assert (batch.subjects[row], batch.patch_location[row].index) == (subject, index)
+                    assert streams.voxel_bytes(batch.t1.data[row]) == voxels
+                keeper.keep(batch, number, writes[number])
+                del batch
+                while len(keeper.kept) > most:
+                    gone = [keeper.kept.pop(dropped[number] % len(keeper.kept))]
+                    pool.submit(gone.clear).result() if threads else gone.clear()
+                keeper.check()
+                number += 1
+    keeper.check()  # also when the queue is closed
+    assert number == 27
+
+
+@functools.cache
+def _stream_of(count: int) -> list[list[tuple[str, Any, bytes]]]:
+    with queue_of(small_subjects(count)) as queue:
+        return [
+            [(p.subject, p.location.index, streams.voxel_bytes(p.t1.data)) for p in queue] for _ in range(3)
+        ]
+
+
+def stream_of(subjects: list[zp.Subject]) -> list[list[tuple[str, Any, bytes]]]:
+    """The patches of three epochs, one by one."""
+    return _stream_of(len(subjects))
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_two_loaders_of_one_queue_with_other_batch_sizes_give_the_same_stream(workers: int) -> None:
+    singly = stream_of(small_subjects(9))
+    with queue_of(small_subjects(9), num_workers=workers) as queue:
+        loaders = [zp.SubjectsLoader(queue, size) for size in (4, 7, 1)]
+        for epoch, loader in enumerate(loaders):
+            found = [
+                (subject, place.index, streams.voxel_bytes(data))
+                for batch in loader
+                for subject, place, data in zip(
+                    batch.subjects, batch.patch_location, batch.t1.data, strict=True
+                )
+            ]
+            assert found == singly[epoch]
+            assert queue._feed is not None
+            assert queue.max_memory == queue._feed.block.nbytes
+
+
+def test_a_queue_that_is_resumed_within_a_batch_goes_on_with_full_batches() -> None:
+    singly = stream_of(small_subjects(9))[0]
+    with queue_of(small_subjects(9)) as queue:
+        for number, _ in enumerate(queue, 1):
+            if number == 7:
+                break
+        state = queue.state_dict()
+    with queue_of(small_subjects(9), num_workers=2) as queue:
+        loader = zp.SubjectsLoader(queue, 5)
+        loader.load_state_dict(state)
+        batches = [(batch.batch_size, batch.patch_location[0].index) for batch in loader]
+    assert batches == [(5, singly[7 + 5 * n][1]) for n in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"reuse": "always"}, "reuse must be one of unused, next, not 'always'"),
+        ({"transfer": "bytes"}, "transfer must be one of values, stored, not 'bytes'"),
+        ({"reuse": "next"}, "reuse='next' is for batches of a Queue"),
+        ({"transfer": "stored"}, "transfer='stored' is for batches of a Queue"),
+    ],
+)
+def test_choices_that_do_not_exist_or_do_nothing_are_refused(
+    patches: list[zp.Patch], options: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(OptionError, match=text):
+        zp.SubjectsLoader(patches, 2, **options)
 
 
 def test_a_batch_size_of_zero_is_refused(patches: list[zp.Patch]) -> None:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol, overload
 
 import numpy as np
@@ -33,11 +33,10 @@ class EpochQueue(Queue):
     Whoever made the ``subject_sampler`` sets its epoch, also where the queue is resumed from a state.
     """
 
-    def iter_shared(self) -> Iterator[Patch]:
-        """The patches of the next epoch, or the rest of a resumed one; see ``Queue.iter_shared``."""
-        self.position.finish()
+    def _begin_iteration(self) -> None:
+        """End the iteration that runs, and the epoch that it broke off."""
+        super()._begin_iteration()
         self.position.leave_broken_epoch()
-        return super().iter_shared()
 
     def upcoming(self, plan: EpochPlan) -> EpochPlan | None:
         """The epoch after a plan, if the order of its subjects is known already."""

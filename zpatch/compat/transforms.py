@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from zpatch.chunks.scaling import Scaling
 from zpatch.errors import OptionError
 from zpatch.geometry.affines import max_corner_distance
 from zpatch.images.image import Image
@@ -281,7 +282,7 @@ def _with_values(image: PatchImage) -> PatchImage:
     if (image.slope, image.inter) == (1.0, 0.0):
         return image
     values = torch.empty_like(image.data, dtype=torch.float32)
-    image.write_values(values, torch.float32)
+    Scaling(image.slope, image.inter).write(image.data.detach().numpy(), values.numpy())
     return replace(image, data=values, slope=1.0, inter=0.0)
 
 

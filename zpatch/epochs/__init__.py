@@ -2,6 +2,7 @@
 
 In reading order::
 
+    shuffle          how far a patch is handed out from its place in the order of reading
     epoch_plan       an epoch as a function of (seed, epoch): its patches, their order, the shares of ranks
     stream_position  where a queue's stream is, and its state as JSON
 """

@@ -1,12 +1,11 @@
 """One epoch of a queue before anything is read: its patches, the order of reading, the order of handing out.
 
 A plan takes a few integers for each subject of the epoch, however many patches there are. A run that was
-stopped is replayed up to the patch where it was without reading anything.
+stopped is resumed at any patch without reading, or counting, those before it.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -15,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zpatch.digests import new_digest
+from zpatch.epochs.shuffle import Shuffle
 from zpatch.errors import OptionError
-from zpatch.sampling.randomness import Purpose, rng
 
 Uneven = Literal["pad", "drop", "error"]
 UNEVEN = ("pad", "drop", "error")
@@ -27,15 +26,15 @@ class Draw:
     """Patches of one subject that are read together.
 
     ``subject`` is a number, and ``visit`` counts how often the ``epoch`` has read the subject before.
-    ``numbers`` are the numbers of the patches within that visit, and ``arrivals`` their numbers in the order
-    in which the epoch reads its patches.
+    ``numbers`` are the numbers of the patches within that visit, and ``places`` their places in the order
+    in which the epoch hands out its patches.
     """
 
     epoch: int
     subject: int
     visit: int
     numbers: tuple[int, ...]
-    arrivals: tuple[int, ...]
+    places: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,7 +44,8 @@ class EpochPlan:
     ``seed`` and ``epoch`` are the address of its random numbers. ``subjects`` are the numbers of the subjects
     to read, in order, and ``patches`` the number of patches of each. ``total`` is the number of patches of
     the epoch; if the subjects have fewer, they are visited again. At most ``group`` patches are read
-    together. At most ``buffer`` wait to be handed out, in a random order with ``shuffle``.
+    together. At most ``buffer`` wait to be handed out: with ``shuffle`` in another order than they are read
+    in, by fewer than ``buffer`` places.
     """
 
     seed: int
@@ -69,64 +69,34 @@ class EpochPlan:
         state.update(self.subjects.tobytes() + self.patches.tobytes())
         return state.hexdigest()
 
-    def order(self) -> Iterator[int]:
-        """The arrival numbers in the order of handing out: a sliding shuffle.
-
-        Each is drawn from the full buffer, and the next arrival takes its place; the buffer is never refilled
-        in bulk.
-
-        >>> one = np.array([0]), np.array([5])
-        >>> plan = EpochPlan(0, 0, *one, total=5, group=5, buffer=2, shuffle=True)
-        >>> sorted(plan.order())
-        [0, 1, 2, 3, 4]
-        """
-        if not self.shuffle:
-            yield from range(self.total)
-            return
-        picks = rng(self.seed, self.epoch, purpose=Purpose.SHUFFLE)
-        buffer = list(range(min(self.buffer, self.total)))
-        upcoming = len(buffer)
-        while buffer:
-            place = int(picks.integers(len(buffer)))
-            arrival = buffer[place]
-            buffer[place] = buffer[-1]
-            buffer.pop()
-            if upcoming < self.total:
-                buffer.append(upcoming)
-                upcoming += 1
-            yield arrival
-
     def draws(self, consumed: int = 0) -> Iterator[Draw]:
-        """The draws to read, in order, for all patches but the first ``consumed`` that are handed out."""
-        waiting, unread = self._waiting(consumed), consumed + self.buffer
+        """The draws to read, in order, for all patches but the first ``consumed`` that are handed out.
+
+        >>> plan = EpochPlan(0, 0, np.array([0]), np.array([5]), total=5, group=5, buffer=2, shuffle=False)
+        >>> next(plan.draws(3))
+        Draw(epoch=0, subject=0, visit=0, numbers=(3, 4), places=(3, 4))
+        """
+        shuffle = Shuffle(self.seed, self.epoch, self.total, self.buffer if self.shuffle else 1)
         visits: dict[int, int] = {}
-        arrival = 0
-        while arrival < self.total:
-            for subject, count in zip(self.subjects.tolist(), self.patches.tolist(), strict=True):
+        first = 0
+        while first < self.total:
+            for subject, patches in zip(self.subjects.tolist(), self.patches.tolist(), strict=True):
                 visit = visits.get(subject, 0)
                 visits[subject] = visit + 1
-                wanted = [
-                    number
-                    for number in range(min(count, self.total - arrival))
-                    if arrival + number >= unread or arrival + number in waiting
-                ]
-                for first in range(0, len(wanted), self.group):
-                    numbers = tuple(wanted[first : first + self.group])
-                    yield Draw(self.epoch, subject, visit, numbers, tuple(arrival + n for n in numbers))
-                arrival += count
-                if arrival >= self.total:
+                stop = min(first + patches, self.total)
+                if stop + shuffle.window > consumed:  # the places of others are known to be consumed
+                    places = shuffle.places(first, stop)
+                    yield from self._groups(subject, visit, places, consumed)
+                first = stop
+                if first == self.total:
                     return
 
-    def _waiting(self, consumed: int) -> set[int]:
-        """The arrival numbers in the buffer after the first ``consumed`` patches were handed out."""
-        waiting = set(range(min(self.buffer, self.total)))
-        for arrival, following in zip(
-            itertools.islice(self.order(), consumed), itertools.count(self.buffer), strict=False
-        ):
-            waiting.remove(arrival)
-            if following < self.total:
-                waiting.add(following)
-        return waiting
+    def _groups(self, subject: int, visit: int, places: NDArray[np.int64], consumed: int) -> Iterator[Draw]:
+        """The draws of a visit, whose patches have some places in the order."""
+        wanted = np.flatnonzero(places >= consumed)
+        for n in range(0, len(wanted), self.group):
+            numbers = wanted[n : n + self.group]
+            yield Draw(self.epoch, subject, visit, tuple(numbers.tolist()), tuple(places[numbers].tolist()))
 
 
 @dataclass(frozen=True, slots=True)

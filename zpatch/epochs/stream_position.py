@@ -19,6 +19,7 @@ from zpatch.images.image import Image
 from zpatch.images.subject import Subject
 
 VERSION = 1
+SHUFFLE = "stratified"  # the rule that orders patches; older versions say True, and had another one
 MOST = 2**63  # epochs, and patches of one
 
 
@@ -74,9 +75,9 @@ class StreamPosition:
         self._total = plan.total
         return self.consumed
 
-    def advance(self) -> None:
-        """Count a patch that is handed out."""
-        self.consumed += 1
+    def advance(self, patches: int = 1) -> None:
+        """Count patches that are handed out."""
+        self.consumed += patches
         self._is_resumed = False
 
     def finish(self) -> None:
@@ -181,6 +182,11 @@ def epoch_and_consumed(state: Mapping[str, Any], fingerprint: Json, seed: int) -
         raise OptionError(
             f"the state is of version {version} (known: {VERSION}) at patch {consumed} of epoch {epoch}, "
             f"which is not possible; load a state that state_dict() gave"
+        )
+    if before.get("shuffle_patches") is True:
+        raise OptionError(
+            f"the state is of an older version of zpatch, which shuffled patches by another rule; begin its "
+            f"epoch anew with set_epoch({epoch})"
         )
     now = {**fingerprint, "seed": seed}
     changed = [

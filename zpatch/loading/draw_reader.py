@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import torch
 
 from zpatch.chunks.scaling import UNSCALED
-from zpatch.epochs.epoch_plan import Draw
-from zpatch.errors import OptionError
+from zpatch.epochs.epoch_plan import Draw, EpochPlan
+from zpatch.errors import OptionError, QueueError
 from zpatch.geometry.affines import Affine
 from zpatch.geometry.boxes import PatchLocation, Triple
 from zpatch.images.subject import Subject
 from zpatch.loading.queue_subjects import AnyTransform, SubjectTransform
-from zpatch.loading.shared_slots import ImagePlace, SlotLayout, new_tensor
+from zpatch.loading.shared_slots import ImagePlace, SlotLayout, new_memory
 from zpatch.sampling.patch import Patch, torch_dtype
 from zpatch.sampling.patch_sampler import PatchSampler
 from zpatch.sampling.patch_views import PatchView, views_of
@@ -31,15 +35,15 @@ from zpatch.sources.group_read import read_together
 class VoxelTypes:
     """The types that images are read in, and the slope and intercept that are left to apply to their voxels.
 
-    Each value is computed once. If the queue ``has_transform``, it is computed as the image is read, in
-    ``dtype``. Otherwise stored voxels are sent with slope and intercept, and values are computed where a
-    batch is made; unless stored voxels cannot represent them, as in a clipped image, or in the padding of a
-    ``sampler`` with a ``fill``. ``dtype`` None keeps stored types.
+    That is ``dtype``; None keeps stored types, in which slope and intercept are left to apply. They are also
+    left to a device that is sent stored voxels, if ``sends_stored``, where those are smaller; unless stored
+    voxels cannot represent the values, as in a clipped image, or in the padding of a ``sampler`` with a
+    ``fill``.
     """
 
     sampler: PatchSampler
     dtype: torch.dtype | None
-    has_transform: bool
+    sends_stored: bool = False
 
     def place_of(self, view: PatchView) -> ImagePlace:
         """A view of a patch, not yet placed in a slot."""
@@ -51,12 +55,15 @@ class VoxelTypes:
         image = view.image
         if image.kind == "label" or image.dtype.kind == "c":
             return torch_dtype(image.dtype), (1.0, 0.0)
-        if self.dtype is not None and (self.has_transform or self._fills_with_a_value(view)):
-            return self.dtype, (1.0, 0.0)
-        widen = self.dtype is None
-        if image.scaling.is_bounded or self._fills_with_a_value(view):
-            return torch_dtype(image.dtype, widen=widen), (1.0, 0.0)
-        return torch_dtype(image.source.dtype, widen=widen), (image.scaling.slope, image.scaling.inter)
+        is_stored = not (image.scaling.is_bounded or self._fills_with_a_value(view))
+        pending = image.scaling.slope, image.scaling.inter
+        if self.dtype is None:
+            dtype = torch_dtype(image.source.dtype if is_stored else image.dtype)
+            return dtype, pending if is_stored else (1.0, 0.0)
+        stored = torch_dtype(image.source.dtype, widen=False)
+        if self.sends_stored and is_stored and stored.itemsize < self.dtype.itemsize:
+            return stored, pending
+        return self.dtype, (1.0, 0.0)
 
     def _fills_with_a_value(self, view: PatchView) -> bool:
         """Whether padding has a value that no stored voxel represents."""
@@ -106,10 +113,36 @@ class TransformRunner:
         return changed  # type: ignore[no-any-return]
 
 
+class WorkerTraceback(Exception):  # noqa: N818 - it is the text of a traceback
+    """The traceback of an error in a worker: the cause of the error that the caller gets."""
+
+
+@dataclass(frozen=True, slots=True)
+class FailedDraw:
+    """A draw that failed: the name of its subject, why, and the traceback."""
+
+    draw: Draw
+    subject: str
+    reason: str
+    traceback: str
+
+    @classmethod
+    def of(cls, draw: Draw, subject: str, error: BaseException) -> FailedDraw:
+        """The failure of a draw by an error, with the notes of the error."""
+        reason = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
+        return cls(draw, subject, reason, "".join(traceback.format_exception(error)))
+
+    def error(self) -> QueueError:
+        """The failure as an error, whose cause has the traceback."""
+        error = QueueError(f"subject {self.subject!r} failed in epoch {self.draw.epoch}: {self.reason}")
+        error.__cause__ = WorkerTraceback(f"\n\n{self.traceback}")
+        return error
+
+
 class DrawReader:
     """The patches of any draw of some subjects; each worker has a copy.
 
-    They are read in types that make ``dtype``, see ``VoxelTypes``, and a ``transform`` is called with each.
+    They are read in the types of ``VoxelTypes``, and a ``transform`` is called with each.
     """
 
     def __init__(
@@ -125,8 +158,29 @@ class DrawReader:
         self.transform = None if transform is None else TransformRunner(transform, seed)
         self._sampler = sampler
         self._patches_per_volume = patches_per_volume
-        self._types = VoxelTypes(sampler, dtype, has_transform=transform is not None)
+        self._types = VoxelTypes(sampler, dtype)
         self._seed = seed
+
+    def sending_stored(self, sends_stored: bool) -> DrawReader:
+        """A reader of the same patches that sends stored voxels, or does not; with a transform none does."""
+        types = dataclasses.replace(self._types, sends_stored=sends_stored and self.transform is None)
+        if types == self._types:
+            return self
+        reader = copy.copy(self)
+        reader._types = types
+        return reader
+
+    def largest_layout(self, plan: Callable[[], EpochPlan]) -> SlotLayout:
+        """The layout of the largest patch; with a transform, that of the first patch of a plan after it."""
+        if self.transform is None:
+            return max(map(self.layout_of, self.subjects), key=attrgetter("nbytes"))
+        draw = next(plan().draws())
+        draw = dataclasses.replace(draw, numbers=draw.numbers[:1], places=draw.places[:1])
+        try:
+            return SlotLayout.of_patch(next(self.patches(draw)))
+        except Exception as error:  # the same error as in a worker
+            failed = FailedDraw.of(draw, self.name_of(draw.subject), error).error()
+            raise failed from failed.__cause__
 
     def name_of(self, subject: int) -> str:
         """The name of a subject by its number."""
@@ -145,7 +199,10 @@ class DrawReader:
         subject = self.subjects[draw.subject]
         locations, layout = self.locations(subject, draw), self.layout_of(subject)
         wider = self._with_margin(subject, locations)
-        tensors = [[new_tensor(place.of_size(box.size)) for box in wider] for place in layout.images]
+        tensors = [
+            [new_memory((place.shape[0], *box.size), dtype=place.dtype) for box in wider]
+            for place in layout.images
+        ]
         affines = self.read(subject, layout, wider, tensors)
         for n, (number, location) in enumerate(zip(draw.numbers, locations, strict=True)):
             patch = layout.patch([of[n] for of in tensors], affines[n], wider[n], subject.name)

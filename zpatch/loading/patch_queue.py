@@ -1,23 +1,22 @@
 """The queue: patches of many subjects, read by workers, shuffled in a bounded buffer.
 
-An epoch is a plan first: the order of subjects, the draws of each, and the picks of the shuffle are pure
-functions of (seed, epoch). Workers only carry the plan out, so the stream is the same for any number of them,
-and can be resumed at any patch.
+An epoch is a plan first: the order of subjects, the draws of each, and the places where the shuffle puts them
+are pure functions of (seed, epoch). Workers only carry the plan out, so the stream is the same for any number
+of them, and can be resumed at any patch. Each patch is written once, where its batch wants it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from operator import attrgetter
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 
 from zpatch.digests import Json
 from zpatch.epochs.epoch_plan import EpochPlan, Uneven
@@ -31,19 +30,22 @@ from zpatch.epochs.stream_position import (
 )
 from zpatch.errors import OptionError, QueueError
 from zpatch.images.subject import Subject
+from zpatch.loading.batch_feed import BatchFeed
+from zpatch.loading.batch_slots import slots_needed
+from zpatch.loading.device_copies import Streams
 from zpatch.loading.draw_reader import DrawReader
-from zpatch.loading.patch_buffer import PatchBuffer
-from zpatch.loading.patch_feed import PatchFeed
+from zpatch.loading.filled_batch import FilledBatch
 from zpatch.loading.queue_options import QueueOptions, as_integer
 from zpatch.loading.queue_subjects import AnyTransform, OnBad, subjects_of_queue
-from zpatch.loading.shared_slots import WATCH_BYTES, SlotLayout, copied
-from zpatch.loading.worker import FailedDraw, Task
-from zpatch.loading.worker_pool import START_METHOD, TASKS_PER_WORKER
+from zpatch.loading.shared_slots import WATCH_BYTES, SlotBlock, SlotLayout, copied
 from zpatch.runtime.byte_sizes import format_bytes
 from zpatch.sampling.patch import Patch
 from zpatch.sampling.patch_sampler import PatchSampler
 
 GROUP_PATCHES = 32
+ENDED = "the queue was closed, or another iteration of it was begun; iterate it anew"
+
+T = TypeVar("T")
 
 
 class Queue(IterableDataset[Patch]):
@@ -51,9 +53,10 @@ class Queue(IterableDataset[Patch]):
 
     One epoch is each subject once, with ``patches_per_volume`` patches of each (all of them with a
     GridSampler); no patch is left over for the next epoch. At most ``max_length`` patches wait in the buffer;
-    with ``shuffle_patches`` each is drawn from the full buffer. The stream is a function of (seed, epoch) and
-    the same for every ``num_workers``, with a random ``transform`` too: torch's, numpy's and Python's
-    generators are seeded by (seed, epoch, subject, draw) before each call of it.
+    with ``shuffle_patches`` each is handed out up to so many places after its place in the order of reading.
+    The stream is a function of (seed, epoch) and the same for every ``num_workers``, with a random
+    ``transform`` too: torch's, numpy's and Python's generators are seeded by (seed, epoch, subject, draw)
+    before each call of it.
 
     Images arrive as ``dtype``, (C, I, J, K); with None they keep their stored type, and the ``slope`` and
     ``inter`` of each patch apply. Label maps keep their type if torch computes with it. An iteration without
@@ -69,9 +72,8 @@ class Queue(IterableDataset[Patch]):
 
     ``start_method`` is fork on Linux and spawn elsewhere. A worker that gives nothing for ``timeout``
     seconds in which this process ran has hung, which is a QueueError, as is a worker that dies and a subject
-    that cannot be read. Feed the queue to ``SubjectsLoader``, or to torch's DataLoader with ``num_workers=0``
-    and ``collate_fn=zpatch.collate``. It is a context manager; ``close`` ends its workers. ``options`` has
-    all options, and ``position`` is the position in the stream.
+    that cannot be read. Feed the queue to ``SubjectsLoader``, or to torch's DataLoader with
+    ``num_workers=0``. It is a context manager; ``close`` ends its workers. ``options`` has all options.
 
     >>> import numpy as np
     >>> from zpatch.images.image import ScalarImage
@@ -129,15 +131,18 @@ class Queue(IterableDataset[Patch]):
             timeout=timeout,
             dtype=dtype,
         )
-        subjects = subjects_of_queue(subjects, patch_sampler, transform, on_bad)
-        self.subjects, self.patch_sampler, self.options = subjects, patch_sampler, options
-        self.share = options.share_of(len(subjects))
+        self.subjects = subjects_of_queue(subjects, patch_sampler, transform, on_bad)
+        self.patch_sampler, self.options = patch_sampler, options
+        self.share = options.share_of(len(self.subjects))
         self.position = StreamPosition()
+        self.batch_size = 1
+        self._streams: Streams | None = None
         self._turn = Turn("the queue is iterated by another thread; give each thread a queue of its own")
         per_volume, seed = options.patches_per_volume, options.seed  # as Python's integers
-        self._reader = DrawReader(subjects, patch_sampler, per_volume, dtype, transform, seed)
+        self._reader = DrawReader(self.subjects, patch_sampler, per_volume, dtype, transform, seed)
         self._patches = self.count_patches()
-        self._buffer: PatchBuffer | None = None
+        self._layouts: dict[DrawReader, SlotLayout] = {}
+        self._feed: BatchFeed | None = None
 
     def count_patches(self) -> NDArray[np.int64]:
         """How many patches an epoch takes of each subject, (N,)."""
@@ -158,8 +163,11 @@ class Queue(IterableDataset[Patch]):
 
     @property
     def max_memory(self) -> int:
-        """Bytes of all patches in the buffer and in flight to it: the size of the shared memory."""
-        return WATCH_BYTES + self._slots * self._slot_bytes
+        """Bytes of the memory for patches that wait, are in flight, or were handed out in batches.
+
+        It depends on ``batch_size``: 1, or that of the last ``SubjectsLoader``.
+        """
+        return WATCH_BYTES + self._slots * self._layout.nbytes
 
     @property
     def max_memory_pretty(self) -> str:
@@ -172,30 +180,14 @@ class Queue(IterableDataset[Patch]):
 
     @property
     def _slots(self) -> int:
-        # A group that arrived waits while the next task is in flight.
-        return self.options.max_length + self._group * (TASKS_PER_WORKER * self.options.num_workers + 1)
-
-    @cached_property
-    def _slot_bytes(self) -> int:
-        """Bytes of the largest patch; with a transform, those of the first patch after it."""
-        if self.options.transform is not None:
-            return SlotLayout.of_patch(self._first_patch()).nbytes
-        return max(self._reader.layout_of(subject).nbytes for subject in self.subjects)
-
-    def _first_patch(self) -> Patch:
-        """The first patch of epoch 0, transformed."""
-        draw = next(self.plan(0).draws())
-        draw = dataclasses.replace(draw, numbers=draw.numbers[:1], arrivals=draw.arrivals[:1])
-        try:
-            return next(self._reader.patches(draw))
-        except Exception as error:  # the same error as in a worker
-            failed = FailedDraw.of(Task(0, draw, ()), self._reader.name_of(draw.subject), error)
-            raise failed.error() from error
+        return slots_needed(self.options, self._group, self.batch_size)
 
     @property
-    def pending_dtype(self) -> torch.dtype | None:
-        """The type of values that the patches of ``iter_shared`` still have to be converted to, if any."""
-        return self.options.dtype if self.options.transform is None else None
+    def _layout(self) -> SlotLayout:
+        """The layout of a slot."""
+        if self._reader not in self._layouts:
+            self._layouts[self._reader] = self._reader.largest_layout(lambda: self.plan(0))
+        return self._layouts[self._reader].with_rows(self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration; the epoch of a loaded state is resumed at its patch.
@@ -238,64 +230,73 @@ class Queue(IterableDataset[Patch]):
 
     def __iter__(self) -> Iterator[Patch]:
         """The patches of an epoch, each in memory that is not shared."""
-        for patch in self.iter_shared():
-            yield copied(patch, self.pending_dtype)
+        return self._iterate(lambda filled: ((1, copied(patch)) for patch in filled.patches()))
 
-    def iter_shared(self) -> Iterator[Patch]:
-        """The same patches without a copy: each is a view that is valid until the next one is asked for.
+    def iter_batches(
+        self, batch_size: int, *, drop_last: bool, sends_stored: bool, streams: Streams | None
+    ) -> Iterator[FilledBatch]:
+        """The batches of an epoch as workers wrote them, each valid until the next one is asked for.
 
-        They are still to be converted to values of type ``pending_dtype``.
+        ``sends_stored`` leaves slope and intercept to apply to voxels, where those are smaller than values.
+        With ``streams`` batches are in page-locked memory.
         """
-        if get_worker_info() is not None:
-            raise QueueError(
-                "a queue runs its own workers: give DataLoader num_workers=0, and the number of workers "
-                "to Queue(num_workers=...)"
-            )
-        self.options.check_share(self.share)
+        self.batch_size, self._streams = batch_size, streams
+        self._reader = self._reader.sending_stored(sends_stored)
+        return self._iterate(lambda filled: [(len(filled), filled)], drop_last=drop_last)
+
+    def _iterate(
+        self, parts: Callable[[FilledBatch], Iterable[tuple[int, T]]], *, drop_last: bool = False
+    ) -> Iterator[T]:
+        """The parts of the batches of an epoch; each part comes with its number of patches."""
+        self.options.check_process(self.share)
         with self._turn:
-            self._end_iteration()
+            self._begin_iteration()
             plan = self.plan(self.position.epoch)
             consumed = self.position.begin(plan)
             mine = self.position.iteration
+        left = plan.total - consumed
+        dropped = left % self.batch_size if drop_last else 0
         try:
             with self._turn:
-                buffer, reads_ahead = self._running(), self.upcoming(plan) is not None
-            patches = buffer.iter_patches(plan, consumed, reads_ahead=reads_ahead)
-            while True:
+                feed = self._running()
+                if self._streams is not None:
+                    feed.page_lock(self._streams)
+                serial = feed.begin(plan, consumed)
+            for number in range(-(-(left - dropped) // self.batch_size)):
                 with self._turn:
-                    patch = next(patches, None)
-                    if patch is None:
-                        break
-                    self.position.advance()
-                yield patch
-                if mine != self.position.iteration:
-                    raise QueueError(
-                        "the queue was closed, or another iteration of it was begun; iterate it anew"
-                    )
+                    filled = feed.batch(serial, number)
+                for patches, part in parts(filled):
+                    left -= patches
+                    self.position.advance(patches + (dropped if left == dropped else 0))
+                    yield part
+                    if mine != self.position.iteration:
+                        raise QueueError(ENDED)
+                del filled, part  # so that the slot is used again
+            if left == dropped == plan.total - consumed:
+                self.position.advance(dropped)
         finally:
             if mine == self.position.iteration:
-                self._end_iteration()
+                self.position.finish()
+            if self._feed is not None and self._feed.is_closed:
+                self._feed = None  # and its memory
 
-    def _end_iteration(self) -> None:
-        """End the iteration that runs, if any, and release its last patch."""
+    def _begin_iteration(self) -> None:
+        """End the iteration that runs, if any."""
         self.position.finish()
-        if self._buffer is not None:
-            self._buffer.release()
 
-    def _running(self) -> PatchBuffer:
-        if self._buffer is None or self._buffer.is_closed:
+    def _running(self) -> BatchFeed:
+        if self._feed is not None and self._feed.block.layout != self._layout:
+            self._feed.close()
+            self._feed = None
+        if self._feed is None:
             queue = weakref.ref(self)  # workers end with the queue, which they must not keep alive
-            feed = PatchFeed(
+            self._feed = BatchFeed(
                 self._reader,
                 lambda plan: None if (alive := queue()) is None else alive.upcoming(plan),
-                num_workers=self.options.num_workers,
-                slots=self._slots,
-                slot_bytes=self._slot_bytes if self.options.num_workers else 0,
-                start_method=self.options.start_method or START_METHOD,
-                timeout=self.options.timeout,
+                SlotBlock(self._slots, self._layout, shared=self.options.num_workers > 0),
+                self.options,
             )
-            self._buffer = PatchBuffer(feed, self.options.max_length)
-        return self._buffer
+        return self._feed
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is, as small JSON: the stream, and how many of its patches were handed out."""
@@ -310,7 +311,6 @@ class Queue(IterableDataset[Patch]):
         plan = self.plan(epoch)
         if consumed > plan.total:
             raise OptionError(f"the state has {consumed} patches of an epoch of {plan.total}")
-        self._end_iteration()
         self.position.resume(plan, consumed)
 
     @cached_property
@@ -319,14 +319,11 @@ class Queue(IterableDataset[Patch]):
 
     def _fingerprint(self) -> Json:
         """What the stream depends on, except the seed."""
-        options, sampler = self.options, self.options.subject_sampler
+        sampler = self.options.subject_sampler
         return {
             "cohort": self._subjects_digest,
             "sampler": repr(self.patch_sampler),
-            "patches_per_volume": options.patches_per_volume,
-            "max_length": options.max_length,
-            "shuffle_subjects": options.shuffle_subjects,
-            "shuffle_patches": options.shuffle_patches,
+            **self.options.fingerprint(),
             "subject_sampler": sampler is not None and order_identity(sampler, self.subject_order(0)),
             "world_size": self.share.world_size,
             "uneven": self.share.uneven,
@@ -334,13 +331,13 @@ class Queue(IterableDataset[Patch]):
 
     def close(self) -> None:
         """End the workers; the next iteration starts new ones."""
-        self._end_iteration()
-        buffer, self._buffer = self._buffer, None
-        if buffer is not None:
-            buffer.close()
+        self.position.finish()
+        feed, self._feed = self._feed, None
+        if feed is not None:
+            feed.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_buffer", None) is not None:
+        if getattr(self, "_feed", None) is not None:
             self.close()
 
     def __enter__(self) -> Self:

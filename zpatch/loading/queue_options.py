@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.data import get_worker_info
 
+from zpatch.digests import Json
 from zpatch.epochs.epoch_plan import Share, Uneven
+from zpatch.epochs.stream_position import SHUFFLE
 from zpatch.errors import OptionError, QueueError
 from zpatch.loading.queue_subjects import ON_BAD, AnyTransform, OnBad
 from zpatch.loading.worker_pool import check_processes
@@ -94,8 +97,16 @@ class QueueOptions:
             return Share(distributed.get_rank(), distributed.get_world_size(), self.uneven)
         return Share(uneven=self.uneven)
 
-    def check_share(self, share: Share) -> None:
-        """Refuse a share that was found before torch.distributed had ranks to share subjects with."""
+    def check_process(self, share: Share) -> None:
+        """Refuse to run in a worker of another loader, or with a share that is not that of this process.
+
+        That is one that was found before torch.distributed had ranks to share subjects with.
+        """
+        if get_worker_info() is not None:
+            raise QueueError(
+                "a queue runs its own workers: give DataLoader num_workers=0, and the number of workers "
+                "to Queue(num_workers=...)"
+            )
         if not self.asks_torch_distributed:
             return
         now = self.share()
@@ -137,6 +148,15 @@ class QueueOptions:
         if not self.shuffle_subjects:
             return np.arange(num_subjects)
         return rng(self.seed, epoch, purpose=Purpose.SUBJECT_ORDER).permutation(num_subjects)
+
+    def fingerprint(self) -> Json:
+        """What the stream depends on, except the seed and the order of subjects."""
+        return {
+            "patches_per_volume": self.patches_per_volume,
+            "max_length": self.max_length,
+            "shuffle_subjects": self.shuffle_subjects,
+            "shuffle_patches": self.shuffle_patches and SHUFFLE,
+        }
 
     def as_keywords(self) -> dict[str, Any]:
         """The options by their names, as ``Queue`` takes them."""

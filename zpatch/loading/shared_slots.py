@@ -1,8 +1,8 @@
-"""Memory that the queue and its workers share: one block of slots, with one patch in each.
+"""Memory that the queue and its workers share: one block of slots, with one batch in each.
 
-A worker writes voxels where the training process reads them; only numbers and layouts are sent between them.
-The block is a file without a name: it is freed with the last process that has it open, however that process
-ends. So is the pickle from which workers get their reader.
+A worker writes each patch where its batch wants it; only numbers and layouts are sent between processes. The
+block is a file without a name: it is freed with the last process that has it open, however that process ends.
+So is the pickle from which workers get their reader.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import mmap
 import os
 import pickle
 import tempfile
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import reduction
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 
 from zpatch.errors import QueueError
 from zpatch.geometry.affines import Affine
-from zpatch.geometry.boxes import PatchLocation, Triple
+from zpatch.geometry.boxes import PatchLocation
 from zpatch.runtime import buffer_pool
 from zpatch.runtime.byte_sizes import format_bytes
 from zpatch.sampling.patch import Patch, PatchImage
@@ -40,7 +41,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class ImagePlace:
-    """An image of a patch, and the ``offset`` of its first byte in a slot.
+    """An image of a patch, and the ``offset`` in a slot of the image of the slot's first patch.
 
     ``shape`` is (C, I, J, K), with memory in this order. A transform may give another number of axes. Values
     are ``slope * voxel + inter``.
@@ -56,30 +57,38 @@ class ImagePlace:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the image in a slot, rounded up to the alignment."""
-        return -(-math.prod(self.shape) * self.dtype.itemsize // ALIGNMENT) * ALIGNMENT
-
-    def of_size(self, size: Triple) -> ImagePlace:
-        """The image in a patch of another size, not placed in a slot."""
-        shape = (self.shape[0], *size)
-        return self if self.shape == shape else dataclasses.replace(self, shape=shape)
+        """Bytes of the image."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
 class SlotLayout:
-    """The images of a patch, one after the other in a slot."""
+    """The images of a slot, one after the other; each is a row of ``rows`` patches without gaps."""
 
     images: tuple[ImagePlace, ...]
+    rows: int = 1
 
     @classmethod
-    def of(cls, images: Sequence[ImagePlace]) -> SlotLayout:
+    def of(cls, images: Sequence[ImagePlace], rows: int = 1) -> SlotLayout:
         """The images one after the other, in order."""
         places: list[ImagePlace] = []
         offset = 0
         for image in images:
             places.append(dataclasses.replace(image, offset=offset))
-            offset += image.nbytes
-        return cls(tuple(places))
+            offset += _aligned(rows * image.nbytes)
+        return cls(tuple(places), rows)
+
+    def with_rows(self, rows: int) -> SlotLayout:
+        """The layout of a slot of so many patches."""
+        return self if rows == self.rows else SlotLayout.of(self.images, rows)
+
+    def is_alike(self, other: SlotLayout) -> bool:
+        """Whether patches of both go into one batch: they differ at most in slope and intercept."""
+        mine, others = (
+            [(place.name, place.kind, place.shape, place.dtype) for place in layout.images]
+            for layout in (self, other)
+        )
+        return mine == others
 
     @classmethod
     def of_patch(cls, patch: Patch) -> SlotLayout:
@@ -93,8 +102,8 @@ class SlotLayout:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of a patch in a slot."""
-        return sum(place.nbytes for place in self.images)
+        """Bytes of a slot."""
+        return sum(_aligned(self.rows * place.nbytes) for place in self.images)
 
     def patch(
         self,
@@ -109,6 +118,10 @@ class SlotLayout:
             for place, tensor, affine in zip(self.images, tensors, affines, strict=True)
         }
         return Patch(images, location, subject)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 class NamelessFile:
@@ -151,16 +164,16 @@ class SharedPickle:
 
 
 class SlotBlock:
-    """``count`` slots of ``slot_bytes`` each in shared memory.
+    """``count`` slots in shared memory, each of the size of a ``layout``.
 
     ``watched`` has two numbers for each worker: its process, and 1 + the subject that it is reading, or 0.
-    A block can be sent to a process as that starts, forked or not.
+    A block can be sent to a process as that starts, forked or not; one that is not ``shared`` cannot.
     """
 
-    def __init__(self, count: int, slot_bytes: int) -> None:
-        nbytes = WATCH_BYTES + count * slot_bytes
+    def __init__(self, count: int, layout: SlotLayout, *, shared: bool = True) -> None:
+        nbytes = WATCH_BYTES + count * layout.nbytes
         try:
-            self._open(NamelessFile(nbytes), count, slot_bytes)
+            self._open(NamelessFile(nbytes) if shared else None, count, layout)
         except (OSError, OverflowError) as error:
             number, reason = getattr(error, "errno", errno.ENOMEM), getattr(error, "strerror", error)
             full = number in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG)
@@ -170,50 +183,133 @@ class SlotBlock:
                 f"{advice}"
             ) from error
 
-    def _open(self, file: NamelessFile, count: int, slot_bytes: int) -> None:
-        self.count, self.slot_bytes = count, slot_bytes
+    def _open(self, file: NamelessFile | None, count: int, layout: SlotLayout) -> None:
+        self.count, self.layout = count, layout
         self._file = file
-        self._map = mmap.mmap(file.handle, self.nbytes)
-        self.watched: NDArray[np.int64] = np.frombuffer(self._map, np.int64, WATCH_BYTES // 8)
+        if file is None:
+            self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        else:
+            self._map = mmap.mmap(file.handle, self.nbytes)
+        self.bytes: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
+        self.watched: NDArray[np.int64] = self.bytes[:WATCH_BYTES].view(np.int64)
 
     @property
     def nbytes(self) -> int:
         """Size of the whole block."""
-        return WATCH_BYTES + self.count * self.slot_bytes
+        return WATCH_BYTES + self.count * self.layout.nbytes
 
-    def __getstate__(self) -> tuple[NamelessFile, int, int]:
-        return self._file, self.count, self.slot_bytes
+    def __getstate__(self) -> tuple[NamelessFile | None, int, SlotLayout]:
+        return self._file, self.count, self.layout
 
-    def __setstate__(self, state: tuple[NamelessFile, int, int]) -> None:
+    def __setstate__(self, state: tuple[NamelessFile | None, int, SlotLayout]) -> None:
         self._open(*state)
 
-    def tensor(self, slot: int, place: ImagePlace) -> torch.Tensor:
-        """An image of a slot, (C, I, J, K), as a view of the shared memory."""
-        voxels = math.prod(place.shape)
-        if not voxels:
-            return torch.empty(place.shape, dtype=place.dtype)
-        start = WATCH_BYTES + slot * self.slot_bytes + place.offset
-        flat = torch.frombuffer(self._map, dtype=place.dtype, count=voxels, offset=start)
-        return flat.reshape(place.shape)
+    def placed(self, layout: SlotLayout) -> SlotLayout | None:
+        """The layout of a slot with a patch of some layout in it; None if the patch goes into none.
+
+        A slot of one patch takes any that is no larger, a slot of several only those that make one batch.
+        """
+        if self.layout.rows == 1:
+            return layout if layout.nbytes <= self.layout.nbytes else None
+        return layout.with_rows(self.layout.rows) if layout.is_alike(self.layout) else None
+
+    def tensor(self, slot: int, row: int, place: ImagePlace) -> torch.Tensor:
+        """An image of patch ``row`` of a slot, (C, I, J, K), as a view of the memory."""
+        start = WATCH_BYTES + slot * self.layout.nbytes + place.offset + row * place.nbytes
+        return _viewed(self.bytes[start : start + place.nbytes], place.shape, place.dtype)
+
+    def slot_bytes(self, slot: int) -> torch.Tensor:
+        """The bytes of a slot."""
+        start = WATCH_BYTES + slot * self.layout.nbytes
+        return torch.from_numpy(self.bytes[start : start + self.layout.nbytes])
+
+    def lent_tensor(self, slot: int, count: int, place: ImagePlace, lease: SlotLease) -> torch.Tensor:
+        """An image of the first ``count`` patches of a slot, (count, C, I, J, K), which keeps a lease."""
+        start = WATCH_BYTES + slot * self.layout.nbytes + place.offset
+        memory = np.asarray(_Lent(self.bytes[start : start + count * place.nbytes], lease))
+        return _viewed(memory, (count, *place.shape), place.dtype)
 
 
-def new_tensor(place: ImagePlace) -> torch.Tensor:
-    """Newly allocated memory for an image, (C, I, J, K), with arbitrary contents."""
-    if place.dtype == torch.bfloat16:  # numpy has no such type
-        return torch.empty(place.shape, dtype=place.dtype)
-    dtype = torch.empty(0, dtype=place.dtype).numpy().dtype
-    return torch.from_numpy(buffer_pool.empty(place.shape, dtype))
+class Event(Protocol):
+    """A point in the work of a device."""
+
+    def query(self) -> bool:
+        """Whether the work before it is done."""
+        ...
 
 
-def copied(patch: Patch, dtype: torch.dtype | None) -> Patch:
-    """A copy of a patch in newly allocated memory, with values of type ``dtype``, if one is given."""
+class ReturnedSlots:
+    """Slots whose leases ended, in that order.
+
+    With an ``event``, which gives the end of the work that a device was given, a slot is kept until that is
+    done: it may be copied from.
+    """
+
+    def __init__(self) -> None:
+        self.event: Callable[[], Event] | None = None
+        self._slots: deque[tuple[int, Event | None]] = deque()
+        self._process = os.getpid()
+
+    def append(self, slot: int) -> None:
+        """Add a slot; called by the thread that drops the last tensor, whichever it is."""
+        if os.getpid() == self._process:  # a forked process must not touch the device
+            self._slots.append((slot, None if self.event is None else self.event()))
+
+    def take(self) -> Iterator[int]:
+        """The slots that may be used again."""
+        while self._slots and ((event := self._slots[0][1]) is None or event.query()):
+            yield self._slots.popleft()[0]
+
+
+class SlotLease:
+    """Keeps a slot from being used again, until it is ended or no longer referred to."""
+
+    __slots__ = ("_returned", "_slot")
+
+    def __init__(self, slot: int, returned: ReturnedSlots) -> None:
+        self._slot: int | None = slot
+        self._returned = returned
+
+    def end(self) -> None:
+        """Let the slot be used again."""
+        slot, self._slot = self._slot, None
+        if slot is not None:
+            self._returned.append(slot)
+
+    __del__ = end
+
+
+class _Lent:
+    """Memory of a slot; arrays that view it keep its lease."""
+
+    __slots__ = ("__array_interface__", "_lease", "_memory")
+
+    def __init__(self, memory: NDArray[np.uint8], lease: SlotLease) -> None:
+        self.__array_interface__ = memory.__array_interface__
+        self._memory, self._lease = memory, lease
+
+
+def _viewed(memory: NDArray[np.uint8], shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+    """Bytes as a tensor."""
+    if not len(memory):
+        return torch.empty(shape, dtype=dtype)
+    return torch.from_numpy(memory).view(dtype).reshape(shape)
+
+
+def new_memory(shape: Shape, *, dtype: torch.dtype) -> torch.Tensor:
+    """A new contiguous tensor with arbitrary contents, in memory that is reused when it is dropped."""
+    if dtype == torch.bfloat16:  # numpy has no such type
+        return torch.empty(shape, dtype=dtype)
+    return torch.from_numpy(buffer_pool.empty(shape, torch.empty(0, dtype=dtype).numpy().dtype))
+
+
+def copied(patch: Patch) -> Patch:
+    """A copy of a patch in newly allocated memory, without the gradient of a transform."""
     images = {}
     for place, image in zip(SlotLayout.of_patch(patch).images, patch.images.values(), strict=True):
-        if dtype is not None and image.is_pending(dtype):
-            place = dataclasses.replace(place, dtype=dtype, slope=1.0, inter=0.0)
-        tensor = new_tensor(place)
-        image.write_values(tensor, dtype)
-        images[place.name] = PatchImage(tensor, image.affine, image.kind, place.slope, place.inter)
+        images[place.name] = dataclasses.replace(
+            image, data=new_memory(place.shape, dtype=place.dtype).copy_(image.data.detach())
+        )
     return Patch(images, patch.location, patch.subject)
 
 

@@ -5,43 +5,39 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Literal, cast, get_args
 
 import torch
 
 from zpatch.errors import OptionError
 from zpatch.images.subject import Subject
-from zpatch.runtime import buffer_pool
+from zpatch.loading.batch_slots import HANDED_OUT
+from zpatch.loading.device_copies import CudaStreams, streamed, with_values
+from zpatch.loading.filled_batch import FilledBatch
+from zpatch.loading.patch_queue import Queue
+from zpatch.loading.shared_slots import new_memory
 from zpatch.sampling.patch import Patch
 from zpatch.sampling.patch_batch import PatchBatch, stack
 
-
-@runtime_checkable
-class PatchStream(Protocol):
-    """A dataset whose patches are views of shared memory, and that can be resumed: a queue."""
-
-    @property
-    def pending_dtype(self) -> torch.dtype | None:
-        """The type of values that shared patches still have to be converted to, if any."""
-
-    def iter_shared(self) -> Iterator[Patch]:
-        """Patches that are each valid until the next one is asked for."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the stream is."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume where another stream was."""
+Reuse = Literal["unused", "next"]
+Transfer = Literal["values", "stored"]
 
 
 class SubjectsLoader:
     """Batches from a queue, a grid sampler, or any other iterable of patches.
 
-    ``batch.t1.data`` is (B, C, I, J, K), contiguous; ``contiguous=`` has no effect any more. ``drop_last``
-    leaves out a last batch that is not full. ``pin_memory`` puts batches into page-locked memory if there
-    is a device that copies from it. ``device`` copies batches to a device, without waiting for the copy
-    if the memory is pinned. ``state_dict`` and ``load_state_dict`` are those of the queue, between two
-    batches.
+    ``batch.t1.data`` is (B, C, I, J, K), contiguous. ``drop_last`` leaves out a last batch that is not full.
+    ``state_dict`` and ``load_state_dict`` are those of the queue, between two batches.
+
+    The tensors of a queue's batch are the memory that workers wrote to, which is used again when nobody
+    refers to them any more; a loop that keeps batches gets copies, and a warning. ``reuse="next"`` is for a
+    loop that promises not to look at a batch once it asks for the next one.
+
+    ``device`` copies batches to a device. ``pin_memory`` puts batches into page-locked memory if there is a
+    device that copies from it, and such copies run while this process does not wait. ``transfer="stored"``
+    copies stored voxels where those are smaller than values, which are then computed on the device.
+
+    ``contiguous=`` has no effect any more.
 
     >>> import numpy as np
     >>> from zpatch.images.image import ScalarImage
@@ -60,6 +56,8 @@ class SubjectsLoader:
         drop_last: bool = False,
         pin_memory: bool = False,
         device: torch.device | str | None = None,
+        reuse: Reuse = "unused",
+        transfer: Transfer = "values",
         contiguous: bool | None = None,
     ) -> None:
         if contiguous is not None:
@@ -73,6 +71,7 @@ class SubjectsLoader:
             )
         if batch_size < 1:
             raise OptionError(f"batch_size must be at least 1, not {batch_size}")
+        _check_choices(dataset, reuse, transfer)
         if pin_memory and not _can_pin():
             pin_memory = False
             warnings.warn(
@@ -83,40 +82,84 @@ class SubjectsLoader:
         self.drop_last = drop_last
         self.pin_memory = pin_memory
         self.device = None if device is None else torch.device(device)
+        self.reuse, self.transfer = reuse, transfer
+        self._has_warned = False
+        self._streams = CudaStreams(self.device) if pin_memory and torch.cuda.is_available() else None
+        if isinstance(dataset, Queue):
+            dataset.batch_size = batch_size
 
     def __len__(self) -> int:
         patches = len(cast(Sized, self.dataset))
         return patches // self.batch_size if self.drop_last else -(-patches // self.batch_size)
 
     def __iter__(self) -> Iterator[PatchBatch]:
-        dtype = None
-        if isinstance(self.dataset, PatchStream):  # each patch is copied once, into its batch
-            patches, dtype = self.dataset.iter_shared(), self.dataset.pending_dtype
-        else:
-            patches = iter(self.dataset)
+        return self._of_queue(self.dataset) if isinstance(self.dataset, Queue) else self._of_patches()
+
+    def _of_queue(self, queue: Queue) -> Iterator[PatchBatch]:
+        """The batches that workers wrote."""
+        is_stored = self.transfer == "stored"
+        for filled in queue.iter_batches(
+            self.batch_size, drop_last=self.drop_last, sends_stored=is_stored, streams=self._streams
+        ):
+            made = [self._batch_of(filled, queue.dtype if is_stored else None)]
+            if self.reuse == "unused":
+                del filled
+            yield made.pop()  # from here on only the caller refers to it
+            if self.reuse == "next":
+                filled.release()
+
+    def _batch_of(self, filled: FilledBatch, pending_dtype: torch.dtype | None) -> PatchBatch:
+        batch = None if self._streams is None or self.device is None else streamed(filled, self._streams)
+        return with_values(batch or self._placed(self._viewed(filled)), pending_dtype)
+
+    def _viewed(self, filled: FilledBatch) -> PatchBatch:
+        if self.reuse == "next" or not filled.slots_are_short:
+            return filled.view()
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"the loop refers to more than {HANDED_OUT} batches, so that it gets copies; drop those that "
+                f"it needs no more, or promise not to look at them: reuse='next'",
+                stacklevel=3,
+            )
+        return filled.copy()
+
+    def _of_patches(self) -> Iterator[PatchBatch]:
+        """The batches of other patches, each copied once."""
+        patches = iter(self.dataset)
         while True:
-            batch = stack(patches, self.batch_size, self._new_memory, dtype)
+            batch = stack(patches, self.batch_size, self._new_memory)
             if batch.batch_size < (self.batch_size if self.drop_last else 1):
                 return
             yield self._placed(batch)
 
     def _new_memory(self, shape: tuple[int, ...], *, dtype: torch.dtype) -> torch.Tensor:
-        if self.pin_memory or dtype == torch.bfloat16:
-            return torch.empty(shape, dtype=dtype, pin_memory=self.pin_memory)
-        return torch.from_numpy(buffer_pool.empty(shape, torch.empty(0, dtype=dtype).numpy().dtype))
+        if self.pin_memory:
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        return new_memory(shape, dtype=dtype)
 
     def _placed(self, batch: PatchBatch) -> PatchBatch:
         if self.device is None:
             return batch
-        return batch.map_data(lambda data: data.to(self.device, non_blocking=self.pin_memory))
+        return batch.to(self.device, non_blocking=self.pin_memory)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the queue's stream is: after the batches that were given."""
-        return cast(PatchStream, self.dataset).state_dict()
+        return cast(Queue, self.dataset).state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the next iteration resume where the queue of another loader was."""
-        cast(PatchStream, self.dataset).load_state_dict(state)
+        cast(Queue, self.dataset).load_state_dict(state)
+
+
+def _check_choices(dataset: Any, reuse: str, transfer: str) -> None:
+    """Refuse unknown choices, and those that only batches of a queue have."""
+    for name, chosen, choices in (("reuse", reuse, Reuse), ("transfer", transfer, Transfer)):
+        first, *others = get_args(choices)
+        if chosen not in (first, *others):
+            raise OptionError(f"{name} must be one of {', '.join([first, *others])}, not {chosen!r}")
+        if chosen != first and not isinstance(dataset, Queue):
+            raise OptionError(f"{name}={chosen!r} is for batches of a Queue, not of {dataset!r:.80}")
 
 
 def _gives_subjects(dataset: Any) -> bool:

@@ -1,4 +1,4 @@
-"""A worker of the queue: it gets a draw, and writes the transformed patches to slots of shared memory."""
+"""A worker of the queue: it gets a draw, and writes each patch to its place in a batch, in shared memory."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import contextlib
 import os
 import pickle
 import signal
-import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from numpy.typing import NDArray
@@ -19,27 +18,35 @@ from zpatch.epochs.epoch_plan import Draw
 from zpatch.errors import QueueError
 from zpatch.geometry.affines import Affine
 from zpatch.geometry.boxes import PatchLocation
-from zpatch.loading.draw_reader import DrawReader
-from zpatch.loading.shared_slots import SharedPickle, SlotBlock, SlotLayout
+from zpatch.loading.draw_reader import DrawReader, FailedDraw
+from zpatch.loading.shared_slots import SharedPickle, SlotBlock, SlotLayout, new_memory
 from zpatch.runtime.tasks import end_with_parent
 from zpatch.sampling.patch import Patch
 
 
+class Target(NamedTuple):
+    """Where a patch is written: a row of a batch, by the batch's number and by its slot, if it has one."""
+
+    batch: int
+    row: int
+    slot: int | None
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A draw, and the slots for its patches. ``serial`` is the number of the feed's run that it is of."""
+    """A draw, and a target for each of its patches. ``serial`` is the number of the run that it is of."""
 
     serial: int
     draw: Draw
-    slots: tuple[int, ...]
+    targets: tuple[Target, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Delivered:
-    """A patch in its slot.
+    """A patch that was written to its target.
 
-    ``layout`` places its images in the slot; ``affines`` has an affine for each. A patch that does not fit
-    into the slot is sent as ``arrays``, one for each image.
+    ``layout`` places its images in the slot; ``affines`` has an affine for each. A patch that goes into no
+    slot is sent as ``arrays``, one for each image.
     """
 
     subject: str
@@ -50,43 +57,33 @@ class Delivered:
 
 
 @dataclass(frozen=True, slots=True)
-class Delivery:
-    """What a worker returns for a task: a patch for each of its slots."""
+class Result:
+    """What a worker returns for a task: a patch for each of its targets, or why it failed."""
 
     task: Task
-    patches: Sequence[Delivered]
+    patches: Sequence[Delivered] = ()
+    failure: FailedDraw | None = None
 
 
-class WorkerTraceback(Exception):  # noqa: N818 - it is the text of a traceback
-    """The traceback of an error in a worker: the cause of the error that the caller gets."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Memory:
+    """Where the images of a patch are written: a slot, or memory from which they are sent."""
 
+    layout: SlotLayout
+    tensors: Sequence[torch.Tensor]
+    in_slot: bool
 
-@dataclass(frozen=True, slots=True)
-class FailedDraw:
-    """What a worker returns for a task that failed: the name of the subject, why, and the traceback."""
-
-    task: Task
-    subject: str
-    reason: str
-    traceback: str
-
-    @classmethod
-    def of(cls, task: Task, subject: str, error: BaseException) -> FailedDraw:
-        """The failure of a task by an error, with the notes of the error."""
-        reason = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
-        return cls(task, subject, reason, "".join(traceback.format_exception(error)))
-
-    def error(self) -> QueueError:
-        """The failure as an error, whose cause has the traceback."""
-        error = QueueError(f"subject {self.subject!r} failed in epoch {self.task.draw.epoch}: {self.reason}")
-        error.__cause__ = WorkerTraceback(f"\n\n{self.traceback}")
-        return error
+    def delivered(self, subject: str, location: PatchLocation, affines: Sequence[Affine]) -> Delivered:
+        """What is sent of the patch."""
+        arrays = None if self.in_slot else [packed(tensor) for tensor in self.tensors]
+        return Delivered(subject, location, self.layout, affines, arrays)
 
 
 class Worker(Dataset[Any]):
     """The dataset of torch's DataLoader whose workers these are: its items are done tasks.
 
-    Each worker process gets a copy as it starts, and writes patches to the slots of ``block``.
+    Each worker process gets a copy as it starts, and writes patches to the slots of ``block``. Without
+    workers the queue does its tasks itself.
     """
 
     def __init__(self, reader: DrawReader, block: SlotBlock) -> None:
@@ -94,43 +91,51 @@ class Worker(Dataset[Any]):
         self._block = block
         self._pickle: SharedPickle | None = None
 
-    def __getitem__(self, task: Task) -> Delivery | FailedDraw:
-        """Do a task in a worker process."""
+    def __getitem__(self, task: Task) -> Result:
+        """Do a task."""
         worker = get_worker_info()
         number = worker.id if worker else 0
         self._block.watched[2 * number : 2 * number + 2] = os.getpid(), task.draw.subject + 1
         try:
-            return Delivery(task, self._delivered(task))
+            return Result(task, self._delivered(task))
         except (Exception, SystemExit) as error:  # whatever it is, it must reach the caller with its subject
-            return FailedDraw.of(task, self._reader.name_of(task.draw.subject), error)
+            name = self._reader.name_of(task.draw.subject)
+            return Result(task, failure=FailedDraw.of(task.draw, name, error))
         finally:
             self._block.watched[2 * number + 1] = 0
 
     def _delivered(self, task: Task) -> list[Delivered]:
-        reader, block = self._reader, self._block
-        subject = reader.subjects[task.draw.subject]
-        layout = reader.layout_of(subject)
-        if reader.transform is None and layout.nbytes <= block.slot_bytes:
-            locations = reader.locations(subject, task.draw)
-            outs = [[block.tensor(slot, place) for slot in task.slots] for place in layout.images]
-            affines = reader.read(subject, layout, locations, outs)
+        reader = self._reader
+        if reader.transform is not None:
             return [
-                Delivered(subject.name, at, layout, of) for at, of in zip(locations, affines, strict=True)
+                self._copied(patch, target)
+                for patch, target in zip(reader.patches(task.draw), task.targets, strict=True)
             ]
+        subject = reader.subjects[task.draw.subject]
+        layout, locations = reader.layout_of(subject), reader.locations(subject, task.draw)
+        placed = self._block.placed(layout)
+        memory = [self._memory(target, layout, placed) for target in task.targets]
+        affines = reader.read(subject, layout, locations, [*zip(*(of.tensors for of in memory), strict=True)])
         return [
-            self._sent(patch, slot) for patch, slot in zip(reader.patches(task.draw), task.slots, strict=True)
+            patch.delivered(subject.name, location, of)
+            for patch, location, of in zip(memory, locations, affines, strict=True)
         ]
 
-    def _sent(self, patch: Patch, slot: int) -> Delivered:
+    def _copied(self, patch: Patch, target: Target) -> Delivered:
         layout, images = SlotLayout.of_patch(patch), patch.images.values()
-        arrays = None
-        if layout.nbytes <= self._block.slot_bytes:
-            for place, image in zip(layout.images, images, strict=True):
-                self._block.tensor(slot, place).copy_(image.data.detach())
-        else:
-            arrays = [packed(image.data) for image in images]
-        affines = [image.affine for image in images]
-        return Delivered(patch.subject, patch.location, layout, affines, arrays)
+        memory = self._memory(target, layout, self._block.placed(layout))
+        for tensor, image in zip(memory.tensors, images, strict=True):
+            tensor.copy_(image.data.detach())
+        return memory.delivered(patch.subject, patch.location, [image.affine for image in images])
+
+    def _memory(self, target: Target, layout: SlotLayout, placed: SlotLayout | None) -> _Memory:
+        """The memory for a patch of a layout, ``placed`` in a slot if it goes into one."""
+        if target.slot is None or placed is None:
+            return _Memory(
+                layout, [new_memory(place.shape, dtype=place.dtype) for place in layout.images], in_slot=False
+            )
+        tensors = [self._block.tensor(target.slot, target.row, place) for place in placed.images]
+        return _Memory(placed, tensors, in_slot=True)
 
     @contextlib.contextmanager
     def pickled_once(self) -> Iterator[None]:

@@ -1,7 +1,8 @@
 """Worker processes: started once, watched, and named in the error when they die.
 
-Torch's DataLoader keeps them. This module alone depends on private parts of torch: ``_shutdown_workers`` and
-``_shutdown`` of ``_MultiProcessingDataLoaderIter``, and its handler of SIGCHLD.
+Torch's DataLoader keeps them. This module alone depends on private parts of torch: of its
+``_MultiProcessingDataLoaderIter`` the methods ``_shutdown_workers`` and ``_try_put_index`` and the attributes
+``_shutdown``, ``_send_idx`` and ``_rcvd_idx``, and its handler of SIGCHLD.
 """
 
 from __future__ import annotations
@@ -26,29 +27,27 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from zpatch.errors import OptionError, QueueError
 from zpatch.loading.draw_reader import DrawReader
 from zpatch.loading.shared_slots import SlotBlock
-from zpatch.loading.worker import Delivery, FailedDraw, Task, Worker, start_worker
+from zpatch.loading.worker import Result, Task, Worker, start_worker
 
 TASKS_PER_WORKER = 2
 WATCH_S = 0.5
 COUNTED_S = 2 * WATCH_S  # of the time between two looks: in the rest, this process may have been stopped
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"  # whatever Python's own default is
-Result = Delivery | FailedDraw
 
 
 class WorkerPool:
-    """Worker processes that do tasks in order, from the first result that is asked for until ``close``.
+    """Worker processes that do tasks in order, from the first ``send`` until ``close``.
 
-    ``tasks`` iterates over the tasks, and is iterated again when new ones follow after its end. ``reader``
-    and ``block`` are what the workers read patches with and write them to. Workers that give no result for
-    ``timeout`` seconds while one is awaited are killed; time in which this process was stopped does not
-    count.
+    ``next_task`` gives the task to send next, or None where there is none now. ``reader`` and ``block`` are
+    what the workers read patches with and write them to. Workers that give no result for ``timeout`` seconds
+    while one is awaited are killed; time in which this process was stopped does not count.
     """
 
     def __init__(
         self,
         reader: DrawReader,
         block: SlotBlock,
-        tasks: Callable[[], Iterator[Task]],
+        next_task: Callable[[], Task | None],
         count: int,
         start_method: str,
         timeout: float,
@@ -64,7 +63,7 @@ class WorkerPool:
         self._loader: DataLoader[Result] = DataLoader(
             self._worker,
             batch_size=None,
-            sampler=_Tasks(tasks),
+            sampler=_Tasks(next_task),
             num_workers=count,
             collate_fn=_unchanged,  # type: ignore[arg-type]
             worker_init_fn=start_worker,
@@ -73,20 +72,32 @@ class WorkerPool:
             multiprocessing_context=start_method,
             generator=torch.Generator(),  # torch would draw a seed from its global one
         )
-        self._results: Iterator[Result] | None = None
+        self._results: Any = None  # torch's iterator over the results, once workers run
+        self._limit = TASKS_PER_WORKER * count
         self._processes: list[BaseProcess] = []
 
-    def next_result(self) -> Result:
-        """The result of the next task; a QueueError that names the worker where one died or hung."""
+    @property
+    def in_flight(self) -> int:
+        """Number of tasks whose results were not taken yet."""
+        return 0 if self._results is None else int(self._results._send_idx - self._results._rcvd_idx)
+
+    def send(self) -> None:
+        """Send tasks, as long as there are some and each worker has fewer than ``TASKS_PER_WORKER``."""
         if self._results is None:
             self._start()
-        assert self._results is not None
+        before = -1
+        while before < self.in_flight < self._limit:
+            before = self.in_flight
+            self._results._try_put_index()
+
+    def next_result(self) -> Result:
+        """The result of the next task in flight; a QueueError that names the worker where one died or hung.
+
+        The next task, if any, is sent in its place.
+        """
         self._wait = _Wait(time.monotonic())
         try:
-            result = next(self._results, None)
-            if result is None:  # the tasks had ended, and there are new ones
-                self._results = iter(self._loader)
-                result = next(self._results)
+            result: Result = next(self._results)
         except RuntimeError as error:
             what = f"ended: {self.describe_dead() or error}"
             if self._hung is not None:
@@ -100,7 +111,7 @@ class WorkerPool:
         others = set(multiprocessing.active_children())
         try:
             with nullcontext() if self._start_method == "fork" else self._worker.pickled_once():
-                self._results = iter(self._loader)
+                self._results = iter(self._loader)  # which sends the first tasks
         except OSError as error:
             _end_half_started(error, others)
             raise QueueError(
@@ -152,7 +163,7 @@ class WorkerPool:
         if loader_iterator is not None:
             _closing.add(self)  # from now on it is no error that a worker ends
             try:
-                loader_iterator._shutdown_workers()  # type: ignore[attr-defined]
+                loader_iterator._shutdown_workers()
             finally:
                 _closing.discard(self)
 
@@ -187,13 +198,21 @@ class _Wait:
 
 
 class _Tasks:
-    """The sampler of torch's DataLoader: it gives tasks instead of indices."""
+    """The sampler of torch's DataLoader: it gives tasks instead of indices.
 
-    def __init__(self, tasks: Callable[[], Iterator[Task]]) -> None:
-        self._tasks = tasks
+    Its end is the end of those that can be sent now; more may follow.
+    """
+
+    def __init__(self, next_task: Callable[[], Task | None]) -> None:
+        self._next_task = next_task
 
     def __iter__(self) -> Iterator[Task]:
-        return self._tasks()
+        return self
+
+    def __next__(self) -> Task:
+        if (task := self._next_task()) is None:
+            raise StopIteration
+        return task
 
 
 def _unchanged(result: Result) -> Result:

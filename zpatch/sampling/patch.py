@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from zpatch.chunks.scaling import Scaling
 from zpatch.errors import OptionError, UnknownNameError
 from zpatch.geometry.affines import Affine, crop_affine
 from zpatch.geometry.boxes import PatchLocation
@@ -64,26 +63,6 @@ class PatchImage(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return 2
-
-    def write_values(self, out: torch.Tensor, dtype: torch.dtype | None) -> None:
-        """Write the values to ``out``, of type ``dtype``; with None the data without slope and intercept.
-
-        The gradient of a transform is not copied.
-        """
-        data = self.data.detach()
-        if dtype is None or not self.is_pending(dtype):
-            out.copy_(data)
-            return
-        target = torch.empty(out.shape) if out.dtype == torch.bfloat16 else out  # numpy has no bfloat16
-        Scaling(self.slope, self.inter).write(data.numpy(), target.numpy())
-        if target is not out:
-            out.copy_(target)
-
-    def is_pending(self, dtype: torch.dtype | None) -> bool:
-        """Whether the data is still to be converted to values of a type; label maps never are."""
-        if dtype is None or self.kind == "label" or self.data.is_complex():
-            return False
-        return self.data.dtype != dtype or (self.slope, self.inter) != (1.0, 0.0)
 
 
 class ImagesByName(Mapping[str, PatchImage]):

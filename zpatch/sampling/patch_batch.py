@@ -64,50 +64,34 @@ def collate(patches: Sequence[Patch]) -> PatchBatch:
     return stack(patches, len(patches))
 
 
-def stack(
-    patches: Iterable[Patch],
-    count: int,
-    new_memory: NewMemory = torch.empty,
-    dtype: torch.dtype | None = None,
-) -> PatchBatch:
+def stack(patches: Iterable[Patch], count: int, new_memory: NewMemory = torch.empty) -> PatchBatch:
     """A batch of at most ``count`` patches; each patch is copied before the next one is asked for.
 
-    ``new_memory(shape, dtype=)`` allocates the batch (b, c, i, j, k) of one image. With a ``dtype``, images
-    other than label maps are written as values of that type.
+    ``new_memory(shape, dtype=)`` allocates the batch (b, c, i, j, k) of one image. Gradients are not copied.
     """
     batch: dict[str, torch.Tensor] = {}
     taken: list[Patch] = []
     for patch in itertools.islice(patches, count):
         if taken:
-            _check_alike(patch, taken[0], dtype)
+            _check_alike(patch, taken[0])
         for name, image in patch.images.items():
             if not taken:
-                batch[name] = new_memory((count, *image.data.shape), dtype=_type(image, dtype))
-            image.write_values(batch[name][len(taken)], dtype)
+                batch[name] = new_memory((count, *image.data.shape), dtype=image.data.dtype)
+            batch[name][len(taken)].copy_(image.data.detach())
         taken.append(patch)
     images = {
         name: PatchImage(
             data[: len(taken)],
             np.stack([patch[name].affine for patch in taken]),
             taken[0][name].kind,
-            *np.array([_pending_scale(patch[name], dtype) for patch in taken]).T,
+            *np.array([(patch[name].slope, patch[name].inter) for patch in taken]).T,
         )
         for name, data in batch.items()
     }
     return PatchBatch(images, [p.location for p in taken], [p.subject for p in taken])
 
 
-def _type(image: PatchImage, dtype: torch.dtype | None) -> torch.dtype:
-    """The type of an image in a batch."""
-    return dtype if dtype is not None and image.is_pending(dtype) else image.data.dtype
-
-
-def _pending_scale(image: PatchImage, dtype: torch.dtype | None) -> tuple[float, float]:
-    """Slope and intercept that are left to apply to a batch of the image."""
-    return (1.0, 0.0) if image.is_pending(dtype) else (image.slope, image.inter)
-
-
-def _check_alike(patch: Patch, first: Patch, dtype: torch.dtype | None) -> None:
+def _check_alike(patch: Patch, first: Patch) -> None:
     if list(patch.images) != list(first.images):
         raise OptionError(
             f"a batch needs the same images in each patch: {patch.subject!r} has "
@@ -119,7 +103,7 @@ def _check_alike(patch: Patch, first: Patch, dtype: torch.dtype | None) -> None:
             raise OptionError(
                 f"a batch needs patches of one shape: {name!r} has {', '.join(map(str, sorted(shapes)))}"
             )
-        types = [_type(one[name], dtype) for one in (patch, first)]
+        types = [one[name].data.dtype for one in (patch, first)]
         if types[0] != types[1]:
             raise OptionError(f"a batch needs patches of one type: {name!r} has {types[0]} and {types[1]}")
 
