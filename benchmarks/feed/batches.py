@@ -25,6 +25,7 @@ from benchmarks.read.peers import PRESET, convert
 PATCH, BATCH, PER_SUBJECT, WORKERS, MAX_LENGTH = 96, 8, 10, 2, 100
 ZPATCH, ZPATCH_ALONE = f"zpatch, {PRESET}", f"zpatch, {PRESET}, no workers"
 ZPATCH_HC, ZPATCH_NONE = "zpatch, lz4hc", "zpatch, none"
+ZPATCH_STORED = f"{ZPATCH}, dtype=None"
 GROUPS = "zpatch's groups without a queue, two threads"
 GROUPS_FLOAT, LIMIT = f"{GROUPS}, as float32", "limit: memory maps, two threads"
 
@@ -50,6 +51,7 @@ class Contender:
 
     ``cohort`` is a folder of ``data.cohort``; a contender without a ``store`` reads its files. Contenders of
     one ``kind`` are compared. A ``transposed`` one gives (x, y, z); a ``bare`` one only numbers of patches.
+    ``dtype`` is the type of its images.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Contender:
     folder: Path | None = None  # of the package, if it is not installed with the others
     transposed: bool = False
     bare: bool = False
+    dtype: torch.dtype = torch.float32
 
     @property
     def installed(self) -> bool:
@@ -103,11 +106,13 @@ def zpatch_queue(store: Path, **options: Any) -> Any:
     return zp.Queue(zp.Cohort(store), zp.UniformSampler(patch), **chosen)
 
 
-def _zpatch_of(name: str, codec: str, workers: int = WORKERS) -> Contender:
+def _zpatch_of(name: str, codec: str, workers: int = WORKERS, stored: bool = False) -> Contender:
     def open_it(cohort: Path, store: Path) -> Epoch:
         import zpatch as zp
 
-        loader = zp.SubjectsLoader(zpatch_queue(store, num_workers=workers), batch_size=BATCH)
+        options: dict[str, Any] = {"dtype": None} if stored else {}
+        queue = zpatch_queue(store, num_workers=workers, **options)
+        loader = zp.SubjectsLoader(queue, batch_size=BATCH)
 
         def epoch() -> Iterator[Batch]:
             for batch in loader:
@@ -116,8 +121,15 @@ def _zpatch_of(name: str, codec: str, workers: int = WORKERS) -> Contender:
         return epoch
 
     kind = "workers" if workers else "threads"
+    dtype = torch.int16 if stored else torch.float32
     return Contender(
-        name, f"zpatch-{codec}", _make_zpatch(codec), open_it, f"zpatch, {kind}", transposed=True
+        name,
+        f"zpatch-{codec}",
+        _make_zpatch(codec),
+        open_it,
+        f"zpatch, {kind}",
+        transposed=True,
+        dtype=dtype,
     )
 
 
@@ -212,6 +224,7 @@ ZPATCHES = (
     _zpatch_of(ZPATCH_ALONE, PRESET, workers=0),
     _zpatch_of(ZPATCH_HC, "lz4hc"),
     _zpatch_of(ZPATCH_NONE, "none"),
+    _zpatch_of(ZPATCH_STORED, PRESET, stored=True),
     _groups_of(GROUPS, "int16"),
     _groups_of(GROUPS_FLOAT, "float32"),
     Contender(LIMIT, "", no_store, _open_limit, kind="limit"),

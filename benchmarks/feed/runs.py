@@ -71,7 +71,7 @@ def _check(contender: Contender, epoch: Epoch, cohort: Path) -> None:
         return
     seen: Counter[str] = Counter()
     for batch in epoch():
-        assert batch.image.dtype == torch.float32
+        assert batch.image.dtype == contender.dtype
         assert batch.label.dtype == torch.uint8
         assert batch.image.shape == batch.label.shape == (BATCH, 1, PATCH, PATCH, PATCH)
         if not seen:

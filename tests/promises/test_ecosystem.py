@@ -227,6 +227,7 @@ def test_lightning_logs_on_two_ranks(lightning: Any, cohort_store: Path, tmp_pat
 # accelerate
 
 
+@pytest.mark.filterwarnings("ignore:the loop refers to more:UserWarning")
 @pytest.mark.parametrize("plain", [False, True])
 def test_an_accelerate_loop_trains_and_finds_the_size_of_batches(cohort: zp.Cohort, plain: bool) -> None:
     """It leaves a SubjectsLoader as it is, whose queue knows its rank; of a DataLoader it makes its own."""
