@@ -88,8 +88,8 @@ NOT_SHOWN = (
     "different random locations. The head is the same in each subject, at another position.",
     "An epoch's rate includes reading ahead for the next one, as the epoch before has read ahead for it. "
     "Starting workers is not included, except for TorchIO 1, which starts new ones for each epoch.",
-    "zpatch's batches are views of the memory that workers wrote to; the consumer drops each before it asks for "
-    "the next but one. With dtype=None images stay int16, and their slope and intercept are left to apply.",
+    "zpatch's batches are views of the memory that workers wrote to; the consumer drops each before it asks "
+    "for the next but one. With dtype=None images stay int16, and slope and intercept are left to apply.",
     "TorchIO 2 is a pre-release. Its queue never frees a volume: from the second epoch on it copies from "
     "memory, and reads no file. With new subjects each epoch it reads them, as the others do.",
     "zpatch's batches are contiguous, (B, C, I, J, K); those of peers have the order of memory that they "
@@ -301,7 +301,7 @@ def _memory(feed: _Feed) -> str:
     base, _ = feed.run("queue_in_memory", store, "", "")
     tiny, _ = feed.run("queue_in_memory", store, 1, "")
     peak, stated = feed.run("queue_in_memory", store, PATCH, "")
-    batched, _ = feed.run("queue_in_memory", store, PATCH, "batched")
+    batched, stated_batched = feed.run("queue_in_memory", store, PATCH, "batched")
     growth = feed.run("growth", store, EPOCHS)
     workers, mine = (max(map(_slope_mib, growth[which])) for which in ("workers", "mine"))
     rows = [
@@ -321,8 +321,8 @@ def _memory(feed: _Feed) -> str:
         Goal("peak of the queue, a patch at a time", peak / MIB, bounds[0] / MIB, "MiB"),
         Goal("peak with batches", batched / MIB, bounds[1] / MIB, "MiB"),
         Goal(
-            f"`max_memory` beside {delivered} patches as delivered: `max_length`, in flight, {HANDED_OUT} batches",
-            stated / (delivered * voxels),
+            f"`max_memory` beside {delivered} patches: `max_length`, in flight, {HANDED_OUT} batches",
+            stated_batched / (delivered * voxels),
             1.15,
             "times",
         ),
