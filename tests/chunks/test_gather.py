@@ -9,12 +9,14 @@ import math
 import mmap
 import os
 import struct
+import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import pytest
 from hypothesis import example, given
@@ -34,8 +36,8 @@ from reading import (
 from reading import loop as loop
 
 from zpatch.chunks import gather as gathering
-from zpatch.chunks.codec import CODECS, ChunkCodec
-from zpatch.chunks.gather import GatherPlan, gather, read_region
+from zpatch.chunks.codec import CODECS, CRC_BYTES, ChunkCodec
+from zpatch.chunks.gather import GONE, UNEQUAL, GatherPlan, gather, read_region
 from zpatch.chunks.mapped_shards import MappedShard, close_shards
 from zpatch.chunks.scaling import UNSCALED, Scaling
 from zpatch.chunks.sharded_array import ChunkFiles, ShardedArray
@@ -79,13 +81,15 @@ def run_loop(
     codec: str = "blosc",
     scaled_from: str = "",
     scaling: Scaling = UNSCALED,
-) -> tuple[int, bool]:
-    """The row at which the compiled loop stopped, and whether its chunk is damaged."""
+    checks: Any = b"",
+    files: Any = b"",
+) -> tuple[int, int]:
+    """The row at which the compiled loop stopped, and what is wrong with its chunk."""
     assert gathering._compiled is not None
     itemsize = np.dtype(dtype).itemsize
     rows = np.array(rows, np.int64) if isinstance(rows, list) else rows
     return gathering._compiled(
-        rows, start, frames, outs, tuple(chunk), itemsize, codec, scaled_from, *scaling
+        rows, checks, start, frames, files, outs, tuple(chunk), itemsize, codec, scaled_from, *scaling
     )
 
 
@@ -683,6 +687,105 @@ def test_the_loop_reports_an_uncompressed_chunk_of_another_size_as_damage(length
     out = np.zeros((1, 2, 3, 4), np.int16)
     row = row_of(whole(out.shape), length=length)
     assert run_loop([row], [bytes(60)], [out], out.shape, "<i2", codec="none") == (0, True)
+
+
+# Chunks compared with their checksums, in memory and in files
+
+
+@contextlib.contextmanager
+def as_file(content: bytes) -> Iterator[int]:
+    """The descriptor of a file that holds some bytes."""
+    with tempfile.TemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        yield file.fileno()
+
+
+def run_checked(codec: str, data: bytes, voxels: Voxels, where: str) -> tuple[tuple[int, int], Voxels]:
+    """Read a chunk that its checksum follows, from memory or from a file."""
+    length = len(data) - CRC_BYTES
+    out, rows = np.zeros_like(voxels), [row_of(whole(voxels.shape), length=length)]
+    with as_file(data) as file:
+        frames, files = ([data], b"") if where == "memory" else ([b""], np.array([file]))
+        found = run_loop(
+            rows, frames, [out], voxels.shape, voxels.dtype, codec=codec, checks=b"\1", files=files
+        )
+    return found, out
+
+
+@needs_compiled_loop
+@pytest.mark.parametrize("where", ["memory", "file"])
+@pytest.mark.parametrize("codec", ["none", "blosc"])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, n) for n in (1, 2, 7, 8, 9, 255, 767, 768, 12287, 12288, 12289)] + [(1, 65, 65, 65)]
+)
+def test_a_chunk_is_read_only_if_its_checksum_is_that_of_google_crc32c(
+    shape: tuple[int, ...], codec: str, where: str, rng: np.random.Generator
+) -> None:
+    voxels = random_voxels(shape, "|u1", seed=shape[-1])
+    encoded = voxels.tobytes() if codec == "none" else frame_of(voxels)
+    data = encoded + google_crc32c.value(encoded).to_bytes(4, "little")
+    found, out = run_checked(codec, data, voxels, where)
+    assert found == (1, 0)
+    assert_same_bytes(out, voxels)
+    for position in {0, len(data) - 5, len(data) - 1, *rng.integers(len(data), size=20).tolist()}:
+        wrong = bytearray(data)
+        wrong[position] ^= 1 << int(rng.integers(8))
+        found, out = run_checked(codec, bytes(wrong), voxels, where)
+        assert found == (0, UNEQUAL)
+        assert not out.any()
+
+
+@needs_compiled_loop
+def test_chunks_without_a_check_are_not_compared_with_the_bytes_behind_them() -> None:
+    voxels = random_voxels((1, 2, 3, 4), "<i2")
+    rows = [row_of(whole(voxels.shape), length=48, map_=n, out=n) for n in range(3)]
+    for checks, found in ((b"\0\0\0", (3, 0)), (b"\0\1\0", (1, UNEQUAL)), (b"", (3, 0))):
+        outs = [np.zeros_like(voxels) for _ in range(3)]
+        frames = [voxels.tobytes() + b"1234"] * 3
+        assert run_loop(rows, frames, outs, voxels.shape, "<i2", codec="none", checks=checks) == found
+        for out in outs[: found[0]]:
+            assert_same_bytes(out, voxels)
+
+
+@needs_compiled_loop
+def test_a_chunk_whose_checksum_reaches_past_its_map_is_refused_and_past_its_file_is_gone() -> None:
+    out, row = np.zeros((1, 2, 3, 4), np.int16), row_of(whole((1, 2, 3, 4)), length=48)
+    with pytest.raises(ValueError, match="reaches outside its map"):
+        run_loop([row], [bytes(51)], [out], out.shape, "<i2", codec="none", checks=b"\1")
+    with as_file(bytes(51)) as file:
+        files = np.array([file])
+        arguments = ([row], [b""], [out], out.shape, "<i2")
+        assert run_loop(*arguments, codec="none", checks=b"\1", files=files) == (0, GONE)
+        assert run_loop(*arguments, codec="none", files=files) == (1, 0)
+    assert run_loop(*arguments, codec="none", files=np.array([2**20])) == (0, GONE)  # it is not open
+
+
+@needs_compiled_loop
+@pytest.mark.parametrize("offset", [2**62, 2**63 - 1])
+def test_a_chunk_anywhere_past_the_end_of_a_file_is_gone_or_refused(offset: int) -> None:
+    out, row = np.zeros((1, 2, 3, 4), np.int16), row_of(whole((1, 2, 3, 4)), offset=offset, length=48)
+    with as_file(bytes(99)) as file, contextlib.suppress(ValueError):
+        found = run_loop([row], [b""], [out], out.shape, "<i2", codec="none", files=np.array([file]))
+        assert found == (0, GONE)
+
+
+@needs_compiled_loop
+def test_a_chunk_in_a_file_may_have_a_mebibyte() -> None:
+    for size in (2**20, 2**20 + 1):
+        out, row = np.zeros((1, 1, 1, size), np.uint8), row_of(whole((1, 1, 1, size)), length=size)
+        refused = pytest.raises(ValueError, match="reaches outside its map")
+        with as_file(b"x" * size) as file, refused if size > 2**20 else contextlib.nullcontext():
+            run_loop([row], [b""], [out], out.shape, "|u1", codec="none", files=np.array([file]))
+            assert (out == ord("x")).all()
+
+
+@needs_compiled_loop
+@pytest.mark.parametrize("changes", [{"checks": b"\1\1"}, {"files": np.zeros(2, np.int64)}, {"files": b"12"}])
+def test_checks_and_files_of_another_number_are_refused(changes: dict[str, Any]) -> None:
+    out, row = np.zeros((1, 2, 3, 4), np.int16), row_of(whole((1, 2, 3, 4)), length=48)
+    with pytest.raises(ValueError, match=r"one (byte|int64) for each"):
+        run_loop([row], [bytes(99)], [out], out.shape, "<i2", codec="none", **changes)
 
 
 # Plans: each chunk once, each voxel once

@@ -20,15 +20,23 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from reading import both_loops, random_voxels
+from reading import assert_same_bytes, both_loops, random_voxels
 from reading import loop as loop
 from record import Some
 
 import zpatch as zp
+from zpatch.chunks import mapped_shards
 from zpatch.chunks.codec import CODECS, codec_of, encode_chunk
 from zpatch.chunks.gather import GatherPlan, read_region
 from zpatch.chunks.layout import Layout
-from zpatch.chunks.mapped_shards import NO_CHUNK, OPEN_MAPS, MappedShard, close_shards, open_shard
+from zpatch.chunks.mapped_shards import (
+    NO_CHUNK,
+    OPEN_MAPS,
+    MappedShard,
+    OpenFile,
+    close_shards,
+    open_shard,
+)
 from zpatch.chunks.scaling import Scaling
 from zpatch.chunks.shard_writer import write_shard
 from zpatch.chunks.sharded_array import ChunkFiles, ShardedArray
@@ -342,6 +350,128 @@ def test_a_map_in_use_outlives_its_eviction(array: ShardedArray, voxels: NDArray
 
 def test_an_open_shard_is_mapped_once(array: ShardedArray) -> None:
     assert open_shard(array, (0, 0, 0, 0)) is open_shard(array, (0, 0, 0, 0))
+
+
+@both_loops
+def test_chunks_are_read_from_the_file_at_first_and_through_a_map_when_they_are_read_again(
+    array: ShardedArray, voxels: NDArray[np.int16], loop: str
+) -> None:
+    shard = open_shard(array, (0, 0, 0, 0))
+    for stop, is_mapped in ((4, False), (12, False), (4, True), (12, True)):
+        whole = read_region(array, (0, 0, 0, stop - 4), (1, 2, 4, min(stop, 11)))
+        np.testing.assert_array_equal(whole[0], voxels[:2, :4, stop - 4 : stop])
+        if loop == "compiled":
+            assert (shard._map is not None) == is_mapped
+
+
+def test_an_array_with_large_chunks_is_read_through_a_map(tmp_path: Path) -> None:
+    voxels = random_voxels((65, 128, 128), "|u1")
+    array = written(tmp_path / "array", voxels, voxels.shape, voxels.shape, "none")
+    assert_same_bytes(read_region(array, (0, 0, 0, 0), array.shape)[0], voxels)
+    assert open_shard(array, (0, 0, 0, 0))._map is not None
+
+
+def test_an_open_shard_has_one_descriptor_before_and_after_it_is_mapped(array: ShardedArray) -> None:
+    before = psutil.Process().num_fds()
+    for _ in range(3):
+        read_region(array, (0, 0, 0, 0), array.shape)
+        assert psutil.Process().num_fds() == before + 3
+    close_shards(array.path)
+    assert psutil.Process().num_fds() == before
+
+
+def test_a_file_in_use_outlives_the_making_of_its_map(array: ShardedArray) -> None:
+    """As in other threads, which may still read from the descriptor."""
+    shard = open_shard(array, (0, 0, 0, 0))
+    opened = shard.place(np.array([0]))
+    assert isinstance(opened, OpenFile)
+    shard.mark_read(np.array([0]))
+    assert not isinstance(shard.place(np.array([0])), OpenFile)
+    assert os.fstat(opened.number).st_size == array.shard_file((0, 0, 0, 0)).stat().st_size
+
+
+@pytest.fixture
+def quickly_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mapped_shards, "SETTLED_NS", 0)
+
+
+@both_loops
+@pytest.mark.usefixtures("quickly_settled")
+def test_chunks_of_a_file_that_is_opened_again_are_not_checked_again(
+    array: ShardedArray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, everything = np.arange(1), np.arange(18)
+    read_region(array, (0, 0, 0, 0), (1, 2, 4, 4))
+    close_shards(array.path)
+    shard = open_shard(array, (0, 0, 0, 0))
+    assert not shard.unchecked(first).any()
+    assert shard.unchecked(everything[1:]).all()
+    assert isinstance(shard.place(first), OpenFile)
+    read_region(array, (0, 0, 0, 0), array.shape)
+    close_shards(array.path)
+    assert not open_shard(array, (0, 0, 0, 0)).unchecked(everything).any()
+
+
+def touched(file: Path) -> None:
+    os.utime(file)
+
+
+def written_again(file: Path) -> None:
+    file.write_bytes(file.read_bytes())
+
+
+def replaced(file: Path) -> None:
+    shutil.copy2(file, file.with_name("copy"))
+    file.with_name("copy").rename(file)
+
+
+@pytest.mark.usefixtures("quickly_settled")
+@pytest.mark.parametrize("change", [touched, written_again, replaced])
+def test_chunks_of_a_file_that_has_changed_are_checked_again(
+    array: ShardedArray, change: Callable[[Path], None]
+) -> None:
+    read_region(array, (0, 0, 0, 0), array.shape)
+    close_shards(array.path)
+    time.sleep(0.02)  # a kernel's clock for files may step by 10 ms
+    change(array.shard_file((0, 0, 0, 0)))
+    assert open_shard(array, (0, 0, 0, 0)).unchecked(np.arange(18)).all()
+
+
+def test_chunks_of_a_file_that_has_just_changed_are_not_remembered(array: ShardedArray) -> None:
+    read_region(array, (0, 0, 0, 0), array.shape)
+    close_shards(array.path)
+    assert open_shard(array, (0, 0, 0, 0)).unchecked(np.arange(18)).all()
+
+
+@pytest.mark.usefixtures("quickly_settled")
+def test_a_limited_number_of_chunks_is_remembered(
+    array: ShardedArray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mapped_shards, "MOST_REMEMBERED_CHUNKS", 17)
+    read_region(array, (0, 0, 0, 0), array.shape)
+    close_shards(array.path)
+    assert open_shard(array, (0, 0, 0, 0)).unchecked(np.arange(18)).all()
+
+
+@both_loops
+def test_a_chunk_that_is_damaged_after_the_shard_was_opened_is_found(
+    array: ShardedArray, voxels: NDArray[np.int16]
+) -> None:
+    file = array.shard_file((0, 0, 0, 0))
+    first = read_region(array, (0, 0, 0, 0), (1, 2, 4, 4))
+    np.testing.assert_array_equal(first[0], voxels[:2, :4, :4])
+    offset = int(open_shard(array, (0, 0, 0, 0)).extents[1, 0])
+    for again in (False, True):  # from the file and through a map
+        with file.open("r+b") as stream:
+            stream.seek(offset + 20)
+            byte = stream.read(1)[0]
+            stream.seek(offset + 20)
+            stream.write(bytes([byte ^ 1]))
+        with pytest.raises(DamageError, match=r"chunk 1 of the file .* does not match its checksum"):
+            read_region(array, (0, 0, 0, 0 if again else 4), (1, 2, 4, 8))
+        with file.open("r+b") as stream:
+            stream.seek(offset + 20)
+            stream.write(bytes([byte]))
 
 
 def test_maps_can_be_read_in_a_forked_child(array: ShardedArray, voxels: NDArray[np.int16]) -> None:

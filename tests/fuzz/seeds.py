@@ -91,6 +91,13 @@ def of_gather() -> Iterator[bytes]:
                 )
             )
             yield head + boxes + struct.pack("<H", 0) + bytes([len(rows), 0]) + table + encoded
+    for is_blosc, files, mode in itertools.product((0, 1), (0, 2), (0, 2, 4, 6)):  # files, checksums
+        data = np.frombuffer(voxels(math.prod(chunk), "u2", "steps"), "u2")
+        encoded = bytes(blosc.compress(data, b"lz4", 5)) if is_blosc else data.tobytes()
+        head = struct.pack("<B4f4B", 2 | is_blosc, *SCALING, *(side - 1 for side in chunk))
+        boxes = bytes((0, files)) + bytes(side - 1 for side in chunk) + bytes(4)
+        table = struct.pack("<BHHB", mode, 0, len(encoded), 0) + bytes((1, 0, 0, 2, 0, 0, 4, 0, 0, 39, 0, 0))
+        yield head + boxes + struct.pack("<H", 0) + b"\1\0" + table + encoded + b"1234"
     deep = (1, 19, 2, 21)  # boxes in any order of axes
     for writer, order in itertools.product(range(8), range(24)):
         item = (1, 2, 4, 8, 1, 1, 2, 2)[writer]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import os
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import pytest
 from inputs import DamagedError, Input, Voxels, plain_blosc, plain_lz4
@@ -30,7 +32,9 @@ def read_line(frame: bytes, item: int, voxels: int, first: int, stop: int) -> Vo
     """Voxels of a chunk in one line; None where it is not decoded."""
     row = np.array([[0, 0, len(frame), 0, *(0, 1, 0) * 3, first, stop - first, 0]])
     out = np.empty((1, 1, 1, stop - first), f"u{item}")
-    stopped, _ = loops.gather(row, 0, [frame], [out], (1, 1, 1, voxels), item, "blosc", "", *UNSCALED)
+    stopped, _ = loops.gather(
+        row, b"", 0, [frame], b"", [out], (1, 1, 1, voxels), item, "blosc", "", *UNSCALED
+    )
     return out.reshape(-1) if stopped else None
 
 
@@ -91,16 +95,20 @@ def try_gather(data: bytes) -> None:
     chunk = [given.signed() if raw else given.take(1) % limit + 1 for limit in limits]
     if min(chunk) > 0 and 2**16 <= math.prod(chunk) * item < 2**60:
         return
-    boxes, maps, rows, start = take_boxes_maps_and_rows(given, chunk, item, scaled_from, raw)
+    boxes, maps, files, rows, checks, start = take_boxes_maps_and_rows(given, chunk, item, scaled_from, raw)
     before = [layout.filled(dtype_of(item, scaled_from), n) for n, layout in boxes]
     after = [layout.filled(dtype_of(item, scaled_from), n) for n, layout in boxes]
     codec = "blosc" if mode & 1 else "none"
     try:
         stopped, _ = loops.gather(
-            rows, start, maps, after, tuple(chunk), item, codec, scaled_from, *map(float, scaling)
-        )
+            rows, checks, start, [b""] * len(maps) if files else maps, np.array(files, np.int64), after,
+            tuple(chunk), item, codec, scaled_from, *map(float, scaling),
+        )  # fmt: skip
     except (ValueError, MemoryError):
         return
+    finally:
+        for file in files:
+            os.close(file)
     if any(layout.overlaps for _, layout in boxes):
         return
     for key, group in itertools.groupby(rows[start:stopped].tolist(), lambda row: row[:2]):
@@ -122,32 +130,46 @@ def dtype_of(item: int, scaled_from: str) -> str:
 
 
 def take_boxes_maps_and_rows(given: Input, chunk: list[int], item: int, scaled_from: str, raw: int) -> Any:
-    box_count, map_count = given.take(1) % 3 + 1, given.take(1) % 2 + 1
+    box_count, map_mode = given.take(1) % 3 + 1, given.take(1)
     boxes = []
     for number in range(box_count):
         shape = [given.take(1) % limit + 1 for limit in (2, 20, 6, 80)]
         boxes.append((number, given.layout(shape, 4 if scaled_from else item)))
     first_map, count, start = given.take(2), given.take(1) % 16, given.take(1) % 16
     table, bodies = Input(given.bytes(count * (128 if raw else 18))), given.left
-    split = first_map if map_count > 1 and first_map < len(bodies) else len(bodies)
-    maps = [bodies[:split], bodies[split:]][:map_count]
-    rows = [take_row(table, raw, chunk, [box.shape for _, box in boxes], maps) for _ in range(count)]
-    return boxes, maps, np.array(rows, np.int64).reshape(-1, 16), start
+    split = first_map if map_mode & 1 and first_map < len(bodies) else len(bodies)
+    maps = [bytearray(bodies[:split]), bytearray(bodies[split:])][: 1 + (map_mode & 1)]
+    shapes = [box.shape for _, box in boxes]
+    taken = [take_row(table, raw, chunk, shapes, maps) for _ in range(count)]
+    checks = b"" if raw else bytes(check for _, check in taken)
+    files = [file_of(content) for content in maps] if map_mode & 2 and hasattr(os, "memfd_create") else []
+    return boxes, maps, files, np.array([row for row, _ in taken], np.int64).reshape(-1, 16), checks, start
+
+
+def file_of(content: bytearray) -> int:
+    file = os.memfd_create("map")
+    os.write(file, content)
+    return file
 
 
 def take_row(
-    table: Input, raw: int, chunk: list[int], boxes: list[tuple[int, ...]], maps: list[bytes]
-) -> list[int]:
+    table: Input, raw: int, chunk: list[int], boxes: list[tuple[int, ...]], maps: list[bytearray]
+) -> tuple[list[int], int]:
+    """A row, and whether its chunk is compared with its checksum, which may be written first."""
     if raw:
-        return [table.signed() for _ in range(16)]
-    number, offset, length, box = table.take(1) % len(maps), table.take(2), table.take(2), table.take(1)
-    offset, box = -1 if offset == 0xFFFF else offset, box % len(boxes)
+        return [table.signed() for _ in range(16)], 0
+    mode, offset, length, box = table.take(1), table.take(2), table.take(2), table.take(1)
+    number, offset, box = mode % len(maps), -1 if offset == 0xFFFF else offset, box % len(boxes)
     row = [number, offset, len(maps[number]) - offset if length == 0xFFFF else length, box]
     for in_chunk, in_box in zip(chunk, boxes[box], strict=True):
         extent = table.take(1) % min(in_chunk, in_box) + 1
         first, target = table.take(1) % (in_chunk - extent + 1), table.take(1) % (in_box - extent + 1)
         row += [first, extent, target]
-    return row
+    end = offset + row[2]
+    if mode & 4 and offset >= 0 and row[2] >= 0 and end + 4 <= len(maps[number]):
+        sealed = google_crc32c.value(bytes(maps[number][offset:end]))
+        maps[number][end : end + 4] = sealed.to_bytes(4, "little")
+    return row, mode >> 1 & 1
 
 
 def decoded(data: bytes, parts: list[list[int]], chunk: list[int], item: int, codec: str) -> Voxels:

@@ -18,7 +18,8 @@
 #include <string.h>
 
 enum { AXES = 4, SLACK = 64, MAX_ITEM = 8 };
-enum { FINE, DAMAGED, UNKNOWN, NO_MEMORY, BAD_ROW, GONE }; /* states of a chunk or of a row */
+/* States of a chunk or of a row. UNEQUAL: the checksum differs; WAITS: the bytes are not in memory yet. */
+enum { FINE, DAMAGED, UNKNOWN, NO_MEMORY, BAD_ROW, GONE, UNEQUAL, WAITS };
 enum { BLOSC_HEADER = 16, BLOSC_SHUFFLED = 1, BLOSC_STORED = 2, BLOSC_BITS = 4, BLOSC_WHOLE = 16 };
 enum { BLOSC_FORMAT = 2, BLOSC_LZ4 = 1 };
 enum { MAX_STREAMS = 16, LEAST_STREAM = 128 }; /* of a block that blosc splits; bytes of each */

@@ -1,10 +1,13 @@
-/* The inner loop of a group read: encoded chunks in memory-mapped shards -> parts of boxes.
+/* The inner loop of a group read: encoded chunks in shards, memory-mapped or open -> parts of boxes.
  *
  * Each chunk is decoded as far as its boxes need it, and its voxels are copied from the decoded planes of
  * bytes straight into the boxes. A chunk in an encoding that is not supported here is reported, and gather.py
  * decodes it with numcodecs: the same voxels, slower.
  */
 
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE /* preadv2 */
+#endif
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030B0000
 #include <Python.h>
@@ -13,6 +16,7 @@
 
 #include "_copies.h"
 #include "_decode.h"
+#include "_encoded.h"
 #include "_guard.h"
 #include "_parts.h"
 
@@ -22,18 +26,44 @@
 
 /* ---- rows ---- */
 
-static int row_is_sound(const int64_t *row, const Chunks *chunks, const Py_buffer *maps, Py_ssize_t map_count,
-                        const Py_buffer *outs, Py_ssize_t out_count)
+typedef struct {
+    const int64_t *rows;
+    size_t count;
+    const uint8_t *checks; /* for each row, whether its chunk is compared with its checksum; or NULL */
+    Chunks chunks;
+    Writer writer;
+    Shard *shards;
+    Py_ssize_t shard_count, out_count;
+    const Py_buffer *outs;
+} Work;
+
+typedef struct {
+    Decoded chunk;
+    Copy copy;
+    uint8_t *line;
+} Memory;
+
+static int bytes_are_sound(const Work *work, const int64_t *row, int is_checked)
 {
-    if (row[MAP] < 0 || row[MAP] >= map_count || row[BOX] < 0 || row[BOX] >= out_count)
+    if (row[MAP] < 0 || row[MAP] >= work->shard_count || row[OFFSET] < 0 || row[LENGTH] < 0)
         return 0;
-    int64_t map_bytes = maps[row[MAP]].len;
-    if (row[OFFSET] < 0 || row[LENGTH] < 0 || row[OFFSET] > map_bytes ||
-        row[LENGTH] > map_bytes - row[OFFSET])
+    const Shard *shard = work->shards + row[MAP];
+    int64_t most = shard->map ? shard->bytes : MOST_COPIED, checksum = is_checked ? CRC_BYTES : 0;
+    if (!shard->map)
+        return row[LENGTH] <= most && row[OFFSET] <= INT64_MAX - most - CRC_BYTES;
+    return row[OFFSET] <= most && row[LENGTH] <= most - row[OFFSET] &&
+           checksum <= most - row[OFFSET] - row[LENGTH];
+}
+
+static int row_is_sound(const Work *work, size_t at)
+{
+    const int64_t *row = work->rows + at * COLUMNS;
+    if (!bytes_are_sound(work, row, work->checks && work->checks[at]) || row[BOX] < 0 ||
+        row[BOX] >= work->out_count)
         return 0;
     for (int a = 0; a < AXES; a++) {
         const int64_t *part = row + PARTS + 3 * a;
-        int64_t in_chunk = (int64_t)chunks->shape[a], in_out = outs[row[BOX]].shape[a];
+        int64_t in_chunk = (int64_t)work->chunks.shape[a], in_out = work->outs[row[BOX]].shape[a];
         if (part[0] < 0 || part[1] < 1 || part[2] < 0 || part[1] > in_chunk || part[1] > in_out)
             return 0;
         if (part[0] > in_chunk - part[1] || part[2] > in_out - part[1])
@@ -52,49 +82,93 @@ static size_t voxel_number(const int64_t *row, const Chunks *chunks, int past_th
     return number + (past_the_end ? 1 : 0);
 }
 
+static int is_same_chunk(const int64_t *row, const int64_t *next)
+{
+    return next[MAP] == row[MAP] && next[OFFSET] == row[OFFSET];
+}
+
+/* Finds the end of the rows of a chunk, and which of its voxels they need. */
+static int rows_of_chunk(const Work *work, size_t at, size_t *end, size_t *first, size_t *stop)
+{
+    const int64_t *row = work->rows + at * COLUMNS;
+    *first = SIZE_MAX;
+    *stop = 0;
+    if (row[OFFSET] < 0) /* the chunk is missing */
+        return UNKNOWN;
+    for (*end = at; *end < work->count; ++*end) {
+        const int64_t *next = work->rows + *end * COLUMNS;
+        if (!is_same_chunk(row, next))
+            break;
+        if (!row_is_sound(work, *end))
+            return BAD_ROW;
+        size_t low = voxel_number(next, &work->chunks, 0), high = voxel_number(next, &work->chunks, 1);
+        *first = low < *first ? low : *first;
+        *stop = high > *stop ? high : *stop;
+    }
+    return FINE;
+}
+
+static Place place_of(const Work *work, size_t at)
+{
+    const int64_t *row = work->rows + at * COLUMNS;
+    return (Place){row[OFFSET], (size_t)row[LENGTH], work->checks && work->checks[at]};
+}
+
+/* Asks for the chunks from row `at` on that are read for the first time. */
+static void ask_for_rest(const Work *work, size_t at)
+{
+    const int64_t *row = NULL;
+    for (; at < work->count; at++) {
+        const int64_t *next = work->rows + at * COLUMNS;
+        Place place = place_of(work, at);
+        if ((!row || !is_same_chunk(row, next)) && bytes_are_sound(work, next, place.is_checked) &&
+            (place.is_checked || !work->shards[next[MAP]].map))
+            ask_for(work->shards + next[MAP], &place);
+        row = next;
+    }
+}
+
+/* Decodes the chunk of row `at`, as far as its voxels from `first` up to `stop` need it. */
+static int decode_row(const Work *work, Memory *memory, size_t at, size_t first, size_t stop)
+{
+    const Shard *shard = work->shards + work->rows[at * COLUMNS + MAP];
+    const Chunks *chunks = &work->chunks;
+    Place place = place_of(work, at);
+    const uint8_t *bytes;
+    int is_whole = chunks->blosc || place.length != chunks->bytes;
+    size_t from = is_whole ? 0 : first * chunks->item, to = is_whole ? place.length : stop * chunks->item;
+    int state = !memory->copy.waits && shard->map && place.is_checked ? WAITS : FINE;
+    if (state == FINE)
+        state = find_bytes(&memory->copy, shard, &place, from, to, &bytes);
+    if (state == WAITS) {
+        memory->copy.waits = 1;
+        ask_for_rest(work, at);
+        state = find_bytes(&memory->copy, shard, &place, from, to, &bytes);
+    }
+    return state == FINE ? decode_chunk(&memory->chunk, bytes, place.length, chunks, first, stop) : state;
+}
+
 /* Copies all rows. Returns the state of the last row that was reached, and leaves its number in `at`. */
-static int gather_rows(const int64_t *rows, size_t count, const Chunks *chunks, const Writer *writer,
-                       const Py_buffer *maps, Py_ssize_t map_count, const Py_buffer *outs,
-                       Py_ssize_t out_count, size_t *at, Decoded *chunk, uint8_t *line)
+static int gather_rows(const Work *work, Memory *memory, size_t *at)
 {
     int state = FINE;
-    for (size_t end; state == FINE && *at < count; *at = end) {
-        const int64_t *row = rows + *at * COLUMNS;
-        size_t first = SIZE_MAX, stop = 0;
-        if (row[OFFSET] < 0) { /* the chunk is missing */
-            state = UNKNOWN;
-            break;
-        }
-        for (end = *at; end < count; end++) {
-            const int64_t *next = rows + end * COLUMNS;
-            if (next[MAP] != row[MAP] || next[OFFSET] != row[OFFSET])
-                break;
-            if (!row_is_sound(next, chunks, maps, map_count, outs, out_count)) {
-                state = BAD_ROW;
-                break;
-            }
-            size_t low = voxel_number(next, chunks, 0), high = voxel_number(next, chunks, 1);
-            first = low < first ? low : first;
-            stop = high > stop ? high : stop;
-        }
+    for (size_t end, first, stop; *at < work->count; *at = end) {
+        state = rows_of_chunk(work, *at, &end, &first, &stop);
         if (state == FINE)
-            state = decode_chunk(chunk, (const uint8_t *)maps[row[MAP]].buf + row[OFFSET],
-                                 (size_t)row[LENGTH], chunks, first, stop);
+            state = decode_row(work, memory, *at, first, stop);
         if (state != FINE)
             break;
         for (size_t r = *at; r < end; r++) {
-            const int64_t *part = rows + r * COLUMNS;
-            write_part(writer, chunk, chunks, part, outs + part[BOX], line,
-                       line + TILE + chunks->shape[3] * MAX_ITEM);
+            const int64_t *part = work->rows + r * COLUMNS;
+            write_part(&work->writer, &memory->chunk, &work->chunks, part, work->outs + part[BOX],
+                       memory->line, memory->line + TILE + work->chunks.shape[3] * MAX_ITEM);
         }
     }
     return state;
 }
 
 /* As gather_rows; GONE where a file of a map was cut short. */
-static int gather_guarded(const int64_t *rows, size_t count, const Chunks *chunks, const Writer *writer,
-                          const Py_buffer *maps, Py_ssize_t map_count, const Py_buffer *outs,
-                          Py_ssize_t out_count, size_t *at, Decoded *chunk, uint8_t *line)
+static int gather_guarded(const Work *work, Memory *memory, size_t *at)
 {
     sigjmp_buf place;
     if (sigsetjmp(place, 0)) {
@@ -102,28 +176,25 @@ static int gather_guarded(const int64_t *rows, size_t count, const Chunks *chunk
         return GONE;
     }
     guard_begin(&place);
-    int state =
-        gather_rows(rows, count, chunks, writer, maps, map_count, outs, out_count, at, chunk, line);
+    int state = gather_rows(work, memory, at);
     guard_end();
     return state;
 }
 
-static int gather_all(const int64_t *rows, size_t count, const Chunks *chunks, const Writer *writer,
-                      const Py_buffer *maps, Py_ssize_t map_count, const Py_buffer *outs,
-                      Py_ssize_t out_count, size_t *at)
+static int gather_all(const Work *work, size_t *at)
 {
     int state = NO_MEMORY;
-    Decoded chunk = {0};
-    chunk.capacity = MAX_ITEM;
-    chunk.start = malloc(chunk.capacity * sizeof *chunk.start);
-    chunk.scratch = malloc(chunks->blosc ? chunks->bytes + SLACK : SLACK);
-    uint8_t *line = malloc(TILE + 2 * chunks->shape[3] * MAX_ITEM);
-    if (chunk.start && chunk.scratch && line)
-        state = gather_guarded(rows, count, chunks, writer, maps, map_count, outs, out_count, at, &chunk,
-                               line);
-    free(chunk.start);
-    free(chunk.scratch);
-    free(line);
+    Memory memory = {{0}, {0}, malloc(TILE + 2 * work->chunks.shape[3] * MAX_ITEM)};
+    Decoded *chunk = &memory.chunk;
+    chunk->capacity = MAX_ITEM;
+    chunk->start = malloc(chunk->capacity * sizeof *chunk->start);
+    chunk->scratch = malloc(work->chunks.blosc ? work->chunks.bytes + SLACK : SLACK);
+    if (chunk->start && chunk->scratch && memory.line)
+        state = gather_guarded(work, &memory, at);
+    free(chunk->start);
+    free(chunk->scratch);
+    free(memory.copy.bytes);
+    free(memory.line);
     return state;
 }
 
@@ -156,7 +227,21 @@ static Py_buffer *acquire(PyObject *objects, int flags, Py_ssize_t *count)
     return buffers;
 }
 
-static const char *problem_with(const Chunks *chunks, const Py_buffer *rows, const Py_buffer *outs,
+/* The shards whose bytes are in `maps`, or in the files whose numbers are not -1. */
+static Shard *shards_of(const Py_buffer *maps, const Py_buffer *files, Py_ssize_t count)
+{
+    Shard *shards = PyMem_Calloc((size_t)count + 1, sizeof *shards);
+    if (!shards)
+        return (Shard *)PyErr_NoMemory();
+    for (Py_ssize_t n = 0; n < count; n++) {
+        int64_t file = files->len ? ((const int64_t *)files->buf)[n] : -1;
+        const uint8_t *map = maps[n].buf ? maps[n].buf : (const uint8_t *)"";
+        shards[n] = (Shard){file < 0 ? map : NULL, maps[n].len, (int)file};
+    }
+    return shards;
+}
+
+static const char *problem_with(const Chunks *chunks, Py_ssize_t row_bytes, const Py_buffer *outs,
                                 Py_ssize_t out_count, const Writer *writer)
 {
     size_t bytes = chunks->item, limit = chunks->blosc ? INT_MAX : PTRDIFF_MAX / (4 * MAX_ITEM);
@@ -165,7 +250,7 @@ static const char *problem_with(const Chunks *chunks, const Py_buffer *rows, con
             return "a chunk must have 1 byte to 2 GiB, or more where it is not compressed";
         bytes *= chunks->shape[a];
     }
-    if (rows->len % (Py_ssize_t)(COLUMNS * sizeof(int64_t)))
+    if (row_bytes % (Py_ssize_t)(COLUMNS * sizeof(int64_t)))
         return "rows must have 16 columns of int64";
     for (Py_ssize_t i = 0; i < out_count; i++)
         if (outs[i].ndim != AXES || outs[i].itemsize != (Py_ssize_t)writer->written)
@@ -173,55 +258,78 @@ static const char *problem_with(const Chunks *chunks, const Py_buffer *rows, con
     return NULL;
 }
 
-static PyObject *gather(PyObject *module, PyObject *arguments)
+static PyObject *gather_into(Work *work, Py_ssize_t start, PyObject *const *objects)
 {
-    (void)module;
-    PyObject *row_object, *map_objects, *out_objects;
-    Py_ssize_t start, c, z, y, x, item;
-    const char *codec, *scaled_from;
-    Scaling scaling;
-    Writer writer;
-    if (!PyArg_ParseTuple(arguments, "OnOO(nnnn)nssdddd:gather", &row_object, &start, &map_objects,
-                          &out_objects, &c, &z, &y, &x, &item, &codec, &scaled_from, &scaling.slope,
-                          &scaling.inter, &scaling.low, &scaling.high))
-        return NULL;
-    if (start < 0 || c < 1 || z < 1 || y < 1 || x < 1 || item < 1 ||
-        !choose_writer(&writer, (size_t)item, scaled_from)) {
-        PyErr_SetString(PyExc_ValueError, "this shape of chunks or type of voxels is not supported");
-        return NULL;
-    }
-    writer.scaling = scaling;
-    Chunks chunks = {{(size_t)c, (size_t)z, (size_t)y, (size_t)x}, (size_t)item, 0, !strcmp(codec, "blosc")};
-    Py_buffer rows;
-    if (PyObject_GetBuffer(row_object, &rows, PyBUF_C_CONTIGUOUS))
-        return NULL;
+    enum { ROWS, CHECKS, FILES, TABLES };
+    Py_buffer tables[TABLES] = {{0}};
+    Py_ssize_t held = 0, map_count = 0;
     PyObject *answer = NULL;
-    Py_ssize_t map_count = 0, out_count = 0;
-    Py_buffer *maps = acquire(map_objects, PyBUF_SIMPLE, &map_count);
-    Py_buffer *outs = maps ? acquire(out_objects, PyBUF_WRITABLE | PyBUF_STRIDES, &out_count) : NULL;
+    Py_buffer *maps = NULL, *outs = NULL;
+    for (; held < TABLES; held++)
+        if (PyObject_GetBuffer(objects[held], tables + held, PyBUF_C_CONTIGUOUS))
+            goto done;
+    maps = acquire(objects[TABLES], PyBUF_SIMPLE, &map_count);
+    outs = maps ? acquire(objects[TABLES + 1], PyBUF_WRITABLE | PyBUF_STRIDES, &work->out_count) : NULL;
     if (!outs)
         goto done;
-    const char *problem = problem_with(&chunks, &rows, outs, out_count, &writer);
+    Chunks *chunks = &work->chunks;
+    const char *problem = problem_with(chunks, tables[ROWS].len, outs, work->out_count, &work->writer);
+    work->count = (size_t)tables[ROWS].len / (COLUMNS * sizeof(int64_t));
+    if (tables[CHECKS].len && (size_t)tables[CHECKS].len != work->count)
+        problem = "checks must have one byte for each row, or none";
+    if (tables[FILES].len && tables[FILES].len != map_count * (Py_ssize_t)sizeof(int64_t))
+        problem = "files must have one int64 for each map, or none";
     if (problem) {
         PyErr_SetString(PyExc_ValueError, problem);
         goto done;
     }
-    chunks.bytes = chunks.item * chunks.shape[0] * chunks.shape[1] * chunks.shape[2] * chunks.shape[3];
-    size_t count = (size_t)rows.len / (COLUMNS * sizeof(int64_t)), at = (size_t)start;
+    work->rows = tables[ROWS].buf;
+    work->checks = tables[CHECKS].len ? tables[CHECKS].buf : NULL;
+    work->shards = shards_of(maps, tables + FILES, map_count);
+    if (!work->shards)
+        goto done;
+    work->shard_count = map_count;
+    work->outs = outs;
+    chunks->bytes = chunks->item * chunks->shape[0] * chunks->shape[1] * chunks->shape[2] * chunks->shape[3];
+    size_t at = (size_t)start;
     int state;
-    Py_BEGIN_ALLOW_THREADS state =
-        gather_all(rows.buf, count, &chunks, &writer, maps, map_count, outs, out_count, &at);
+    Py_BEGIN_ALLOW_THREADS state = gather_all(work, &at);
     Py_END_ALLOW_THREADS if (state == NO_MEMORY) PyErr_NoMemory();
     else if (state == BAD_ROW)
         PyErr_Format(PyExc_ValueError, "row %zu reaches outside its map, its chunk or its box", at);
-    else answer = Py_BuildValue("ni", (Py_ssize_t)at, state == DAMAGED || state == GONE ? state : FINE);
+    else answer = Py_BuildValue("ni", (Py_ssize_t)at, state == UNKNOWN ? FINE : state);
 done:
+    PyMem_Free(work->shards);
     if (outs)
-        release(outs, out_count);
+        release(outs, work->out_count);
     if (maps)
         release(maps, map_count);
-    PyBuffer_Release(&rows);
+    while (held > 0)
+        PyBuffer_Release(tables + --held);
     return answer;
+}
+
+static PyObject *gather(PyObject *module, PyObject *arguments)
+{
+    (void)module;
+    PyObject *objects[5]; /* rows, checks, files, maps, outs */
+    Py_ssize_t start, c, z, y, x, item;
+    const char *codec, *scaled_from;
+    Scaling scaling;
+    Work work = {0};
+    if (!PyArg_ParseTuple(arguments, "OOnOOO(nnnn)nssdddd:gather", objects, objects + 1, &start, objects + 3,
+                          objects + 2, objects + 4, &c, &z, &y, &x, &item, &codec, &scaled_from,
+                          &scaling.slope, &scaling.inter, &scaling.low, &scaling.high))
+        return NULL;
+    if (start < 0 || c < 1 || z < 1 || y < 1 || x < 1 || item < 1 ||
+        !choose_writer(&work.writer, (size_t)item, scaled_from)) {
+        PyErr_SetString(PyExc_ValueError, "this shape of chunks or type of voxels is not supported");
+        return NULL;
+    }
+    work.writer.scaling = scaling;
+    work.chunks =
+        (Chunks){{(size_t)c, (size_t)z, (size_t)y, (size_t)x}, (size_t)item, 0, !strcmp(codec, "blosc")};
+    return gather_into(&work, start, objects);
 }
 
 static long long step_of(const Py_buffer *view, int axis)
@@ -300,12 +408,14 @@ static PyObject *scale(PyObject *module, PyObject *arguments)
 
 static PyMethodDef methods[] = {
     {"gather", gather, METH_VARARGS,
-     "gather(rows, start, maps, outs, chunk_shape, itemsize, codec, scaled_from, slope, inter, low, "
-     "high)\n--\n\n"
+     "gather(rows, checks, start, maps, files, outs, chunk_shape, itemsize, codec, scaled_from, slope, inter, "
+     "low, high)\n--\n\n"
      "Copy parts of chunks into boxes, from row ``start`` on.\n\n"
+     "Chunks of rows whose byte in ``checks`` is not 0 are compared with the crc32c that follows them. Where\n"
+     "``files`` has a file descriptor instead of -1, it is read instead of the map of the same number.\n\n"
      "Gives the row at which it stopped (the number of rows where all are copied), and 1 if that row's chunk\n"
-     "is damaged, 5 if its file was cut short; otherwise the chunk is missing or its encoding is not\n"
-     "supported here."},
+     "is damaged, 5 if its file was cut short, 6 if its checksum differs; otherwise the chunk is missing or\n"
+     "its encoding is not supported here."},
     {"copy", copy, METH_VARARGS,
      "copy(source, out)\n--\n\n"
      "Copy an array of at most 4 axes that views a memory map; False if its file was cut short."},

@@ -3,8 +3,10 @@ from typing import Any
 
 def gather(
     rows: Any,
+    checks: Any,
     start: int,
     maps: Sequence[Any],
+    files: Any,
     outs: Sequence[Any],
     chunk_shape: tuple[int, int, int, int],
     itemsize: int,

@@ -1,7 +1,7 @@
 """A group of boxes -> which part of which chunk is copied where -> voxels; each chunk is decoded once.
 
 The plan is an array of int64, one row for each part of a chunk that is copied into a box. Reading it locates
-the chunks in memory-mapped shards, which changes the first three columns; `_gather.c` names them alike::
+the chunks in shard files, which changes the first three columns; `_gather.c` names them alike::
 
     column        0       1       2       3     4      5       6       7-9  10-12  13-15
     GatherPlan    SHARD   CHUNK   -       BOX   first  extent  target  z    y      x
@@ -9,8 +9,8 @@ the chunks in memory-mapped shards, which changes the first three columns; `_gat
 
     SHARD          number of the shard in the array's grid of shards, in C order
     CHUNK          number of the chunk in its shard, in C order
-    MAP            number of the buffer that holds the chunk's bytes
-    OFFSET LENGTH  where in the buffer the encoded chunk begins, and its bytes; -1 for a chunk that is missing
+    MAP            number of the buffer or file that holds the chunk's bytes
+    OFFSET LENGTH  where in it the encoded chunk begins, and its bytes; -1 for a chunk that is missing
     BOX            number of the box
     first          first voxel of the part in the chunk, along c; then the same three along z, y and x
     extent         voxels of the part
@@ -25,13 +25,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from zpatch.chunks.mapped_shards import MappedShard, open_shard
+from zpatch.chunks.mapped_shards import MappedShard, OpenFile, open_shard
 from zpatch.chunks.scaling import COMPILED_TYPES, UNSCALED, Scaling
 from zpatch.chunks.sharded_array import ShardedArray
 from zpatch.geometry.boxes import Integers, Voxels
@@ -45,7 +45,7 @@ except ImportError:  # installed without a compiler
 SHARD, CHUNK = 0, 1
 MAP, OFFSET, LENGTH = 0, 1, 2
 BOX, PARTS, COLUMNS = 3, 4, 16
-DAMAGED, GONE = 1, 5  # as in _decode.h
+DAMAGED, GONE, UNEQUAL = 1, 5, 6  # as in _decode.h
 _COMPILED_ITEMSIZES = (1, 2, 4, 8)
 _COMPILED_CODECS = ("none", "blosc")
 
@@ -134,22 +134,35 @@ def _strides(grid: Sequence[int]) -> list[int]:
 class LocatedRows:
     """The rows of a plan as the compiled loop takes them: chunks are named by where their bytes are.
 
-    ``buffers[row[MAP]]`` holds the bytes of a row's chunk, from ``row[OFFSET]`` on.
+    ``places[row[MAP]]`` is the buffer or the file that has the bytes of a row's chunk, from ``row[OFFSET]``
+    on. ``checks`` has a byte for each row, not 0 if its chunk is compared with its checksum; or none.
     """
 
     rows: Integers
-    buffers: Sequence[Any]
+    places: Sequence[Any]
+    checks: Any = b""
 
     @classmethod
-    def of(cls, plan: GatherPlan, buffers: Sequence[Any], maps: Any, extents: Any) -> LocatedRows:
+    def of(cls, plan: GatherPlan, places: Sequence[Any], maps: Any, extents: Any, checks: Any) -> LocatedRows:
         """``maps`` (n,) and ``extents`` (n, 2), offset and length, are those of each row's chunk."""
         rows = plan.rows.copy()
         rows[:, MAP] = maps
         rows[:, OFFSET : LENGTH + 1] = extents
-        return cls(rows, buffers)
+        return cls(rows, places, checks)
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def buffers(self) -> list[Any]:
+        """The buffers; an empty one for each file."""
+        return [b"" if isinstance(place, OpenFile) else place for place in self.places]
+
+    @property
+    def files(self) -> Integers:
+        """The descriptors of the files; -1 for each buffer."""
+        numbers = [place.number if isinstance(place, OpenFile) else -1 for place in self.places]
+        return np.array(numbers, np.int64)
 
 
 def read_region(array: ShardedArray, first: Sequence[int], stop: Sequence[int]) -> Voxels:
@@ -173,9 +186,15 @@ def gather(
     if array.codec.compressor not in _COMPILED_CODECS or not _is_compiled(array, outs, scaling):
         _gather_in_python(array, plan.rows, shards, outs, scaling)
         return
-    at, problem = _gather_compiled(array, 0, located, outs, scaling)
-    while at < len(located):
+    at, problem = 0, 0
+    while True:
+        start, (at, problem) = at, _gather_compiled(array, at, located, outs, scaling)
+        _mark_read(plan.rows[start:at], shards)
+        if at == len(located):
+            return
         shard, chunk = plan.rows[at, : CHUNK + 1].tolist()
+        if problem == UNEQUAL:
+            raise shards[shard].unequal(chunk)
         if problem == DAMAGED:
             raise shards[shard].undecodable(chunk)
         if problem == GONE:
@@ -183,7 +202,7 @@ def gather(
         starts = np.append(plan.chunk_starts, len(located))
         stop = int(starts[np.searchsorted(starts, at, side="right")])  # one chunk, decoded by numcodecs
         _gather_in_python(array, plan.rows[at:stop], shards, outs, scaling)
-        at, problem = _gather_compiled(array, stop, located, outs, scaling)
+        at = stop
 
 
 def copy_chunks(
@@ -199,11 +218,8 @@ def copy_chunks(
     memory = [chunks[number] for number in numbers.tolist()]
     one = memory[0]
     if _is_compiled(one, outs, scaling):
-        rows = LocatedRows.of(plan, memory, maps, (0, one.nbytes)).rows
-        c, z, y, x = one.shape
-        _compiled(
-            rows, 0, memory, outs, (c, z, y, x), one.itemsize, "none", _scaled_from(one, outs), *scaling
-        )
+        located = LocatedRows.of(plan, memory, maps, (0, one.nbytes), b"")
+        _run_compiled(located, 0, outs, one, one.shape, "none", scaling)
         return
     for row in plan.rows.tolist():
         source, target = _slices(row)
@@ -213,32 +229,39 @@ def copy_chunks(
 def _located(array: ShardedArray, plan: GatherPlan) -> tuple[dict[int, MappedShard], LocatedRows]:
     """The shards of a plan by number, and its rows for the compiled loop.
 
-    Chunks that are touched for the first time are compared with their checksums. If shards have no file, the
-    array's metadata are looked at again, and then once more the files: so an array that was away for a moment
-    is no array of fill values.
+    If shards have no file, the array's metadata are looked at again, and then once more the files: so an
+    array that was away for a moment is no array of fill values.
     """
     numbers, chunks = plan.rows[:, SHARD], plan.rows[:, CHUNK]
-    ends = [*(np.flatnonzero(numbers[1:] != numbers[:-1]) + 1).tolist(), len(numbers)]
     maps, extents = np.empty(len(numbers), np.int64), np.empty((len(numbers), 2), np.int64)
+    checks = np.empty(len(numbers), np.uint8)
     shards: dict[int, MappedShard] = {}
-    unchecked = []
-    for start, end in itertools.pairwise([0, *ends]):
+    places: list[Any] = []
+    for start, end in _stretches(numbers):
         place = np.unravel_index(numbers[start], array.shard_grid)
         shard = open_shard(array, tuple(map(int, place)))
         touched = chunks[start:end]
-        if (fresh := shard.unchecked(touched)).size:
-            shard.fetch(fresh)
-            unchecked.append((shard, fresh))
         maps[start:end] = len(shards)
         extents[start:end] = shard.extents[touched]
+        checks[start:end] = shard.unchecked(touched)
+        places.append(shard.place(touched))
         shards[int(numbers[start])] = shard
-    for shard, fresh in unchecked:
-        shard.check(fresh)
     if array.metadata is not None and (missing := [s for s in shards.values() if s.is_missing]):
         array.metadata.check(str(array))
         if not all(shard.is_current() for shard in missing):
             return _located(array, plan)
-    return shards, LocatedRows.of(plan, [shard.bytes for shard in shards.values()], maps, extents)
+    return shards, LocatedRows.of(plan, places, maps, extents, checks)
+
+
+def _stretches(numbers: Integers) -> Iterator[tuple[int, int]]:
+    """Start and end of each stretch of equal numbers."""
+    ends = [*(np.flatnonzero(numbers[1:] != numbers[:-1]) + 1).tolist(), len(numbers)]
+    return itertools.pairwise([0, *ends])
+
+
+def _mark_read(rows: Integers, shards: Mapping[int, MappedShard]) -> None:
+    for start, end in _stretches(rows[:, SHARD]) if len(rows) else ():
+        shards[int(rows[start, SHARD])].mark_read(rows[start:end, CHUNK])
 
 
 def writes_directly(array: ShardedArray | Voxels, dtype: np.dtype[Any], scaling: Scaling) -> bool:
@@ -263,20 +286,33 @@ def _gather_compiled(
 ) -> tuple[int, int]:
     """Copy rows from ``start`` on, up to the first whose chunk is missing, damaged or encoded otherwise.
 
-    Returns the number of that row, and DAMAGED or GONE where its chunk or its file is.
+    Returns the number of that row, and DAMAGED, UNEQUAL or GONE where its chunk or its file is.
     """
-    at, problem = _compiled(
+    return _run_compiled(located, start, outs, array, array.chunks, array.codec.compressor, scaling)
+
+
+def _run_compiled(
+    located: LocatedRows,
+    start: int,
+    outs: Sequence[Voxels],
+    array: ShardedArray | Voxels,
+    chunk_shape: Any,
+    compressor: str,
+    scaling: Scaling,
+) -> tuple[int, int]:
+    return _compiled(
         located.rows,
+        located.checks,
         start,
         located.buffers,
+        located.files,
         outs,
-        array.chunks,
+        chunk_shape,
         array.dtype.itemsize,
-        array.codec.compressor,
+        compressor,
         _scaled_from(array, outs),
         *scaling,
     )
-    return at, problem
 
 
 def _scaled_from(array: ShardedArray | Voxels, outs: Sequence[Voxels]) -> str:

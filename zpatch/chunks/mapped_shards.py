@@ -1,9 +1,13 @@
-"""Chunks in memory-mapped files: which file holds a chunk, at which offset, and whether its bytes are intact.
+"""Chunks in shard files: which file holds a chunk, at which offset, and whether its bytes are intact.
 
 A shard file has the chunks of one shard, one after the other, and an index: for each chunk, in C order, its
 offset and length as little-endian uint64, both 2**64 - 1 for a chunk that is missing; then the index's crc32c
 (Zarr v3, sharding_indexed). In stores of zpatch the index is at the end of the file, and each chunk is
 followed by its crc32c. In an array without shards each file is one chunk.
+
+Chunks are read from the open file at first, which takes less time than mapping their pages, and through a
+memory map once some of them are read again. Each chunk is compared with its checksum when it is read for the
+first time in a process.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +25,32 @@ from zpatch.chunks.codec import CRC_BYTES, Bytes, crc32c
 from zpatch.chunks.mapped_memory import copy_mapped
 from zpatch.chunks.sharded_array import ShardedArray
 from zpatch.errors import DamageError
-from zpatch.geometry.boxes import Integers, Voxels
+from zpatch.geometry.boxes import Bools, Integers, Voxels
 from zpatch.runtime.guarded_files import is_behind_link, open_regular
 from zpatch.runtime.recent import Recent
 
-NO_CHUNK = 2**64 - 1
+NO_CHUNK = 2**64 - 1  # -1 as a signed integer
 OPEN_MAPS = 128
+MOST_COPIED = 2**20  # as in _encoded.h: larger chunks are always read through a map
+REMEMBERED = 4096  # shards
+MOST_REMEMBERED_CHUNKS = 4096  # of a shard
+SETTLED_NS = 2 * 10**9  # a file changed later than that may change again within the same time stamp
+
+
+class OpenFile:
+    """A file descriptor, closed when nothing refers to it any more."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.close(self.number)
 
 
 class MappedShard:
-    """One file of chunks, memory-mapped, its index parsed and checked once.
+    """One file of chunks, open or memory-mapped, its index parsed and checked once.
 
     ``extents`` (chunks, 2) has the offset and length of each chunk's encoded bytes, without their checksum;
     both are -1 for a chunk that is missing.
@@ -42,90 +63,99 @@ class MappedShard:
         if array.fill is None and is_behind_link(array.path.parent, self.file.parent):
             raise self._damage("it is behind a link to another folder")
         self._identity = _identity(self.file) if array.fill is not None else None
-        self._map, self.bytes = self._mapped()
+        self._map: Bytes | None = None
+        self._open = self._opened()
+        status = None if self._open is None else os.fstat(self._open.number)
+        self._bytes = 0 if status is None else status.st_size
+        if status is not None and not self._bytes:
+            raise self._damage("it is empty")
         self.extents = self._read_index()
-        self._checked = np.zeros(len(self.extents), dtype=bool)
+        self._is_large = int(self.extents[:, 1].max(initial=0)) > MOST_COPIED
+        self._read = np.zeros(len(self.extents), dtype=bool)
+        self._checked = _checked_before(self.file, status, len(self.extents))
 
     @property
     def is_missing(self) -> bool:
         """Whether the array has no file for the shard, so that all its chunks have the fill value."""
-        return self._map is None
+        return not self._bytes
 
     def is_current(self) -> bool:
-        """Whether the file is still the one that was mapped; stores of zpatch never change a file."""
+        """Whether the file is still the one that was opened; stores of zpatch never change a file."""
         return self._array.fill is None or self._identity == _identity(self.file)
 
-    def _mapped(self) -> tuple[mmap.mmap | None, Bytes]:
+    def _opened(self) -> OpenFile | None:
         try:  # files of other Zarr arrays may be links, as in git-annex
-            handle = open_regular(self.file, follow=self._array.fill is not None)
+            return OpenFile(open_regular(self.file, follow=self._array.fill is not None))
         except FileNotFoundError:
             if self._array.fill is not None:
-                return None, np.zeros(0, np.uint8)
+                return None
             raise self._damage("it is missing") from None
         except OSError as error:
             raise self._damage(f"it cannot be opened ({error.strerror})") from None
-        try:
-            if os.fstat(handle).st_size == 0:
-                raise self._damage("it is empty")
-            view = mmap.mmap(handle, 0, access=mmap.ACCESS_READ)
-        finally:
-            os.close(handle)
-        return view, np.frombuffer(view, np.uint8)
 
     def _read_index(self) -> Integers:
         array, files = self._array, self._array.files
         chunks = math.prod(array.chunks_per_shard)
-        if self._map is None:
+        if self._open is None:
             return np.broadcast_to(np.int64(-1), (chunks, 2))
         if files.index is None:
-            offsets, lengths = np.zeros(1, np.uint64), np.full(1, len(self.bytes), np.uint64)
-            first, stop = 0, len(self.bytes)
+            extents = np.array([[0, self._bytes]], np.int64)
+            first, stop = 0, self._bytes
         else:
             index_bytes = 16 * chunks + files.index_checksum * CRC_BYTES
-            if len(self.bytes) < index_bytes:
-                raise self._damage(f"it has {len(self.bytes)} bytes, fewer than its index")
+            if self._bytes < index_bytes:
+                raise self._damage(f"it has {self._bytes} bytes, fewer than its index")
             at_end = files.index == "end"
-            start = len(self.bytes) - index_bytes if at_end else 0
-            index = self._read(start, start + index_bytes)
+            start = self._bytes - index_bytes if at_end else 0
+            index = self._copy(start, start + index_bytes)
             if files.index_checksum and crc32c(index[:-CRC_BYTES]) != index[-CRC_BYTES:].tobytes():
                 raise self._damage("its index does not match its checksum")
-            offsets, lengths = index[: 16 * chunks].view("<u8").reshape(chunks, 2).T.astype(np.uint64)
-            first, stop = (0, len(self.bytes) - index_bytes) if at_end else (index_bytes, len(self.bytes))
-        present = offsets != NO_CHUNK
-        longest = np.uint64(2**62)
-        ends = np.minimum(offsets, longest) + np.minimum(lengths, longest)
-        outside = (ends > stop) | (offsets < first) | (lengths <= array.codec.crc_bytes)
-        if np.any(outside & present):
+            extents = index[: 16 * chunks].view("<i8").reshape(chunks, 2).astype(np.int64)
+            first, stop = (0, start) if at_end else (index_bytes, self._bytes)
+        offsets, lengths = extents[:, 0], extents[:, 1]  # from 2**63 on they are negative
+        present = offsets != -1
+        outside = (lengths > stop - offsets) | (offsets < first) | (lengths <= array.codec.crc_bytes)
+        if np.count_nonzero(outside & present):
             raise self._damage("its index points outside the file")
-        extents = np.stack([offsets, lengths - np.uint64(array.codec.crc_bytes)], axis=1)
-        extents[~present] = NO_CHUNK
-        return extents.astype(np.int64)
+        lengths -= array.codec.crc_bytes
+        extents[~present] = -1
+        return extents
 
-    def unchecked(self, numbers: Integers) -> Integers:
-        """The chunks, of some numbers, whose checksums were not compared yet."""
-        fresh = numbers[~self._checked[numbers]]
-        return np.unique(fresh) if fresh.size else fresh
+    def unchecked(self, numbers: Integers) -> Bools:
+        """Of some chunks, which are to be compared with their checksums when they are read."""
+        return ~self._checked[numbers] & self._array.codec.checksum
 
-    def fetch(self, numbers: Integers) -> None:
-        """Ask the system to read some chunks ahead, instead of page by page as they are touched."""
-        if self._map is None or not hasattr(self._map, "madvise"):
-            return
-        for offset, length in self.extents[numbers].tolist():
-            if offset >= 0:
-                start = offset // mmap.PAGESIZE * mmap.PAGESIZE
-                self._map.madvise(mmap.MADV_WILLNEED, start, offset + length - start)
+    def place(self, numbers: Integers) -> Bytes | OpenFile:
+        """Where to read some chunks: the map if one of them is read again or is large, else the file."""
+        opened = self._open
+        if opened is None:
+            return np.zeros(0, np.uint8) if self._map is None else self._map
+        if not self._is_large and not self._read[numbers].any():
+            return opened
+        try:
+            mapped = mmap.mmap(opened.number, self._bytes, access=mmap.ACCESS_READ)
+        except ValueError:  # its file is shorter by now
+            raise self.cut_short() from None
+        self._map = np.frombuffer(mapped, np.uint8)
+        self._open = None  # the map has a descriptor of its own
+        return self._map
 
-    def check(self, numbers: Integers) -> None:
-        """Compare chunks with their checksums; a missing one is damage if the array has no fill value."""
-        for number, (offset, length) in zip(numbers.tolist(), self.extents[numbers].tolist(), strict=True):
-            if offset < 0:
-                if self._array.fill is None:
-                    raise self.damaged(number, "is missing")
-            elif self._array.codec.checksum:
-                data = self._read(offset, offset + length + CRC_BYTES)
-                if crc32c(data[:length]) != data[length:].tobytes():
-                    raise self.damaged(number, "does not match its checksum")
+    def mark_read(self, numbers: Integers) -> None:
+        """Note that chunks were read, and were compared with their checksums before."""
+        self._read[numbers] = True
         self._checked[numbers] = True
+
+    def check(self, number: int) -> None:
+        """Compare a chunk with its checksum; a missing one is damage if the array has no fill value."""
+        offset, length = self.extents[number].tolist()
+        if offset < 0:
+            if self._array.fill is None:
+                raise self.damaged(number, "is missing")
+        elif self._array.codec.checksum:
+            data = self._copy(offset, offset + length + CRC_BYTES)
+            if crc32c(data[:length]) != data[length:].tobytes():
+                raise self.unequal(number)
+        self._checked[number] = True
 
     def decode(self, number: int, scratch: Voxels) -> Voxels:
         """The voxels of a chunk, decoded into ``scratch``, C-contiguous and of exactly the chunk's shape.
@@ -133,12 +163,12 @@ class MappedShard:
         Those of a missing chunk are one fill value, and take no memory.
         """
         if not self._checked[number]:
-            self.check(np.array([number]))
+            self.check(number)
         offset, length = self.extents[number].tolist()
         if offset < 0:
             return np.broadcast_to(np.asarray(self._array.fill, scratch.dtype), scratch.shape)
         try:
-            self._array.codec.decode(self._read(offset, offset + length), scratch)
+            self._array.codec.decode(self._copy(offset, offset + length), scratch)
         except ValueError as error:
             raise self.damaged(number, str(error)) from error
         return scratch
@@ -151,15 +181,24 @@ class MappedShard:
             return error
         return self.damaged(number, "cannot be decoded")
 
-    def _read(self, start: int, stop: int) -> Bytes:
+    def unequal(self, number: int) -> DamageError:
+        """The error for a chunk that differs from its checksum."""
+        return self.damaged(number, "does not match its checksum")
+
+    def _copy(self, start: int, stop: int) -> Bytes:
         """Some bytes of the file, copied: another program may write to it at the same time."""
-        data = np.empty(stop - start, np.uint8)
-        if not copy_mapped(self.bytes[start:stop], data):
+        opened, data = self._open, np.empty(stop - start, np.uint8)
+        if opened is None:
+            assert self._map is not None
+            is_whole = copy_mapped(self._map[start:stop], data)
+        else:
+            is_whole = _read_into(opened, start, data)
+        if not is_whole:
             raise self.cut_short()
         return data
 
     def cut_short(self) -> DamageError:
-        """The error for a file that has become shorter than its map; the map is not used again."""
+        """The error for a file that has become shorter than it was; it is opened again for the next read."""
         _open_shards.forget(lambda key: key == (self._array.path, self._array.contents, self._shard))
         return self._damage("it was cut short, replaced or unmounted while it was read")
 
@@ -175,6 +214,30 @@ class MappedShard:
         return DamageError(f"damaged: {self._array}: {self.file}: {problem}; {self._array.remedy}")
 
 
+def _read_into(opened: OpenFile, start: int, data: Bytes) -> bool:
+    """Fill an array with the bytes of a file from ``start`` on; False if it does not have as many."""
+    left = data.data
+    while left:
+        try:
+            done = os.preadv(opened.number, [left], start)
+        except OSError:  # unmounted
+            return False
+        if not done:
+            return False
+        left, start = left[done:], start + done
+    return True
+
+
+def _checked_before(file: Path, status: os.stat_result | None, chunks: int) -> Bools:
+    """For each chunk, whether it was compared with its checksum when the same file was open before."""
+    if status is None or chunks > MOST_REMEMBERED_CHUNKS:
+        return np.zeros(chunks, bool)
+    if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) < SETTLED_NS:
+        return np.zeros(chunks, bool)
+    seen = str(file), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    return _checked_chunks.get(seen, lambda: np.zeros(chunks, bool))
+
+
 def _identity(file: Path) -> tuple[int, int, int] | None:
     try:
         status = file.stat()
@@ -182,6 +245,9 @@ def _identity(file: Path) -> tuple[int, int, int] | None:
         return None
     return status.st_ino, status.st_mtime_ns, status.st_size
 
+
+# For each file, as it was when it was opened, which of its chunks were compared with their checksums.
+_checked_chunks: Recent[tuple[str, int, int, int, int, int], Bools] = Recent(REMEMBERED)
 
 # A dropped map is unmapped when the last array that views it is released.
 _open_shards: Recent[tuple[Path, str, tuple[int, ...]], MappedShard] = Recent(OPEN_MAPS)

@@ -39,5 +39,12 @@ def read_document(path: Path, *, most: int = MOST_DOCUMENT_BYTES, follow: bool =
 
 def is_behind_link(root: Path, path: Path) -> bool:
     """Whether a folder below ``root``, on the way to ``path`` or ``path`` itself, is a link."""
-    steps = path.relative_to(root).parts
-    return any(root.joinpath(*steps[:count]).is_symlink() for count in range(1, len(steps) + 1))
+    place = str(root)
+    for step in filter(None, str(path).removeprefix(place).split(os.sep)):
+        place += os.sep + step
+        try:
+            if stat.S_ISLNK(os.lstat(place).st_mode):
+                return True
+        except OSError:  # there is nothing further down
+            return False
+    return False

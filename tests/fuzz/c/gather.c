@@ -2,8 +2,13 @@
  *
  * Input: u8 mode: 1 blosc, 2 4 8 the writer, 16 chunk shape and rows as they are, 32 `scale` or 64 `copy`
  * instead of `gather`, 128 with another shape; four float32 of the scaling; four chunk sides; u8 boxes, u8
- * maps; sides and layout of each box; u16 bytes of the first map; u8 rows, u8 first row; the rows; then the
- * bytes of the maps. */
+ * maps: 2 files instead; sides and layout of each box; u16 bytes of the first map; u8 rows, u8 first row; the
+ * rows, whose first byte is the map, 2 to compare the chunk with its checksum, 4 to write that first; then
+ * the bytes of the maps. */
+
+#define _GNU_SOURCE
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include "../../../zpatch/chunks/_gather.c"
 
@@ -21,7 +26,48 @@ typedef struct {
     int is_blosc;
     const char *scaled_from;
     float scaling[4];
+    uint8_t checks[MAX_ROWS + 1], seals[MAX_ROWS + 1];
+    int in_files;
 } Given;
+
+static uint32_t plain_crc(const uint8_t *in, size_t count)
+{
+    uint32_t sum = ~(uint32_t)0;
+    for (size_t n = 0; n < count; n++) {
+        sum ^= in[n];
+        for (int bit = 0; bit < 8; bit++)
+            sum = sum & 1 ? sum >> 1 ^ 0x82f63b78 : sum >> 1;
+    }
+    return ~sum;
+}
+
+static void put_number(uint8_t *to, uint32_t number)
+{
+    for (int byte = 0; byte < 4; byte++)
+        to[byte] = (uint8_t)(number >> 8 * byte);
+}
+
+/* The bytes of a map, in a file. */
+static int64_t in_file(int number, const uint8_t *bytes, size_t count)
+{
+    static int files[MAX_MAPS];
+    if (!files[number])
+        files[number] = memfd_create("map", 0);
+    CHECK(files[number] > 0);
+    CHECK(!ftruncate(files[number], 0));
+    CHECK(pwrite(files[number], bytes, count, 0) == (ssize_t)count);
+    return files[number];
+}
+
+static void seal(const Given *given, const int64_t *rows, int count, uint8_t *const *maps,
+                 const Py_ssize_t *map_bytes)
+{
+    for (int n = 0; n < count; n++) {
+        const int64_t *row = rows + 16 * n;
+        if (given->seals[n] && row[1] >= 0 && row[2] >= 0 && row[1] + row[2] + 4 <= map_bytes[row[0]])
+            put_number(maps[row[0]] + row[1] + row[2], plain_crc(maps[row[0]] + row[1], (size_t)row[2]));
+    }
+}
 
 static float plain_value(const Given *given, const uint8_t *voxel)
 {
@@ -99,7 +145,7 @@ static void run_copy(Input *input, size_t item, int differs)
     free_array(arrays + 1);
 }
 
-static void take_rows(Input *input, const Given *given, int raw, int64_t *rows, int count, const Array *boxes,
+static void take_rows(Input *input, Given *given, int raw, int64_t *rows, int count, const Array *boxes,
                       int box_count, const Py_ssize_t *map_bytes, int map_count)
 {
     for (int64_t *row = rows; row < rows + 16 * count; row += 16) {
@@ -107,7 +153,10 @@ static void take_rows(Input *input, const Given *given, int raw, int64_t *rows, 
             row[n] = (int64_t)take(input, 8);
         if (raw)
             continue;
-        row[0] = (int64_t)take(input, 1) % map_count;
+        unsigned map = (unsigned)take(input, 1);
+        row[0] = map % (unsigned)map_count;
+        given->checks[(row - rows) / 16] = map >> 1 & 1;
+        given->seals[(row - rows) / 16] = map >> 2 & 1;
         row[1] = (int64_t)take(input, 2);
         row[2] = (int64_t)take(input, 2);
         if (row[1] == 0xffff)
@@ -137,13 +186,14 @@ static void ends_of(const Given *given, const int64_t *row, size_t *first, size_
     *stop = high + 1 > *stop ? high + 1 : *stop;
 }
 
-static int is_valid(const Given *given, const int64_t *row, const Array *boxes, int box_count,
+static int is_valid(const Given *given, const int64_t *row, int is_checked, const Array *boxes, int box_count,
                     const Py_ssize_t *map_bytes, int map_count)
 {
     if (row[0] < 0 || row[0] >= map_count || row[1] < 0 || row[2] < 0 || row[3] < 0 || row[3] >= box_count)
         return 0;
-    __int128 end = (__int128)row[1] + row[2];
-    int valid = end <= map_bytes[row[0]];
+    __int128 end = (__int128)row[1] + row[2] + (is_checked ? 4 : 0);
+    int valid = given->in_files ? row[2] <= 1 << 20 && row[1] <= INT64_MAX - (1 << 20) - 4
+                                : end <= map_bytes[row[0]];
     for (int axis = 0; axis < 4; axis++) {
         const int64_t *part = row + 4 + 3 * axis;
         valid &= part[0] >= 0 && part[1] > 0 && part[2] >= 0;
@@ -181,7 +231,8 @@ static void expect_rows(const Given *given, const int64_t *rows, int start, int 
         size_t first = SIZE_MAX, stop = 0;
         int valid = 1;
         for (end = at; end < count && rows[16 * end] == row[0] && rows[16 * end + 1] == row[1]; end++)
-            valid = valid && is_valid(given, rows + 16 * end, boxes, box_count, map_bytes, map_count);
+            valid = valid && is_valid(given, rows + 16 * end, given->checks[end], boxes, box_count, map_bytes,
+                                      map_count);
         if (at == stopped && row[1] < 0) { /* a chunk that is missing */
             CHECK(why == FINE);
             break;
@@ -195,13 +246,24 @@ static void expect_rows(const Given *given, const int64_t *rows, int start, int 
             ends_of(given, rows + 16 * n, &first, &stop);
         chunk = chunk ? chunk : malloc(given->chunk_bytes);
         spare = spare ? spare : malloc(given->chunk_bytes);
-        const uint8_t *encoded = maps[row[0]] + row[1];
+        size_t length = (size_t)row[2], needed = length + (given->checks[at] ? 4 : 0);
+        if (!given->is_blosc && length == given->chunk_bytes && !given->checks[at])
+            needed = stop * given->item;
+        if (needed && (row[1] > map_bytes[row[0]] || needed > (size_t)(map_bytes[row[0]] - row[1]))) {
+            CHECK(at == stopped && why == GONE && given->in_files);
+            break;
+        }
+        const uint8_t *encoded = needed ? maps[row[0]] + row[1] : maps[row[0]];
+        if (given->checks[at] && plain_crc(encoded, length) != plain_number(encoded + length)) {
+            CHECK(at == stopped && why == UNEQUAL);
+            break;
+        }
         int state = (size_t)row[2] == given->chunk_bytes ? PLAIN_FINE : PLAIN_DAMAGED;
         if (given->is_blosc)
             state = plain_blosc(encoded, (size_t)row[2], given->item, given->chunk_bytes, first, stop, chunk,
                                 spare);
         else if (state == PLAIN_FINE)
-            memcpy(chunk, encoded, given->chunk_bytes);
+            memcpy(chunk, encoded, needed < given->chunk_bytes ? needed : given->chunk_bytes);
         if (state != PLAIN_FINE) {
             CHECK(at == stopped && why == (state == PLAIN_DAMAGED ? DAMAGED : FINE));
             break;
@@ -220,7 +282,9 @@ static void run_gather(Input *input, Given *given, int raw)
     PyObject *box_objects[MAX_BOXES], map_arrays[MAX_MAPS] = {0}, *map_objects[MAX_MAPS];
     uint8_t *maps[MAX_MAPS];
     Py_ssize_t map_bytes[MAX_MAPS], one = 1;
-    int box_count = (int)take(input, 1) % MAX_BOXES + 1, map_count = (int)take(input, 1) % MAX_MAPS + 1;
+    int box_count = (int)take(input, 1) % MAX_BOXES + 1, map_mode = (int)take(input, 1);
+    int map_count = map_mode % MAX_MAPS + 1;
+    given->in_files = map_mode >> 1 & 1;
     static const int limits[4] = {2, 20, 6, 80};
     for (int n = 0; n < box_count; n++) {
         for (int axis = 0; axis < 4; axis++)
@@ -239,27 +303,35 @@ static void run_gather(Input *input, Given *given, int raw)
         size_t length = n + 1 < map_count && first_map < ahead.left ? first_map : ahead.left;
         maps[n] = take_bytes(&ahead, length);
         map_bytes[n] = (Py_ssize_t)length;
-        map_arrays[n].view = (Py_buffer){.buf = maps[n], .len = map_bytes[n], .itemsize = 1, .ndim = 1,
-                                         .shape = map_bytes + n, .strides = &one};
+        map_arrays[n].view = (Py_buffer){.buf = maps[n], .len = given->in_files ? 0 : map_bytes[n],
+                                         .itemsize = 1, .ndim = 1, .shape = map_bytes + n, .strides = &one};
         map_objects[n] = map_arrays + n;
     }
     int64_t *rows = malloc(128 * (size_t)count + 1);
     take_rows(input, given, raw, rows, count, boxes, box_count, map_bytes, map_count);
-    Py_ssize_t numbers = 16 * count, step = 8;
+    seal(given, rows, raw ? 0 : count, maps, map_bytes);
+    int64_t files[MAX_MAPS];
+    for (int n = 0; given->in_files && n < map_count; n++)
+        files[n] = in_file(n, maps[n], (size_t)map_bytes[n]);
+    Py_ssize_t numbers = 16 * count, step = 8, check_count = raw ? 0 : count, file_count = map_count;
+    PyObject checks = {.view = {.buf = given->checks, .len = check_count, .itemsize = 1, .ndim = 1,
+                                .shape = &check_count, .strides = &one}};
+    PyObject file_numbers = {.view = {.buf = files, .len = given->in_files ? 8 * file_count : 0, .itemsize = 8,
+                                      .ndim = 1, .shape = &file_count, .strides = &step}};
     PyObject row_object = {.view = {.buf = rows, .len = 128 * count, .itemsize = 8, .ndim = 1,
                                     .shape = &numbers, .strides = &step}};
     PyObject all_maps = {.items = map_objects, .count = map_count};
     PyObject all_boxes = {.items = box_objects, .count = box_count};
-    Argument arguments[15] = {{.object = &row_object}, {.number = start}, {.object = &all_maps},
-                              {.object = &all_boxes}};
+    Argument arguments[17] = {{.object = &row_object}, {.object = &checks}, {.number = start},
+                              {.object = &all_maps}, {.object = &file_numbers}, {.object = &all_boxes}};
     for (int n = 0; n < 4; n++) {
-        arguments[4 + n].number = (Py_ssize_t)given->chunk[n];
-        arguments[11 + n].real = given->scaling[n];
+        arguments[6 + n].number = (Py_ssize_t)given->chunk[n];
+        arguments[13 + n].real = given->scaling[n];
     }
-    arguments[8].number = (Py_ssize_t)given->item;
-    arguments[9].text = given->is_blosc ? "blosc" : "none";
-    arguments[10].text = given->scaled_from;
-    PyObject *answer = call(gather, arguments, 15);
+    arguments[10].number = (Py_ssize_t)given->item;
+    arguments[11].text = given->is_blosc ? "blosc" : "none";
+    arguments[12].text = given->scaled_from;
+    PyObject *answer = call(gather, arguments, 17);
     if (answer) {
         int stopped = (int)answer->arguments[0].number;
         CHECK(start < count ? start <= stopped && stopped <= count : stopped == start);
