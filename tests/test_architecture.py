@@ -27,8 +27,8 @@ DOORS = {
     "runtime": "byte_sizes buffer_pool process_memory whole_file guarded_files recent dask_graphs failures "
     "tasks task_contract",
     "nifti": "header writer",
-    "chunks": "layout mapped_memory file_mark sharded_array codec mapped_shards shard_writer gather scaling "
-    "levels",
+    "chunks": "layout mapped_memory file_mark sharded_array codec mapped_shards shard_writer gather "
+    "gather_plan scaling levels",
     "resampling": "interpolation resampler axis_taps loops",
     "store": "names image_record manifest store lock store_writer staged_image image_writer voxel_statistics "
     "voxel_index verification value_counts",
@@ -61,6 +61,7 @@ HEAVY = ["zarr", "dask", "distributed", "torch", "nibabel", "isal", "numcodecs",
 PURE = [
     "digests",
     "geometry/*",
+    "chunks/gather_plan",
     "chunks/layout",
     "chunks/scaling",
     "resampling/*",

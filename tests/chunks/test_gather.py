@@ -37,7 +37,8 @@ from reading import loop as loop
 
 from zpatch.chunks import gather as gathering
 from zpatch.chunks.codec import CODECS, CRC_BYTES, ChunkCodec
-from zpatch.chunks.gather import GONE, UNEQUAL, GatherPlan, gather, read_region
+from zpatch.chunks.gather import GONE, UNEQUAL, gather, read_region
+from zpatch.chunks.gather_plan import GatherPlan
 from zpatch.chunks.mapped_shards import MappedShard, close_shards
 from zpatch.chunks.scaling import UNSCALED, Scaling
 from zpatch.chunks.sharded_array import ChunkFiles, ShardedArray
@@ -884,6 +885,44 @@ def test_voxels_are_written_to_memory_of_any_layout(tmp_path: Path, dtype: str, 
         out = layout(np.zeros((2, 15, 16, 33), dtype))
         gather(array, plan, [out])
         assert_same_bytes(np.ascontiguousarray(out), np.ascontiguousarray(voxels[:, 3:18, 2:18, 5:38]))
+
+
+@needs_compiled_loop
+@pytest.mark.parametrize("dtype", ["|u1", "|i1", "<u2", "<i2", "<f4", "<f8"])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("codec", ["lz4", "none"])
+def test_large_chunks_are_turned_in_slabs_of_any_shape(
+    tmp_path: Path, dtype: str, scaled: bool, codec: str
+) -> None:
+    if scaled and dtype[1] == "f":
+        pytest.skip("floats are scaled by numpy")
+    voxels = random_voxels((70, 75, 140), dtype)
+    array = array_of(stored(tmp_path / "image", voxels, chunk=(70, 75, 140), shard=1, codec=codec))
+    scaling = Scaling(0.5, -3.0, -20.0, 90.0) if scaled else UNSCALED
+    expected = scaling.apply(voxels[None])
+    for first, stop in (((0, 0, 0), (70, 75, 140)), ((3, 1, 5), (68, 74, 138)), ((31, 5, 7), (34, 69, 72))):
+        box = (slice(None), *map(slice, first, stop))
+        plan = GatherPlan.of(array, np.array([[0, *first]]), np.array([[1, *stop]]), (0, 3, 2, 1))
+        out = np.zeros(expected[box].shape[::-1], expected.dtype).T
+        gather(array, plan, [out], scaling)
+        assert_same_bytes(np.ascontiguousarray(out), np.ascontiguousarray(expected[box]))
+
+
+@given(data=st.data(), axes=st.permutations([0, 1, 2, 3]))
+def test_chunks_of_a_shard_follow_each_other_in_the_order_of_the_axes(data: Draw, axes: list[int]) -> None:
+    def draw(least: int, most: int) -> NDArray[np.int64]:
+        return np.array(data.draw(st.tuples(*[st.integers(least, most)] * 4)))
+
+    chunk, grid, per_shard = draw(1, 4), draw(1, 3), draw(1, 3)
+    shape = chunk * grid * per_shard
+    first = np.array([[data.draw(st.integers(0, n - 1)) for n in shape]])
+    stop = np.array([[data.draw(st.integers(a + 1, n)) for a, n in zip(first[0], shape, strict=True)]])
+    plan = GatherPlan.over(chunk.tolist(), grid.tolist(), first, stop, per_shard.tolist(), axes)
+    usual = GatherPlan.over(chunk.tolist(), grid.tolist(), first, stop, per_shard.tolist())
+    assert sorted(plan.rows.tolist()) == sorted(usual.rows.tolist())
+    within = np.stack(np.unravel_index(plan.rows[:, 1], per_shard), axis=1)
+    places = [(row[0], *place[axes]) for row, place in zip(plan.rows.tolist(), within, strict=True)]
+    assert places == sorted(places)
 
 
 SCALINGS = [

@@ -27,7 +27,8 @@ from record import Some
 import zpatch as zp
 from zpatch.chunks import mapped_shards
 from zpatch.chunks.codec import CODECS, codec_of, encode_chunk
-from zpatch.chunks.gather import GatherPlan, read_region
+from zpatch.chunks.gather import read_region
+from zpatch.chunks.gather_plan import GatherPlan
 from zpatch.chunks.layout import Layout
 from zpatch.chunks.mapped_shards import (
     NO_CHUNK,

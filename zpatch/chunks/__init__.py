@@ -10,6 +10,7 @@ In reading order::
     sharded_array  an array on disk, as data: shapes, codec, names of files
     mapped_shards  shard files in memory maps, their index and checksums verified once
     shard_writer   voxels -> one shard file
-    gather         parts of chunks -> boxes; the loop is compiled: _gather.c and the headers beside it
+    gather_plan    boxes -> which part of which chunk is copied where
+    gather         a plan -> voxels; the loop is compiled: _gather.c and the headers beside it
     levels         coarser levels for viewers: means of voxels, or the most frequent label
 """

@@ -40,7 +40,7 @@ typedef struct {
 typedef struct {
     Decoded chunk;
     Copy copy;
-    uint8_t *line;
+    uint8_t *tiles;
 } Memory;
 
 static int bytes_are_sound(const Work *work, const int64_t *row, int is_checked)
@@ -161,7 +161,7 @@ static int gather_rows(const Work *work, Memory *memory, size_t *at)
         for (size_t r = *at; r < end; r++) {
             const int64_t *part = work->rows + r * COLUMNS;
             write_part(&work->writer, &memory->chunk, &work->chunks, part, work->outs + part[BOX],
-                       memory->line, memory->line + TILE + work->chunks.shape[3] * MAX_ITEM);
+                       memory->tiles);
         }
     }
     return state;
@@ -184,17 +184,17 @@ static int gather_guarded(const Work *work, Memory *memory, size_t *at)
 static int gather_all(const Work *work, size_t *at)
 {
     int state = NO_MEMORY;
-    Memory memory = {{0}, {0}, malloc(TILE + 2 * work->chunks.shape[3] * MAX_ITEM)};
+    Memory memory = {{0}, {0}, malloc(scratch_bytes(&work->chunks))};
     Decoded *chunk = &memory.chunk;
     chunk->capacity = MAX_ITEM;
     chunk->start = malloc(chunk->capacity * sizeof *chunk->start);
     chunk->scratch = malloc(work->chunks.blosc ? work->chunks.bytes + SLACK : SLACK);
-    if (chunk->start && chunk->scratch && memory.line)
+    if (chunk->start && chunk->scratch && memory.tiles)
         state = gather_guarded(work, &memory, at);
     free(chunk->start);
     free(chunk->scratch);
     free(memory.copy.bytes);
-    free(memory.line);
+    free(memory.tiles);
     return state;
 }
 
@@ -394,7 +394,7 @@ static PyObject *scale(PyObject *module, PyObject *arguments)
                out.itemsize == (Py_ssize_t)writer.written && out.len == count * out.itemsize;
     if (fits) {
         Py_BEGIN_ALLOW_THREADS
-        writer.scale(out.buf, voxels.buf, (size_t)count, &scaling);
+        writer.scale(out.buf, 0, voxels.buf, 0, 1, (size_t)count, &scaling);
         Py_END_ALLOW_THREADS
     }
     PyBuffer_Release(&voxels);

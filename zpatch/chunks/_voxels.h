@@ -20,8 +20,10 @@ typedef struct {
     double slope, inter, low, high;
 } Scaling;
 
-/* Writes slope * voxel + inter for n voxels, clipped to low and high; each step is rounded as in numpy. */
-typedef void (*Scale)(uint8_t *out, const uint8_t *voxels, size_t n, const Scaling *scaling);
+/* Writes slope * voxel + inter for all voxels of some rows, which begin `step` bytes apart, clipped to low and
+ * high; each step is rounded as in numpy. */
+typedef void (*Scale)(uint8_t *out, ptrdiff_t out_step, const uint8_t *voxels, ptrdiff_t step, size_t rows,
+                      size_t n, const Scaling *scaling);
 
 /* ---- planes -> voxels ---- */
 
@@ -222,25 +224,41 @@ TURN(2, 8, LOW_TWOS, HIGH_TWOS)
 TURN(4, 4, LOW_FOURS, HIGH_FOURS)
 TURN(8, 2, LOW_QUADS, HIGH_QUADS)
 
-#define SCALE(NAME, VOXEL)                                                            \
-    static void NAME(uint8_t *restrict out, const uint8_t *restrict voxels, size_t n, \
-                     const Scaling *scaling)                                          \
-    {                                                                                 \
-        const float slope = (float)scaling->slope, inter = (float)scaling->inter;     \
-        const float low = (float)scaling->low, high = (float)scaling->high;           \
-        for (size_t i = 0; i < n; i++) {                                              \
-            VOXEL voxel;                                                              \
-            memcpy(&voxel, voxels + i * sizeof voxel, sizeof voxel);                  \
-            float value = (float)voxel * slope;                                       \
-            value += inter;                                                           \
-            value = value < low ? low : value;                                        \
-            value = value > high ? high : value;                                      \
-            memcpy(out + i * sizeof value, &value, sizeof value);                     \
-        }                                                                             \
+/* ---- stored voxels -> values ---- */
+
+#define SCALE(NAME, VOXEL, TARGET)                                                                          \
+    TARGET static void NAME(uint8_t *restrict out, ptrdiff_t out_step, const uint8_t *restrict voxels,      \
+                            ptrdiff_t step, size_t rows, size_t n, const Scaling *scaling)                  \
+    {                                                                                                       \
+        const float slope = (float)scaling->slope, inter = (float)scaling->inter;                           \
+        const float low = (float)scaling->low, high = (float)scaling->high;                                 \
+        for (size_t row = 0; row < rows; row++, out += out_step, voxels += step)                            \
+            for (size_t i = 0; i < n; i++) {                                                                \
+                VOXEL voxel;                                                                                \
+                memcpy(&voxel, voxels + i * sizeof voxel, sizeof voxel);                                    \
+                float value = (float)voxel * slope;                                                         \
+                value += inter;                                                                             \
+                value = value < low ? low : value;                                                          \
+                value = value > high ? high : value;                                                        \
+                memcpy(out + i * sizeof value, &value, sizeof value);                                       \
+            }                                                                                               \
     }
-SCALE(scale_u1, uint8_t)
-SCALE(scale_i1, int8_t)
-SCALE(scale_u2, uint16_t)
-SCALE(scale_i2, int16_t)
+
+/* The same loop twice: for any processor, and for those with wider registers. */
+#if defined __x86_64__
+#define HAS_WIDE __builtin_cpu_supports("avx2")
+#define SCALE_BOTH(NAME, VOXEL)      \
+    SCALE(scale_##NAME, VOXEL, )     \
+    SCALE(scale_##NAME##_wide, VOXEL, __attribute__((target("avx2"))))
+#else
+#define HAS_WIDE 0
+#define SCALE_BOTH(NAME, VOXEL)  \
+    SCALE(scale_##NAME, VOXEL, ) \
+    static const Scale scale_##NAME##_wide = scale_##NAME;
+#endif
+SCALE_BOTH(u1, uint8_t)
+SCALE_BOTH(i1, int8_t)
+SCALE_BOTH(u2, uint16_t)
+SCALE_BOTH(i2, int16_t)
 
 #endif

@@ -1,20 +1,13 @@
-"""A group of boxes -> which part of which chunk is copied where -> voxels; each chunk is decoded once.
+"""A plan of parts of chunks -> voxels; each chunk is decoded once.
 
-The plan is an array of int64, one row for each part of a chunk that is copied into a box. Reading it locates
-the chunks in shard files, which changes the first three columns; `_gather.c` names them alike::
+Reading a plan locates the chunks in shard files, which changes the first three columns of its rows;
+`_gather.c` names them alike::
 
-    column        0       1       2       3     4      5       6       7-9  10-12  13-15
-    GatherPlan    SHARD   CHUNK   -       BOX   first  extent  target  z    y      x
-    LocatedRows   MAP     OFFSET  LENGTH  BOX   first  extent  target  z    y      x
+    column        0     1       2       3     4      5       6       7-9  10-12  13-15
+    LocatedRows   MAP   OFFSET  LENGTH  BOX   first  extent  target  z    y      x
 
-    SHARD          number of the shard in the array's grid of shards, in C order
-    CHUNK          number of the chunk in its shard, in C order
     MAP            number of the buffer or file that holds the chunk's bytes
     OFFSET LENGTH  where in it the encoded chunk begins, and its bytes; -1 for a chunk that is missing
-    BOX            number of the box
-    first          first voxel of the part in the chunk, along c; then the same three along z, y and x
-    extent         voxels of the part
-    target         first voxel of the part in the box
 
 The inner loop is compiled (`_gather.c`) where a C compiler was available when zpatch was installed. Without
 it, and for chunks in encodings that it does not support, numcodecs decodes into a scratch block that stays in
@@ -24,13 +17,13 @@ the processor's cache, and numpy copies. Both give the same voxels.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from zpatch.chunks.gather_plan import BOX, CHUNK, COLUMNS, PARTS, SHARD, GatherPlan
 from zpatch.chunks.mapped_shards import MappedShard, OpenFile, open_shard
 from zpatch.chunks.scaling import COMPILED_TYPES, UNSCALED, Scaling
 from zpatch.chunks.sharded_array import ShardedArray
@@ -42,92 +35,10 @@ except ImportError:  # installed without a compiler
     _compiled = None  # type: ignore[assignment]
 
 
-SHARD, CHUNK = 0, 1
 MAP, OFFSET, LENGTH = 0, 1, 2
-BOX, PARTS, COLUMNS = 3, 4, 16
 DAMAGED, GONE, UNEQUAL = 1, 5, 6  # as in _decode.h
 _COMPILED_ITEMSIZES = (1, 2, 4, 8)
 _COMPILED_CODECS = ("none", "blosc")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class GatherPlan:
-    """Which part of which chunk is copied into which box: one of ``rows`` (n, 16) for each part.
-
-    The rows of a chunk follow each other, as do those of a shard.
-    """
-
-    rows: Integers
-
-    @classmethod
-    def of(cls, array: ShardedArray, first: Integers, stop: Integers) -> GatherPlan:
-        """The plan for boxes inside an array, given by their first voxels and stops, (boxes, 4) each."""
-        return cls.over(array.chunks, array.shard_grid, first, stop, array.chunks_per_shard)
-
-    @classmethod
-    def over(
-        cls,
-        chunk_shape: Sequence[int],
-        shard_grid: Sequence[int],
-        first: Integers,
-        stop: Integers,
-        per_shard: Sequence[int] = (1, 1, 1, 1),
-    ) -> GatherPlan:
-        """The plan for boxes inside a grid of shards of ``per_shard`` chunks each."""
-        if not len(first):
-            return cls(np.zeros((0, COLUMNS), np.int64))
-        chunks = np.array(chunk_shape)
-        low = first // chunks
-        steps = ((stop - 1) // chunks - low).max(axis=0) + 1
-        # For each box, each step from its first chunk on and each axis: the numbers that columns are made of.
-        position = low[:, None] + np.arange(steps.max())[:, None]
-        origin = position * chunks
-        start = np.maximum(origin, first[:, None])
-        extent = np.minimum(origin + chunks, stop[:, None]) - start
-        shard, within = np.divmod(position, per_shard)
-        table = np.stack(
-            [start - origin, extent, start - first[:, None], shard * _strides(shard_grid),
-             within * _strides(per_shard)], axis=-1,
-        )  # fmt: skip
-        touched = extent > 0
-        c, z, y, x = (touched[:, : steps[axis], axis] for axis in range(4))
-        box, *step = np.nonzero(
-            (c[:, :, None] & z[:, None])[..., None, None] & (y[:, :, None] & x[:, None])[:, None, None]
-        )
-        parts = [table[box, step[axis], axis] for axis in range(4)]
-        place = parts[0][:, 3:] + parts[1][:, 3:] + parts[2][:, 3:] + parts[3][:, 3:]
-        rows = np.empty((len(box), COLUMNS), dtype=np.int64)
-        rows[:, SHARD : CHUNK + 1] = place
-        rows[:, BOX] = box
-        for axis, part in enumerate(parts):
-            rows[:, PARTS + 3 * axis : PARTS + 3 * axis + 3] = part[:, :3]
-        return cls(rows[np.argsort(place[:, 0] * math.prod(per_shard) + place[:, 1], kind="stable")])
-
-    @property
-    def shards(self) -> Integers:
-        """Numbers of the shards that are touched, in C order."""
-        return np.unique(self.rows[:, SHARD])
-
-    @property
-    def chunk_starts(self) -> Integers:
-        """The first row of each chunk."""
-        changes = np.diff(self.rows[:, SHARD]) | np.diff(self.rows[:, CHUNK])
-        return np.concatenate([[0], np.flatnonzero(changes) + 1])[: len(self.rows)]
-
-    def split(self, parts: int) -> list[GatherPlan]:
-        """The rows in about equal parts, none of which shares a chunk with another."""
-        count = len(self.rows)
-        if parts == 1 or not count:
-            return [self]
-        edges = np.append(self.chunk_starts[1:], count)
-        wanted = np.linspace(0, count, parts + 1)[1:]
-        cuts = np.unique(edges[np.searchsorted(edges, wanted)]).tolist()
-        return [GatherPlan(self.rows[a:b]) for a, b in itertools.pairwise([0, *cuts])]
-
-
-def _strides(grid: Sequence[int]) -> list[int]:
-    """By how much the number of a grid's cell grows along each axis, in C order."""
-    return [math.prod(grid[axis + 1 :]) for axis in range(len(grid))]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -152,6 +63,11 @@ class LocatedRows:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether some chunks are read for the first time."""
+        return bool(np.any(self.checks)) or any(isinstance(place, OpenFile) for place in self.places)
 
     @property
     def buffers(self) -> list[Any]:
@@ -189,7 +105,8 @@ def gather(
     at, problem = 0, 0
     while True:
         start, (at, problem) = at, _gather_compiled(array, at, located, outs, scaling)
-        _mark_read(plan.rows[start:at], shards)
+        if located.is_new:
+            _mark_read(plan.rows[start:at], shards)
         if at == len(located):
             return
         shard, chunk = plan.rows[at, : CHUNK + 1].tolist()

@@ -15,7 +15,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from zpatch.chunks.gather import GatherPlan, copy_chunks
+from zpatch.chunks.gather import copy_chunks
+from zpatch.chunks.gather_plan import GatherPlan
 from zpatch.chunks.scaling import UNSCALED, Scaling
 from zpatch.geometry.boxes import Integers, PatchLocation, Triple, Voxels, reversed_axes, stored_corners
 from zpatch.geometry.patch_grid import PatchGrid

@@ -12,7 +12,8 @@ from typing import Any, Self
 import numpy as np
 
 from zpatch.chunks.file_mark import FileMark
-from zpatch.chunks.gather import GatherPlan, gather, writes_directly
+from zpatch.chunks.gather import gather, writes_directly
+from zpatch.chunks.gather_plan import GatherPlan, memory_order
 from zpatch.chunks.mapped_memory import read_mapped
 from zpatch.chunks.scaling import Scaling
 from zpatch.chunks.sharded_array import ShardedArray
@@ -97,7 +98,7 @@ class ShardSource(_ArrayLike):
         corners = [stored_corners(boxes, channels) for channels, _ in runs]
         first, stop = (np.concatenate(corner)[:, order] for corner in zip(*corners, strict=True))
         views = [reversed_axes(out[at]).transpose(order) for _, at in runs for out in outs]
-        plans = GatherPlan.of(self.array, first, stop).split(parts)
+        plans = GatherPlan.of(self.array, first, stop, memory_order(views)).split(parts)
         if all(writes_directly(self.array, out.dtype, scaling) for out in outs):
             return ReadTasks([(partial(gather, self.array, plan, views, scaling),) for plan in plans])
         raw = [buffer_pool.empty(view.shape, self.array.dtype) for view in views]
@@ -108,8 +109,7 @@ class ShardSource(_ArrayLike):
         """The mark of the array's metadata; for an image of a store, it is made now."""
         if self.array.fill is not None:
             return () if self.array.metadata is None else (self.array.metadata,)
-        folders = self.array.path, self.array.path.parent
-        marks = [FileMark.of_metadata(folder / ROOT_DOCUMENT) for folder in folders]
+        marks = [FileMark.of_metadata(f / ROOT_DOCUMENT) for f in (self.array.path, self.array.path.parent)]
         return tuple(mark for mark in marks if mark is not None)
 
     def sampled_files(self) -> list[Path]:
