@@ -919,7 +919,8 @@ def test_chunks_of_a_shard_follow_each_other_in_the_order_of_the_axes(data: Draw
     stop = np.array([[data.draw(st.integers(a + 1, n)) for a, n in zip(first[0], shape, strict=True)]])
     plan = GatherPlan.over(chunk.tolist(), grid.tolist(), first, stop, per_shard.tolist(), axes)
     usual = GatherPlan.over(chunk.tolist(), grid.tolist(), first, stop, per_shard.tolist())
-    assert sorted(plan.rows.tolist()) == sorted(usual.rows.tolist())
+    parts, usual_parts = (np.delete(p.rows, 2, axis=1).tolist() for p in (plan, usual))  # 2 has no meaning
+    assert sorted(parts) == sorted(usual_parts)
     within = np.stack(np.unravel_index(plan.rows[:, 1], per_shard), axis=1)
     places = [(row[0], *place[axes]) for row, place in zip(plan.rows.tolist(), within, strict=True)]
     assert places == sorted(places)
