@@ -5,6 +5,7 @@ A library is imported when its function runs, and is used as its documentation r
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ CHUNK = 32
 BLOSC: dict[str, Any] = {"cname": PRESET, "clevel": 5, "shuffle": "shuffle"}
 ZPATCH, FLOOR = f"zpatch, {PRESET}", f"floor: chunks decoded once, {PRESET}"
 ZPATCH_NONE, MEMORY_MAP = "zpatch, none", "numpy memory map, copied"
+CONTIGUOUS = f"{ZPATCH}, contiguous (C, I, J, K)"
 BLOSC2 = "blosc2 as in nnU-Net"
 ZARR, DASK = "zarr-python, zpatch's store", "dask from_zarr, zpatch's store"
 TENSORSTORE = ("tensorstore, chunk 32 in shards", "tensorstore, chunk 64 in shards")
@@ -103,6 +105,19 @@ def convert(source: Path, store: Path, **options: Any) -> None:
 def _open_zpatch(store: Path) -> Reader:
     image = zpatch_image(store)
     return lambda group: image.read_group(group.locations)
+
+
+def _open_contiguous(store: Path) -> Reader:
+    """Patches as networks want them, in memory that is used again, as a queue's."""
+    image = zpatch_image(store)
+    return lambda group: image.read_group(
+        group.locations, out=[_memory(number, at.size) for number, at in enumerate(group.locations)]
+    )
+
+
+@functools.cache
+def _memory(number: int, size: tuple[int, int, int]) -> Voxels:
+    return np.zeros((1, *size), "<i2")
 
 
 def zpatch_image(store: Path) -> Any:
@@ -301,6 +316,7 @@ def _floor_of(codec: str) -> Contender:
 _DEFAULT = zpatch_of(ZPATCH, codec=PRESET)
 CONTENDERS = (
     *(zpatch_of(f"zpatch, {codec}", codec=codec) for codec in ("lz4", "lz4hc", "none")),
+    Contender(CONTIGUOUS, ZPATCH, _DEFAULT.make, _open_contiguous),
     *map(_floor_of, ("lz4", "lz4hc")),
     Contender(MEMORY_MAP, "voxels.npy", _make_nothing, _open_memory_map),
     _blosc2_of(BLOSC2, 96),

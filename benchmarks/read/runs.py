@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -96,6 +97,46 @@ def _check(contender: Contender, reader: Reader, groups: Groups, voxels: NDArray
     for group in groups.now if contender.slow else groups.covering():
         for box, found in zip(group.boxes, reader(group), strict=not contender.bare):
             assert np.array_equal(in_stored_order(found), voxels[box]), f"{contender.name} read other voxels"
+
+
+def first_times(head: str, stores: str, plan_text: str) -> dict[str, list[float]]:
+    """Seconds of each contender for one group of a store that it reads for the first time, on one core.
+
+    Each round has other links to the stores' files, which are in the page cache: so nothing is mapped and no
+    checksum is verified. The store is opened before: a training run opens many at once, or for each patch.
+    """
+    from zpatch.chunks.mapped_shards import close_shards
+
+    settle(one_core=True)
+    plan = Plan(**json.loads(plan_text))
+    groups = Groups(raw_voxels(Path(head)).shape, plan, seed=5)
+    contenders = [contender_of(name) for name in plan.names]
+    readers: dict[str, Reader] = {}
+    links = Path(stores, "links")
+
+    def renew() -> None:
+        groups.renew()
+        readers.clear()
+        close_shards(links)
+        shutil.rmtree(links, ignore_errors=True)
+        links.mkdir()
+        for number, contender in enumerate(contenders):
+            store = links / str(number)
+            _link(Path(stores, contender.store).resolve(), store)
+            readers[contender.name] = contender.open(store)
+
+    runs: dict[str, Run] = {name: lambda name=name: groups.read(readers[name]) for name in plan.names}
+    alternate(runs, 1, before_round=renew)
+    times = alternate(runs, plan.repetitions, before_round=renew)
+    shutil.rmtree(links)
+    return times
+
+
+def _link(store: Path, to: Path) -> None:
+    if store.is_dir():
+        shutil.copytree(store, to, copy_function=os.link)
+    else:
+        os.link(store, to)
 
 
 def cold_times(head: str, stores: str, plan_text: str) -> dict[str, Any]:
