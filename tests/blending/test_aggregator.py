@@ -458,9 +458,9 @@ def test_each_shard_file_is_written_once(
     written: Counter[Any] = Counter()
     write_shard = zpatch.store.staged_image.write_shard
 
-    def spy(array: Any, shard: tuple[int, ...], voxels: Any, preset: str) -> Any:
+    def spy(array: Any, shard: tuple[int, ...], *args: Any, **options: Any) -> Any:
         written[array.shard_file(shard)] += 1
-        return write_shard(array, shard, voxels, preset)
+        return write_shard(array, shard, *args, **options)
 
     monkeypatch.setattr(zpatch.store.staged_image, "write_shard", spy)
     order = rng.permutation(len(patches)).tolist()
@@ -506,7 +506,7 @@ def test_outputs_of_all_keys_appear_together_or_not_at_all(
 def test_a_full_disk_is_an_error_with_the_name_of_the_output(
     sampler: zp.GridSampler, patches: list[Any], target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*args: Any) -> Any:
+    def full(*args: Any, **options: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(zpatch.store.staged_image, "write_shard", full)

@@ -15,6 +15,8 @@ from zpatch.store.image_record import SourceFingerprint
 
 Note = Callable[[str], None]
 
+BLOCK_BYTES = 2**18
+
 
 @dataclass(frozen=True, slots=True)
 class FoundFile:
@@ -93,13 +95,13 @@ def fingerprint(path: Path, folder: Path) -> SourceFingerprint:
 
     A .hdr/.img pair has one fingerprint, of both files.
     """
-    checksum = new_digest()
+    checksum, block = new_digest(), memoryview(bytearray(BLOCK_BYTES))
     try:
         files = _files_of(path)
         for file in files:
-            with file.open("rb") as stream:
-                while block := stream.read(2**20):
-                    checksum.update(block)
+            with file.open("rb", buffering=0) as stream:
+                while count := stream.readinto(block):
+                    checksum.update(block[:count])
         size, mtime_ns = _size_and_time(files)
     except OSError as error:
         raise NiftiError(f"{path}: it cannot be read ({error.strerror}); restore the file") from None

@@ -8,6 +8,7 @@ import json
 import shutil
 import uuid
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
@@ -33,12 +34,15 @@ _AXIS_TYPES = {"z": "space", "y": "space", "x": "space", "c": "channel", "t": "t
 class StagedImage:
     """An image that is being written, in a separate folder.
 
-    ``seals`` are the seals of shards that are already written, by their path relative to the folder.
+    ``seals`` are the seals of shards that are already written, by their path relative to the folder. A thread
+    syncs the shards that are written here; ``finish`` waits for it.
     """
 
     def __init__(self, folder: Path, seals: Mapping[str, FileSeal] = MappingProxyType({})) -> None:
         self.folder = folder
         self._seals = dict(seals)
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="zpatch-sync")
+        self._syncs: list[Future[None]] = []
 
     @classmethod
     def below(cls, staging: Path) -> Self:
@@ -52,8 +56,10 @@ class StagedImage:
     ) -> None:
         """Write one shard, whole: ``voxels`` is (c, z, y, x)."""
         array = sharded_array(self.folder, record, level)
-        seal = write_shard(array, shard, voxels, record.codec)
-        self._seals[array.shard_file(shard).relative_to(self.folder).as_posix()] = seal
+        seal = write_shard(array, shard, voxels, record.codec, is_synced=False)
+        file = array.shard_file(shard)
+        self._syncs.append(self._disk.submit(sync, file))
+        self._seals[file.relative_to(self.folder).as_posix()] = seal
 
     def write_raw_header(self, raw_header: bytes) -> None:
         """Write a NIfTI header as in nifti-zarr: an array of its bytes."""
@@ -91,6 +97,9 @@ class StagedImage:
                 content = file.read_bytes()
                 self._seals[key] = FileSeal(len(content), digest(content))
         sync(self.folder)
+        for synced in self._syncs:
+            synced.result()
+        self._disk.shutdown()
         return dataclasses.replace(record, files=dict(sorted(self._seals.items())))
 
     def discard(self) -> None:
