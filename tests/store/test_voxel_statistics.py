@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from zpatch.digests import compact_json
 from zpatch.store import value_counts as counting
-from zpatch.store.value_counts import MAX_COUNTED_VALUES, BinnedValues, value_counts
+from zpatch.store.value_counts import MAX_COUNTED_VALUES, BinnedValues, nonzero_box, value_counts
 from zpatch.store.voxel_statistics import BLOCK_VOXELS, VoxelStatistics
 
 Array = NDArray[Any]
@@ -395,3 +395,32 @@ def test_float32_have_the_same_statistics_with_compiled_loops_and_without(blocks
     np.testing.assert_allclose(
         found["moments"][1] / scale**2, wanted["moments"][1] / scale**2, rtol=1e-9, atol=1e-9
     )
+
+
+@pytest.mark.parametrize("is_compiled", [True, False])
+@given(
+    st.sampled_from([*INTEGERS, *FLOATS, "c8", ">i2"]),
+    st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 100)),
+    st.lists(st.integers(0, 2**31), max_size=6),
+)
+def test_the_box_around_nonzero_voxels_is_found_with_compiled_loops_and_without(
+    is_compiled: bool, dtype: str, shape: tuple[int, ...], places: list[int]
+) -> None:
+    voxels = np.zeros(shape, dtype)
+    if voxels.dtype.kind == "f":
+        voxels = -voxels  # -0.0
+    for place in places:
+        voxels.reshape(-1)[place % voxels.size] = 1 + place % 2
+    hits = np.argwhere(voxels != 0)
+    with pytest.MonkeyPatch.context() as patch:
+        if not is_compiled:
+            patch.setattr(counting, "_compiled", None)
+        found = nonzero_box(voxels)
+    ends = zip(hits.min(axis=0).tolist(), (hits.max(axis=0) + 1).tolist(), strict=True) if len(hits) else None
+    assert found == (None if ends is None else list(ends))
+
+
+@pytest.mark.skipif(counting._compiled is None, reason="no compiler was at hand")
+def test_boxes_are_found_on_three_axes_alone() -> None:
+    with pytest.raises(ValueError, match="on three axes"):
+        counting._compiled.box(np.zeros((4, 4)), 1)

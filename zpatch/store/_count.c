@@ -1,7 +1,9 @@
-/* How often each value occurs, and the moments of floats, for the statistics of an image.
+/* How often each value occurs, where values are nonzero, and the moments of floats, for an image's statistics.
 
 Values are counted by their leading 16 bits or fewer, as unsigned numbers. Neighbours are often equal, and counting
 one value twice in a row waits for the first count; so neighbours are counted in different tables, which are summed.
+
+The box around nonzero voxels only grows: of a line inside it on the other axes, only the ends are looked at.
 
 Moments are computed in pieces that stay in the cache, the mean before the squares of what differs from it, and
 merged by the formulas of Chan, Golub and LeVeque (1979). */
@@ -108,6 +110,122 @@ static PyObject *count(PyObject *module, PyObject *arguments)
     PyErr_SetString(PyExc_ValueError,
                     "values of one, two or four bytes are counted in 256 or, those longer than one, 65536 int64");
     return NULL;
+}
+
+#define BLOCK 32 /* values that are looked at together */
+
+/* The number of the first value with a bit of the mask, and one more than that of the last; where there is none,
+the count and 0. */
+#define DEFINE_SCANS(type)                                                                                  \
+    static size_t first_of_##type(const type *values, size_t count, type mask)                              \
+    {                                                                                                       \
+        size_t at = 0;                                                                                      \
+        for (; at + BLOCK <= count; at += BLOCK) {                                                          \
+            type any = 0;                                                                                   \
+            for (size_t n = 0; n < BLOCK; n++)                                                              \
+                any |= values[at + n];                                                                      \
+            if (any & mask)                                                                                 \
+                break;                                                                                      \
+        }                                                                                                   \
+        while (at < count && !(values[at] & mask))                                                          \
+            at++;                                                                                           \
+        return at;                                                                                          \
+    }                                                                                                       \
+    static size_t stop_of_##type(const type *values, size_t count, type mask)                               \
+    {                                                                                                       \
+        size_t stop = count;                                                                                \
+        for (; stop >= BLOCK; stop -= BLOCK) {                                                              \
+            type any = 0;                                                                                   \
+            for (size_t n = 1; n <= BLOCK; n++)                                                             \
+                any |= values[stop - n];                                                                    \
+            if (any & mask)                                                                                 \
+                break;                                                                                      \
+        }                                                                                                   \
+        while (stop && !(values[stop - 1] & mask))                                                          \
+            stop--;                                                                                         \
+        return stop;                                                                                        \
+    }
+
+DEFINE_SCANS(uint8_t)
+DEFINE_SCANS(uint16_t)
+DEFINE_SCANS(uint32_t)
+DEFINE_SCANS(uint64_t)
+
+static size_t first_of(const uint8_t *values, size_t count, size_t item, uint64_t mask)
+{
+    return item == 1   ? first_of_uint8_t(values, count, (uint8_t)mask)
+           : item == 2 ? first_of_uint16_t((const uint16_t *)values, count, (uint16_t)mask)
+           : item == 4 ? first_of_uint32_t((const uint32_t *)values, count, (uint32_t)mask)
+                       : first_of_uint64_t((const uint64_t *)values, count, mask);
+}
+
+static size_t stop_of(const uint8_t *values, size_t count, size_t item, uint64_t mask)
+{
+    return item == 1   ? stop_of_uint8_t(values, count, (uint8_t)mask)
+           : item == 2 ? stop_of_uint16_t((const uint16_t *)values, count, (uint16_t)mask)
+           : item == 4 ? stop_of_uint32_t((const uint32_t *)values, count, (uint32_t)mask)
+                       : stop_of_uint64_t((const uint64_t *)values, count, mask);
+}
+
+static void widen(size_t *ends, size_t first, size_t stop)
+{
+    ends[0] = first < ends[0] ? first : ends[0];
+    ends[1] = stop > ends[1] ? stop : ends[1];
+}
+
+/* First and stop of nonzero voxels on each axis; nothing is found if a first stays at the shape. */
+static void box_of(const uint8_t *voxels, const size_t *shape, size_t item, uint64_t mask, size_t ends[3][2])
+{
+    for (int axis = 0; axis < 3; axis++)
+        ends[axis][0] = shape[axis], ends[axis][1] = 0;
+    for (size_t z = 0; z < shape[0]; z++)
+        for (size_t y = 0; y < shape[1]; y++, voxels += shape[2] * item) {
+            size_t *x = ends[2];
+            int inside = ends[0][1] == z + 1 && ends[1][0] <= y && y < ends[1][1];
+            size_t first = first_of(voxels, inside ? x[0] : shape[2], item, mask);
+            if (inside && x[1] < shape[2]) {
+                size_t stop = stop_of(voxels + x[1] * item, shape[2] - x[1], item, mask);
+                x[1] += stop;
+            }
+            if (inside) {
+                x[0] = first < x[0] ? first : x[0];
+            } else if (first < shape[2]) {
+                widen(x, first, stop_of(voxels, shape[2], item, mask));
+                widen(ends[0], z, z + 1);
+                widen(ends[1], y, y + 1);
+            }
+        }
+}
+
+static PyObject *box(PyObject *module, PyObject *arguments)
+{
+    (void)module;
+    PyObject *voxel_object;
+    unsigned long long mask;
+    if (!PyArg_ParseTuple(arguments, "OK:box", &voxel_object, &mask))
+        return NULL;
+    Py_buffer voxels;
+    if (PyObject_GetBuffer(voxel_object, &voxels, PyBUF_C_CONTIGUOUS))
+        return NULL;
+    size_t item = (size_t)voxels.itemsize, shape[3], ends[3][2];
+    int fits = voxels.ndim == 3 && (item == 1 || item == 2 || item == 4 || item == 8) &&
+               (uintptr_t)voxels.buf % item == 0;
+    if (fits) {
+        for (int axis = 0; axis < 3; axis++)
+            shape[axis] = (size_t)voxels.shape[axis];
+        Py_BEGIN_ALLOW_THREADS
+        box_of(voxels.buf, shape, item, mask, ends);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&voxels);
+    if (!fits) {
+        PyErr_SetString(PyExc_ValueError, "boxes are found of values of one, two, four or eight bytes on three axes");
+        return NULL;
+    }
+    if (!ends[0][1])
+        Py_RETURN_NONE;
+    return Py_BuildValue("[(nn)(nn)(nn)]", (Py_ssize_t)ends[0][0], (Py_ssize_t)ends[0][1], (Py_ssize_t)ends[1][0],
+                         (Py_ssize_t)ends[1][1], (Py_ssize_t)ends[2][0], (Py_ssize_t)ends[2][1]);
 }
 
 #define LANES 8
@@ -223,6 +341,9 @@ static PyMethodDef methods[] = {
      "count(voxels, counts)\n--\n\n"
      "Add how often each value of one or two bytes occurs to ``counts``, by its bits as an unsigned number; of\n"
      "values of four bytes, how often each leading half occurs."},
+    {"box", box, METH_VARARGS,
+     "box(voxels, mask)\n--\n\n"
+     "First and stop on each axis of the values (z, y, x) that have a bit of the mask; None if there is none."},
     {"moments", moments, METH_O,
      "moments(voxels)\n--\n\n"
      "How many float32 are finite, 0.0, -0.0 and infinite; the mean of finite ones, the sum of their squared\n"
@@ -231,7 +352,7 @@ static PyMethodDef methods[] = {
 };
 
 static PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "zpatch.store._count", "How often each value occurs, and moments.", 0, methods, NULL, NULL, NULL, NULL,
+    PyModuleDef_HEAD_INIT, "zpatch.store._count", "How often and where values occur, and moments.", 0, methods, NULL, NULL, NULL, NULL,
 };
 
 PyMODINIT_FUNC PyInit__count(void)

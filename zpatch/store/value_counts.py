@@ -53,6 +53,25 @@ def value_counts(voxels: NDArray[Any]) -> tuple[int, NDArray[np.int64]] | None:
     return low, np.bincount(shifted.astype(np.int64).reshape(-1))
 
 
+def nonzero_box(voxels: NDArray[Any]) -> list[tuple[int, int]] | None:
+    """First and stop, on each axis, of the voxels (z, y, x) that are not zero; None if all are zero.
+
+    >>> nonzero_box(np.array([[[0, 0, 3, 0], [0, 0, 0, 0]]]))
+    [(0, 1), (0, 1), (2, 3)]
+    """
+    dtype = voxels.dtype
+    if _compiled is not None and dtype.isnative and dtype.kind in "iuf" and dtype.itemsize <= 8:
+        mask = 2 ** (8 * dtype.itemsize - (dtype.kind == "f")) - 1  # -0.0 is zero
+        return _compiled.box(np.ascontiguousarray(voxels), mask)
+    foreground = voxels != 0
+    columns = foreground.any(axis=0)
+    if not columns.any():
+        return None
+    lines = foreground.any(axis=(1, 2)), columns.any(axis=1), columns.any(axis=0)
+    hits = [np.flatnonzero(line) for line in lines]
+    return [(int(hit[0]), int(hit[-1]) + 1) for hit in hits]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Distribution:
     """Values of voxels: how many there are, their extremes, mean and variance, and how often each occurs.

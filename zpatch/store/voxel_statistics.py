@@ -20,6 +20,7 @@ from zpatch.store.value_counts import (
     Distribution,
     State,
     is_counted_at_once,
+    nonzero_box,
 )
 
 PERCENTILES = (0.5, 50.0, 99.5)
@@ -42,6 +43,7 @@ class VoxelStatistics:
 
     def update(self, voxels: NDArray[Any], first: tuple[int, int, int]) -> None:
         """Add a box of voxels (c, z, y, x) whose first voxel is at ``first`` (z, y, x)."""
+        voxels = np.ascontiguousarray(voxels)
         self._widen_box(voxels, first)
         flat = voxels.reshape(-1)
         length = max(flat.size, 1) if is_counted_at_once(flat.dtype) else BLOCK_VOXELS
@@ -67,12 +69,8 @@ class VoxelStatistics:
 
     def _widen_box(self, voxels: NDArray[Any], first: tuple[int, int, int]) -> None:
         for channel in voxels:
-            foreground = channel != 0
-            columns = foreground.any(axis=0)
-            if not columns.any():
-                continue
-            lines = foreground.any(axis=(1, 2)), columns.any(axis=1), columns.any(axis=0)
-            self._include([_extent(line, offset) for line, offset in zip(lines, first, strict=True)])
+            if (found := nonzero_box(channel)) is not None:
+                self._include([(a + n, b + n) for (a, b), n in zip(found, first, strict=True)])
 
     def _include(self, box: list[tuple[int, int]]) -> None:
         old, new = self._box or box, box or self._box
@@ -136,11 +134,6 @@ def _merged(parts: Sequence[Json], histograms: Sequence[NDArray[np.float64]]) ->
     low, high = min(part["min"] for part in parts), max(part["max"] for part in parts)
     whole = Distribution(int(counts.sum()), low, high, mean, variance, values[order], frequencies[order])
     return _summary(whole)
-
-
-def _extent(line: NDArray[np.bool_], offset: int) -> tuple[int, int]:
-    hits = np.flatnonzero(line)
-    return int(hits[0]) + offset, int(hits[-1]) + 1 + offset
 
 
 def _summary(found: Distribution | None, slope: float = 1.0, inter: float = 0.0) -> Json:
