@@ -6,10 +6,12 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from zpatch.chunks import levels
 from zpatch.chunks.levels import halve, plan_levels
 
 shapes = st.tuples(st.integers(1, 2), *(st.integers(1, 7) for _ in range(3)))
@@ -30,6 +32,40 @@ def test_images_are_averaged(shape: tuple[int, ...], seed: int) -> None:
     found = halve(voxels, majority=False)
     np.testing.assert_array_equal(found, np.rint(groups(voxels).mean(axis=-1)))
     assert found.dtype == voxels.dtype
+
+
+@given(
+    st.sampled_from(["u1", "i1", "u2", "i2"]),
+    st.tuples(st.integers(1, 2), st.integers(1, 5), st.integers(1, 5), st.integers(1, 1100)),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+def test_integers_are_averaged_alike_with_the_compiled_loop_and_without(
+    dtype: str, shape: tuple[int, ...], is_view: bool, seed: int
+) -> None:
+    limits = np.iinfo(dtype)
+    voxels = np.random.default_rng(seed).integers(limits.min, limits.max, shape, dtype, endpoint=True)
+    voxels = voxels[:, ::-1, -3:] if is_view else voxels
+    found = halve(voxels, majority=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(levels, "_compiled", None)
+        expected = halve(voxels, majority=False)
+    np.testing.assert_array_equal(found, expected)
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+
+
+@pytest.mark.skipif(levels._compiled is None, reason="no compiler was at hand")
+@pytest.mark.parametrize(
+    ("fine", "coarse"),
+    [((1, 4, 4, 4), (1, 2, 2, 3)), ((1, 4, 4, 4), (2, 2, 2, 2)), ((4, 4, 4), (2, 2, 2))],
+)
+def test_the_compiled_loop_writes_only_into_a_level_of_the_right_shape(
+    fine: tuple[int, ...], coarse: tuple[int, ...]
+) -> None:
+    with pytest.raises(ValueError, match="voxels of one or two bytes"):
+        levels._compiled(np.zeros(fine, np.int16), np.zeros(coarse, np.int16), True)
+    with pytest.raises(ValueError, match="voxels of one or two bytes"):
+        levels._compiled(np.zeros((1, 4, 4, 4), np.int32), np.zeros((1, 2, 2, 2), np.int32), True)
 
 
 @given(shapes, st.integers(0, 2**31))

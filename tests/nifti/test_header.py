@@ -446,3 +446,15 @@ def test_a_built_header_is_read_by_nibabel_and_zpatch(
     np.testing.assert_allclose(image.affine, affine)
     np.testing.assert_allclose(read_header(path).affine, affine)
     assert not read_header(path).warnings
+
+
+def test_slabs_that_are_no_longer_in_use_lend_their_memory_to_the_next(tmp_path: Path) -> None:
+    voxels = np.arange(100 * 90 * 61, dtype=np.int16).reshape(61, 90, 100)
+    file = read_header(save(tmp_path / "a.nii.gz", voxels.T))
+    seen: set[int] = set()
+    for slab in file.slabs((1, 8)):  # seven of 8 planes and one of 5
+        seen.add(slab.voxels.__array_interface__["data"][0])
+        first = 8 * slab.shard[1]
+        np.testing.assert_array_equal(slab.voxels[0], voxels[first : first + 8])
+        del slab
+    assert len(seen) == 2

@@ -16,6 +16,11 @@ from zpatch.chunks.gather import read_region
 from zpatch.chunks.sharded_array import ShardedArray
 from zpatch.geometry.boxes import Voxels
 
+try:
+    from zpatch.chunks._halve import halve as _compiled
+except ImportError:  # zpatch was installed without a compiler
+    _compiled = None  # type: ignore[assignment]
+
 SMALLEST_SIDE_VOXELS = 64
 VOXELS_AT_ONCE = 2**14  # of a level: so many groups of fine voxels stay in the processor's cache
 
@@ -53,6 +58,10 @@ def plan_levels(shape: Sequence[int], chunks: Sequence[int], shards: Sequence[in
 
 def halve(voxels: Voxels, *, majority: bool) -> Voxels:
     """Halve voxels (c, z, y, x) along each spatial axis longer than 1; an odd last plane counts twice."""
+    if not majority and _is_halved_at_once(voxels):
+        coarse = np.empty([len(voxels), *(-(-n // 2) for n in voxels.shape[1:])], voxels.dtype)
+        _compiled(voxels, coarse, voxels.dtype.kind == "i")
+        return coarse
     padding = [(0, 0), *((0, n % 2 if n > 1 else 0) for n in voxels.shape[1:])]
     even = np.pad(voxels, padding, mode="edge") if any(p != (0, 0) for p in padding) else voxels
     steps = [2 if n > 1 else 1 for n in even.shape[1:]]
@@ -64,6 +73,13 @@ def halve(voxels: Voxels, *, majority: bool) -> Voxels:
         parts = np.stack([fine[:, z :: steps[0], y :: steps[1], x :: steps[2]] for z, y, x in corners])
         out[:, first : first + planes] = _most_frequent(parts) if majority else _mean(parts)
     return out
+
+
+def _is_halved_at_once(voxels: Voxels) -> bool:
+    """Whether the compiled loop halves such voxels."""
+    dtype = voxels.dtype
+    is_small = dtype.kind in "iu" and dtype.itemsize <= 2 and dtype.isnative
+    return _compiled is not None and is_small and voxels.strides[-1] == dtype.itemsize
 
 
 def _mean(parts: Voxels) -> Voxels:

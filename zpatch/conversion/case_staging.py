@@ -105,17 +105,24 @@ def _stream(
     image: PlannedImage, record: ImageRecord, writer: ImageWriter, warn: Warn, progress: Progress
 ) -> None:
     """Write the voxels of the file to shards, a slab at a time."""
-    turn, dtype = record.orientation, np.dtype(record.dtype)
+    turn = record.orientation
     pyramid = PyramidBuilder(writer.stage, record) if turn.is_identity else None
     for slab in read_ahead(_slabs(image, warn, backwards=turn.flips[2])):
-        voxels = turn.turn(slab.voxels.astype(dtype, copy=False))
-        for shard, part in _shards_of(record, slab.shard, voxels):
-            writer.add_shard(shard, part)
-        if pyramid is not None:
-            pyramid.feed(voxels, slab.shard[0])
+        _write(slab, writer, pyramid)
         progress(round(image.file.voxel_bytes * slab.voxels.size / math.prod(image.shape)))
+        del slab  # its memory is that of the slab after the next
     if pyramid is None:
         write_levels(writer.stage, record)
+
+
+def _write(slab: Slab, writer: ImageWriter, pyramid: PyramidBuilder | None) -> None:
+    """Write the shards of a slab, and what it adds to coarser levels."""
+    record = writer.record
+    voxels = record.orientation.turn(slab.voxels.astype(record.dtype, copy=False))
+    for shard, part in _shards_of(record, slab.shard, voxels):
+        writer.add_shard(shard, part)
+    if pyramid is not None:
+        pyramid.feed(voxels, slab.shard[0])
 
 
 def _slabs(image: PlannedImage, warn: Warn, *, backwards: bool) -> Iterator[Slab]:

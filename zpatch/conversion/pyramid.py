@@ -33,7 +33,10 @@ class PyramidBuilder:
 
 
 class _LevelWriter:
-    """One level: collects the planes of a row of shards from the finer level, halves and writes them."""
+    """One level: halves the planes of the finer level as they arrive, and writes each row of shards.
+
+    Of the finer level no more than one plane is held, whose neighbour has not arrived yet.
+    """
 
     def __init__(
         self, stage: StagedImage, record: ImageRecord, number: int, below: _LevelWriter | None
@@ -44,25 +47,39 @@ class _LevelWriter:
         self._below = below
         above = record.shape if number == 1 else record.levels[number - 2].shape
         self._planes_above = padded_to_4d(above)[1]
-        _, depth, self._tile_y, self._tile_x = padded_to_4d(record.levels[number - 1].shards)
-        self._needed = depth * (2 if self._planes_above > 1 else 1)
-        self._gathered: list[Voxels] = []
+        _, self._depth, self._tile_y, self._tile_x = padded_to_4d(record.levels[number - 1].shards)
+        self._ends_alone = (self._planes_above - 1) // 2 % self._depth == 0
+        self._odd: list[Voxels] = []  # one plane of the finer level, or none
+        self._halved: list[Voxels] = []
         self._seen = self._row = 0
 
     def feed(self, voxels: Voxels, channel_row: int) -> None:
-        self._gathered.append(voxels)
         self._seen += voxels.shape[1]
-        waiting = np.concatenate(self._gathered, axis=1)
         last = self._seen == self._planes_above
-        while waiting.shape[1] >= self._needed or (last and waiting.shape[1]):
-            halved = halve(waiting[:, : self._needed], majority=self._record.kind == "label")
-            waiting = waiting[:, self._needed :]
-            self._write_row(halved, channel_row)
+        if self._odd:
+            self._halve(np.concatenate([*self._odd, voxels[:, :1]], axis=1))
+            voxels, self._odd = voxels[:, 1:], []
+        even = voxels.shape[1] // 2 * 2
+        if even:
+            self._halve(voxels[:, :even])
+        if even < voxels.shape[1]:
+            plane = voxels[:, even:]
+            if last:  # it counts twice, or alone if it is the only one of its row of shards
+                self._halve(plane if self._ends_alone else np.concatenate([plane, plane], axis=1))
+            else:
+                self._odd = [plane.copy()]
+        while (ready := sum(part.shape[1] for part in self._halved)) >= self._depth or (last and ready):
+            waiting = self._halved[0] if len(self._halved) == 1 else np.concatenate(self._halved, axis=1)
+            row, rest = waiting[:, : self._depth], waiting[:, self._depth :]
+            self._halved = [rest] if rest.size else []
+            self._write_row(row, channel_row)
             if self._below is not None:
-                self._below.feed(halved, channel_row)
-        self._gathered = [waiting.copy()] if waiting.size else []
+                self._below.feed(row, channel_row)
         if last:
             self._seen = self._row = 0
+
+    def _halve(self, voxels: Voxels) -> None:
+        self._halved.append(halve(voxels, majority=self._record.kind == "label"))
 
     def _write_row(self, voxels: Voxels, channel_row: int) -> None:
         _, _, ny, nx = voxels.shape

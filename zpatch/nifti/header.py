@@ -26,6 +26,7 @@ from zpatch.nifti.signature import (
     header_kind,
     not_nifti,
 )
+from zpatch.runtime import buffer_pool
 from zpatch.runtime.byte_sizes import format_bytes
 
 SUFFIXES = (".nii", ".nii.gz", ".hdr")
@@ -129,16 +130,18 @@ class NiftiFile:
         with open_bytes(self.voxel_path, compressed=self.compressed) as stream:
             _skip(stream, self.voxel_offset)
             rows = rows_of(nz, depth, backwards=backwards)
+            most = min(together, channels) // self.colours * min(depth, nz) * ny * nx
             for c, (row, planes) in itertools.product(range(0, channels, together), rows):
                 volumes = min(together, channels - c) // self.colours
-                flat = self._read_voxels(stream, volumes * planes * ny * nx)
+                flat = self._read_voxels(stream, volumes * planes * ny * nx, most)
                 voxels = flat.reshape(volumes, planes, ny, nx, self.colours)
                 voxels = np.moveaxis(voxels, -1, 1).reshape(-1, planes, ny, nx)
                 yield Slab((c // together, row), voxels)
             self._drain(stream, warn)
 
-    def _read_voxels(self, stream: IO[bytes], count: int) -> NDArray[Any]:
-        raw = np.empty(count, dtype=self.dtype)
+    def _read_voxels(self, stream: IO[bytes], count: int, most: int) -> NDArray[Any]:
+        """The next voxels, in memory for ``most``: that of an earlier slab, if it is no longer in use."""
+        raw = buffer_pool.empty((most,), self.dtype)[:count]
         view = raw.view(np.uint8).data.cast("B")
         filled = 0
         while filled < len(view):

@@ -1,0 +1,3 @@
+from typing import Any
+
+def halve(fine: Any, coarse: Any, is_signed: bool, /) -> None: ...
