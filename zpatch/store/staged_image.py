@@ -25,6 +25,7 @@ from zpatch.store.image_record import ImageRecord
 from zpatch.store.names import HISTOGRAM, INDEX, RAW_HEADER, ROOT_DOCUMENT
 from zpatch.store.store import TOOL, sharded_array
 
+SYNCS_AT_ONCE = 8  # a file system commits several at once
 MOST_COLOURS = 256  # in the metadata of a label map
 GOLDEN_ANGLE = 0.381966  # of a turn: hues that far apart differ most
 
@@ -87,18 +88,18 @@ class StagedImage:
             TOOL: {k: v for k, v in record.to_json().items() if k != "files"},
         }
         (self.folder / ROOT_DOCUMENT).write_bytes(group_document(attributes))
-        for file in sorted(self.folder.rglob("*")):
-            if file.is_dir():
-                sync(file)
-                continue
-            key = file.relative_to(self.folder).as_posix()
-            if key not in self._seals:
-                sync(file)
+        places = [self.folder, *self.folder.rglob("*")]
+        files = {place.relative_to(self.folder).as_posix(): place for place in places if place.is_file()}
+        unsealed = {key: file for key, file in files.items() if key not in self._seals}
+        folders = [place for place in places if place.is_dir()]
+        with ThreadPoolExecutor(SYNCS_AT_ONCE, thread_name_prefix="zpatch-sync") as pool:
+            synced = pool.map(sync, [*unsealed.values(), *folders])
+            for key, file in unsealed.items():
                 content = file.read_bytes()
                 self._seals[key] = FileSeal(len(content), digest(content))
-        sync(self.folder)
-        for synced in self._syncs:
-            synced.result()
+            list(synced)
+        for future in self._syncs:
+            future.result()
         self._disk.shutdown()
         return dataclasses.replace(record, files=dict(sorted(self._seals.items())))
 
