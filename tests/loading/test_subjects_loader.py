@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -325,6 +326,41 @@ class Keeper:
         for batch, wanted in self.kept:
             for name, data in wanted.items():
                 assert torch.equal(batch[name].data, data)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+@pytest.mark.parametrize("transform", [None, streams.noisy], ids=["plain", "noisy"])
+@pytest.mark.parametrize(
+    ("workers", "start_method"), [(1, "fork"), (2, "fork"), (3, "fork"), (1, "spawn"), (2, "forkserver")]
+)
+def test_batches_in_place_are_the_stream_for_any_number_of_workers_and_each_start_method(
+    nothing_is_left_behind: None, workers: int, start_method: str, transform: Any, full: bool
+) -> None:
+    if not full and start_method != "fork" and transform is None:
+        pytest.skip("each transform with each start method needs --full")
+    with queue_of(small_subjects(7), transform=transform) as queue:
+        singly = [item for _ in range(2) for item in streams.items(queue)]
+    options = {"num_workers": workers, "start_method": start_method, "transform": transform}
+    with queue_of(small_subjects(7), **options) as queue:
+        found = []
+        for _ in range(2):
+            for batch in zp.SubjectsLoader(queue, 4):
+                assert in_slots(queue, batch)
+                for row in range(batch.batch_size):
+                    images = {
+                        name: dataclasses.replace(
+                            image,
+                            data=image.data[row],
+                            affine=image.affine[row],
+                            slope=image.slope[row],
+                            inter=image.inter[row],
+                        )
+                        for name, image in batch.images.items()
+                    }
+                    patch = zp.Patch(images, batch.patch_location[row], batch.subjects[row])
+                    found.append(streams.item(patch))
+    streams.stop_forkserver()
+    assert found == singly
 
 
 @KEEPS
