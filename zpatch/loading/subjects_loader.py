@@ -109,8 +109,12 @@ class SubjectsLoader:
                 filled.release()
 
     def _batch_of(self, filled: FilledBatch, pending_dtype: torch.dtype | None) -> PatchBatch:
-        batch = None if self._streams is None or self.device is None else streamed(filled, self._streams)
-        return with_values(batch or self._placed(self._viewed(filled)), pending_dtype)
+        batch = None
+        if self._streams is not None and self.device is not None:
+            batch = streamed(filled, self._streams)
+        if batch is None:
+            batch = self._placed(self._viewed(filled))
+        return with_values(batch, pending_dtype)
 
     def _viewed(self, filled: FilledBatch) -> PatchBatch:
         if self.reuse == "next" or not filled.slots_are_short:
