@@ -48,6 +48,7 @@ def planned(
     subject = zp.Subject(name="ann", t1=zp.ScalarImage(np.broadcast_to(np.uint8(0), shape)))
     if skipped is not None:
         options["mask"] = lambda subject, location: not skipped[grid.position_of(location)]
+    options = {"max_memory": "1 TiB", **options}  # nothing that is freed is kept
     chosen = PredictOptions.of(image="t1", patch_size=patch_size, patch_overlap=patch_overlap, **options)
     grid = grid_over(shape, chosen)
     heads = [head(chosen, scale, f"head-{n}") for n, scale in enumerate(scales)]

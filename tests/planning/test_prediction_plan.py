@@ -19,7 +19,7 @@ from zpatch.blending.regridding import Regridder
 from zpatch.blending.sinks import BlendedSink, FinalisingSink
 from zpatch.geometry.boxes import Triple
 from zpatch.geometry.patch_grid import PatchGrid
-from zpatch.planning.peak_memory import held_of_head, sweep_peak_bytes
+from zpatch.planning.peak_memory import KEPT_PIECES_BYTES, held_of_head, sweep_peak_bytes
 from zpatch.planning.prediction_plan import FLIPPED_OUTPUTS, Head, PlannedHead, PredictionPlan
 from zpatch.runtime.byte_sizes import format_bytes
 from zpatch.tiling.output_cells import OutputGrid
@@ -197,6 +197,11 @@ def test_memory_does_not_grow_with_the_swept_axis() -> None:
 
 def test_all_jobs_together_are_counted() -> None:
     assert planned(jobs=3).peak_bytes == 3 * planned().peak_bytes
+
+
+def test_without_a_limit_freed_outputs_are_kept_and_count() -> None:
+    limited, free = planned(batch_size=3), planned(batch_size=3, max_memory=None)
+    assert free.peak_bytes - limited.peak_bytes == limited.outputs_bytes // 2 + KEPT_PIECES_BYTES
 
 
 def test_larger_batches_take_more_memory() -> None:

@@ -42,6 +42,28 @@ with freed_at_once():
 print(*found, is_mapped())
 """
 
+# Whether freed blocks of 24 MiB stay with the process, and are returned when that is asked for.
+KEEPING_PROGRAM = """
+import torch
+from zpatch.runtime.process_memory import freed_at_once, kept_when_freed, resident_bytes, return_freed
+
+def is_kept():
+    blocks = [torch.ones(6 * 2**20) for _ in range(4)]
+    before = resident_bytes()
+    del blocks
+    return before - resident_bytes() < 24 * 2**20
+
+with kept_when_freed():
+    found = [is_kept()]
+    before = resident_bytes()
+    return_freed()
+    found.append(before - resident_bytes() > 80 * 2**20)
+    with freed_at_once():
+        with kept_when_freed():
+            found.append(is_kept())
+print(*found)
+"""
+
 
 def filled(mib: int) -> None:
     """Fill new pages and return them: malloc might give some that it kept."""
@@ -63,6 +85,12 @@ def test_memory_that_is_filled_is_held_and_memory_that_is_freed_is_not() -> None
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="asks the GNU C library")
 def test_blocks_go_back_to_the_system_when_they_are_freed_as_long_as_any_thread_wants_it() -> None:
     assert forked.run(PROGRAM).stdout.split() == ["True", "True", "True", "False"]
+
+
+@LINUX
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="asks the GNU C library")
+def test_blocks_are_kept_for_the_next_ones_unless_any_thread_wants_them_returned() -> None:
+    assert forked.run(KEEPING_PROGRAM).stdout.split() == ["True", "True", "False"]
 
 
 @LINUX

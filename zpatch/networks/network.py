@@ -17,7 +17,7 @@ from zpatch.geometry.boxes import PatchLocation, Triple
 from zpatch.networks.model_axes import DEFAULT_AXES, ModelAxes
 from zpatch.networks.model_files import Model, ModelName, file_bytes, script_network
 from zpatch.networks.model_identity import identity
-from zpatch.runtime.process_memory import freed_at_once
+from zpatch.runtime.process_memory import freed_at_once, kept_when_freed
 
 DEFAULT_OUTPUT = "prediction"
 FLIPPED_AT_ONCE = 8  # the blocks that a flipped output is added in
@@ -101,14 +101,16 @@ class Network:
         object.__setattr__(self, "identity", identity(self.model))
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self, *, keeps_memory: bool = False) -> Iterator[None]:
         """Move the network to its device and into evaluation mode; restore its modes at the end.
 
-        In between, memory that is freed is returned to the system at once.
+        In between, memory that is freed is returned to the system at once; with ``keeps_memory`` it is kept
+        for the next batch, which is faster and holds more than the network needs.
         """
         if isinstance(self.model, torch.nn.Module):
             self.model.to(self.device)  # not in inference mode: it could not be trained on afterwards
-        with freed_at_once(), torch.inference_mode(), torch.autocast(self.device.type, enabled=self.amp):
+        memory = kept_when_freed() if keeps_memory else freed_at_once()
+        with memory, torch.inference_mode(), torch.autocast(self.device.type, enabled=self.amp):
             if not isinstance(self.model, torch.nn.Module):
                 yield
                 return

@@ -15,7 +15,7 @@ import numpy as np
 
 from zpatch.blending.regridding import regridding_bytes
 from zpatch.geometry.boxes import Integers, Triple
-from zpatch.planning.prediction_plan import PlannedHead, PredictionPlan, Ranges, Region
+from zpatch.planning.prediction_plan import OUTPUT_BUFFERS, PlannedHead, PredictionPlan, Ranges, Region
 from zpatch.runtime.buffer_pool import POOL_SLACK
 from zpatch.sampling.patch_views import PatchView
 from zpatch.sources.chunk_cache import is_quick, patches_of_chunks
@@ -25,6 +25,7 @@ from zpatch.tiling.axis_tiles import AxisTile, AxisTiles
 WEIGHT_BYTES = 4  # of a voxel's summed weights
 BATCHES_READ = 3  # one in the network, one waiting, one being read
 SHARDS_WRITTEN = 2  # besides those that are being filled: one waiting, one being encoded
+KEPT_PIECES_BYTES = 3 * 2**23
 SMALL_PIECES_BYTES = 2**23  # kept by threads in small blocks
 
 
@@ -149,6 +150,14 @@ def _shard_lives(axis: AxisTiles, shards: range, first: int, masked: bool) -> Ax
 def region_bytes(plan: PredictionPlan) -> int:
     """The most bytes that any region of a plan holds; without the network's if its cost is not known."""
     return _fixed_bytes(plan) + max(_swept_bytes(plan, region) for region in plan.regions)
+
+
+def kept_bytes(plan: PredictionPlan) -> int:
+    """What a region keeps of the memory that the network has freed, where no limit forbids it.
+
+    That is the outputs of a batch once more, and pieces that fit none of its tensors.
+    """
+    return plan.outputs_bytes // OUTPUT_BUFFERS + KEPT_PIECES_BYTES
 
 
 def _fixed_bytes(plan: PredictionPlan) -> int:

@@ -15,7 +15,7 @@ from zpatch.images.normalization import lacks_statistics
 from zpatch.images.subject import Subject
 from zpatch.networks.network import Network
 from zpatch.planning.model_inputs import Measure, ModelInputs, measured
-from zpatch.planning.peak_memory import region_bytes
+from zpatch.planning.peak_memory import kept_bytes, region_bytes
 from zpatch.planning.prediction_options import PredictOptions
 from zpatch.planning.prediction_plan import Head, NetworkCost, PredictionPlan
 from zpatch.planning.probe import check_names, network_cost, probe
@@ -127,7 +127,8 @@ def candidates(
                 cost=cost,
                 identities=identities,
             )
-            yield dataclasses.replace(plan, region_bytes=region_bytes(plan))
+            kept = kept_bytes(plan) if options.max_memory is None else 0
+            yield dataclasses.replace(plan, region_bytes=region_bytes(plan) + kept)
 
 
 @dataclass(frozen=True, slots=True)

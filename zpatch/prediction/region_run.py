@@ -2,7 +2,8 @@
 
 Batches are read ahead in one thread, and shards are encoded and written in another, while this thread runs
 the network and blends its outputs. Each hands over one thing at a time, so none gets far ahead of the others.
-Freed memory is returned to the system at once, so that the process holds what the plan says.
+The process holds what the plan says: under a limit of memory what is freed is returned to the system at once,
+without one it is kept for the next batch as long as there is room.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ from zpatch.networks.model_axes import ModelAxes
 from zpatch.networks.network import Network, Outputs
 from zpatch.nifti.writer import make_header
 from zpatch.planning.prediction_options import PredictOptions
-from zpatch.planning.prediction_plan import PlannedHead, PredictionPlan, Region
+from zpatch.planning.prediction_plan import OUTPUT_BUFFERS, PlannedHead, PredictionPlan, Region
 from zpatch.planning.probe import read_batch
 from zpatch.prediction.shard_ledger import ShardLedger, begin
+from zpatch.runtime.process_memory import private_bytes, return_freed
 from zpatch.runtime.task_contract import Progress
 from zpatch.runtime.tasks import read_ahead
 from zpatch.sampling.patch import torch_dtype
@@ -47,6 +49,8 @@ from zpatch.store.lock import writing_to
 from zpatch.store.names import RAW_HEADER, UNFINISHED
 from zpatch.store.store import read_small_array
 from zpatch.tiling.volume_tiles import Tiling
+
+KEPT_SLACK = 2**24  # of memory that is kept, for pieces that fit nowhere
 
 Batch = tuple[list[PatchLocation], torch.Tensor]
 
@@ -104,16 +108,31 @@ def run_region(
     needed = plan.needed(wanted)
     if done_before := plan.count_run(plan.needed(shards)) - plan.count_run(needed):
         progress(done_before)
+    kept = _KeptMemory(plan)
     with _Blender(plan, wanted, folder, options, check_inputs) as blender:
-        with network.running():
+        with network.running(keeps_memory=options.max_memory is None):
             for locations, inputs in read_ahead(_batches(plan, region, needed, network.axes)):
                 outputs = network(inputs, plan.subject.name, locations)
                 if options.strict:
                     _check_finite(outputs, inputs, plan.subject.name, locations)
                 blender.add(outputs, locations)
                 del outputs
+                kept.check(inputs.nbytes)
                 progress(len(locations))
         blender.finish()
+
+
+class _KeptMemory:
+    """Freed memory that is kept for the next batch: returned when that would hold more than the plan says."""
+
+    def __init__(self, plan: PredictionPlan) -> None:
+        self._before = private_bytes()
+        self._most = plan.region_bytes - plan.outputs_bytes // OUTPUT_BUFFERS - KEPT_SLACK
+
+    def check(self, batch_bytes: int) -> None:
+        """Return it if the process has no room for the next batch and its outputs in new memory."""
+        if private_bytes() - self._before > self._most - 2 * batch_bytes:
+            return_freed()
 
 
 def unwritten(head: PlannedHead, is_written: Callable[[Shard], bool], shards: Bools) -> Bools:

@@ -21,6 +21,7 @@ T = TypeVar("T")
 KEPT_SIZES = 6
 KEPT_BYTES = 32 * 2**20  # of each size
 POOL_SLACK = 2**23
+LARGE_BYTES = 2**22  # as numpy asks for large pages
 LEAST_BYTES = 2**17  # below that, malloc keeps memory itself
 
 _spare: OrderedDict[int, deque[NDArray[np.uint8]]] = OrderedDict()
@@ -36,7 +37,7 @@ class _Lease:
         try:
             self._memory = self._returns.pop()
         except IndexError:
-            self._memory = np.empty(nbytes, dtype=np.uint8)
+            self._memory = new_pages(nbytes)
         self.__array_interface__ = self._memory.__array_interface__
 
     def __del__(self) -> None:
@@ -46,6 +47,9 @@ class _Lease:
 def new_pages(nbytes: int) -> NDArray[np.uint8]:
     """Memory mapped from the system and returned to it when freed: malloc would keep it in pieces."""
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if nbytes >= LARGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # the system may have none
+            pages.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(pages, dtype=np.uint8)
 
 

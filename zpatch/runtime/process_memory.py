@@ -1,4 +1,4 @@
-"""The memory of this process: what it holds, its peak, and returning freed memory to the system at once."""
+"""The memory of this process: what it holds, its peak, and whether freed memory is kept or returned."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ _RESETS_PEAK = Path("/proc/self/clear_refs")
 # Of the GNU C library's mallopt(3). It raises its thresholds as large blocks are freed, up to these maxima.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 FIRST_THRESHOLD, LAST_MMAP_THRESHOLD, LAST_TRIM_THRESHOLD = 2**17, 2**25, 2**26
+KEEPS_ALL = 2**31 - 1
 
 _running: set[object] = set()  # the blocks of freed_at_once, in all threads: malloc has one setting
 
@@ -71,10 +72,34 @@ def freed_at_once() -> Iterator[None]:
             _set_thresholds(LAST_MMAP_THRESHOLD, LAST_TRIM_THRESHOLD)
 
 
+@contextlib.contextmanager
+def kept_when_freed() -> Iterator[None]:
+    """Let the GNU C library keep all blocks of up to 32 MiB that are freed, for the next ones.
+
+    The system provides new memory page by page, which for the outputs of a network takes as long as filling
+    them. What is kept is in pieces, of which more and more may be needed: see to it by ``return_freed``. The
+    rest is returned at the end. While a block of ``freed_at_once`` runs in any thread,
+    nothing is kept.
+    """
+    if not _running:
+        _set_thresholds(LAST_MMAP_THRESHOLD, KEEPS_ALL)
+    try:
+        yield
+    finally:
+        if not _running:
+            _set_thresholds(LAST_MMAP_THRESHOLD, LAST_TRIM_THRESHOLD)
+
+
 def _set_thresholds(of_mmap: int, of_trim: int) -> None:
     """Set both thresholds, and return what is free already."""
     with contextlib.suppress(AttributeError, OSError):
         library = ctypes.CDLL(None)
         library.mallopt(M_MMAP_THRESHOLD, of_mmap)
         library.mallopt(M_TRIM_THRESHOLD, of_trim)
-        library.malloc_trim(0)
+    return_freed()
+
+
+def return_freed() -> None:
+    """Return the memory that the GNU C library keeps to the system."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
