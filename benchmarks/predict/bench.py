@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,16 @@ from benchmarks.measure import Server, in_fresh_process, times_as_long
 from benchmarks.predict.limits import RUNS, peak_of
 from benchmarks.predict.peers import (
     CLASSES,
-    CONTENDERS,
     FLOOR,
+    NETWORKS,
     OVERLAP,
     PATCH,
     PATCHLY,
     SLIDING_WINDOW,
     ZARR_MERGER,
     ZPATCH,
+    Contender,
+    contenders,
 )
 from benchmarks.predict.runs import COSTLY_PATCH
 from benchmarks.read.peers import convert
@@ -38,8 +40,9 @@ LIMIT_BYTES = 512 * MIB
 PATCHES_ALONE = 25
 
 NOT_SHOWN = (
-    "The network of the contest copies, negates and fills, so the times are those of everything but the "
-    "model. A real model adds the same seconds to each.",
+    "The cheap networks of the contest copy, negate and fill, so the times are those of everything but the "
+    "model. A real model adds the same seconds to each, as the U-Net shows; its labels are not compared, as "
+    "they depend on the windows.",
     "Only zpatch reads compressed voxels, and writes them compressed, with checksums, statistics and fsync. "
     "The others read a memory map of the raw volume, and write one plain file.",
     "MONAI's windows are constant and patchly's Gaussian, as neither has Hann's: no more arithmetic. "
@@ -61,32 +64,38 @@ def run(options: Options) -> str:
 
 
 def _contest(options: Options) -> str:
+    """The contest with each network; memory is measured with one."""
     side = 320 if options.quick else 512  # three patches on an axis, or five
+    parts = [
+        _contest_of("keeps", side, options, "a network of negligible cost that keeps the order of axes"),
+        _contest_of("contiguous", side, options, "the same, into contiguous memory"),
+        _contest_of("unet", 320, options, "a small U-Net"),
+    ]
+    return "\n\n".join(parts)
+
+
+def _contest_of(network: str, side: int, options: Options, what: str) -> str:
     head, stores = data.plain_head(options.data, (side,) * 3), _tidied(options)
     files = head, stores / "store", stores / "output"
     convert(head / "source", stores / "store")
-    installed = [contender for contender in CONTENDERS if contender.installed]
-    fast = [contender.name for contender in installed if not contender.slow]
-    slow = [ZPATCH, *(contender.name for contender in installed if contender.slow)]
-    slow_times = _turns(slow, 1 if options.quick else 3, files)
-    times = _turns(fast, 2 if options.quick else 7, files)
-    ratios = {
-        name: times_as_long(found[name], found[ZPATCH]) for found in (slow_times, times) for name in found
-    }
-    taken = slow_times | times
-    held = {}
-    for contender in installed:
-        peak, base = _held_and_base(options, "memory_of", contender.name, *files)
-        held[contender.name] = peak - base
+    is_costly = network == "unet"
+    there = [c for c in contenders(NETWORKS[network]) if c.installed and not (is_costly and c.slow)]
+    fast = [contender.name for contender in there if not contender.slow]
+    slow = [ZPATCH, *(contender.name for contender in there if contender.slow)]
+    taken = {} if len(slow) == 1 else _turns(slow, 1 if options.quick else 3, network, files)
+    ratios = {name: times_as_long(taken[name], taken[ZPATCH]) for name in taken}
+    times = _turns(fast, 2 if options.quick or is_costly else 7, network, files)
+    ratios |= {name: times_as_long(times[name], times[ZPATCH]) for name in times}
+    taken |= times
+    held = _held_in_contest(there, options, files) if network == "keeps" else {}
     rows = [
-        (c, seconds(taken[c.name]), f"{ratios[c.name]:.2f}", mib(held[c.name]))
-        if c in installed
-        else (c.name, "not installed", "", "")
-        for c in CONTENDERS
+        (c, seconds(taken[c.name]), f"{ratios[c.name]:.2f}", mib(held[c.name]) if held else "")
+        if c.name in taken
+        else (c.name, "not measured" if c.installed else "not installed", "", "")
+        for c in contenders(NETWORKS[network])
     ]
     heading = (
-        f"### {side}^3 int16, {PATCH}-patches, overlap {OVERLAP}, hann, {CLASSES} classes, argmax; "
-        "a network of negligible cost"
+        f"### {side}^3 int16, {PATCH}-patches, overlap {OVERLAP}, hann, {CLASSES} classes, argmax; {what}"
     )
     head_row = (
         "one core, page cache warm",
@@ -94,14 +103,23 @@ def _contest(options: Options) -> str:
         "time / zpatch's",
         "peak above imports MiB",
     )
-    return "\n\n".join(
-        [heading, table(head_row, rows), goals(*_time_goals(times, ratios), *_memory_goals(held))]
-    )
+    of_time = [] if is_costly else _time_goals(times, ratios)
+    reached = goals(*of_time, *(_memory_goals(held) if held else []))
+    return "\n\n".join([heading, table(head_row, rows), *([] if is_costly else [reached])])
 
 
-def _turns(names: Sequence[str], turns: int, files: Sequence[Path]) -> dict[str, list[float]]:
+def _held_in_contest(those: Sequence[Contender], options: Options, files: Sequence[Path]) -> dict[str, int]:
+    """The peak of each contender above its imports."""
+    held = {}
+    for contender in those:
+        peak, base = _held_and_base(options, "memory_of", contender.name, *files)
+        held[contender.name] = peak - base
+    return held
+
+
+def _turns(names: Sequence[str], turns: int, network: str, files: Sequence[Path]) -> dict[str, list[float]]:
     """Seconds of predictions by each contender, in turns, each in its own process, after a checked one."""
-    servers = {name: Server("predict.runs:predictions_of", name, *files, env=ENV) for name in names}
+    servers = {name: Server("predict.runs:predictions_of", name, network, *files, env=ENV) for name in names}
     try:
         for server in servers.values():
             server.ask("check")
@@ -115,11 +133,11 @@ def _turns(names: Sequence[str], turns: int, files: Sequence[Path]) -> dict[str,
     return times
 
 
-def _time_goals(times: Mapping[str, Sequence[float]], ratios: Mapping[str, float]) -> Iterable[Goal]:
+def _time_goals(times: Mapping[str, Sequence[float]], ratios: Mapping[str, float]) -> Iterator[Goal]:
     for name, bound in {SLIDING_WINDOW: 1.5, ZARR_MERGER: 8, PATCHLY: 2}.items():
         if name in ratios:
             yield Goal(f"as fast as {name}", ratios[name], bound, "times", at_least=True)
-    yield Goal("time beside the floor's", times_as_long(times[ZPATCH], times[FLOOR]), 1.3, "times")
+    yield Goal("time beside the floor's", times_as_long(times[ZPATCH], times[FLOOR]), 1.1, "times")
 
 
 def _memory_goals(held: Mapping[str, int]) -> Iterable[Goal]:

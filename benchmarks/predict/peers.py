@@ -7,7 +7,8 @@ uncompressed file, which is faster than any store.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.peer import Peer
+from benchmarks.predict.networks import SmallUNet
 from benchmarks.read.peers import BLOSC, in_stored_order, raw_voxels
 
 PATCH, OVERLAP, CLASSES = 128, 32, 3
@@ -32,8 +34,28 @@ Model = Callable[[torch.Tensor], torch.Tensor]
 
 
 def network(patches: torch.Tensor) -> torch.Tensor:
-    """Scores (B, 3, I, J, K) of patches (B, 1, I, J, K), with the same order of axes in memory."""
-    scores = torch.empty_like(patches.expand(-1, CLASSES, -1, -1, -1))
+    """Scores (B, 3, I, J, K) of patches (B, 1, I, J, K), in memory in the order of the patches."""
+    return _with_scores(patches, torch.empty_like(patches.expand(-1, CLASSES, -1, -1, -1)))
+
+
+def contiguous_network(patches: torch.Tensor) -> torch.Tensor:
+    """The same scores in contiguous memory, as most layers of torch write theirs."""
+    return _with_scores(patches, torch.empty((len(patches), CLASSES, *patches.shape[2:])))
+
+
+@functools.cache
+def _unet() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return SmallUNet(classes=CLASSES).eval()
+
+
+def unet(patches: torch.Tensor) -> torch.Tensor:
+    """The scores of a small U-Net."""
+    scores: torch.Tensor = _unet()(patches)
+    return scores
+
+
+def _with_scores(patches: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     scores[:, 0] = patches[:, 0]
     torch.neg(patches[:, 0], out=scores[:, 1])
     scores[:, 2] = SPLIT
@@ -100,11 +122,11 @@ def zpatch_labels(output: Path) -> Labels:
     return in_stored_order(zp.Cohort(output)["sub-01"].prediction.data)
 
 
-def _zpatch(head: Path, store: Path, output: Path) -> None:
+def _zpatch(network: Model, head: Path, store: Path, output: Path) -> None:
     predict_with_zpatch(network, store, output, **zpatch_options())
 
 
-def _floor(head: Path, store: Path, output: Path) -> None:
+def _floor(network: Model, head: Path, store: Path, output: Path) -> None:
     """One accumulator of the whole volume; plane by plane, so that products stay in the cache."""
     from zpatch.geometry.patch_grid import axis_starts
     from zpatch.tiling.windows import partition_of_unity
@@ -126,7 +148,7 @@ def _floor(head: Path, store: Path, output: Path) -> None:
     write_classes(output, [sums], voxels.shape)
 
 
-def _sliding_window(head: Path, store: Path, output: Path) -> None:
+def _sliding_window(network: Model, head: Path, store: Path, output: Path) -> None:
     """Volume and scores in memory; constant windows, which are cheaper than Gaussian ones."""
     from monai.inferers.inferer import SlidingWindowInferer
 
@@ -137,7 +159,7 @@ def _sliding_window(head: Path, store: Path, output: Path) -> None:
     write_classes(output, [scores[0].numpy()], scores.shape[2:])
 
 
-def _zarr_merger(head: Path, store: Path, output: Path) -> None:
+def _zarr_merger(network: Model, head: Path, store: Path, output: Path) -> None:
     """Sums, counts and means as Zarr arrays on disk, the scores of a cube of 64 in a chunk; then the classes.
 
     The stores are named, as zarr 3 loses MONAI's own temporary ones while they are in use.
@@ -168,7 +190,7 @@ def _zarr_merger(head: Path, store: Path, output: Path) -> None:
     write_classes(output / "labels.npy", slabs, means.shape[2:])
 
 
-def _patchly(head: Path, store: Path, output: Path) -> None:
+def _patchly(network: Model, head: Path, store: Path, output: Path) -> None:
     """Its aggregator in chunks, which reduces a chunk after its last patch."""
     from patchly import Aggregator, GridSampler  # type: ignore[import-untyped]
 
@@ -194,15 +216,25 @@ def _mapped(output: Path) -> Labels:
     return labels
 
 
-CONTENDERS = (
-    Contender(ZPATCH, _zpatch, zpatch_labels),
-    Contender(FLOOR, _floor, _mapped),
-    Contender(SLIDING_WINDOW, _sliding_window, _mapped, "monai"),
-    Contender(PATCHLY, _patchly, _mapped, "patchly"),
-    Contender(ZARR_MERGER, _zarr_merger, lambda output: _mapped(output / "labels.npy"), "monai", slow=True),
-)
+NETWORKS: Mapping[str, Model] = {"keeps": network, "contiguous": contiguous_network, "unet": unet}
 
 
-def contender_of(name: str) -> Contender:
-    """The contender of that name."""
-    return next(contender for contender in CONTENDERS if contender.name == name)
+def contenders(network: Model) -> tuple[Contender, ...]:
+    """All contenders, with a network to run."""
+
+    def run(predict: Callable[[Model, Path, Path, Path], object]) -> Callable[[Path, Path, Path], object]:
+        return functools.partial(predict, network)
+
+    merged = run(_zarr_merger)
+    return (
+        Contender(ZPATCH, run(_zpatch), zpatch_labels),
+        Contender(FLOOR, run(_floor), _mapped),
+        Contender(SLIDING_WINDOW, run(_sliding_window), _mapped, "monai"),
+        Contender(PATCHLY, run(_patchly), _mapped, "patchly"),
+        Contender(ZARR_MERGER, merged, lambda output: _mapped(output / "labels.npy"), "monai", slow=True),
+    )
+
+
+def contender_of(name: str, network: Model = network) -> Contender:
+    """The contender of that name, with a network to run."""
+    return next(contender for contender in contenders(network) if contender.name == name)

@@ -20,6 +20,7 @@ from benchmarks.convert.bench import import_only
 from benchmarks.measure import POLL_S, Run, held_bytes, settle, tree_of
 from benchmarks.predict.peers import (
     CLASSES,
+    NETWORKS,
     Contender,
     Labels,
     classes_of,
@@ -35,15 +36,18 @@ SLAB = 64
 COSTLY_PATCH = 64
 
 
-def predictions_of(name: str, head: str, store: str, output: str) -> Callable[[str], float]:
-    """Answers ``turn`` with the seconds of a prediction; ``check`` also compares its voxels."""
+def predictions_of(name: str, network: str, head: str, store: str, output: str) -> Callable[[str], float]:
+    """Answers ``turn`` with the seconds of a prediction; ``check`` also compares its voxels.
+
+    Those of a network with a field of view depend on the windows, and are not compared.
+    """
     settle(one_core=True)
     torch.set_num_threads(1)
-    contender, target = contender_of(name), Path(output)
+    contender, target = contender_of(name, NETWORKS[network]), Path(output)
 
     def answer(question: str) -> float:
         seconds = seconds_of(contender, Path(head), Path(store), target)
-        if question == "check":
+        if question == "check" and network != "unet":
             check(contender.labels(target), raw_voxels(Path(head)))
         remove(target)
         return seconds
