@@ -38,7 +38,7 @@ from reading import loop as loop
 from zpatch.chunks import gather as gathering
 from zpatch.chunks.codec import CODECS, CRC_BYTES, ChunkCodec
 from zpatch.chunks.gather import GONE, UNEQUAL, gather, read_region
-from zpatch.chunks.gather_plan import GatherPlan
+from zpatch.chunks.gather_plan import GatherPlan, memory_order
 from zpatch.chunks.mapped_shards import MappedShard, close_shards
 from zpatch.chunks.scaling import UNSCALED, Scaling
 from zpatch.chunks.sharded_array import ChunkFiles, ShardedArray
@@ -84,13 +84,15 @@ def run_loop(
     scaling: Scaling = UNSCALED,
     checks: Any = b"",
     files: Any = b"",
+    streams: bool = False,
 ) -> tuple[int, int]:
     """The row at which the compiled loop stopped, and what is wrong with its chunk."""
     assert gathering._compiled is not None
     itemsize = np.dtype(dtype).itemsize
     rows = np.array(rows, np.int64) if isinstance(rows, list) else rows
+    where = frames, files, outs, streams
     return gathering._compiled(
-        rows, checks, start, frames, files, outs, tuple(chunk), itemsize, codec, scaled_from, *scaling
+        rows, checks, start, *where, tuple(chunk), itemsize, codec, scaled_from, *scaling
     )
 
 
@@ -890,10 +892,12 @@ def test_voxels_are_written_to_memory_of_any_layout(tmp_path: Path, dtype: str, 
 @needs_compiled_loop
 @pytest.mark.parametrize("dtype", ["|u1", "|i1", "<u2", "<i2", "<f4", "<f8"])
 @pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("streams", [False, True])
 @pytest.mark.parametrize("codec", ["lz4", "none"])
 def test_large_chunks_are_turned_in_slabs_of_any_shape(
-    tmp_path: Path, dtype: str, scaled: bool, codec: str
+    tmp_path: Path, dtype: str, scaled: bool, codec: str, streams: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(gathering, "STREAMED_BYTES", 0 if streams else 2**40)
     if scaled and dtype[1] == "f":
         pytest.skip("floats are scaled by numpy")
     voxels = random_voxels((70, 75, 140), dtype)
@@ -906,6 +910,67 @@ def test_large_chunks_are_turned_in_slabs_of_any_shape(
         out = np.zeros(expected[box].shape[::-1], expected.dtype).T
         gather(array, plan, [out], scaling)
         assert_same_bytes(np.ascontiguousarray(out), np.ascontiguousarray(expected[box]))
+
+
+@needs_compiled_loop
+@given(
+    data=st.data(),
+    shape=st.tuples(*[st.integers(1, 60)] * 3),
+    chunk=st.tuples(*[st.integers(1, 30)] * 3),
+    dtype=st.sampled_from(["|u1", "<i2", "<f4", "<f8"]),
+    codec=st.sampled_from(["lz4", "none"]),
+    scaled=st.booleans(),
+    axes=st.permutations([0, 1, 2, 3]),
+    gap=st.integers(0, 3),
+)
+def test_strips_written_past_the_cache_have_the_voxels_of_numpy(
+    data: Draw, shape: tuple[int, ...], chunk: tuple[int, ...], dtype: str, codec: str, scaled: bool,
+    axes: list[int], gap: int, tmp_path_factory: pytest.TempPathFactory,
+) -> None:  # fmt: skip
+    folder = tmp_path_factory.mktemp("strips") / "image"
+    chunk = tuple(min(c, n) for c, n in zip(chunk, shape, strict=True))
+    voxels = random_voxels(shape, dtype)
+    array = array_of(stored(folder, voxels, chunk=chunk, shard=2, codec=codec))
+    scaling = Scaling(0.5, -3.0, -20.0, 90.0) if scaled and dtype[1] != "f" else UNSCALED
+    values = scaling.apply(voxels[None])
+    boxes = [draw_box(data, shape) for _ in range(data.draw(st.integers(1, 3)))]
+    first = np.array([(0, *box.index) for box in boxes])
+    stop = np.array([(1, *box.index_fin) for box in boxes])
+    outs = []
+    for box in boxes:  # in memory of any order of axes, with gaps
+        sides = [((1, *box.size)[axis]) for axis in axes]
+        memory = np.zeros([n + gap for n in sides], values.dtype)[tuple(map(slice, sides))]
+        outs.append(memory.transpose(np.argsort(axes)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gathering, "STREAMED_BYTES", 0)
+        gather(array, GatherPlan.of(array, first, stop, memory_order(outs)), outs, scaling)
+    for box, out in zip(boxes, outs, strict=True):
+        assert_same_bytes(np.ascontiguousarray(out[0]), np.ascontiguousarray(values[0][box.to_slices()]))
+        assert out.base is not None
+        assert np.count_nonzero(out.base.view(np.uint8)) == np.count_nonzero(
+            np.ascontiguousarray(out).view(np.uint8)
+        )
+    close_shards(folder)
+
+
+@needs_compiled_loop
+def test_a_damaged_chunk_in_a_strip_is_named_and_those_before_it_are_written() -> None:
+    voxels = random_voxels((1, 2, 3, 40), "<i2")
+    data = voxels.tobytes()
+    sealed = data + google_crc32c.value(data).to_bytes(4, "little")
+    rows = [
+        row_of(whole(voxels.shape), (0, 0, 0, 40 * n), offset=n * len(sealed), length=len(data))
+        for n in range(4)
+    ]
+    out = np.zeros((1, 2, 3, 160), np.int16)
+    frame = bytearray(4 * sealed)
+    frame[2 * len(sealed) + 9] ^= 4
+    found = run_loop(
+        rows, [bytes(frame)], [out], voxels.shape, "<i2", codec="none", checks=b"\1" * 4, streams=True
+    )
+    assert found == (2, UNEQUAL)
+    assert_same_bytes(out[..., :80], np.concatenate([voxels, voxels], axis=3))
+    assert not out[..., 80:].any()
 
 
 @given(data=st.data(), axes=st.permutations([0, 1, 2, 3]))

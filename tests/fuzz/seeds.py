@@ -98,6 +98,21 @@ def of_gather() -> Iterator[bytes]:
         boxes = bytes((0, files)) + bytes(side - 1 for side in chunk) + bytes(4)
         table = struct.pack("<BHHB", mode, 0, len(encoded), 0) + bytes((1, 0, 0, 2, 0, 0, 4, 0, 0, 39, 0, 0))
         yield head + boxes + struct.pack("<H", 0) + b"\1\0" + table + encoded + b"1234"
+    for order, writer, is_blosc in itertools.product(
+        (23, 6, 3), (0, 1, 2, 3, 7), (0, 1)
+    ):  # strips of two chunks
+        item, box = (1, 2, 4, 8, 1, 1, 2, 2)[writer], (2, 6, 5, 79)
+        data = np.frombuffer(voxels(math.prod(chunk), f"u{item}", "steps"), f"u{item}")
+        encoded = bytes(blosc.compress(data, b"lz4", 5)) if is_blosc else data.tobytes()
+        head = struct.pack("<B4f4B", writer << 1 | is_blosc, *SCALING, *(side - 1 for side in chunk))
+        boxes = bytes((0, 4)) + bytes(side - 1 for side in box) + bytes((order, 0, 0, 0))
+        table = b"".join(
+            struct.pack("<BHHB", 0, place * len(encoded), len(encoded), 0)
+            + bytes((1, 0, 0, 2, 0, 3 * place if order == 6 else 0, 4, 0, 0))
+            + bytes((38, 0, 39 * place if order != 6 else 0))
+            for place in (0, 1)
+        )
+        yield head + boxes + struct.pack("<H", 0) + b"\2\0" + table + 2 * encoded
     deep = (1, 19, 2, 21)  # boxes in any order of axes
     for writer, order in itertools.product(range(8), range(24)):
         item = (1, 2, 4, 8, 1, 1, 2, 2)[writer]

@@ -95,14 +95,16 @@ def try_gather(data: bytes) -> None:
     chunk = [given.signed() if raw else given.take(1) % limit + 1 for limit in limits]
     if min(chunk) > 0 and 2**16 <= math.prod(chunk) * item < 2**60:
         return
-    boxes, maps, files, rows, checks, start = take_boxes_maps_and_rows(given, chunk, item, scaled_from, raw)
+    boxes, maps, files, rows, checks, start, streams = take_boxes_maps_and_rows(
+        given, chunk, item, scaled_from, raw
+    )
     before = [layout.filled(dtype_of(item, scaled_from), n) for n, layout in boxes]
     after = [layout.filled(dtype_of(item, scaled_from), n) for n, layout in boxes]
     codec = "blosc" if mode & 1 else "none"
     try:
         stopped, _ = loops.gather(
             rows, checks, start, [b""] * len(maps) if files else maps, np.array(files, np.int64), after,
-            tuple(chunk), item, codec, scaled_from, *map(float, scaling),
+            streams, tuple(chunk), item, codec, scaled_from, *map(float, scaling),
         )  # fmt: skip
     except (ValueError, MemoryError):
         return
@@ -143,7 +145,15 @@ def take_boxes_maps_and_rows(given: Input, chunk: list[int], item: int, scaled_f
     taken = [take_row(table, raw, chunk, shapes, maps) for _ in range(count)]
     checks = b"" if raw else bytes(check for _, check in taken)
     files = [file_of(content) for content in maps] if map_mode & 2 and hasattr(os, "memfd_create") else []
-    return boxes, maps, files, np.array([row for row, _ in taken], np.int64).reshape(-1, 16), checks, start
+    return (
+        boxes,
+        maps,
+        files,
+        np.array([row for row, _ in taken], np.int64).reshape(-1, 16),
+        checks,
+        start,
+        bool(map_mode & 4),
+    )
 
 
 def file_of(content: bytearray) -> int:

@@ -29,7 +29,6 @@ typedef struct {
 typedef struct {
     uint8_t *bytes; /* of a chunk */
     size_t capacity;
-    int waits; /* whether other chunks were asked for, as bytes were not in the system's memory */
 } Copy;
 
 /* Where a chunk's bytes are; its checksum follows them. */
@@ -69,13 +68,14 @@ static void ask_for(const Shard *shard, const Place *place)
     }
 }
 
-/* Reads bytes `first` up to `stop` of a chunk into the copy. FINE, GONE, or WAITS if they are not in memory. */
-static int read_file(Copy *copy, const Shard *shard, const Place *place, size_t first, size_t stop)
+/* Reads bytes `first` up to `stop` of a chunk into the copy. FINE, GONE, or WAITS if they are not in memory and
+ * are not waited for. */
+static int read_file(Copy *copy, const Shard *shard, const Place *place, size_t first, size_t stop, int waits)
 {
     while (first < stop) {
         ssize_t done = read_some(shard->file, copy->bytes + first, stop - first,
-                                 place->offset + (int64_t)first, copy->waits);
-        if (done <= 0 && !copy->waits)
+                                 place->offset + (int64_t)first, waits);
+        if (done <= 0 && !waits)
             return WAITS;
         if (done <= 0)
             return GONE;
@@ -86,7 +86,7 @@ static int read_file(Copy *copy, const Shard *shard, const Place *place, size_t 
 
 /* Gives the bytes of a chunk, of which those from `first` up to `stop` are needed. */
 static int find_bytes(Copy *copy, const Shard *shard, const Place *place, size_t first, size_t stop,
-                      const uint8_t **bytes)
+                      int waits, const uint8_t **bytes)
 {
     size_t all = place->length + (place->is_checked ? CRC_BYTES : 0);
     int is_copied = !shard->map || (place->is_checked && all <= MOST_COPIED);
@@ -106,7 +106,7 @@ static int find_bytes(Copy *copy, const Shard *shard, const Place *place, size_t
     }
     if (shard->map && is_copied)
         memcpy(copy->bytes, shard->map + place->offset, all);
-    int state = shard->map ? FINE : read_file(copy, shard, place, first, stop);
+    int state = shard->map ? FINE : read_file(copy, shard, place, first, stop, waits);
     if (state != FINE || !place->is_checked)
         return state;
     return crc32c(*bytes, place->length) == little32(*bytes + place->length) ? FINE : UNEQUAL;

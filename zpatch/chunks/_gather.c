@@ -19,12 +19,15 @@
 #include "_encoded.h"
 #include "_guard.h"
 #include "_parts.h"
+#include "_strips.h"
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "voxels are stored in little-endian order; on big-endian machines zpatch reads without this file"
 #endif
 
 /* ---- rows ---- */
+
+enum { HELD_BYTES = 8 << 16 }; /* of decoded chunks that are held together */
 
 typedef struct {
     const int64_t *rows;
@@ -35,12 +38,20 @@ typedef struct {
     Shard *shards;
     Py_ssize_t shard_count, out_count;
     const Py_buffer *outs;
+    int streams; /* whether whole lines are written past the cache */
 } Work;
 
 typedef struct {
     Decoded chunk;
-    Copy copy;
+    Copy copy;         /* of its encoded bytes, of which it may be a view */
+    size_t begin, end; /* its rows */
+} Slot;
+
+typedef struct {
+    Slot slots[MOST_PIECES]; /* chunks that follow each other in a box, and are held together */
+    size_t slot_count;
     uint8_t *tiles;
+    int waits; /* whether chunks were asked for, as bytes were not in the system's memory */
 } Memory;
 
 static int bytes_are_sound(const Work *work, const int64_t *row, int is_checked)
@@ -129,7 +140,7 @@ static void ask_for_rest(const Work *work, size_t at)
 }
 
 /* Decodes the chunk of row `at`, as far as its voxels from `first` up to `stop` need it. */
-static int decode_row(const Work *work, Memory *memory, size_t at, size_t first, size_t stop)
+static int decode_row(const Work *work, Memory *memory, Slot *slot, size_t at, size_t first, size_t stop)
 {
     const Shard *shard = work->shards + work->rows[at * COLUMNS + MAP];
     const Chunks *chunks = &work->chunks;
@@ -137,32 +148,88 @@ static int decode_row(const Work *work, Memory *memory, size_t at, size_t first,
     const uint8_t *bytes;
     int is_whole = chunks->blosc || place.length != chunks->bytes;
     size_t from = is_whole ? 0 : first * chunks->item, to = is_whole ? place.length : stop * chunks->item;
-    int state = !memory->copy.waits && shard->map && place.is_checked ? WAITS : FINE;
+    int state = !memory->waits && shard->map && place.is_checked ? WAITS : FINE;
     if (state == FINE)
-        state = find_bytes(&memory->copy, shard, &place, from, to, &bytes);
+        state = find_bytes(&slot->copy, shard, &place, from, to, memory->waits, &bytes);
     if (state == WAITS) {
-        memory->copy.waits = 1;
+        memory->waits = 1;
         ask_for_rest(work, at);
-        state = find_bytes(&memory->copy, shard, &place, from, to, &bytes);
+        state = find_bytes(&slot->copy, shard, &place, from, to, memory->waits, &bytes);
     }
-    return state == FINE ? decode_chunk(&memory->chunk, bytes, place.length, chunks, first, stop) : state;
+    return state == FINE ? decode_chunk(&slot->chunk, bytes, place.length, chunks, first, stop) : state;
+}
+
+/* Finds the row of a slot that continues a part, or that a part continues; NULL if there is none. */
+static const int64_t *neighbour(const Work *work, const Slot *slot, const int64_t *part, int is_after)
+{
+    for (size_t at = slot->begin; at < slot->end; at++) {
+        const int64_t *row = work->rows + at * COLUMNS;
+        if (continues(is_after ? part : row, is_after ? row : part, work->outs, &work->writer))
+            return row;
+    }
+    return NULL;
+}
+
+/* Whether the chunk of some rows is of the same shard as that of a slot, and continues one of its parts. */
+static int slot_continues(const Work *work, const Slot *slot, size_t at, size_t end)
+{
+    if (work->rows[at * COLUMNS + MAP] != work->rows[slot->begin * COLUMNS + MAP])
+        return 0;
+    for (; at < end; at++)
+        if (neighbour(work, slot, work->rows + at * COLUMNS, 0))
+            return 1;
+    return 0;
+}
+
+/* Decodes the chunk of row `at` and those that continue its parts, as many as are held together. Returns the
+ * state of the last one, and leaves in `at` the row of the first that is not decoded. */
+static int decode_slots(const Work *work, Memory *memory, size_t *at, size_t *filled)
+{
+    int state = FINE;
+    for (*filled = 0; *filled < memory->slot_count && *at < work->count; ++*filled) {
+        Slot *slot = memory->slots + *filled;
+        size_t first, stop;
+        state = rows_of_chunk(work, *at, &slot->end, &first, &stop);
+        if (state == FINE && *filled && !slot_continues(work, slot - 1, *at, slot->end))
+            break;
+        if (state == FINE)
+            state = decode_row(work, memory, slot, *at, first, stop);
+        if (state != FINE)
+            break;
+        slot->begin = *at;
+        *at = slot->end;
+    }
+    return state;
+}
+
+static void write_slots(const Work *work, const Memory *memory, size_t filled)
+{
+    for (size_t s = 0; s < filled; s++)
+        for (size_t at = memory->slots[s].begin; at < memory->slots[s].end; at++) {
+            const int64_t *part = work->rows + at * COLUMNS;
+            if (!work->streams) {
+                write_part(&work->writer, &memory->slots[s].chunk, &work->chunks, part,
+                           work->outs + part[BOX], memory->tiles);
+                continue;
+            }
+            if (s > 0 && neighbour(work, memory->slots + s - 1, part, 0))
+                continue; /* it was written with that one */
+            Strip strip = {{{0}}, 0};
+            for (size_t n = s; part; part = n < filled ? neighbour(work, memory->slots + n, part, 1) : NULL)
+                strip.pieces[strip.count++] = (Piece){&memory->slots[n++].chunk, part};
+            write_strip(&work->writer, &strip, &work->chunks, work->outs, memory->tiles);
+        }
 }
 
 /* Copies all rows. Returns the state of the last row that was reached, and leaves its number in `at`. */
 static int gather_rows(const Work *work, Memory *memory, size_t *at)
 {
     int state = FINE;
-    for (size_t end, first, stop; *at < work->count; *at = end) {
-        state = rows_of_chunk(work, *at, &end, &first, &stop);
-        if (state == FINE)
-            state = decode_row(work, memory, *at, first, stop);
-        if (state != FINE)
-            break;
-        for (size_t r = *at; r < end; r++) {
-            const int64_t *part = work->rows + r * COLUMNS;
-            write_part(&work->writer, &memory->chunk, &work->chunks, part, work->outs + part[BOX],
-                       memory->tiles);
-        }
+    while (state == FINE && *at < work->count) {
+        size_t next = *at, filled;
+        state = decode_slots(work, memory, &next, &filled);
+        write_slots(work, memory, filled);
+        *at = next;
     }
     return state;
 }
@@ -181,19 +248,32 @@ static int gather_guarded(const Work *work, Memory *memory, size_t *at)
     return state;
 }
 
+/* Makes room for as many decoded chunks as stay in the processor's cache; 0 if there is none. */
+static int make_slots(const Work *work, Memory *memory)
+{
+    size_t fitting = HELD_BYTES / work->chunks.bytes, wanted = !work->streams ? 1 : fitting ? fitting : 1;
+    for (; memory->slot_count < smaller(wanted, MOST_PIECES); memory->slot_count++) {
+        Decoded *chunk = &memory->slots[memory->slot_count].chunk;
+        chunk->capacity = MAX_ITEM;
+        chunk->start = malloc(chunk->capacity * sizeof *chunk->start);
+        chunk->scratch = malloc(work->chunks.blosc ? work->chunks.bytes + SLACK : SLACK);
+        if (!chunk->start || !chunk->scratch)
+            return 0;
+    }
+    memory->tiles = malloc(scratch_bytes(&work->chunks) + strip_bytes());
+    return memory->tiles != NULL;
+}
+
 static int gather_all(const Work *work, size_t *at)
 {
-    int state = NO_MEMORY;
-    Memory memory = {{0}, {0}, malloc(scratch_bytes(&work->chunks))};
-    Decoded *chunk = &memory.chunk;
-    chunk->capacity = MAX_ITEM;
-    chunk->start = malloc(chunk->capacity * sizeof *chunk->start);
-    chunk->scratch = malloc(work->chunks.blosc ? work->chunks.bytes + SLACK : SLACK);
-    if (chunk->start && chunk->scratch && memory.tiles)
-        state = gather_guarded(work, &memory, at);
-    free(chunk->start);
-    free(chunk->scratch);
-    free(memory.copy.bytes);
+    Memory memory = {0};
+    int state = make_slots(work, &memory) ? gather_guarded(work, &memory, at) : NO_MEMORY;
+    end_streams();
+    for (size_t n = 0; n < MOST_PIECES; n++) {
+        free(memory.slots[n].chunk.start);
+        free(memory.slots[n].chunk.scratch);
+        free(memory.slots[n].copy.bytes);
+    }
     free(memory.tiles);
     return state;
 }
@@ -317,9 +397,9 @@ static PyObject *gather(PyObject *module, PyObject *arguments)
     const char *codec, *scaled_from;
     Scaling scaling;
     Work work = {0};
-    if (!PyArg_ParseTuple(arguments, "OOnOOO(nnnn)nssdddd:gather", objects, objects + 1, &start, objects + 3,
-                          objects + 2, objects + 4, &c, &z, &y, &x, &item, &codec, &scaled_from,
-                          &scaling.slope, &scaling.inter, &scaling.low, &scaling.high))
+    if (!PyArg_ParseTuple(arguments, "OOnOOOp(nnnn)nssdddd:gather", objects, objects + 1, &start, objects + 3,
+                          objects + 2, objects + 4, &work.streams, &c, &z, &y, &x, &item, &codec,
+                          &scaled_from, &scaling.slope, &scaling.inter, &scaling.low, &scaling.high))
         return NULL;
     if (start < 0 || c < 1 || z < 1 || y < 1 || x < 1 || item < 1 ||
         !choose_writer(&work.writer, (size_t)item, scaled_from)) {
@@ -327,6 +407,7 @@ static PyObject *gather(PyObject *module, PyObject *arguments)
         return NULL;
     }
     work.writer.scaling = scaling;
+    work.streams = work.streams && HAS_STREAMS;
     work.chunks =
         (Chunks){{(size_t)c, (size_t)z, (size_t)y, (size_t)x}, (size_t)item, 0, !strcmp(codec, "blosc")};
     return gather_into(&work, start, objects);
@@ -408,11 +489,12 @@ static PyObject *scale(PyObject *module, PyObject *arguments)
 
 static PyMethodDef methods[] = {
     {"gather", gather, METH_VARARGS,
-     "gather(rows, checks, start, maps, files, outs, chunk_shape, itemsize, codec, scaled_from, slope, inter, "
-     "low, high)\n--\n\n"
+     "gather(rows, checks, start, maps, files, outs, streams, chunk_shape, itemsize, codec, scaled_from, slope, "
+     "inter, low, high)\n--\n\n"
      "Copy parts of chunks into boxes, from row ``start`` on.\n\n"
      "Chunks of rows whose byte in ``checks`` is not 0 are compared with the crc32c that follows them. Where\n"
-     "``files`` has a file descriptor instead of -1, it is read instead of the map of the same number.\n\n"
+     "``files`` has a file descriptor instead of -1, it is read instead of the map of the same number. With\n"
+     "``streams``, whole lines of memory are written past the processor's cache.\n\n"
      "Gives the row at which it stopped (the number of rows where all are copied), and 1 if that row's chunk\n"
      "is damaged, 5 if its file was cut short, 6 if its checksum differs; otherwise the chunk is missing or\n"
      "its encoding is not supported here."},

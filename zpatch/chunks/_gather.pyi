@@ -8,6 +8,7 @@ def gather(
     maps: Sequence[Any],
     files: Any,
     outs: Sequence[Any],
+    streams: bool,
     chunk_shape: tuple[int, int, int, int],
     itemsize: int,
     codec: str,

@@ -36,6 +36,7 @@ except ImportError:  # installed without a compiler
 
 
 MAP, OFFSET, LENGTH = 0, 1, 2
+STREAMED_BYTES = 2**22  # of boxes that do not stay in the processor's cache anyhow
 DAMAGED, GONE, UNEQUAL = 1, 5, 6  # as in _decode.h
 _COMPILED_ITEMSIZES = (1, 2, 4, 8)
 _COMPILED_CODECS = ("none", "blosc")
@@ -224,6 +225,7 @@ def _run_compiled(
         located.buffers,
         located.files,
         outs,
+        sum(out.nbytes for out in outs) >= STREAMED_BYTES,
         chunk_shape,
         array.dtype.itemsize,
         compressor,

@@ -2,7 +2,7 @@
  *
  * Input: u8 mode: 1 blosc, 2 4 8 the writer, 16 chunk shape and rows as they are, 32 `scale` or 64 `copy`
  * instead of `gather`, 128 with another shape; four float32 of the scaling; four chunk sides; u8 boxes, u8
- * maps: 2 files instead; sides and layout of each box; u16 bytes of the first map; u8 rows, u8 first row; the
+ * maps: 2 files instead, 4 streams; sides and layout of each box; u16 bytes of the first map; u8 rows, u8 first row; the
  * rows, whose first byte is the map, 2 to compare the chunk with its checksum, 4 to write that first; then
  * the bytes of the maps. */
 
@@ -322,16 +322,17 @@ static void run_gather(Input *input, Given *given, int raw)
                                     .shape = &numbers, .strides = &step}};
     PyObject all_maps = {.items = map_objects, .count = map_count};
     PyObject all_boxes = {.items = box_objects, .count = box_count};
-    Argument arguments[17] = {{.object = &row_object}, {.object = &checks}, {.number = start},
-                              {.object = &all_maps}, {.object = &file_numbers}, {.object = &all_boxes}};
+    Argument arguments[18] = {{.object = &row_object}, {.object = &checks}, {.number = start},
+                              {.object = &all_maps}, {.object = &file_numbers}, {.object = &all_boxes},
+                              {.truth = map_mode >> 2 & 1}};
     for (int n = 0; n < 4; n++) {
-        arguments[6 + n].number = (Py_ssize_t)given->chunk[n];
-        arguments[13 + n].real = given->scaling[n];
+        arguments[7 + n].number = (Py_ssize_t)given->chunk[n];
+        arguments[14 + n].real = given->scaling[n];
     }
-    arguments[10].number = (Py_ssize_t)given->item;
-    arguments[11].text = given->is_blosc ? "blosc" : "none";
-    arguments[12].text = given->scaled_from;
-    PyObject *answer = call(gather, arguments, 17);
+    arguments[11].number = (Py_ssize_t)given->item;
+    arguments[12].text = given->is_blosc ? "blosc" : "none";
+    arguments[13].text = given->scaled_from;
+    PyObject *answer = call(gather, arguments, 18);
     if (answer) {
         int stopped = (int)answer->arguments[0].number;
         CHECK(start < count ? start <= stopped && stopped <= count : stopped == start);
