@@ -32,9 +32,8 @@ def read_line(frame: bytes, item: int, voxels: int, first: int, stop: int) -> Vo
     """Voxels of a chunk in one line; None where it is not decoded."""
     row = np.array([[0, 0, len(frame), 0, *(0, 1, 0) * 3, first, stop - first, 0]])
     out = np.empty((1, 1, 1, stop - first), f"u{item}")
-    stopped, _ = loops.gather(
-        row, b"", 0, [frame], b"", [out], (1, 1, 1, voxels), item, "blosc", "", *UNSCALED
-    )
+    where, how = ([frame], b"", [out], False), ((1, 1, 1, voxels), item, "blosc", "", *UNSCALED)
+    stopped, _ = loops.gather(row, b"", 0, *where, *how)
     return out.reshape(-1) if stopped else None
 
 
