@@ -36,7 +36,7 @@ except ImportError:  # installed without a compiler
 
 
 MAP, OFFSET, LENGTH = 0, 1, 2
-STREAMED_BYTES = 2**22  # of boxes that do not stay in the processor's cache anyhow
+STREAMED_BYTES = 12 * 2**20  # of boxes that do not stay in the last cache either
 DAMAGED, GONE, UNEQUAL = 1, 5, 6  # as in _decode.h
 _COMPILED_ITEMSIZES = (1, 2, 4, 8)
 _COMPILED_CODECS = ("none", "blosc")
