@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 import zpatch as zp
-from zpatch.chunks import gather
+from zpatch.chunks import gather_plan
 from zpatch.chunks.scaling import UNSCALED
 from zpatch.errors import OptionError, PatchLocationError
 
@@ -99,13 +99,13 @@ def test_only_the_chunks_under_the_boxes_and_their_halo_are_read_each_once(
     stored: zp.Cohort, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plans: list[Any] = []
-    whole = gather.GatherPlan.of
+    whole = gather_plan.GatherPlan.of
 
-    def watched(array: Any, first: Any, stop: Any) -> Any:
+    def watched(array: Any, first: Any, stop: Any, *more: Any) -> Any:
         plans.append((first, stop))
-        return whole(array, first, stop)
+        return whole(array, first, stop, *more)
 
-    monkeypatch.setattr(gather.GatherPlan, "of", watched)
+    monkeypatch.setattr(gather_plan.GatherPlan, "of", watched)
     image = stored["ann"].ct.resampled((0.7, 0.9, 0.65))  # z alone changes
     image.read_group([zp.PatchLocation((0, 0, 8), (8, 8, 8)), zp.PatchLocation((4, 4, 10), (8, 8, 8))])
     [(first, stop)] = plans  # one plan for the group, in which each chunk is decoded once
