@@ -393,7 +393,7 @@ def test_a_file_in_use_outlives_the_making_of_its_map(array: ShardedArray) -> No
 
 @pytest.fixture
 def quickly_settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mapped_shards, "SETTLED_NS", 0)
+    monkeypatch.setattr(mapped_shards, "SETTLED_S", 0)
 
 
 @both_loops

@@ -34,7 +34,7 @@ OPEN_MAPS = 128
 MOST_COPIED = 2**20  # as in _encoded.h: larger chunks are always read through a map
 REMEMBERED = 4096  # shards
 MOST_REMEMBERED_CHUNKS = 4096  # of a shard
-SETTLED_NS = 2 * 10**9  # a file changed later than that may change again within the same time stamp
+SETTLED_S = 2  # before that, a file may change again within the time stamp that it was first seen with
 
 
 class OpenFile:
@@ -232,10 +232,10 @@ def _checked_before(file: Path, status: os.stat_result | None, chunks: int) -> B
     """For each chunk, whether it was compared with its checksum when the same file was open before."""
     if status is None or chunks > MOST_REMEMBERED_CHUNKS:
         return np.zeros(chunks, bool)
-    if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) < SETTLED_NS:
-        return np.zeros(chunks, bool)
+    now_s = time.monotonic()
     seen = str(file), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-    return _checked_chunks.get(seen, lambda: np.zeros(chunks, bool))
+    first_s, checked = _checked_chunks.get(seen, lambda: (now_s, np.zeros(chunks, bool)))
+    return checked if now_s - first_s >= SETTLED_S else np.zeros(chunks, bool)
 
 
 def _identity(file: Path) -> tuple[int, int, int] | None:
@@ -246,8 +246,9 @@ def _identity(file: Path) -> tuple[int, int, int] | None:
     return status.st_ino, status.st_mtime_ns, status.st_size
 
 
-# For each file, as it was when it was opened, which of its chunks were compared with their checksums.
-_checked_chunks: Recent[tuple[str, int, int, int, int, int], Bools] = Recent(REMEMBERED)
+# For each file, as it was when it was opened: when it was first seen so, and which chunks matched their
+# checksums after it had been so for a while.
+_checked_chunks: Recent[tuple[str, int, int, int, int, int], tuple[float, Bools]] = Recent(REMEMBERED)
 
 # A dropped map is unmapped when the last array that views it is released.
 _open_shards: Recent[tuple[Path, str, tuple[int, ...]], MappedShard] = Recent(OPEN_MAPS)
