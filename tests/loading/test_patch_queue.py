@@ -646,10 +646,10 @@ def feed_of(queue: zp.Queue) -> BatchFeed:
 
 
 def assert_no_slot_is_lost(queue: zp.Queue) -> None:
-    """Each slot is free, of a batch that is being filled, or lent."""
+    """Each slot is free, of a batch that is being filled, or leased."""
     slots = feed_of(queue).slots
     filled = [batch.slot for batch in slots._batches.values() if batch.slot is not None]
-    assert slots.lent == queue._slots - len(slots._free) - len(filled)
+    assert slots.leased == queue._slots - len(slots._free) - len(filled)
     assert len({*slots._free, *filled}) == len(slots._free) + len(filled)
     assert slots.waiting == sum(
         patch is not None
@@ -749,7 +749,7 @@ def test_epochs_that_are_abandoned_or_chosen_give_their_streams_and_leak_no_slot
         monkeypatch.setattr(queue, "upcoming", lambda plan: None)
         queue.set_epoch(8)
         assert items(queue) == whole[8]
-        assert feed_of(queue).slots.lent == 0
+        assert feed_of(queue).slots.leased == 0
         assert sorted(feed_of(queue).slots._free) == list(range(queue._slots))
 
 
@@ -762,7 +762,7 @@ def test_without_reading_ahead_all_slots_are_free_between_two_epochs(workers: in
                 if number == stop < 28:
                     break
             if stop == 28:
-                assert feed_of(queue).slots.lent == 0
+                assert feed_of(queue).slots.leased == 0
                 assert sorted(feed_of(queue).slots._free) == list(range(queue._slots))
 
 

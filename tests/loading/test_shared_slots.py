@@ -212,7 +212,7 @@ def test_a_slot_is_returned_with_the_last_tensor_that_refers_to_its_lease() -> N
     place = ImagePlace("t1", "scalar", (1, 2, 2, 2), torch.float32)
     block, returned = SlotBlock(2, SlotLayout.of([place], rows=3)), ReturnedSlots()
     lease = SlotLease(1, returned)
-    one, other = (block.lent_tensor(1, 3, place, lease) for _ in range(2))
+    one, other = (block.leased_tensor(1, 3, place, lease) for _ in range(2))
     del lease
     part = one[1, 0].view(-1)[2:]
     del one
@@ -229,7 +229,7 @@ def test_a_lease_that_is_ended_returns_its_slot_once() -> None:
     place = ImagePlace("t1", "scalar", (1, 2, 2, 2), torch.float32)
     block, returned = SlotBlock(2, SlotLayout.of([place])), ReturnedSlots()
     lease = SlotLease(1, returned)
-    tensor = block.lent_tensor(1, 1, place, lease)
+    tensor = block.leased_tensor(1, 1, place, lease)
     lease.end()
     assert list(returned.take()) == [1]
     del lease, tensor

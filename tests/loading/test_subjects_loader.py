@@ -293,7 +293,7 @@ def test_a_loop_that_looks_at_one_batch_at_a_time_gets_what_workers_wrote(worker
             for batch in loader:
                 assert in_slots(queue, batch)
                 assert queue._feed is not None
-                assert queue._feed.slots.lent <= 2
+                assert queue._feed.slots.leased <= 2
 
 
 @pytest.mark.parametrize("workers", WORKERS)

@@ -107,7 +107,7 @@ class BatchFeed:
         while (batch := self.slots.take(serial, number)) is None:
             self._receive(serial)
         lease = None if batch.slot is None else self.slots.lease(batch.slot)
-        are_short = self.slots.lent > HANDED_OUT
+        are_short = self.slots.leased > HANDED_OUT
         return FilledBatch(self.block, batch.slot, batch.patches, lease, slots_are_short=are_short)
 
     def _receive(self, serial: int) -> None:

@@ -17,7 +17,6 @@ from zpatch.loading.worker_pool import TASKS_PER_WORKER
 
 Key = tuple[int, int]  # the serial of a run, and the number of a batch in it
 
-
 HANDED_OUT = 3  # batches that a loop may refer to, as one that fetches ahead does, before it gets copies
 
 
@@ -64,7 +63,7 @@ class Batch:
 
 
 class BatchSlots:
-    """The slots of a block: free, of batches that are being filled, or lent to those who look at a batch.
+    """The slots of a block: free, of batches that are being filled, or leased to the tensors of a batch.
 
     ``waiting`` is the number of patches that arrived of batches that were not taken. ``returned`` gets the
     slots whose leases ended.
@@ -73,7 +72,7 @@ class BatchSlots:
     def __init__(self, count: int) -> None:
         self.waiting = 0
         self.returned = ReturnedSlots()
-        self._lent = 0
+        self._leased = 0
         self._free = list(range(count))  # the last one to be freed is the next: its memory has pages already
         self._batches: dict[Key, Batch] = {}
 
@@ -118,14 +117,14 @@ class BatchSlots:
 
     def lease(self, slot: int) -> SlotLease:
         """A lease of the slot of a batch that was taken."""
-        self._lent += 1
+        self._leased += 1
         return SlotLease(slot, self.returned)
 
     @property
-    def lent(self) -> int:
+    def leased(self) -> int:
         """Number of slots whose leases did not end."""
         self._take_back()
-        return self._lent
+        return self._leased
 
     def drop_before(self, serial: int) -> None:
         """Drop the batches of earlier runs; a slot is free once nothing is written to it any more."""
@@ -146,4 +145,4 @@ class BatchSlots:
         """Free the slots whose leases have ended."""
         for slot in self.returned.take():
             self._free.append(slot)
-            self._lent -= 1
+            self._leased -= 1

@@ -66,7 +66,7 @@ class FilledBatch:
         if self._lease is None or self.slot is None or self.memory() is None:
             return self.copy()
         return self.with_tensors(
-            [self.block.lent_tensor(self.slot, len(self), place, self._lease) for place in self.places]
+            [self.block.leased_tensor(self.slot, len(self), place, self._lease) for place in self.places]
         )
 
     def copy(self) -> PatchBatch:

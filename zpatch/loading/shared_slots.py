@@ -223,10 +223,10 @@ class SlotBlock:
         start = WATCH_BYTES + slot * self.layout.nbytes
         return torch.from_numpy(self.bytes[start : start + self.layout.nbytes])
 
-    def lent_tensor(self, slot: int, count: int, place: ImagePlace, lease: SlotLease) -> torch.Tensor:
+    def leased_tensor(self, slot: int, count: int, place: ImagePlace, lease: SlotLease) -> torch.Tensor:
         """An image of the first ``count`` patches of a slot, (count, C, I, J, K), which keeps a lease."""
         start = WATCH_BYTES + slot * self.layout.nbytes + place.offset
-        memory = np.asarray(_Lent(self.bytes[start : start + count * place.nbytes], lease))
+        memory = np.asarray(_Leased(self.bytes[start : start + count * place.nbytes], lease))
         return _viewed(memory, (count, *place.shape), place.dtype)
 
 
@@ -279,7 +279,7 @@ class SlotLease:
     __del__ = end
 
 
-class _Lent:
+class _Leased:
     """Memory of a slot; arrays that view it keep its lease."""
 
     __slots__ = ("__array_interface__", "_lease", "_memory")
