@@ -29,13 +29,14 @@ DOORS = {
     "nifti": "header writer",
     "chunks": "layout mapped_memory file_mark sharded_array codec mapped_shards shard_writer gather "
     "gather_plan scaling levels",
+    "slides": "levels slide_file tiles tissue tiff_writer",
     "resampling": "interpolation resampler axis_taps loops",
     "store": "names image_record manifest store lock store_writer staged_image image_writer voxel_statistics "
     "voxel_index verification value_counts",
-    "conversion": "conversion conversion_plan conversion_options nifti_export cases case_lists",
+    "conversion": "conversion conversion_plan conversion_options store_export cases case_lists",
     "sources": "voxel_source lazy_array zarr_images input_files image_read group_read voxel_sources "
-    "resampled_source window_source voxelwise_source chunk_cache",
-    "images": "image placed_image subject cohort mixtures normalization opened_image",
+    "tiled_source resampled_source window_source voxelwise_source chunk_cache",
+    "images": "image placed_image subject cohort mixtures normalization opened_image tissue_map",
     "sampling": "patch_sampler samplers grid_sampler patch patch_batch patch_views randomness",
     "epochs": "epoch_plan stream_position",
     "loading": "patch_queue queue_options queue_subjects subjects_loader",
@@ -57,7 +58,21 @@ PUBLIC_PATHS = [
     "zpatch.compat.torchio2",
     "zpatch.compat.monai",
 ]
-HEAVY = ["zarr", "dask", "distributed", "torch", "nibabel", "isal", "numcodecs", "rich", "jinja2", "PIL"]
+HEAVY = [
+    "zarr",
+    "dask",
+    "distributed",
+    "torch",
+    "nibabel",
+    "isal",
+    "numcodecs",
+    "rich",
+    "jinja2",
+    "PIL",
+    "tifffile",
+    "imagecodecs",
+    "openslide",
+]
 PURE = [
     "digests",
     "geometry/*",

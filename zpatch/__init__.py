@@ -11,10 +11,12 @@ data flow::
                      |                                                         v      |
                      +------------------------------------------------- blending/ ----+  prediction/ drives it
 
-Read them in the order geometry, runtime, nifti, chunks, resampling, store, conversion, sources, images,
-sampling, loading, tiling, blending, networks, planning, prediction; report, bench, pipelines, compat and
-cli are at the edge. Names are imported when first used: ``import zpatch`` loads neither torch nor dask nor
-nibabel.
+Slides and TIFF files go in by slides/, which sources/ reads in place.
+
+Read them in the order geometry, runtime, nifti, chunks, resampling, slides, store, conversion, sources,
+images, sampling, loading, tiling, blending, networks, planning, prediction; report, bench, pipelines, compat
+and cli are at the edge. Names are imported when first used: ``import zpatch`` loads neither torch nor dask
+nor nibabel.
 """
 
 from __future__ import annotations
@@ -25,13 +27,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from zpatch.blending.aggregator import PatchAggregator
     from zpatch.conversion.conversion import convert
-    from zpatch.conversion.nifti_export import export
+    from zpatch.conversion.store_export import export
     from zpatch.errors import ZpatchError
     from zpatch.geometry.boxes import PatchLocation
     from zpatch.images.cohort import Cohort
     from zpatch.images.image import Image, LabelMap, SamplingMap, ScalarImage
     from zpatch.images.normalization import Normalize
     from zpatch.images.subject import Subject
+    from zpatch.images.tissue_map import tissue_map
     from zpatch.loading.patch_queue import Queue
     from zpatch.loading.subjects_loader import SubjectsLoader
     from zpatch.prediction.inference import predict
@@ -73,6 +76,7 @@ __all__ = [
     "export",
     "predict",
     "read_group",
+    "tissue_map",
     "verify",
     "write_report",
 ]
@@ -81,12 +85,13 @@ _MODULES = {
     "geometry.boxes": ["PatchLocation"],
     "store.verification": ["verify"],
     "conversion.conversion": ["convert"],
-    "conversion.nifti_export": ["export"],
+    "conversion.store_export": ["export"],
     "images.cohort": ["Cohort"],
     "sources.group_read": ["read_group"],
     "images.image": ["Image", "LabelMap", "SamplingMap", "ScalarImage"],
     "images.normalization": ["Normalize"],
     "images.subject": ["Subject"],
+    "images.tissue_map": ["tissue_map"],
     "sampling.grid_sampler": ["GridSampler"],
     "sampling.patch": ["Patch"],
     "sampling.patch_batch": ["PatchBatch", "collate"],

@@ -17,7 +17,7 @@ from zpatch.chunks.codec import CODECS
 from zpatch.cli import COMMANDS
 from zpatch.cli.options import flag_of, with_flags
 from zpatch.conversion.conversion_options import AFFINES, FORMATS, INTERPOLATIONS, ConvertOptions
-from zpatch.conversion.nifti_export import SUFFIXES, plan_export
+from zpatch.conversion.store_export import SUFFIXES, plan_export
 from zpatch.errors import OptionError
 
 MODEL = ("--model", "torch.nn:Identity", "--image", "t1")

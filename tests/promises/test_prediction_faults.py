@@ -36,7 +36,8 @@ from zpatch.planning.planning import plan_prediction
 from zpatch.planning.prediction_options import PredictOptions
 from zpatch.planning.prediction_plan import PredictionPlan
 from zpatch.prediction import shard_ledger
-from zpatch.prediction.region_run import WorkFolder, run_region
+from zpatch.prediction.region_run import run_region
+from zpatch.prediction.work_folder import WorkFolder
 from zpatch.store.names import LOCK, MANIFEST, UNFINISHED
 
 pytestmark = pytest.mark.usefixtures("one_thread")

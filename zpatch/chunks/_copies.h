@@ -47,6 +47,63 @@ static void copy_turned(const Py_buffer *from, const uint8_t *in, const Py_buffe
         }
 }
 
+/* Voxels whose few channels follow each other -> a line of each channel; the same loop for both processors. */
+#define SPLIT(NAME, VOXEL, CHANNELS, TARGET)                                                                \
+    TARGET static void NAME(const uint8_t *in, uint8_t *out, ptrdiff_t step, size_t count)                  \
+    {                                                                                                       \
+        const VOXEL *restrict voxels = (const VOXEL *)(const void *)in;                                     \
+        VOXEL *restrict lines[CHANNELS];                                                                    \
+        for (int c = 0; c < CHANNELS; c++)                                                                  \
+            lines[c] = (VOXEL *)(void *)(out + c * step);                                                   \
+        for (size_t n = 0; n < count; n++)                                                                  \
+            for (int c = 0; c < CHANNELS; c++)                                                              \
+                lines[c][n] = voxels[CHANNELS * n + c];                                                     \
+    }
+#if defined __x86_64__
+#define SPLIT_BOTH(NAME, VOXEL, CHANNELS)  \
+    SPLIT(NAME, VOXEL, CHANNELS, )         \
+    SPLIT(NAME##_wide, VOXEL, CHANNELS, __attribute__((target("avx2"))))
+#else
+#define SPLIT_BOTH(NAME, VOXEL, CHANNELS) \
+    SPLIT(NAME, VOXEL, CHANNELS, )        \
+    static const Split NAME##_wide = NAME;
+#endif
+typedef void (*Split)(const uint8_t *in, uint8_t *out, ptrdiff_t step, size_t count);
+SPLIT_BOTH(split_3_1, uint8_t, 3)
+SPLIT_BOTH(split_4_1, uint8_t, 4)
+SPLIT_BOTH(split_3_2, uint16_t, 3)
+
+/* The loop for an array whose voxels have their channels, axis `a`, together; NULL if there is none. */
+static Split choose_split(const Py_buffer *from, const Py_buffer *to, int a, int b)
+{
+    static const struct {
+        Py_ssize_t channels, item;
+        Split split, wide;
+    } known[] = {
+        {3, 1, split_3_1, split_3_1_wide}, {4, 1, split_4_1, split_4_1_wide}, {3, 2, split_3_2, split_3_2_wide}};
+    for (size_t k = 0; k < sizeof known / sizeof *known; k++)
+        if (known[k].channels == from->shape[a] && known[k].item == from->itemsize &&
+            from->strides[b] == from->shape[a] * from->itemsize && to->strides[a] >= to->shape[b] * to->itemsize)
+            return HAS_WIDE ? known[k].wide : known[k].split;
+    return NULL;
+}
+
+/* As copy_axes, of voxels of a few channels each along axis `a`, to an array that is dense along axis `b`. */
+static void copy_split(const Py_buffer *from, const uint8_t *in, const Py_buffer *to, uint8_t *out, int a,
+                       int b, Split split)
+{
+    int others[AXES] = {0}, count = 0;
+    for (int axis = 0; axis < from->ndim; axis++)
+        if (axis != a && axis != b)
+            others[count++] = axis;
+    Py_ssize_t sizes[2] = {count > 0 ? from->shape[others[0]] : 1, count > 1 ? from->shape[others[1]] : 1};
+    for (Py_ssize_t m = 0; m < sizes[0]; m++)
+        for (Py_ssize_t n = 0; n < sizes[1]; n++)
+            split(in + m * from->strides[others[0]] + n * from->strides[others[1]],
+                  out + m * to->strides[others[0]] + n * to->strides[others[1]], to->strides[a],
+                  (size_t)from->shape[b]);
+}
+
 /* The axis that an array is dense along, of those with several voxels; -1 if there is none. */
 static int dense_axis(const Py_buffer *view)
 {
@@ -65,8 +122,11 @@ static int copy_guarded(const Py_buffer *from, const Py_buffer *to, const int *o
     }
     int a = dense_axis(from), b = dense_axis(to);
     Writer writer = {0};
+    Split split = a >= 0 && b >= 0 && a != b ? choose_split(from, to, a, b) : NULL;
     guard_begin(&place);
-    if (a >= 0 && b >= 0 && a != b && choose_writer(&writer, (size_t)from->itemsize, ""))
+    if (split)
+        copy_split(from, from->buf, to, to->buf, a, b, split);
+    else if (a >= 0 && b >= 0 && a != b && choose_writer(&writer, (size_t)from->itemsize, ""))
         copy_turned(from, from->buf, to, to->buf, a, b, writer.turn);
     else
         copy_axes(from, from->buf, to, to->buf, order, 0);

@@ -19,7 +19,7 @@ from zpatch.cli.progress import Progress, print_json, say
 from zpatch.runtime.byte_sizes import format_bytes
 
 
-@click.command("export", short_help="Write images of a store as NIfTI.")
+@click.command("export", short_help="Write images of a store as NIfTI or OME-TIFF.")
 @click.argument("store", type=STORE)
 @click.argument("dest", type=click.Path(path_type=Path))
 @click.option(
@@ -29,10 +29,10 @@ from zpatch.runtime.byte_sizes import format_bytes
 @exclude_option
 @click.option(
     "--suffix",
-    type=click.Choice([".nii.gz", ".nii"]),
+    type=click.Choice([".nii.gz", ".nii", ".ome.tif"]),
     default=".nii.gz",
     show_default=True,
-    help="The ending of the files: with or without compression.",
+    help="The ending of the files: NIfTI, compressed or not, or tiled OME-TIFF with the levels of the store.",
 )
 @overwrite_option
 @json_option
@@ -46,7 +46,8 @@ def export_command(
 ) -> None:
     """Write images of STORE as NIfTI files DEST/<subject>/<image>.nii.gz.
 
-    If DEST ends in .nii or .nii.gz, a single image is written to that file. Converted images keep the
+    If DEST ends in .nii, .nii.gz or .ome.tif, a single image is written to that file; OME-TIFF is for viewers
+    of slides, such as QuPath. Converted images keep the
     voxels, header, affine, slope and extensions of their source files; of those that were converted with
     --spacing the stored voxels are written, under a header that says so.
 
@@ -55,8 +56,9 @@ def export_command(
       zpatch export cohort.zarr nifti/
       zpatch export out.zarr results/ --image prediction --suffix .nii
       zpatch export out.zarr seg.nii.gz --include sub-01 --image prediction
+      zpatch export out.zarr case.ome.tif
     """
-    from zpatch.conversion.nifti_export import check_free, export_image, plan_export
+    from zpatch.conversion.store_export import check_free, export_image, plan_export
     from zpatch.store.store import open_store
 
     opened = open_store(store)

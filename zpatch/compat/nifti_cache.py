@@ -23,7 +23,7 @@ from zpatch.conversion.cases import HEADER, VOXELS, is_image_name, stem_of, usab
 from zpatch.conversion.conversion import committed, run_conversion
 from zpatch.conversion.conversion_options import ConvertOptions
 from zpatch.conversion.conversion_plan import ConversionPlan, plan_conversion
-from zpatch.conversion.nifti_export import SUFFIXES
+from zpatch.conversion.store_export import SUFFIXES
 from zpatch.digests import digest
 from zpatch.errors import OptionError, SourceError, StoreError, StoreLockedError
 from zpatch.geometry.affines import Affine

@@ -13,5 +13,5 @@ In reading order::
     pyramid             coarser levels for viewers, built slab by slab
     case_staging        one case: NIfTI slabs into shards of staged images
     conversion          convert: run the plan, commit case by case, resume
-    nifti_export        export: the way back, byte for byte
+    store_export        export: the way back to NIfTI, byte for byte, or to OME-TIFF
 """

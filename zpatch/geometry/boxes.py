@@ -39,17 +39,25 @@ def triple(value: int | Sequence[int], name: str) -> Triple:
     return i, j, k
 
 
+def _of_plane(value: int | Sequence[int], along_k: int) -> int | Sequence[int]:
+    return (*value, along_k) if isinstance(value, Sequence) and len(value) == 2 else value
+
+
 def patch_size_triple(value: int | Sequence[int]) -> Triple:
-    """A patch size in voxels: one integer or three, each at least 1."""
-    size = triple(value, "patch_size")
+    """A patch size in voxels: one integer or three, or two for a plane, each at least 1.
+
+    >>> patch_size_triple((64, 32))
+    (64, 32, 1)
+    """
+    size = triple(_of_plane(value, 1), "patch_size")
     if min(size) < 1:
         raise PatchSizeError(f"patch_size must be at least 1 on every axis, not {value!r}")
     return size
 
 
 def patch_overlap_triple(value: int | Sequence[int], patch_size: Triple) -> Triple:
-    """An overlap in voxels: even, at least 0 and smaller than the patch on every axis."""
-    overlap = triple(value, "patch_overlap")
+    """An overlap in voxels: even, at least 0 and smaller than the patch on every axis; two for a plane."""
+    overlap = triple(_of_plane(value, 0), "patch_overlap")
     for axis, o, p in zip(AXIS_NAMES, overlap, patch_size, strict=True):
         if o < 0 or o % 2:
             raise PatchOverlapError(

@@ -18,7 +18,9 @@ from zpatch.geometry.boxes import PatchLocation, Voxels
 from zpatch.images.open_image import open_image
 from zpatch.images.opened_image import OpenedImage
 from zpatch.images.placed_image import PlacedImage
+from zpatch.images.slide_image import SlideOptions
 from zpatch.runtime.dask_graphs import Scheduler
+from zpatch.slides.levels import SlideLevel
 from zpatch.sources.group_read import read_group
 from zpatch.sources.voxel_source import VoxelSource
 from zpatch.sources.voxel_sources import DERIVED_BLOCK_VOXELS
@@ -30,13 +32,19 @@ T = TypeVar("T")
 class Image(PlacedImage):
     """Voxels (C, I, J, K) that are read box by box.
 
-    ``data`` may be the path of an image in a store, of an OME-Zarr image or Zarr array, or of an uncompressed
-    NIfTI file (memory-mapped); or a numpy, dask or Zarr array; or an array of another library that reads what
-    is sliced, as a dataset of h5py, which is never loaded whole. All but Zarr arrays are (I, J, K) or
-    (C, I, J, K). Axes of Zarr arrays are named by the array's dimension names or by ``axes``, slowest first,
-    as in ``"zyx"`` or ``"czyx"``. ``affine`` (4 x 4, voxel to mm) defaults to the affine of the source.
-    ``time`` is the number of the time point and ``channels`` are those of the channels that are read, from 0.
-    An image of several time points and no channels has them as C, unless ``time`` is given.
+    ``data`` may be the path of an image in a store, of an OME-Zarr image or Zarr array, of an uncompressed
+    NIfTI file (memory-mapped), or of a slide or TIFF file (I = x, J = y); or a numpy, dask or Zarr array; or
+    an array of another library that reads what is sliced, as a dataset of h5py, which is never loaded whole.
+    Other arrays than those of Zarr are (I, J, K) or (C, I, J, K). Axes of Zarr arrays are named by the
+    array's dimension names or by ``axes``, slowest first, as in ``"zyx"`` or ``"czyx"``. ``affine`` (4 x 4,
+    voxel to mm) defaults to the affine of the source. ``time`` is the number of the time point and
+    ``channels`` are those of the channels that are read, from 0. An image of several time points and no
+    channels has them as C, unless ``time`` is given.
+
+    Of a slide, the level is read that has ``mpp`` micrometres per pixel (one number, or two along x and y);
+    where none is within 5 % of it, the next finer one is resampled (labels are picked). Or say its ``level``,
+    0 for the finest, which is what is read without either. ``slide_mpp`` are the micrometres per pixel of the
+    finest level where the file states none. Affine and spacing are in micrometres then.
 
     Reading a Zarr array that was moved, unmounted or replaced since it was opened is a DamageError, also
     through a dask array of ``from_zarr``. One whose tasks open files themselves (``inline_array=True``,
@@ -57,8 +65,13 @@ class Image(PlacedImage):
         axes: str | None = None,
         time: int | None = None,
         channels: Sequence[int] | None = None,
+        mpp: float | Sequence[float] | None = None,
+        level: int | None = None,
+        slide_mpp: float | Sequence[float] | None = None,
     ) -> None:
-        opened = data if isinstance(data, OpenedImage) else open_image(data, axes, time, channels)
+        slide, of_labels = SlideOptions(mpp, level, slide_mpp), self.kind == "label"
+        is_open = isinstance(data, OpenedImage)
+        opened = data if is_open else open_image(data, axes, time, channels, slide, of_labels=of_labels)
         super().__init__(
             opened, affine=np.array(opened.affine if affine is None else affine, dtype=np.float64)
         )
@@ -100,6 +113,11 @@ class Image(PlacedImage):
     def scaling(self) -> Scaling:
         """Slope, intercept and bounds that turn unscaled voxels into values."""
         return self._opened.scaling
+
+    @property
+    def levels(self) -> list[SlideLevel]:
+        """The levels of the slide that it is read from, finest first: (width, height, mpp); else none."""
+        return [] if self._opened.slide is None else self._opened.slide.levels
 
     @property
     def dtype(self) -> np.dtype[Any]:

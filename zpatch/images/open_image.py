@@ -16,8 +16,10 @@ from zpatch.digests import parsed_json
 from zpatch.errors import OptionError, SourceError
 from zpatch.geometry.boxes import reversed_axes
 from zpatch.images.opened_image import OpenedImage, check_dtype, with_channels
+from zpatch.images.slide_image import SlideOptions, opened_slide
 from zpatch.nifti import header
 from zpatch.runtime.guarded_files import read_document
+from zpatch.slides.slide_file import is_slide_file
 from zpatch.sources import zarr_images
 from zpatch.sources.lazy_array import ZARR_ERRORS, is_lazy
 from zpatch.sources.voxel_source import VoxelSource
@@ -26,20 +28,30 @@ from zpatch.store.image_record import ImageRecord
 
 _TO_OME_ZARR = "make OME-Zarr of it with 'bioformats2raw FILE FOLDER', and name FOLDER/0"
 _IN_PYTHON = "open it in Python and give the array to zpatch.ScalarImage, or save it as NIfTI or Zarr"
+ANY_SLIDE = SlideOptions()
 OTHER_FORMATS = (  # endings of files, what they are, and what to do
-    ((".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vsi", ".czi", ".lif", ".nd2"), "a slide", _TO_OME_ZARR),
-    ((".tif", ".tiff"), "a TIFF image", _TO_OME_ZARR),
+    ((".vsi", ".lif", ".nd2"), "a slide in a format of its maker", _TO_OME_ZARR),
     ((".h5", ".hdf5", ".he5", ".mat"), "an HDF5 file", _IN_PYTHON),
     ((".npy", ".npz"), "an array of numpy", _IN_PYTHON),
     ((".ozx", ".zip"), "a zipped Zarr", "unzip it, and name the folder"),
-    ((".dcm", ".ima"), "a DICOM file", "make NIfTI of its folder with 'dcm2niix FOLDER', and convert that"),
+    ((".ima",), "a DICOM file", "make NIfTI of its folder with 'dcm2niix FOLDER', and convert that"),
 )
 
 
 def open_image(
-    data: Any, axes: str | None = None, time: int | None = None, channels: Sequence[int] | None = None
+    data: Any,
+    axes: str | None = None,
+    time: int | None = None,
+    channels: Sequence[int] | None = None,
+    slide: SlideOptions = ANY_SLIDE,
+    *,
+    of_labels: bool = False,
 ) -> OpenedImage:
     """Open any ``data`` that ``Image`` takes."""
+    if isinstance(data, str | os.PathLike) and is_slide_file(Path(data)):
+        opened = opened_slide(Path(data), axes, time, slide, of_labels=of_labels)
+        return opened.selected(time if opened.channel_axis == "t" else None, channels)
+    slide.refuse_any(data if isinstance(data, str | os.PathLike) else type(data).__name__)
     if isinstance(data, str | os.PathLike):
         found = _open_path(Path(data))
     elif type(data).__module__.startswith("zarr."):

@@ -17,6 +17,8 @@ from zpatch.errors import DamageError, OptionError
 from zpatch.geometry.affines import Affine
 from zpatch.geometry.boxes import Triple, Voxels
 from zpatch.resampling.interpolation import Interpolation
+from zpatch.slides.levels import Pair, SlideLevel
+from zpatch.slides.slide_file import SlideFile
 from zpatch.sources import zarr_images
 from zpatch.sources.input_files import map_of, offset_in_file
 from zpatch.sources.resampled_source import ResampledSource
@@ -29,6 +31,19 @@ from zpatch.store.image_record import ImageRecord
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class OpenedSlide:
+    """The slide that an image is read from, and micrometres per pixel of its finest level, if known."""
+
+    file: SlideFile
+    mpp: Pair | None
+
+    @property
+    def levels(self) -> list[SlideLevel]:
+        """All levels, finest first."""
+        return self.file.described(self.mpp)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class OpenedImage:
     """The voxels that an image is made of: how to read them, their affine, and their path.
 
@@ -36,6 +51,7 @@ class OpenedImage:
     image's line of the manifest; None for an image that is in no store. ``channel_axis`` says what C counts:
     c for channels, t for time points. ``part`` is the part of a larger image that was chosen, in words.
     ``base`` is the image whose voxels are resampled to make these; None for one that is not resampled.
+    ``slide`` is the slide or TIFF file that they are read from, if they are.
     """
 
     source: VoxelSource
@@ -47,6 +63,7 @@ class OpenedImage:
     channel_axis: str = "c"
     part: str = ""
     base: OpenedImage | None = None
+    slide: OpenedSlide | None = None
 
     @classmethod
     def of_record(cls, folder: Path, record: ImageRecord) -> Self:

@@ -18,8 +18,10 @@ from zpatch.store.names import check_name
 class Subject:
     """The images of one subject, by name: ``subject.t1`` or ``subject["t1"]``; iterating gives the names.
 
-    Subjects of a store are made by ``Cohort``; others from any images. Raises OptionError for values that are
-    not images, and for a subject without images; UnknownNameError, a KeyError, for an unknown name.
+    Subjects of a store are made by ``Cohort``; others from any images. Label and sampling maps of another
+    shape than the subject's slide are put on its grid, by their affines, if it has one. Raises OptionError
+    for values that are not images, and for a subject without images; UnknownNameError, a KeyError, for an
+    unknown name.
 
     >>> import numpy as np
     >>> from zpatch.images.image import LabelMap, ScalarImage
@@ -64,10 +66,16 @@ class Subject:
                 )
         if not images:
             raise OptionError(f"subject {name!r} has no images; give it some, as in t1=ScalarImage(...)")
+        images = _on_slide(images)
         self.name = name
         self.split = split
         self.metadata: Json = dict(metadata or {})
         self._images = dict(images)
+
+    @property
+    def is_slide(self) -> bool:
+        """Whether it has a slide or another TIFF image of one plane, so that its patches have one plane."""
+        return _slide_of(self._images) is not None
 
     @property
     def images(self) -> Mapping[str, Image]:
@@ -172,6 +180,35 @@ class Subject:
 
     def __repr__(self) -> str:
         return f"Subject({self.name!r}: {', '.join(self._images)})"
+
+
+def _slide_of(images: Mapping[str, Image]) -> Image | None:
+    """The first image that is a slide: an intensity of one plane in a TIFF file."""
+    planes = (one for one in images.values() if one.opened.slide and one.kind == "scalar")
+    return next((one for one in planes if one.spatial_shape[2] == 1), None)
+
+
+def _on_slide(images: Mapping[str, Image]) -> Mapping[str, Image]:
+    """The images of a subject, with maps of other shapes put on the grid of its slide."""
+    slide = _slide_of(images)
+    if slide is None:
+        return images
+    return {
+        name: image
+        if image.kind == "scalar" or image.spatial_shape == slide.spatial_shape
+        else _placed_on(slide, image, name)
+        for name, image in images.items()
+    }
+
+
+def _placed_on(slide: Image, image: Image, name: str) -> Image:
+    if (image.spatial_unit is None) != (slide.spatial_unit is None):
+        which = "the slide" if slide.spatial_unit is None else f"{name}="
+        raise OptionError(
+            f"{name}= has another shape than the slide, and is put on its grid by micrometres per pixel, "
+            f"which {which} does not state; say slide_mpp= for it"
+        )
+    return image.on_grid_of(slide, interpolation="nearest")
 
 
 def _options(image: Image, interpolation: str, label_interpolation: str, antialias: bool) -> Json:

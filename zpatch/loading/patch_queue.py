@@ -36,7 +36,7 @@ from zpatch.loading.device_copies import Streams
 from zpatch.loading.draw_reader import DrawReader
 from zpatch.loading.filled_batch import FilledBatch
 from zpatch.loading.queue_options import QueueOptions, as_integer
-from zpatch.loading.queue_subjects import AnyTransform, OnBad, subjects_of_queue
+from zpatch.loading.queue_subjects import AnyTransform, OnBad, fitted_sampler, subjects_of_queue
 from zpatch.loading.shared_slots import WATCH_BYTES, SlotBlock, SlotLayout, copied
 from zpatch.runtime.byte_sizes import format_bytes
 from zpatch.sampling.patch import Patch
@@ -131,6 +131,7 @@ class Queue(IterableDataset[Patch]):
             timeout=timeout,
             dtype=dtype,
         )
+        patch_sampler = fitted_sampler(subjects, patch_sampler)
         self.subjects = subjects_of_queue(subjects, patch_sampler, transform, on_bad)
         self.patch_sampler, self.options = patch_sampler, options
         self.share = options.share_of(len(self.subjects))

@@ -73,11 +73,16 @@ def prepared(subjects: Sequence[Subject], transform: AnyTransform | None) -> Seq
     return PreparedSubjects(subjects, transform)
 
 
+def fitted_sampler(subjects: Any, sampler: PatchSampler) -> PatchSampler:
+    """The sampler as it fits the first subject: patches of slides have one plane. OptionError for others."""
+    check_sequence(subjects, sampler)
+    return sampler.fitted(first) if isinstance(first := subjects[0], Subject) else sampler
+
+
 def subjects_of_queue(
     subjects: Any, sampler: PatchSampler, transform: AnyTransform | None, on_bad: str
 ) -> Sequence[Subject]:
     """The subjects that a queue takes patches of, as its transform makes them; OptionError for others."""
-    check_sequence(subjects, sampler)
     return usable_subjects(prepared(subjects, transform), sampler, on_bad, are_alike=transform is None)
 
 

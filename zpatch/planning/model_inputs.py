@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -49,7 +49,8 @@ class ModelInputs:
         for name in options.image:
             text = f"image {name!r} of subject {subject.name!r}"
             _check_usable(subject[name], text)
-            images.append(_normalized(subject[name], text, options.normalize, measure))
+            image = subject[name] if options.strict else filling(subject[name])
+            images.append(_normalized(image, text, options.normalize, measure))
         native = images[0] if options.align is None else subject[options.align]
         if options.align in options.image:
             native = images[options.image.index(options.align)]
@@ -91,8 +92,20 @@ class ModelInputs:
             for position in np.ndindex(grid.counts):
                 found[position] = not mask(of_model, grid.at(position))
             return found
-        image = _mask(subject, mask, self.native, options)
-        return _outside(image, grid, self.native.grid.matrix_from(self.images[0].grid))
+        image, _ = _mask(subject, mask, self.native, options).root
+        return _outside(image, grid, image.grid.matrix_from(self.images[0].grid))
+
+
+def are_slides(subjects: Any) -> bool:
+    """Whether the first subject is a slide."""
+    is_list = isinstance(subjects, Sequence) and len(subjects) > 0
+    return is_list and isinstance(subjects[0], Subject) and subjects[0].is_slide
+
+
+def filling(image: Image) -> Image:
+    """The image, with 0 in place of tiles of a slide that cannot be decoded."""
+    source = image.source.filling()
+    return image if source is image.source else image.with_source(source)
 
 
 def _placed(image: Image, native: Image, options: PredictOptions) -> Image:

@@ -111,9 +111,19 @@ class PredictOptions:
         patch_overlap: int | Sequence[int] = 0,
         spacing: Spacing | None = None,
         context: int | Sequence[int] = (),
+        model_axes: str | None = None,
+        of_slides: bool = False,
         **options: Any,
     ) -> Self:
-        """Options in the forms in which ``predict`` accepts them."""
+        """Options in the forms in which ``predict`` accepts them.
+
+        ``of_slides`` makes one number of ``patch_size`` and ``patch_overlap`` count along I and J only, and
+        the network two-dimensional, unless its axes are named.
+        """
+        if of_slides:
+            patch_size, patch_overlap = (
+                (n, n) if isinstance(n, int) else n for n in (patch_size, patch_overlap)
+            )
         size = patch_size_triple(patch_size)
         return cls(
             image=(image,) if isinstance(image, str) else tuple(image),
@@ -121,6 +131,7 @@ class PredictOptions:
             patch_overlap=patch_overlap_triple(patch_overlap, size),
             spacing=None if spacing is None else spacing_triple(spacing),
             context=checked_context(context),
+            model_axes=model_axes or ("yx" if of_slides else "xyz"),
             **options,
         )
 

@@ -20,8 +20,10 @@ from zpatch.images.cohort import Cohort
 from zpatch.images.subject import Subject
 from zpatch.networks.model_files import Model
 from zpatch.networks.network import Network
+from zpatch.planning.model_inputs import are_slides
 from zpatch.planning.planning import plan_prediction
 from zpatch.planning.prediction_options import MaskFunction, PredictOptions
+from zpatch.prediction.damaged_tiles import damaged_text
 from zpatch.prediction.prediction_run import begun_shards, check_output, run_prediction
 from zpatch.runtime.failures import Failures
 from zpatch.runtime.task_contract import CLUSTER_TIMEOUT_S, Progress
@@ -43,7 +45,7 @@ def predict(
     device: str | torch.device = "auto",
     amp: bool = False,
     tta: bool = False,
-    model_axes: str = "xyz",
+    model_axes: str | None = None,
     spacing: Spacing | None = None,
     orientation: str | None = None,
     align: str | None = None,
@@ -70,7 +72,8 @@ def predict(
     The network is fed a contiguous batch (B, C, x, y, z) of the type of its parameters (without any,
     float32), where x, y, z are the axes I, J, K of an image. If it was trained on (z, y, x) arrays, as those
     of tifffile, zarr, scikit-image or nnU-Net, say ``model_axes="zyx"``; any order is possible.
-    ``model_axes="yx"`` feeds a 2-D network (B, C, H, W), with patches of one voxel along z.
+    ``model_axes="yx"`` feeds a 2-D network (B, C, H, W), with patches of one voxel along z; it is the default
+    for slides, of which one number of ``patch_size`` and ``patch_overlap`` is along x and y only.
 
     It returns a tensor in the same axes, stored as the image ``prediction``, or a dict of tensors, stored
     under their keys. ``reduce`` is a reduction of PatchAggregator for all outputs, or a dict with one for
@@ -104,7 +107,8 @@ def predict(
 
     ``mask`` names an image, or is a function ``(subject, location) -> bool``. Patches wholly outside the mask
     are not run, and voxels that no patch covers get ``fill``; voxels inside are the same as without a mask.
-    It is on the image's own grid, or with ``align`` on any; a function gets the subject on the model's grid.
+    It is on the image's own grid, or with ``align`` on any, as is that of a slide; a function gets the
+    subject on the model's grid.
 
     Each shard of the output is reduced and written once, after its last patch. Memory is planned before
     anything runs and does not grow with the longest axis. ``max_memory`` (bytes, or text such as "2 GiB") is
@@ -145,7 +149,8 @@ def predict(
     (1, 80, 80, 80)
     """
     given = locals()
-    options = PredictOptions.of(**{f.name: given[f.name] for f in dataclasses.fields(PredictOptions)})
+    chosen = {field.name: given[field.name] for field in dataclasses.fields(PredictOptions)}
+    options = PredictOptions.of(**chosen, of_slides=are_slides(subjects))
     check_can_create(Path(output), overwrite=options.overwrite, resume=options.resume)
     check_output(Path(output), subjects, options)
     network = Network.of(model, options)
@@ -158,6 +163,8 @@ def predict(
     )
     if text := not_finite_text(predictions.store.records.values()):
         warnings.warn(f"{text}; strict=True stops at the first", stacklevel=2)
+    if text := damaged_text(predictions.store.records.values()):
+        warnings.warn(text, stacklevel=2)
     if failures.found:
         raise failures.error()
     return predictions

@@ -21,6 +21,7 @@ from zpatch.networks.model_files import ModelName
 from zpatch.networks.network import Network
 from zpatch.planning.prediction_options import PredictOptions, check_same
 from zpatch.planning.prediction_plan import PredictionPlan
+from zpatch.prediction.damaged_tiles import check_undamaged
 from zpatch.prediction.shard_ledger import HEADER, header_of
 from zpatch.prediction.shared_work import SentNetwork, SharedWork, finished_jobs
 from zpatch.prediction.subject_job import (
@@ -67,6 +68,7 @@ def run_prediction(
         _check_resumable(writer.attributes, attributes, store)
         if options.strict:
             check_finite(writer.records.values())
+            check_undamaged(writer.records.values())
         jobs, done = _begun_jobs(plans, attributes["prediction"], writer, options, failures)
         if done_before := sum(plan.patches_run for plan in done):
             progress(done_before)

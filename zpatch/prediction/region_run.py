@@ -9,11 +9,8 @@ without one it is kept for the next batch as long as there is room.
 from __future__ import annotations
 
 import dataclasses
-import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,18 +23,15 @@ from zpatch.blending.grid_blend import GridBlend
 from zpatch.blending.reduction import Finaliser, fitting_fill, not_finite
 from zpatch.blending.regridding import Regridder
 from zpatch.blending.sinks import BlendedSink, CompleteShard, FinalisingSink, ShardAssembler
-from zpatch.digests import Json
 from zpatch.errors import ModelError
 from zpatch.geometry.boxes import Bools, PatchLocation, Triple
-from zpatch.geometry.voxel_grid import VoxelGrid
-from zpatch.images.image import Image
 from zpatch.networks.model_axes import ModelAxes
 from zpatch.networks.network import Network, Outputs
-from zpatch.nifti.writer import make_header
 from zpatch.planning.prediction_options import PredictOptions
 from zpatch.planning.prediction_plan import OUTPUT_BUFFERS, PlannedHead, PredictionPlan, Region
 from zpatch.planning.probe import read_batch
-from zpatch.prediction.shard_ledger import ShardLedger, begin
+from zpatch.prediction.shard_ledger import ShardLedger
+from zpatch.prediction.work_folder import WorkFolder
 from zpatch.runtime.process_memory import private_bytes, return_freed
 from zpatch.runtime.task_contract import Progress
 from zpatch.runtime.tasks import read_ahead
@@ -46,46 +40,11 @@ from zpatch.sources.chunk_cache import cached
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.image_writer import Shard
 from zpatch.store.lock import writing_to
-from zpatch.store.names import RAW_HEADER, UNFINISHED
-from zpatch.store.store import read_small_array
 from zpatch.tiling.volume_tiles import Tiling
 
 KEPT_SLACK = 2**24  # of memory that is kept, for pieces that fit nowhere
 
 Batch = tuple[list[PatchLocation], torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class WorkFolder:
-    """The folder in which the outputs of a subject are written until they are committed.
-
-    ``output`` is the store that they are written for; ``path`` is a folder in its ``.unfinished``, named
-    ``<subject>/<digest of all that the voxels depend on>``, with a folder for each output.
-    """
-
-    output: Path
-    path: Path
-
-    @classmethod
-    def begin(cls, output: Path, subject: str, header: Json, *, writes: bool = True) -> Self:
-        """Begin or resume a subject. Raises StoreExistsError if it was begun with another ``header``.
-
-        ``writes=False`` only looks what an earlier run has left.
-        """
-        return cls(output, begin(output / UNFINISHED / subject, header, writes=writes))
-
-    def ledger(self, head: PlannedHead) -> ShardLedger:
-        """The written shards of an output."""
-        return ShardLedger(self.path / head.head.name)
-
-    def remove(self) -> None:
-        """Remove all that was written for the subject.
-
-        First under another name: a worker that a cluster has given up may still write to it.
-        """
-        aside = self.path.parent.with_name(f".{uuid.uuid4().hex}")
-        self.path.parent.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def run_region(
@@ -109,7 +68,12 @@ def run_region(
     if done_before := plan.count_run(plan.needed(shards)) - plan.count_run(needed):
         progress(done_before)
     kept = _KeptMemory(plan)
-    with _Blender(plan, wanted, folder, options, check_inputs) as blender:
+
+    def check() -> None:
+        check_inputs()
+        folder.note_damaged(plan.images)
+
+    with _Blender(plan, wanted, folder, options, check) as blender:
         with network.running(keeps_memory=options.max_memory is None):
             for locations, inputs in read_ahead(_batches(plan, region, needed, network.axes)):
                 outputs = network(inputs, plan.subject.name, locations)
@@ -312,38 +276,3 @@ class ShardSink:
     def close(self) -> None:
         """End the thread."""
         self._pool.shutdown(cancel_futures=True)
-
-
-def finish_subject(
-    plan: PredictionPlan, folder: WorkFolder, committed: Sequence[ImageRecord] = ()
-) -> list[tuple[Path, ImageRecord]]:
-    """Complete the images of a subject, once all their shards are written: their folders, and their records.
-
-    ``committed`` are the images that are mended, if they are. Raises IncompleteCoverageError if a shard is
-    missing. May be repeated.
-    """
-    ledgers = [folder.ledger(head) for head in plan.heads]
-    mended: list[ImageRecord | None] = [*committed] or [None] * len(ledgers)
-    return [
-        (ledger.folder, _finished(head, plan.native, ledger, before))
-        for head, ledger, before in zip(plan.heads, ledgers, mended, strict=True)
-    ]
-
-
-def _finished(
-    head: PlannedHead, image: Image, ledger: ShardLedger, mended: ImageRecord | None
-) -> ImageRecord:
-    """Complete an image, with the NIfTI header of the image it was predicted from if the grid is the same."""
-    record, like = head.record, None
-    source, grid = image.record, VoxelGrid(record.spatial_shape, record.affine_array)
-    if image.folder and source and source.orientation.is_identity and grid.is_same(image.grid):
-        like = read_small_array(image.folder, RAW_HEADER, source.files).tobytes()
-    header = make_header(
-        record.spatial_shape,
-        record.shape_czyx[0],
-        np.dtype(record.dtype),
-        record.affine_array,
-        spatial_unit=record.spatial_unit,
-        like=like,
-    )
-    return ledger.finish(record, header, mended=mended)

@@ -221,15 +221,16 @@ class ShardLedger:
         raw_header: bytes,
         warnings: Sequence[str] = (),
         *,
+        damaged_tiles: int = 0,
         mended: ImageRecord | None = None,
     ) -> ImageRecord:
         """Write the coarser levels and all other files of the image; return its record, with its seals.
 
         ``stats["skipped"]`` is how many voxels were filled and not predicted, ``stats["not_finite"]`` how
-        many were predicted as NaN or infinite, if there are any; they are those of ``mended``, the committed
-        record of an image that is mended, or else the sums over all entries. Shards are read for coarser
-        levels only, those of a few at a time. May be repeated, also after it was killed. Raises
-        IncompleteCoverageError if shards are missing.
+        many were predicted as NaN or infinite, ``stats["damaged_tiles"]`` is ``damaged_tiles``, if there are
+        any; they are those of ``mended``, the committed record of an image that is mended, or else the sums
+        over all entries. Shards are read for coarser levels only, those of a few at a time. May be repeated,
+        also after it was killed. Raises IncompleteCoverageError if shards are missing.
         """
         array = sharded_array(self.folder, record)
         tally = ImageTally(record, array.name)
@@ -259,9 +260,10 @@ class ShardLedger:
         levels = [sharded_array(self.folder, record, number) for number in range(len(record.levels) + 1)]
         clear_folder(self.folder, keep=[level.path / level.files.prefix for level in levels])
         stage = StagedImage(self.folder, seals | self._write_levels(record))
+        counts = {"skipped": skipped, "not_finite": not_finite, "damaged_tiles": damaged_tiles}
         if mended is not None:  # the entries of adopted shards do not say
-            skipped, not_finite = (mended.stats.get(key, 0) for key in ("skipped", "not_finite"))
-        return tally.finish(stage, raw_header, warnings=warnings, skipped=skipped, not_finite=not_finite)
+            counts = {name: mended.stats.get(name, 0) for name in counts}
+        return tally.finish(stage, raw_header, warnings=warnings, counts=counts)
 
     def _key(self, array: ShardedArray, shard: Shard) -> str:
         return array.shard_file(shard).relative_to(self.folder).as_posix()

@@ -16,7 +16,9 @@ from zpatch.errors import DamageError, ModelError, StoreExistsError
 from zpatch.networks.model_files import ModelName
 from zpatch.planning.prediction_options import PredictOptions
 from zpatch.planning.prediction_plan import PredictionPlan
-from zpatch.prediction.region_run import WorkFolder, finish_subject, unwritten
+from zpatch.prediction.damaged_tiles import check_undamaged
+from zpatch.prediction.region_run import unwritten
+from zpatch.prediction.work_folder import WorkFolder, finish_subject
 from zpatch.sources.input_files import check_all
 from zpatch.store.image_record import ImageRecord, Provenance
 from zpatch.store.image_writer import Shard, not_finite_text
@@ -164,6 +166,7 @@ def commit_job(job: SubjectJob, writer: StoreWriter, model: ModelName, options: 
     ]
     if options.strict:  # shards of an earlier run
         check_finite([record for _, record in images])
+        check_undamaged([record for _, record in images])
     before = [compact_json(record.to_json()) for record in job.committed]
     if before == [compact_json(record.to_json()) for _, record in images]:
         writer.mend(images)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +38,12 @@ class MixedSampler(RandomSampler):
         super().__init__(
             first.patch_size, context=first.context, padding_mode=first.padding_mode, fill=first.fill
         )
+
+    def fitted(self, subject: Subject) -> Self:
+        """The mixture of the samplers as they fit the subject."""
+        parts = [(weight, sampler.fitted(subject)) for weight, sampler in self.parts]
+        is_same = all(one is before for (_, one), (_, before) in zip(parts, self.parts, strict=True))
+        return self if is_same else type(self)(parts)
 
     def check(self, subject: Subject) -> None:
         """Refuse a subject that none of the samplers can take a patch of, as far as that is known."""

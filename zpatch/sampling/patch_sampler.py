@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +63,8 @@ def read_patches(
 class PatchSampler(ABC):
     """A strategy that says where the patches of a subject are, and how patches are padded and read.
 
-    ``patch_size`` is in voxels, one integer or three (I, J, K). See ``RandomSampler`` and ``GridSampler`` for
+    ``patch_size`` is in voxels, one integer or three (I, J, K), or two (I, J) for images of one plane. One
+    integer is ``p x p x 1`` for subjects of slides. See ``RandomSampler`` and ``GridSampler`` for
     ``padding_mode`` and ``fill``, and the first for ``context``.
     """
 
@@ -74,10 +77,20 @@ class PatchSampler(ABC):
         fill: float = 0,
     ) -> None:
         self.patch_size = patch_size_triple(patch_size)
+        self._is_cube = isinstance(patch_size, int)
         self.context = checked_context(context)
         check_padding_mode(padding_mode)
         self.padding_mode = padding_mode
         self.fill = fill
+
+    def fitted(self, subject: Subject) -> Self:
+        """The sampler, with patches of one plane if its size is one integer and the subject is a slide."""
+        if not (self._is_cube and subject.is_slide):
+            return self
+        flat = copy.copy(self)
+        flat.patch_size = *self.patch_size[:2], 1
+        flat._is_cube = False
+        return flat
 
     @abstractmethod
     def counts(self, subjects: Sequence[Subject], patches_per_volume: int) -> NDArray[np.int64]:
@@ -171,9 +184,12 @@ class RandomSampler(PatchSampler):
             raise OptionError(f"num_patches must be at least 0, not {num_patches}")
         if not isinstance(subject, Subject):
             raise OptionError(f"a sampler draws from one subject, as cohort[0], not from {subject!r}")
+        return self.fitted(subject)._drawn(subject, num_patches, as_generator(rng))
+
+    def _drawn(self, subject: Subject, count: int, rng: np.random.Generator) -> list[PatchLocation]:
         self.check_fits(subject)
-        starts = np.asarray(self.starts(subject, num_patches, as_generator(rng)))
-        self._check_starts(starts, num_patches, subject)
+        starts = np.asarray(self.starts(subject, count, rng))
+        self._check_starts(starts, count, subject)
         return [PatchLocation((i, j, k), self.patch_size) for i, j, k in starts.tolist()]
 
     def counts(self, subjects: Sequence[Subject], patches_per_volume: int) -> NDArray[np.int64]:

@@ -9,6 +9,7 @@ In reading order::
     image_read       the boxes of one image: into which memory, in which type, how padded
     group_read       boxes of several images -> one Dask graph -> voxels in place
     voxel_sources    sharded arrays, arrays in memory, Dask expressions
+    tiled_source     levels of slides, whose tiles are decoded one by one
     resampled_source the voxels of a source on another grid
     window_source    a box of a source as a source of its own, padded beyond the border
     voxelwise_source a function of each voxel of one or several sources

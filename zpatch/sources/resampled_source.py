@@ -123,6 +123,11 @@ class ResampledSource(WrappedSource):
         """The source of some channels."""
         return dataclasses.replace(self, source=self.source.selected(channels))
 
+    def filling(self) -> VoxelSource:
+        """The same grid over the source with 0 in place of what is damaged."""
+        source = self.source.filling()
+        return self if source is self.source else dataclasses.replace(self, source=source)
+
     def described(self) -> str:
         """All that the voxels depend on, beside the source."""
         numbers = self.matrix.tolist(), self.interpolation, tuple(self.scaling)

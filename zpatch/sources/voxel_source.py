@@ -59,6 +59,14 @@ class VoxelSource(Protocol):
         """The most memory that reading a box of some size takes besides the box: what it is made from."""
         return 0
 
+    def filling(self) -> VoxelSource:
+        """The source with 0 in place of what is damaged, where it can tell; else itself, which raises."""
+        return self
+
+    def damaged(self) -> dict[str, str]:
+        """What was read as 0 in this process because it is damaged: a key for each part, and its error."""
+        return {}
+
     def marks(self) -> tuple[FileMark, ...]:
         """The marks of the files that tell whether the voxels are still there; may read metadata files."""
         return ()
@@ -105,6 +113,10 @@ class WrappedSource(VoxelSource):
     def bytes_below(self, size: Triple) -> int:
         """The source's own."""
         return self.source.bytes_below(size)
+
+    def damaged(self) -> dict[str, str]:
+        """The source's own."""
+        return self.source.damaged()
 
     def marks(self) -> tuple[FileMark, ...]:
         """The source's own marks."""

@@ -94,7 +94,7 @@ class ShardSource(_ArrayLike):
     ) -> ReadTasks:
         """One task for each of about equal parts of the chunks; no chunk is in two of them."""
         order = ["czyx".index(name) for name in self.axes]
-        runs = list(_runs(self.channels or range(self.shape[0])))
+        runs = list(runs_of(self.channels or range(self.shape[0])))
         corners = [stored_corners(boxes, channels) for channels, _ in runs]
         first, stop = (np.concatenate(corner)[:, order] for corner in zip(*corners, strict=True))
         views = [reversed_axes(out[at]).transpose(order) for _, at in runs for out in outs]
@@ -165,7 +165,7 @@ class ArraySource(_ArrayLike):
 
     def _copy(self, boxes: Sequence[PatchLocation], outs: Sequence[Voxels], scaling: Scaling) -> None:
         for box, out in zip(boxes, outs, strict=True):
-            for channels, at in _runs(self.channels or range(self.shape[0])):
+            for channels, at in runs_of(self.channels or range(self.shape[0])):
                 inside = (slice(channels.start, channels.stop), *box.to_slices())
                 voxels = self.array[inside]
                 if self.mark is not None and isinstance(self.array, np.ndarray):
@@ -259,10 +259,10 @@ class DaskSource(_ArrayLike):
         return self.array
 
 
-def _runs(channels: Sequence[int]) -> Iterator[tuple[range, slice]]:
+def runs_of(channels: Sequence[int]) -> Iterator[tuple[range, slice]]:
     """Runs of channels that follow each other, each with its place among ``channels``.
 
-    >>> list(_runs([2, 3, 4, 0, 0]))
+    >>> list(runs_of([2, 3, 4, 0, 0]))
     [(range(2, 5), slice(0, 3, None)), (range(0, 1), slice(3, 4, None)), (range(0, 1), slice(4, 5, None))]
     """
     begin = 0

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -68,20 +69,17 @@ class ImageTally:
         *,
         warnings: Sequence[str] = (),
         source: SourceFingerprint | None = None,
-        skipped: int = 0,
-        not_finite: int = 0,
+        counts: Mapping[str, int] = MappingProxyType({}),
     ) -> ImageRecord:
         """Write all files of an image except its shards, and return its record with statistics and seals.
 
-        ``skipped`` is how many voxels were filled and not predicted, ``not_finite`` how many were predicted
-        as NaN or infinite, before they were reduced.
+        ``counts`` are further statistics, kept where they are not 0: how many voxels were ``skipped`` (filled
+        and not predicted), how many were ``not_finite`` (predicted as NaN or infinite, before they were
+        reduced), from how many ``damaged_tiles`` it was made.
         """
         record = self._record
         stats = self._statistics.result(record.slope, record.inter) | self._index.statistics()
-        if skipped:
-            stats["skipped"] = skipped
-        if not_finite:
-            stats["not_finite"] = not_finite
+        stats |= {name: count for name, count in counts.items() if count}
         stage.write_raw_header(raw_header)
         stage.write_index(self._index.tables())
         if record.kind != "label":
@@ -140,7 +138,6 @@ class ImageWriter:
             raw_header,
             warnings=warnings,
             source=source,
-            skipped=self._skipped,
-            not_finite=self._not_finite,
+            counts={"skipped": self._skipped, "not_finite": self._not_finite},
         )
         return self.record

@@ -22,7 +22,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("zpatch.conversion.nifti_export.write_nifti", full)
+    monkeypatch.setattr("zpatch.conversion.store_export.write_nifti", full)
     monkeypatch.setattr("zpatch.report.report.page_html", full)
     code, _, stderr = run("export", cohort_store, tmp_path / "out")
     assert code != 0

@@ -1,4 +1,4 @@
-"""A store -> NIfTI files, with the voxels, header, affine, slope and extensions that were converted."""
+"""A store -> NIfTI files, byte for byte as they were converted, or OME-TIFF files with their pyramids."""
 
 from __future__ import annotations
 
@@ -15,15 +15,20 @@ from numpy.typing import NDArray
 
 from zpatch.chunks.gather import read_region
 from zpatch.chunks.layout import SHARD_BYTES
+from zpatch.chunks.scaling import Scaling
 from zpatch.errors import OptionError, StoreExistsError, UnknownNameError
+from zpatch.geometry.affines import spacing_mm
 from zpatch.nifti.writer import header_of, single_file_header, write_nifti
 from zpatch.runtime.task_contract import Progress
+from zpatch.slides.tiff_writer import TiffImage, write_ome_tiff
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.lock import writing_to
 from zpatch.store.names import RAW_HEADER, chosen
 from zpatch.store.store import Store, open_store, read_small_array, sharded_array
 
-SUFFIXES = (".nii", ".nii.gz")
+TIFF_SUFFIXES = (".ome.tif", ".ome.tiff")
+SUFFIXES = (".nii", ".nii.gz", *TIFF_SUFFIXES)
+MICROMETRES = {"micrometer": 1.0, "millimeter": 1e3, "meter": 1e6}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +50,13 @@ def export(
     overwrite: bool = False,
     progress: Progress = lambda voxel_bytes: None,
 ) -> list[Path]:
-    """Write images of a store as NIfTI, as ``zpatch export`` does, and return the paths of the files.
+    """Write images of a store as files, as ``zpatch export`` does, and return their paths.
 
     Images are written to ``destination/<subject>/<image>.nii.gz``, or to ``destination`` itself if it ends
-    in ``.nii`` or ``.nii.gz``. ``include`` and ``exclude`` are patterns for subjects, ``images`` for images.
-    ``progress`` is called with the bytes of voxels of each slab that was written. An existing file raises
-    ``StoreExistsError`` unless ``overwrite`` is set.
+    in ``.nii``, ``.nii.gz`` or ``.ome.tif``: a tiled OME-TIFF with the levels of the store, for viewers.
+    ``include`` and ``exclude`` are patterns for subjects, ``images`` for images. ``progress`` is called with
+    the bytes of voxels of each slab that was written. An existing file raises ``StoreExistsError`` unless
+    ``overwrite`` is set.
     """
     opened = open_store(store)
     planned = plan_export(
@@ -111,6 +117,10 @@ def export_image(
     progress: Progress = lambda voxel_bytes: None,
 ) -> None:
     """Write one image slab by slab; the file appears whole or not at all."""
+    if path.name.endswith(TIFF_SUFFIXES):
+        with writing_to(path):
+            _export_tiff(store, record, path, progress)
+        return
     folder = store.image_path(record)
     raw_header = read_small_array(folder, RAW_HEADER, record.files).tobytes()
     dtype = np.dtype(np.uint8) if record.colours > 1 else header_of(raw_header).get_data_dtype()
@@ -118,6 +128,30 @@ def export_image(
         write_nifti(
             path, single_file_header(raw_header), _in_file_order(store, record, progress), dtype=dtype
         )
+
+
+def _export_tiff(store: Store, record: ImageRecord, path: Path, progress: Progress) -> None:
+    """Write the values of an image and of its levels, without loss."""
+    folder, scaling = store.image_path(record), Scaling(record.slope, record.inter)
+    arrays = [sharded_array(folder, record, level) for level in range(len(record.levels) + 1)]
+    unit = MICROMETRES.get(record.spatial_unit or "")
+    x, y, z = spacing_mm(record.affine_array)
+    image = TiffImage(
+        levels=[(c, i, j, k) for c, k, j, i in (array.shape for array in arrays)],
+        dtype=scaling.dtype_of(np.dtype(record.dtype).newbyteorder("=")),
+        mpp=None if unit is None else (x * unit, y * unit),
+        plane_step=z * unit if unit and record.spatial_shape[2] > 1 else 0.0,
+    )
+
+    def read_rows(level: int, channel: int | None, plane: int, first: int, stop: int) -> NDArray[Any]:
+        array = arrays[level]
+        low, high = (0, array.shape[0]) if channel is None else (channel, channel + 1)
+        voxels = read_region(array, (low, plane, first, 0), (high, plane + 1, stop, array.shape[3]))[:, 0]
+        progress(0 if level else voxels.nbytes)
+        values = scaling.apply(voxels)
+        return np.moveaxis(values, 0, -1) if channel is None else values[0]
+
+    write_ome_tiff(path, image, read_rows)
 
 
 def _in_file_order(store: Store, record: ImageRecord, progress: Progress) -> Iterator[NDArray[Any]]:

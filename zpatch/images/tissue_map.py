@@ -1,0 +1,54 @@
+"""Where there is tissue on a slide: a small label map that lies over it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from zpatch.errors import OptionError
+from zpatch.geometry.boxes import PatchLocation
+from zpatch.images.image import Image, LabelMap
+from zpatch.images.opened_image import OpenedImage
+from zpatch.images.slide_image import SlideOptions, opened_slide
+from zpatch.slides.tissue import tissue_of
+from zpatch.sources.voxel_sources import ArraySource
+
+TISSUE_MPP = 8.0
+MOST_PIXELS = 2**26  # of the level that is read, at once
+UNSTATED_WIDTH = 4096  # of the level that is read where no micrometres per pixel are known
+
+
+def tissue_map(slide: Image) -> LabelMap:
+    """A label map of a slide: 1 where there is tissue, 0 on glass; on the grid of its level nearest 8 µm.
+
+    Tissue is what has a saturation above Otsu's threshold, and all that it surrounds. Of a slide that does
+    not state its micrometres per pixel, the level is taken whose width is nearest 4096 pixels. Only that
+    level is read. Raises OptionError for an image that is no slide, and for one without a small level.
+
+    A subject puts it on the grid of its slide, as any mask: ``zp.Subject(slide=slide,
+    tissue=zp.tissue_map(slide))``.
+    """
+    opened = slide.opened.slide
+    if opened is None:
+        raise OptionError("a tissue map is of a slide, as ScalarImage('case.svs'); this image is none")
+    levels = opened.levels
+    number = min(range(len(levels)), key=lambda n: _distance(levels[n], opened.mpp))
+    thumbnail = opened_slide(
+        opened.file.path, None, None, SlideOptions(level=number, slide_mpp=opened.mpp), of_labels=False
+    )
+    _, i, j, _ = thumbnail.source.shape
+    if i * j > MOST_PIXELS:
+        raise OptionError(
+            f"{opened.file.path}: its coarsest level has {i} x {j} pixels, too many for a tissue map; "
+            f"give a mask of your own"
+        )
+    pixels = Image(thumbnail).read(PatchLocation((0, 0, 0), (i, j, 1)))[..., 0]
+    found = tissue_of(pixels).astype(np.uint8)
+    source = ArraySource.of(found[None, :, :, None])
+    return LabelMap(OpenedImage(source, thumbnail.affine, unit=thumbnail.unit))
+
+
+def _distance(level: Any, mpp: Any) -> float:
+    wanted = np.log(TISSUE_MPP / level.mpp) if mpp else np.log(UNSTATED_WIDTH / level.width)
+    return abs(float(wanted))

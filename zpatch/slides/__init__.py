@@ -1,0 +1,13 @@
+"""Slides and TIFF files, in and out: levels of tiles, each decoded by itself.
+
+In reading order::
+
+    levels           the levels of a pyramid: sizes, micrometres per pixel, and which one is read
+    tiles            a level as a grid of tiles, and tiles that cannot be decoded
+    pixel_sizes      micrometres per pixel, as the writers of TIFF files note them
+    tiff_file        the door to tifffile: a series of a TIFF file, its levels, and the bytes of a tile
+    openslide_file   the door to openslide: formats that tifffile does not read
+    slide_file       a path -> a slide, opened by either door
+    tissue           a thumbnail -> where there is tissue
+    tiff_writer      planes of an image, tile by tile -> a pyramidal OME-TIFF
+"""
