@@ -36,7 +36,7 @@ DOORS = {
     "conversion": "conversion conversion_plan conversion_options store_export cases case_lists",
     "sources": "voxel_source lazy_array zarr_images input_files image_read group_read voxel_sources "
     "tiled_source resampled_source window_source voxelwise_source chunk_cache",
-    "images": "image placed_image subject cohort mixtures normalization opened_image tissue_map",
+    "images": "image placed_image subject cohort mixtures normalization opened_image slide_image tissue_map",
     "sampling": "patch_sampler samplers grid_sampler patch patch_batch patch_views randomness",
     "epochs": "epoch_plan stream_position",
     "loading": "patch_queue queue_options queue_subjects subjects_loader",
@@ -46,8 +46,8 @@ DOORS = {
     "networks": "model_files model_identity model_axes network",
     "planning": "planning prediction_options model_inputs prediction_plan probe",
     "prediction": "inference prediction_run",
-    "report": "report",
-    "bench": "benchmark_plan benchmark benchmark_report advice",
+    "report": "report slide_report",
+    "bench": "benchmark_plan benchmark benchmark_report slide_reading advice",
     "compat": "",
     "cli": "",
 }

@@ -77,7 +77,7 @@ def test_memory_grows_with_processes_and_patches(cohort: zp.Cohort) -> None:
         ({"seconds": 0}, "seconds must be above 0, not 0"),
         ({"seconds": float("nan")}, "seconds must be above 0, not nan"),
         ({"patch_size": 0}, "patch_size must be at least 1 on every axis, not 0"),
-        ({"patch_size": (8, 8)}, "patch_size must be one integer or three, not (8, 8)"),
+        ({"patch_size": (8, 8, 8, 8)}, "patch_size must be one integer or three, not (8, 8, 8, 8)"),
     ],
 )
 def test_options_out_of_range_are_refused(cohort: zp.Cohort, options: Any, text: str) -> None:

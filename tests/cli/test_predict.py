@@ -18,7 +18,7 @@ from zpatch.tiling.windows import OVERLAP_MODES
 PARAMETERS: dict[str | None, Any] = {parameter.name: parameter for parameter in predict_command.params}
 OF_THE_COMMAND = {
     "store", "output", "model", "axes", "time", "channels", "include", "exclude", "dry_run", "no_resume",
-    "json",
+    "json", "mpp", "level", "slide_mpp", "tissue",
 }  # fmt: skip
 
 

@@ -9,5 +9,6 @@ In reading order::
     benchmark_plan    patches, processes, time and memory
     benchmark_report  the figures
     benchmark         the run of a plan
+    slide_reading     the same of a slide: patches per second
     advice            what to change, by the figures
 """

@@ -57,9 +57,13 @@ class PatchGroup:
         return [dataclasses.replace(self, locations=(location,)) for location in self.locations]
 
     def shard_files(self) -> list[Path]:
-        """The shard files that the patches are read from."""
+        """The shard files that the patches are read from; of a slide, its file."""
         files = []
-        for array in map(array_of, self.images):
+        for image in self.images:
+            if not isinstance(image.source, ShardSource):
+                files += [mark.path for mark in image.source.marks()]
+                continue
+            array = array_of(image)
             numbers, _ = covering_chunks(*self.boxes(array), array.shape, array.shards)
             for number in np.unique(numbers).tolist():
                 place = np.unravel_index(number, array.shard_grid)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,14 +68,19 @@ def bench_command(
     Random patches of random subjects are read as the workers of a queue read them, in one process and in
     several: cold, after the files were dropped from the system's page cache, and warm. The advice for
     converting follows from the bytes decoded for each byte delivered, and from other chunks and codecs
-    tried on a sample of the voxels. Nothing is written to STORE.
+    tried on a sample of the voxels. Nothing is written to STORE. Of a slide, the speed of reading alone is
+    measured.
 
     \b
     Examples:
       zpatch bench cohort.zarr
       zpatch bench cohort.zarr --patch-size 128,128,64 --patches-per-volume 4 -j 8
       zpatch bench cohort.zarr --image t1 --json
+      zpatch bench case.svs --patch-size 512
     """
+    if store.is_file():
+        _bench_slide(store, patch_size, patches_per_volume, jobs, seconds, json=json)
+        return
     from zpatch.bench.advice import advice
     from zpatch.bench.benchmark import run_benchmark
     from zpatch.bench.benchmark_plan import plan_benchmark
@@ -104,6 +110,35 @@ def bench_command(
     click.echo()
     for line in lines:
         click.echo(line)
+
+
+def _bench_slide(
+    path: Path,
+    patch_size: int | tuple[int, ...] | None,
+    group: int,
+    jobs: int | None,
+    seconds: float,
+    *,
+    json: bool,
+) -> None:
+    """Measure a slide, and show its speeds."""
+    from zpatch.bench.advice import rate_text
+    from zpatch.bench.slide_reading import slide_patch_size, slide_speeds
+    from zpatch.images.cohort import open_subjects
+
+    [subject] = open_subjects(path)
+    size = slide_patch_size(subject, patch_size)
+    say(f"{path}: patches of {' x '.join(map(str, size[:2]))} pixels, {group} together")
+    speeds = list(slide_speeds(path, subject, size, group=group, jobs=jobs, seconds=seconds))
+    if json:
+        print_json({"slide": str(path), "patch_size": size, "speeds": [asdict(speed) for speed in speeds]})
+        return
+    rows = [("processes", "patches/s cold", "patches/s warm", "each")]
+    for speed in speeds:
+        cold = rate_text(speed.cold) if speed.cold else "-"
+        each = rate_text(speed.warm / speed.processes)
+        rows.append((str(speed.processes), cold, rate_text(speed.warm), each))
+    show_table(rows)
 
 
 def _notes(report: BenchmarkReport) -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from zpatch.cli.image_info import show_image
 from zpatch.cli.options import STORE, include_option, json_option, talk_options
 from zpatch.cli.progress import print_json, show, show_table
 from zpatch.runtime.byte_sizes import format_bytes
@@ -27,13 +28,18 @@ def info_command(store: Path, include: tuple[str, ...], limit: int, json: bool) 
     """Show what STORE holds: subjects, images, shapes, sizes, compression, statistics and warnings; of
     predictions also the network that made them, and where their inputs were.
 
-    Only the manifest is read, however large the store is.
+    Only the manifest is read, however large the store is. STORE may also be one file that is read in place:
+    of a slide its levels, micrometres per pixel, tiles and associated images are shown.
 
     \b
     Examples:
       zpatch info cohort.zarr
       zpatch info cohort.zarr --include 'sub-0*' --json
+      zpatch info case.svs
     """
+    if store.is_file():
+        show_image(store, json=json)
+        return
     from zpatch.images.mixtures import mixtures
     from zpatch.store.names import chosen
     from zpatch.store.store import open_store

@@ -31,10 +31,11 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]
             self.fail(str(error), param, ctx)
 
 
-class Millimetres(click.ParamType):  # type: ignore[type-arg]
-    """One voxel size in mm or three, as ``1.5`` or ``1x1x3``."""
+class _Sizes(click.ParamType):  # type: ignore[type-arg]
+    """A positive number, or ``count`` of them with x between."""
 
-    name = "mm"
+    count: int
+    example: str
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -46,13 +47,25 @@ class Millimetres(click.ParamType):  # type: ignore[type-arg]
             numbers = tuple(float(part) for part in str(value).replace(",", "x").split("x"))
         except ValueError:
             numbers = ()
-        if len(numbers) not in (1, 3) or not all(0 < number < float("inf") for number in numbers):
-            self.fail(f"{value!r} is not one voxel size in mm or three, as 1.5 or 1x1x3", param, ctx)
-        return numbers if len(numbers) == 3 else numbers * 3
+        if len(numbers) not in (1, self.count) or not all(0 < number < float("inf") for number in numbers):
+            self.fail(f"{value!r} is not {self.example}", param, ctx)
+        return numbers if len(numbers) == self.count else numbers * self.count
+
+
+class Millimetres(_Sizes):
+    """One voxel size in mm or three, as ``1.5`` or ``1x1x3``."""
+
+    name, count, example = "mm", 3, "one voxel size in mm or three, as 1.5 or 1x1x3"
+
+
+class Micrometres(_Sizes):
+    """Micrometres per pixel: one number, or two along x and y, as ``0.5`` or ``0.5x0.25``."""
+
+    name, count, example = "um", 2, "one pixel size in micrometres or two, as 0.5 or 0.5x0.25"
 
 
 class Voxels(click.ParamType):  # type: ignore[type-arg]
-    """One integer or three with commas, as ``96`` or ``128,128,32``."""
+    """One integer, or three with commas, as ``96`` or ``128,128,32``; two for a plane, as ``1024,512``."""
 
     name = "voxels"
 
@@ -64,8 +77,8 @@ class Voxels(click.ParamType):  # type: ignore[type-arg]
             numbers = tuple(int(part) for part in str(value).split(","))
         except ValueError:
             numbers = ()
-        if len(numbers) not in (1, 3):
-            self.fail(f"{value!r} is not one integer, or three with commas (I,J,K)", param, ctx)
+        if len(numbers) not in (1, 2, 3):
+            self.fail(f"{value!r} is not one integer, or two or three with commas (I,J or I,J,K)", param, ctx)
         return numbers[0] if len(numbers) == 1 else numbers
 
 

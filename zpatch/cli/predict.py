@@ -12,6 +12,7 @@ from zpatch.cli import EXIT_SOME_FAILED
 from zpatch.cli.options import (
     STORE,
     Bytes,
+    Micrometres,
     Millimetres,
     Numbers,
     Voxels,
@@ -23,14 +24,12 @@ from zpatch.cli.options import (
     overwrite_option,
     talk_options,
 )
-from zpatch.cli.prediction_inputs import StatisticsPasses, with_mask
+from zpatch.cli.prediction_inputs import StatisticsPasses, only_image, reductions, with_mask
 from zpatch.cli.progress import Progress, clock, print_json, say
 from zpatch.errors import one_line
 from zpatch.runtime.byte_sizes import format_bytes
 
 if TYPE_CHECKING:
-    from zpatch.blending.reduction import Reduction, Reductions
-    from zpatch.images.subject import Subject
     from zpatch.planning.prediction_plan import PredictionPlan
 
 
@@ -62,10 +61,18 @@ if TYPE_CHECKING:
     help="Feed only this channel of OME-Zarr or Zarr, from 0; several, in this order, as 0,2.",
 )  # fmt: skip
 @click.option(
+    "--mpp", type=Micrometres(), metavar="UM",
+    help="Micrometres per pixel that it was trained on, of a slide: 0.5, or 0.5x0.25 along x and y.",
+)  # fmt: skip
+@click.option("--level", type=click.IntRange(0), metavar="N", help="The level of a slide, 0 for the finest.")
+@click.option(
+    "--slide-mpp", type=Micrometres(), metavar="UM",
+    help="Micrometres per pixel of the finest level, where the slide states none or a wrong one.",
+)  # fmt: skip
+@click.option(
     "--model-axes",
     metavar="LETTERS",
-    default="xyz",
-    show_default=True,
+    show_default="xyz, of slides yx",
     help="The spatial axes that the network is fed, in its order: zyx if it was trained on (z, y, x) arrays "
     "(tifffile, zarr, scikit-image, nnU-Net), yx if it is 2-D, (B, C, H, W).",
 )
@@ -83,7 +90,12 @@ if TYPE_CHECKING:
     "--context", type=Numbers(), default=(), metavar="N,N",
     help="Stack coarser levels around the same centre as channels: 2,4 are 2 and 4 times as wide.",
 )  # fmt: skip
-@click.option("--patch-size", type=Voxels(), required=True, help="One number or I,J,K, as 96 or 128,128,32.")
+@click.option(
+    "--patch-size",
+    type=Voxels(),
+    required=True,
+    help="One number or I,J,K, as 96 or 128,128,32; of slides, I,J.",
+)
 @click.option(
     "--overlap",
     "patch_overlap",
@@ -124,6 +136,10 @@ if TYPE_CHECKING:
     "--mask", metavar="NAME|FILE",
     help="An image of the subjects, or for one subject a .nii or Zarr: patches wholly where it is 0 "
     "are not run.",
+)  # fmt: skip
+@click.option(
+    "--tissue", metavar="auto|NAME|FILE",
+    help="The mask of a slide: found by the saturation of its colours (auto), or as --mask, on any grid.",
 )  # fmt: skip
 @click.option("--fill", type=float, default=0, show_default=True, help="The value where no patch is run.")
 @click.option(
@@ -175,6 +191,10 @@ def predict_command(
     axes: str | None,
     time: int | None,
     channels: tuple[tuple[int, ...], ...],
+    mpp: tuple[float, float] | None,
+    level: int | None,
+    slide_mpp: tuple[float, float] | None,
+    tissue: str | None,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     dry_run: bool,
@@ -184,8 +204,8 @@ def predict_command(
 ) -> int:
     """Run a network over every subject of STORE and write its blended output into a store OUTPUT.
 
-    STORE may also be one image, OME-Zarr or a Zarr array: a whole slide, for example, or a level of its
-    pyramid. If it has time points, choose one with --time; --channel chooses channels.
+    STORE may also be one image: a slide (SVS, NDPI, OME-TIFF, ...), OME-Zarr or a Zarr array. If it has time
+    points, choose one with --time; --channel chooses channels, --mpp or --level a level of a slide.
 
     THE NETWORK IS FED (x, y, z): a batch (B, C, x, y, z) of the type of its parameters. If it was trained on
     (z, y, x) arrays, say --model-axes zyx. It returns a batch in the same axes, stored as the image
@@ -196,6 +216,8 @@ def predict_command(
     again. A subject that is damaged, or on which the network fails, is left out, with one line that says why;
     the others are predicted and the exit code is 3.
 
+    A tile of a slide that is damaged is read as 0 and counted, and the exit code is 3; --strict stops there.
+
     \b
     Examples:
       zpatch predict cohort.zarr out.zarr --model net.pt2 --image t1 \\
@@ -204,16 +226,21 @@ def predict_command(
           --patch-size 96,96,64 --overlap 16 --blend gaussian --device cuda --amp
       zpatch predict cohort.zarr out.zarr --model net.pt2 --image ct --spacing 1.5 --orient RAS \\
           --patch-size 128 --overlap 64 --reduce argmax
+      zpatch predict case.svs out.zarr --model net.pt2 --mpp 0.5 --patch-size 1024 \\
+          --overlap 128 --tissue auto --reduce argmax
       zpatch predict slide.ome.zarr out.zarr --model mypackage.nets:stain \\
           --patch-size 1024,1024,1 --overlap 64,64,0 --model-axes yx --jobs 4
       zpatch predict movie.ome.zarr out.zarr --model net.pt2 --time 3 --channel 0,2 \\
           --patch-size 96 --normalize zscore --mask tissue.zarr
     """
     from zpatch.images.cohort import open_subjects
+    from zpatch.images.slide_image import SlideOptions
     from zpatch.networks.model_files import ModelName, load_model
     from zpatch.networks.network import Network
+    from zpatch.planning.model_inputs import are_slides
     from zpatch.planning.planning import plan_prediction
     from zpatch.planning.prediction_options import PredictOptions
+    from zpatch.prediction.damaged_tiles import damaged_text
     from zpatch.prediction.prediction_run import begun_shards, check_output, patches_to_run, run_prediction
     from zpatch.runtime.failures import Failure, Failures
     from zpatch.store.image_writer import not_finite_text
@@ -221,14 +248,15 @@ def predict_command(
 
     check_can_create(output, overwrite=given["overwrite"], resume=not no_resume)
     chosen = [number for numbers in channels for number in numbers]
-    subjects = open_subjects(store, include, exclude, axes, time, chosen or None)
+    slide = SlideOptions(mpp, level, slide_mpp)
+    subjects = open_subjects(store, include, exclude, axes, time, chosen or None, slide)
     if not subjects:
         raise click.UsageError(f"no subject of {store} is left to predict")
-    given["image"] = given["image"] or _only_image(subjects[0])
-    given["reduce"] = _reductions(given["reduce"])
-    subjects, given["mask"] = with_mask(subjects, given["mask"])
+    given["image"] = given["image"] or only_image(subjects[0])
+    given["reduce"] = reductions(given["reduce"])
+    subjects, given["mask"] = with_mask(subjects, given["mask"], tissue)
     names = [subject.name for subject in subjects]
-    options = PredictOptions.of(resume=not no_resume, **given)
+    options = PredictOptions.of(resume=not no_resume, of_slides=are_slides(subjects), **given)
     check_output(output, subjects, options)
     network = Network.of(load_model(model), options, ModelName.of_spec(model))
     begun = {} if options.overwrite else begun_shards(output)
@@ -279,6 +307,8 @@ def predict_command(
     records = predictions.store.records.values()
     if text := not_finite_text(records):
         click.echo(f"warning: {text}; --strict stops at the first", err=True)
+    if damaged := damaged_text(records):
+        click.echo(f"warning: {damaged}", err=True)
     if json:
         failed = [{"subject": f.subject, "reason": one_line(f.error)} for f in failures.found]
         not_finite = sum(record.stats.get("not_finite", 0) for record in records)
@@ -286,7 +316,7 @@ def predict_command(
         print_json({**done, "voxels_not_finite": not_finite, "failed": failed})
     else:
         click.echo(output)
-    return EXIT_SOME_FAILED if failures.found else 0
+    return EXIT_SOME_FAILED if failures.found or damaged else 0
 
 
 def _forecast(plans: Sequence[PredictionPlan], left: Sequence[int]) -> list[str]:
@@ -303,38 +333,3 @@ def _forecast(plans: Sequence[PredictionPlan], left: Sequence[int]) -> list[str]
         f"the network takes {first.network_seconds(1):.2g} s for a batch of {first.batch_size}: about "
         f"{clock(seconds)} for {sum(left)} patches",
     ]
-
-
-def _only_image(subject: Subject) -> str:
-    scalar = [name for name, image in subject.images.items() if image.kind == "scalar"]
-    if len(scalar) != 1:
-        raise click.UsageError(
-            f"choose an --image to predict from; {subject.name} has {', '.join(subject.images)}"
-        )
-    return scalar[0]
-
-
-def _reductions(texts: Sequence[str]) -> Reductions:
-    """One reduction for all outputs, or one for each: ``OUTPUT=HOW``."""
-    named = [text.rpartition("=") for text in texts]
-    if len(named) == 1 and not named[0][1]:
-        return _reduction(texts[0])
-    names = [name for name, _, _ in named]
-    if "" in names or len(set(names)) < len(names):
-        raise click.BadParameter(
-            f"{' '.join(texts)}: give one for all outputs, or one for each as OUTPUT=HOW",
-            param_hint="--reduce",
-        )
-    return {name: _reduction(how) for name, _, how in named}
-
-
-def _reduction(text: str) -> Reduction:
-    if text == "none":
-        return None
-    name, colon, limit = text.partition(":")
-    if name != "threshold":
-        return text
-    try:
-        return name, float(limit) if colon else 0.5
-    except ValueError:
-        raise click.BadParameter(f"{limit!r} is no number", param_hint="--reduce") from None

@@ -1,4 +1,4 @@
-"""Inputs of ``zpatch predict`` that take more than a name: statistics that are computed, a mask in a file."""
+"""Inputs of ``zpatch predict`` that take more than a name: statistics, a mask in a file, reductions."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from zpatch.cli.progress import Progress, say
 from zpatch.runtime.byte_sizes import format_bytes
 
 if TYPE_CHECKING:
+    from zpatch.blending.reduction import Reduction, Reductions
     from zpatch.digests import Json
     from zpatch.images.image import Image
     from zpatch.images.subject import Subject
 
-MASK = "mask"
+MASK, AUTO = "mask", "auto"
 STAND_INS = {"mean": 0.0, "std": 2.0, "percentile_0_5": 0.0, "percentile_99_5": 2.0}  # any, but not 0 and 1
 
 
@@ -49,10 +50,24 @@ class StatisticsPasses:
             return computed_statistics(image, lambda voxels: progress(voxels * voxel_bytes))
 
 
-def with_mask(subjects: Sequence[Subject], mask: str | None) -> tuple[Sequence[Subject], str | None]:
-    """The subjects, and the name of their mask; a mask in a file becomes an image of the one subject."""
-    from zpatch.images.image import LabelMap
+def with_mask(
+    subjects: Sequence[Subject], mask: str | None, tissue: str | None = None
+) -> tuple[Sequence[Subject], str | None]:
+    """The subjects, and the name of their mask; a mask in a file becomes an image of the one subject.
 
+    ``tissue`` is the mask of a slide, or ``auto``, which finds it.
+    """
+    from zpatch.images.image import LabelMap
+    from zpatch.images.tissue_map import tissue_map
+
+    if mask is not None and tissue is not None:
+        raise click.UsageError("--mask and --tissue both say where patches are run; say one of them")
+    if tissue == AUTO:
+        slide = next(image for image in subjects[0].images.values() if image.kind == "scalar")
+        found = tissue_map(slide)
+        say(f"tissue: {found.data.mean():.0%} of the slide")
+        return [subjects[0].with_images(tissue=found)], "tissue"
+    mask = tissue or mask
     if mask is None or mask in subjects[0].images:
         return subjects, mask
     if not Path(mask).exists():
@@ -76,3 +91,39 @@ def with_mask(subjects: Sequence[Subject], mask: str | None) -> tuple[Sequence[S
         )
     name = "mask_file" if MASK in subjects[0].images else MASK
     return [subjects[0].with_images(**{name: LabelMap(Path(mask))})], name
+
+
+def only_image(subject: Subject) -> str:
+    """The name of the only intensity image of a subject; a usage error if there are several."""
+    scalar = [name for name, image in subject.images.items() if image.kind == "scalar"]
+    if len(scalar) != 1:
+        raise click.UsageError(
+            f"choose an --image to predict from; {subject.name} has {', '.join(subject.images)}"
+        )
+    return scalar[0]
+
+
+def reductions(texts: Sequence[str]) -> Reductions:
+    """One reduction for all outputs, or one for each: ``OUTPUT=HOW``."""
+    named = [text.rpartition("=") for text in texts]
+    if len(named) == 1 and not named[0][1]:
+        return _reduction(texts[0])
+    names = [name for name, _, _ in named]
+    if "" in names or len(set(names)) < len(names):
+        raise click.BadParameter(
+            f"{' '.join(texts)}: give one for all outputs, or one for each as OUTPUT=HOW",
+            param_hint="--reduce",
+        )
+    return {name: _reduction(how) for name, _, how in named}
+
+
+def _reduction(text: str) -> Reduction:
+    if text == "none":
+        return None
+    name, colon, limit = text.partition(":")
+    if name != "threshold":
+        return text
+    try:
+        return name, float(limit) if colon else 0.5
+    except ValueError:
+        raise click.BadParameter(f"{limit!r} is no number", param_hint="--reduce") from None

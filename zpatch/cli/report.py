@@ -35,7 +35,7 @@ def report_command(
     store: Path, output: Path, include: tuple[str, ...], exclude: tuple[str, ...], limit: int, json: bool
 ) -> int:
     """Write an HTML page about STORE: planes of each image with the outlines of labels, histograms,
-    statistics and problems.
+    statistics and problems. Of a slide, a thumbnail with the outline of its tissue, and its levels.
 
     The page is a single file that needs no network and no other file. If files of the store are damaged or
     missing, the page lists them and the exit code is 4.
@@ -44,7 +44,18 @@ def report_command(
     Examples:
       zpatch report cohort.zarr
       zpatch report out.zarr --output predictions.html --include 'sub-0*' --limit 100
+      zpatch report case.svs
     """
+    if store.is_file():
+        from zpatch.report.slide_report import write_slide_report
+
+        written = write_slide_report(store, output)
+        if json:
+            print_json(written.to_json())
+        else:
+            click.echo(written.output)
+        say(f"tissue: {written.tissue:.0%} of the slide; {format_bytes(written.bytes)}")
+        return 0
     from zpatch.images.cohort import Cohort
     from zpatch.report.report import write_report
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections import Counter
@@ -12,8 +13,10 @@ from typing import Self, overload
 from zpatch.digests import Json
 from zpatch.errors import NotAStoreError, OptionError, SourceError, UnknownNameError
 from zpatch.images.image import ScalarImage, stored_image
-from zpatch.images.open_image import refuse_other_format
+from zpatch.images.open_image import ANY_SLIDE, refuse_other_format
+from zpatch.images.slide_image import SlideOptions
 from zpatch.images.subject import Subject
+from zpatch.slides.slide_file import is_slide_file
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.names import HISTOGRAM, ROOT_DOCUMENT, chosen
 from zpatch.store.store import Store, is_store, open_store, read_small_array
@@ -171,12 +174,18 @@ def open_subjects(
     axes: str | None = None,
     time: int | None = None,
     channels: Sequence[int] | None = None,
+    slide: SlideOptions = ANY_SLIDE,
 ) -> Sequence[Subject]:
-    """The subjects of a store whose names match patterns; or one subject for an OME-Zarr image or Zarr array.
+    """The subjects of a store whose names match patterns; or one subject for a slide, OME-Zarr or Zarr array.
 
     That subject is named after the path, and its image is called ``image``. ``axes`` names the axes of an
-    array without dimension names, as in ``"yxc"``; ``time`` and ``channels`` are what is read of it.
+    array without dimension names, as in ``"yxc"``; ``time`` and ``channels`` are what is read of it, and
+    ``slide`` says which level of a slide.
     """
+    if is_slide_file(path) and path.is_file():
+        image = ScalarImage(path, axes=axes, time=time, channels=channels, **dataclasses.asdict(slide))
+        return [_alone(path, image, include, exclude)]
+    slide.refuse_any(path)
     refuse_other_format(path)
     if path.is_file() and re.search(r"\.nii(\.gz)?$", path.name.lower()):
         raise SourceError(
@@ -197,10 +206,14 @@ def open_subjects(
                     option=option,
                 )
         return Cohort(path).matching(include, exclude)
-    parts = [path.parent.name, path.name] if path.name.isdecimal() else [path.name]
-    name = "-".join(re.sub(r"(\.ome)?\.zarr$", "", part) for part in parts)
-    name = re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip("._-") or "image"
-    subject = Subject(name=name, image=ScalarImage(path, axes=axes, time=time, channels=channels))
+    return [_alone(path, ScalarImage(path, axes=axes, time=time, channels=channels), include, exclude)]
+
+
+def _alone(path: Path, image: ScalarImage, include: Sequence[str], exclude: Sequence[str]) -> Subject:
+    """The subject of one image, named after its path."""
     if include or exclude:
         raise OptionError(f"{path} is one image; include= and exclude= are for a store", option="include")
-    return [subject]
+    parts = [path.parent.name, path.name] if path.name.isdecimal() else [path.name]
+    name = "-".join(re.sub(r"(\.ome)?\.[A-Za-z0-9]+$", "", part) for part in parts)
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip("._-") or "image"
+    return Subject(name=name, image=image)

@@ -8,9 +8,8 @@ import numpy as np
 
 from zpatch.errors import OptionError
 from zpatch.geometry.boxes import PatchLocation
-from zpatch.images.image import Image, LabelMap
+from zpatch.images.image import Image, LabelMap, ScalarImage
 from zpatch.images.opened_image import OpenedImage
-from zpatch.images.slide_image import SlideOptions, opened_slide
 from zpatch.slides.tissue import tissue_of
 from zpatch.sources.voxel_sources import ArraySource
 
@@ -29,24 +28,28 @@ def tissue_map(slide: Image) -> LabelMap:
     A subject puts it on the grid of its slide, as any mask: ``zp.Subject(slide=slide,
     tissue=zp.tissue_map(slide))``.
     """
+    thumbnail = thumbnail_of(slide)
+    _, i, j, _ = thumbnail.shape
+    pixels = thumbnail.read(PatchLocation((0, 0, 0), (i, j, 1)))[..., 0]
+    source = ArraySource.of(tissue_of(pixels).astype(np.uint8)[None, :, :, None])
+    return LabelMap(OpenedImage(source, thumbnail.affine, unit=thumbnail.spatial_unit))
+
+
+def thumbnail_of(slide: Image) -> ScalarImage:
+    """The level of a slide that is nearest 8 µm a pixel. Errors are those of ``tissue_map``."""
     opened = slide.opened.slide
     if opened is None:
         raise OptionError("a tissue map is of a slide, as ScalarImage('case.svs'); this image is none")
     levels = opened.levels
     number = min(range(len(levels)), key=lambda n: _distance(levels[n], opened.mpp))
-    thumbnail = opened_slide(
-        opened.file.path, None, None, SlideOptions(level=number, slide_mpp=opened.mpp), of_labels=False
-    )
-    _, i, j, _ = thumbnail.source.shape
-    if i * j > MOST_PIXELS:
+    if levels[number].width * levels[number].height > MOST_PIXELS:
         raise OptionError(
-            f"{opened.file.path}: its coarsest level has {i} x {j} pixels, too many for a tissue map; "
-            f"give a mask of your own"
+            f"{opened.file.path}: its coarsest level has {levels[number].width} x {levels[number].height} "
+            f"pixels, too many for a tissue map; give a mask of your own"
         )
-    pixels = Image(thumbnail).read(PatchLocation((0, 0, 0), (i, j, 1)))[..., 0]
-    found = tissue_of(pixels).astype(np.uint8)
-    source = ArraySource.of(found[None, :, :, None])
-    return LabelMap(OpenedImage(source, thumbnail.affine, unit=thumbnail.unit))
+    return ScalarImage(
+        opened.file.path, level=number, slide_mpp=opened.mpp, time=0 if opened.file.points > 1 else None
+    )
 
 
 def _distance(level: Any, mpp: Any) -> float:

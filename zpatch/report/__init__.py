@@ -1,4 +1,4 @@
-"""One HTML page about a store: its problems, and planes of its images as pictures.
+"""One HTML page about a store or a slide: its problems, and planes of its images as pictures.
 
 In reading order::
 
@@ -11,4 +11,5 @@ In reading order::
     summary          a cohort in sums
     page             the templates, filled, and their content security policy
     report           write_report: a store -> the page
+    slide_report     write_slide_report: a slide -> a page with a thumbnail and its tissue
 """

@@ -91,7 +91,7 @@ def write_report(
     if limit < 0:
         raise OptionError(f"limit must be at least 0, not {limit}", option="limit")
     cohort = Cohort(store).matching(include, exclude)
-    _check_may_write(path)
+    check_may_write(path)
     survey = _surveyed(cohort)
     problems = [*survey.problems]
     shown = cohort[:limit]
@@ -143,7 +143,7 @@ def _surveyed(cohort: Cohort) -> _Survey:
     return _Survey(summary, tuple(problems), LabelColours(labels))
 
 
-def _check_may_write(path: Path) -> None:
+def check_may_write(path: Path) -> None:
     """Refuse a path without a folder, and a path of any existing file that is not a report."""
     if not path.parent.is_dir():
         raise OptionError(
