@@ -6,12 +6,13 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import SupportsIndex
 
 from zpatch.errors import OptionError
 from zpatch.geometry.voxel_grid import VoxelGrid
 from zpatch.images.opened_image import OpenedImage, OpenedSlide
 from zpatch.resampling.interpolation import Interpolation
-from zpatch.slides.levels import Pair, checked_mpp, level_for
+from zpatch.slides.levels import Pair, checked_mpp, format_mpp, level_for
 from zpatch.slides.slide_file import SlideFile, open_slide, slide_affine
 from zpatch.slides.tiles import TiledLevel
 from zpatch.sources.tiled_source import TiledSource
@@ -48,7 +49,7 @@ def opened_slide(
     known = file.mpp if options.slide_mpp is None else checked_mpp(options.slide_mpp, "slide_mpp")
     slide = OpenedSlide(file, known)
     if options.mpp is None:
-        return _of_level(slide, _checked_level(file, options.level or 0))
+        return _of_level(slide, _checked_level(file, 0 if options.level is None else options.level), time)
     if options.level is not None:
         raise OptionError("mpp= and level= both choose a level; say one of them", option="level")
     if known is None:
@@ -59,27 +60,38 @@ def opened_slide(
         )
     wanted = checked_mpp(options.mpp, "mpp")
     number, is_close = level_for(file.sizes(known), wanted, path)
-    opened = _of_level(slide, number)
+    _, width, height, _ = file.levels[0].shape
+    extent = known[0] * width, known[1] * height
+    if any(want > size for want, size in zip(wanted, extent, strict=True)):
+        raise OptionError(
+            f"{path}: one pixel of mpp={format_mpp(wanted)} is larger than the slide, of {extent[0]:.4g} x "
+            f"{extent[1]:.4g} micrometres; ask for less",
+            option="mpp",
+        )
+    opened = _of_level(slide, number, time)
     return opened if is_close else _resampled(opened, wanted, of_labels=of_labels)
 
 
 def _checked_level(file: SlideFile, number: int) -> int:
-    if not 0 <= number < len(file.levels):
+    if not isinstance(number, SupportsIndex) or not 0 <= number.__index__() < len(file.levels):
         raise OptionError(
-            f"{file.path}: level must be 0 to {len(file.levels) - 1}, not {number}", option="level"
+            f"{file.path}: level must be 0 to {len(file.levels) - 1}, not {number!r}", option="level"
         )
-    return number
+    return number.__index__()
 
 
-def _of_level(slide: OpenedSlide, number: int) -> OpenedImage:
+def _of_level(slide: OpenedSlide, number: int, time: int | None) -> OpenedImage:
     file = slide.file
+    parts = [f"level {number}"] if number else []
+    if file.points > 1 and file.channel_axis != "t":
+        parts.append(f"time point {time} of {file.points}")
     return OpenedImage(
         _source(file.levels[number]),
         slide_affine(file, number, slide.mpp),
         path=file.path,
         unit="micrometer" if slide.mpp else None,
         channel_axis=file.channel_axis,
-        part=f"level {number}" if number else "",
+        part=", ".join(parts),
         slide=slide,
     )
 

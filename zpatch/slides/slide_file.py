@@ -21,6 +21,8 @@ OPENSLIDE_SUFFIXES = (".mrxs", ".vms", ".vmu", ".bif", ".dcm", ".czi", ".svslide
 SUFFIXES = TIFF_SUFFIXES + OPENSLIDE_SUFFIXES
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _ASSOCIATED = ("label", "macro", "thumbnail")
+_OF_SCANNERS = ("svs", "ndpi", "scn", "philips", "bif", "qpi", "avs", "indica")  # they name series themselves
+_ANY_TIFF = "generic-tiff"  # OpenSlide's name for what it turns into red, green and blue
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,10 +90,9 @@ def open_slide(path: Path, axes: str | None = None, time: int | None = None) -> 
         except OptionError:
             raise
         except SourceError as error:
-            try:
-                return _by_openslide(mark)
-            except SourceError:
-                raise error from None
+            if slide := _else_by_openslide(mark):
+                return slide
+            raise error from None
     if path.suffix.lower() in TIFF_SUFFIXES:
         raise SourceError(f"{path}: it is no TIFF file (its first bytes are of none); copy the file again")
     return _by_openslide(mark)
@@ -100,6 +101,15 @@ def open_slide(path: Path, axes: str | None = None, time: int | None = None) -> 
 def _start_of(path: Path) -> bytes:
     with open(open_regular(path, follow=True), "rb") as file:
         return file.read(4)
+
+
+def _else_by_openslide(mark: FileMark) -> SlideFile | None:
+    """A slide that tifffile cannot read; None for what is no slide of a scanner, as a label map."""
+    try:
+        slide = _by_openslide(mark)
+    except SourceError:
+        return None
+    return None if slide.kind == _ANY_TIFF else slide
 
 
 def _by_openslide(mark: FileMark) -> SlideFile:
@@ -117,6 +127,7 @@ def _by_tifffile(mark: FileMark, axes: str | None, time: int | None) -> SlideFil
     file = tiff_file.opened(mark)
     chosen = _main_series(file.series, mark.path)
     series = file.series[chosen]
+    _check_whole(file.file, series, mark.path)
     pages = tiff_file.PageAxes.of(series, axes, mark.path)
     points = pages.count("t")
     _check_time(time, points, pages.count("c") * pages.samples, mark.path)
@@ -131,7 +142,7 @@ def _by_tifffile(mark: FileMark, axes: str | None, time: int | None) -> SlideFil
         path=mark.path,
         door="tifffile",
         kind=series.kind or "generic",
-        levels=tuple(level for level in levels if _fits(level, finest)),
+        levels=tuple(sorted((level for level in levels if _fits(level, finest)), key=_size, reverse=True)),
         mpp=(mpp[0], mpp[1]) if min(mpp) > 0 else None,
         plane_step=step,
         codec=tiff_file.codec_of(series.keyframe),
@@ -164,17 +175,43 @@ def _fits(level: TiledLevel, finest: TiledLevel) -> bool:
     return (c, k, level.dtype) == (channels, planes, finest.dtype) and i <= width and j <= height
 
 
+def _size(level: TiledLevel) -> int:
+    """Pixels of a plane."""
+    return level.shape[1] * level.shape[2]
+
+
+def _check_whole(file: Any, series: Any, path: Path) -> None:
+    """Refuse a file of which tifffile reads less than its description says, as its end is missing."""
+    said = 0
+    if file.is_imagej and series.kind != "imagej":
+        said = int((file.imagej_metadata or {}).get("images", 0))
+    if said > len(file.pages):
+        raise SourceError(
+            f"{path}: it is cut short: {len(file.pages)} of its {said} planes are there; copy the file again"
+        )
+    if not tiff_file.has_description(file.pages.first):
+        raise SourceError(f"{path}: it is cut short, as its description is missing; copy the file again")
+
+
 def _main_series(series: Sequence[Any], path: Path) -> int:
-    """The series of the slide itself: the largest one that is no label, macro or thumbnail."""
+    """The series of the slide itself: the largest one that is no label, macro or thumbnail.
+
+    A scanner calls them so; an only image of another program may have any name, as ``labels``.
+    """
+    if not series:
+        raise SourceError(f"{path}: it holds no image that can be read; copy the file again")
+    is_beside = [each.name.lower().startswith(_ASSOCIATED) for each in series]
+    if all(is_beside) and series[0].kind not in _OF_SCANNERS:
+        is_beside = [False] * len(series)
     sizes = {
         number: each.keyframe.imagewidth * each.keyframe.imagelength
         for number, each in enumerate(series)
-        if not each.name.lower().startswith(_ASSOCIATED)
+        if not is_beside[number]
     }
     if not sizes:
-        names = ", ".join(each.name for each in series) or "none"
         raise SourceError(
-            f"{path}: it has associated images only ({names}), and not the slide itself; copy the file again"
+            f"{path}: it has associated images only ({', '.join(each.name for each in series)}), and not "
+            f"the slide itself; copy the file again"
         )
     return max(sizes, key=lambda number: (sizes[number], -number))
 

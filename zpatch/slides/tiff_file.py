@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import struct
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ KEPT_OPEN = 64  # files
 MOST_TILE_BYTES = 2**30
 KNOWN_AXES = "tczyx"
 _JPEG = (6, 7, 34892, 33007)  # compressions whose tiles share tables
+_JPEG_END = b"\xff\xd9"
+_DESCRIPTION = 270  # tag
 _INSTALL = "install 'zpatch[slides]'"
 
 
@@ -73,7 +76,8 @@ class OpenTiff:
         with self._lock:
             if path not in self._descriptors:
                 self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        return os.pread(self._descriptors[path], count, offset)
+        size = os.fstat(self._descriptors[path]).st_size
+        return os.pread(self._descriptors[path], min(count, max(0, size - offset)), offset)
 
     def __del__(self) -> None:
         for descriptor in getattr(self, "_descriptors", {}).values():
@@ -251,6 +255,8 @@ class TiffLevel(TiledLevel):
         tables: dict[str, Any] = {}
         if frame.compression in _JPEG:
             tables = {"jpegtables": page.jpegtables, "jpegheader": frame.jpegheader}
+            if frame.jpegheader is None and _JPEG_END not in data:  # its decoder would paint the rest grey
+                raise damaged_tile(self.path, place, "is cut short: it has no end of JPEG")
         try:
             voxels, _, _ = frame.decode(data, segment, _fullsize=True, **tables)
         except MemoryError:
@@ -283,6 +289,16 @@ def _check_decodes(frame: Any, path: Path) -> None:
             f"{path}: its tiles are {name}, for which there is no codec here ({one_line(error)}); write it "
             f"anew as JPEG or deflate"
         ) from None
+
+
+def has_description(page: Any) -> bool:
+    """Whether the description of a page was read, if its directory lists one."""
+    tiff, handle = page.parent.tiff, page.parent.filehandle
+    handle.seek(page.offset)
+    (count,) = struct.unpack(tiff.tagnoformat, handle.read(tiff.tagnosize))
+    listed = handle.read(count * tiff.tagsize)
+    codes = [struct.unpack_from(tiff.byteorder + "H", listed, n * tiff.tagsize)[0] for n in range(count)]
+    return _DESCRIPTION not in codes or _DESCRIPTION in page.tags
 
 
 def codec_of(frame: Any) -> str:

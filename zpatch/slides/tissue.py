@@ -24,7 +24,7 @@ def saturation(pixels: Voxels) -> Voxels:
         most = values.max() or 1.0
         return np.asarray(1 - values[0] / most)
     high, low = values[:3].max(axis=0), values[:3].min(axis=0)
-    return np.asarray((high - low) / np.maximum(high, 1))
+    return np.asarray(np.divide(high - low, high, out=np.zeros_like(high), where=high > 0))
 
 
 def otsu_threshold(values: Voxels) -> float:

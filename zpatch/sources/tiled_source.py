@@ -83,6 +83,7 @@ class TiledSource(VoxelSource):
         return ReadTasks([(partial(self._read, part, views, scaling),) for part in plan.split(parts)])
 
     def _read(self, plan: GatherPlan, outs: Sequence[Voxels], scaling: Scaling) -> None:
+        self.level.mark.check(str(self.level.path))
         for part in plan.split(math.ceil(len(plan.shards) / HELD_TILES)):
             copy_chunks({number: self._tile(number) for number in part.shards.tolist()}, part, outs, scaling)
 
