@@ -15,7 +15,7 @@ import forked
 import hypothesis
 import numpy as np
 import pytest
-from processes import child_pids, children, eventually, shared_memory, without_other_programs
+from processes import child_pids, children, close_slides, eventually, shared_memory, without_other_programs
 from record import TRIES, Case, Record, Some, passed, some_of
 
 import zpatch as zp
@@ -176,7 +176,8 @@ def nothing_is_left_behind(tmp_path: Path) -> Iterator[None]:
     """Fail a test that leaves a process, a shared-memory block or an open file below its folder."""
     before = shared_memory()
     yield
-    close_shards(tmp_path)  # the bounded cache of open maps is kept on purpose
+    close_shards(tmp_path)  # the bounded caches of open maps and slides are kept on purpose
+    close_slides(tmp_path)
     if _left_behind(before, tmp_path):
         gc.collect()
         with contextlib.suppress(AssertionError):

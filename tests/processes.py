@@ -12,6 +12,8 @@ from typing import Any
 import forked
 import psutil
 
+from zpatch.slides import openslide_file, tiff_file
+
 DEADLINE_S = 10
 LISTS_CHILDREN = Path(f"/proc/self/task/{os.getpid()}/children").exists()
 SHARED_MEMORY = Path("/dev/shm")
@@ -94,3 +96,9 @@ def local_cluster(workers: int = 2) -> Iterator[Any]:
         n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=":0", silence_logs=50
     ) as cluster:
         yield cluster
+
+
+def close_slides(folder: Path) -> None:
+    """Close the slides below a folder that this process keeps open."""
+    for door in (tiff_file._open, openslide_file._open):
+        door.forget(lambda key: key[1].path.is_relative_to(folder))
