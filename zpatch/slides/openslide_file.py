@@ -18,6 +18,7 @@ from zpatch.slides.tiles import Four, TiledLevel, damaged_tile
 
 KEPT_OPEN = 16  # slides, each with a cache of its own
 FALLBACK_TILE = 512
+LARGEST_TILE = 4096  # along an axis; any box can be read, so a larger one is not taken as a tile
 WHITE = "FFFFFF"
 _INSTALL = "install 'zpatch[openslide]'"
 
@@ -89,10 +90,10 @@ def levels_of(mark: FileMark) -> tuple[OpenSlideLevel, ...]:
     colour = bytes.fromhex(properties.get("openslide.background-color", WHITE))
     levels = []
     for number, (width, height) in enumerate(slide.level_dimensions):
-        tile = [
-            int(properties.get(f"openslide.level[{number}].tile-{side}", FALLBACK_TILE))
-            for side in ("width", "height")
+        stated = [
+            int(properties.get(f"openslide.level[{number}].tile-{side}", 0)) for side in ("width", "height")
         ]
+        tile = [n if 0 < n <= LARGEST_TILE else FALLBACK_TILE for n in stated]
         levels.append(
             OpenSlideLevel(
                 path=mark.path,

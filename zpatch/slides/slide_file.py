@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from zpatch.chunks.file_mark import FileMark
-from zpatch.errors import OptionError, SourceError
+from zpatch.errors import OptionError, SourceError, ZpatchError
 from zpatch.runtime.guarded_files import open_regular
 from zpatch.slides import openslide_file, pixel_sizes, tiff_file
 from zpatch.slides.levels import Pair, SlideLevel, whole_factor
@@ -87,12 +87,14 @@ def open_slide(path: Path, axes: str | None = None, time: int | None = None) -> 
     if path.suffix.lower() not in OPENSLIDE_SUFFIXES and _start_of(path) in _TIFF_STARTS:
         try:
             return _by_tifffile(mark, axes, time)
-        except OptionError:
-            raise
         except SourceError as error:
             if slide := _else_by_openslide(mark):
                 return slide
             raise error from None
+        except ZpatchError:
+            raise
+        except Exception as error:  # whatever a damaged directory makes tifffile raise
+            raise tiff_file.damaged_directory(path, error) from error
     if path.suffix.lower() in TIFF_SUFFIXES:
         raise SourceError(f"{path}: it is no TIFF file (its first bytes are of none); copy the file again")
     return _by_openslide(mark)

@@ -14,12 +14,12 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, SupportsIndex
 
 import numpy as np
 
 from zpatch.chunks.file_mark import FileMark
-from zpatch.errors import OptionError, SourceError, one_line
+from zpatch.errors import DamageError, OptionError, SourceError, one_line
 from zpatch.geometry.boxes import Voxels
 from zpatch.runtime.byte_sizes import format_bytes
 from zpatch.runtime.recent import Recent
@@ -27,6 +27,7 @@ from zpatch.slides.tiles import Four, TiledLevel, damaged_tile
 
 KEPT_OPEN = 64  # files
 MOST_TILE_BYTES = 2**30
+ODD_TILE_PIXELS = 2**24  # in tiles of more, most must lie inside the image: else its size is damaged
 KNOWN_AXES = "tczyx"
 _JPEG = (6, 7, 34892, 33007)  # compressions whose tiles share tables
 _JPEG_END = b"\xff\xd9"
@@ -59,9 +60,7 @@ class OpenTiff:
                 f"{path}: it cannot be opened ({error.strerror or error}); restore it"
             ) from None
         except Exception as error:  # whatever a damaged directory makes it raise
-            raise SourceError(
-                f"{path}: its directory of images cannot be read ({one_line(error)}); copy the file again"
-            ) from error
+            raise damaged_directory(path, error) from error
         self._lock = threading.Lock()
         self._descriptors: dict[str, int] = {}
 
@@ -84,6 +83,13 @@ class OpenTiff:
             os.close(descriptor)
         if hasattr(self, "file"):
             self.file.close()
+
+
+def damaged_directory(path: Path, error: Exception) -> SourceError:
+    """The error for a file in whose directories something is wrong."""
+    return SourceError(
+        f"{path}: its directory of images cannot be read ({one_line(error)}); copy the file again"
+    )
 
 
 _open: Recent[tuple[int, FileMark], OpenTiff] = Recent(KEPT_OPEN)
@@ -185,7 +191,9 @@ class TiffLevel(TiledLevel):
             tile = samples, width, min(frame.rowsperstrip, height), 1
         planes = pages.count("z") if "z" in pages.leading else depth
         dtype = np.dtype(level.dtype).newbyteorder("=")
-        if (tile_bytes := math.prod(tile) * dtype.itemsize) > MOST_TILE_BYTES:
+        tile_bytes = math.prod(tile) * dtype.itemsize
+        most_pixels = max(ODD_TILE_PIXELS, 4 * width * height * depth)
+        if tile_bytes > MOST_TILE_BYTES or math.prod(tile[1:]) > most_pixels:
             extent = " x ".join(map(str, tile[1:]))
             raise SourceError(
                 f"{path}: its tiles of {extent} pixels take {format_bytes(tile_bytes)} each; write it anew "
@@ -233,7 +241,12 @@ class TiffLevel(TiledLevel):
             ) from None
         if not count:
             return None
-        data = file.read(page, offset, count)
+        if offset < 0 or count < 0:
+            raise damaged_tile(self.path, place, "is nowhere in the file")
+        try:
+            data = file.read(page, offset, count)
+        except OSError as error:  # of the disk, and not of this tile
+            raise DamageError(f"{self.path}: it cannot be read ({one_line(error)}); try again") from None
         if len(data) < count:
             raise damaged_tile(self.path, place, f"has {len(data)} of its {count} bytes")
         return self._decoded(page, data, segment, place)
@@ -271,7 +284,12 @@ class TiffLevel(TiledLevel):
 
 def _check_decodes(frame: Any, path: Path) -> None:
     """Refuse a page for which there is no codec, and one without pixels."""
-    if frame.dtype is None or 0 in frame.shaped or not len(frame.dataoffsets):
+    extents = [*frame.shaped, frame.samplesperpixel]
+    extents += (
+        [frame.tilewidth, frame.tilelength, frame.tiledepth] if frame.is_tiled else [frame.rowsperstrip]
+    )
+    is_sound = all(isinstance(n, SupportsIndex) and n.__index__() > 0 for n in extents)
+    if frame.dtype is None or not is_sound or not len(frame.dataoffsets):
         raise SourceError(f"{path}: it has no pixels that can be read; copy the file again")
     if np.dtype(frame.dtype).kind not in "biuf":
         raise SourceError(f"{path}: pixels of type {frame.dtype} are not read; write it anew as integers")

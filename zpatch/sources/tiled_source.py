@@ -92,7 +92,6 @@ class TiledSource(VoxelSource):
         c, z, y, x = self._grid
         at_c, at_y, at_z, at_x = map(int, np.unravel_index(number, (c, y, z, x)))
         samples, i, j, k = self.level.tile
-        memory = buffer_pool.empty((samples, j, k, i), self.dtype)
         try:
             pixels = self.level.decode((at_c, at_x, at_y, at_z))
         except DamagedTileError as error:
@@ -100,6 +99,7 @@ class TiledSource(VoxelSource):
                 raise
             self.found[number] = str(error)
             pixels = None
+        memory = buffer_pool.empty((samples, j, k, i), self.dtype)
         if pixels is None:
             memory[...] = 0
         else:
