@@ -92,8 +92,12 @@ class ModelInputs:
             for position in np.ndindex(grid.counts):
                 found[position] = not mask(of_model, grid.at(position))
             return found
-        image, _ = _mask(subject, mask, self.native, options).root
-        return _outside(image, grid, image.grid.matrix_from(self.images[0].grid))
+        placed = _mask(subject, mask, self.native, options)
+        matrix = placed.grid.matrix_from(self.images[0].grid)
+        image, sources = placed.root
+        for source in sources:  # not by the affine of the root, which may have been given another one
+            matrix = source.matrix @ matrix
+        return _outside(image, grid, matrix)
 
 
 def are_slides(subjects: Any) -> bool:
