@@ -28,6 +28,7 @@ from zpatch.store.store import Store, open_store, read_small_array, sharded_arra
 
 TIFF_SUFFIXES = (".ome.tif", ".ome.tiff")
 SUFFIXES = (".nii", ".nii.gz", *TIFF_SUFFIXES)
+OME_TYPES = ["bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "float32", "float64", "complex64", "complex128"]
 MICROMETRES = {"micrometer": 1.0, "millimeter": 1e3, "meter": 1e6}
 
 
@@ -142,6 +143,9 @@ def _export_tiff(store: Store, record: ImageRecord, path: Path, progress: Progre
         mpp=None if unit is None else (x * unit, y * unit),
         plane_step=z * unit if unit and record.spatial_shape[2] > 1 else 0.0,
     )
+
+    if image.dtype.name not in OME_TYPES:
+        raise OptionError(f"OME-TIFF has no voxels of {image.dtype}; export {record.image!r} as NIfTI")
 
     def read_rows(level: int, channel: int | None, plane: int, first: int, stop: int) -> NDArray[Any]:
         array = arrays[level]

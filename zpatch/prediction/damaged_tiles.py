@@ -23,7 +23,7 @@ def note_damaged(folder: Path, found: Mapping[str, str]) -> None:
     for key, text in found.items():
         file = folder / FOLDER / f"{digest(key.encode())}.json"
         if not file.exists():
-            file.parent.mkdir(exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(file, file.with_name(f".{os.getpid()}.partial")) as partial:
                 partial.write_text(json.dumps(text))
 
