@@ -34,6 +34,7 @@ from zpatch.images.image import ScalarImage
 from zpatch.nifti.header import NiftiFile, read_header
 from zpatch.nifti.writer import make_header, single_file_header
 from zpatch.prediction.shard_ledger import HEADER, LEDGER, ShardLedger, begin, header_of
+from zpatch.slides import openslide_file, tiff_file
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.names import MANIFEST, ROOT_DOCUMENT
 from zpatch.store.store import open_store, sharded_array
@@ -195,6 +196,18 @@ def queue_position(data: bytes, _: Path) -> None:
         epoch_and_consumed(state, FINGERPRINT, 7)
 
 
+def tiff(data: bytes, folder: Path) -> None:
+    """A TIFF file; the first byte chooses its ending."""
+    kind, data = data[:1], data[1:]
+    path = folder / f"a.{('tif', 'svs', 'ndpi', 'ome.tif')[kind[0] & 3 if kind else 0]}"
+    path.write_bytes(data)
+    try:
+        read_one_voxel(path)
+    finally:
+        for door in (tiff_file, openslide_file):
+            door._open.forget(lambda key: key[1].path.is_relative_to(folder))
+
+
 EYE = tuple(map(tuple, np.eye(4).tolist()))
 RAW_HEADER = make_header((4, 4, 4), 1, np.dtype("<f4"), np.eye(4))
 LEDGER_RECORD = ImageRecord(
@@ -219,6 +232,7 @@ PARSERS: Mapping[str, Parser] = {
     "folders": folder_names,
     "ledger": ledger,
     "state": queue_position,
+    "tiff": tiff,
 }
 
 

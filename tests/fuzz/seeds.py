@@ -5,13 +5,16 @@ from __future__ import annotations
 import base64
 import dataclasses
 import gzip
+import io
 import itertools
 import json
 import math
 import struct
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
+import tifffile
 from numcodecs import blosc, lz4, zstd
 from parsers import EYE, FINGERPRINT, LEDGER_RECORD, SPLIT, packed
 
@@ -335,6 +338,36 @@ def of_state() -> Iterator[bytes]:
         yield json.dumps({**queue_state(fingerprint, 7, 2, 30), "version": version}).encode()
 
 
+def of_tiff() -> Iterator[bytes]:
+    """Small files in tiles, strips and planes, of several codecs; one with a coarser level, one of Aperio."""
+    grey = np.arange(40 * 36, dtype=np.uint8).reshape(40, 36)
+    colours = np.stack([grey, grey // 2, grey // 3], axis=2)
+    tiles: dict[str, Any] = {"tile": (16, 16), "compression": "zlib"}
+    for number, (pixels, options) in enumerate(
+        [
+            (grey, tiles),
+            (grey, {}),
+            (grey, {"compression": "lzw", "rowsperstrip": 9}),
+            (colours, {"tile": (16, 32), "compression": "jpeg", "photometric": "rgb"}),
+            (colours, {**tiles, "photometric": "rgb", "description": "Aperio |MPP = 0.5", "metadata": None}),
+            (np.stack([grey, grey]), {**tiles, "photometric": "minisblack", "metadata": {"axes": "CYX"}}),
+            (np.stack([grey, grey]), {"imagej": True, "metadata": {"axes": "ZYX", "unit": "um"}}),
+            (np.stack([grey, grey]), {**tiles, "ome": True, "photometric": "minisblack"}),
+            (grey > 9, {"tile": (16, 16), "bigtiff": True}),
+            (grey.astype(">f4"), {"byteorder": ">", **tiles}),
+        ]
+    ):
+        stream = io.BytesIO()
+        tifffile.imwrite(stream, pixels, **options)
+        for kind in {0, number % 4, int("Aperio" in str(options))}:
+            yield bytes([kind]) + stream.getvalue()
+    stream = io.BytesIO()
+    with tifffile.TiffWriter(stream) as file:
+        file.write(grey, subifds=1, **tiles)
+        file.write(grey[::2, ::2], subfiletype=1, **tiles)
+    yield b"\0" + stream.getvalue()
+
+
 SEEDS: dict[str, Callable[[], Iterator[bytes]]] = {
     "lz4": of_lz4,
     "blosc": of_blosc,
@@ -349,4 +382,5 @@ SEEDS: dict[str, Callable[[], Iterator[bytes]]] = {
     "folders": of_folders,
     "ledger": of_ledger,
     "state": of_state,
+    "tiff": of_tiff,
 }

@@ -15,6 +15,7 @@ import zpatch as zp
 from zpatch.chunks.file_mark import FileMark
 from zpatch.errors import SourceError
 from zpatch.slides import openslide_file, slide_file
+from zpatch.slides.tiff_file import NoCodecError
 
 openslide = pytest.importorskip("openslide")
 WRITERS = {"svs": slides_made.write_svs, "ndpi": slides_made.write_ndpi}
@@ -57,7 +58,7 @@ def by_openslide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = slides_made.write_svs(tmp_path / "a.svs", slides_made.picture(700, 500), levels=(2, 4))
 
     def refuse(*_: Any) -> Any:
-        raise SourceError("not by tifffile")
+        raise NoCodecError("not by tifffile")
 
     monkeypatch.setattr(slide_file, "_by_tifffile", refuse)
     return path

@@ -78,7 +78,7 @@ def is_slide_file(path: Path) -> bool:
 
 
 def open_slide(path: Path, axes: str | None = None, time: int | None = None) -> SlideFile:
-    """Open a slide by tifffile, or by OpenSlide what tifffile cannot read.
+    """Open a slide by tifffile, or by OpenSlide where it is of another format, or tifffile has no codec here.
 
     ``axes`` names the axes of a TIFF file whose own names are not t, c, z, y and x; ``time`` is the time
     point that is read. Raises SourceError for a file that neither reads, or whose library is missing.
@@ -87,7 +87,7 @@ def open_slide(path: Path, axes: str | None = None, time: int | None = None) -> 
     if path.suffix.lower() not in OPENSLIDE_SUFFIXES and _start_of(path) in _TIFF_STARTS:
         try:
             return _by_tifffile(mark, axes, time)
-        except SourceError as error:
+        except tiff_file.NoCodecError as error:  # only: OpenSlide ends the process at some damaged files
             if slide := _else_by_openslide(mark):
                 return slide
             raise error from None

@@ -35,12 +35,16 @@ _DESCRIPTION = 270  # tag
 _INSTALL = "install 'zpatch[slides]'"
 
 
+class NoCodecError(SourceError):
+    """A library that reads the file is missing here, or a codec of it; the file may be sound."""
+
+
 def tifffile_module() -> Any:
     """tifffile, imported when the first file is opened; it logs what it finds odd, which errors say here."""
     try:
         import tifffile
     except ImportError:
-        raise SourceError(
+        raise NoCodecError(
             f"TIFF files are read by tifffile and imagecodecs, which are missing; {_INSTALL}"
         ) from None
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)
@@ -299,7 +303,7 @@ def _check_decodes(frame: Any, path: Path) -> None:
     try:
         import imagecodecs  # noqa: F401
     except ImportError:
-        raise SourceError(f"{path}: its tiles are {name}, which imagecodecs decodes; {_INSTALL}") from None
+        raise NoCodecError(f"{path}: its tiles are {name}, which imagecodecs decodes; {_INSTALL}") from None
     try:
         tifffile_module().TIFF.DECOMPRESSORS[frame.compression]
     except (KeyError, ValueError, ImportError) as error:
