@@ -625,7 +625,7 @@ def test_existing_files_are_not_replaced_by_an_export(
         (["convert", "a", "b", "--chunks", "3"], "No such option"),
         (
             ["predict", "a", "b", "--patch-size", "1,2,3,4"],
-            "'1,2,3,4' is not one integer, or two or three with commas",
+            "is not one integer, or two or three with commas",
         ),
         (["transmogrify"], "No such command 'transmogrify'"),
         (["--config", "nowhere.toml", "info", "a"], "does not exist"),
