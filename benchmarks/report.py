@@ -26,6 +26,10 @@ PEERS = (
     "scipy",
     "simpleitk",
     "scikit-image",
+    "openslide-python",
+    "tiffslide",
+    "tifffile",
+    "imagecodecs",
 )
 
 TITLE = "# Results"

@@ -45,18 +45,33 @@ static Volume volume_of(const Py_buffer *view, const int *order)
     return volume;
 }
 
-/* The axes of a volume, the one with the largest stride first. */
-static void order_of(const Py_buffer *view, int *order)
+/* The axes of a volume, the one with the largest step first. */
+static void sort_axes(const Py_ssize_t *steps, int *order)
 {
     for (int axis = 0; axis < AXES; axis++)
         order[axis] = axis;
     for (int a = 0; a < AXES; a++)
         for (int b = a + 1; b < AXES; b++)
-            if (view->strides[1 + order[b]] > view->strides[1 + order[a]]) {
+            if (steps[order[b]] > steps[order[a]]) {
                 int swapped = order[a];
                 order[a] = order[b];
                 order[b] = swapped;
             }
+}
+
+/* The order of products of weights, whose rounding must not depend on the extent of a part. */
+static void order_of_products(const Py_buffer *view, int *order)
+{
+    sort_axes(view->strides + 1, order);
+}
+
+/* The order of loops: axes of one voxel first, so that the inner loop has many. */
+static void order_of_loops(const Py_buffer *view, int *order)
+{
+    Py_ssize_t steps[AXES];
+    for (int axis = 0; axis < AXES; axis++)
+        steps[axis] = view->shape[1 + axis] > 1 ? view->strides[1 + axis] : PY_SSIZE_T_MAX;
+    sort_axes(steps, order);
 }
 
 static int same_shape(const Py_buffer *a, const Py_buffer *b, int first)
@@ -137,7 +152,7 @@ static PyObject *add(PyObject *module, PyObject *arguments)
         PyErr_SetString(PyExc_ValueError, "sums, part and weights do not fit each other");
         goto done;
     }
-    order_of(&views[1], order);
+    order_of_products(&views[1], order);
     Volume sums = volume_of(&views[0], order), part = volume_of(&views[1], order);
     const Float *weights[AXES];
     for (int axis = 0; axis < AXES; axis++)
@@ -235,7 +250,7 @@ static PyObject *classify(PyObject *module, PyObject *arguments)
     int fits = is_volume(&voxels, sizeof(float)) && is_volume(&classes, 1) && classes.shape[0] == 1 &&
                voxels.shape[0] >= 1 && voxels.shape[0] <= 256 && same_shape(&voxels, &classes, 1);
     if (fits) {
-        order_of(&voxels, order);
+        order_of_loops(&voxels, order);
         Volume from = volume_of(&voxels, order), to = volume_of(&classes, order);
         Py_BEGIN_ALLOW_THREADS all_finite = classify_volume(&from, &to);
         Py_END_ALLOW_THREADS
@@ -274,7 +289,7 @@ static PyObject *is_finite(PyObject *module, PyObject *voxel_object)
         return NULL;
     int fits = is_volume(&view, sizeof(float)), found = 0, order[AXES];
     if (fits) {
-        order_of(&view, order);
+        order_of_loops(&view, order);
         Volume voxels = volume_of(&view, order);
         Py_BEGIN_ALLOW_THREADS found = volume_is_finite(&voxels);
         Py_END_ALLOW_THREADS

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from zpatch.chunks.gather_plan import BOX, CHUNK, COLUMNS, PARTS, SHARD, GatherPlan
+from zpatch.chunks.gather_plan import BOX, CHUNK, PARTS, SHARD, GatherPlan
 from zpatch.chunks.mapped_shards import MappedShard, OpenFile, open_shard
 from zpatch.chunks.scaling import COMPILED_TYPES, UNSCALED, Scaling
 from zpatch.chunks.sharded_array import ShardedArray
@@ -140,7 +140,7 @@ def copy_chunks(
         _run_compiled(located, 0, outs, one, one.shape, "none", scaling)
         return
     for row in plan.rows.tolist():
-        source, target = _slices(row)
+        source, target = part_slices(row)
         scaling.write(chunks[row[SHARD]][source], outs[row[BOX]][target])
 
 
@@ -252,14 +252,14 @@ def _gather_in_python(
         if (chunk := (row[SHARD], row[CHUNK])) != decoded:
             voxels = shards[row[SHARD]].decode(row[CHUNK], scratch)
             decoded = chunk
-        source, target = _slices(row)
+        source, target = part_slices(row)
         scaling.write(voxels[source], outs[row[BOX]][target])
 
 
-def _slices(row: list[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """The voxels of a row in the chunk and in the box."""
-    axes = [row[n : n + 3] for n in range(PARTS, COLUMNS, 3)]
+def part_slices(row: list[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """The voxels of a row of a plan in the chunk and in the box."""
+    c, n_c, to_c, z, n_z, to_z, y, n_y, to_y, x, n_x, to_x = row[PARTS:]
     return (
-        tuple(slice(first, first + extent) for first, extent, _ in axes),
-        tuple(slice(target, target + extent) for _, extent, target in axes),
+        (slice(c, c + n_c), slice(z, z + n_z), slice(y, y + n_y), slice(x, x + n_x)),
+        (slice(to_c, to_c + n_c), slice(to_z, to_z + n_z), slice(to_y, to_y + n_y), slice(to_x, to_x + n_x)),
     )

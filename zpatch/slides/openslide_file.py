@@ -14,7 +14,7 @@ from zpatch.errors import SourceError, one_line
 from zpatch.geometry.boxes import Voxels
 from zpatch.runtime.recent import Recent
 from zpatch.slides.levels import Pair
-from zpatch.slides.tiles import Four, TiledLevel, damaged_tile
+from zpatch.slides.tiles import Decoder, Four, TiledLevel, damaged_tile
 
 KEPT_OPEN = 16  # slides, each with a cache of its own
 FALLBACK_TILE = 512
@@ -64,8 +64,12 @@ class OpenSlideLevel(TiledLevel):
     downsample: float
     background: tuple[int, int, int]
 
-    def decode(self, place: Four) -> Voxels:
-        """The tile at a place (0, i, j, 0) of the grid, as (1, j, i, 3)."""
+    def decoder(self) -> Decoder:
+        """The function that decodes tiles (1, j, i, 3) at places (0, i, j, 0) of the grid."""
+        opened(self.mark)
+        return self._decode
+
+    def _decode(self, place: Four, memory: Voxels) -> Voxels:
         _, i, j, _ = place
         _, width, height, _ = self.tile
         corner = round(i * width * self.downsample), round(j * height * self.downsample)

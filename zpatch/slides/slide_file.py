@@ -12,7 +12,7 @@ import numpy as np
 from zpatch.chunks.file_mark import FileMark
 from zpatch.errors import OptionError, SourceError, ZpatchError
 from zpatch.runtime.guarded_files import open_regular
-from zpatch.slides import openslide_file, pixel_sizes, tiff_file
+from zpatch.slides import openslide_file, pixel_sizes, tiff_file, tiff_level
 from zpatch.slides.levels import Pair, SlideLevel, whole_factor
 from zpatch.slides.tiles import TiledLevel
 
@@ -130,12 +130,12 @@ def _by_tifffile(mark: FileMark, axes: str | None, time: int | None) -> SlideFil
     chosen = _main_series(file.series, mark.path)
     series = file.series[chosen]
     _check_whole(file.file, series, mark.path)
-    pages = tiff_file.PageAxes.of(series, axes, mark.path)
+    pages = tiff_level.PageAxes.of(series, axes, mark.path)
     points = pages.count("t")
     _check_time(time, points, pages.count("c") * pages.samples, mark.path)
     point = time if points > 1 else None
     levels = [
-        tiff_file.TiffLevel.of(file, mark, chosen, number, axes=axes, time=point)
+        tiff_level.TiffLevel.of(file, mark, chosen, number, axes=axes, time=point)
         for number in range(len(series.levels))
     ]
     finest = levels[0]

@@ -1,4 +1,4 @@
-"""The door to tifffile: a series of a TIFF file, its levels, and their tiles or strips, decoded one by one.
+"""The door to tifffile: files, their pages and the bytes of a tile, and how tiles are decoded.
 
 Of tifffile are used what it knows of files and their codecs: the directories, which pages make a series, and
 the function that decodes a tile. Bytes are read here, in place, so that any thread and any process may.
@@ -7,28 +7,23 @@ the function that decodes a tile. Bytes are read here, in place, so that any thr
 from __future__ import annotations
 
 import logging
-import math
 import os
 import struct
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Self, SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 
 from zpatch.chunks.file_mark import FileMark
-from zpatch.errors import DamageError, OptionError, SourceError, one_line
+from zpatch.errors import SourceError, one_line
 from zpatch.geometry.boxes import Voxels
-from zpatch.runtime.byte_sizes import format_bytes
 from zpatch.runtime.recent import Recent
-from zpatch.slides.tiles import Four, TiledLevel, damaged_tile
 
 KEPT_OPEN = 64  # files
-MOST_TILE_BYTES = 2**30
-ODD_TILE_PIXELS = 2**24  # in tiles of more, most must lie inside the image: else its size is damaged
-KNOWN_AXES = "tczyx"
+KEPT_PAGES = 64  # of each
 _JPEG = (6, 7, 34892, 33007)  # compressions whose tiles share tables
 _JPEG_END = b"\xff\xd9"
 _DESCRIPTION = 270  # tag
@@ -51,6 +46,71 @@ def tifffile_module() -> Any:
     return tifffile
 
 
+class OpenPage:
+    """A page: where the bytes of its tiles are, and how they are decoded."""
+
+    def __init__(self, page: Any, descriptor: int) -> None:
+        frame = page.keyframe
+        self._offsets, self._counts, self._descriptor = page.dataoffsets, page.databytecounts, descriptor
+        self._decode = frame.decode
+        self._tables: dict[str, Any] = {}
+        self._jpeg: Any = None
+        if frame.compression in _JPEG:
+            self._tables = {"jpegtables": page.jpegtables, "jpegheader": frame.jpegheader}
+            self._jpeg = _jpeg_decoder(page)
+
+    def extent(self, segment: int) -> tuple[int, int]:
+        """Where the bytes of a tile begin, and their number. Raises IndexError."""
+        return int(self._offsets[segment]), int(self._counts[segment])
+
+    def read(self, offset: int, count: int) -> bytes:
+        """Bytes of the file that the page is in."""
+        size = os.fstat(self._descriptor).st_size
+        return os.pread(self._descriptor, min(count, max(0, size - offset)), offset)
+
+    def is_cut_short(self, data: bytes) -> bool:
+        """Whether the bytes of a JPEG tile have no end: its decoder would paint the rest grey."""
+        return self._jpeg is not None and self._tables["jpegheader"] is None and _JPEG_END not in data
+
+    def decode(self, data: bytes, segment: int) -> Voxels | None:
+        """A tile as tifffile decodes it: in new memory, and of full size at the border too."""
+        voxels: Voxels | None = self._decode(data, segment, _fullsize=True, **self._tables)[0]
+        return voxels
+
+    def decode_into(self, memory: Voxels, data: bytes) -> bool:
+        """Decode a tile into ``memory`` (1, j, i, c), if it is a JPEG image of that size; whether it was.
+
+        New memory for each tile may take a quarter of the time. What fails here is left to ``decode``.
+        """
+        if self._jpeg is None or memory.dtype != np.uint8 or len(memory) > 1:
+            return False
+        plane = memory[0] if memory.shape[3] > 1 else memory[0, ..., 0]
+        try:
+            self._jpeg(data, shape=plane.shape[:2], out=plane)
+        except MemoryError:
+            raise
+        except Exception:  # each codec has errors of its own
+            return False
+        return True
+
+
+def _jpeg_decoder(page: Any) -> Any:
+    """The function that tifffile decodes JPEG by, with the tables and colours of a page."""
+    import imagecodecs
+
+    frame = page.keyframe
+    colours = tifffile_module().tifffile.jpeg_decode_colorspace(
+        frame.photometric, frame.planarconfig, frame.extrasamples, frame.is_jfif
+    )
+    return partial(
+        imagecodecs.jpeg_decode,
+        tables=page.jpegtables,
+        header=frame.jpegheader,
+        colorspace=colours[0],
+        outcolorspace=colours[1],
+    )
+
+
 class OpenTiff:
     """An open file: its series as tifffile finds them, and descriptors to read its bytes by."""
 
@@ -67,20 +127,23 @@ class OpenTiff:
             raise damaged_directory(path, error) from error
         self._lock = threading.Lock()
         self._descriptors: dict[str, int] = {}
+        self._pages: dict[tuple[int, int, int], OpenPage] = {}
 
-    def page(self, series: Any, number: int) -> Any:
-        """A page of a series, which is read from the file when it is first asked for."""
+    def page(self, series: int, level: int, number: int) -> OpenPage:
+        """A page of a level of a series, which is read from the file when it is first asked for."""
+        key = series, level, number
         with self._lock:
-            return series[number]
+            if key not in self._pages:
+                if len(self._pages) >= KEPT_PAGES:
+                    self._pages.clear()
+                page = self.series[series].levels[level][number]
+                self._pages[key] = OpenPage(page, self._descriptor(page.parent.filehandle.path))
+            return self._pages[key]
 
-    def read(self, page: Any, offset: int, count: int) -> bytes:
-        """Bytes of the file that a page is in."""
-        path = page.parent.filehandle.path
-        with self._lock:
-            if path not in self._descriptors:
-                self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        size = os.fstat(self._descriptors[path]).st_size
-        return os.pread(self._descriptors[path], min(count, max(0, size - offset)), offset)
+    def _descriptor(self, path: str) -> int:
+        if path not in self._descriptors:
+            self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return self._descriptors[path]
 
     def __del__(self) -> None:
         for descriptor in getattr(self, "_descriptors", {}).values():
@@ -109,184 +172,7 @@ def opened(mark: FileMark) -> OpenTiff:
     return _open.get((os.getpid(), mark), make)
 
 
-@dataclass(frozen=True, slots=True)
-class PageAxes:
-    """Which page of a series, and which tile of it, has a place of the grid.
-
-    Attributes:
-        leading: Letters of the axes along which pages follow each other, of t, c and z.
-        counts: The number of pages along each.
-        samples: Channels of a page.
-        is_planar: Whether a tile has one channel of a page, and not all.
-    """
-
-    leading: str
-    counts: tuple[int, ...]
-    samples: int
-    is_planar: bool
-
-    @classmethod
-    def of(cls, series: Any, axes: str | None, path: Path) -> Self:
-        """The axes of a series; ``axes`` are names for those that pages follow each other along."""
-        frame = series.keyframe
-        letters = series.axes[: len(series.axes) - len(frame.axes)].lower()
-        counts = tuple(series.shape[: len(letters)])
-        if axes is not None:
-            letters = _chosen_axes(axes, series.axes.lower(), letters, path)
-        elif "z" not in letters + frame.axes.lower() and len(set(letters) - set("tc")) == 1:
-            letters = "".join(a if a in "tc" else "z" for a in letters)  # a stack whose axis has no name
-        if not set(letters) <= set("tcz") or len(set(letters)) < len(letters):
-            raise OptionError(
-                f"{path}: its axes are {series.axes} {series.shape}; say axes= with one letter for each: y, "
-                f"x, perhaps z, and perhaps c or t",
-                option="axes",
-            )
-        samples = frame.samplesperpixel if "S" in frame.axes else 1
-        return cls(letters, counts, samples, frame.planarconfig == 2 and samples > 1)
-
-    def count(self, letter: str) -> int:
-        """The number of pages along an axis."""
-        return dict(zip(self.leading, self.counts, strict=True)).get(letter, 1)
-
-    def page(self, place: dict[str, int]) -> int:
-        """The number of the page at a place along t, c and z."""
-        number = 0
-        for letter, count in zip(self.leading, self.counts, strict=True):
-            number = number * count + place[letter]
-        return number
-
-
-def _chosen_axes(axes: str, found: str, leading: str, path: Path) -> str:
-    kept = axes.lower().replace("s", "")
-    tail = found[len(leading) :].replace("s", "")
-    if len(kept) != len(leading) + len(tail) or kept[len(leading) :] != tail:
-        raise OptionError(
-            f"{path}: axes={axes!r} does not fit its axes {found}; name each of them in the order of the "
-            f"file, y and x last",
-            option="axes",
-        )
-    return kept[: len(leading)]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TiffLevel(TiledLevel):
-    """A level of a series, as a grid of its tiles or strips; one time point of it, or all as channels."""
-
-    series: int
-    number: int
-    axes: PageAxes
-    time: int | None
-
-    @classmethod
-    def of(
-        cls, file: OpenTiff, mark: FileMark, series: int, number: int, *, axes: str | None, time: int | None
-    ) -> Self:
-        """The level of that number, 0 for the finest. Raises SourceError for pixels without a codec."""
-        path, level = mark.path, file.series[series].levels[number]
-        frame, pages = level.keyframe, PageAxes.of(level, axes, path)
-        _check_decodes(frame, path)
-        _, depth, height, width, _ = frame.shaped
-        points = 1 if time is not None else pages.count("t")
-        samples = 1 if pages.is_planar else pages.samples
-        channels = pages.count("c") * pages.samples * points
-        if frame.is_tiled:
-            tile = samples, frame.tilewidth, frame.tilelength, frame.tiledepth
-        else:
-            tile = samples, width, min(frame.rowsperstrip, height), 1
-        planes = pages.count("z") if "z" in pages.leading else depth
-        dtype = np.dtype(level.dtype).newbyteorder("=")
-        tile_bytes = math.prod(tile) * dtype.itemsize
-        most_pixels = max(ODD_TILE_PIXELS, 4 * width * height * depth)
-        if tile_bytes > MOST_TILE_BYTES or math.prod(tile[1:]) > most_pixels:
-            extent = " x ".join(map(str, tile[1:]))
-            raise SourceError(
-                f"{path}: its tiles of {extent} pixels take {format_bytes(tile_bytes)} each; write it anew "
-                f"in smaller ones"
-            )
-        return cls(path, mark, (channels, width, height, planes), tile, dtype, series, number, pages, time)
-
-    def mapped(self) -> Voxels | None:
-        """The pixels (C, I, J, K), memory-mapped, where they lie in the file as they are; else None."""
-        level = opened(self.mark).series[self.series].levels[self.number]
-        frame, offset = level.keyframe, level.dataoffset
-        is_plain = frame.compression == 1 and frame.predictor == 1 and frame.fillorder == 1
-        is_plain &= frame.bitspersample == self.dtype.itemsize * 8 and not level.is_multifile
-        if offset is None or not is_plain or not frame.is_contiguous:
-            return None
-        shape, letters = self._memory_axes(frame)
-        stored = self.dtype.newbyteorder(level.parent.byteorder)
-        if offset + math.prod(shape) * stored.itemsize > os.path.getsize(self.path):
-            raise SourceError(f"{self.path}: it ends before its last pixel; copy the file again")
-        array: Voxels = np.memmap(self.path, mode="r", dtype=stored, offset=offset, shape=shape)
-        if "t" in letters and self.time is not None:
-            array = array[(slice(None),) * letters.index("t") + (self.time,)]
-            letters = letters.replace("t", "")
-        return _as_four(array, letters)
-
-    def _memory_axes(self, frame: Any) -> tuple[tuple[int, ...], str]:
-        _, depth, height, width, _ = frame.shaped
-        inner = {"z": depth, "y": height, "x": width, "s": self.axes.samples}
-        order = "szyx" if self.axes.is_planar else "zyxs"
-        kept = [a for a in order if a not in "zs" or inner[a] > 1]
-        return (*self.axes.counts, *(inner[a] for a in kept)), self.axes.leading + "".join(kept)
-
-    def decode(self, place: Four) -> Voxels | None:
-        """The tile at a place (c, i, j, k) of the grid, as (k, j, i, c); None for one never written."""
-        file = opened(self.mark)
-        level = file.series[self.series].levels[self.number]
-        try:
-            page, segment = self._segment(file, level, place)
-            offset, count = int(page.dataoffsets[segment]), int(page.databytecounts[segment])
-        except IndexError:
-            raise damaged_tile(self.path, place, "is in no list of tiles") from None
-        except Exception as error:
-            raise damaged_tile(
-                self.path, place, f"is on a page that cannot be read ({one_line(error)})"
-            ) from None
-        if not count:
-            return None
-        if offset < 0 or count < 0:
-            raise damaged_tile(self.path, place, "is nowhere in the file")
-        try:
-            data = file.read(page, offset, count)
-        except OSError as error:  # of the disk, and not of this tile
-            raise DamageError(f"{self.path}: it cannot be read ({one_line(error)}); try again") from None
-        if len(data) < count:
-            raise damaged_tile(self.path, place, f"has {len(data)} of its {count} bytes")
-        return self._decoded(page, data, segment, place)
-
-    def _segment(self, file: OpenTiff, level: Any, place: Four) -> tuple[Any, int]:
-        """The page of a tile, and its number there."""
-        c, i, j, k = place
-        _, width, height, planes = (-(-n // t) for n, t in zip(self.shape, self.tile, strict=True))
-        of_page = self.axes.samples if self.axes.is_planar else 1
-        point, plane = divmod(c, self.axes.count("c") * of_page) if self.time is None else (self.time, c)
-        channel, sample = divmod(plane, of_page)
-        is_stacked = "z" in self.axes.leading
-        page = file.page(level, self.axes.page({"t": point, "c": channel, "z": k if is_stacked else 0}))
-        depth, within = (1, 0) if is_stacked else (planes, k)
-        return page, ((sample * depth + within) * height + j) * width + i
-
-    def _decoded(self, page: Any, data: bytes, segment: int, place: Four) -> Voxels:
-        frame = page.keyframe
-        tables: dict[str, Any] = {}
-        if frame.compression in _JPEG:
-            tables = {"jpegtables": page.jpegtables, "jpegheader": frame.jpegheader}
-            if frame.jpegheader is None and _JPEG_END not in data:  # its decoder would paint the rest grey
-                raise damaged_tile(self.path, place, "is cut short: it has no end of JPEG")
-        try:
-            voxels, _, _ = frame.decode(data, segment, _fullsize=True, **tables)
-        except MemoryError:
-            raise
-        except Exception as error:  # each codec has errors of its own
-            raise damaged_tile(self.path, place, f"cannot be decoded ({one_line(error)})") from None
-        c, i, j, k = self.tile
-        if voxels is None or voxels.shape != (k, j, i, c):
-            raise damaged_tile(self.path, place, "has another size than its page states")
-        return np.ascontiguousarray(voxels, dtype=self.dtype)
-
-
-def _check_decodes(frame: Any, path: Path) -> None:
+def check_decodes(frame: Any, path: Path) -> None:
     """Refuse a page for which there is no codec, and one without pixels."""
     extents = [*frame.shaped, frame.samplesperpixel]
     extents += (
@@ -327,14 +213,3 @@ def codec_of(frame: Any) -> str:
     """The name of the codec of a page."""
     compression = getattr(frame.compression, "name", frame.compression)
     return "none" if frame.compression == 1 else str(compression)
-
-
-def _as_four(array: Any, letters: str) -> Voxels | None:
-    """An array with axes of some letters as a view (C, I, J, K); None where no view is."""
-    channels = [a for a in letters if a in "tcs"]
-    if len(channels) > 1:
-        return None
-    order = [letters.index(a) for a in (*channels, "x", "y") if a in letters]
-    voxels: Voxels = array.transpose([*order, *([letters.index("z")] if "z" in letters else [])])
-    voxels = voxels if "z" in letters else voxels[..., None]
-    return voxels if channels else voxels[None]

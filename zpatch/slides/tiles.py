@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from zpatch.errors import DamageError
 from zpatch.geometry.boxes import Voxels
 
 Four = tuple[int, int, int, int]
+Decoder = Callable[[Four, Voxels], Voxels | None]
 
 
 class DamagedTileError(DamageError):
@@ -39,11 +41,13 @@ class TiledLevel(ABC):
     dtype: np.dtype[Any]
 
     @abstractmethod
-    def decode(self, place: Four) -> Voxels | None:
-        """The tile at a place (c, i, j, k) of the grid, as an array (k, j, i, c) of the extent of a tile.
+    def decoder(self) -> Decoder:
+        """The function that decodes tiles, for this process; several threads may call it.
 
-        None is a tile that was never written, whose pixels are 0. Raises DamagedTileError. May be called by
-        several threads.
+        It takes the place (c, i, j, k) of a tile in the grid, and gives its pixels (k, j, i, c) in the extent
+        of a tile. They may be in the memory that it takes too, of that shape and C-contiguous, where the
+        codec can decode into it. None is a tile that was never written, whose pixels are 0. Raises
+        DamagedTileError.
         """
 
     def mapped(self) -> Voxels | None:
