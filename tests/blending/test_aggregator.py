@@ -341,7 +341,7 @@ def test_tiles_are_freed_after_their_last_contributor() -> None:
     for location in sampler.locations:
         aggregator.add_batch(torch.ones(1, 1, p, p, p), [location])
         blend: Any = aggregator._heads[None].blend
-        most = max(most, sum(sums.voxels.numel() for sums in blend._sums.values()))
+        most = max(most, sum(sums.voxels.size for sums in blend._sums.values()))
     assert 0 < most <= front < math.prod(n)
     assert blend._sums == {}
     np.testing.assert_allclose(aggregator.get_output(), 1, rtol=1e-6)

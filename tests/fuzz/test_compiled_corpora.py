@@ -263,13 +263,13 @@ def try_add(given: Input, sums: Voxels, part: Voxels, overlaps: bool, any_bits: 
     is_first = bool(given.take(1) & 1)
     if sums.shape != part.shape:
         with pytest.raises(ValueError, match="do not fit"):
-            blend.add(sums, part, *weights, is_first)
+            blend.add([(sums, part, *weights, is_first)])
         return
     i, j, k = weights
     with np.errstate(all="ignore"):
         product = i[:, None, None] * j[:, None] * k * part
         expected = product if is_first else sums + product
-    blend.add(sums, part, *weights, is_first)
+    blend.add([(sums, part, *weights, is_first)])
     if not any_bits and not overlaps:
         np.testing.assert_array_equal(sums, expected)
 
@@ -295,6 +295,10 @@ def try_count(data: bytes) -> None:
     else:
         with pytest.raises(ValueError, match="are counted"):
             counting.count(voxels, counts)
+    if item == 1 and voxels.size:
+        pieces = np.zeros((-(-len(voxels) // 5), 256), np.int64)
+        counting.count_pieces(voxels, 5, pieces)
+        np.testing.assert_array_equal(pieces.sum(axis=0), np.bincount(voxels, minlength=256))
     if item == 4 and is_aligned:
         floats = voxels.view(np.float32)
         finite = floats[np.isfinite(floats)].astype(np.float64)

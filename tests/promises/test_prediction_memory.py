@@ -43,6 +43,7 @@ from pathlib import Path
 import torch
 import zpatch as zp
 from zpatch.networks.network import Network
+from zpatch.planning.peak_memory import kept_bytes
 from zpatch.planning.planning import plan_prediction
 from zpatch.planning.prediction_options import PredictOptions
 from zpatch.prediction.prediction_run import run_prediction
@@ -87,8 +88,8 @@ ended.set()
 watcher.join()
 [plan] = plans
 print(json.dumps({
-    "stated": plan.peak_bytes, "measured": most - base, "resident": resident, "regions": len(plan.regions),
-    "patches": plan.patches, "patches_run": plan.patches_run,
+    "stated": plan.peak_bytes, "kept": kept_bytes(plan), "measured": most - base, "resident": resident,
+    "regions": len(plan.regions), "patches": plan.patches, "patches_run": plan.patches_run,
 }))
 """
 
@@ -160,7 +161,8 @@ def test_the_peak_memory_of_a_prediction_is_at_most_that_of_its_plan_and_at_leas
         pytest.skip("all but batches, one mode, one normalisation and one other grid need --full")
     figures = measured(folder, "cube.zarr", out, **wish)
     assert figures["measured"] <= figures["stated"] + TOLERATED
-    assert figures["measured"] >= 0.6 * figures["stated"]
+    # A network that allocates few sizes needs nothing of what the plan allows for freed memory that is kept.
+    assert figures["measured"] >= 0.6 * (figures["stated"] - figures["kept"])
 
 
 @pytest.mark.parametrize("grid", [{}, {"spacing": 0.8, "orientation": "LPI"}], ids=["", "other grid"])

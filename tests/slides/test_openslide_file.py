@@ -82,7 +82,9 @@ def test_a_slide_that_tifffile_cannot_read_is_read_by_openslide(by_openslide: Pa
 
 def test_pixels_that_were_not_scanned_have_the_background_of_the_slide(by_openslide: Path) -> None:
     [level, *_] = openslide_file.levels_of(FileMark.of_voxels(by_openslide))
-    corner = level.decode((0, 700 // level.tile[1], 500 // level.tile[2], 0))
+    _, width, height, _ = level.tile
+    memory = np.empty((1, height, width, 3), np.uint8)
+    corner = level.decoder()((0, 700 // width, 500 // height, 0), memory)
     assert corner is not None
     assert (corner[0, -1, -1] == 255).all()
 

@@ -23,8 +23,8 @@ import zpatch as zp
 from zpatch.errors import DamageError
 from zpatch.geometry.patch_grid import PatchGrid
 from zpatch.runtime.dask_graphs import Scheduler
-from zpatch.slides import tiff_file
-from zpatch.slides.tiles import Four
+from zpatch.slides import tiff_file, tiff_level
+from zpatch.slides.tiles import Decoder, Four
 from zpatch.sources.chunk_cache import cached
 from zpatch.sources.tiled_source import TiledSource
 from zpatch.sources.voxel_sources import ArraySource
@@ -53,13 +53,18 @@ def whole(image: zp.Image) -> NDArray[Any]:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[int, Four]]:
     """How often each tile of each level was decoded."""
     counts: Counter[tuple[int, Four]] = Counter()
-    decode = tiff_file.TiffLevel.decode
+    decoder = tiff_level.TiffLevel.decoder
 
-    def count(level: tiff_file.TiffLevel, place: Four) -> Any:
-        counts[level.number, place] += 1
-        return decode(level, place)
+    def counting(level: tiff_level.TiffLevel) -> Decoder:
+        decode = decoder(level)
 
-    monkeypatch.setattr(tiff_file.TiffLevel, "decode", count)
+        def count(place: Four, memory: NDArray[Any]) -> NDArray[Any] | None:
+            counts[level.number, place] += 1
+            return decode(place, memory)
+
+        return count
+
+    monkeypatch.setattr(tiff_level.TiffLevel, "decoder", counting)
     return counts
 
 

@@ -16,7 +16,13 @@ from numpy.typing import NDArray
 
 from zpatch.digests import compact_json
 from zpatch.store import value_counts as counting
-from zpatch.store.value_counts import MAX_COUNTED_VALUES, BinnedValues, nonzero_box, value_counts
+from zpatch.store.value_counts import (
+    MAX_COUNTED_VALUES,
+    BinnedValues,
+    byte_counts,
+    nonzero_box,
+    value_counts,
+)
 from zpatch.store.voxel_statistics import BLOCK_VOXELS, VoxelStatistics
 
 Array = NDArray[Any]
@@ -424,3 +430,23 @@ def test_the_box_around_nonzero_voxels_is_found_with_compiled_loops_and_without(
 def test_boxes_are_found_on_three_axes_alone() -> None:
     with pytest.raises(ValueError, match="on three axes"):
         counting._compiled.box(np.zeros((4, 4)), 1)
+
+
+@given(
+    npst.arrays(
+        np.uint8, st.tuples(*[st.integers(1, side) for side in (2, 5, 70)]), elements=st.integers(0, 2)
+    ),
+    st.integers(1, 40),
+    st.booleans(),
+    st.booleans(),
+)
+def test_bytes_are_counted_in_pieces_along_the_last_axis(
+    voxels: Array, length: int, is_turned: bool, is_part: bool
+) -> None:
+    voxels = voxels.T if is_turned else voxels
+    voxels = voxels[:, :, 1:] if is_part and voxels.shape[2] > 1 else voxels
+    counts = byte_counts(voxels, length)
+    for piece, found in enumerate(counts):
+        expected = voxels[..., piece * length : (piece + 1) * length]
+        np.testing.assert_array_equal(found, np.bincount(expected.reshape(-1), minlength=256))
+    assert counts.sum() == voxels.size

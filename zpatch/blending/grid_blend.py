@@ -12,7 +12,15 @@ import torch
 
 from zpatch.blending.blend import accumulation_dtype
 from zpatch.blending.sinks import BlendedSink
-from zpatch.blending.tile_sums import Part, SumsMemory, TileSums, memory_order
+from zpatch.blending.tile_sums import (
+    Part,
+    SumsMemory,
+    TileSums,
+    add_all,
+    as_tensor,
+    like_patch,
+    memory_order,
+)
 from zpatch.errors import IncompleteCoverageError, MemoryLimitError
 from zpatch.geometry.boxes import Bools, PatchLocation, Triple
 from zpatch.runtime.byte_sizes import format_bytes
@@ -43,6 +51,7 @@ class GridBlend:
         self._tiling = tiling
         self._sink = sink
         self._wanted = np.ones(tiling.shard_counts, dtype=bool) if wanted is None else wanted
+        self._all_wanted = bool(self._wanted.all())
         self._skipped = skipped
         self._max_held_bytes = max_held_bytes
         run = True if skipped is None else ~skipped
@@ -64,35 +73,47 @@ class GridBlend:
         self.channels = len(patch)
         if not self._needed[position]:
             return
-        patch = patch.to(accumulation_dtype(patch.dtype, self._tiling.mode))
-        # In the patch's order in memory, so that what neighbouring tiles take of it is still in the cache.
-        for tile, share in self._tiling.tiles_hit(position, memory_order(patch[0])):
-            if self._is_wanted(tile):
-                self._add_to_tile(tile, Part(patch[:, *share.in_patch], share))
+        voxels = like_patch(patch.to(accumulation_dtype(patch.dtype, self._tiling.mode)))
+        alone, additions, changed = [], [], []
+        # In the patch's order in memory, in which the compiled loop passes over it.
+        for tile, share in self._tiling.tiles_hit(position, memory_order(voxels[0])):
+            if not self._is_wanted(tile):
+                continue
+            part = Part(voxels[:, *share.in_patch], share)
+            if tile.contributors == 1:
+                alone.append((tile, as_tensor(part.voxels)))
+                continue
+            sums = self._sums_of(tile)
+            if share.rank == sums.next_rank:
+                additions.append(sums.addition(part))
+                changed.append(sums)
+            else:
+                self._hold(sums, part)
+        for tile, final in alone:
+            self._hand_on(tile, final)
+        add_all(additions, self._tiling.mode)
+        for sums in changed:
+            self._complete(sums)
 
     def _is_wanted(self, tile: Tile) -> bool:
         i, j, k = (slice(shards.start, shards.stop) for shards in tile.shards)
-        return bool(self._wanted[i, j, k].any())
+        return self._all_wanted or bool(self._wanted[i, j, k].any())
 
-    def _add_to_tile(self, tile: Tile, part: Part) -> None:
-        if tile.contributors == 1:
-            self._hand_on(tile, part.voxels)
-            return
+    def _sums_of(self, tile: Tile) -> TileSums:
         sums = self._sums.get(tile.number)
         if sums is None:
-            sums = TileSums(tile, self._ranks(tile), self._tiling.mode, self._memory)
-            self._sums[tile.number] = sums
-        if part.share.rank != sums.next_rank:
-            self._hold(sums, part)
-            return
-        sums.add(part)
+            sums = self._sums[tile.number] = TileSums(tile, self._ranks(tile), self._memory)
+        return sums
+
+    def _complete(self, sums: TileSums) -> None:
+        """Add the parts of a tile that waited for the one that was added; hand the tile on if it is final."""
         while (early := sums.pop_next()) is not None:
             self.held_bytes -= early.voxels.nbytes
-            sums.add(early)
+            add_all([sums.addition(early)], self._tiling.mode)
         if sums.is_final:
-            del self._sums[tile.number]
+            del self._sums[sums.tile.number]
             assert sums.voxels is not None
-            self._hand_on(tile, sums.voxels, sums.weights)
+            self._hand_on(sums.tile, as_tensor(sums.voxels), sums.weights)
             self._memory.give_back(sums.voxels)
 
     def _ranks(self, tile: Tile) -> range | list[int]:

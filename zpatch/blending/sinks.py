@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from zpatch.blending.reduction import Finaliser
 from zpatch.chunks.layout import Layout, plan_output_layout
+from zpatch.chunks.mapped_memory import copy_between_orders
 from zpatch.errors import IncompleteCoverageError
 from zpatch.geometry.affines import Affine
 from zpatch.geometry.boxes import Triple, padded_to_4d
@@ -279,7 +280,7 @@ class _OpenShard:
         """Copy the part of a box of voxels, from ``low`` up to ``ends``, that is in the shard."""
         first = [max(a, o) for a, o in zip(low, self.origin, strict=True)]
         stop = [min(b, o + n) for b, o, n in zip(ends, self.origin, self.voxels.shape, strict=True)]
-        self.voxels[_slices(first, stop, self.origin)] = box[_slices(first, stop, low)]
+        copy_between_orders(box[_slices(first, stop, low)], self.voxels[_slices(first, stop, self.origin)])
         self.missing -= math.prod(b - a for a, b in zip(first, stop, strict=True))
         self.skipped += skipped
         self.not_finite += not_finite

@@ -1,6 +1,7 @@
-"""Copies out of memory maps of files that may be truncated, replaced or unmounted while they are read.
+"""Copies between arrays, one of which may be a memory map of a file that is truncated while it is read.
 
-Reading such a map as an array ends the process by SIGBUS; the compiled loops notice it.
+Reading a map of a file that was truncated, replaced or unmounted as an array ends the process by SIGBUS; the
+compiled loop notices it. It also copies between orders in memory in squares, many times as fast as numpy.
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ def read_mapped(voxels: Voxels, file: Path) -> Voxels:
     if not copy_mapped(voxels, copied):
         raise DamageError(f"{file}: it was cut short or unmounted while it was read; {AGAIN}")
     return copied
+
+
+def copy_between_orders(source: NDArray[Any], out: NDArray[Any]) -> None:
+    """Copy an array in memory into ``out``, of the same shape and type and of any strides."""
+    copy_mapped(source, out)
 
 
 def copy_mapped(source: NDArray[Any], out: NDArray[Any]) -> bool:

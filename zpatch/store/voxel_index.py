@@ -19,7 +19,7 @@ from zpatch.geometry.boxes import PatchLocation, Triple, padded_to_4d
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.names import INDEX
 from zpatch.store.store import read_small_array
-from zpatch.store.value_counts import value_counts
+from zpatch.store.value_counts import byte_counts
 
 MAX_LABELS = 2**20  # an index of so many takes about 700 MiB to build
 
@@ -167,6 +167,21 @@ class LabelIndexBuilder(IndexBuilder):
         self._rows: dict[int, tuple[list[int], list[int]]] = {}
         self._slope, self._inter = int(record.slope), int(record.inter)  # labels are whole numbers
 
+    def update(self, voxels: NDArray[Any], first: tuple[int, int, int, int]) -> None:
+        """Add voxels of whole chunks; bytes in rows of chunks, so that memory is read in order."""
+        if self._grid[0] > 1 or voxels.dtype.itemsize > 1:
+            super().update(voxels, first)
+            return
+        labels = np.arange(256, dtype=np.uint8).view(voxels.dtype).tolist()  # of each byte
+        _, depth, height, width = self._chunks
+        for z, y in itertools.product(range(0, voxels.shape[1], depth), range(0, voxels.shape[2], height)):
+            counts = byte_counts(voxels[:, z : z + depth, y : y + height], width)
+            corner = np.floor_divide((0, first[1] + z, first[2] + y, first[3]), self._chunks)
+            chunk = int(np.ravel_multi_index(tuple(corner), self._grid))
+            for number, byte in np.argwhere(counts).tolist():
+                value = labels[byte] * self._slope + self._inter
+                self._add(value, [chunk + number], [int(counts[number, byte])])
+
     def _add_chunk(self, chunk: int, voxels: NDArray[Any]) -> None:
         if self._grid[0] > 1:
             spatial_chunks = self._grid[1] * self._grid[2] * self._grid[3]
@@ -229,15 +244,12 @@ class LabelIndexBuilder(IndexBuilder):
 
 
 def _value_counts(voxels: NDArray[Any]) -> tuple[list[int], list[int]]:
-    if voxels.dtype.itemsize == 1 and (found := value_counts(voxels)) is not None:
-        least, counts = found
-    elif voxels.dtype.itemsize == 2 and voxels.min() >= 0:
-        least, counts = 0, np.bincount(voxels.reshape(-1))
-    else:
-        values, counts = np.unique(voxels, return_counts=True)
-        return values.tolist(), counts.tolist()
-    offsets = np.flatnonzero(counts)
-    return (offsets + least).tolist(), counts[offsets].tolist()
+    if voxels.dtype.itemsize == 2 and voxels.min() >= 0:
+        counts = np.bincount(voxels.reshape(-1))
+        values = np.flatnonzero(counts)
+        return values.tolist(), counts[values].tolist()
+    values, counts = np.unique(voxels, return_counts=True)
+    return values.tolist(), counts.tolist()
 
 
 class WeightIndexBuilder(IndexBuilder):
