@@ -4,7 +4,7 @@ NIfTI cohorts in, patches to torch, predictions out, and nothing is ever loaded 
 data flow::
 
     NIfTI files                                                                   NIfTI files
-        | nifti/                                                                      ^ nifti/
+        | volume_files/                                                               ^ volume_files/
         v                                                                             |
     conversion/ -> store/ -> sources/ -> images/ -> sampling/ -> loading/ -> torch    conversion/
                      ^                                                         |      ^
@@ -13,7 +13,7 @@ data flow::
 
 Slides and TIFF files go in by slides/, which sources/ reads in place.
 
-Read them in the order geometry, runtime, nifti, chunks, resampling, slides, store, conversion, sources,
+Read them in the order geometry, runtime, volume_files, chunks, resampling, slides, store, conversion, sources,
 images, sampling, loading, tiling, blending, networks, planning, prediction; report, bench, pipelines, compat
 and cli are at the edge. Names are imported when first used: ``import zpatch`` loads neither torch nor dask
 nor nibabel.

@@ -14,10 +14,10 @@ import pytest
 import zpatch as zp
 from zpatch.conversion.conversion_options import BASE_BYTES, ConvertOptions
 from zpatch.errors import StoreError
-from zpatch.nifti.header import NiftiFile
 from zpatch.store import staged_image
 from zpatch.store.names import MANIFEST
 from zpatch.store.store_writer import StoreWriter
+from zpatch.volume_files.nifti_header import NiftiFile
 
 
 @pytest.fixture

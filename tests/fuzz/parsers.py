@@ -31,13 +31,13 @@ from zpatch.errors import ZpatchError
 from zpatch.geometry.boxes import PatchLocation
 from zpatch.geometry.orientation import orientation_to
 from zpatch.images.image import ScalarImage
-from zpatch.nifti.header import NiftiFile, read_header
-from zpatch.nifti.writer import make_header, single_file_header
 from zpatch.prediction.shard_ledger import HEADER, LEDGER, ShardLedger, begin, header_of
 from zpatch.slides import openslide_file, tiff_file
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.names import MANIFEST, ROOT_DOCUMENT
 from zpatch.store.store import open_store, sharded_array
+from zpatch.volume_files.nifti_header import NiftiFile, read_header
+from zpatch.volume_files.nifti_writer import make_header, single_file_header
 
 SPLIT = b"\0--\0"
 MOST_SECONDS = 1.0  # of the processor

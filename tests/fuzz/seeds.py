@@ -22,9 +22,9 @@ from zpatch.chunks.codec import crc32c
 from zpatch.chunks.levels import Level
 from zpatch.digests import FileSeal, compact_json, sealed_line
 from zpatch.epochs.stream_position import queue_state
-from zpatch.nifti.writer import make_header
 from zpatch.store.image_record import ImageRecord, Provenance, SourceFingerprint
 from zpatch.store.image_writer import ImageTally
+from zpatch.volume_files.nifti_writer import make_header
 
 SCALING = (2.0, -1.0, -50.0, 300.0)
 SHUFFLES = (blosc.NOSHUFFLE, blosc.SHUFFLE)

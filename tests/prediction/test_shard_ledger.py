@@ -34,12 +34,12 @@ from zpatch.chunks.levels import Level, halve, plan_levels
 from zpatch.digests import compact_json, digest, sealed_line, unsealed
 from zpatch.errors import DamageError, IncompleteCoverageError, SamplingError, StoreExistsError
 from zpatch.geometry.boxes import padded_to_4d
-from zpatch.nifti.writer import make_header
 from zpatch.prediction.shard_ledger import HEADER, LEDGER, Shard, ShardLedger, begin, header_of
 from zpatch.store.image_record import ImageRecord, Kind
 from zpatch.store.image_writer import ImageWriter
 from zpatch.store.staged_image import StagedImage
 from zpatch.store.store import sharded_array
+from zpatch.volume_files.nifti_writer import make_header
 
 STEPS = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
 HEADER_BYTES = make_header((20, 18, 25), 1, np.dtype("<f4"), np.eye(4))

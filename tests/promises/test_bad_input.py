@@ -23,9 +23,9 @@ import zpatch as zp
 import zpatch.cli
 from zpatch.chunks.layout import plan_layout
 from zpatch.errors import NiftiError
-from zpatch.nifti.header import read_header
 from zpatch.store.names import MANIFEST
 from zpatch.store.store import open_store
+from zpatch.volume_files.nifti_header import read_header
 
 pytestmark = pytest.mark.timeout(20)
 

@@ -22,11 +22,11 @@ from zpatch.chunks.layout import plan_output_layout
 from zpatch.chunks.mapped_shards import close_shards
 from zpatch.errors import MemoryLimitError
 from zpatch.networks.network import Network, torch_device
-from zpatch.nifti.writer import make_header
 from zpatch.planning.planning import plan_prediction
 from zpatch.planning.prediction_options import PredictOptions
 from zpatch.store.image_writer import ImageWriter
 from zpatch.store.store_writer import StoreWriter
+from zpatch.volume_files.nifti_writer import make_header
 
 pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc"),

@@ -64,7 +64,7 @@ MINUTE_S = 60.0
 # being later; and no time of the clock decides anything.
 CLOCKS = {"store/store_writer.py"}  # says when a store was made
 TIMES_OF_FILES = {
-    "nifti/gzip_streams.py",  # writes none into a header
+    "volume_files/byte_streams.py",  # writes none into a header
     "chunks/file_mark.py",
     "chunks/mapped_shards.py",
     "compat/nifti_cache.py",

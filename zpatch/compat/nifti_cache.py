@@ -28,10 +28,10 @@ from zpatch.digests import digest
 from zpatch.errors import OptionError, SourceError, StoreError, StoreLockedError
 from zpatch.geometry.affines import Affine
 from zpatch.images.image import IMAGE_CLASSES, Image, stored_image
-from zpatch.nifti.header import read_header
-from zpatch.nifti.writer import make_header, write_nifti
 from zpatch.store.image_record import Kind
 from zpatch.store.lock import take_lock
+from zpatch.volume_files.nifti_header import read_header
+from zpatch.volume_files.nifti_writer import make_header, write_nifti
 
 POLL_S = 0.1
 MAX_NAME = 64  # characters of a subject's name, the first ones of the name of its file

@@ -23,9 +23,6 @@ from zpatch.conversion.source_files import fingerprint
 from zpatch.errors import NiftiError, SamplingError, SourceError, StoreError, one_line
 from zpatch.geometry.boxes import padded_to_4d
 from zpatch.geometry.orientation import Orientation
-from zpatch.nifti import header
-from zpatch.nifti.header import NiftiFile, Slab, Warn
-from zpatch.nifti.writer import resampled_header
 from zpatch.runtime.byte_sizes import format_bytes
 from zpatch.runtime.task_contract import Progress
 from zpatch.runtime.tasks import read_ahead
@@ -33,6 +30,9 @@ from zpatch.store.image_record import ImageRecord, codec_for
 from zpatch.store.image_writer import ImageWriter, Shard
 from zpatch.store.lock import writing_to
 from zpatch.store.staged_image import StagedImage
+from zpatch.volume_files import nifti_header
+from zpatch.volume_files.nifti_header import NiftiFile, Slab, Warn
+from zpatch.volume_files.nifti_writer import resampled_header
 
 INTEGRAL_DTYPES = ("u1", "i1", "u2", "i2", "u4", "i4", "i8")
 
@@ -92,7 +92,7 @@ def _stage_image(image: PlannedImage, task: CaseTask, stage: StagedImage, progre
     with ThreadPoolExecutor(1, thread_name_prefix="zpatch-fingerprint") as pool:
         source = pool.submit(fingerprint, image.source.path, task.folder)
         _stream(image, record, writer, warnings.append, progress)
-        raw_header = header.read_header(file.path).raw_header  # now: it may be large
+        raw_header = nifti_header.read_header(file.path).raw_header  # now: it may be large
         if image.grid is not None:
             raw_header = resampled_header(raw_header, image.grid.grid.shape, dtype, image.affine)
         record = writer.finish(raw_header, warnings, source=source.result())

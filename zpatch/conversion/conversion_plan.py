@@ -25,11 +25,11 @@ from zpatch.errors import OptionError, SourceError, one_line
 from zpatch.geometry.affines import Affine, max_corner_distance, spacing_mm
 from zpatch.geometry.boxes import Triple, padded_to_4d
 from zpatch.geometry.orientation import AS_STORED, Orientation, orientation_to
-from zpatch.nifti import header
-from zpatch.nifti.header import NiftiFile
 from zpatch.runtime.byte_sizes import format_bytes, refuse_above
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.manifest import Key
+from zpatch.volume_files import nifti_header
+from zpatch.volume_files.nifti_header import NiftiFile
 
 WARN_AFFINE_VOXELS = 1e-3
 MAX_AFFINE_VOXELS = 0.5
@@ -262,7 +262,7 @@ def _plan_case(case: Case, options: ConvertOptions) -> PlannedCase:
 
 
 def _plan_image(subject: str, image: CaseImage, options: ConvertOptions) -> PlannedImage:
-    file = header.read_header(image.path, affine=options.affine)
+    file = nifti_header.read_header(image.path, affine=options.affine)
     try:
         turn = AS_STORED if options.orient is None else orientation_to(file.affine, options.orient)
         grid = SlabResampler.of(file, turn, image.kind, options)

@@ -10,8 +10,8 @@ from pathlib import Path
 from zpatch.conversion.cases import HEADER, VOXELS, stem_of
 from zpatch.digests import new_digest
 from zpatch.errors import NiftiError, SourceError
-from zpatch.nifti.header import SUFFIXES, image_of_pair
 from zpatch.store.image_record import SourceFingerprint
+from zpatch.volume_files.nifti_header import SUFFIXES, image_of_pair
 
 Note = Callable[[str], None]
 

@@ -17,7 +17,6 @@ from zpatch.errors import OptionError, SourceError
 from zpatch.geometry.boxes import reversed_axes
 from zpatch.images.opened_image import OpenedImage, check_dtype, with_channels
 from zpatch.images.slide_image import SlideOptions, opened_slide
-from zpatch.nifti import header
 from zpatch.runtime.guarded_files import read_document
 from zpatch.slides.slide_file import is_slide_file
 from zpatch.sources import zarr_images
@@ -25,6 +24,7 @@ from zpatch.sources.lazy_array import ZARR_ERRORS, is_lazy
 from zpatch.sources.voxel_source import VoxelSource
 from zpatch.sources.voxel_sources import ArraySource, DaskSource, LazySource, ShardSource
 from zpatch.store.image_record import ImageRecord
+from zpatch.volume_files import nifti_header
 
 _TO_OME_ZARR = "make OME-Zarr of it with 'bioformats2raw FILE FOLDER', and name FOLDER/0"
 _IN_PYTHON = "open it in Python and give the array to zpatch.ScalarImage, or save it as NIfTI or Zarr"
@@ -93,7 +93,7 @@ def _open_path(path: Path) -> OpenedImage | zarr_images.ZarrImage:
             f"'zpatch convert {path.parent} STORE'"
         )
     if name.endswith(".nii"):
-        return _of_nifti(header.read_header(path))
+        return _of_nifti(nifti_header.read_header(path))
     refuse_other_format(path)
     if path.is_file():
         raise SourceError(
@@ -129,7 +129,7 @@ def _images_of_series(path: Path) -> list[str]:
     return []
 
 
-def _of_nifti(file: header.NiftiFile) -> OpenedImage:
+def _of_nifti(file: nifti_header.NiftiFile) -> OpenedImage:
     if file.compressed or file.colours > 1:
         raise SourceError(f"{file.path}: only plain, uncompressed voxels can be mapped; convert it first")
     mapped = np.memmap(

@@ -24,8 +24,8 @@ from zpatch.conversion.conversion_options import ConvertOptions
 from zpatch.conversion.conversion_plan import plan_conversion
 from zpatch.conversion.source_files import fingerprint
 from zpatch.errors import NiftiError
-from zpatch.nifti.header import NiftiFile, read_header
-from zpatch.nifti.writer import make_header, write_nifti
+from zpatch.volume_files.nifti_header import NiftiFile, read_header
+from zpatch.volume_files.nifti_writer import make_header, write_nifti
 
 DTYPES = ["u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8", "c8", "c16"]
 RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])

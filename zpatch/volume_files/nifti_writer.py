@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from zpatch.errors import NiftiError
 from zpatch.geometry.affines import Affine, spacing_mm
 from zpatch.geometry.boxes import Triple
-from zpatch.nifti.gzip_streams import gzip_writer
-from zpatch.nifti.header import nibabel_module, parsed
-from zpatch.nifti.signature import EXTENSION_FLAG_BYTES, HeaderKind, header_kind
 from zpatch.runtime.whole_file import whole_file
+from zpatch.volume_files.byte_streams import gzip_writer
+from zpatch.volume_files.nifti_header import nibabel_module, parsed
+from zpatch.volume_files.signature import EXTENSION_FLAG_BYTES, HeaderKind, header_kind
 
 _GEOMETRY_FIELDS = (
     *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),

@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from zpatch.errors import NiftiError
 from zpatch.geometry.affines import Affine
 from zpatch.geometry.boxes import padded_to_4d
-from zpatch.nifti.gzip_streams import is_gzip, open_bytes
-from zpatch.nifti.header_affine import best_affine
-from zpatch.nifti.signature import (
+from zpatch.runtime import buffer_pool
+from zpatch.runtime.byte_sizes import format_bytes
+from zpatch.volume_files.byte_streams import is_gzip, open_bytes
+from zpatch.volume_files.nifti_affine import best_affine
+from zpatch.volume_files.signature import (
     EXTENSION_FLAG_BYTES,
     HEADER_VERSIONS,
     LEAVE_OUT,
@@ -26,8 +28,6 @@ from zpatch.nifti.signature import (
     header_kind,
     not_nifti,
 )
-from zpatch.runtime import buffer_pool
-from zpatch.runtime.byte_sizes import format_bytes
 
 SUFFIXES = (".nii", ".nii.gz", ".hdr")
 MAX_HEADER_BYTES = 64 * 2**20
