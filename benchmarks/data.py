@@ -60,7 +60,7 @@ def cohort(folder: Path, shape: Shape, subjects: int) -> Path:
 
 def subject_voxels(source: Path, subject: str) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
     """Image and label map (z, y, x) of a subject of such a cohort, memory-mapped from uncompressed files."""
-    from zpatch.volume_files.nifti_header import read_header
+    from zpatch.volume_files.formats import read_header
 
     folder = source / "nii" / subject
     stored = read_header(folder / "ct.nii").shape
@@ -91,14 +91,14 @@ def voxels_of(source: Path) -> NDArray[np.int16]:
 
 def stored_shape(source: Path) -> tuple[int, ...]:
     """Extent (z, y, x) of these voxels, by the header."""
-    from zpatch.volume_files.nifti_header import read_header
+    from zpatch.volume_files.formats import read_header
 
     return read_header(file_of(source)).shape
 
 
 def voxel_bytes(source: Path) -> int:
     """Bytes of these voxels, by the header."""
-    from zpatch.volume_files.nifti_header import read_header
+    from zpatch.volume_files.formats import read_header
 
     return read_header(file_of(source)).voxel_bytes
 

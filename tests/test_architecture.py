@@ -26,7 +26,7 @@ DOORS = {
     "geometry": "boxes affines orientation voxel_grid patch_grid padding",
     "runtime": "byte_sizes buffer_pool process_memory whole_file guarded_files recent dask_graphs failures "
     "tasks task_contract",
-    "volume_files": "nifti_header nifti_writer",
+    "volume_files": "volume_file nifti_writer formats",
     "chunks": "layout mapped_memory file_mark sharded_array codec mapped_shards shard_writer gather "
     "gather_plan scaling levels",
     "slides": "levels slide_file tiles tissue tiff_writer",

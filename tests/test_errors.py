@@ -13,7 +13,7 @@ from zpatch.errors import UnknownNameError, ZpatchError
 
 BUILT_INS: dict[str, type[Exception]] = {
     "SourceError": ValueError,
-    "NiftiError": ValueError,
+    "VolumeFileError": ValueError,
     "StoreError": OSError,
     "NotAStoreError": FileNotFoundError,
     "StoreExistsError": FileExistsError,

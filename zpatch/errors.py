@@ -4,7 +4,7 @@ Each is also the built-in that a caller would expect, so that ``except ValueErro
 
     ZpatchError
     ├── SourceError (ValueError)                an input file or folder cannot be used
-    │   └── NiftiError                          a file is not the NIfTI image that it should be
+    │   └── VolumeFileError                     a file is not the NIfTI, NRRD or MetaImage that it should be
     ├── StoreError (OSError)                    a store cannot be used
     │   ├── NotAStoreError (FileNotFoundError)  there is no store at that path
     │   ├── StoreExistsError (FileExistsError)  the path exists already
@@ -61,8 +61,11 @@ class SourceError(ZpatchError, ValueError):
     """An input file or folder cannot be used."""
 
 
-class NiftiError(SourceError):
-    """A file is not the NIfTI image that it should be."""
+class VolumeFileError(SourceError):
+    """A file is not the NIfTI, NRRD or MetaImage that it should be."""
+
+
+NiftiError = VolumeFileError  # the name of earlier versions
 
 
 class StoreError(ZpatchError, OSError):

@@ -80,7 +80,7 @@ def _ngff(file: Path, store: Path, *, chunk: int, chunks_per_shard: dict[str, in
 def _whole_planes(file: Path) -> tuple[int, int, int]:
     """The shard that zpatch plans for a file, (x, y, z)."""
     from zpatch.chunks.layout import plan_layout
-    from zpatch.volume_files.nifti_header import read_header
+    from zpatch.volume_files.formats import read_header
 
     header = read_header(file)
     z, y, x = plan_layout(header.shape, header.channel_dtype.itemsize).shards

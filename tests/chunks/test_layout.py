@@ -65,7 +65,7 @@ def plans(draw: st.DrawFn) -> tuple[Layout, tuple[int, ...], int]:
         colours, itemsize = draw(st.sampled_from([3, 4])), 1
         shape = (shape[0] * colours, *shape[1:])
     spacing, chunk = draw(SPACINGS), draw(CHUNKS)
-    return plan_layout(shape, itemsize, spacing=spacing, chunk=chunk, colours=colours), shape, itemsize
+    return plan_layout(shape, itemsize, spacing=spacing, chunk=chunk, interleaved=colours), shape, itemsize
 
 
 @given(plans())
@@ -182,7 +182,7 @@ def test_each_channel_of_a_large_volume_has_its_own_shards() -> None:
 def test_colours_share_a_shard_and_each_has_its_own_chunks(
     shape: tuple[int, int, int], spacing: Any, volumes: int
 ) -> None:
-    layout = plan_layout((3 * volumes, *shape), 1, spacing=spacing, colours=3)
+    layout = plan_layout((3 * volumes, *shape), 1, spacing=spacing, interleaved=3)
     assert (layout.chunks[0], layout.shards[0]) == (1, 3)
 
 

@@ -17,7 +17,7 @@ from zpatch.errors import StoreError
 from zpatch.store import staged_image
 from zpatch.store.names import MANIFEST
 from zpatch.store.store_writer import StoreWriter
-from zpatch.volume_files.nifti_header import NiftiFile
+from zpatch.volume_files.volume_file import VolumeFile
 
 
 @pytest.fixture
@@ -33,14 +33,14 @@ def test_all_slabs_of_a_file_share_the_memory_of_two(
     voxels = rng.integers(-500, 500, (128, 128, 60), dtype=np.int16)
     nib.Nifti1Image(voxels, np.eye(4)).to_filename(source / "ct.nii.gz")
     addresses = []
-    read = NiftiFile._read_voxels
+    read = VolumeFile._read_voxels
 
     def noted(*args: Any) -> Any:
         found = read(*args)
         addresses.append(found.__array_interface__["data"][0])
         return found
 
-    monkeypatch.setattr(NiftiFile, "_read_voxels", noted)
+    monkeypatch.setattr(VolumeFile, "_read_voxels", noted)
     live = ConvertOptions(pyramid=pyramid).live_slabs
     limit = BASE_BYTES + live * 2**18  # slabs of 8 planes
     zp.convert(source, tmp_path / "store", chunk=8, max_memory=limit, pyramid=pyramid)

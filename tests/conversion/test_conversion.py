@@ -25,7 +25,7 @@ from zpatch.errors import MemoryLimitError, OptionError, SourceError
 from zpatch.store import store_writer
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.names import MANIFEST
-from zpatch.volume_files import nifti_header
+from zpatch.volume_files import formats
 
 RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
 
@@ -525,15 +525,13 @@ def test_a_source_without_a_good_case_leaves_an_existing_store_unchanged(source:
     np.testing.assert_array_equal(only_image(store).data[0], volume(4, 5, 6))
 
 
-@pytest.mark.parametrize(
-    "stage", ["volume_files.nifti_header.read_header", "conversion.case_staging.label_dtype"]
-)
+@pytest.mark.parametrize("stage", ["volume_files.formats.read_header", "conversion.case_staging.label_dtype"])
 def test_an_unexpected_error_fails_its_case_only(
     stage: str, source: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for subject in ("a", "b"):
         save(source / subject / "seg.nii", volume(4, 5, 6).astype(np.uint8))
-    right = label_dtype if stage.endswith("label_dtype") else nifti_header.read_header
+    right = label_dtype if stage.endswith("label_dtype") else formats.read_header
 
     def odd(file: Any, *rest: Any, **options: Any) -> Any:
         if "b" in getattr(file, "path", file).parts:

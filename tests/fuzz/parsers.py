@@ -36,8 +36,9 @@ from zpatch.slides import openslide_file, tiff_file
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.names import MANIFEST, ROOT_DOCUMENT
 from zpatch.store.store import open_store, sharded_array
-from zpatch.volume_files.nifti_header import NiftiFile, read_header
+from zpatch.volume_files.formats import read_header
 from zpatch.volume_files.nifti_writer import make_header, single_file_header
+from zpatch.volume_files.volume_file import VolumeFile
 
 SPLIT = b"\0--\0"
 MOST_SECONDS = 1.0  # of the processor
@@ -75,12 +76,14 @@ def gzip_stream(data: bytes, folder: Path) -> None:
     _read_voxels(read_header(path))
 
 
-def _read_voxels(file: NiftiFile) -> None:
+def _read_voxels(file: VolumeFile) -> None:
     """Do what a conversion does with a file; voxels are read where they are few."""
     single_file_header(file.raw_header)
     orientation_to(file.affine, "RAS")
     spacing = np.linalg.norm(file.affine[:3, :3], axis=0)[::-1].tolist()
-    layout = plan_layout(file.shape, file.channel_dtype.itemsize, spacing=spacing, colours=file.colours)
+    layout = plan_layout(
+        file.shape, file.channel_dtype.itemsize, spacing=spacing, interleaved=file.interleaved
+    )
     if file.voxel_bytes <= SMALL_BYTES:
         for slab in file.slabs(layout.slab_extent):
             slab.voxels.sum()

@@ -313,7 +313,7 @@ def test_every_header_is_read_or_refused_by_an_error_of_zpatch(
             continue
         assert np.isfinite(file.affine).all()
         assert min(file.shape) > 0
-        assert plan_layout(file.shape, file.channel_dtype.itemsize, colours=file.colours).chunks
+        assert plan_layout(file.shape, file.channel_dtype.itemsize, interleaved=file.interleaved).chunks
     assert reasons
     assert all(reason.startswith(f"{path}: ") and "\n" not in reason for reason in reasons)
 

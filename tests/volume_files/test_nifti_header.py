@@ -24,8 +24,9 @@ from zpatch.conversion.conversion_options import ConvertOptions
 from zpatch.conversion.conversion_plan import plan_conversion
 from zpatch.conversion.source_files import fingerprint
 from zpatch.errors import NiftiError
-from zpatch.volume_files.nifti_header import NiftiFile, read_header
+from zpatch.volume_files.nifti_header import read_header
 from zpatch.volume_files.nifti_writer import make_header, write_nifti
+from zpatch.volume_files.volume_file import VolumeFile
 
 DTYPES = ["u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8", "c8", "c16"]
 RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
@@ -41,9 +42,9 @@ def whole_planes(shape: tuple[int, ...], together: int, depth: int) -> Layout:
     return Layout(shards, shards)
 
 
-def joined(file: NiftiFile, layout: Layout | None = None) -> NDArray[Any]:
+def joined(file: VolumeFile, layout: Layout | None = None) -> NDArray[Any]:
     """All slabs, each in its place by its index of shards."""
-    layout = layout or plan_layout(file.shape, file.channel_dtype.itemsize, colours=file.colours)
+    layout = layout or plan_layout(file.shape, file.channel_dtype.itemsize, interleaved=file.interleaved)
     together, depth = (1, *layout.shards)[-4:-2]
     out = np.zeros((1, *file.shape)[-4:], file.channel_dtype)
     for slab in file.slabs(layout.slab_extent):

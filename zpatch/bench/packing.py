@@ -37,7 +37,7 @@ class Packing:
             image.source.dtype.itemsize,
             spacing=spacing_mm(record.affine_array)[::-1],
             chunk=self.chunk,
-            colours=record.colours,
+            interleaved=record.colours,
         )
         return padded_to_4d(layout.chunks)
 

@@ -72,29 +72,29 @@ def plan_layout(
     spacing: Sequence[float] = (1, 1, 1),
     chunk: int = CHUNK_VOXELS,
     shard_bytes: int = SHARD_BYTES,
-    colours: int = 1,
+    interleaved: int = 1,
 ) -> Layout:
     """Chunks and shards of a stored array ``(z, y, x)`` or ``(c, z, y, x)``.
 
     ``spacing`` is (z, y, x). If one axis is over three times as coarse as the finest, chunks are a quarter as
-    long on it and twice as long on the others: as many voxels, closer to a cube in mm. ``colours`` is the
-    number of channels that are stored together in each voxel of the file (3 for RGB).
+    long on it and twice as long on the others: as many voxels, closer to a cube in mm. ``interleaved``
+    is the number of channels that are stored together in the file (3 for RGB).
 
     >>> plan_layout((189, 233, 197), 1)
     Layout(chunks=(32, 32, 32), shards=(192, 256, 224))
     """
     *channels, nz, ny, nx = shape
     cz, cy, cx = _chunk_shape((nz, ny, nx), spacing, chunk)
-    plane_bytes = colours * _round_up(ny, cy) * _round_up(nx, cx) * itemsize
+    plane_bytes = interleaved * _round_up(ny, cy) * _round_up(nx, cx) * itemsize
     while cz > 1 and cz * plane_bytes > MAX_SHARD_BYTES:
         cz = -(-cz // 2)
-    width_y, width_x = _tile_plane((ny, nx), (cy, cx), cz * colours * itemsize, colours)
-    layer = _Layer(cz, cz * plane_bytes, colours * (width_y // cy) * (width_x // cx))
+    width_y, width_x = _tile_plane((ny, nx), (cy, cx), cz * interleaved * itemsize, interleaved)
+    layer = _Layer(cz, cz * plane_bytes, interleaved * (width_y // cy) * (width_x // cx))
     depth = _shard_depth(nz, layer, shard_bytes)
     if not channels:
         return Layout((cz, cy, cx), (depth, width_y, width_x))
-    together = colours
-    if colours == 1 and depth >= nz:
+    together = interleaved
+    if interleaved == 1 and depth >= nz:
         layers = depth // cz
         most = min(shard_bytes // (layers * layer.bytes), MAX_CHUNKS_IN_SHARD // (layers * layer.chunks))
         together = max(1, min(channels[0], most))
@@ -128,14 +128,14 @@ def _shard_depth(planes: int, layer: _Layer, shard_bytes: int) -> int:
 
 
 def _tile_plane(
-    plane: tuple[int, int], chunk: tuple[int, int], bytes_per_column: int, colours: int
+    plane: tuple[int, int], chunk: tuple[int, int], bytes_per_column: int, interleaved: int
 ) -> tuple[int, int]:
     """Extent of a shard in the plane: the whole plane, or a tile if one layer of chunks is too large."""
     (ny, nx), (cy, cx) = plane, chunk
     wide_y, wide_x = _round_up(ny, cy), _round_up(nx, cx)
 
     def too_large() -> bool:
-        many_chunks = colours * (wide_y // cy) * (wide_x // cx) > MAX_CHUNKS_IN_SHARD
+        many_chunks = interleaved * (wide_y // cy) * (wide_x // cx) > MAX_CHUNKS_IN_SHARD
         return wide_y * wide_x * bytes_per_column > MAX_SHARD_BYTES or many_chunks
 
     while too_large() and max(wide_y // cy, wide_x // cx) > 1:

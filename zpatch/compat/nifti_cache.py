@@ -30,7 +30,7 @@ from zpatch.geometry.affines import Affine
 from zpatch.images.image import IMAGE_CLASSES, Image, stored_image
 from zpatch.store.image_record import Kind
 from zpatch.store.lock import take_lock
-from zpatch.volume_files.nifti_header import read_header
+from zpatch.volume_files.formats import read_header
 from zpatch.volume_files.nifti_writer import make_header, write_nifti
 
 POLL_S = 0.1

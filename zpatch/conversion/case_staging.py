@@ -20,7 +20,7 @@ from zpatch.conversion.conversion_options import ConvertOptions
 from zpatch.conversion.conversion_plan import Failure, PlannedCase, PlannedImage, unexpected
 from zpatch.conversion.pyramid import PyramidBuilder, write_levels
 from zpatch.conversion.source_files import fingerprint
-from zpatch.errors import NiftiError, SamplingError, SourceError, StoreError, one_line
+from zpatch.errors import SamplingError, SourceError, StoreError, VolumeFileError, one_line
 from zpatch.geometry.boxes import padded_to_4d
 from zpatch.geometry.orientation import Orientation
 from zpatch.runtime.byte_sizes import format_bytes
@@ -30,9 +30,9 @@ from zpatch.store.image_record import ImageRecord, codec_for
 from zpatch.store.image_writer import ImageWriter, Shard
 from zpatch.store.lock import writing_to
 from zpatch.store.staged_image import StagedImage
-from zpatch.volume_files import nifti_header
-from zpatch.volume_files.nifti_header import NiftiFile, Slab, Warn
+from zpatch.volume_files import formats
 from zpatch.volume_files.nifti_writer import resampled_header
+from zpatch.volume_files.volume_file import Slab, VolumeFile, Warn
 
 INTEGRAL_DTYPES = ("u1", "i1", "u2", "i2", "u4", "i4", "i8")
 
@@ -92,7 +92,7 @@ def _stage_image(image: PlannedImage, task: CaseTask, stage: StagedImage, progre
     with ThreadPoolExecutor(1, thread_name_prefix="zpatch-fingerprint") as pool:
         source = pool.submit(fingerprint, image.source.path, task.folder)
         _stream(image, record, writer, warnings.append, progress)
-        raw_header = nifti_header.read_header(file.path).raw_header  # now: it may be large
+        raw_header = formats.read_header(file.path).raw_header  # now: it may be large
         if image.grid is not None:
             raw_header = resampled_header(raw_header, image.grid.grid.shape, dtype, image.affine)
         record = writer.finish(raw_header, warnings, source=source.result())
@@ -190,27 +190,29 @@ def _shards_of(
         yield (row[0], place[0], place[1], place[2]), voxels[:, *tile]
 
 
-def label_dtype(file: NiftiFile, layout: Layout) -> np.dtype[Any]:
+def label_dtype(file: VolumeFile, layout: Layout) -> np.dtype[Any]:
     """The type to store a label map in: its own, or for floats the smallest integer type that holds them.
 
     Files of floats are read twice: first to check that all values are whole, and for their range.
     """
     if file.colours > 1 or file.dtype.kind == "c":
-        raise NiftiError(
+        raise VolumeFileError(
             f"{file.path}: a label map cannot have voxels of type {file.dtype}; save it as integers"
         )
     if not float(file.slope).is_integer() or not float(file.inter).is_integer():
-        raise NiftiError(f"{file.path}: a label map cannot have the slope {file.slope:g}; save it unscaled")
+        raise VolumeFileError(
+            f"{file.path}: a label map cannot have the slope {file.slope:g}; save it unscaled"
+        )
     if file.dtype.kind != "f":
         return file.channel_dtype
     low = high = 0.0
     for slab in file.slabs(layout.slab_extent):
         voxels = slab.voxels
         if not np.isfinite(voxels).all():
-            raise NiftiError(f"{file.path}: a label map cannot hold NaN or infinity; repair the file")
+            raise VolumeFileError(f"{file.path}: a label map cannot hold NaN or infinity; repair the file")
         odd = voxels[voxels != np.floor(voxels)]
         if odd.size:
-            raise NiftiError(
+            raise VolumeFileError(
                 f"{file.path}: label values must be whole numbers, not {odd[0]:g}; "
                 f"say label_patterns= if this is no label map"
             )
@@ -219,4 +221,6 @@ def label_dtype(file: NiftiFile, layout: Layout) -> np.dtype[Any]:
         limits = np.iinfo(code)
         if limits.min <= low and high <= limits.max:
             return np.dtype(code)
-    raise NiftiError(f"{file.path}: label values from {low:g} to {high:g} fit no integer type; relabel it")
+    raise VolumeFileError(
+        f"{file.path}: label values from {low:g} to {high:g} fit no integer type; relabel it"
+    )

@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from zpatch.store.image_record import Kind
-from zpatch.volume_files.nifti_header import SUFFIXES
+from zpatch.volume_files.formats import SUFFIXES
 
 HEADER, VOXELS = ".hdr", ".img"  # a pair is one image, known by its header
 

@@ -28,8 +28,8 @@ from zpatch.geometry.orientation import AS_STORED, Orientation, orientation_to
 from zpatch.runtime.byte_sizes import format_bytes, refuse_above
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.manifest import Key
-from zpatch.volume_files import nifti_header
-from zpatch.volume_files.nifti_header import NiftiFile
+from zpatch.volume_files import formats
+from zpatch.volume_files.volume_file import VolumeFile
 
 WARN_AFFINE_VOXELS = 1e-3
 MAX_AFFINE_VOXELS = 0.5
@@ -44,7 +44,7 @@ class PlannedImage:
 
     subject: str
     source: CaseImage
-    file: NiftiFile
+    file: VolumeFile
     layout: Layout
     grid: SlabResampler | None = None
     orientation: Orientation = AS_STORED
@@ -128,7 +128,7 @@ class ConversionPlan:
     @property
     def bytes_in(self) -> int:
         """Bytes of the source files."""
-        return sum(os.path.getsize(image.source.path) for image in self.images)
+        return sum(os.path.getsize(file) for image in self.images for file in image.file.files)
 
     @property
     def voxel_bytes(self) -> int:
@@ -262,7 +262,7 @@ def _plan_case(case: Case, options: ConvertOptions) -> PlannedCase:
 
 
 def _plan_image(subject: str, image: CaseImage, options: ConvertOptions) -> PlannedImage:
-    file = nifti_header.read_header(image.path, affine=options.affine)
+    file = formats.read_header(image.path, affine=options.affine)
     try:
         turn = AS_STORED if options.orient is None else orientation_to(file.affine, options.orient)
         grid = SlabResampler.of(file, turn, image.kind, options)
@@ -275,7 +275,7 @@ def _plan_image(subject: str, image: CaseImage, options: ConvertOptions) -> Plan
         spacing=spacing_mm(file.affine if grid is None else grid.grid.affine)[::-1],
         chunk=options.chunk,
         shard_bytes=options.shard_bytes,
-        colours=file.colours,
+        interleaved=file.interleaved,
     )
     file = dataclasses.replace(file, raw_header=b"")  # up to 64 MiB each; read again when it is converted
     return PlannedImage(subject, image, file, layout, grid, turn, file.warnings)

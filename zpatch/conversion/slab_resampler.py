@@ -18,8 +18,9 @@ from zpatch.geometry.voxel_grid import Spacing, VoxelGrid, checked_spacing
 from zpatch.resampling.interpolation import Interpolation
 from zpatch.resampling.resampler import ResampledBox, Resampler
 from zpatch.store.image_record import ImageRecord, Kind, Resampled
-from zpatch.volume_files.nifti_header import NiftiFile, Slab, read_header, rows_of
+from zpatch.volume_files.formats import read_header
 from zpatch.volume_files.nifti_writer import header_of
+from zpatch.volume_files.volume_file import Slab, VolumeFile, rows_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,7 +40,7 @@ class SlabResampler:
     scaling: Scaling = UNSCALED
 
     @classmethod
-    def of(cls, file: NiftiFile, turn: Orientation, kind: Kind, options: ConvertOptions) -> Self | None:
+    def of(cls, file: VolumeFile, turn: Orientation, kind: Kind, options: ConvertOptions) -> Self | None:
         """The resampling that some options ask for; None for none.
 
         Raises OptionError for an affine that is singular, and for complex voxels.
@@ -66,7 +67,7 @@ class SlabResampler:
         """The shape of the stored array, for that of the file; ([c,] z, y, x)."""
         return *shape[:-3], *self.grid.shape[::-1]
 
-    def dtype_of(self, file: NiftiFile) -> np.dtype[Any]:
+    def dtype_of(self, file: VolumeFile) -> np.dtype[Any]:
         """The type of the stored voxels. Colours stay bytes."""
         if file.colours > 1:
             return file.channel_dtype
@@ -79,9 +80,9 @@ class SlabResampler:
         return held * i * j * itemsize
 
     def slabs(
-        self, file: NiftiFile, extent: tuple[int, int], source: Iterable[Slab], *, backwards: bool
+        self, file: VolumeFile, extent: tuple[int, int], source: Iterable[Slab], *, backwards: bool
     ) -> Iterator[Slab]:
-        """The slabs of the new grid, as ``NiftiFile.slabs`` gives those of the file; it is read to its end.
+        """The slabs of the new grid, as ``VolumeFile.slabs`` gives those of the file; it is read to its end.
 
         ``source`` are the slabs of the file, of the same channels; ``extent`` is how many channels and planes
         a shard holds.
@@ -130,7 +131,7 @@ class SlabResampler:
         """Voxels (c, z, y, x) with reversed axes, or back."""
         return np.flip(voxels, tuple(3 - axis for axis in range(3) if self.flips[axis]))
 
-    def _resampled(self, planned: ResampledBox, voxels: Voxels, planes: int, file: NiftiFile) -> Voxels:
+    def _resampled(self, planned: ResampledBox, voxels: Voxels, planes: int, file: VolumeFile) -> Voxels:
         """Some planes (c, z, y, x) of the new grid, from the planes of the file under them."""
         x, y, _ = planned.needed.to_slices()
         needed = np.ascontiguousarray(self._flipped(voxels)[:, :, y, x])

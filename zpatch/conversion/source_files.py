@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from zpatch.conversion.cases import HEADER, VOXELS, stem_of
 from zpatch.digests import new_digest
-from zpatch.errors import NiftiError, SourceError
+from zpatch.errors import SourceError, VolumeFileError
 from zpatch.store.image_record import SourceFingerprint
-from zpatch.volume_files.nifti_header import SUFFIXES, image_of_pair
+from zpatch.volume_files.formats import SUFFIXES, files_of
 
 Note = Callable[[str], None]
 
@@ -93,38 +93,33 @@ def counted(names: list[str], what: str) -> str:
 def fingerprint(path: Path, folder: Path) -> SourceFingerprint:
     """The size, time and checksum of a source file, with its path relative to ``folder``.
 
-    A .hdr/.img pair has one fingerprint, of both files.
+    An image in several files, as a .hdr/.img pair, has one fingerprint, of all of them.
     """
     checksum, block = new_digest(), memoryview(bytearray(BLOCK_BYTES))
     try:
-        files = _files_of(path)
+        files = files_of(path)
         for file in files:
             with file.open("rb", buffering=0) as stream:
                 while count := stream.readinto(block):
                     checksum.update(block[:count])
         size, mtime_ns = _size_and_time(files)
     except OSError as error:
-        raise NiftiError(f"{path}: it cannot be read ({error.strerror}); restore the file") from None
+        raise VolumeFileError(f"{path}: it cannot be read ({error.strerror}); restore the file") from None
     return SourceFingerprint(_relative_path(path, folder), size, mtime_ns, checksum.hexdigest())
 
 
 def has_fingerprint(path: Path, source: SourceFingerprint, folder: Path) -> bool:
     """Whether a file still has a fingerprint; its bytes are read only if its time differs."""
     try:
-        size, mtime_ns = _size_and_time(_files_of(path))
+        size, mtime_ns = _size_and_time(files_of(path))
         if _relative_path(path, folder) != source.path or size != source.bytes:
             return False
         return mtime_ns == source.mtime_ns or fingerprint(path, folder).checksum == source.checksum
-    except (OSError, NiftiError):
+    except (OSError, VolumeFileError):
         return False
 
 
-def _files_of(path: Path) -> list[Path]:
-    is_pair = path.name.removesuffix(".gz").endswith(".hdr")
-    return [path, image_of_pair(path)] if is_pair else [path]
-
-
-def _size_and_time(files: list[Path]) -> tuple[int, int]:
+def _size_and_time(files: Sequence[Path]) -> tuple[int, int]:
     statuses = [file.stat() for file in files]
     return sum(s.st_size for s in statuses), max(s.st_mtime_ns for s in statuses)
 

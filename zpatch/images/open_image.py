@@ -24,7 +24,8 @@ from zpatch.sources.lazy_array import ZARR_ERRORS, is_lazy
 from zpatch.sources.voxel_source import VoxelSource
 from zpatch.sources.voxel_sources import ArraySource, DaskSource, LazySource, ShardSource
 from zpatch.store.image_record import ImageRecord
-from zpatch.volume_files import nifti_header
+from zpatch.volume_files import formats
+from zpatch.volume_files.volume_file import VolumeFile
 
 _TO_OME_ZARR = "make OME-Zarr of it with 'bioformats2raw FILE FOLDER', and name FOLDER/0"
 _IN_PYTHON = "open it in Python and give the array to zpatch.ScalarImage, or save it as NIfTI or Zarr"
@@ -93,7 +94,7 @@ def _open_path(path: Path) -> OpenedImage | zarr_images.ZarrImage:
             f"'zpatch convert {path.parent} STORE'"
         )
     if name.endswith(".nii"):
-        return _of_nifti(nifti_header.read_header(path))
+        return _of_volume_file(formats.read_header(path))
     refuse_other_format(path)
     if path.is_file():
         raise SourceError(
@@ -129,21 +130,12 @@ def _images_of_series(path: Path) -> list[str]:
     return []
 
 
-def _of_nifti(file: nifti_header.NiftiFile) -> OpenedImage:
-    if file.compressed or file.colours > 1:
-        raise SourceError(f"{file.path}: only plain, uncompressed voxels can be mapped; convert it first")
-    mapped = np.memmap(
-        file.voxel_path,
-        mode="r",
-        dtype=file.dtype,
-        offset=file.voxel_offset,
-        shape=(1, *file.shape)[-4:],
-    )
+def _of_volume_file(file: VolumeFile) -> OpenedImage:
     return OpenedImage(
-        ArraySource.of(reversed_axes(mapped)),
+        ArraySource.of(reversed_axes(file.mapped())),
         file.affine,
         Scaling(file.slope, file.inter),
-        path=file.voxel_path,
+        path=file.parts[0].path,
         unit=file.spatial_unit,
         channel_axis="t" if file.axes.startswith("t") else "c",
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from zpatch.errors import NiftiError
+from zpatch.errors import VolumeFileError
 from zpatch.geometry.affines import Affine, max_corner_distance
 
 MAX_FORM_VOXELS = 0.01
@@ -57,7 +57,7 @@ def _first_usable(path: Path, header: Any, preferred: str, warnings: list[str]) 
             warnings.append(f"its sform and its qform put voxels apart; its {name} is taken")
         return found[name], name
     if warnings and "form is singular" in warnings[-1]:
-        raise NiftiError(f"{path}: neither its sform nor its qform is usable; repair its header")
+        raise VolumeFileError(f"{path}: neither its sform nor its qform is usable; repair its header")
     affine = np.asarray(header.get_base_affine(), dtype=np.float64)
     warnings.append("it has neither sform nor qform: only voxel sizes are known")
     if not _usable(affine):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zpatch.errors import NiftiError
+from zpatch.errors import VolumeFileError
 from zpatch.geometry.affines import Affine, spacing_mm
 from zpatch.geometry.boxes import Triple
 from zpatch.runtime.whole_file import whole_file
@@ -48,7 +48,9 @@ def single_file_header(raw_header: bytes) -> bytes:
 def _kind_of(raw_header: bytes) -> HeaderKind:
     kind = header_kind(raw_header)
     if kind is None:
-        raise NiftiError("these are not the bytes of a NIfTI header; take the raw header of a NIfTI file")
+        raise VolumeFileError(
+            "these are not the bytes of a NIfTI header; take the raw header of a NIfTI file"
+        )
     return kind
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from zpatch.errors import NiftiError
+from zpatch.errors import VolumeFileError
 
 HEADER_VERSIONS = {348: 1, 540: 2}  # by length
 EXTENSION_FLAG_BYTES = 4
@@ -48,11 +48,28 @@ def header_kind(raw: bytes) -> HeaderKind | None:
     return None
 
 
-def not_nifti(path: Path, raw: bytes, *, cut: bool) -> NiftiError:
+def stand_in(raw: bytes) -> tuple[str, str] | None:
+    """What a file that starts with ``raw`` is in place of an image, and what to do; None if it is not known.
+
+    >>> stand_in(b"")
+    ('it is empty', 'copy the file again')
+    """
+    known = _SIGNATURES.items()
+    return next((found for start, found in known if raw.startswith(start) and (start or not raw)), None)
+
+
+def pointer(path: Path) -> tuple[str, str] | None:
+    """What a file is in place of voxels, if it is empty or a pointer of git, and what to do."""
+    with path.open("rb") as stream:
+        return stand_in(stream.read(32))
+
+
+def not_nifti(path: Path, raw: bytes, *, cut: bool) -> VolumeFileError:
     """The error for a file that does not start as NIfTI does, with the kind of file if it is known."""
     if cut and len(raw) > 4:
-        return NiftiError(f"{path}: it ends inside its header; copy the file again")
-    for start, (what, advice) in _SIGNATURES.items():
-        if raw.startswith(start) and (start or not raw):
-            return NiftiError(f"{path}: {what}, so it is not a NIfTI file; {advice}")
-    return NiftiError(f"{path}: it is not a NIfTI file (its first bytes are no NIfTI header); {LEAVE_OUT}")
+        return VolumeFileError(f"{path}: it ends inside its header; copy the file again")
+    if found := stand_in(raw):
+        return VolumeFileError(f"{path}: {found[0]}, so it is not a NIfTI file; {found[1]}")
+    return VolumeFileError(
+        f"{path}: it is not a NIfTI file (its first bytes are no NIfTI header); {LEAVE_OUT}"
+    )
