@@ -995,7 +995,7 @@ def listed_image_with_a_slash(source: Path) -> Path:
     return listing(source, "b", "label:a/b")
 
 
-@cohort("no .nii or .nii.gz file")
+@cohort("no NIfTI, NRRD or MetaImage file")
 def folder_without_images(source: Path) -> Path:
     (source / "sub-01").mkdir()
     return source

@@ -295,7 +295,7 @@ def test_unknown_commands_and_options_in_a_config_file_are_refused(
 
 def test_a_source_that_is_empty_or_missing_is_refused(refused: Callable[..., str], here: Path) -> None:
     (here / "empty").mkdir()
-    assert "empty: no .nii or .nii.gz file in it; name the folder" in refused("convert", "empty", "a.zarr")
+    assert "empty: no NIfTI, NRRD or MetaImage file in it; name" in refused("convert", "empty", "a.zarr")
     assert "nowhere: it does not exist; name the folder" in refused("convert", "nowhere", "a.zarr")
     assert "nets_of_cli.py: it is no folder" in refused("convert", "nets_of_cli.py", "a.zarr")
     assert not (here / "a.zarr").exists()

@@ -171,19 +171,19 @@ def test_patterns_that_leave_no_subject_are_an_error(source: Path) -> None:
 
 
 def test_a_missing_source_is_an_error(source: Path) -> None:
-    with pytest.raises(SourceError, match="source: it does not exist; name the folder that holds the NIfTI"):
+    with pytest.raises(SourceError, match="source: it does not exist; name the folder that holds the images"):
         discover(source)
 
 
 def test_a_source_that_is_a_file_is_an_error(source: Path) -> None:
     source.touch()
-    with pytest.raises(SourceError, match="source: it is no folder; name the folder that holds the NIfTI"):
+    with pytest.raises(SourceError, match="source: it is no folder; name the folder that holds the images"):
         discover(source)
 
 
 def test_a_source_without_nifti_files_is_an_error(source: Path) -> None:
     touch(source, "sub-01/t1.dcm")
-    with pytest.raises(SourceError, match=r"source: no .nii or .nii.gz file in it; name the folder"):
+    with pytest.raises(SourceError, match=r"source: no NIfTI, NRRD or MetaImage file in it; name the folder"):
         discover(source)
 
 
@@ -308,7 +308,7 @@ def test_the_error_about_a_source_of_linked_folders_only_says_why(source: Path) 
     touch(source.parent / "elsewhere", "t1.nii")
     source.mkdir()
     (source / "sub-01").symlink_to(source.parent / "elsewhere")
-    with pytest.raises(SourceError, match=r"no .nii .* in it \(1 linked folder \(sub-01\) not followed\)"):
+    with pytest.raises(SourceError, match=r"no NIfTI.* in it \(1 linked folder \(sub-01\) not followed\)"):
         discover(source)
 
 
@@ -391,10 +391,14 @@ def test_an_unknown_format_is_an_error_that_lists_them(source: Path) -> None:
 @pytest.mark.parametrize(
     ("format_", "name", "why"),
     [
-        ("csv", "", "it is a folder; name the .csv file that lists the NIfTI files"),
-        ("json", "", "it is a folder; name the .json file that lists the NIfTI files"),
-        ("bids", "list.csv", "it is no folder; name the folder that holds the NIfTI files"),
-        ("bids", "", "no .nii or .nii.gz file in its sub-* folders; name the folder that holds them"),
+        ("csv", "", "it is a folder; name the .csv file that lists the images"),
+        ("json", "", "it is a folder; name the .json file that lists the images"),
+        ("bids", "list.csv", "it is no folder; name the folder that holds the images"),
+        (
+            "bids",
+            "",
+            "no NIfTI, NRRD or MetaImage file in its sub-* folders; name the folder",
+        ),
         ("msd", "", "dataset.json: it cannot be read (No such file or directory)"),
         ("nnunet", "", "dataset.json: it cannot be read (No such file or directory)"),
     ],

@@ -282,7 +282,7 @@ def test_a_folder_of_nnunet_1_is_understood_too(source: Path) -> None:
         ({"0": "CT"}, "a_0001.nii.gz", "a_0001.nii.gz: channel 1 has no name in dataset.json (it names 0)"),
         (["CT"], "a_0000.nii.gz", "dataset.json: no channel_names of the form {'0': 'CT'}; add them"),
         ({"first": "CT"}, "a_0000.nii.gz", "dataset.json: no channel_names of the form"),
-        ({"0": "CT"}, "a.png", "source: no .nii or .nii.gz file in its imagesTr and imagesTs"),
+        ({"0": "CT"}, "a.png", "source: no NIfTI, NRRD or MetaImage file in its imagesTr and imagesTs"),
     ],
 )
 def test_an_oddity_in_an_nnunet_folder_is_an_error(source: Path, channels: Any, name: str, why: str) -> None:
@@ -541,13 +541,19 @@ def test_paths_in_a_list_may_be_absolute_or_leave_its_folder(source: Path) -> No
     [
         ("name,t1\na,a.nii\n", "list.csv: no column subject, case or id (it has: name, t1); add one"),
         ("", "list.csv: no column subject, case or id (it has: none); add one"),
-        ("subject,age\na,3\n", "list.csv: no column holds NIfTI files (values that end in .nii or .nii.gz)"),
+        (
+            "subject,age\na,3\n",
+            "list.csv: no column holds files of images (values that end in .nii,",
+        ),
         ("subject,t1\na,a.nii\nb,b.nii,3\n", "list.csv, line 3: 3 cells under 2 columns; correct that line"),
         ('subject,t1,x\na,a.nii,"1\n2"\nb,b.nii\n', "list.csv, line 4: 2 cells under 3 columns"),
         ("subject,t1\na,a.nii\n,b.nii\n", "list.csv, line 3: column subject is empty; name the case"),
         ("subject,t1\na,a.nii\na,b.nii\n", "list.csv, line 3: 'a' is on line 2 already; keep one row a case"),
         ("subject,t1,t1\na,a.nii,b.nii\n", "list.csv: two columns are called 't1'; rename one"),
-        ("subject,t1\na,a.nii\nb,b.mgz\n", "list.csv, line 3: column 't1' has 'b.mgz', and NIfTI files else"),
+        (
+            "subject,t1\na,a.nii\nb,b.mgz\n",
+            "list.csv, line 3: column 't1' has 'b.mgz', and files of im",
+        ),
         ("subject,t1\na,a.nii\nA,b.nii\n", "subject names 'a' and 'A' differ in case only; rename one"),
         ("subject,t1\na b,a.nii\n", "subject name 'a b' is not usable"),
         ("subject,t 1\na,a.nii\n", "image name 't 1' is not usable"),

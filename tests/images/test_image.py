@@ -134,7 +134,7 @@ def test_any_ome_zarr_image_is_opened_with_its_scale_and_translation(
     assert image.spacing == (2, 3, 4)
 
 
-@pytest.mark.parametrize(("name", "why"), [("a.nrrd", "save it as NIfTI"), ("A.NII.GZ", "convert it first")])
+@pytest.mark.parametrize(("name", "why"), [("a.mgz", "save it as NIfTI"), ("A.NII.GZ", "convert it first")])
 def test_a_file_of_another_format_is_an_error_that_names_the_formats(
     tmp_path: Path, name: str, why: str
 ) -> None:

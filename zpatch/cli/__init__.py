@@ -96,7 +96,7 @@ def zpatch() -> None:
 
     \b
     First steps:
-      zpatch convert scans/ cohort.zarr          NIfTI files into a chunked Zarr store
+      zpatch convert scans/ cohort.zarr          NIfTI, NRRD or MetaImage -> a Zarr store
       zpatch info cohort.zarr                    its subjects and images
       zpatch predict cohort.zarr out.zarr --model mymodel.pt --image t1 --patch-size 96 --overlap 32
       zpatch export out.zarr results/            predictions as NIfTI

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from zpatch.conversion.conversion_plan import ConversionPlan
 
 
-@click.command("convert", short_help="Convert NIfTI files into a chunked Zarr store.")
+@click.command("convert", short_help="Convert NIfTI, NRRD or MetaImage files into a chunked Zarr store.")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("store", type=STORE)
 @click.option(
@@ -118,10 +118,11 @@ def convert_command(
     json: bool,
     **options: Any,
 ) -> int:
-    """Convert a cohort of NIfTI files SOURCE into a store STORE.
+    """Convert a cohort of NIfTI, NRRD or MetaImage files SOURCE into a store STORE.
 
     Files are streamed slab by slab, whatever their size, and voxels, header and affine are kept exactly:
-    'zpatch export' gives the same files back.
+    'zpatch export' gives the same NIfTI files back, and NIfTI files of .nrrd, .nhdr, .mha and .mhd, which are
+    taken wherever .nii.gz is: in every kind of SOURCE, compressed or with their voxels in other files.
 
     \b
     SOURCE is one of

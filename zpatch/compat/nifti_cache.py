@@ -1,4 +1,4 @@
-"""NIfTI files as images that patches can be read from, each converted once into a cache; and saved images.
+"""Files as images that patches can be read from, each converted once into a cache; and saved images.
 
 The cache is the folder ``ZPATCH_CACHE``, else ``zpatch`` in ``XDG_CACHE_HOME`` or in ``~/.cache``. Nothing is
 removed from it; its entries may be deleted at any time that they are not in use. It is better to convert a
@@ -30,7 +30,7 @@ from zpatch.geometry.affines import Affine
 from zpatch.images.image import IMAGE_CLASSES, Image, stored_image
 from zpatch.store.image_record import Kind
 from zpatch.store.lock import take_lock
-from zpatch.volume_files.formats import read_header
+from zpatch.volume_files.formats import files_of, read_header
 from zpatch.volume_files.nifti_writer import make_header, write_nifti
 
 POLL_S = 0.1
@@ -49,7 +49,7 @@ _log = logging.getLogger("zpatch")
 
 
 def cached_image(path: str | os.PathLike[str], kind: Kind = "scalar") -> Image:
-    """The image of a NIfTI file (.nii, .nii.gz, .hdr or .img), which is converted when it is first used.
+    """The image of a NIfTI, NRRD or MetaImage file, which is converted when it is first used.
 
     The conversion is logged once, to the logger ``zpatch``. A file that has changed since is converted again.
     Of several processes that open one file at a time, one converts it and the others wait. A path of another
@@ -98,12 +98,9 @@ def cache_folder() -> Path:
 
 
 def _key(file: Path, kind: Kind) -> str:
-    """The cache's name for a file in its current state; for a pair, in the state of both files."""
-    files = [file]
-    if file.suffix == HEADER:
-        files += [f for f in (file.with_suffix(VOXELS), file.with_suffix(f"{VOXELS}.gz")) if f.exists()]
+    """The cache's name for a file in its current state; for an image in several files, in that of all."""
     try:
-        states = [file.stat() for file in files]
+        states = [one.stat() for one in files_of(file)]
     except OSError as error:
         raise SourceError(
             f"{error.filename}: it cannot be read ({error.strerror}); check its path and permissions"

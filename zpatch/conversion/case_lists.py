@@ -16,7 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from zpatch.conversion.cases import Case, CaseImage, is_image_name, kind_by_name, stem_of
+from zpatch.conversion.cases import (
+    SUFFIXES_IN_WORDS,
+    Case,
+    CaseImage,
+    is_image_name,
+    kind_by_name,
+    stem_of,
+)
 from zpatch.conversion.source_files import listed_file
 from zpatch.errors import SourceError
 from zpatch.store.image_record import Kind
@@ -130,7 +137,7 @@ def read_dict(file: Path) -> Mapping[str, Any]:
 def table(file: Path) -> list[Case]:
     """The cases of a CSV or TSV file, one in each row: ``subject`` (or ``case``, ``id``), ``split``, images.
 
-    Image columns are marked ``label:NAME`` or ``sampling:NAME``, or have values that name NIfTI files; an
+    Image columns are marked ``label:NAME`` or ``sampling:NAME``, or have values that name files of images; an
     empty cell means that the case has no such image. All other columns are metadata.
     """
     columns, rows = read_table(file)
@@ -175,11 +182,12 @@ def _image_columns(
         elif len(others) < len(cells):
             line, cell = others[0]
             raise SourceError(
-                f"{file}, line {line}: column {column!r} has {cell!r}, and NIfTI files elsewhere; correct it"
+                f"{file}, line {line}: column {column!r} has {cell!r}, and files of images elsewhere; "
+                f"correct it"
             )
     if not images:
         raise SourceError(
-            f"{file}: no column holds NIfTI files (values that end in .nii or .nii.gz); add one"
+            f"{file}: no column holds files of images (values that end in {SUFFIXES_IN_WORDS}); add one"
         )
     return images
 
@@ -187,8 +195,8 @@ def _image_columns(
 def datalist(file: Path) -> list[Case]:
     """The cases of a JSON file of lists of dicts, as the Medical Decathlon and MONAI write them.
 
-    Values that name NIfTI files are images, named by their keys; ``subject``, ``case`` or ``id`` names the
-    case, or else the names of its files do; all other values are metadata. The split is ``train``,
+    Values that name files of images are images, named by their keys; ``subject``, ``case`` or ``id`` names
+    the case, or else the names of its files do; all other values are metadata. The split is ``train``,
     ``validation`` or ``test``, or else the key of the list; ``fold-N`` for a training entry with a ``fold``.
     """
     document = read_json(file)

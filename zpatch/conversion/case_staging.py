@@ -1,4 +1,4 @@
-"""The conversion of one case: slabs of its NIfTI files -> shards of staged images."""
+"""The conversion of one case: slabs of its files -> shards of staged images."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from typing import Any
 from zpatch.store.image_record import Kind
 from zpatch.volume_files.formats import SUFFIXES
 
+SUFFIXES_IN_WORDS = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 HEADER, VOXELS = ".hdr", ".img"  # a pair is one image, known by its header
 
 _LABEL_NAME = re.compile(r".*((?<!prob)seg|label|labels|mask)", re.IGNORECASE)
@@ -50,7 +51,7 @@ def stem_of(file: PurePath) -> str:
 
 
 def is_image_name(text: str) -> bool:
-    """Whether a listed name is that of a NIfTI file, or of either file of a .hdr/.img pair."""
+    """Whether a listed name is that of a file to convert, or of either file of a .hdr/.img pair."""
     return text.endswith((*SUFFIXES, VOXELS))
 
 

@@ -1,4 +1,4 @@
-"""NIfTI files into a store: run the plan, commit case by case, resume."""
+"""Files into a store: run the plan, commit case by case, resume."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def convert(
     scheduler: str | None = None,
     **options: Any,
 ) -> ConversionReport:
-    """Convert a cohort of NIfTI files into a store, as ``zpatch convert`` does.
+    """Convert a cohort of NIfTI, NRRD or MetaImage files into a store, as ``zpatch convert`` does.
 
     ``options`` are the fields of ConvertOptions. An existing store is resumed: only images that are
     missing or changed are converted; ``overwrite`` starts over, or with ``include`` or ``exclude`` replaces

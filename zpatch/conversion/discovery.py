@@ -28,12 +28,12 @@ from zpatch.store.names import check_name, check_names_differ, matches
 
 _LISTS, _FOLDERS = ("json", "csv"), ("bids", "nnunet", "glob")
 _HOLDS_NOTHING = {
-    "bids": "no .nii or .nii.gz file in its sub-* folders",
-    "nnunet": "no .nii or .nii.gz file in its imagesTr and imagesTs",
+    "bids": "no NIfTI, NRRD or MetaImage file in its sub-* folders",
+    "nnunet": "no NIfTI, NRRD or MetaImage file in its imagesTr and imagesTs",
     "msd": "no case in its lists training and test",
     "json": "no list of cases in it (as training, validation or test)",
     "csv": "no row in it",
-    "glob": "no .nii or .nii.gz file in it",
+    "glob": "no NIfTI, NRRD or MetaImage file in it",
 }
 
 
@@ -54,14 +54,14 @@ class Discovery:
 
 
 def discover(source: Path, options: ConvertOptions) -> Discovery:
-    """The cases of a folder of NIfTI files, or of a file that lists them.
+    """The cases of a folder of images, or of a file that lists them.
 
     Files that match a pattern of ``options`` (by their name, stem, path or image name) become label or
     sampling maps in every convention; in ``glob``, label patterns replace the usual names. ``include`` and
     ``exclude`` choose subjects, and the first ``limit`` of them are kept.
     """
     if not os.path.exists(source):
-        raise SourceError(f"{source}: it does not exist; name the folder that holds the NIfTI files")
+        raise SourceError(f"{source}: it does not exist; name the folder that holds the images")
     notes: list[str] = []
     found = _detected(source) if options.format == "auto" else options.format
     folder = source if source.is_dir() else source.parent
@@ -104,7 +104,7 @@ def _detected_list(file: Path) -> str:
         return "csv"
     if file.suffix != ".json":
         raise SourceError(
-            f"{file}: it is no folder; name the folder that holds the NIfTI files, "
+            f"{file}: it is no folder; name the folder that holds the images, "
             f"or a .json, .csv or .tsv file that lists them"
         )
     dataset = read_dict(file)
@@ -115,9 +115,9 @@ def _detected_list(file: Path) -> str:
 
 def _cases(source: Path, folder: Path, format: str, note: Note, guess_labels: bool) -> list[Case]:  # noqa: A002
     if format in _LISTS and source.is_dir():
-        raise SourceError(f"{source}: it is a folder; name the .{format} file that lists the NIfTI files")
+        raise SourceError(f"{source}: it is a folder; name the .{format} file that lists the images")
     if format in _FOLDERS and not source.is_dir() and (format, source.name) != ("nnunet", DATASET):
-        raise SourceError(f"{source}: it is no folder; name the folder that holds the NIfTI files")
+        raise SourceError(f"{source}: it is no folder; name the folder that holds the images")
     match format:
         case "bids":
             return bids(folder, note)

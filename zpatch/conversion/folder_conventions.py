@@ -1,6 +1,6 @@
 """What the names in a folder mean: for each convention how it looks, and its cases.
 
-No NIfTI file is opened: a case whose file is missing or bad fails on its own, when its header is read.
+No image file is opened: a case whose file is missing or bad fails on its own, when its header is read.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from zpatch.conversion.case_lists import DATASET, SOLE_IMAGE, Row, case_of_row, read_json, read_table
 from zpatch.conversion.cases import (
+    SUFFIXES_IN_WORDS,
     Case,
     CaseImage,
     is_image_name,
@@ -22,7 +23,7 @@ from zpatch.conversion.cases import (
     stem_of,
     usable_name,
 )
-from zpatch.conversion.source_files import FoundFile, Note, counted, entries_of, listed_file, nifti_files
+from zpatch.conversion.source_files import FoundFile, Note, counted, entries_of, image_files, listed_file
 from zpatch.errors import SourceError
 from zpatch.store.image_record import Kind
 
@@ -48,7 +49,7 @@ def glob(folder: Path, note: Note, *, guess_labels: bool = True) -> list[Case]:
     Where folders of one name lie in different folders, as ``siteA/s1`` and ``siteB/s1``, subjects are named
     by all folders: ``siteA-s1``.
     """
-    files = nifti_files(folder, note)
+    files = image_files(folder, note)
     sharing = Counter(file.stem.rpartition("_")[0] for file in files if len(file.parts) == 1)
     subjects: dict[tuple[str, ...], list[CaseImage]] = defaultdict(list)
     for file in files:
@@ -122,7 +123,7 @@ def bids(folder: Path, note: Note) -> list[Case]:
     entities that differ between them are added to the name, in all cases alike. Of the derivatives of a raw
     dataset only label maps on the grids of raw images are taken.
     """
-    found = nifti_files(folder, note, top=lambda name: name.startswith("sub-") or name == DERIVATIVES)
+    found = image_files(folder, note, top=lambda name: name.startswith("sub-") or name == DERIVATIVES)
     files = _without_strays([_bids_file(file) for file in found if _in_subject(file)], note)
     files.sort(key=lambda file: (file.case, file.derived))
     telling = _telling_entities(files)
@@ -230,14 +231,18 @@ def looks_like_nnunet(folder: Path, dataset: Mapping[str, Any]) -> bool:
 
 
 def nnunet(folder: Path, note: Note) -> list[Case]:
-    """nnU-Net 2 raw (and 1): ``imagesTr/<case>_0000``, named by the channel, with ``labelsTr/<case>``."""
+    """nnU-Net 2 raw (and 1): ``imagesTr/<case>_0000``, named by the channel, with ``labelsTr/<case>``.
+
+    Where ``dataset.json`` has a ``file_ending``, files with others are left out.
+    """
     file = folder / DATASET
     dataset = read_json(file)
     channels = _channel_names(dataset, file)
     if isinstance(listed := dataset.get("dataset"), dict):
         return [_nnunet_listed(folder, subject, value, channels) for subject, value in listed.items()]
     cases: dict[tuple[str, str], list[CaseImage]] = defaultdict(list)
-    for found in nifti_files(folder, note, top=_NNUNET_SPLITS.__contains__):
+    files = image_files(folder, note, top=_NNUNET_SPLITS.__contains__)
+    for found in _with_ending(files, dataset, file, note):
         if len(found.parts) != 2:
             continue
         split = _NNUNET_SPLITS[found.parts[0]]
@@ -248,6 +253,23 @@ def nnunet(folder: Path, note: Note) -> list[Case]:
             image = CaseImage(_channel(channels, channel, str(found.path)), "scalar", found.path)
             cases[split, subject].append(image)
     return [Case(subject, tuple(images), split) for (split, subject), images in cases.items()]
+
+
+def _with_ending(
+    files: list[FoundFile], dataset: Mapping[str, Any], file: Path, note: Note
+) -> list[FoundFile]:
+    """The files with the ``file_ending`` of the dataset, if it has one."""
+    ending = dataset.get("file_ending")
+    if not isinstance(ending, str):
+        return files
+    if not is_image_name(f"a{ending}"):
+        raise SourceError(
+            f"{file}: its file_ending is {ending!r}, and files that end in {SUFFIXES_IN_WORDS} "
+            f"are converted; save the images as one of these"
+        )
+    if others := ["/".join(found.parts) for found in files if not found.path.name.endswith(ending)]:
+        note(f"{counted(others, 'file')} left out: the file_ending of the dataset is {ending!r}")
+    return [found for found in files if found.path.name.endswith(ending)]
 
 
 def _nnunet_listed(folder: Path, subject: str, value: Any, channels: Mapping[int, str]) -> Case:

@@ -1,4 +1,4 @@
-"""The NIfTI files of a source: found by their names, and known again by their fingerprints."""
+"""The image files of a source: found by their names, and known again by their fingerprints."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def listed_file(folder: Path, text: str, where: str) -> Path:
     return path.with_suffix(HEADER) if path.suffix == VOXELS else path
 
 
-def nifti_files(
+def image_files(
     folder: Path, note: Note, *, top: Callable[[str], bool] = lambda name: True
 ) -> list[FoundFile]:
-    """All NIfTI files below a folder, sorted by path, recognised by their names alone.
+    """All files of images below a folder, sorted by path, recognised by their names alone.
 
     Hidden files and folders are left out. Linked folders are not followed, which is reported to ``note``. Of
     the folders in ``folder`` itself only those whose names ``top`` accepts are entered.
@@ -115,7 +115,7 @@ def has_fingerprint(path: Path, source: SourceFingerprint, folder: Path) -> bool
         if _relative_path(path, folder) != source.path or size != source.bytes:
             return False
         return mtime_ns == source.mtime_ns or fingerprint(path, folder).checksum == source.checksum
-    except (OSError, VolumeFileError):
+    except (OSError, SourceError):
         return False
 
 

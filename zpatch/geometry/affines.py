@@ -11,6 +11,8 @@ from zpatch.geometry.boxes import Triple
 
 Affine = NDArray[np.float64]
 
+MIN_DETERMINANT = 1e-6  # of the directions of the axes; those of files are float32
+
 
 def crop_affine(affine: Affine, index: Sequence[float] | Affine) -> Affine:
     """The affine of a patch whose first voxel is ``index``: only the origin changes."""
@@ -35,6 +37,18 @@ def spacing_mm(affine: Affine) -> tuple[float, float, float]:
     """Voxel size along I, J, K: the lengths of the affine's columns."""
     i, j, k = np.sqrt((np.asarray(affine)[:3, :3] ** 2).sum(axis=0)).tolist()
     return i, j, k
+
+
+def is_usable(affine: Affine) -> bool:
+    """Whether an affine is finite, and the directions of its axes are not in one plane.
+
+    >>> is_usable(np.diag([1e-3, 2, 1, 1])), is_usable(np.diag([0, 2, 1, 1]))
+    (True, False)
+    """
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.isfinite(affine).all() or not lengths.all():
+        return False
+    return bool(abs(np.linalg.det(affine[:3, :3] / lengths)) > MIN_DETERMINANT)
 
 
 def max_corner_distance(first: Affine, second: Affine, spatial_shape: Triple) -> float:

@@ -21,6 +21,7 @@ from zpatch.store.image_record import ImageRecord
 from zpatch.store.names import HISTOGRAM, ROOT_DOCUMENT, chosen
 from zpatch.store.store import Store, is_store, open_store, read_small_array
 from zpatch.store.voxel_statistics import merged_statistics
+from zpatch.volume_files.formats import kind_of
 
 
 class Cohort(Sequence[Subject]):
@@ -187,9 +188,9 @@ def open_subjects(
         return [_alone(path, image, include, exclude)]
     slide.refuse_any(path)
     refuse_other_format(path)
-    if path.is_file() and re.search(r"\.nii(\.gz)?$", path.name.lower()):
+    if path.is_file() and (kind := kind_of(path.name)):
         raise SourceError(
-            f"{path}: it is a NIfTI file; make a store of its folder with "
+            f"{path}: it is {kind}; make a store of its folder with "
             f"'zpatch convert {path.parent} STORE', and name STORE"
         )
     if path.is_file():

@@ -1,4 +1,4 @@
-"""Whatever ``Image`` takes -> an opened image: paths of stores, OME-Zarr, Zarr and NIfTI, and arrays."""
+"""Whatever ``Image`` takes -> an opened image: paths of stores, Zarr and NIfTI, and arrays."""
 
 from __future__ import annotations
 
@@ -93,12 +93,13 @@ def _open_path(path: Path) -> OpenedImage | zarr_images.ZarrImage:
             f"{path}: patches cannot be read from compressed NIfTI; convert it first with "
             f"'zpatch convert {path.parent} STORE'"
         )
-    if name.endswith(".nii"):
+    if name.endswith(formats.MAPPED_SUFFIXES):
         return _of_volume_file(formats.read_header(path))
     refuse_other_format(path)
     if path.is_file():
         raise SourceError(
-            f"{path}: images are read from .nii files and from folders of Zarr arrays; save it as NIfTI"
+            f"{path}: images are read from {', '.join(formats.MAPPED_SUFFIXES)} files and from "
+            f"folders of Zarr arrays; save it as NIfTI"
         )
     found = zarr_images.open_image_folder(path)
     return OpenedImage.of_record(path, found) if isinstance(found, ImageRecord) else found

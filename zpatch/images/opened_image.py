@@ -1,4 +1,4 @@
-"""The origin of an image's voxels: a store, an OME-Zarr image, a Zarr array, a NIfTI file, or an array."""
+"""The origin of an image's voxels: a store, an OME-Zarr image, a Zarr array, a file, or an array."""
 
 from __future__ import annotations
 

@@ -34,12 +34,16 @@ _BLOCK_BYTES = 2**17
 
 def is_gzip(path: Path, start: int = 0) -> bool:
     """Whether the data at byte ``start`` of a file are gzip data, whatever its name."""
+    check_regular(path)
+    with open_bytes(path, start=start) as stream:
+        return stream.read(2) == _MAGIC
+
+
+def check_regular(path: Path) -> None:
+    """Raise VolumeFileError for a pipe, folder or device, and for a path that leads nowhere."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise VolumeFileError(f"{path}: it is no regular file; leave it out with exclude=, or remove it")
-        with path.open("rb") as stream:
-            stream.seek(start)
-            return stream.read(2) == _MAGIC
     except OSError as error:
         raise VolumeFileError(f"{path}: it cannot be read ({error.strerror}); restore the file") from None
 

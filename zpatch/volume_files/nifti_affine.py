@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from zpatch.errors import VolumeFileError
-from zpatch.geometry.affines import Affine, max_corner_distance
+from zpatch.geometry.affines import Affine, is_usable, max_corner_distance
 
 MAX_FORM_VOXELS = 0.01
-MIN_DETERMINANT = 1e-6  # of the directions of the axes; sforms are float32
 
 
 def best_affine(path: Path, header: Any, preferred: str, warnings: list[str]) -> tuple[Affine, str]:
@@ -47,7 +46,7 @@ def _first_usable(path: Path, header: Any, preferred: str, warnings: list[str]) 
             continue
         with contextlib.suppress(ValueError):
             affine = np.asarray(getattr(header, f"get_{name}")(), dtype=np.float64)
-            if _usable(affine):
+            if is_usable(affine):
                 found[name] = affine
                 continue
         warnings.append(f"its {name} is singular or not finite")
@@ -60,7 +59,7 @@ def _first_usable(path: Path, header: Any, preferred: str, warnings: list[str]) 
         raise VolumeFileError(f"{path}: neither its sform nor its qform is usable; repair its header")
     affine = np.asarray(header.get_base_affine(), dtype=np.float64)
     warnings.append("it has neither sform nor qform: only voxel sizes are known")
-    if not _usable(affine):
+    if not is_usable(affine):
         warnings.append("its voxel sizes are too large or too small: taken as 1 mm")
         affine = np.eye(4)
     return affine, "pixdim"
@@ -69,10 +68,3 @@ def _first_usable(path: Path, header: Any, preferred: str, warnings: list[str]) 
 def _differ(header: Any, first: Affine, second: Affine) -> bool:
     i, j, k = (int(n) for n in (*header["dim"][1:4], 1, 1)[:3])
     return max_corner_distance(first, second, (i, j, k)) > MAX_FORM_VOXELS
-
-
-def _usable(affine: Affine) -> bool:
-    lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    if not np.isfinite(affine).all() or not lengths.all():
-        return False
-    return bool(abs(np.linalg.det(affine[:3, :3] / lengths)) > MIN_DETERMINANT)

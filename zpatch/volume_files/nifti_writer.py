@@ -61,12 +61,14 @@ def make_header(
     affine: Affine,
     *,
     spatial_unit: str | None = "millimeter",
+    has_time: bool = False,
     like: bytes | None = None,
 ) -> bytes:
     """A raw header for an image that was not a NIfTI file; NIfTI-2 where a side is over 32,767 voxels.
 
-    ``affine`` maps (I, J, K) to ``spatial_unit``, one of NIfTI's meter, millimeter and micrometer. ``like``
-    is the raw header of an image on the same grid, whose sform, qform and units are copied instead.
+    ``affine`` maps (I, J, K) to ``spatial_unit``, one of NIfTI's meter, millimeter and micrometer. With
+    ``has_time`` channels are time points, of an unknown distance. ``like`` is the raw header of an image on
+    the same grid, whose sform, qform and units are copied instead.
     """
     nib = nibabel_module()
     dims = (*spatial_shape, channels) if channels > 1 else spatial_shape
@@ -80,7 +82,9 @@ def make_header(
             header.set_qform(affine, code="scanner", strip_shears=False)
         except nib.spatialimages.HeaderDataError:
             header["qform_code"] = 0  # a sheared affine has no qform; nibabel has set its code by now
-        header.set_xyzt_units(_UNITS.get(spatial_unit, "unknown"))
+        header.set_xyzt_units(_UNITS.get(spatial_unit, "unknown"), "sec" if has_time else None)
+        if has_time:
+            header["pixdim"][4] = 0
     else:
         source = header_of(like)
         for name in _GEOMETRY_FIELDS:

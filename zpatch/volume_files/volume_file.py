@@ -113,7 +113,11 @@ class VolumeFile:
         part, *others = self.parts
         channels, nz, ny, nx = padded_to_4d(self.shape)
         if others or self.compressed or self.colours > 1 or 1 < self.components < channels:
-            raise SourceError(f"{self.path}: only plain, uncompressed voxels can be mapped; convert it first")
+            which = "voxels of one file" if others else "plain, uncompressed voxels"
+            raise SourceError(
+                f"{self.path}: only {which} can be mapped; convert it first with "
+                f"'zpatch convert {self.path.parent} STORE'"
+            )
         shape = self._file_order(channels, (nz, ny, nx))
         voxels = np.memmap(part.path, mode="r", dtype=self.dtype, offset=part.start, shape=shape)
         return self._stored_order(voxels)
