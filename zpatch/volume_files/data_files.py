@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from zpatch.errors import VolumeFileError
-from zpatch.volume_files.byte_streams import check_regular, open_bytes
+from zpatch.volume_files.byte_streams import open_bytes
 from zpatch.volume_files.text_header import MAX_TEXT_BYTES, REPAIR, WHOLE, shown
 
 MAX_FILES = 100_000
@@ -60,11 +60,9 @@ def found_files(path: Path, names: Sequence[str], count: int) -> list[Path]:
         raise VolumeFileError(f"{path}: it names {len(names)} files of voxels for {count}; {REPAIR}")
     files = [path.parent / name for name in names]
     for file, name in zip(files, names, strict=True):
-        if not name or not file.exists():
-            raise VolumeFileError(
-                f"{path}: the file of its voxels, {shown(name)}, does not exist; copy it too"
-            )
-        check_regular(file)
+        if not file.is_file():
+            what = "is no regular file" if file.exists() else "does not exist"
+            raise VolumeFileError(f"{path}: the file of its voxels, {shown(name)}, {what}; copy it too")
     return files
 
 

@@ -57,9 +57,9 @@ def _type_names() -> dict[str, str]:
 _TYPES = _type_names()
 _ENCODINGS: Mapping[str, Compression] = {"raw": "", "gzip": "gzip", "gz": "gzip"}
 _SIGNS: Mapping[str, tuple[int, int, int]] = {  # of the axes of a space in RAS
-    **dict.fromkeys(("right-anterior-superior", "ras"), (1, 1, 1)),
-    **dict.fromkeys(("left-anterior-superior", "las"), (-1, 1, 1)),
-    **dict.fromkeys(("left-posterior-superior", "lps"), LPS),
+    **dict.fromkeys(("right-anterior-superior", "ras", "rast"), (1, 1, 1)),
+    **dict.fromkeys(("left-anterior-superior", "las", "last"), (-1, 1, 1)),
+    **dict.fromkeys(("left-posterior-superior", "lps", "lpst"), LPS),
 }
 _OF_SPACE = ("domain", "space", "???", "none")
 _MAGIC = re.compile("NRRD000[1-5]")
@@ -164,17 +164,17 @@ class _Axes:
         if len(kinds) != len(sides):
             raise fields.odd("kinds")
         vectors = _vectors(fields, "space directions")
+        steps = None
         if vectors is None:
             spatial = [axis for axis, kind in enumerate(kinds) if kind in _OF_SPACE][:3]
-            steps = None
         elif len(vectors) != len(sides):
             raise fields.odd("space directions")
         else:
             spatial = [axis for axis, vector in enumerate(vectors) if vector is not None]
-            lengths = {len(vector) for vector in vectors if vector is not None}
-            if len(spatial) > 3 or len(lengths) != 1:
+            given = [vector for vector in vectors if vector is not None]
+            if len(spatial) > 3 or len({len(vector) for vector in given}) > 1:
                 raise fields.odd("space directions")
-            steps = np.array([vectors[axis] for axis in spatial])
+            steps = np.array(given)
         if not spatial:
             raise VolumeFileError(f"{fields.path}: none of its axes is one of space; {REPAIR}")
         others = [axis for axis, side in enumerate(sides) if axis not in spatial and side > 1]
@@ -202,26 +202,32 @@ def _vectors(fields: Fields, name: str) -> list[tuple[float, ...] | None] | None
         ]
     except ValueError:
         raise fields.odd(name) from None
-    return [None if vector is None or all(map(math.isnan, vector)) else vector for vector in found]
+    return [None if vector is None or all(map(math.isnan, vector)) else _of_three(vector) for vector in found]
+
+
+def _of_three(vector: tuple[float, ...]) -> tuple[float, ...] | None:
+    """A vector without its fourth dimension, as of time; None if it has no other."""
+    if len(vector) != 4:
+        return vector
+    return vector[:3] if any(vector[:3]) else None
 
 
 def _affine(fields: Fields, axes: _Axes, factor: float, warnings: list[str]) -> Affine:
-    count = len(axes.spatial)
     if axes.steps is None:
         warnings.append("it has no space directions: only voxel sizes are known")
         spacing, origin = _spacing_and_origin(fields, axes.spatial, warnings)
         return ras_affine(fields.path, np.diag(spacing) * factor, origin * factor, LPS)
-    space = fields.text("space").lower()
-    if space not in _SIGNS and count == 3:
+    space = fields.text("space").lower().removesuffix("-time")
+    if space not in _SIGNS and (space or fields.whole("space dimension") == [3]):
         warnings.append(f"its space is {shown(space) if space else 'not named'}: taken as LPS")
     origin = np.zeros(axes.steps.shape[1])
-    if found := _vectors(fields, "space origin"):
-        if found[0] is None:
-            warnings.append("its space origin is not known: taken as 0")
-        elif len(found) > 1 or len(found[0]) != len(origin):
-            raise fields.odd("space origin")
-        else:
-            origin = np.array(found[0])
+    found = _vectors(fields, "space origin") or [tuple(origin)]
+    if len(found) > 1 or (found[0] is not None and len(found[0]) != len(origin)):
+        raise fields.odd("space origin")
+    if found[0] is not None:
+        origin = np.array(found[0])
+    elif "nan" in fields.text("space origin").lower():
+        warnings.append("its space origin is not known: taken as 0")
     return ras_affine(fields.path, axes.steps * factor, origin * factor, _SIGNS.get(space, LPS))
 
 
