@@ -36,7 +36,7 @@ from zpatch.slides import openslide_file, tiff_file
 from zpatch.store.image_record import ImageRecord
 from zpatch.store.names import MANIFEST, ROOT_DOCUMENT
 from zpatch.store.store import open_store, sharded_array
-from zpatch.volume_files.formats import read_header
+from zpatch.volume_files.formats import files_of, read_header
 from zpatch.volume_files.nifti_writer import make_header, single_file_header
 from zpatch.volume_files.volume_file import VolumeFile
 
@@ -61,6 +61,19 @@ def nifti(data: bytes, folder: Path) -> None:
         path = folder / "t1.nii"
         path.write_bytes(data)
     _read_voxels(read_header(path, affine="qform" if kind and kind[0] & 2 else "sform"))
+    with contextlib.suppress(ZpatchError):
+        read_one_voxel(path)
+
+
+def text_header(data: bytes, folder: Path) -> None:
+    """The header of an NRRD or a MetaImage file with its voxels, and the bytes of a file ``a.raw``."""
+    kind, data = data[:1], data[1:]
+    head, _, voxels = data.partition(SPLIT)
+    path = folder / ("a.nrrd" if kind and kind[0] & 1 else "a.mha")
+    path.write_bytes(head)
+    (folder / "a.raw").write_bytes(voxels)
+    files_of(path)
+    _read_voxels(read_header(path))
     with contextlib.suppress(ZpatchError):
         read_one_voxel(path)
 
@@ -228,6 +241,7 @@ LEDGER_RECORD = ImageRecord(
 
 PARSERS: Mapping[str, Parser] = {
     "nifti": nifti,
+    "text": text_header,
     "gzip": gzip_stream,
     "manifest": manifest,
     "zarr": zarr_metadata,

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import struct
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -179,6 +180,32 @@ def of_nifti() -> Iterator[bytes]:
     yield b"\0" + bytes(one) + bytes(36)
     one[108:112] = struct.pack("<f", 368)
     yield b"\0" + bytes(one[:348]) + b"\1\0\0\0" + struct.pack("<2i", 16, 6) + bytes(8 + 36)
+
+
+def of_text() -> Iterator[bytes]:
+    """Headers of MetaImage and of NRRD files: voxels in them, in a file, in several; compressed; channels."""
+    data = bytes(range(24))
+    mha = b"NDims = 3\nDimSize = 2 3 2\nElementType = MET_%s\nTransformMatrix = 0 1 0 1 0 0 0 0 -1\n"
+    mha += b"%sElementDataFile = %s\n"
+    zipped, last = b"CompressedData = True\n", (b"LOCAL", b"a.raw", b"LIST 2\na.raw\na.raw", b"a%sraw 1 1 1")
+    for kind, more, where in zip(
+        (b"SHORT", b"USHORT", b"CHAR", b"UCHAR"), (b"", zipped) * 2, last, strict=True
+    ):
+        local = where == b"LOCAL"
+        held = zlib.compress(data) if more else data
+        yield b"\0" + mha % (kind, more, where) + (held if local else SPLIT + held)
+    yield b"\0" + mha % (b"CHAR", b"ElementNumberOfChannels = 2\nHeaderSize = -1\n", b"LOCAL") + data
+    nrrd = (
+        b"NRRD0005\n# x\ntype: %s\ndimension: 4\nsizes: 2 2 3 2\nendian: big\nencoding: %s\nkey:=value\n%s\n"
+    )
+    along = b"kinds: list domain domain domain\nspace: RAS\nspace directions: none (0,2,0) (3,0,0) (0,0,4)\n"
+    placed = along + b"space origin: (1,2,3)\nbyte skip: 1\nline skip: 0\n"
+    yield b"\1" + nrrd % (b"uint8", b"raw", placed) + b"x" + data
+    yield b"\1" + nrrd % (b"uint8", b"gzip", placed) + gzip.compress(b"x" + data, 1, mtime=0)
+    axes = b'spacings: 1 2 3 nan\naxis mins: 1 2 3 nan\nunits: "mm" "mm" "mm" ""\n'
+    yield b"\1" + nrrd % (b"short", b"raw", axes + b"data file: a.raw\nbyte skip: -1\n") + SPLIT + data * 2
+    yield b"\1" + nrrd % (b"uchar", b"raw", b"data file: a%d.raw 1 2 1 3\n") + SPLIT + data
+    yield b"\1" + nrrd % (b"uchar", b"raw", b"data file: LIST 3\na.raw\na.raw") + SPLIT + data
 
 
 def of_gzip() -> Iterator[bytes]:
@@ -375,6 +402,7 @@ SEEDS: dict[str, Callable[[], Iterator[bytes]]] = {
     "blend": of_blend,
     "count": of_count,
     "nifti": of_nifti,
+    "text": of_text,
     "gzip": of_gzip,
     "manifest": of_manifest,
     "zarr": of_zarr,

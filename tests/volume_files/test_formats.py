@@ -21,6 +21,7 @@ from zpatch.chunks.layout import Layout, plan_layout
 from zpatch.conversion.source_files import fingerprint, has_fingerprint
 from zpatch.errors import SourceError
 from zpatch.geometry.boxes import padded_to_4d
+from zpatch.volume_files import byte_streams
 from zpatch.volume_files.formats import files_of, read_header
 from zpatch.volume_files.nifti_writer import header_of
 from zpatch.volume_files.volume_file import VolumeFile
@@ -437,6 +438,7 @@ FAILS: list[tuple[str, bytes, str]] = [
         "directions or its origin are singular or not finite",
     ),
     ("a.mha", mha("Offset = 0 inf 0"), "directions or its origin are singular or not finite"),
+    ("a.mha", mha("Offset = 0 1e300 0"), "directions or its origin are singular or not finite"),
     ("a.mha", mha("TransformMatrix = 1 0 0 1"), "'TransformMatrix' has 4 values, not 9"),
     (
         "a.nrrd",
@@ -565,7 +567,13 @@ def test_trailing_bytes_in_compressed_data_are_a_warning(before: bytes, tmp_path
 
 
 @pytest.mark.parametrize("data", [ZIPPED, GZIPPED])
-def test_compressed_data_need_no_size(data: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_isal", [True, False])
+def test_compressed_data_need_no_size(
+    data: bytes, has_isal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_isal:
+        monkeypatch.setattr(byte_streams, "_gzip", gzip)
+        monkeypatch.setattr(byte_streams, "_zlib", zlib)
     (tmp_path / "a.mha").write_bytes(mha("CompressedData = True", data=data))
     np.testing.assert_array_equal(joined(read_header(tmp_path / "a.mha")), VOXELS)
 

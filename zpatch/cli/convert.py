@@ -120,9 +120,9 @@ def convert_command(
 ) -> int:
     """Convert a cohort of NIfTI, NRRD or MetaImage files SOURCE into a store STORE.
 
-    Files are streamed slab by slab, whatever their size, and voxels, header and affine are kept exactly:
-    'zpatch export' gives the same NIfTI files back, and NIfTI files of .nrrd, .nhdr, .mha and .mhd, which are
-    taken wherever .nii.gz is: in every kind of SOURCE, compressed or with their voxels in other files.
+    Files are streamed slab by slab, whatever their size. Voxels, affine and, of NIfTI, the header are kept
+    exactly: 'zpatch export' gives the same NIfTI files back. Files of .nrrd, .nhdr, .mha and .mhd, compressed
+    or with their voxels in other files, are taken wherever .nii.gz is.
 
     \b
     SOURCE is one of

@@ -172,7 +172,7 @@ def ras_affine(
             affine[:3, 2] = normal / np.linalg.norm(normal)
         affine[:dimensions, 3] = origin
         affine[:3] *= np.array(signs)[:, None]
-        if not is_usable(affine):
+        if not is_usable(affine.astype(np.float32).astype(np.float64)):  # as in a NIfTI header
             raise VolumeFileError(
                 f"{path}: its directions or its origin are singular or not finite; {REPAIR}"
             )
