@@ -465,6 +465,7 @@ FAILS: list[tuple[str, bytes, str]] = [
     ("a.mhd", mha(last="gone.raw"), "the file of its voxels, 'gone.raw', does not exist; copy it too"),
     ("a.mhd", mha(last="../gone.raw"), "the file of its voxels, '../gone.raw', does not exist"),
     ("a.mhd", mha(last="", data=b""), "the file of its voxels, '', is no regular file"),
+    ("a.mhd", mha(last="a" * 5000), "the file of its voxels, 'a*...', does not exist"),
     ("a.mhd", mha(last="."), "the file of its voxels, '.', is no regular file; copy it too"),
     ("a.mhd", mha(last="LIST", data=b"a.mhd\n"), "it names 1 files of voxels for 2"),
     ("a.mhd", mha(last="s%d.raw 1 9999999 1"), "it names 3 files of voxels for 2"),

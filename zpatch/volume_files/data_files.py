@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -60,8 +61,8 @@ def found_files(path: Path, names: Sequence[str], count: int) -> list[Path]:
         raise VolumeFileError(f"{path}: it names {len(names)} files of voxels for {count}; {REPAIR}")
     files = [path.parent / name for name in names]
     for file, name in zip(files, names, strict=True):
-        if not file.is_file():
-            what = "is no regular file" if file.exists() else "does not exist"
+        if not os.path.isfile(file):  # unlike Path.is_file, whatever the name
+            what = "is no regular file" if os.path.exists(file) else "does not exist"
             raise VolumeFileError(f"{path}: the file of its voxels, {shown(name)}, {what}; copy it too")
     return files
 
