@@ -1,9 +1,9 @@
 """Patch-based deep learning on volumes that do not fit in memory.
 
-NIfTI cohorts in, patches to torch, predictions out, and nothing is ever loaded whole. The folders are the
-data flow::
+Cohorts of NIfTI, NRRD or MetaImage in, patches to torch, predictions out, and nothing is ever loaded whole.
+The folders are the data flow::
 
-    NIfTI files                                                                   NIfTI files
+    files                                                                         NIfTI files
         | volume_files/                                                               ^ volume_files/
         v                                                                             |
     conversion/ -> store/ -> sources/ -> images/ -> sampling/ -> loading/ -> torch    conversion/
