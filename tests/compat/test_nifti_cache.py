@@ -90,6 +90,17 @@ def test_the_log_is_seen_without_any_logging_being_set_up(tmp_path: Path, cache:
     assert said.count("\n") == 1
 
 
+def test_a_metaimage_is_an_image_and_is_converted_again_when_its_voxels_change(
+    tmp_path: Path, cache: Path
+) -> None:
+    fields = ("NDims = 3", "DimSize = 4 3 2", "ElementType = MET_UCHAR", "ElementDataFile = a.raw", "")
+    (tmp_path / "a.mhd").write_text("\n".join(fields))
+    for first in (0, 7):
+        (tmp_path / "a.raw").write_bytes(bytes(range(first, first + 24)))
+        voxels = cached_image(tmp_path / "a.mhd").data
+        assert voxels.T.reshape(-1).tolist() == list(range(first, first + 24))
+
+
 def test_a_file_that_has_changed_is_converted_again(tmp_path: Path, cache: Path) -> None:
     path = save(tmp_path / "t1.nii")
     assert cached_image(path).data[0, 1, 2, 3] == VOXELS[1, 2, 3]

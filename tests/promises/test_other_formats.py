@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import tracemalloc
 import zlib
 from collections.abc import Callable
@@ -174,6 +175,8 @@ def test_channels_are_channels_in_the_store_and_in_nifti(
         np.testing.assert_array_equal(mapped.data, image.data)
         box = zp.PatchLocation((2, 3, 4), (5, 6, 4))
         np.testing.assert_array_equal(mapped.read(box), image.read(box))
+        sent = pickle.loads(pickle.dumps(mapped))
+        np.testing.assert_array_equal(sent.read(box), image.read(box))
         np.testing.assert_allclose(mapped.affine, image.affine)
 
 

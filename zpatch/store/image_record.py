@@ -112,13 +112,14 @@ class ImageRecord:
 
     ``shape``, ``chunks`` and ``shards`` are in stored axis order, named by ``axes`` (``zyx``, ``czyx`` or
     ``tzyx``). ``dtype`` is the little-endian type of the stored, unscaled voxels; ``slope`` and ``inter``
-    turn them into values. ``affine`` maps (I, J, K) to mm; ``affine_source`` says whether it is the sform,
-    the qform or made of voxel sizes. ``source_dtype`` is the type in the source file where voxels were
-    cast, ``colours`` the number of channels that make one voxel of the file (3 for RGB). ``orientation``
-    is how the volume was turned from its file, ``resampled`` how it was resampled before that. ``levels``
-    are the coarser levels of a pyramid, each half of the one before. ``stats`` are statistics of scaled
-    values. ``inputs`` is a digest of the model, options and input of a prediction, ``provenance`` says
-    where they came from. ``files`` are the seals of all files in the image's folder, by path relative to it.
+    turn them into values. ``affine`` maps (I, J, K) to mm; ``affine_source`` says whether it is the sform or
+    the qform of its NIfTI header, or made of voxel sizes. ``source_dtype`` is the type in the source file
+    where voxels were cast, ``colours`` the number of channels that make one voxel of the file (3 for RGB).
+    ``orientation`` is how the volume was turned from its file, ``resampled`` how it was resampled before
+    that. ``levels`` are the coarser levels of a pyramid, each half of the one before. ``stats`` are
+    statistics of scaled values. ``inputs`` is a digest of the model, options and input of a prediction,
+    ``provenance`` says where they came from. ``files`` are the seals of all files in the image's folder, by
+    path relative to it.
     """
 
     subject: str

@@ -63,8 +63,8 @@ def read_metaimage(path: Path) -> VolumeFile:
     """
     lines = HeaderLines(path, "a MetaImage file")
     fields = _fields(lines)
-    sides = checked_sides(path, fields.whole("DimSize", _one(fields, "NDims", len(fields.whole("DimSize")))))
-    channels = _one(fields, "ElementNumberOfChannels", 1)
+    sides = checked_sides(path, fields.whole("DimSize", fields.one("NDims", len(fields.whole("DimSize")))))
+    channels = fields.one("ElementNumberOfChannels", 1)
     checked_sides(path, [channels])
     dtype = _voxel_type(fields)
     warnings: list[str] = []
@@ -110,10 +110,6 @@ def _fields(lines: HeaderLines) -> Fields:
     return fields
 
 
-def _one(fields: Fields, name: str, default: int) -> int:
-    return next(iter(fields.whole(name, 1)), default)
-
-
 def _is_true(text: str) -> bool:
     return text.lower().startswith(("t", "1"))
 
@@ -146,7 +142,7 @@ def _affine(fields: Fields, dimension: int, factor: float, warnings: list[str]) 
 def _parts(lines: HeaderLines, fields: Fields, sides: list[int], voxel_size: int) -> list[VoxelPart]:
     """Where the voxels are; ``voxel_size`` is the bytes of all channels of a voxel."""
     path, text = fields.path, fields.text(_LAST_KEY)
-    start = _one(fields, "HeaderSize", 0)
+    start = fields.one("HeaderSize", 0)
     if start < FROM_END:
         raise fields.odd("HeaderSize")
     if text.upper() in ("LOCAL", "LOCALFILE"):

@@ -266,21 +266,19 @@ def _parts(
             raise VolumeFileError(f"{path}: its encoding is {encoding}; save it with encoding gzip or raw")
         raise fields.odd("encoding")
     compression = _ENCODINGS[encoding]
-    skip = next(iter(fields.whole("byte skip", 1)), 0)
-    skipped_lines = next(iter(fields.whole("line skip", 1)), 0)
+    skip = fields.one("byte skip", 0)
+    skipped_lines = fields.one("line skip", 0)
     if skip < FROM_END or skipped_lines < 0 or (compression and skip == FROM_END):
         raise fields.odd("byte skip", "line skip")
     if "data file" in fields.texts:
         names, axes = _names(fields, listed, sides)
-        files = found_files(path, names, count_of_files(path, sides, axes))
+        files, first = found_files(path, names, count_of_files(path, sides, axes)), 0
     else:
-        files, axes = [path], len(sides)
+        files, first, axes = [path], lines.position, len(sides)
     voxel_bytes = math.prod(sides[:axes]) * itemsize
     parts = []
     for file in files:
-        start = start_after_lines(
-            file, lines.position if "data file" not in fields.texts else 0, skipped_lines
-        )
+        start = start_after_lines(file, first, skipped_lines)
         if compression:
             parts.append(VoxelPart(file, start, voxel_bytes, compression, skip))
         else:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zpatch.errors import VolumeFileError
+from zpatch.volume_files.byte_streams import open_bytes
 
 HEADER_VERSIONS = {348: 1, 540: 2}  # by length
 EXTENSION_FLAG_BYTES = 4
@@ -60,7 +61,7 @@ def stand_in(raw: bytes) -> tuple[str, str] | None:
 
 def pointer(path: Path) -> tuple[str, str] | None:
     """What a file is in place of voxels, if it is empty or a pointer of git, and what to do."""
-    with path.open("rb") as stream:
+    with open_bytes(path) as stream:
         return stand_in(stream.read(32))
 
 

@@ -42,15 +42,15 @@ class HeaderLines:
     A header that is over MAX_TEXT_BYTES long is refused, and one that is no text, as soon as that is reached.
     """
 
-    def __init__(self, path: Path, format: str) -> None:  # noqa: A002
+    def __init__(self, path: Path, kind: str) -> None:
         self.path = path
-        self.format = format
+        self.kind = kind
         self.position = 0
         check_regular(path)
         with open_bytes(path) as stream:
             self._raw = stream.read(MAX_TEXT_BYTES)
         if found := stand_in(self._raw):
-            raise VolumeFileError(f"{path}: {found[0]}, so it is not {format}; {found[1]}")
+            raise VolumeFileError(f"{path}: {found[0]}, so it is not {kind}; {found[1]}")
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -69,7 +69,7 @@ class HeaderLines:
 
     def refused(self, why: str) -> VolumeFileError:
         """The error for a file that is not of its format."""
-        return VolumeFileError(f"{self.path}: it is not {self.format} ({why}); {LEAVE_OUT}")
+        return VolumeFileError(f"{self.path}: it is not {self.kind} ({why}); {LEAVE_OUT}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,10 @@ class Fields:
             raise self.odd(name)
         self._check_count(len(words), count, name)
         return [int(word) for word in words]
+
+    def one(self, name: str, default: int) -> int:
+        """The whole number of a field."""
+        return next(iter(self.whole(name, 1)), default)
 
     def real(self, count: int, *names: str) -> NDArray[np.float64] | None:
         """The numbers of a field, also NaN and infinity; None if the header does not have it."""
