@@ -292,7 +292,7 @@ def test_a_mask_may_be_a_file(capsys: pytest.CaptureFixture[str], kind: str) -> 
             "the mask 'mask' of 'a' has the shape (39, 30, 20) (I, J, K), the image (40, 30, 20)",
         ),
         ("frames.zarr", 2, "the mask 'mask' of 'a' has 5 time points; give one of them"),
-        ("notes.txt", 1, "notes.txt: images are read from .nii files and from folders of Zarr arrays"),
+        ("notes.txt", 1, "notes.txt: images are read from .nii, .nrrd, .nhdr, .mha, .mhd files and from"),
     ],
 )
 def test_a_mask_that_cannot_be_used_is_refused(

@@ -1,4 +1,4 @@
-"""Whatever ``Image`` takes -> an opened image: paths of stores, Zarr and NIfTI, and arrays."""
+"""Whatever ``Image`` takes -> an opened image: paths of stores, OME-Zarr, Zarr and files, and arrays."""
 
 from __future__ import annotations
 
