@@ -89,7 +89,7 @@ PROMISES = (
     Promise(
         "bad files",
         "A malformed, truncated or hostile file fails its case in one line; the good cases convert",
-        r"test_bad_input|nifti/|gzip|test_parser_corpora",
+        r"test_bad_input|volume_files/|gzip|test_parser_corpora",
     ),
     Promise(
         "queue faults",
