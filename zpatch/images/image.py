@@ -34,12 +34,12 @@ class Image(PlacedImage):
 
     ``data`` may be the path of an image in a store, of an OME-Zarr image or Zarr array, of an uncompressed
     NIfTI, NRRD or MetaImage file (memory-mapped), or of a slide or TIFF file (I = x, J = y); or a numpy, dask
-    or Zarr array; or an array of another library that reads what is sliced, as a dataset of h5py, and is never
-    loaded whole. Arrays but those of Zarr are (I, J, K) or (C, I, J, K). Axes of Zarr arrays are named by the
-    array's dimension names or by ``axes``, slowest first, as in ``"zyx"`` or ``"czyx"``. ``affine`` (4 x 4,
-    voxel to mm) defaults to the affine of the source. ``time`` is the number of the time point and
-    ``channels`` are those of the channels that are read, from 0. An image of several time points and no
-    channels has them as C, unless ``time`` is given.
+    or Zarr array; or an array of another library that reads what is sliced, as a dataset of h5py, which is
+    never loaded whole. Other arrays than those of Zarr are (I, J, K) or (C, I, J, K). Axes of Zarr arrays are
+    named by the array's dimension names or by ``axes``, slowest first, as in ``"zyx"`` or ``"czyx"``.
+    ``affine`` (4 x 4, voxel to mm) defaults to the affine of the source. ``time`` is the number of the time
+    point and ``channels`` are those of the channels that are read, from 0. An image of several time points
+    and no channels has them as C, unless ``time`` is given.
 
     Of a slide, the level is read that has ``mpp`` micrometres per pixel (one number, or two along x and y);
     where none is within 5 % of it, the next finer one is resampled (labels are picked). Or say its ``level``,
