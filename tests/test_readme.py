@@ -1,4 +1,4 @@
-"""The README is run as written: console blocks as commands, python blocks as one program."""
+"""The README and the how-tos are run as written: console blocks as commands, python blocks as one program."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+from slides_made import picture, write_svs
 
 from zpatch.cli import run
 
@@ -40,6 +43,28 @@ def test_each_block_of_the_readme_runs_as_written(
     printed = capsys.readouterr().out
     assert "LabelMap(" in printed
     assert sorted(file.name for file in (tmp_path / "results").rglob("*.nii.gz")) == ["prediction.nii.gz"]
+
+
+def test_each_block_of_the_how_to_of_slides_runs_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_svs(tmp_path / "case.svs", picture())
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "how_to"}
+    for kind, text in BLOCK.findall((ROOT / "docs/slides.md").read_text()):
+        if kind == "python":
+            exec(compile(text, "slides.md", "exec"), names)
+            continue
+        for line in text.strip().splitlines():
+            assert run(shlex.split(line)[1:]) == 0, line
+    printed = capsys.readouterr().out
+    assert "read by tifffile" in printed
+    assert "torch.Size([5, 3, 128, 128, 1])" in printed
+    with Image.open("overlay.png") as overlay:
+        assert overlay.size == (237, 162)
+        colours = np.asarray(overlay).reshape(-1, 3).astype(int)
+    is_brown, is_blue = colours[:, 0] > colours[:, 2] + 40, colours[:, 2] > colours[:, 0] + 40
+    assert min(is_brown.mean(), is_blue.mean()) > 0.05
 
 
 def test_every_file_the_readme_names_exists() -> None:
