@@ -78,7 +78,7 @@ def refusal(
         ("a.h5", "an HDF5 file", "give the array to zpatch.ScalarImage"),
         ("a.npy", "an array of numpy", "give the array to zpatch.ScalarImage"),
         ("a.nii.gz", "a NIfTI file", "'zpatch convert . STORE', and name STORE"),
-        ("a.nii", "a NIfTI file", "'zpatch convert . STORE', and name STORE"),
+        ("a.nii", "not a NIfTI file", "its first bytes are no NIfTI header"),
         ("a.ozx", "a zipped Zarr", "unzip it, and name the folder"),
         ("a.ima", "a DICOM file", "'dcm2niix FOLDER'"),
     ],
@@ -88,7 +88,7 @@ def test_a_file_that_is_no_zarr_is_said_to_be_what_it_is(
 ) -> None:
     Path(name).write_bytes(b"bytes" * 100)
     line = refusal(capsys, name, "out.zarr")
-    assert f"{name}: it is {what}; " in line
+    assert f"{name}: it is {what}" in line
     assert todo in line
     if ".nii" not in name:
         with pytest.raises(SourceError, match=re.escape(f"it is {what}")):

@@ -17,6 +17,7 @@ import SimpleITK as sitk  # noqa: N813
 from numpy.typing import NDArray
 
 import zpatch as zp
+from zpatch.cli import run
 from zpatch.conversion.conversion_options import ConvertOptions
 from zpatch.conversion.conversion_plan import plan_conversion
 from zpatch.errors import SourceError
@@ -259,3 +260,23 @@ def test_zlib_data_of_a_bomb_stop_at_the_limit(source: Path, tmp_path: Path) -> 
     (source / "a.mha").write_bytes(header.encode() + zlib.compress(bytes(2**27), 1))
     with pytest.raises(SourceError, match=r"its zlib data go on for over 64\.0 MiB after its last voxel"):
         zp.convert(source, tmp_path / "store")
+
+
+@pytest.mark.parametrize("name", ["scan.mha", "scan.nrrd", "scan.nii"])
+def test_a_single_file_is_predicted_in_place_as_its_store_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    voxels = np.random.default_rng(0).integers(-50, 900, (20, 24, 28)).astype(np.int16)
+    image = sitk.GetImageFromArray(voxels)
+    image.SetSpacing((0.5, 0.75, 2))
+    (tmp_path / "scans").mkdir()
+    sitk.WriteImage(image, str(tmp_path / "scans" / name))
+    monkeypatch.chdir(tmp_path)
+    zp.convert("scans", "store.zarr")
+    options = ("--model", "torch.nn:Identity", "--patch-size", "16", "--overlap", "4", "-q")
+    assert run(["predict", f"scans/{name}", "one.zarr", *options]) == 0
+    assert run(["predict", "store.zarr", "all.zarr", *options]) == 0
+    one, other = (zp.Cohort(f"{kind}.zarr")["scan"].prediction for kind in ("one", "all"))
+    np.testing.assert_array_equal(one.data, other.data)
+    np.testing.assert_allclose(one.affine, other.affine)
+    assert run(["predict", f"scans/{name}", "two.zarr", *options, "--axes", "zyx"]) == 2

@@ -204,8 +204,9 @@ def predict_command(
 ) -> int:
     """Run a network over every subject of STORE and write its blended output into a store OUTPUT.
 
-    STORE may also be one image: a slide (SVS, NDPI, OME-TIFF, ...), OME-Zarr or a Zarr array. If it has time
-    points, choose one with --time; --channel chooses channels, --mpp or --level a level of a slide.
+    STORE may also be one image: a slide (SVS, NDPI, OME-TIFF, ...), an uncompressed .nii, .mha or .nrrd,
+    OME-Zarr or a Zarr array. If it has time points, choose one with --time; --channel chooses channels, --mpp
+    or --level a level of a slide.
 
     THE NETWORK IS FED (x, y, z): a batch (B, C, x, y, z) of the type of its parameters. If it was trained on
     (z, y, x) arrays, say --model-axes zyx. It returns a batch in the same axes, stored as the image

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Self, overload
+from typing import Any, Self, overload
 
 from zpatch.digests import Json
 from zpatch.errors import NotAStoreError, OptionError, SourceError, UnknownNameError
@@ -21,7 +21,7 @@ from zpatch.store.image_record import ImageRecord
 from zpatch.store.names import HISTOGRAM, ROOT_DOCUMENT, chosen
 from zpatch.store.store import Store, is_store, open_store, read_small_array
 from zpatch.store.voxel_statistics import merged_statistics
-from zpatch.volume_files.formats import kind_of
+from zpatch.volume_files.formats import MAPPED_SUFFIXES, kind_of
 
 
 class Cohort(Sequence[Subject]):
@@ -177,9 +177,10 @@ def open_subjects(
     channels: Sequence[int] | None = None,
     slide: SlideOptions = ANY_SLIDE,
 ) -> Sequence[Subject]:
-    """The subjects of a store whose names match patterns; or one subject for a slide, OME-Zarr or Zarr array.
+    """The subjects of a store whose names match patterns; or one subject for an image that is read in place.
 
-    That subject is named after the path, and its image is called ``image``. ``axes`` names the axes of an
+    That is a slide, an uncompressed file of a volume, an OME-Zarr image or a Zarr array. Its subject is named
+    after the path, and its image is called ``image``. ``axes`` names the axes of an
     array without dimension names, as in ``"yxc"``; ``time`` and ``channels`` are what is read of it, and
     ``slide`` says which level of a slide.
     """
@@ -188,6 +189,9 @@ def open_subjects(
         return [_alone(path, image, include, exclude)]
     slide.refuse_any(path)
     refuse_other_format(path)
+    if path.is_file() and path.name.lower().endswith(MAPPED_SUFFIXES):
+        _refuse_options(path, axes=axes)
+        return [_alone(path, ScalarImage(path, time=time, channels=channels), include, exclude)]
     if path.is_file() and (kind := kind_of(path.name)):
         raise SourceError(
             f"{path}: it is {kind}; make a store of its folder with "
@@ -200,14 +204,18 @@ def open_subjects(
         )
     is_zarr = (path / ROOT_DOCUMENT).exists() or any(path.glob(".z*"))
     if is_store(path) or not is_zarr:
-        for option, value in (("axes", axes), ("time", time), ("channels", channels)):
-            if value is not None:
-                raise OptionError(
-                    f"{path} is not a Zarr array; {option}= can be given for a Zarr array only",
-                    option=option,
-                )
+        _refuse_options(path, axes=axes, time=time, channels=channels)
         return Cohort(path).matching(include, exclude)
     return [_alone(path, ScalarImage(path, axes=axes, time=time, channels=channels), include, exclude)]
+
+
+def _refuse_options(path: Path, **options: Any) -> None:
+    """Refuse options of Zarr arrays that were given for something else."""
+    for option, value in options.items():
+        if value is not None:
+            raise OptionError(
+                f"{path} is not a Zarr array; {option}= can be given for a Zarr array only", option=option
+            )
 
 
 def _alone(path: Path, image: ScalarImage, include: Sequence[str], exclude: Sequence[str]) -> Subject:
