@@ -153,3 +153,18 @@ def test_a_worker_of_a_queue_names_the_file_that_was_cut_short(
         os.truncate(file, 10)
         with pytest.raises(ZpatchError, match=f"(?s){file}.*was cut short"):
             list(patches)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+@pytest.mark.parametrize("dtype", ["u1", "<u2", "<f4"])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_interleaved_channels_are_copied_to_planes(channels: int, dtype: str, shift: int) -> None:
+    shape = (2, 5, 37, channels)
+    count = np.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.random.default_rng(0).integers(0, 256, shift + count, np.uint8)
+    source = memory[shift:].view(dtype).reshape(shape)  # of an odd address where shift is 1
+    for order in ((3, 0, 1, 2), (3, 1, 0, 2), (0, 3, 1, 2)):
+        wanted = source.transpose(order)
+        out = np.empty(wanted.shape, dtype)
+        assert copy_mapped(wanted, out)
+        assert out.tobytes() == np.ascontiguousarray(wanted).tobytes()

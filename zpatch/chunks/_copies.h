@@ -25,15 +25,25 @@ static void copy_axes(const Py_buffer *from, const uint8_t *in, const Py_buffer 
         copy_axes(from, in + n * step, to, out + n * stride, order, axis + 1);
 }
 
+/* The two axes beside `a` and `b`, and their extents: 1 where there is none. */
+static void other_axes(const Py_buffer *view, int a, int b, int *others, Py_ssize_t *sizes)
+{
+    int count = 0;
+    sizes[0] = sizes[1] = 1;
+    for (int axis = 0; axis < view->ndim; axis++)
+        if (axis != a && axis != b) {
+            sizes[count] = view->shape[axis];
+            others[count++] = axis;
+        }
+}
+
 /* As copy_axes, of an array that is dense along axis `a` to one that is dense along axis `b`. */
 static void copy_turned(const Py_buffer *from, const uint8_t *in, const Py_buffer *to, uint8_t *out, int a,
                         int b, Turn turn)
 {
-    int others[AXES] = {0}, count = 0;
-    for (int axis = 0; axis < from->ndim; axis++)
-        if (axis != a && axis != b)
-            others[count++] = axis;
-    Py_ssize_t sizes[2] = {count > 0 ? from->shape[others[0]] : 1, count > 1 ? from->shape[others[1]] : 1};
+    int others[AXES] = {0};
+    Py_ssize_t sizes[2];
+    other_axes(from, a, b, others, sizes);
     for (Py_ssize_t m = 0; m < sizes[0]; m++)
         for (Py_ssize_t n = 0; n < sizes[1]; n++) {
             ptrdiff_t source = m * from->strides[others[0]] + n * from->strides[others[1]];
@@ -73,6 +83,14 @@ SPLIT_BOTH(split_3_1, uint8_t, 3)
 SPLIT_BOTH(split_4_1, uint8_t, 4)
 SPLIT_BOTH(split_3_2, uint16_t, 3)
 
+static int is_aligned(const Py_buffer *view)
+{
+    uintptr_t bits = (uintptr_t)view->buf;
+    for (int axis = 0; axis < view->ndim; axis++)
+        bits |= (uintptr_t)view->strides[axis];
+    return bits % (uintptr_t)view->itemsize == 0;
+}
+
 /* The loop for an array whose voxels have their channels, axis `a`, together; NULL if there is none. */
 static Split choose_split(const Py_buffer *from, const Py_buffer *to, int a, int b)
 {
@@ -81,6 +99,8 @@ static Split choose_split(const Py_buffer *from, const Py_buffer *to, int a, int
         Split split, wide;
     } known[] = {
         {3, 1, split_3_1, split_3_1_wide}, {4, 1, split_4_1, split_4_1_wide}, {3, 2, split_3_2, split_3_2_wide}};
+    if (!is_aligned(from) || !is_aligned(to))
+        return NULL;
     for (size_t k = 0; k < sizeof known / sizeof *known; k++)
         if (known[k].channels == from->shape[a] && known[k].item == from->itemsize &&
             from->strides[b] == from->shape[a] * from->itemsize && to->strides[a] >= to->shape[b] * to->itemsize)
@@ -92,11 +112,9 @@ static Split choose_split(const Py_buffer *from, const Py_buffer *to, int a, int
 static void copy_split(const Py_buffer *from, const uint8_t *in, const Py_buffer *to, uint8_t *out, int a,
                        int b, Split split)
 {
-    int others[AXES] = {0}, count = 0;
-    for (int axis = 0; axis < from->ndim; axis++)
-        if (axis != a && axis != b)
-            others[count++] = axis;
-    Py_ssize_t sizes[2] = {count > 0 ? from->shape[others[0]] : 1, count > 1 ? from->shape[others[1]] : 1};
+    int others[AXES] = {0};
+    Py_ssize_t sizes[2];
+    other_axes(from, a, b, others, sizes);
     for (Py_ssize_t m = 0; m < sizes[0]; m++)
         for (Py_ssize_t n = 0; n < sizes[1]; n++)
             split(in + m * from->strides[others[0]] + n * from->strides[others[1]],
