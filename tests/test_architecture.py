@@ -29,7 +29,7 @@ DOORS = {
     "volume_files": "volume_file nifti_writer formats",
     "chunks": "layout mapped_memory file_mark sharded_array codec mapped_shards shard_writer gather "
     "gather_plan scaling levels",
-    "slides": "levels slide_file tiles tissue tiff_writer",
+    "slides": "slide_levels slide_file tiles tissue tiff_writer",
     "resampling": "interpolation resampler axis_taps loops",
     "store": "names image_record manifest store lock store_writer staged_image image_writer voxel_statistics "
     "voxel_index verification value_counts",
@@ -45,7 +45,7 @@ DOORS = {
     "blending": "aggregator blend grid_blend reduction sinks regridding",
     "networks": "model_files model_identity model_axes network",
     "planning": "planning prediction_options model_inputs prediction_plan probe",
-    "prediction": "inference prediction_run",
+    "prediction": "inference prediction_run damaged_tiles",
     "report": "report slide_report",
     "bench": "benchmark_plan benchmark benchmark_report slide_reading advice",
     "compat": "",

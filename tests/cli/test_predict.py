@@ -9,7 +9,8 @@ import click
 import pytest
 
 from zpatch.blending import reduction
-from zpatch.cli.predict import _reductions, predict_command
+from zpatch.cli.predict import predict_command
+from zpatch.cli.prediction_inputs import reductions
 from zpatch.geometry.padding import PADDING_MODES
 from zpatch.images import normalization
 from zpatch.planning.prediction_options import PredictOptions
@@ -49,14 +50,14 @@ def test_the_command_offers_the_choices_of_the_library(name: str, choices: tuple
     ],
 )
 def test_reductions_are_one_for_all_outputs_or_one_for_each(texts: list[str], reduce: Any) -> None:
-    assert _reductions(texts) == reduce
+    assert reductions(texts) == reduce
 
 
 @pytest.mark.parametrize("texts", [["argmax", "none"], ["seg=argmax", "none"], ["seg=argmax", "seg=none"]])
 def test_reductions_that_contradict_each_other_are_refused(texts: list[str]) -> None:
     text = f"^{' '.join(texts)}: give one for all outputs, or one for each as OUTPUT=HOW$"
     with pytest.raises(click.BadParameter, match=text) as error:
-        _reductions(texts)
+        reductions(texts)
     assert error.value.param_hint == "--reduce"
 
 

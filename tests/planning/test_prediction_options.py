@@ -22,8 +22,11 @@ def test_predict_has_the_options_as_parameters_in_the_same_order_and_with_the_sa
     assert [*parameters] == [*FIELDS, "progress"]
     assert parameters["patch_overlap"].default == 0
     assert PredictOptions.of(image="t1", patch_size=16).patch_overlap == (0, 0, 0)
+    assert parameters["model_axes"].default is None  # which depends on what is predicted
+    assert PredictOptions.of(image="t1", patch_size=16).model_axes == FIELDS["model_axes"].default
+    assert PredictOptions.of(image="t1", patch_size=16, of_slides=True).model_axes == "yx"
     for name, field in FIELDS.items():
-        if field.default is not dataclasses.MISSING:
+        if field.default is not dataclasses.MISSING and name != "model_axes":
             assert parameters[name].default == field.default, name
             assert type(parameters[name].default) is type(field.default), name
 

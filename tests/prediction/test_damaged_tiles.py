@@ -81,7 +81,7 @@ def assert_filled(path: Path, image: zp.Image) -> None:
     np.testing.assert_allclose(voxels(image), wanted + 1, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"jobs": 2}, {"max_memory": "1 GB"}, {"batch_size": 1}])
+@pytest.mark.parametrize("options", [{}, {"jobs": 2}, {"max_memory": "8 GB"}, {"batch_size": 1}])
 def test_damaged_tiles_are_filled_counted_once_and_warned_of(
     slide: Path, out: Path, options: dict[str, Any]
 ) -> None:

@@ -159,7 +159,11 @@ def test_an_export_replaces_files_only_with_overwrite_and_otherwise_writes_none(
         ({"include": ["sub-11"]}, UnknownNameError, "no subject 'sub-11' in store .*; did you mean 'sub-01'"),
         ({"images": ["t2"]}, UnknownNameError, "no image 't2' in store .*; did you mean 't1'"),
         ({"exclude": ["*"]}, UnknownNameError, "no image of .* fits include=, exclude= and images="),
-        ({"suffix": ".img"}, OptionError, r"suffix must be one of .nii, .nii.gz, not '.img'"),
+        (
+            {"suffix": ".img"},
+            OptionError,
+            r"suffix must be one of .nii, .nii.gz, .ome.tif, .*, not '.img'",
+        ),
     ],
 )
 def test_unknown_names_in_an_export_are_an_error_that_lists_the_known_ones(

@@ -403,9 +403,9 @@ def test_a_patch_of_several_planes_is_refused_with_a_size_that_fits_a_single_pla
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
-        (["--patch-size", "512,512"], 2, "'512,512' is not one integer, or three with commas (I,J,K)"),
+        (["--patch-size", "5,5,1,1"], 2, "'5,5,1,1' is not one integer, or two or three with commas (I,J or"),
         (["--patch-size", "512,512,1", "--overlap", "64"], 2, "--overlap of 64 voxels on axis K is not "),
-        (["--patch-size", "512,512,1", "--overlap", "64,64"], 2, "'64,64' is not one integer, or three with"),
+        (["--patch-size", "512,512,1", "--overlap", "6,6,0,0"], 2, "'6,6,0,0' is not one integer, or two or"),
         (["--patch-size", "512,512,1", "--image", "he"], 1, "no image 'he' in subject 'yxc-v3'"),
         (
             ["--patch-size", "512,512,1", "--include", "sub-*"],

@@ -80,7 +80,7 @@ def _facts(path: Path, image: Image) -> dict[str, Any]:
 
 
 def _show_slide(facts: dict[str, Any]) -> None:
-    from zpatch.slides.levels import format_mpp
+    from zpatch.slides.slide_levels import format_mpp
 
     show(f"read by {facts['read_by']}; tiles are encoded as {facts['codec']}")
     if facts["time_points"] > 1:

@@ -20,7 +20,7 @@ from zpatch.images.opened_image import OpenedImage
 from zpatch.images.placed_image import PlacedImage
 from zpatch.images.slide_image import SlideOptions
 from zpatch.runtime.dask_graphs import Scheduler
-from zpatch.slides.levels import SlideLevel
+from zpatch.slides.slide_levels import SlideLevel
 from zpatch.sources.group_read import read_group
 from zpatch.sources.voxel_source import VoxelSource
 from zpatch.sources.voxel_sources import DERIVED_BLOCK_VOXELS

@@ -17,8 +17,8 @@ from zpatch.errors import DamageError, OptionError
 from zpatch.geometry.affines import Affine
 from zpatch.geometry.boxes import Triple, Voxels
 from zpatch.resampling.interpolation import Interpolation
-from zpatch.slides.levels import Pair, SlideLevel
 from zpatch.slides.slide_file import SlideFile
+from zpatch.slides.slide_levels import Pair, SlideLevel
 from zpatch.sources import zarr_images
 from zpatch.sources.input_files import map_of, offset_in_file
 from zpatch.sources.resampled_source import ResampledSource

@@ -12,8 +12,8 @@ from zpatch.errors import OptionError
 from zpatch.geometry.voxel_grid import VoxelGrid
 from zpatch.images.opened_image import OpenedImage, OpenedSlide
 from zpatch.resampling.interpolation import Interpolation
-from zpatch.slides.levels import Pair, checked_mpp, format_mpp, level_for
 from zpatch.slides.slide_file import SlideFile, open_slide, slide_affine
+from zpatch.slides.slide_levels import Pair, checked_mpp, format_mpp, level_for
 from zpatch.slides.tiles import TiledLevel
 from zpatch.sources.tiled_source import TiledSource
 from zpatch.sources.voxel_source import VoxelSource

@@ -131,7 +131,7 @@ class PredictOptions:
             patch_overlap=patch_overlap_triple(patch_overlap, size),
             spacing=None if spacing is None else spacing_triple(spacing),
             context=checked_context(context),
-            model_axes=model_axes or ("yx" if of_slides else "xyz"),
+            model_axes=("yx" if of_slides else "xyz") if model_axes is None else model_axes,
             **options,
         )
 

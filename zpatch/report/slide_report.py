@@ -19,7 +19,7 @@ from zpatch.report.pictures import png
 from zpatch.report.report import OUTPUT, check_may_write
 from zpatch.runtime.byte_sizes import format_bytes
 from zpatch.runtime.whole_file import whole_file
-from zpatch.slides.levels import format_mpp
+from zpatch.slides.slide_levels import format_mpp
 from zpatch.store.lock import writing_to
 
 LONGEST_SIDE = 1000  # of the thumbnail, in pixels

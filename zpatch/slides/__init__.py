@@ -2,7 +2,7 @@
 
 In reading order::
 
-    levels           the levels of a pyramid: sizes, micrometres per pixel, and which one is read
+    slide_levels     the levels of a pyramid: sizes, micrometres per pixel, and which one is read
     tiles            a level as a grid of tiles, and tiles that cannot be decoded
     pixel_sizes      micrometres per pixel, as the writers of TIFF files note them
     tiff_file        the door to tifffile: files, their pages, and how a tile is decoded

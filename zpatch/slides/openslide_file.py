@@ -13,7 +13,7 @@ from zpatch.chunks.file_mark import FileMark
 from zpatch.errors import SourceError, one_line
 from zpatch.geometry.boxes import Voxels
 from zpatch.runtime.recent import Recent
-from zpatch.slides.levels import Pair
+from zpatch.slides.slide_levels import Pair
 from zpatch.slides.tiles import Decoder, Four, TiledLevel, damaged_tile
 
 KEPT_OPEN = 16  # slides, each with a cache of its own

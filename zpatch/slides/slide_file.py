@@ -13,7 +13,7 @@ from zpatch.chunks.file_mark import FileMark
 from zpatch.errors import OptionError, SourceError, ZpatchError
 from zpatch.runtime.guarded_files import open_regular
 from zpatch.slides import openslide_file, pixel_sizes, tiff_file, tiff_level
-from zpatch.slides.levels import Pair, SlideLevel, whole_factor
+from zpatch.slides.slide_levels import Pair, SlideLevel, whole_factor
 from zpatch.slides.tiles import TiledLevel
 
 TIFF_SUFFIXES = (".tif", ".tiff", ".svs", ".ndpi", ".scn", ".qptiff", ".btf", ".tf8", ".lsm", ".stk")

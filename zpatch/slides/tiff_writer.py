@@ -12,7 +12,7 @@ import numpy as np
 
 from zpatch.geometry.boxes import Voxels
 from zpatch.runtime.whole_file import whole_file
-from zpatch.slides.levels import Pair
+from zpatch.slides.slide_levels import Pair
 from zpatch.slides.tiff_file import tifffile_module
 from zpatch.slides.tiles import Four
 

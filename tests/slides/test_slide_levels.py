@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zpatch.errors import OptionError
-from zpatch.slides.levels import TAKEN_AS_IS, checked_mpp, level_for, whole_factor
+from zpatch.slides.slide_levels import TAKEN_AS_IS, checked_mpp, level_for, whole_factor
 
 PYRAMID = [(0.25, 0.25), (1.0, 1.0), (4.0, 4.0)]
 UNEVEN = [(0.25, 0.5), (1.0, 2.0)]
