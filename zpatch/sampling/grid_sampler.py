@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Self
 
 import numpy as np
 import torch
@@ -55,17 +54,14 @@ class GridSampler(PatchSampler, torch.utils.data.Dataset[Patch]):
             )
         super().__init__(patch_size, context=context, padding_mode=padding_mode, fill=fill)
         self.patch_overlap = patch_overlap_triple(patch_overlap, self.patch_size)
-        if subject is not None and (flat := self.fitted(subject)) is not self:
-            self.__dict__.update(flat.__dict__)
+        if self._is_cube and subject is not None and subject.is_slide:
+            self._flatten()
         self.subject = subject
         self._grid = None if subject is None else self.grid_of(subject)
 
-    def fitted(self, subject: Subject) -> Self:
-        """The sampler, over one plane if its sizes are one integer each and the subject is a slide."""
-        flat = super().fitted(subject)
-        if flat is not self:
-            flat.patch_overlap = *self.patch_overlap[:2], 0
-        return flat
+    def _flatten(self) -> None:
+        super()._flatten()
+        self.patch_overlap = *self.patch_overlap[:2], 0
 
     def grid_of(self, subject: Subject) -> PatchGrid:
         """The grid over a subject."""

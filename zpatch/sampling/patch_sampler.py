@@ -88,9 +88,13 @@ class PatchSampler(ABC):
         if not (self._is_cube and subject.is_slide):
             return self
         flat = copy.copy(self)
-        flat.patch_size = *self.patch_size[:2], 1
-        flat._is_cube = False
+        flat._flatten()
         return flat
+
+    def _flatten(self) -> None:
+        """Take patches of one plane."""
+        self.patch_size = *self.patch_size[:2], 1
+        self._is_cube = False
 
     @abstractmethod
     def counts(self, subjects: Sequence[Subject], patches_per_volume: int) -> NDArray[np.int64]:
