@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from zpatch.errors import OptionError
-from zpatch.geometry.boxes import PatchLocation
+from zpatch.geometry.boxes import PatchLocation, Voxels
 from zpatch.images.image import Image, LabelMap, ScalarImage
 from zpatch.images.opened_image import OpenedImage
 from zpatch.slides.tissue import tissue_of
@@ -29,9 +29,7 @@ def tissue_map(slide: Image) -> LabelMap:
     tissue=zp.tissue_map(slide))``.
     """
     thumbnail = thumbnail_of(slide)
-    _, i, j, _ = thumbnail.shape
-    pixels = thumbnail.read(PatchLocation((0, 0, 0), (i, j, 1)))[..., 0]
-    source = ArraySource.of(tissue_of(pixels).astype(np.uint8)[None, :, :, None])
+    source = ArraySource.of(tissue_of(first_plane(thumbnail)).astype(np.uint8)[None, :, :, None])
     return LabelMap(OpenedImage(source, thumbnail.affine, unit=thumbnail.spatial_unit))
 
 
@@ -50,6 +48,12 @@ def thumbnail_of(slide: Image) -> ScalarImage:
     return ScalarImage(
         opened.file.path, level=number, slide_mpp=opened.mpp, time=0 if opened.file.points > 1 else None
     )
+
+
+def first_plane(thumbnail: ScalarImage) -> Voxels:
+    """The pixels (C, I, J) of the first plane of a thumbnail."""
+    _, i, j, _ = thumbnail.shape
+    return thumbnail.read(PatchLocation((0, 0, 0), (i, j, 1)))[..., 0]
 
 
 def _distance(level: Any, mpp: Any) -> float:

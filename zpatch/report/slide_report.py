@@ -11,15 +11,16 @@ from numpy.typing import NDArray
 
 from zpatch.digests import Json
 from zpatch.errors import OptionError
-from zpatch.geometry.boxes import Bools
+from zpatch.geometry.boxes import Bools, Voxels
 from zpatch.images.image import ScalarImage
-from zpatch.images.tissue_map import thumbnail_of, tissue_map
+from zpatch.images.tissue_map import first_plane, thumbnail_of
 from zpatch.report.page import GENERATOR, TEMPLATES
 from zpatch.report.pictures import png
 from zpatch.report.report import OUTPUT, check_may_write
 from zpatch.runtime.byte_sizes import format_bytes
 from zpatch.runtime.whole_file import whole_file
 from zpatch.slides.slide_levels import format_mpp
+from zpatch.slides.tissue import tissue_of
 from zpatch.store.lock import writing_to
 
 LONGEST_SIDE = 1000  # of the thumbnail, in pixels
@@ -58,10 +59,10 @@ def write_slide_report(
     if image.opened.slide is None:
         raise OptionError(f"{path}: a report is about a store, or about a slide")
     check_may_write(target)
-    file, tissue = image.opened.slide.file, tissue_map(image)
-    inside = tissue.data[0, :, :, 0].T > 0
-    picture = _outlined(_pixels(thumbnail_of(image)), inside)
-    mpp = image.opened.slide.mpp
+    file, mpp = image.opened.slide.file, image.opened.slide.mpp
+    pixels = first_plane(thumbnail_of(image))
+    inside = tissue_of(pixels).T
+    picture = _outlined(_colours(pixels), inside)
     sizes = ["unknown"] * len(file.levels) if mpp is None else [format_mpp(m) for m in file.sizes(mpp)]
     text = TEMPLATES.get_template("slide.html.j2").render(
         generator=GENERATOR,
@@ -84,12 +85,12 @@ def write_slide_report(
     return WrittenSlideReport(path, target, target.stat().st_size, float(inside.mean()))
 
 
-def _pixels(thumbnail: ScalarImage) -> NDArray[np.uint8]:
-    """The pixels (rows, columns, 3) of a thumbnail, of any number of channels and any type."""
-    values = thumbnail.data[..., 0].transpose(2, 1, 0)[..., :3].astype(np.float32)
+def _colours(pixels: Voxels) -> NDArray[np.uint8]:
+    """Pixels (C, I, J) of any number of channels and any type as colours (rows, columns, 3)."""
+    values = pixels.transpose(2, 1, 0)[..., :3].astype(np.float32)
     if values.shape[2] < 3:
         values = np.repeat(values[..., :1], 3, axis=2)
-    most = 255.0 if thumbnail.dtype == np.uint8 else float(values.max()) or 1.0
+    most = 255.0 if pixels.dtype == np.uint8 else float(values.max()) or 1.0
     return np.asarray(np.clip(values * (255 / most), 0, 255), np.uint8)
 
 
