@@ -8,7 +8,7 @@ from pathlib import Path
 from zpatch.bench.benchmark_plan import GROUP_PATCHES
 from zpatch.bench.reading_speed import Speed, reading_speed
 from zpatch.errors import OptionError
-from zpatch.geometry.boxes import Triple, check_patch_fits, patch_size_triple
+from zpatch.geometry.boxes import Triple, check_patch_fits, in_plane, patch_size_triple
 from zpatch.images.subject import Subject
 from zpatch.runtime.tasks import core_count
 
@@ -20,7 +20,7 @@ def slide_patch_size(subject: Subject, patch_size: int | Sequence[int] | None) -
     _, i, j, _ = next(iter(subject.images.values())).shape
     if patch_size is None:
         patch_size = (min(PATCH_PIXELS, i), min(PATCH_PIXELS, j))
-    size = patch_size_triple((patch_size, patch_size) if isinstance(patch_size, int) else patch_size)
+    size = patch_size_triple(in_plane(patch_size))
     check_patch_fits(size, subject.spatial_shape, subject.name)
     return size
 

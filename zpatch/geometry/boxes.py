@@ -39,6 +39,15 @@ def triple(value: int | Sequence[int], name: str) -> Triple:
     return i, j, k
 
 
+def in_plane(value: int | Sequence[int]) -> int | Sequence[int]:
+    """A patch size or overlap for a plane: one number is along I and J.
+
+    >>> in_plane(64), in_plane((64, 32))
+    ((64, 64), (64, 32))
+    """
+    return (value, value) if isinstance(value, int) else value
+
+
 def _of_plane(value: int | Sequence[int], along_k: int) -> int | Sequence[int]:
     return (*value, along_k) if isinstance(value, Sequence) and len(value) == 2 else value
 

@@ -15,7 +15,13 @@ import torch
 from zpatch.blending.reduction import Reduction, Reductions, check_known, check_reduction
 from zpatch.digests import Json, compact_json
 from zpatch.errors import OptionError, StoreExistsError
-from zpatch.geometry.boxes import PatchLocation, Triple, patch_overlap_triple, patch_size_triple
+from zpatch.geometry.boxes import (
+    PatchLocation,
+    Triple,
+    in_plane,
+    patch_overlap_triple,
+    patch_size_triple,
+)
 from zpatch.geometry.orientation import orientation_to
 from zpatch.geometry.padding import check_padding_mode
 from zpatch.geometry.voxel_grid import Spacing, spacing_triple
@@ -121,9 +127,7 @@ class PredictOptions:
         the network two-dimensional, unless its axes are named.
         """
         if of_slides:
-            patch_size, patch_overlap = (
-                (n, n) if isinstance(n, int) else n for n in (patch_size, patch_overlap)
-            )
+            patch_size, patch_overlap = in_plane(patch_size), in_plane(patch_overlap)
         size = patch_size_triple(patch_size)
         return cls(
             image=(image,) if isinstance(image, str) else tuple(image),

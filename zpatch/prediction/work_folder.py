@@ -75,8 +75,9 @@ def finish_subject(
     """
     ledgers = [folder.ledger(head) for head in plan.heads]
     mended: list[ImageRecord | None] = [*committed] or [None] * len(ledgers)
+    damaged = folder.damaged()
     return [
-        (ledger.folder, _finished(head, plan.native, ledger, before, folder.damaged()))
+        (ledger.folder, _finished(head, plan.native, ledger, before, damaged))
         for head, ledger, before in zip(plan.heads, ledgers, mended, strict=True)
     ]
 

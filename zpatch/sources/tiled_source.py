@@ -17,7 +17,7 @@ import numpy as np
 from zpatch.chunks.file_mark import FileMark
 from zpatch.chunks.gather import copy_chunks, part_slices
 from zpatch.chunks.gather_plan import BOX, SHARD, GatherPlan, memory_order
-from zpatch.chunks.mapped_memory import copy_mapped
+from zpatch.chunks.mapped_memory import copy_between_orders
 from zpatch.chunks.scaling import UNSCALED, Scaling
 from zpatch.geometry.boxes import PatchLocation, Triple, Voxels, reversed_axes, stored_corners
 from zpatch.runtime import buffer_pool
@@ -96,13 +96,13 @@ class TiledSource(VoxelSource):
                 tile = read(number)
                 for row in rows:
                     source, target = part_slices(row)
-                    copy_mapped(tile[source], outs[row[BOX]][target])
+                    copy_between_orders(tile[source], outs[row[BOX]][target])
             return
         held = buffer_pool.empty((min(HELD_TILES, len(plan.shards)), samples, j, k, i), self.dtype)
         while some := list(itertools.islice(tiles, HELD_TILES)):
             planes = {number: tile for (number, _), tile in zip(some, held, strict=False)}
             for number, tile in planes.items():
-                copy_mapped(read(number), tile)
+                copy_between_orders(read(number), tile)
             part = GatherPlan(np.array([row for _, rows in some for row in rows], np.int64))
             copy_chunks(planes, part, outs, scaling)
 
