@@ -46,7 +46,7 @@ def contiguous_network(patches: torch.Tensor) -> torch.Tensor:
 @functools.cache
 def _unet() -> torch.nn.Module:
     torch.manual_seed(0)
-    return SmallUNet(classes=CLASSES).eval()
+    return SmallUNet(classes=CLASSES).eval().requires_grad_(requires_grad=False)
 
 
 def unet(patches: torch.Tensor) -> torch.Tensor:
