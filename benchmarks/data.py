@@ -285,7 +285,7 @@ def _header(shape: Shape, dtype: str = "<i2", voxel_mm: Spacing = VOXEL_MM) -> b
 def _write_cohort(place: Path, subjects: int, with_folders: int) -> None:
     from zpatch.conversion.conversion import convert
     from zpatch.digests import sealed_line
-    from zpatch.store.names import MANIFEST, ROOT_DOCUMENT
+    from zpatch.records.names import MANIFEST, ROOT_DOCUMENT
     from zpatch.store.store import open_store
 
     source, one = place / "source", place / "one"

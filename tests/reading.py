@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from zpatch.chunks import gather
 from zpatch.geometry.boxes import PatchLocation
 from zpatch.images.image import Image, stored_image
-from zpatch.store.image_record import ImageRecord
+from zpatch.records.image_record import ImageRecord
 from zpatch.store.staged_image import StagedImage
 from zpatch.store.store import sharded_array
 

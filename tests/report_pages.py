@@ -16,8 +16,8 @@ from PIL import Image
 
 import zpatch as zp
 from zpatch.digests import digest
+from zpatch.records.names import MANIFEST
 from zpatch.report.report import write_report
-from zpatch.store.names import MANIFEST
 
 
 class Page(HTMLParser):

@@ -31,7 +31,8 @@ DOORS = {
     "gather_plan scaling levels",
     "slides": "slide_levels slide_file tiles tissue tiff_writer",
     "resampling": "interpolation resampler axis_taps loops",
-    "store": "names image_record manifest store lock store_writer staged_image image_writer voxel_statistics "
+    "records": "names image_record manifest",
+    "store": "store lock store_writer staged_image image_writer voxel_statistics "
     "voxel_index verification value_counts",
     "conversion": "conversion conversion_plan conversion_options store_export cases case_lists",
     "sources": "voxel_source lazy_array zarr_images input_files image_read group_read voxel_sources "

@@ -16,7 +16,7 @@ from zpatch.blending.sinks import ShardAssembler, TensorSink, output_record
 from zpatch.chunks.layout import Layout
 from zpatch.errors import IncompleteCoverageError
 from zpatch.geometry.boxes import Triple
-from zpatch.store.image_record import ImageRecord
+from zpatch.records.image_record import ImageRecord
 
 
 def record_of(voxels: torch.Tensor, shard: Triple) -> ImageRecord:

@@ -44,9 +44,9 @@ from zpatch.chunks.sharded_array import ChunkFiles, ShardedArray
 from zpatch.conversion import conversion_plan
 from zpatch.digests import FileSeal, digest
 from zpatch.errors import DamageError
+from zpatch.records.image_record import ImageRecord
 from zpatch.sources import group_read, voxel_sources
 from zpatch.sources.group_read import read_group
-from zpatch.store.image_record import ImageRecord
 from zpatch.store.staged_image import StagedImage
 from zpatch.store.store import sharded_array
 

@@ -25,8 +25,8 @@ import zpatch.cli
 from zpatch.chunks.mapped_shards import close_shards
 from zpatch.cli import COMMANDS
 from zpatch.digests import digest
-from zpatch.store.manifest import append_lines
-from zpatch.store.names import FORMAT, LOCK, MANIFEST, ROOT_DOCUMENT, STAGING
+from zpatch.records.manifest import append_lines
+from zpatch.records.names import FORMAT, LOCK, MANIFEST, ROOT_DOCUMENT, STAGING
 
 HEAVY = ("torch", "dask", "zarr", "nibabel", "numpy", "numcodecs", "rich")
 NETS = """

@@ -17,7 +17,7 @@ import zpatch as zp
 from zpatch.compat import nifti_cache
 from zpatch.compat.nifti_cache import cache_folder, cached_image, save_image
 from zpatch.errors import NotAStoreError, OptionError, SourceError, StoreError
-from zpatch.store.image_record import Kind
+from zpatch.records.image_record import Kind
 
 VOXELS = np.arange(6 * 7 * 8, dtype=np.int16).reshape(6, 7, 8)
 AFFINE = np.diag([2.0, 3.0, 4.0, 1.0])

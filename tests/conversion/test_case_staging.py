@@ -14,8 +14,8 @@ import pytest
 import zpatch as zp
 from zpatch.conversion.conversion_options import BASE_BYTES, ConvertOptions
 from zpatch.errors import StoreError
+from zpatch.records.names import MANIFEST
 from zpatch.store import staged_image
-from zpatch.store.names import MANIFEST
 from zpatch.store.store_writer import StoreWriter
 from zpatch.volume_files.volume_file import VolumeFile
 

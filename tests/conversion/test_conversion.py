@@ -22,9 +22,9 @@ from zpatch.conversion.conversion_plan import ConversionPlan, plan_conversion
 from zpatch.conversion.source_files import fingerprint
 from zpatch.digests import unsealed
 from zpatch.errors import MemoryLimitError, OptionError, SourceError
+from zpatch.records.image_record import ImageRecord
+from zpatch.records.names import MANIFEST
 from zpatch.store import store_writer
-from zpatch.store.image_record import ImageRecord
-from zpatch.store.names import MANIFEST
 from zpatch.volume_files import formats
 
 RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])

@@ -32,9 +32,9 @@ from zpatch.geometry.boxes import PatchLocation
 from zpatch.geometry.orientation import orientation_to
 from zpatch.images.image import ScalarImage
 from zpatch.prediction.shard_ledger import HEADER, LEDGER, ShardLedger, begin, header_of
+from zpatch.records.image_record import ImageRecord
+from zpatch.records.names import MANIFEST, ROOT_DOCUMENT
 from zpatch.slides import openslide_file, tiff_file
-from zpatch.store.image_record import ImageRecord
-from zpatch.store.names import MANIFEST, ROOT_DOCUMENT
 from zpatch.store.store import open_store, sharded_array
 from zpatch.volume_files.formats import files_of, read_header
 from zpatch.volume_files.nifti_writer import make_header, single_file_header

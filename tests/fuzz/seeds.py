@@ -23,7 +23,7 @@ from zpatch.chunks.codec import crc32c
 from zpatch.chunks.levels import Level
 from zpatch.digests import FileSeal, compact_json, sealed_line
 from zpatch.epochs.stream_position import queue_state
-from zpatch.store.image_record import ImageRecord, Provenance, SourceFingerprint
+from zpatch.records.image_record import ImageRecord, Provenance, SourceFingerprint
 from zpatch.store.image_writer import ImageTally
 from zpatch.volume_files.nifti_writer import make_header
 

@@ -15,7 +15,7 @@ import pytest
 import zpatch as zp
 from zpatch.digests import sealed_line
 from zpatch.errors import DamageError, OptionError, SourceError, UnknownNameError
-from zpatch.store.names import MANIFEST
+from zpatch.records.names import MANIFEST
 from zpatch.store.store import open_store
 
 NAMES = ["sub-01", "sub-02", "sub-03", "sub-04"]

@@ -18,8 +18,8 @@ from processes import eventually
 
 import zpatch as zp
 from zpatch.errors import DamageError, QueueError
+from zpatch.records.names import UNFINISHED
 from zpatch.slides.tiles import DamagedTileError
-from zpatch.store.names import UNFINISHED
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_chunks")
 

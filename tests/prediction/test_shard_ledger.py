@@ -35,7 +35,7 @@ from zpatch.digests import compact_json, digest, sealed_line, unsealed
 from zpatch.errors import DamageError, IncompleteCoverageError, SamplingError, StoreExistsError
 from zpatch.geometry.boxes import padded_to_4d
 from zpatch.prediction.shard_ledger import HEADER, LEDGER, Shard, ShardLedger, begin, header_of
-from zpatch.store.image_record import ImageRecord, Kind
+from zpatch.records.image_record import ImageRecord, Kind
 from zpatch.store.image_writer import ImageWriter
 from zpatch.store.staged_image import StagedImage
 from zpatch.store.store import sharded_array

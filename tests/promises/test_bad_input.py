@@ -23,7 +23,7 @@ import zpatch as zp
 import zpatch.cli
 from zpatch.chunks.layout import plan_layout
 from zpatch.errors import NiftiError
-from zpatch.store.names import MANIFEST
+from zpatch.records.names import MANIFEST
 from zpatch.store.store import open_store
 from zpatch.volume_files.nifti_header import read_header
 

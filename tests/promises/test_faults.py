@@ -33,7 +33,7 @@ import zpatch.cli
 from zpatch.chunks.mapped_shards import close_shards
 from zpatch.digests import unsealed
 from zpatch.errors import SourceError
-from zpatch.store.names import LOCK, MANIFEST, ROOT_DOCUMENT, STAGING
+from zpatch.records.names import LOCK, MANIFEST, ROOT_DOCUMENT, STAGING
 from zpatch.store.store_writer import StoreWriter
 
 SUBJECTS = ("sub-01", "sub-02", "sub-03")

@@ -22,7 +22,7 @@ from zpatch.chunks.codec import ChunkCodec
 from zpatch.chunks.mapped_shards import close_shards
 from zpatch.digests import compact_json, digest, sealed_line, unsealed
 from zpatch.errors import DamageError, StoreError, ZpatchError
-from zpatch.store.names import LOCK, MANIFEST, ROOT_DOCUMENT, STAGING, UNFINISHED
+from zpatch.records.names import LOCK, MANIFEST, ROOT_DOCUMENT, STAGING, UNFINISHED
 from zpatch.store.store_writer import PARTIAL_DOCUMENT
 
 pytestmark = pytest.mark.timeout(60)

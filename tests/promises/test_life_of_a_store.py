@@ -52,8 +52,8 @@ from zpatch.chunks.layout import plan_output_layout
 from zpatch.chunks.mapped_shards import close_shards
 from zpatch.errors import DamageError, StoreError
 from zpatch.planning import regions
+from zpatch.records.names import LOCK, MANIFEST, ROOT_DOCUMENT, STAGING, UNFINISHED
 from zpatch.store.lock import take_lock
-from zpatch.store.names import LOCK, MANIFEST, ROOT_DOCUMENT, STAGING, UNFINISHED
 from zpatch.store.store_writer import StoreWriter
 
 Key = tuple[str, str]

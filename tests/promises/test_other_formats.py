@@ -21,7 +21,7 @@ from zpatch.cli import run
 from zpatch.conversion.conversion_options import ConvertOptions
 from zpatch.conversion.conversion_plan import plan_conversion
 from zpatch.errors import SourceError
-from zpatch.store.image_record import ImageRecord
+from zpatch.records.image_record import ImageRecord
 
 SUFFIXES = [".mha", ".mhd", ".nrrd", ".nhdr"]
 OBLIQUE = np.linalg.qr(np.random.default_rng(7).normal(size=(3, 3)))[0]

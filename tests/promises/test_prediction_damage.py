@@ -22,7 +22,7 @@ import zpatch as zp
 import zpatch.cli
 from zpatch.networks import network
 from zpatch.prediction import shard_ledger
-from zpatch.store.names import MANIFEST
+from zpatch.records.names import MANIFEST
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 assert all((cohort, commands, store))  # fixtures

@@ -18,8 +18,8 @@ import zpatch as zp
 from zpatch.chunks.mapped_shards import close_shards
 from zpatch.errors import DamageError, MemoryLimitError, ModelError, StoreError, UnknownNameError, WorkerError
 from zpatch.prediction import shard_ledger
+from zpatch.records.names import UNFINISHED
 from zpatch.runtime.failures import Failures
-from zpatch.store.names import UNFINISHED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 assert commands  # a fixture

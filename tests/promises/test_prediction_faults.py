@@ -38,7 +38,7 @@ from zpatch.planning.prediction_plan import PredictionPlan
 from zpatch.prediction import shard_ledger
 from zpatch.prediction.region_run import run_region
 from zpatch.prediction.work_folder import WorkFolder
-from zpatch.store.names import LOCK, MANIFEST, UNFINISHED
+from zpatch.records.names import LOCK, MANIFEST, UNFINISHED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -27,7 +27,7 @@ import zpatch.cli
 from zpatch.chunks.mapped_shards import close_shards
 from zpatch.errors import StoreError
 from zpatch.prediction import shard_ledger
-from zpatch.store.names import MANIFEST, UNFINISHED
+from zpatch.records.names import MANIFEST, UNFINISHED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 assert all((cohort, store))  # fixtures

@@ -34,8 +34,8 @@ from zpatch.planning.prediction_options import PredictOptions
 from zpatch.planning.prediction_plan import PredictionPlan
 from zpatch.planning.probe import probe
 from zpatch.prediction import shared_work
+from zpatch.records.names import UNFINISHED
 from zpatch.runtime.tasks import run_tasks
-from zpatch.store.names import UNFINISHED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

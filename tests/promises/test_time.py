@@ -52,8 +52,8 @@ import zpatch.cli
 from zpatch.compat.nifti_cache import cached_image
 from zpatch.errors import QueueError
 from zpatch.loading import worker_pool
+from zpatch.records.names import MANIFEST, UNFINISHED
 from zpatch.store import store_writer
-from zpatch.store.names import MANIFEST, UNFINISHED
 
 assert all((commands, source, store))  # fixtures
 

@@ -21,8 +21,8 @@ import zpatch as zp
 import zpatch.cli
 from zpatch.chunks.mapped_shards import close_shards
 from zpatch.errors import OptionError, StoreExistsError, UnknownNameError
+from zpatch.records.names import MANIFEST
 from zpatch.report.report import write_report
-from zpatch.store.names import MANIFEST
 from zpatch.store.store_writer import StoreWriter
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

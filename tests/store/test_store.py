@@ -28,7 +28,7 @@ from zpatch.errors import (
     StoreExistsError,
     StoreLockedError,
 )
-from zpatch.store.names import MANIFEST
+from zpatch.records.names import MANIFEST
 from zpatch.store.store import open_store
 from zpatch.store.store_writer import StoreWriter
 

@@ -15,8 +15,8 @@ import pytest
 
 import zpatch as zp
 from zpatch.errors import NotAStoreError
+from zpatch.records.names import MANIFEST
 from zpatch.store.lock import take_lock
-from zpatch.store.names import MANIFEST
 from zpatch.store.store import open_store
 from zpatch.store.store_writer import StoreWriter
 from zpatch.store.verification import VerificationReport, sealed_files

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 import zpatch as zp
 from zpatch.errors import SamplingError
-from zpatch.store.image_record import ImageRecord, Kind
+from zpatch.records.image_record import ImageRecord, Kind
 from zpatch.store.voxel_index import (
     ChunkGrid,
     LabelIndexBuilder,

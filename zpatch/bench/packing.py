@@ -14,7 +14,7 @@ from zpatch.chunks.layout import covering_chunks, plan_layout
 from zpatch.geometry.affines import spacing_mm
 from zpatch.geometry.boxes import Triple, padded_to_4d
 from zpatch.images.image import Image
-from zpatch.store.image_record import codec_for
+from zpatch.records.image_record import codec_for
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,9 @@ from zpatch.chunks.sharded_array import ShardedArray
 from zpatch.geometry.boxes import PatchLocation, Triple, allowed_centres, check_patch_fits, stored_corners
 from zpatch.images.image import Image
 from zpatch.images.subject import Subject
+from zpatch.records.image_record import ImageRecord
 from zpatch.sources.group_read import read_group
 from zpatch.sources.voxel_sources import ShardSource
-from zpatch.store.image_record import ImageRecord
 
 Boxes = tuple[NDArray[np.int64], NDArray[np.int64]]
 

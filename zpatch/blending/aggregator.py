@@ -23,9 +23,9 @@ from zpatch.blending.sinks import FinalisingSink, ImageSink, Output, OutputSink,
 from zpatch.errors import IncompleteCoverageError, OptionError, UnknownNameError
 from zpatch.geometry.affines import resized_affine
 from zpatch.geometry.boxes import PatchLocation, Triple
+from zpatch.records.names import check_name, check_names_differ
 from zpatch.sampling.grid_sampler import GridSampler
 from zpatch.store.lock import writing_to
-from zpatch.store.names import check_name, check_names_differ
 from zpatch.store.staged_image import StagedImage
 from zpatch.tiling.volume_tiles import Tiling
 

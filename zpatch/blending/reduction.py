@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from zpatch.errors import ModelError, OptionError, UnknownNameError
-from zpatch.store.image_record import Kind
+from zpatch.records.image_record import Kind
 
 try:
     from zpatch.blending._blend import classify as _compiled

@@ -20,8 +20,8 @@ from zpatch.errors import IncompleteCoverageError
 from zpatch.geometry.affines import Affine
 from zpatch.geometry.boxes import Triple, padded_to_4d
 from zpatch.images.image import Image, stored_image
+from zpatch.records.image_record import ImageRecord, Kind
 from zpatch.runtime import buffer_pool
-from zpatch.store.image_record import ImageRecord, Kind
 from zpatch.store.image_writer import ImageWriter, Shard
 from zpatch.store.staged_image import StagedImage
 from zpatch.volume_files.nifti_writer import make_header

@@ -14,7 +14,7 @@ from zpatch.cli.progress import print_json, show, show_table
 from zpatch.runtime.byte_sizes import format_bytes
 
 if TYPE_CHECKING:
-    from zpatch.store.image_record import ImageRecord
+    from zpatch.records.image_record import ImageRecord
     from zpatch.store.store import Store
 
 
@@ -41,7 +41,7 @@ def info_command(store: Path, include: tuple[str, ...], limit: int, json: bool) 
         show_image(store, json=json)
         return
     from zpatch.images.mixtures import mixtures
-    from zpatch.store.names import chosen
+    from zpatch.records.names import chosen
     from zpatch.store.store import open_store
 
     opened = open_store(store)
@@ -104,7 +104,7 @@ def _headline(store: Store, records: Sequence[ImageRecord]) -> str:
 
 def _origins(records: Sequence[ImageRecord]) -> list[str]:
     """A line for each network that made some predictions: its name, its file, and where its inputs were."""
-    from zpatch.store.image_record import common_folder
+    from zpatch.records.image_record import common_folder
 
     inputs: dict[tuple[str, str | None, str], list[str | None]] = {}
     for made in (record.provenance for record in records if record.provenance):

@@ -28,7 +28,7 @@ from zpatch.digests import digest
 from zpatch.errors import OptionError, SourceError, StoreError, StoreLockedError
 from zpatch.geometry.affines import Affine
 from zpatch.images.image import IMAGE_CLASSES, Image, stored_image
-from zpatch.store.image_record import Kind
+from zpatch.records.image_record import Kind
 from zpatch.store.lock import take_lock
 from zpatch.volume_files.formats import files_of, read_header
 from zpatch.volume_files.nifti_writer import make_header, write_nifti

@@ -36,8 +36,8 @@ from zpatch.images.subject import Subject
 from zpatch.pipelines import torchio1_places, torchio2_places
 from zpatch.pipelines.monai_pipeline import monai_pipeline
 from zpatch.pipelines.torchio_pipeline import torchio_pipeline
+from zpatch.records.image_record import Kind
 from zpatch.sampling.patch import Patch, PatchImage
-from zpatch.store.image_record import Kind
 
 PatchTransform = Callable[[Patch], Patch]
 

@@ -26,7 +26,7 @@ from zpatch.conversion.cases import (
 )
 from zpatch.conversion.source_files import listed_file
 from zpatch.errors import SourceError
-from zpatch.store.image_record import Kind
+from zpatch.records.image_record import Kind
 
 DATASET = "dataset.json"
 SUBJECT_KEYS = ("subject", "case", "id")

@@ -23,10 +23,10 @@ from zpatch.conversion.source_files import fingerprint
 from zpatch.errors import SamplingError, SourceError, StoreError, VolumeFileError, one_line
 from zpatch.geometry.boxes import padded_to_4d
 from zpatch.geometry.orientation import Orientation
+from zpatch.records.image_record import ImageRecord, codec_for
 from zpatch.runtime.byte_sizes import format_bytes
 from zpatch.runtime.task_contract import Progress
 from zpatch.runtime.tasks import read_ahead
-from zpatch.store.image_record import ImageRecord, codec_for
 from zpatch.store.image_writer import ImageWriter, Shard
 from zpatch.store.lock import writing_to
 from zpatch.store.staged_image import StagedImage

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
-from zpatch.store.image_record import Kind
+from zpatch.records.image_record import Kind
 from zpatch.volume_files.formats import SUFFIXES
 
 SUFFIXES_IN_WORDS = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"

@@ -20,11 +20,11 @@ from zpatch.conversion.conversion_plan import (
 )
 from zpatch.digests import Json
 from zpatch.errors import WorkerError
+from zpatch.records.image_record import ImageRecord
+from zpatch.records.manifest import Key
+from zpatch.records.names import MANIFEST
 from zpatch.runtime.task_contract import Cluster, Progress
 from zpatch.runtime.tasks import run_tasks
-from zpatch.store.image_record import ImageRecord
-from zpatch.store.manifest import Key
-from zpatch.store.names import MANIFEST
 from zpatch.store.store import open_store
 from zpatch.store.store_writer import StoreWriter, check_can_create
 

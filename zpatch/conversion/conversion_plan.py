@@ -25,9 +25,9 @@ from zpatch.errors import OptionError, SourceError, one_line
 from zpatch.geometry.affines import Affine, max_corner_distance, spacing_mm
 from zpatch.geometry.boxes import Triple, padded_to_4d
 from zpatch.geometry.orientation import AS_STORED, Orientation, orientation_to
+from zpatch.records.image_record import ImageRecord
+from zpatch.records.manifest import Key
 from zpatch.runtime.byte_sizes import format_bytes, refuse_above
-from zpatch.store.image_record import ImageRecord
-from zpatch.store.manifest import Key
 from zpatch.volume_files import formats
 from zpatch.volume_files.volume_file import VolumeFile
 

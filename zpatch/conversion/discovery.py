@@ -23,8 +23,8 @@ from zpatch.conversion.folder_conventions import (
 )
 from zpatch.conversion.source_files import Note, counted
 from zpatch.errors import SourceError
-from zpatch.store.image_record import Kind
-from zpatch.store.names import check_name, check_names_differ, matches
+from zpatch.records.image_record import Kind
+from zpatch.records.names import check_name, check_names_differ, matches
 
 _LISTS, _FOLDERS = ("json", "csv"), ("bids", "nnunet", "glob")
 _HOLDS_NOTHING = {

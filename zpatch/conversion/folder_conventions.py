@@ -25,7 +25,7 @@ from zpatch.conversion.cases import (
 )
 from zpatch.conversion.source_files import FoundFile, Note, counted, entries_of, image_files, listed_file
 from zpatch.errors import SourceError
-from zpatch.store.image_record import Kind
+from zpatch.records.image_record import Kind
 
 SOLE_LABEL = "label"
 PARTICIPANTS = "participants.tsv"

@@ -13,7 +13,7 @@ import numpy as np
 from zpatch.chunks.levels import halve, halved_shard
 from zpatch.chunks.mapped_shards import close_shards
 from zpatch.geometry.boxes import Voxels, padded_to_4d
-from zpatch.store.image_record import ImageRecord
+from zpatch.records.image_record import ImageRecord
 from zpatch.store.staged_image import StagedImage
 from zpatch.store.store import sharded_array
 

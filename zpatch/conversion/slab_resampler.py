@@ -15,9 +15,9 @@ from zpatch.conversion.conversion_options import ConvertOptions
 from zpatch.geometry.boxes import PatchLocation, Voxels, padded_to_4d, reversed_axes
 from zpatch.geometry.orientation import Orientation
 from zpatch.geometry.voxel_grid import Spacing, VoxelGrid, checked_spacing
+from zpatch.records.image_record import ImageRecord, Kind, Resampled
 from zpatch.resampling.interpolation import Interpolation
 from zpatch.resampling.resampler import ResampledBox, Resampler
-from zpatch.store.image_record import ImageRecord, Kind, Resampled
 from zpatch.volume_files.formats import read_header
 from zpatch.volume_files.nifti_writer import header_of
 from zpatch.volume_files.volume_file import Slab, VolumeFile, rows_of

@@ -10,7 +10,7 @@ from pathlib import Path
 from zpatch.conversion.cases import HEADER, VOXELS, stem_of
 from zpatch.digests import new_digest
 from zpatch.errors import SourceError, VolumeFileError
-from zpatch.store.image_record import SourceFingerprint
+from zpatch.records.image_record import SourceFingerprint
 from zpatch.volume_files.formats import SUFFIXES, files_of
 
 Note = Callable[[str], None]

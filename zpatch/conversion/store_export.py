@@ -18,11 +18,11 @@ from zpatch.chunks.layout import SHARD_BYTES
 from zpatch.chunks.scaling import Scaling
 from zpatch.errors import OptionError, StoreExistsError, UnknownNameError
 from zpatch.geometry.affines import spacing_mm
+from zpatch.records.image_record import ImageRecord
+from zpatch.records.names import RAW_HEADER, chosen
 from zpatch.runtime.task_contract import Progress
 from zpatch.slides.tiff_writer import TiffImage, write_ome_tiff
-from zpatch.store.image_record import ImageRecord
 from zpatch.store.lock import writing_to
-from zpatch.store.names import RAW_HEADER, chosen
 from zpatch.store.store import Store, open_store, read_small_array, sharded_array
 from zpatch.volume_files.nifti_writer import header_of, single_file_header, write_nifti
 

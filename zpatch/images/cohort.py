@@ -16,9 +16,9 @@ from zpatch.images.image import ScalarImage, stored_image
 from zpatch.images.open_image import ANY_SLIDE, refuse_other_format
 from zpatch.images.slide_image import SlideOptions
 from zpatch.images.subject import Subject
+from zpatch.records.image_record import ImageRecord
+from zpatch.records.names import HISTOGRAM, ROOT_DOCUMENT, chosen
 from zpatch.slides.slide_file import is_slide_file
-from zpatch.store.image_record import ImageRecord
-from zpatch.store.names import HISTOGRAM, ROOT_DOCUMENT, chosen
 from zpatch.store.store import Store, is_store, open_store, read_small_array
 from zpatch.store.voxel_statistics import merged_statistics
 from zpatch.volume_files.formats import MAPPED_SUFFIXES, kind_of

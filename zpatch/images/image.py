@@ -19,12 +19,12 @@ from zpatch.images.open_image import open_image
 from zpatch.images.opened_image import OpenedImage
 from zpatch.images.placed_image import PlacedImage
 from zpatch.images.slide_image import SlideOptions
+from zpatch.records.image_record import ImageRecord
 from zpatch.runtime.dask_graphs import Scheduler
 from zpatch.slides.slide_levels import SlideLevel
 from zpatch.sources.group_read import read_group
 from zpatch.sources.voxel_source import VoxelSource
 from zpatch.sources.voxel_sources import DERIVED_BLOCK_VOXELS
-from zpatch.store.image_record import ImageRecord
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from zpatch.errors import OptionError
 from zpatch.geometry.affines import spacing_mm
 from zpatch.geometry.orientation import axis_codes
 from zpatch.geometry.voxel_grid import format_spacing
-from zpatch.store.image_record import ImageRecord
+from zpatch.records.image_record import ImageRecord
 
 MOST_NAMED = 3
 OTHER_SCALE = 10.0  # ranges of intensity that differ by this factor are of other units

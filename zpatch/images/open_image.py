@@ -17,13 +17,13 @@ from zpatch.errors import OptionError, SourceError
 from zpatch.geometry.boxes import reversed_axes
 from zpatch.images.opened_image import OpenedImage, check_dtype, with_channels
 from zpatch.images.slide_image import SlideOptions, opened_slide
+from zpatch.records.image_record import ImageRecord
 from zpatch.runtime.guarded_files import read_document
 from zpatch.slides.slide_file import is_slide_file
 from zpatch.sources import zarr_images
 from zpatch.sources.lazy_array import ZARR_ERRORS, is_lazy
 from zpatch.sources.voxel_source import VoxelSource
 from zpatch.sources.voxel_sources import ArraySource, DaskSource, LazySource, ShardSource
-from zpatch.store.image_record import ImageRecord
 from zpatch.volume_files import formats
 from zpatch.volume_files.volume_file import VolumeFile
 

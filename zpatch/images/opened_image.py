@@ -16,6 +16,7 @@ from zpatch.digests import Json, new_digest
 from zpatch.errors import DamageError, OptionError
 from zpatch.geometry.affines import Affine
 from zpatch.geometry.boxes import Triple, Voxels
+from zpatch.records.image_record import ImageRecord
 from zpatch.resampling.interpolation import Interpolation
 from zpatch.slides.slide_file import SlideFile
 from zpatch.slides.slide_levels import Pair, SlideLevel
@@ -27,7 +28,6 @@ from zpatch.sources.voxel_sources import ArraySource, DaskSource, LazySource, Sh
 from zpatch.sources.voxelwise_source import VoxelInput, VoxelwiseSource
 from zpatch.sources.window_source import WindowSource
 from zpatch.store import store
-from zpatch.store.image_record import ImageRecord
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -11,9 +11,9 @@ from zpatch.geometry.orientation import orientation_to
 from zpatch.geometry.padding import check_fill, check_padding_mode
 from zpatch.geometry.voxel_grid import Spacing, VoxelGrid
 from zpatch.images.opened_image import OpenedImage
+from zpatch.records.image_record import Kind
 from zpatch.resampling.interpolation import Interpolation
 from zpatch.sources.resampled_source import ResampledSource
-from zpatch.store.image_record import Kind
 
 
 class PlacedImage:

@@ -12,7 +12,7 @@ from zpatch.geometry.boxes import Triple
 from zpatch.geometry.voxel_grid import Spacing
 from zpatch.images.image import Image
 from zpatch.images.placed_image import PlacedImage
-from zpatch.store.names import check_name
+from zpatch.records.names import check_name
 
 
 class Subject:

@@ -28,10 +28,10 @@ from numpy.typing import NDArray
 from zpatch.errors import QueueError
 from zpatch.geometry.affines import Affine
 from zpatch.geometry.boxes import PatchLocation
+from zpatch.records.image_record import Kind
 from zpatch.runtime import buffer_pool
 from zpatch.runtime.byte_sizes import format_bytes
 from zpatch.sampling.patch import Patch, PatchImage
-from zpatch.store.image_record import Kind
 
 ALIGNMENT = 64
 WATCH_BYTES = 4096  # before the slots: process and subject of each worker

@@ -20,10 +20,10 @@ from zpatch.geometry.patch_grid import PatchGrid
 from zpatch.geometry.voxel_grid import format_spacing
 from zpatch.images.image import Image
 from zpatch.images.subject import Subject
+from zpatch.records.image_record import ImageRecord
 from zpatch.runtime.byte_sizes import format_bytes
 from zpatch.sampling.patch_views import PatchView
 from zpatch.sources.input_files import InputSeal
-from zpatch.store.image_record import ImageRecord
 from zpatch.tiling.volume_tiles import Tiling, sweep_order
 
 BATCHES_AHEAD = 2  # through the network, while a shard waits until the one before it is written

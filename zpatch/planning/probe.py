@@ -21,10 +21,10 @@ from zpatch.planning.model_inputs import ModelInputs
 from zpatch.planning.prediction_options import PredictOptions
 from zpatch.planning.prediction_plan import Head, NetworkCost
 from zpatch.planning.regions import grid_over
+from zpatch.records.names import check_name, check_names_differ
 from zpatch.runtime.process_memory import peak_bytes, reset_peak, resident_bytes
 from zpatch.sampling.patch_views import PatchView
 from zpatch.sources.group_read import read_together
-from zpatch.store.names import check_name, check_names_differ
 
 
 def read_batch(

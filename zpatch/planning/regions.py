@@ -29,8 +29,8 @@ from zpatch.images.image import Image
 from zpatch.planning.model_inputs import ModelInputs
 from zpatch.planning.prediction_options import PredictOptions
 from zpatch.planning.prediction_plan import Head, PlannedHead, Ranges, Region
+from zpatch.records.image_record import ImageRecord
 from zpatch.sources.voxel_sources import ArraySource
-from zpatch.store.image_record import ImageRecord
 from zpatch.tiling.output_cells import OutputGrid
 from zpatch.tiling.volume_tiles import Tiling
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from zpatch.digests import digest
 from zpatch.errors import DamageError
+from zpatch.records.image_record import ImageRecord
 from zpatch.runtime.guarded_files import read_document
 from zpatch.runtime.whole_file import whole_file
-from zpatch.store.image_record import ImageRecord
 
 FOLDER = ".damaged"  # in the folder of a subject that is predicted; no output has such a name
 SHOWN = 3

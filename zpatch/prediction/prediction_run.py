@@ -32,11 +32,11 @@ from zpatch.prediction.subject_job import (
     commit_job,
     patches_left,
 )
+from zpatch.records.names import MANIFEST, UNFINISHED
 from zpatch.runtime.failures import Failures
 from zpatch.runtime.task_contract import Progress
 from zpatch.sources.input_files import root_of
 from zpatch.store.lock import writing_to
-from zpatch.store.names import MANIFEST, UNFINISHED
 from zpatch.store.store import open_store
 from zpatch.store.store_writer import StoreWriter
 

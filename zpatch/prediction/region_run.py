@@ -32,12 +32,12 @@ from zpatch.planning.prediction_plan import OUTPUT_BUFFERS, PlannedHead, Predict
 from zpatch.planning.probe import read_batch
 from zpatch.prediction.shard_ledger import ShardLedger
 from zpatch.prediction.work_folder import WorkFolder
+from zpatch.records.image_record import ImageRecord
 from zpatch.runtime.process_memory import private_bytes, return_freed
 from zpatch.runtime.task_contract import Progress
 from zpatch.runtime.tasks import read_ahead
 from zpatch.sampling.patch import torch_dtype
 from zpatch.sources.chunk_cache import cached
-from zpatch.store.image_record import ImageRecord
 from zpatch.store.image_writer import Shard
 from zpatch.store.lock import writing_to
 from zpatch.tiling.volume_tiles import Tiling

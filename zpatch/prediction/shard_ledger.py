@@ -45,10 +45,10 @@ from zpatch.chunks.sharded_array import ShardedArray
 from zpatch.digests import FileSeal, Json, compact_json, digest, sealed_line, unsealed
 from zpatch.errors import DamageError, IncompleteCoverageError
 from zpatch.planning.prediction_options import check_same
+from zpatch.records.image_record import ImageRecord, check_sealed_file
 from zpatch.runtime.byte_sizes import format_bytes
 from zpatch.runtime.guarded_files import read_document
 from zpatch.runtime.whole_file import clear_folder, link_or_copy, whole_file
-from zpatch.store.image_record import ImageRecord, check_sealed_file
 from zpatch.store.image_writer import ImageTally, Shard
 from zpatch.store.staged_image import StagedImage
 from zpatch.store.store import sharded_array

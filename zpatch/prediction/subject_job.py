@@ -19,12 +19,12 @@ from zpatch.planning.prediction_plan import PredictionPlan
 from zpatch.prediction.damaged_tiles import check_undamaged
 from zpatch.prediction.region_run import unwritten
 from zpatch.prediction.work_folder import WorkFolder, finish_subject
+from zpatch.records.image_record import ImageRecord, Provenance
+from zpatch.records.manifest import Key
+from zpatch.records.names import ROOT_DOCUMENT, UNFINISHED
 from zpatch.sources.input_files import check_all
-from zpatch.store.image_record import ImageRecord, Provenance
 from zpatch.store.image_writer import Shard, not_finite_text
 from zpatch.store.lock import writing_to
-from zpatch.store.manifest import Key
-from zpatch.store.names import ROOT_DOCUMENT, UNFINISHED
 from zpatch.store.store import Store, sharded_array
 from zpatch.store.store_writer import StoreWriter
 from zpatch.store.verification import damage_of, files_of

@@ -17,8 +17,8 @@ from zpatch.images.image import Image
 from zpatch.planning.prediction_plan import PlannedHead, PredictionPlan
 from zpatch.prediction.damaged_tiles import damaged_in, damaged_of, damaged_warnings, note_damaged
 from zpatch.prediction.shard_ledger import ShardLedger, begin
-from zpatch.store.image_record import ImageRecord
-from zpatch.store.names import RAW_HEADER, UNFINISHED
+from zpatch.records.image_record import ImageRecord
+from zpatch.records.names import RAW_HEADER, UNFINISHED
 from zpatch.store.store import read_small_array
 from zpatch.volume_files.nifti_writer import make_header
 

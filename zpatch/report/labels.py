@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from zpatch.records.image_record import ImageRecord
 from zpatch.report.planes import parts_of
-from zpatch.store.image_record import ImageRecord
 
 COLOURS = 254  # of an 8-bit palette, without the transparent colour 0
 

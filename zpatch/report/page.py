@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from zpatch.digests import Json
+from zpatch.records.image_record import ImageRecord
 from zpatch.report.labels import LabelColours, labels_of
 from zpatch.report.pictures import Overlay, Panel
 from zpatch.report.problems import Problem, grouped
@@ -37,7 +38,6 @@ from zpatch.report.texts import (
     visible,
 )
 from zpatch.runtime.byte_sizes import format_bytes
-from zpatch.store.image_record import ImageRecord
 
 GENERATOR = "zpatch report"
 PROBLEMS_SHOWN = 200

@@ -18,10 +18,10 @@ from zpatch.chunks.scaling import Scaling
 from zpatch.digests import Json
 from zpatch.errors import ZpatchError
 from zpatch.geometry.boxes import AXIS_NAMES, Triple, Voxels
+from zpatch.records.image_record import ImageRecord
 from zpatch.report.labels import Colour, LabelColours, map_channels
 from zpatch.report.planes import Plane, View, is_coloured, parts_of, views_of
 from zpatch.report.problems import Problem
-from zpatch.store.image_record import ImageRecord
 
 SIDES = (512, 448, 384, 320, 256, 208, 160, 128, 96)  # longest side of a picture, in pixels
 SUBJECT_PIXELS = 360_000  # of all pictures of a subject together: about as many bytes

@@ -21,7 +21,7 @@ from zpatch.errors import MemoryLimitError
 from zpatch.geometry.affines import spacing_mm
 from zpatch.geometry.boxes import AXIS_NAMES, PatchLocation, Triple, Voxels, padded_to_4d
 from zpatch.geometry.orientation import AS_STORED, orientation_to
-from zpatch.store.image_record import ImageRecord
+from zpatch.records.image_record import ImageRecord
 from zpatch.store.store import sharded_array
 
 TILE_SIDE = 1024  # voxels of a plane that are read at once, along each side

@@ -10,7 +10,7 @@ from zpatch.digests import Json
 from zpatch.errors import DamageError, one_line
 from zpatch.geometry.affines import max_corner_distance
 from zpatch.images.mixtures import mixtures
-from zpatch.store.image_record import ImageRecord
+from zpatch.records.image_record import ImageRecord
 from zpatch.store.verification import VerificationReport
 
 AFFINE_TOLERANCE_VOXELS = 1e-3

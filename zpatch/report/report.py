@@ -13,6 +13,7 @@ import numpy as np
 from zpatch.digests import Json
 from zpatch.errors import OptionError, StoreExistsError
 from zpatch.images.cohort import Cohort
+from zpatch.records.image_record import ImageRecord
 from zpatch.report.labels import LabelColours, labels_of
 from zpatch.report.page import GENERATOR, page_html, section_html
 from zpatch.report.problems import (
@@ -26,7 +27,6 @@ from zpatch.report.subject_section import SubjectSection, stored_images
 from zpatch.report.summary import CohortSummary
 from zpatch.runtime.task_contract import Progress
 from zpatch.runtime.whole_file import whole_file
-from zpatch.store.image_record import ImageRecord
 from zpatch.store.lock import writing_to
 from zpatch.store.verification import verify
 

@@ -17,6 +17,8 @@ from zpatch.digests import Json
 from zpatch.errors import DamageError
 from zpatch.geometry.boxes import PatchLocation, Triple
 from zpatch.images.subject import Subject
+from zpatch.records.image_record import ImageRecord
+from zpatch.records.names import HISTOGRAM
 from zpatch.report.labels import LabelColours
 from zpatch.report.pictures import (
     Drawing,
@@ -28,8 +30,6 @@ from zpatch.report.pictures import (
     window_of,
 )
 from zpatch.report.problems import Problem, share_a_grid
-from zpatch.store.image_record import ImageRecord
-from zpatch.store.names import HISTOGRAM
 from zpatch.store.store import read_small_array
 
 BARS = 80

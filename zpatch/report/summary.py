@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from zpatch.digests import Json
 from zpatch.geometry.affines import spacing_mm
+from zpatch.records.image_record import ImageRecord, common_folder
 from zpatch.report.labels import labels_of
 from zpatch.report.planes import is_placed
 from zpatch.report.texts import shape_text, unit_text
-from zpatch.store.image_record import ImageRecord, common_folder
 from zpatch.store.verification import VerificationReport
 
 

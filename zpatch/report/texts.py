@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zpatch.geometry.affines import spacing_mm
-from zpatch.store.image_record import ImageRecord
+from zpatch.records.image_record import ImageRecord
 
 NAMES_SHOWN = 8
 

@@ -14,7 +14,7 @@ from zpatch.errors import OptionError, UnknownNameError
 from zpatch.geometry.affines import Affine, crop_affine
 from zpatch.geometry.boxes import PatchLocation
 from zpatch.geometry.padding import PaddedBox
-from zpatch.store.image_record import Kind
+from zpatch.records.image_record import Kind
 
 # Types that torch stores but hardly computes with, and wider types (of uint64, all values below 2**63).
 _WIDER = {

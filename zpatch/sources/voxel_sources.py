@@ -18,6 +18,7 @@ from zpatch.chunks.mapped_memory import read_mapped
 from zpatch.chunks.scaling import Scaling
 from zpatch.chunks.sharded_array import ShardedArray
 from zpatch.geometry.boxes import PatchLocation, Triple, Voxels, reversed_axes, stored_corners
+from zpatch.records.names import ROOT_DOCUMENT
 from zpatch.runtime import buffer_pool
 from zpatch.sources.group_read import read_boxes
 from zpatch.sources.input_files import MappedView, inputs_of_graph, mark_of_map
@@ -32,7 +33,6 @@ from zpatch.sources.voxel_source import (
     WrappedSource,
 )
 from zpatch.sources.zarr_images import evenly_spaced, metadata_mark, sampled_files
-from zpatch.store.names import ROOT_DOCUMENT
 
 DERIVED_BLOCK_VOXELS = 64
 

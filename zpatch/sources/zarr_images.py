@@ -22,9 +22,9 @@ from zpatch.chunks.layout import MOST_CHUNKS_READ, chunk_counts, unreadable
 from zpatch.chunks.sharded_array import ChunkFiles, ShardedArray
 from zpatch.digests import Json
 from zpatch.errors import NotAStoreError, OptionError, StoreError
+from zpatch.records.image_record import ImageRecord
 from zpatch.runtime.guarded_files import read_document
 from zpatch.sources.lazy_array import ZARR_ERRORS, CheckedZarr
-from zpatch.store.image_record import ImageRecord
 from zpatch.store.store import TOOL
 
 CHANNEL_AXES = "ct"

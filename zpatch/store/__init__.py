@@ -1,10 +1,7 @@
-"""The Zarr store: its records, how it is written, committed and verified.
+"""The Zarr store: how it is written, committed and verified.
 
 In reading order::
 
-    names             names of files, subjects and images in a store, and which fit a pattern
-    image_record      one line of the manifest: all metadata of an image, and its OME-Zarr metadata
-    manifest          the manifest: sealed lines, the last of each image wins
     store             a store, opened from its manifest alone
     lock              one writer for a store, and errors of the disk that name it
     value_counts      how often each integer occurs; the compiled loop

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from zpatch.digests import Json
 from zpatch.geometry.boxes import padded_to_4d
-from zpatch.store.image_record import ImageRecord, SourceFingerprint
+from zpatch.records.image_record import ImageRecord, SourceFingerprint
 from zpatch.store.staged_image import StagedImage
 from zpatch.store.value_counts import State
 from zpatch.store.voxel_index import index_builder

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import IO
 
 from zpatch.errors import StoreError, StoreLockedError, ZpatchError
+from zpatch.records.names import LOCK
 from zpatch.runtime.guarded_files import open_regular
-from zpatch.store.names import LOCK
 
 DYING_WORKERS_S = 10
 MOST_HOLDER_BYTES = 512

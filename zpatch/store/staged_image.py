@@ -20,9 +20,9 @@ from zpatch.chunks.codec import CODECS
 from zpatch.chunks.shard_writer import write_shard
 from zpatch.digests import FileSeal, Json, digest
 from zpatch.geometry.affines import spacing_mm
+from zpatch.records.image_record import ImageRecord
+from zpatch.records.names import HISTOGRAM, INDEX, RAW_HEADER, ROOT_DOCUMENT
 from zpatch.runtime.whole_file import sync
-from zpatch.store.image_record import ImageRecord
-from zpatch.store.names import HISTOGRAM, INDEX, RAW_HEADER, ROOT_DOCUMENT
 from zpatch.store.store import TOOL, sharded_array
 
 SYNCS_AT_ONCE = 8  # a file system commits several at once

@@ -20,10 +20,10 @@ from zpatch.chunks.sharded_array import ChunkFiles, ShardedArray
 from zpatch.digests import FileSeal, Json, digest, parsed_json
 from zpatch.errors import DamageError, NotAStoreError, StoreError
 from zpatch.geometry.boxes import padded_to_4d
+from zpatch.records.image_record import ImageRecord
+from zpatch.records.manifest import Key, read_manifest
+from zpatch.records.names import FORMAT, MANIFEST, ROOT_DOCUMENT
 from zpatch.runtime.guarded_files import is_behind_link, read_document
-from zpatch.store.image_record import ImageRecord
-from zpatch.store.manifest import Key, read_manifest
-from zpatch.store.names import FORMAT, MANIFEST, ROOT_DOCUMENT
 
 TOOL = "zpatch"
 MOST_PACKED_BYTES = 2**28  # of a small array that is compressed, such as a histogram

@@ -18,12 +18,12 @@ from typing import IO, Self
 from zpatch.chunks.mapped_shards import close_shards
 from zpatch.digests import FileSeal, Json, digest
 from zpatch.errors import StoreError, StoreExistsError
+from zpatch.records.image_record import ImageRecord
+from zpatch.records.manifest import Key, append_lines, read_manifest
+from zpatch.records.names import FORMAT, LOCK, MANIFEST, ROOT_DOCUMENT, STAGING, UNFINISHED
 from zpatch.runtime.guarded_files import read_document
 from zpatch.runtime.whole_file import sync, whole_file
-from zpatch.store.image_record import ImageRecord
 from zpatch.store.lock import take_lock, writing_to
-from zpatch.store.manifest import Key, append_lines, read_manifest
-from zpatch.store.names import FORMAT, LOCK, MANIFEST, ROOT_DOCUMENT, STAGING, UNFINISHED
 from zpatch.store.staged_image import StagedImage, group_document
 from zpatch.store.store import TOOL, is_store, root_attributes
 from zpatch.store.verification import damage_of

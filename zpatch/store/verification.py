@@ -10,11 +10,11 @@ from pathlib import Path
 
 from zpatch.digests import FileSeal, Json, file_digest
 from zpatch.errors import DamageError, StoreError
+from zpatch.records.image_record import ImageRecord
+from zpatch.records.names import MANIFEST, ROOT_DOCUMENT
 from zpatch.runtime.guarded_files import is_behind_link, open_regular
 from zpatch.runtime.task_contract import Progress
-from zpatch.store.image_record import ImageRecord
 from zpatch.store.lock import writer_of
-from zpatch.store.names import MANIFEST, ROOT_DOCUMENT
 from zpatch.store.store import Store, open_store, store_of
 
 

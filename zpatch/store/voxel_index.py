@@ -16,8 +16,8 @@ from zpatch.chunks.layout import chunk_counts
 from zpatch.digests import FileSeal, Json
 from zpatch.errors import DamageError, SamplingError, SourceError
 from zpatch.geometry.boxes import PatchLocation, Triple, padded_to_4d
-from zpatch.store.image_record import ImageRecord
-from zpatch.store.names import INDEX
+from zpatch.records.image_record import ImageRecord
+from zpatch.records.names import INDEX
 from zpatch.store.store import read_small_array
 from zpatch.store.value_counts import byte_counts
 

@@ -17,8 +17,8 @@ from test_image_record import TEXT, a_record, records
 
 from zpatch.digests import FileSeal, sealed_line
 from zpatch.errors import DamageError
-from zpatch.store.image_record import ImageRecord
-from zpatch.store.manifest import Manifest, append_lines, read_manifest
+from zpatch.records.image_record import ImageRecord
+from zpatch.records.manifest import Manifest, append_lines, read_manifest
 
 ROOT = {"document": "zarr.json", "bytes": 7, "checksum": "0" * 32}
 

@@ -23,7 +23,7 @@ from zpatch.errors import DamageError
 from zpatch.geometry.affines import Affine
 from zpatch.geometry.boxes import Triple, padded_to_4d
 from zpatch.geometry.orientation import AS_STORED, Orientation
-from zpatch.store.names import check_name
+from zpatch.records.names import check_name
 
 Kind = Literal["scalar", "label", "sampling"]
 

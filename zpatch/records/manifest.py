@@ -14,8 +14,8 @@ from pathlib import Path
 
 from zpatch.digests import FileSeal, Json, check_seal, sealed_line, unsealed
 from zpatch.errors import DamageError
+from zpatch.records.image_record import ImageRecord, check_sealed_file
 from zpatch.runtime.guarded_files import open_regular, read_document
-from zpatch.store.image_record import ImageRecord, check_sealed_file
 
 Key = tuple[str, str]
 MOST_MANIFEST_BYTES = 2**31

@@ -17,9 +17,9 @@ from zpatch.chunks.codec import CODECS, check_codec
 from zpatch.chunks.levels import plan_levels
 from zpatch.digests import FileSeal, check_seal, compact_json, digest, sealed_line, unsealed
 from zpatch.errors import DamageError, OptionError, SourceError
+from zpatch.records.image_record import ImageRecord, Provenance, SourceFingerprint
+from zpatch.records.names import check_name, check_names_differ
 from zpatch.store import staged_image
-from zpatch.store.image_record import ImageRecord, Provenance, SourceFingerprint
-from zpatch.store.names import check_name, check_names_differ
 
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", fullmatch=True)
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
