@@ -31,13 +31,14 @@ DOORS = {
     "gather_plan scaling levels",
     "slides": "slide_levels slide_file tiles tissue tiff_writer",
     "resampling": "interpolation resampler axis_taps loops",
-    "records": "names image_record manifest",
+    "records": "names image_record image_facts manifest_table manifest",
     "store": "store lock store_writer staged_image image_writer voxel_statistics "
     "voxel_index verification value_counts",
     "conversion": "conversion conversion_plan conversion_options store_export cases case_lists",
     "sources": "voxel_source lazy_array zarr_images input_files image_read group_read voxel_sources "
     "tiled_source resampled_source window_source voxelwise_source chunk_cache",
-    "images": "image placed_image subject cohort mixtures normalization opened_image slide_image tissue_map",
+    "images": "image placed_image subject cohort open_subjects mixtures normalization opened_image "
+    "slide_image tissue_map",
     "sampling": "patch_sampler samplers grid_sampler patch patch_batch patch_views randomness",
     "epochs": "epoch_plan stream_position",
     "loading": "patch_queue queue_options queue_subjects subjects_loader",

@@ -13,10 +13,10 @@ The folders are the data flow::
 
 Slides and TIFF files go in by slides/, which sources/ reads in place.
 
-Read them in the order geometry, runtime, volume_files, chunks, resampling, slides, store, conversion,
-sources, images, sampling, loading, tiling, blending, networks, planning, prediction; report, bench,
-pipelines, compat and cli are at the edge. Names are imported when first used: ``import zpatch`` loads neither
-torch nor dask nor nibabel.
+Read them in the order geometry, runtime, volume_files, chunks, resampling, slides, records, store,
+conversion, sources, images, sampling, loading, tiling, blending, networks, planning, prediction; report,
+bench, pipelines, compat and cli are at the edge. Names are imported when first used: ``import zpatch`` loads
+neither torch nor dask nor nibabel.
 """
 
 from __future__ import annotations

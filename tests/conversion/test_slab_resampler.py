@@ -157,7 +157,7 @@ def test_the_same_command_does_nothing_and_another_spacing_converts_again(
         "none": {},
     }
     zp.convert(source, store, **plans["first"])
-    done = {(r.subject, r.image): r for r in [i.record for i in zp.Cohort(store)["ann"].images.values()] if r}
+    done = zp.Cohort(store).store.manifest
     planned = {
         name: len(plan_conversion(source, ConvertOptions.of(**options), done=done).cases)
         for name, options in plans.items()

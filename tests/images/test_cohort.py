@@ -14,7 +14,9 @@ import pytest
 
 import zpatch as zp
 from zpatch.digests import sealed_line
+from zpatch.epochs.stream_position import subjects_digest
 from zpatch.errors import DamageError, OptionError, SourceError, UnknownNameError
+from zpatch.records.image_record import ImageRecord
 from zpatch.records.names import MANIFEST
 from zpatch.store.store import open_store
 
@@ -358,3 +360,98 @@ def test_patches_of_a_mapped_cohort_are_those_of_the_changed_images(cohort: zp.C
 
 def test_statistics_of_a_mapped_cohort_are_those_of_the_store(cohort: zp.Cohort) -> None:
     assert cohort.map(normalized).statistics == cohort.statistics
+
+
+# Choosing subjects without parsing their records.
+
+
+def without_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "zpatch.records.image_record.ImageRecord.from_json", lambda *args: pytest.fail("a record was parsed")
+    )
+
+
+def test_where_chooses_by_split_metadata_and_labels_without_parsing_records(
+    split_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cohort = zp.Cohort(split_store)
+    without_records(monkeypatch)
+    assert cohort.where(split="train").names == ["sub-01", "sub-03"]
+    assert cohort.where(split=["train", "test"]).names == ["sub-01", "sub-02", "sub-03"]
+    assert cohort.where(age=lambda age: age > 15).names == ["sub-02", "sub-03", "sub-04"]
+    assert cohort.where(split="train", age=[20, 30]).names == ["sub-03"]
+    assert cohort.where(age=20).where(split="train").names == []
+    assert cohort.where(labels={"seg": [1]}).names == NAMES
+    assert cohort.where(labels={"seg": [77]}).names == []
+    assert cohort[2:].where(split="train").names == ["sub-03"]
+    assert cohort.where().names == NAMES
+
+
+def test_where_with_labels_is_what_the_voxels_say(cohort: zp.Cohort) -> None:
+    values = {name: set(np.unique(cohort[name].seg.data).tolist()) for name in cohort.names}
+    for label in set().union(*values.values()):
+        expected = [name for name in cohort.names if label in values[name]]
+        assert cohort.where(labels={"seg": [label]}).names == expected
+
+
+@pytest.mark.parametrize(
+    ("chosen", "error", "text"),
+    [
+        ({"split": "trian"}, UnknownNameError, "train"),
+        ({"labels": {"sge": [1]}}, UnknownNameError, "seg"),
+        ({"labels": {"t1": [1]}}, OptionError, "the labels of 't1' are not known"),
+        ({"agee": 3}, UnknownNameError, "age"),
+    ],
+)
+def test_where_refuses_what_no_subject_has(
+    split_store: Path, chosen: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        zp.Cohort(split_store).where(**chosen)
+
+
+def test_the_table_has_a_plain_row_for_each_image(split_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cohort = zp.Cohort(split_store)
+    images = [(subject, name, image) for subject in cohort for name, image in subject.images.items()]
+    without_records(monkeypatch)
+    rows = cohort.table
+    assert [(row["subject"], row["image"]) for row in rows] == [(s.name, name) for s, name, _ in images]
+    for row, (subject, _, image) in zip(rows, images, strict=True):
+        assert (row["channels"], row["i"], row["j"], row["k"]) == image.shape
+        assert (row["kind"], row["split"], row["age"]) == (image.kind, subject.split, subject.metadata["age"])
+        assert (row["spacing_i"], row["spacing_j"], row["spacing_k"]) == pytest.approx(image.spacing)
+        assert (row["labels"] is None) == (image.kind != "label")
+        assert all(isinstance(value, str | int | float | list | None) for value in row.values())
+
+
+def test_a_cohort_is_told_from_another_without_parsing_records(
+    cohort: zp.Cohort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = subjects_digest(list(cohort))
+    assert subjects_digest(cohort.map(lambda subject: subject)) == expected
+    without_records(monkeypatch)
+    assert subjects_digest(cohort) == expected
+    assert subjects_digest(cohort[1:]) != expected
+
+
+def test_a_queue_of_many_alike_subjects_parses_the_records_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(12):
+        place = tmp_path / "source" / f"sub-{number:02}"
+        place.mkdir(parents=True)
+        image = nib.Nifti1Image(np.full((9, 9, 9 + (number == 7)), number, np.int16), np.eye(4))
+        image.to_filename(place / "t1.nii.gz")
+    zp.convert(tmp_path / "source", tmp_path / "store")
+    parsed: list[Any] = []
+    original = ImageRecord.from_json.__func__  # type: ignore[attr-defined]
+    monkeypatch.setattr(
+        ImageRecord,
+        "from_json",
+        classmethod(lambda cls, value, where: parsed.append(value["subject"]) or original(cls, value, where)),
+    )
+    with zp.Queue(zp.Cohort(tmp_path / "store"), zp.UniformSampler(8), patches_per_volume=1) as queue:
+        queue.state_dict()
+        assert queue.max_memory > 0
+        assert set(parsed) == {"sub-00", "sub-07"}
+        assert len(list(queue)) == 12

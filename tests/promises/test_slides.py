@@ -20,7 +20,7 @@ import zpatch as zp
 import zpatch.cli
 from zpatch.chunks.mapped_shards import close_shards
 from zpatch.errors import NotAStoreError, OptionError, PatchSizeError
-from zpatch.images.cohort import open_subjects
+from zpatch.images.open_subjects import open_subjects
 
 SHAPE = (1000, 1504)  # y, x
 PATCH, OVERLAP = (256, 256, 1), (32, 32, 0)

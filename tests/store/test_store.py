@@ -28,7 +28,7 @@ from zpatch.errors import (
     StoreExistsError,
     StoreLockedError,
 )
-from zpatch.records.names import MANIFEST
+from zpatch.records.names import MANIFEST, MANIFEST_TABLE
 from zpatch.store.store import open_store
 from zpatch.store.store_writer import StoreWriter
 
@@ -318,7 +318,13 @@ def test_a_replaced_store_holds_nothing_of_the_older_one(tmp_path: Path, cohort_
     store = Path(shutil.copytree(cohort_store, tmp_path / "store"))
     zp.convert(source_of(tmp_path / "source"), store, overwrite=True)
     assert zp.Cohort(store).names == ["sub-01"]
-    assert {entry.name for entry in store.iterdir()} <= {"zarr.json", MANIFEST, "sub-01", ".lock"}
+    assert {entry.name for entry in store.iterdir()} <= {
+        "zarr.json",
+        MANIFEST,
+        MANIFEST_TABLE,
+        "sub-01",
+        ".lock",
+    }
     assert zp.verify(store).ok
 
 

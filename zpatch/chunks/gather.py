@@ -24,10 +24,11 @@ from typing import Any
 import numpy as np
 
 from zpatch.chunks.gather_plan import BOX, CHUNK, PARTS, SHARD, GatherPlan
-from zpatch.chunks.mapped_shards import MappedShard, OpenFile, open_shard
+from zpatch.chunks.mapped_shards import MappedShard, open_shard
 from zpatch.chunks.scaling import COMPILED_TYPES, UNSCALED, Scaling
 from zpatch.chunks.sharded_array import ShardedArray
 from zpatch.geometry.boxes import Integers, Voxels
+from zpatch.runtime.guarded_files import OpenFile
 
 try:
     from zpatch.chunks._gather import gather as _compiled

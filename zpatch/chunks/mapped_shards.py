@@ -26,7 +26,7 @@ from zpatch.chunks.mapped_memory import copy_mapped
 from zpatch.chunks.sharded_array import ShardedArray
 from zpatch.errors import DamageError
 from zpatch.geometry.boxes import Bools, Integers, Voxels
-from zpatch.runtime.guarded_files import is_behind_link, open_regular
+from zpatch.runtime.guarded_files import OpenFile, is_behind_link, open_regular
 from zpatch.runtime.recent import Recent
 
 NO_CHUNK = 2**64 - 1  # -1 as a signed integer
@@ -35,18 +35,6 @@ MOST_COPIED = 2**20  # as in _encoded.h: larger chunks are always read through a
 REMEMBERED = 4096  # shards
 MOST_REMEMBERED_CHUNKS = 4096  # of a shard
 SETTLED_S = 2  # before that, a file may change again within the time stamp that it was first seen with
-
-
-class OpenFile:
-    """A file descriptor, closed when nothing refers to it any more."""
-
-    __slots__ = ("number",)
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __del__(self) -> None:
-        os.close(self.number)
 
 
 class MappedShard:

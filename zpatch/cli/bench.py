@@ -124,7 +124,7 @@ def _bench_slide(
     """Measure a slide, and show its speeds."""
     from zpatch.bench.advice import rate_text
     from zpatch.bench.slide_reading import slide_patch_size, slide_speeds
-    from zpatch.images.cohort import open_subjects
+    from zpatch.images.open_subjects import open_subjects
 
     [subject] = open_subjects(path)
     size = slide_patch_size(subject, patch_size)

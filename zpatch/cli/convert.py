@@ -145,11 +145,12 @@ def convert_command(
     from zpatch.conversion.conversion import committed, run_conversion
     from zpatch.conversion.conversion_options import ConvertOptions
     from zpatch.conversion.conversion_plan import plan_conversion
-    from zpatch.images.mixtures import mixtures
+    from zpatch.images.mixtures import mixtures, placed_images
+    from zpatch.store.store import open_store
     from zpatch.store.store_writer import check_can_create
 
     check_can_create(store, overwrite=overwrite, resume=True)
-    plan = plan_conversion(source, ConvertOptions(**options), done={} if overwrite else committed(store))
+    plan = plan_conversion(source, ConvertOptions(**options), done=None if overwrite else committed(store))
     say(str(plan))
     for note in plan.notes:
         say(f"note: {note}")
@@ -166,7 +167,7 @@ def convert_command(
             progress=progress,
             on_case=lines.add,
         )
-    for image, text in mixtures(committed(store).values()):
+    for image, text in mixtures(placed_images(open_store(store).manifest)):
         say(f"note: {image}: {text}")
     if json:
         print_json(done.to_json())

@@ -40,19 +40,18 @@ def info_command(store: Path, include: tuple[str, ...], limit: int, json: bool) 
     if store.is_file():
         show_image(store, json=json)
         return
-    from zpatch.images.mixtures import mixtures
+    from zpatch.images.mixtures import Placed, mixtures
     from zpatch.records.names import chosen
     from zpatch.store.store import open_store
 
     opened = open_store(store)
-    subjects = sorted({subject for subject, _ in opened.records})
-    shown = set(chosen("subject", subjects, include, (), f"store {store}"))
-    records = [record for record in opened.records.values() if record.subject in shown]
+    shown = chosen("subject", opened.manifest.table.subjects[:], include, (), f"store {store}")
+    records = list(opened.records.of(shown))
     if json:
         print_json({"store": str(store), **opened.attributes, "images": [_as_json(r) for r in records]})
         return
     show(_headline(opened, records))
-    mixed = [f"{image}: {text}" for image, text in mixtures(records)]
+    mixed = [f"{image}: {text}" for image, text in mixtures(map(Placed.of, records))]
     for line in (*_resampled(records), *_origins(records), *mixed):
         show(line)
     if records:

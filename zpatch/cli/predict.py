@@ -234,7 +234,7 @@ def predict_command(
       zpatch predict movie.ome.zarr out.zarr --model net.pt2 --time 3 --channel 0,2 \\
           --patch-size 96 --normalize zscore --mask tissue.zarr
     """
-    from zpatch.images.cohort import open_subjects
+    from zpatch.images.open_subjects import open_subjects
     from zpatch.images.slide_image import SlideOptions
     from zpatch.networks.model_files import ModelName, load_model
     from zpatch.networks.network import Network

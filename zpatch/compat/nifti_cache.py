@@ -30,6 +30,7 @@ from zpatch.geometry.affines import Affine
 from zpatch.images.image import IMAGE_CLASSES, Image, stored_image
 from zpatch.records.image_record import Kind
 from zpatch.store.lock import take_lock
+from zpatch.store.store import open_store
 from zpatch.volume_files.formats import files_of, read_header
 from zpatch.volume_files.nifti_writer import make_header, write_nifti
 
@@ -63,13 +64,18 @@ def cached_image(path: str | os.PathLike[str], kind: Kind = "scalar") -> Image:
         file = file.with_suffix(HEADER)
     entry = cache_folder() / _key(file, kind)
     store = entry / "store.zarr"
-    if not committed(store):
+    if not _is_there(store):
         with _locked(entry):
-            if not committed(store):
+            if not _is_there(store):
                 _convert(file, kind, store)
                 _log.warning("converted %s once, into %s", file, entry)
-    [record] = committed(store).values()
+    [record] = open_store(store).records.values()
     return stored_image(store / record.subject / record.image, record)
+
+
+def _is_there(store: Path) -> bool:
+    """Whether the image of a store is converted."""
+    return (manifest := committed(store)) is not None and len(manifest.records) > 0
 
 
 def save_image(path: str | os.PathLike[str], voxels: NDArray[Any], affine: Affine) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,7 @@ from zpatch.conversion.conversion_plan import (
 from zpatch.digests import Json
 from zpatch.errors import WorkerError
 from zpatch.records.image_record import ImageRecord
-from zpatch.records.manifest import Key
+from zpatch.records.manifest import Manifest
 from zpatch.records.names import MANIFEST
 from zpatch.runtime.task_contract import Cluster, Progress
 from zpatch.runtime.tasks import run_tasks
@@ -103,13 +103,13 @@ def convert(
     chosen = ConvertOptions.of(**options)
     target = Path(store)
     check_can_create(target, overwrite=overwrite, resume=True)
-    plan = plan_conversion(Path(source), chosen, done={} if overwrite else committed(target))
+    plan = plan_conversion(Path(source), chosen, done=None if overwrite else committed(target))
     return run_conversion(plan, target, overwrite=overwrite, scheduler=scheduler)
 
 
-def committed(store: Path) -> Mapping[Key, ImageRecord]:
-    """The images that a store holds already; none where there is no store yet."""
-    return open_store(store).records if (store / MANIFEST).exists() else {}
+def committed(store: Path) -> Manifest | None:
+    """The manifest of the images that a store holds already; None where there is no store yet."""
+    return open_store(store).manifest if (store / MANIFEST).exists() else None
 
 
 def run_conversion(

@@ -6,10 +6,9 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,14 +18,13 @@ from zpatch.conversion.cases import Case, CaseImage
 from zpatch.conversion.conversion_options import ConvertOptions
 from zpatch.conversion.discovery import discover
 from zpatch.conversion.slab_resampler import SlabResampler, is_resampled_as
-from zpatch.conversion.source_files import has_fingerprint
+from zpatch.conversion.source_files import has_fingerprint, is_at
 from zpatch.digests import Json
 from zpatch.errors import OptionError, SourceError, one_line
 from zpatch.geometry.affines import Affine, max_corner_distance, spacing_mm
 from zpatch.geometry.boxes import Triple, padded_to_4d
 from zpatch.geometry.orientation import AS_STORED, Orientation, orientation_to
-from zpatch.records.image_record import ImageRecord
-from zpatch.records.manifest import Key
+from zpatch.records.manifest import Manifest
 from zpatch.runtime.byte_sizes import format_bytes, refuse_above
 from zpatch.volume_files import formats
 from zpatch.volume_files.volume_file import VolumeFile
@@ -178,9 +176,7 @@ class ConversionPlan:
         )
 
 
-def plan_conversion(
-    source: Path, options: ConvertOptions, *, done: Mapping[Key, ImageRecord] = MappingProxyType({})
-) -> ConversionPlan:
+def plan_conversion(source: Path, options: ConvertOptions, *, done: Manifest | None = None) -> ConversionPlan:
     """Find the cases of a source and read their headers; nothing is written.
 
     ``done`` are the images in the store: a case whose files have not changed since then is not planned.
@@ -189,7 +185,7 @@ def plan_conversion(
     planned, unchanged = [], []
     failures = [Failure(subject, one_line(SourceError(reason))) for subject, reason in found.refused]
     for case in found.cases:
-        if _is_unchanged(case, done, found.folder, options):
+        if done is not None and _is_unchanged(case, done, found.folder, options):
             unchanged.append(case.subject)
             continue
         try:
@@ -219,22 +215,28 @@ def plan_conversion(
     return plan
 
 
-def _is_unchanged(case: Case, done: Mapping[Key, ImageRecord], folder: Path, options: ConvertOptions) -> bool:
+def _is_unchanged(case: Case, done: Manifest, folder: Path, options: ConvertOptions) -> bool:
     """Whether all images of a case are in the store, with their kind, split, metadata and unchanged files.
 
-    An image that was resampled in another way, or is to be resampled now, is not unchanged.
+    An image that was resampled in another way, or is to be resampled now, is not unchanged. The table of the
+    manifest answers for most images; a record is parsed where a file has another time.
     """
+    meta = json.loads(json.dumps(case.meta))
     for image in case.images:
-        if (case.subject, image.name) not in done:
+        row = done.table.row_of(case.subject, image.name)
+        if row is None or (facts := done.table.facts_of(row)) is None or facts.kind != image.kind:
             return False
-        record = done[case.subject, image.name]
-        if not is_resampled_as(record, options):
+        if done.table.split_of(row) != case.split or done.table.meta_of(row) != meta:
             return False
-        if record.kind != image.kind or record.source is None or record.split != case.split:
+        may_differ = facts.is_resampled or options.spacing is not None
+        if may_differ and not is_resampled_as(done.records.at(row), options):
             return False
-        if record.meta != json.loads(json.dumps(case.meta)):
+        if (source := done.table.source_of(row)) is None:
             return False
-        if not has_fingerprint(image.path, record.source, folder):
+        if not (
+            is_at(image.path, source, folder)
+            or has_fingerprint(image.path, done.records.at(row).source, folder)
+        ):
             return False
     return True
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from zpatch.digests import Json, digest
 from zpatch.epochs.epoch_plan import EpochPlan
 from zpatch.errors import OptionError, QueueError
-from zpatch.images.image import Image
-from zpatch.images.subject import Subject
+from zpatch.images.cohort import Cohort
+from zpatch.images.subject import Subject, outline
 
 VERSION = 1
 SHUFFLE = "stratified"  # the rule that orders patches; older versions say True, and had another one
@@ -132,19 +132,8 @@ class Turn:
 
 def subjects_digest(subjects: Sequence[Subject]) -> str:
     """A digest of the subjects in their order, and of the contents of their images."""
-    return digest("\n".join(map(_described, subjects)).encode())
-
-
-def _described(subject: Subject) -> str:
-    images = (
-        f"{name} {image.kind} {image.shape} {_contents(image)}" for name, image in subject.images.items()
-    )
-    return f"{subject.name}: {', '.join(images)}"
-
-
-def _contents(image: Image) -> str:
-    """The manifest's digest of an image's files; without a manifest, all that is known of the image."""
-    return image.record.contents if image.record and image.record.files else image.identity()
+    outlines = subjects.outlines() if isinstance(subjects, Cohort) else map(outline, subjects)
+    return digest("\n".join(outlines).encode())
 
 
 def order_identity(sampler: Any, order: NDArray[np.int64]) -> str:

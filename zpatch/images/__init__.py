@@ -11,5 +11,6 @@ In reading order::
     normalization  Normalize: intensities on one scale, by statistics of the store or of one pass
     subject        Subject: images by name
     cohort         Cohort: the subjects of a store, from its manifest
+    open_subjects  the subjects of a path: of a store, or one for an image that is read in place
     mixtures       what a cohort mixes: spacings, orientations, shapes, ranges of intensity
 """

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import os
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self, overload
 
+import numpy as np
+from numpy.typing import NDArray
+
 from zpatch.digests import Json
-from zpatch.errors import NotAStoreError, OptionError, SourceError, UnknownNameError
-from zpatch.images.image import ScalarImage, stored_image
-from zpatch.images.open_image import ANY_SLIDE, refuse_other_format
-from zpatch.images.slide_image import SlideOptions
-from zpatch.images.subject import Subject
+from zpatch.errors import OptionError, UnknownNameError
+from zpatch.images.image import stored_image
+from zpatch.images.subject import Subject, image_outline, outline
+from zpatch.records.image_facts import ImageFacts
 from zpatch.records.image_record import ImageRecord
-from zpatch.records.names import HISTOGRAM, ROOT_DOCUMENT, chosen
-from zpatch.slides.slide_file import is_slide_file
-from zpatch.store.store import Store, is_store, open_store, read_small_array
+from zpatch.records.manifest_table import ManifestTable
+from zpatch.records.names import HISTOGRAM, chosen
+from zpatch.store.store import Store, open_store, read_small_array
 from zpatch.store.voxel_statistics import merged_statistics
-from zpatch.volume_files.formats import MAPPED_SUFFIXES, kind_of
 
 
 class Cohort(Sequence[Subject]):
@@ -47,31 +46,114 @@ class Cohort(Sequence[Subject]):
 
     def __init__(self, path: str | os.PathLike[str] | Store) -> None:
         self.store = path if isinstance(path, Store) else open_store(path)
-        self._images: dict[str, list[str]] = {}
-        for subject, image in self.store.records:
-            self._images.setdefault(subject, []).append(image)
-        self._names = sorted(self._images)
+        self._numbers = np.arange(len(self._table.subjects))  # of the subjects, in the table
         self._changes: tuple[Callable[[Subject], Subject], ...] = ()
+
+    @property
+    def _table(self) -> ManifestTable:
+        return self.store.manifest.table
 
     @property
     def names(self) -> list[str]:
         """Names of the subjects."""
-        return list(self._names)
+        return self._table.subjects.taken(self._numbers)
 
     @property
     def splits(self) -> dict[str, list[str]]:
         """Names of the subjects of each split."""
         splits: dict[str, list[str]] = {}
-        for name in self._names:
-            split = self._split_of(name)
-            if split is not None:
-                splits.setdefault(split, []).append(name)
+        for name, split in zip(self.names, self._splits.tolist(), strict=True):
+            if split >= 0:
+                splits.setdefault(self._table.splits[split], []).append(name)
         return splits
 
     @property
+    def _splits(self) -> NDArray[np.int32]:
+        """Numbers of the subjects' splits, (N,); -1 for none."""
+        return np.asarray(self._table.arrays["split"][self._table.first_rows[self._numbers]])
+
+    @property
     def metadata(self) -> dict[str, Json]:
-        """Metadata of each subject, by name."""
-        return {name: self[name].metadata for name in self._names}
+        """Metadata of each subject, by name, from the store."""
+        return dict(zip(self.names, self._metadata(), strict=True))
+
+    def _metadata(self) -> Iterator[Json]:
+        return map(self._table.meta_of, self._table.first_rows[self._numbers].tolist())
+
+    @property
+    def table(self) -> list[Json]:
+        """A row of plain values for each image, as pandas and polars take them; no voxel is read.
+
+        A row has ``subject``, ``split``, ``image``, ``kind``, ``channels``, ``i``, ``j``, ``k`` (voxels),
+        ``dtype``, ``spacing_i``, ``spacing_j``, ``spacing_k`` (mm, or the unit of the affine),
+        ``orientation`` and ``labels`` (the values of a label map, or None), and the metadata of the subject
+        by their own names; one that is called as a column is ``metadata_NAME``.
+        """
+        rows = []
+        for number, name, meta in zip(self._numbers.tolist(), self.names, self._metadata(), strict=True):
+            for row in self._table.rows_of(number):
+                own = {"subject": name, **self._columns(row)}
+                rows.append(own | {f"metadata_{k}" if k in own else k: value for k, value in meta.items()})
+        return rows
+
+    def _columns(self, row: int) -> Json:
+        """The columns of ``table`` of an image, but for its subject and metadata."""
+        facts, (_, image) = self._facts(row), self._table.key(row)
+        channels, i, j, k = facts.shape
+        spacing = self._table.arrays["spacing"][row].tolist()
+        return {
+            "split": self._table.split_of(row),
+            "image": image,
+            "kind": facts.kind,
+            "channels": channels,
+            "i": i,
+            "j": j,
+            "k": k,
+            "dtype": facts.dtype,
+            **dict(zip(("spacing_i", "spacing_j", "spacing_k"), spacing, strict=True)),
+            "orientation": facts.orientation,
+            "labels": None if facts.labels is None else list(facts.labels),
+        }
+
+    def _facts(self, row: int) -> ImageFacts:
+        facts = self._table.facts_of(row)
+        if facts is None:
+            self.store.records.at(row)  # a DamageError that says why
+            raise AssertionError(row)
+        return facts
+
+    def facts(self, index: int) -> dict[str, ImageFacts]:
+        """What is known of the images of a subject, by name, without parsing their records."""
+        rows = self._table.rows_of(int(self._numbers[index]))
+        return {self._table.key(row)[1]: self._facts(row) for row in rows}
+
+    def first_alike(self) -> NDArray[np.int64]:
+        """For each subject the first one that is alike: whose images have the same names and facts, (N,).
+
+        Where ``map`` may have changed subjects each is like no other.
+        """
+        if self._changes:
+            return np.arange(len(self))
+        _, first, kinds = np.unique(
+            self._table.arrays["alike"][self._numbers], return_index=True, return_inverse=True
+        )
+        return np.asarray(first[kinds])
+
+    def outlines(self) -> Iterator[str]:
+        """A line for each subject with all that identifies its images, for a digest of the cohort."""
+        if self._changes:
+            yield from map(outline, self)
+            return
+        for number, name in zip(self._numbers.tolist(), self.names, strict=True):
+            yield f"{name}: {', '.join(map(self._outline, self._table.rows_of(number)))}"
+
+    def _outline(self, row: int) -> str:
+        """As ``outline`` of an image."""
+        (subject, name), contents = self._table.key(row), self._table.contents_of(row)
+        if not contents:
+            return image_outline(name, self[subject][name])
+        facts = self._facts(row)
+        return f"{name} {facts.kind} {facts.shape} {contents}"
 
     @property
     def statistics(self) -> dict[str, Json]:
@@ -81,9 +163,9 @@ class Cohort(Sequence[Subject]):
         map: the number of voxels of each value.
         """
         records: dict[str, list[ImageRecord]] = {}
-        for name in self._names:
-            for image in self._images[name]:
-                records.setdefault(image, []).append(self.store.records[name, image])
+        for number in self._numbers.tolist():
+            for record in map(self.store.records.at, self._table.rows_of(number)):
+                records.setdefault(record.image, []).append(record)
         return {image: self._statistics_of(found) for image, found in records.items()}
 
     def _statistics_of(self, records: Sequence[ImageRecord]) -> Json:
@@ -101,21 +183,85 @@ class Cohort(Sequence[Subject]):
 
     def split(self, name: str) -> Self:
         """The subjects of a split."""
-        splits = self.splits
-        if name not in splits:
-            raise UnknownNameError.among("split", name, splits, f"store {self.store.path}")
-        return self._only(splits[name])
+        found, numbers = self._splits, {split: number for number, split in enumerate(self._table.splits)}
+        if name not in numbers or not (found == numbers[name]).any():
+            there = [split for split, number in numbers.items() if (found == number).any()]
+            raise UnknownNameError.among("split", name, there, f"store {self.store.path}")
+        return self._only(self._numbers[found == numbers[name]])
 
     def select(self, names: Sequence[str]) -> Self:
         """The subjects with these names, in this order."""
-        for name in names:
-            if name not in self._names:
-                raise UnknownNameError.among("subject", name, self._names, f"store {self.store.path}")
-        return self._only(list(names))
+        return self._only(np.array([self._number_of(name) for name in names], dtype=np.int64))
+
+    def _number_of(self, name: str) -> int:
+        number = self._table.subjects.number_of(name)
+        if number is None or not self._has(number):
+            raise UnknownNameError.among("subject", name, self.names, f"store {self.store.path}")
+        return number
+
+    def _has(self, number: int) -> bool:
+        return len(self) == len(self._table.subjects) or bool((self._numbers == number).any())
 
     def matching(self, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Self:
         """The subjects whose names match a pattern of ``include`` and no pattern of ``exclude``."""
-        return self._only(chosen("subject", self._names, include, exclude, f"store {self.store.path}"))
+        return self.select(chosen("subject", self.names, include, exclude, f"store {self.store.path}"))
+
+    def where(
+        self,
+        *,
+        split: str | Sequence[str] | None = None,
+        labels: Mapping[str, Sequence[int]] | None = None,
+        **metadata: Any,
+    ) -> Self:
+        """The subjects of a split, with any of some labels, and with some metadata; no voxel is read.
+
+        ``split`` is a name, or several. ``labels`` has for the name of a label map the values of which it
+        has at least one. ``metadata`` has for a key a value, several values, or a function that is called
+        with the value and says whether the subject is chosen; a subject without the key is not. Calls can be
+        chained. Raises UnknownNameError for a split, an image or a key that no subject has, and OptionError
+        for an image whose labels are not known.
+
+        As ``cohort.where(split="train", age=lambda age: age > 40, site=["A", "B"], labels={"seg": [3]})``.
+        """
+        chosen_part = self
+        if split is not None:
+            chosen_part = self._in_splits([split] if isinstance(split, str) else split)
+        for image, values in (labels or {}).items():
+            chosen_part = chosen_part._with_labels(image, values)
+        for key, wanted_value in metadata.items():
+            chosen_part = chosen_part._with_metadata(key, wanted_value)
+        return chosen_part
+
+    def _in_splits(self, wanted: Sequence[str]) -> Self:
+        numbers = {name: number for number, name in enumerate(self._table.splits)}
+        for name in wanted:
+            if name not in numbers:
+                raise UnknownNameError.among("split", name, numbers, f"store {self.store.path}")
+        return self._only(self._numbers[np.isin(self._splits, [numbers[name] for name in wanted])])
+
+    def _with_labels(self, image: str, values: Sequence[int]) -> Self:
+        """The subjects with any of some values in a label map; alike subjects have the same."""
+        wanted = {values} if isinstance(values, int) else {int(value) for value in values}
+        alike, has = self.first_alike(), {}
+        for index in np.unique(alike).tolist():
+            facts = self.facts(index).get(image)
+            if facts is not None and facts.labels is None:
+                raise OptionError(f"the labels of {image!r} are not known: it is no label map of one channel")
+            has[index] = facts and not wanted.isdisjoint(facts.labels or ())
+        if len(self) and all(found is None for found in has.values()):
+            names = sorted({name for index in has for name in self.facts(index)})
+            raise UnknownNameError.among("image", image, names, f"store {self.store.path}")
+        return self._only(self._numbers[np.array([bool(has[index]) for index in alike.tolist()], dtype=bool)])
+
+    def _with_metadata(self, key: str, wanted: Any) -> Self:
+        """The subjects whose metadata have a key with a wanted value."""
+        metadata = list(self._metadata())
+        if metadata and not any(key in meta for meta in metadata):
+            there = sorted({name for meta in metadata for name in meta})
+            raise UnknownNameError.among("metadata key", key, there, f"store {self.store.path}")
+        is_wanted = _criterion(wanted)
+        kept = [key in meta and bool(is_wanted(meta[key])) for meta in metadata]
+        return self._only(self._numbers[np.array(kept, dtype=bool)])
 
     def map(self, fn: Callable[[Subject], Subject]) -> Self:
         """The cohort of ``fn(subject)`` for each subject, computed when a subject is accessed.
@@ -123,21 +269,17 @@ class Cohort(Sequence[Subject]):
         ``fn`` may change images, as in ``lambda s: s.with_images(t1=zp.Normalize()(s.t1))``, but not the
         subject's name. It must be picklable where worker processes are not forked.
         """
-        changed = self._only(self._names)
+        changed = self._only(self._numbers)
         changed._changes = (*self._changes, fn)
         return changed
 
-    def _only(self, names: list[str]) -> Self:
-        part = type(self)(self.store)
-        part._names = names
-        part._changes = self._changes
+    def _only(self, numbers: NDArray[np.int64]) -> Self:
+        part = copy.copy(self)
+        part._numbers = numbers
         return part
 
-    def _split_of(self, name: str) -> str | None:
-        return self.store.records[name, self._images[name][0]].split
-
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._numbers)
 
     @overload
     def __getitem__(self, key: int | str) -> Subject: ...
@@ -145,84 +287,41 @@ class Cohort(Sequence[Subject]):
     def __getitem__(self, key: slice) -> Self: ...
     def __getitem__(self, key: int | str | slice) -> Subject | Self:
         if isinstance(key, slice):
-            return self._only(self._names[key])
-        if isinstance(key, str):
-            return self.select([key])[0]
-        return self._subject(self._names[key])
+            return self._only(self._numbers[key])
+        return self._subject(self._number_of(key) if isinstance(key, str) else int(self._numbers[key]))
 
-    def _subject(self, name: str) -> Subject:
-        records = [self.store.records[name, image] for image in self._images[name]]
+    def _subject(self, number: int) -> Subject:
+        records = [self.store.records.at(row) for row in self._table.rows_of(number)]
         images = {r.image: stored_image(self.store.image_path(r), r) for r in records}
-        subject = Subject.of(images, name=name, split=records[0].split, metadata=records[0].meta)
+        first = records[0]
+        subject = Subject.of(images, name=first.subject, split=first.split, metadata=first.meta)
         for change in self._changes:
             subject = change(subject)
         return subject
 
+    def name_of(self, index: int) -> str:
+        """The name of a subject by its number."""
+        return self._table.subjects[int(self._numbers[index])]
+
     def __iter__(self) -> Iterator[Subject]:
-        return map(self._subject, self._names)
+        return map(self._subject, self._numbers.tolist())
 
     def __contains__(self, item: object) -> bool:
-        return item in self._names if isinstance(item, str) else False
+        number = self._table.subjects.number_of(item) if isinstance(item, str) else None
+        return number is not None and self._has(number)
 
     def __repr__(self) -> str:
         return f"Cohort({str(self.store.path)!r}: {len(self)} subjects)"
 
 
-def open_subjects(
-    path: Path,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    axes: str | None = None,
-    time: int | None = None,
-    channels: Sequence[int] | None = None,
-    slide: SlideOptions = ANY_SLIDE,
-) -> Sequence[Subject]:
-    """The subjects of a store whose names match patterns; or one subject for an image that is read in place.
-
-    That is a slide, an uncompressed file of a volume, an OME-Zarr image or a Zarr array. Its subject is named
-    after the path, and its image is called ``image``. ``axes`` names the axes of an
-    array without dimension names, as in ``"yxc"``; ``time`` and ``channels`` are what is read of it, and
-    ``slide`` says which level of a slide.
-    """
-    if is_slide_file(path) and path.is_file():
-        image = ScalarImage(path, axes=axes, time=time, channels=channels, **dataclasses.asdict(slide))
-        return [_alone(path, image, include, exclude)]
-    slide.refuse_any(path)
-    refuse_other_format(path)
-    if path.is_file() and path.name.lower().endswith(MAPPED_SUFFIXES):
-        _refuse_options(path, axes=axes)
-        return [_alone(path, ScalarImage(path, time=time, channels=channels), include, exclude)]
-    if path.is_file() and (kind := kind_of(path.name)):
-        raise SourceError(
-            f"{path}: it is {kind}; make a store of its folder with "
-            f"'zpatch convert {path.parent} STORE', and name STORE"
-        )
-    if path.is_file():
-        raise NotAStoreError(
-            f"{path}: files of this format are not read, but stores, OME-Zarr and Zarr; save it as one of "
-            f"these, or as NIfTI for 'zpatch convert'"
-        )
-    is_zarr = (path / ROOT_DOCUMENT).exists() or any(path.glob(".z*"))
-    if is_store(path) or not is_zarr:
-        _refuse_options(path, axes=axes, time=time, channels=channels)
-        return Cohort(path).matching(include, exclude)
-    return [_alone(path, ScalarImage(path, axes=axes, time=time, channels=channels), include, exclude)]
+def first_alike(subjects: Sequence[Subject]) -> NDArray[np.int64]:
+    """For each subject the first one that is alike, (N,), where that is known; see ``Cohort.first_alike``."""
+    return subjects.first_alike() if isinstance(subjects, Cohort) else np.arange(len(subjects))
 
 
-def _refuse_options(path: Path, **options: Any) -> None:
-    """Refuse options of Zarr arrays that were given for something else."""
-    for option, value in options.items():
-        if value is not None:
-            raise OptionError(
-                f"{path} is not a Zarr array; {option}= can be given for a Zarr array only", option=option
-            )
-
-
-def _alone(path: Path, image: ScalarImage, include: Sequence[str], exclude: Sequence[str]) -> Subject:
-    """The subject of one image, named after its path."""
-    if include or exclude:
-        raise OptionError(f"{path} is one image; include= and exclude= are for a store", option="include")
-    parts = [path.parent.name, path.name] if path.name.isdecimal() else [path.name]
-    name = "-".join(re.sub(r"(\.ome)?\.[A-Za-z0-9]+$", "", part) for part in parts)
-    name = re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip("._-") or "image"
-    return Subject(name=name, image=image)
+def _criterion(wanted: Any) -> Callable[[Any], Any]:
+    """Says whether a value of metadata is wanted: by a function, or as one of some values."""
+    if callable(wanted):
+        return wanted  # type: ignore[no-any-return]
+    several = list(wanted) if isinstance(wanted, list | tuple | set | frozenset | range) else [wanted]
+    return lambda value: value in several

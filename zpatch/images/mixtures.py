@@ -2,21 +2,63 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
 from zpatch.errors import OptionError
 from zpatch.geometry.affines import spacing_mm
+from zpatch.geometry.boxes import Triple
 from zpatch.geometry.orientation import axis_codes
 from zpatch.geometry.voxel_grid import format_spacing
-from zpatch.records.image_record import ImageRecord
+from zpatch.records.image_record import ImageRecord, Kind
+from zpatch.records.manifest import Manifest
 
 MOST_NAMED = 3
 OTHER_SCALE = 10.0  # ranges of intensity that differ by this factor are of other units
 
 
-def mixtures(records: Iterable[ImageRecord], *, shapes: bool = True) -> list[tuple[str, str]]:
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """An image of a subject, by what images of one name may differ in; ``range`` is of its intensities."""
+
+    subject: str
+    image: str
+    kind: Kind
+    spatial_shape: Triple
+    spacing: tuple[float, ...]
+    orientation: str
+    range: tuple[float, float] | None
+
+    @classmethod
+    def of(cls, record: ImageRecord) -> Self:
+        """An image of a record."""
+        return cls(
+            record.subject,
+            record.image,
+            record.kind,
+            record.spatial_shape,
+            spacing_mm(record.affine_array),
+            orientation_of(record),
+            _range(record.stats),
+        )
+
+
+def placed_images(manifest: Manifest) -> Iterator[Placed]:
+    """The images of a manifest, by its table; those whose lines are no records are left out."""
+    table = manifest.table
+    spacings, ranges = (table.arrays[name].tolist() for name in ("spacing", "range"))
+    for row, (spacing, (low, high)) in enumerate(zip(spacings, ranges, strict=True)):
+        if (facts := table.facts_of(row)) is not None:
+            found = None if math.isnan(low) or math.isnan(high) else (low, high)
+            shape, orientation = facts.spatial_shape, facts.orientation
+            yield Placed(*table.key(row), facts.kind, shape, tuple(spacing), orientation, found)
+
+
+def mixtures(images: Iterable[Placed], *, shapes: bool = True) -> list[tuple[str, str]]:
     """What images of one name differ in, as (name of the image, text): a line for each, by name.
 
     ``shapes`` are mostly different, and no fault; False leaves them out.
@@ -24,13 +66,13 @@ def mixtures(records: Iterable[ImageRecord], *, shapes: bool = True) -> list[tup
     Intensities are of another range where their 0.5th and 99.5th percentiles are ten times as large as in
     most subjects, or a tenth, or where only they, or all but they, go far below 0, as Hounsfield units do.
     """
-    of_name: dict[str, list[ImageRecord]] = {}
-    for record in records:
-        of_name.setdefault(record.image, []).append(record)
+    of_name: dict[str, list[Placed]] = {}
+    for image in images:
+        of_name.setdefault(image.image, []).append(image)
     return [
         (name, text)
-        for name, images in sorted(of_name.items())
-        for text in _of_image(images, with_shapes=shapes)
+        for name, alike in sorted(of_name.items())
+        for text in _of_image(alike, with_shapes=shapes)
     ]
 
 
@@ -42,25 +84,25 @@ def orientation_of(record: ImageRecord) -> str:
         return "?"
 
 
-def _of_image(images: Sequence[ImageRecord], *, with_shapes: bool) -> Iterator[str]:
-    yield from _mixed("spacings", images, [_spacing(record) for record in images], "mm")
-    yield from _mixed("orientations", images, [orientation_of(record) for record in images])
-    shapes = {record.spatial_shape for record in images}
+def _of_image(images: Sequence[Placed], *, with_shapes: bool) -> Iterator[str]:
+    yield from _mixed("spacings", images, [_spacing(image.spacing) for image in images], "mm")
+    yield from _mixed("orientations", images, [image.orientation for image in images])
+    shapes = {image.spatial_shape for image in images}
     if with_shapes and len(shapes) > 1:
         least, most = (" x ".join(map(str, bound)) for bound in (np.min([*shapes], 0), np.max([*shapes], 0)))
         yield f"{len(shapes)} shapes, from {least} to {most} voxels (I x J x K)"
-    yield from _other_ranges([record for record in images if record.kind == "scalar"])
+    yield from _other_ranges([image for image in images if image.kind == "scalar"])
 
 
-def _spacing(record: ImageRecord) -> str:
-    return format_spacing([float(f"{size:.3g}") for size in spacing_mm(record.affine_array)])
+def _spacing(spacing: Sequence[float]) -> str:
+    return format_spacing([float(f"{size:.3g}") for size in spacing])
 
 
-def _mixed(what: str, images: Sequence[ImageRecord], values: Sequence[str], unit: str = "") -> Iterator[str]:
+def _mixed(what: str, images: Sequence[Placed], values: Sequence[str], unit: str = "") -> Iterator[str]:
     """A line where images have different values, the most frequent one first."""
     subjects: dict[str, list[str]] = {}
-    for record, value in zip(images, values, strict=True):
-        subjects.setdefault(value, []).append(record.subject)
+    for image, value in zip(images, values, strict=True):
+        subjects.setdefault(value, []).append(image.subject)
     if len(subjects) > 1:
         (first, of_first), *others = sorted(subjects.items(), key=lambda item: -len(item[1]))
         listed = [f"{value} ({_named(names)})" for value, names in others[:MOST_NAMED]]
@@ -69,9 +111,9 @@ def _mixed(what: str, images: Sequence[ImageRecord], values: Sequence[str], unit
         yield f"{len(subjects)} {what}{f' in {unit}' if unit else ''}: {shown}"
 
 
-def _other_ranges(images: Sequence[ImageRecord]) -> Iterator[str]:
+def _other_ranges(images: Sequence[Placed]) -> Iterator[str]:
     """A line where the intensities of some images are on another scale, or go below 0 and others do not."""
-    ranges = {record.subject: found for record in images if (found := _range(record.stats)) is not None}
+    ranges = {image.subject: image.range for image in images if image.range is not None}
     if len(ranges) < 2:
         return
     scale = {subject: max(abs(low), abs(high)) for subject, (low, high) in ranges.items()}

@@ -182,6 +182,18 @@ class Subject:
         return f"Subject({self.name!r}: {', '.join(self._images)})"
 
 
+def outline(subject: Subject) -> str:
+    """A line with all that identifies the images of a subject."""
+    images = (image_outline(name, image) for name, image in subject.images.items())
+    return f"{subject.name}: {', '.join(images)}"
+
+
+def image_outline(name: str, image: Image) -> str:
+    """An image in such a line: by the digest of its files, or without one by all that is known of it."""
+    contents = image.record.contents if image.record and image.record.files else image.identity()
+    return f"{name} {image.kind} {image.shape} {contents}"
+
+
 def _slide_of(images: Mapping[str, Image]) -> Image | None:
     """The first image that is a slide: an intensity of one plane in a TIFF file."""
     planes = (one for one in images.values() if one.opened.slide and one.kind == "scalar")

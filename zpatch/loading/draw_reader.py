@@ -21,6 +21,7 @@ from zpatch.epochs.epoch_plan import Draw, EpochPlan
 from zpatch.errors import OptionError, QueueError
 from zpatch.geometry.affines import Affine
 from zpatch.geometry.boxes import PatchLocation, Triple
+from zpatch.images.cohort import Cohort, first_alike
 from zpatch.images.subject import Subject
 from zpatch.loading.queue_subjects import AnyTransform, SubjectTransform
 from zpatch.loading.shared_slots import ImagePlace, SlotLayout, new_memory
@@ -173,7 +174,8 @@ class DrawReader:
     def largest_layout(self, plan: Callable[[], EpochPlan]) -> SlotLayout:
         """The layout of the largest patch; with a transform, that of the first patch of a plan after it."""
         if self.transform is None:
-            return max(map(self.layout_of, self.subjects), key=attrgetter("nbytes"))
+            different = (self.subjects[number] for number in np.unique(first_alike(self.subjects)).tolist())
+            return max(map(self.layout_of, different), key=attrgetter("nbytes"))
         draw = next(plan().draws())
         draw = dataclasses.replace(draw, numbers=draw.numbers[:1], places=draw.places[:1])
         try:
@@ -184,8 +186,9 @@ class DrawReader:
 
     def name_of(self, subject: int) -> str:
         """The name of a subject by its number."""
-        names = getattr(self.subjects, "names", None)  # of a cohort: without making the subject
-        return str(names[subject] if names else self.subjects[subject].name)
+        if isinstance(self.subjects, Cohort):  # without making the subject
+            return self.subjects.name_of(subject)
+        return self.subjects[subject].name
 
     def layout_of(self, subject: Subject) -> SlotLayout:
         """The layout of a patch of a subject in a slot, before any transform."""

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, get_args, overload, runtime_checkable
 
 from zpatch.errors import OptionError, ZpatchError
 from zpatch.geometry.boxes import PatchLocation, Triple
-from zpatch.images.cohort import Cohort
+from zpatch.images.cohort import Cohort, first_alike
 from zpatch.images.subject import Subject
 from zpatch.sampling.patch import Patch
 from zpatch.sampling.patch_sampler import PatchSampler
@@ -145,7 +145,10 @@ def _complaints(
     bad: dict[int, ZpatchError] = {}
     images: dict[int, tuple[str, frozenset[str]]] = {}
     classes: dict[str, bool] = {}
-    for number in range(len(subjects)):
+    for number, first in enumerate(first_alike(subjects).tolist()):
+        if first < number and first not in bad:
+            images[number] = images[first]
+            continue
         try:
             subject = subjects[number]
             images[number] = subject.name, frozenset(subject.images)

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal, Self, get_args
 
 import numpy as np
@@ -28,6 +29,7 @@ from zpatch.records.names import check_name
 Kind = Literal["scalar", "label", "sampling"]
 
 KINDS: tuple[str, ...] = get_args(Kind)
+MOST = sys.float_info.max
 AXES = ("zyx", "czyx", "tzyx")
 
 
@@ -258,28 +260,37 @@ class ImageRecord:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return type(value) in (float, int) and -MOST <= value <= MOST  # type: ignore[operator]
 
 
 def _is_statistic(value: object) -> bool:
     """Whether a value is a number, None, or a list or object of such values."""
-    if isinstance(value, dict):
-        return all(map(_is_statistic, value.values()))
-    if isinstance(value, list):
-        return all(map(_is_statistic, value))
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            if not (_is_number(inner) or _is_statistic(inner)):
+                return False
+        return True
     return value is None or _is_number(value)
+
+
+@lru_cache(maxsize=4096)
+def _is_path_below(key: str) -> bool:
+    """Whether a text is the path of a file below its folder; those of many images are the same."""
+    steps = key.split("/") if key.isprintable() else [""]
+    return all(steps) and not {".", ".."} & set(steps) and "\\" not in key
 
 
 def check_sealed_file(key: object, seal: FileSeal) -> None:
     """Raise ValueError unless ``key`` is the path of a file below its folder, and its seal is one."""
-    steps = key.split("/") if isinstance(key, str) and key.isprintable() else [""]
-    if not all(steps) or {".", ".."} & set(steps) or "\\" in str(key):
+    if not isinstance(key, str) or not _is_path_below(key):
         raise ValueError(f"a file {key!r}")
     if type(seal.bytes) is not int or seal.bytes < 0 or not isinstance(seal.checksum, str):
         raise ValueError(f"a seal of {key!r} that is none")
 
 
+@lru_cache(maxsize=1024)
 def _check_shapes(array: Level, ndim: int, itemsize: int) -> None:
+    """Raise ValueError for shapes that no array can have; images of a cohort have few different ones."""
     for extent in (array.shape, array.chunks, array.shards):
         if len(extent) != ndim or not all(type(n) is int and n > 0 for n in extent):
             raise ValueError(f"a shape of {extent} with {ndim} axes")

@@ -11,6 +11,7 @@ from zpatch.errors import SourceError, UnknownNameError
 FORMAT = 1
 ROOT_DOCUMENT = "zarr.json"
 MANIFEST = "manifest.jsonl"
+MANIFEST_TABLE = "manifest.index"
 STAGING = ".staging"
 UNFINISHED = ".unfinished"
 LOCK = ".lock"
@@ -22,7 +23,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 def check_name(name: str, what: str) -> None:
     """Raise ``SourceError`` for a subject or image name that is not a valid folder name on all systems."""
-    if not _NAME.fullmatch(name) or name.casefold() in (ROOT_DOCUMENT, MANIFEST):
+    if not _NAME.fullmatch(name) or name.casefold() in (ROOT_DOCUMENT, MANIFEST, MANIFEST_TABLE):
         raise SourceError(
             f"{what} name {name!r} is not usable: it must start with a letter or digit and hold only "
             f"letters, digits, '.', '_' and '-' (at most 128), and not be a file of the store itself; "
@@ -50,7 +51,12 @@ def chosen(
 
     A pattern without a match raises ``UnknownNameError``, whose text has the ``kind`` and ``place`` of names.
     """
+    found: dict[str, set[str]] = {}
     for pattern in (*include, *exclude):
-        if not any(matches(name, [pattern]) for name in names):
+        fits = re.compile(fnmatch.translate(pattern)).match
+        found[pattern] = {name for name in names if fits(name)}
+        if not found[pattern]:
             raise UnknownNameError.among(kind, pattern, names, place)
-    return [name for name in names if matches(name, include or ["*"]) and not matches(name, exclude)]
+    included = set().union(*(found[pattern] for pattern in include)) if include else set(names)
+    included = included.difference(*(found[pattern] for pattern in exclude))
+    return [name for name in names if name in included]

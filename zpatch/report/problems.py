@@ -9,7 +9,7 @@ from typing import Self
 from zpatch.digests import Json
 from zpatch.errors import DamageError, one_line
 from zpatch.geometry.affines import max_corner_distance
-from zpatch.images.mixtures import mixtures
+from zpatch.images.mixtures import Placed, mixtures
 from zpatch.records.image_record import ImageRecord
 from zpatch.store.verification import VerificationReport
 
@@ -95,7 +95,10 @@ def problems_of_cohort(images: Mapping[str, Sequence[str]]) -> list[Problem]:
 
 def problems_of_mixtures(records: Sequence[ImageRecord]) -> list[Problem]:
     """What images of one name differ in, over all subjects, but for their shapes."""
-    return [Problem(f"it has {text}", image=image) for image, text in mixtures(records, shapes=False)]
+    return [
+        Problem(f"it has {text}", image=image)
+        for image, text in mixtures(map(Placed.of, records), shapes=False)
+    ]
 
 
 def share_a_grid(first: ImageRecord, second: ImageRecord) -> bool:

@@ -10,6 +10,18 @@ from pathlib import Path
 MOST_DOCUMENT_BYTES = 2**28  # of a document that is read at once; metadata take kilobytes
 
 
+class OpenFile:
+    """A file descriptor, closed when nothing refers to it any more."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.close(self.number)
+
+
 def open_regular(path: Path, flags: int = os.O_RDONLY, *, follow: bool = False) -> int:
     """Open a regular file, as ``os.open``; ``follow`` allows a link to one.
 

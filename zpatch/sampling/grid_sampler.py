@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from zpatch.errors import OptionError
 from zpatch.geometry.boxes import PatchLocation, patch_overlap_triple
 from zpatch.geometry.patch_grid import PatchGrid
+from zpatch.images.cohort import first_alike
 from zpatch.images.subject import Subject
 from zpatch.sampling.patch import Patch
 from zpatch.sampling.patch_sampler import READ_TOGETHER, PatchSampler, PatchSize
@@ -75,7 +76,8 @@ class GridSampler(PatchSampler, torch.utils.data.Dataset[Patch]):
 
     def counts(self, subjects: Sequence[Subject], patches_per_volume: int = 0) -> NDArray[np.int64]:
         """How many patches the grid has over each subject, (N,)."""
-        return np.array([len(self.grid_of(subject)) for subject in subjects])
+        different, which = np.unique(first_alike(subjects), return_inverse=True)
+        return np.array([len(self.grid_of(subjects[number])) for number in different.tolist()])[which]
 
     def numbered(
         self,

@@ -21,7 +21,7 @@ from zpatch.digests import FileSeal, Json, digest, parsed_json
 from zpatch.errors import DamageError, NotAStoreError, StoreError
 from zpatch.geometry.boxes import padded_to_4d
 from zpatch.records.image_record import ImageRecord
-from zpatch.records.manifest import Key, read_manifest
+from zpatch.records.manifest import Manifest, Records, open_manifest
 from zpatch.records.names import FORMAT, MANIFEST, ROOT_DOCUMENT
 from zpatch.runtime.guarded_files import is_behind_link, read_document
 
@@ -32,18 +32,25 @@ MOST_TABLE_BYTES = 2**32
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """A store as its manifest describes it; immutable, and no file is held open.
+    """A store as its manifest describes it; immutable. Only the manifest is held open.
 
     ``path`` is absolute, so that a change of the working directory cannot make it another store.
-    ``records`` are the committed images by (subject, image) in the order of the manifest; ``documents``
-    are the sealed files outside the images, by path relative to the store; ``attributes`` are those of the
-    root document.
+    ``attributes`` are those of the root document.
     """
 
     path: Path
     attributes: Json
-    records: Mapping[Key, ImageRecord]
-    documents: Mapping[str, FileSeal]
+    manifest: Manifest
+
+    @property
+    def records(self) -> Records:
+        """The committed images by (subject, image), in the order of the manifest."""
+        return self.manifest.records
+
+    @property
+    def documents(self) -> Mapping[str, FileSeal]:
+        """The sealed files outside the images, by path relative to the store."""
+        return self.manifest.documents
 
     def image_path(self, record: ImageRecord) -> Path:
         """The folder of an image; one that is a link raises DamageError."""
@@ -54,15 +61,9 @@ class Store:
 
 
 def open_store(path: str | os.PathLike[str]) -> Store:
-    """Open a store for reading. Only its root document and its manifest are read."""
+    """Open a store for reading. Only its root document and the table of its manifest are read."""
     root = Path(path)
-    return store_of(root, root_attributes(root))
-
-
-def store_of(root: Path, attributes: Json) -> Store:
-    """The store of a manifest, with these attributes of its root document."""
-    manifest = read_manifest(root / MANIFEST)
-    return Store(root.absolute(), attributes, manifest.records, manifest.documents)
+    return Store(root.absolute(), root_attributes(root), open_manifest((root / MANIFEST).absolute()))
 
 
 def is_store(path: Path) -> bool:

@@ -6,9 +6,11 @@ An image is written below ``.staging``, synced, renamed into place, and only the
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import uuid
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,10 +19,10 @@ from typing import IO, Self
 
 from zpatch.chunks.mapped_shards import close_shards
 from zpatch.digests import FileSeal, Json, digest
-from zpatch.errors import StoreError, StoreExistsError
+from zpatch.errors import DamageError, StoreError, StoreExistsError
 from zpatch.records.image_record import ImageRecord
-from zpatch.records.manifest import Key, append_lines, read_manifest
-from zpatch.records.names import FORMAT, LOCK, MANIFEST, ROOT_DOCUMENT, STAGING, UNFINISHED
+from zpatch.records.manifest import Key, append_lines, open_manifest, save_table
+from zpatch.records.names import FORMAT, LOCK, MANIFEST, MANIFEST_TABLE, ROOT_DOCUMENT, STAGING, UNFINISHED
 from zpatch.runtime.guarded_files import read_document
 from zpatch.runtime.whole_file import sync, whole_file
 from zpatch.store.lock import take_lock, writing_to
@@ -29,7 +31,7 @@ from zpatch.store.store import TOOL, is_store, root_attributes
 from zpatch.store.verification import damage_of
 
 PARTIAL_DOCUMENT = f"{ROOT_DOCUMENT}.partial"
-OWN_NAMES = {LOCK, STAGING, ROOT_DOCUMENT, PARTIAL_DOCUMENT}
+OWN_NAMES = {LOCK, STAGING, ROOT_DOCUMENT, PARTIAL_DOCUMENT, MANIFEST_TABLE}
 
 
 def check_can_create(path: Path, *, overwrite: bool = False, resume: bool = False) -> None:
@@ -67,7 +69,8 @@ class StoreWriter:
         self.path = path.absolute()
         self.attributes = attributes  # of the store's root
         self.records = records  # what was committed before
-        self.documents = dict(documents)  # sealed files outside the images
+        # Sealed files outside the images: those of this writer, and those before it.
+        self.documents = ChainMap[str, FileSeal]({}, documents)  # type: ignore[arg-type]
         self.staging = self.path / STAGING
         self._lock = lock
         self._manifest = self.path / MANIFEST
@@ -108,7 +111,7 @@ class StoreWriter:
             with writing_to(path):
                 for name in (STAGING, UNFINISHED):
                     _refuse_link(path / name)
-                manifest = read_manifest(path / MANIFEST)
+                manifest = open_manifest(path / MANIFEST)
                 if manifest.whole_bytes < (path / MANIFEST).stat().st_size:
                     os.truncate(path / MANIFEST, manifest.whole_bytes)
                 writer = cls(path, lock, own_attributes, manifest.records, manifest.documents)
@@ -125,6 +128,9 @@ class StoreWriter:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        with contextlib.suppress(OSError, DamageError):  # without it the manifest is read line by line
+            if self._manifest.exists():
+                save_table(self._manifest, self.staging / MANIFEST_TABLE)
         shutil.rmtree(self.staging, ignore_errors=True)
         self._lock.close()
 
@@ -191,7 +197,7 @@ class StoreWriter:
 
     def _undo(self, images: Sequence[tuple[Path, ImageRecord]]) -> None:
         """Take out what was moved in, unless its line was written."""
-        manifest = read_manifest(self._manifest)
+        manifest = open_manifest(self._manifest)
         for _, record in images:
             if (record.subject, record.image) not in manifest.records:
                 shutil.rmtree(self.path / record.subject / record.image, ignore_errors=True)

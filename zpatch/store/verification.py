@@ -11,11 +11,12 @@ from pathlib import Path
 from zpatch.digests import FileSeal, Json, file_digest
 from zpatch.errors import DamageError, StoreError
 from zpatch.records.image_record import ImageRecord
+from zpatch.records.manifest import read_manifest
 from zpatch.records.names import MANIFEST, ROOT_DOCUMENT
 from zpatch.runtime.guarded_files import is_behind_link, open_regular
 from zpatch.runtime.task_contract import Progress
 from zpatch.store.lock import writer_of
-from zpatch.store.store import Store, open_store, store_of
+from zpatch.store.store import Store, root_attributes
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,14 +131,16 @@ def verify(
 
 def _opened(root: Path) -> Store:
     """The store, also where its root document is missing or damaged: its seal reports that."""
+    attributes: Json = {}
     try:
-        return open_store(root)
+        attributes = root_attributes(root)
+        return Store(root.absolute(), attributes, read_manifest(root / MANIFEST))
     except DamageError:
         raise
     except StoreError:  # no store, or one of a newer format
         if not (root / MANIFEST).is_file():
             raise
-        store = store_of(root, {})
+        store = Store(root.absolute(), {}, read_manifest(root / MANIFEST))
         seal = store.documents.get(ROOT_DOCUMENT)
         if seal is not None and damage_of(root, ROOT_DOCUMENT, seal, quick=False) is None:
             raise
