@@ -151,13 +151,13 @@ def write_slots(block: SlotBlock, layout: SlotLayout, slots: Iterable[int]) -> N
         for row in range(layout.rows):
             for place in layout.images:
                 block.tensor(slot, row, place).copy_(numbered(place, 10 * slot + row))
-        block.watched[slot] = 100 + slot
+        block.watched[slot, 0] = 100 + slot
 
 
 def copy_shared_pickle(shared: SharedPickle, block: SlotBlock) -> None:
     """Read a shared pickle, as a worker does that starts."""
     values = shared.read()
-    block.watched[:2] = len(values), sum(values)
+    block.watched[0, :2] = len(values), sum(values)
 
 
 # Transforms

@@ -41,7 +41,7 @@ DOORS = {
     "slide_image tissue_map",
     "sampling": "patch_sampler samplers grid_sampler patch patch_batch patch_views randomness",
     "epochs": "epoch_plan stream_position",
-    "loading": "patch_queue queue_options queue_subjects subjects_loader",
+    "loading": "patch_queue queue_options queue_stats queue_subjects subjects_loader",
     "pipelines": "pipeline torchio_pipeline torchio1_places torchio2_places monai_pipeline",
     "tiling": "windows output_cells axis_tiles volume_tiles",
     "blending": "aggregator blend grid_blend reduction sinks regridding",

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from zpatch.images.subject import Subject
     from zpatch.images.tissue_map import tissue_map
     from zpatch.loading.patch_queue import Queue
+    from zpatch.loading.queue_stats import QueueStats
     from zpatch.loading.subjects_loader import SubjectsLoader
     from zpatch.prediction.inference import predict
     from zpatch.report.report import write_report
@@ -63,6 +64,7 @@ __all__ = [
     "PatchBatch",
     "PatchLocation",
     "Queue",
+    "QueueStats",
     "RandomSampler",
     "SamplingMap",
     "ScalarImage",
@@ -99,6 +101,7 @@ _MODULES = {
     "sampling.samplers": ["LabelSampler", "UniformSampler", "WeightedSampler"],
     "sampling.mixed_sampler": ["MixedSampler"],
     "loading.patch_queue": ["Queue"],
+    "loading.queue_stats": ["QueueStats"],
     "loading.subjects_loader": ["SubjectsLoader"],
     "blending.aggregator": ["PatchAggregator"],
     "prediction.inference": ["predict"],

@@ -91,9 +91,10 @@ def run_loop(
     itemsize = np.dtype(dtype).itemsize
     rows = np.array(rows, np.int64) if isinstance(rows, list) else rows
     where = frames, files, outs, streams
-    return gathering._compiled(
+    stopped, problem, *_ = gathering._compiled(
         rows, checks, start, *where, tuple(chunk), itemsize, codec, scaled_from, *scaling
     )
+    return stopped, problem
 
 
 def decoded_by_loop(frame: bytes, box: Box, chunk: Sequence[int], dtype: Any) -> Voxels:

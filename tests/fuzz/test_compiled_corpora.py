@@ -33,7 +33,7 @@ def read_line(frame: bytes, item: int, voxels: int, first: int, stop: int) -> Vo
     row = np.array([[0, 0, len(frame), 0, *(0, 1, 0) * 3, first, stop - first, 0]])
     out = np.empty((1, 1, 1, stop - first), f"u{item}")
     where, how = ([frame], b"", [out], False), ((1, 1, 1, voxels), item, "blosc", "", *UNSCALED)
-    stopped, _ = loops.gather(row, b"", 0, *where, *how)
+    stopped, *_ = loops.gather(row, b"", 0, *where, *how)
     return out.reshape(-1) if stopped else None
 
 
@@ -101,7 +101,7 @@ def try_gather(data: bytes) -> None:
     after = [layout.filled(dtype_of(item, scaled_from), n) for n, layout in boxes]
     codec = "blosc" if mode & 1 else "none"
     try:
-        stopped, _ = loops.gather(
+        stopped, *_ = loops.gather(
             rows, checks, start, [b""] * len(maps) if files else maps, np.array(files, np.int64), after,
             streams, tuple(chunk), item, codec, scaled_from, *map(float, scaling),
         )  # fmt: skip

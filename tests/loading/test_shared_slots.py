@@ -115,7 +115,7 @@ def test_what_is_written_to_a_slot_stays_there_and_touches_no_other(layout: Slot
         assert found.shape == place.shape
         assert found.dtype == place.dtype
         assert torch.equal(found, numbered(place, 10 * slot + row))
-    assert block.watched[:count].tolist() == [100 + slot for slot in range(count)]
+    assert block.watched[:count, 0].tolist() == [100 + slot for slot in range(count)]
 
 
 def test_the_size_of_a_block_is_its_slots_and_the_watch() -> None:
@@ -161,7 +161,7 @@ def test_another_process_writes_where_this_one_reads(start_method: str, full: bo
     process.join(60)
     stop_forkserver()
     assert process.exitcode == 0
-    assert block.watched[:4].tolist() == [0, 101, 0, 103]
+    assert block.watched[:4, 0].tolist() == [0, 101, 0, 103]
     for slot, row, place in itertools.product(range(4), range(2), layout.images):
         written = numbered(place, 10 * slot + row)
         wanted = written if slot in (1, 3) else torch.zeros_like(written)
@@ -275,7 +275,7 @@ def test_a_shared_pickle_is_read_by_each_process_that_it_is_sent_to(start_method
     for process in processes:
         process.join(60)
         process.close()
-    assert [block.watched[:2].tolist() for block in blocks] == [[10**5, sum(range(10**5))]] * 2
+    assert [block.watched[0, :2].tolist() for block in blocks] == [[10**5, sum(range(10**5))]] * 2
     assert shared.read() == list(range(10**5))
     stop_forkserver()
     del shared, blocks

@@ -13,6 +13,7 @@
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "_checksum.h"
@@ -37,6 +38,29 @@ typedef struct {
     size_t length;
     int is_checked; /* whether it is to be compared with its checksum */
 } Place;
+
+/* How many chunks were read, and what the new ones took: those of a file, or compared with their checksum. */
+typedef struct {
+    long long chunks, new_chunks, bytes, nanoseconds;
+} Fetched;
+
+static long long now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000LL + now.tv_nsec;
+}
+
+/* Counts a chunk, and what it took; less than 0 for one that is not new. */
+static void count_chunk(Fetched *fetched, const Place *place, long long nanoseconds)
+{
+    fetched->chunks++;
+    if (nanoseconds < 0)
+        return;
+    fetched->new_chunks++;
+    fetched->bytes += (long long)place->length;
+    fetched->nanoseconds += nanoseconds;
+}
 
 /* Reads as much as is in the system's memory, or all; the number of bytes, or -1. */
 static ssize_t read_some(int file, uint8_t *to, size_t count, int64_t at, int waits)

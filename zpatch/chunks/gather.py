@@ -29,6 +29,7 @@ from zpatch.chunks.scaling import COMPILED_TYPES, UNSCALED, Scaling
 from zpatch.chunks.sharded_array import ShardedArray
 from zpatch.geometry.boxes import Integers, Voxels
 from zpatch.runtime.guarded_files import OpenFile
+from zpatch.work_counts import Work, count, count_fetched, during
 
 try:
     from zpatch.chunks._gather import gather as _compiled
@@ -100,10 +101,23 @@ def gather(
     """
     if not len(plan.rows):
         return
-    shards, located = _located(array, plan)
-    if array.codec.compressor not in _COMPILED_CODECS or not _is_compiled(array, outs, scaling):
-        _gather_in_python(array, plan.rows, shards, outs, scaling)
-        return
+    with during(Work.DECODING):
+        shards, located = _located(array, plan)
+        if array.codec.compressor in _COMPILED_CODECS and _is_compiled(array, outs, scaling):
+            _gather_located(array, plan, shards, located, outs, scaling)
+        else:
+            _gather_in_python(array, plan.rows, shards, outs, scaling)
+
+
+def _gather_located(
+    array: ShardedArray,
+    plan: GatherPlan,
+    shards: Mapping[int, MappedShard],
+    located: LocatedRows,
+    outs: Sequence[Voxels],
+    scaling: Scaling,
+) -> None:
+    """Copy all rows by the compiled loop, and chunks that it does not support by numcodecs."""
     at, problem = 0, 0
     while True:
         start, (at, problem) = at, _gather_compiled(array, at, located, outs, scaling)
@@ -219,7 +233,7 @@ def _run_compiled(
     compressor: str,
     scaling: Scaling,
 ) -> tuple[int, int]:
-    return _compiled(
+    at, problem, chunks, new, nbytes, nanoseconds = _compiled(
         located.rows,
         located.checks,
         start,
@@ -233,6 +247,10 @@ def _run_compiled(
         _scaled_from(array, outs),
         *scaling,
     )
+    if isinstance(array, ShardedArray):
+        count(Work.KNOWN_CHUNKS, chunks - new)
+        count_fetched(nanoseconds, new, nbytes)
+    return at, problem
 
 
 def _scaled_from(array: ShardedArray | Voxels, outs: Sequence[Voxels]) -> str:

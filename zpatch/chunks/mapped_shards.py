@@ -28,6 +28,7 @@ from zpatch.errors import DamageError
 from zpatch.geometry.boxes import Bools, Integers, Voxels
 from zpatch.runtime.guarded_files import OpenFile, is_behind_link, open_regular
 from zpatch.runtime.recent import Recent
+from zpatch.work_counts import Work, count, during
 
 NO_CHUNK = 2**64 - 1  # -1 as a signed integer
 OPEN_MAPS = 128
@@ -150,9 +151,14 @@ class MappedShard:
 
         Those of a missing chunk are one fill value, and take no memory.
         """
-        if not self._checked[number]:
-            self.check(number)
         offset, length = self.extents[number].tolist()
+        if self._checked[number]:
+            count(Work.KNOWN_CHUNKS)
+        else:
+            with during(Work.FETCHING):
+                self.check(number)
+            count(Work.NEW_CHUNKS)
+            count(Work.FETCHED_BYTES, max(length, 0))
         if offset < 0:
             return np.broadcast_to(np.asarray(self._array.fill, scratch.dtype), scratch.shape)
         try:
@@ -245,7 +251,8 @@ _open_shards: Recent[tuple[Path, str, tuple[int, ...]], MappedShard] = Recent(OP
 def open_shard(array: ShardedArray, shard: tuple[int, ...]) -> MappedShard:
     """The mapped shard, from the cache of open maps if it is there and its file has not changed."""
     key = array.path, array.contents, shard
-    return _open_shards.get(key, lambda: MappedShard(array, shard), MappedShard.is_current)
+    with during(Work.FETCHING):
+        return _open_shards.get(key, lambda: MappedShard(array, shard), MappedShard.is_current)
 
 
 def close_shards(folder: Path) -> None:

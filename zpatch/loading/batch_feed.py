@@ -7,17 +7,19 @@ an epoch follow those of the next one.
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from weakref import WeakMethod
 
 from zpatch.epochs.epoch_plan import Draw, EpochPlan
 from zpatch.errors import QueueError
-from zpatch.loading.batch_slots import HANDED_OUT, BatchSlots, Row
+from zpatch.loading.batch_slots import HANDED_OUT, Batch, BatchSlots, FilledBatch, Row
 from zpatch.loading.device_copies import Streams, page_lock
 from zpatch.loading.draw_reader import DrawReader
-from zpatch.loading.filled_batch import FilledBatch
 from zpatch.loading.queue_options import QueueOptions
+from zpatch.loading.queue_stats import IterationCounts
 from zpatch.loading.shared_slots import SlotBlock
 from zpatch.loading.worker import Result, Task, Worker
 from zpatch.loading.worker_pool import START_METHOD, WorkerPool
@@ -52,7 +54,7 @@ class BatchFeed:
     def __init__(
         self,
         reader: DrawReader,
-        plan_after: Callable[[EpochPlan], EpochPlan | None],
+        plan_after: WeakMethod[Callable[[EpochPlan], EpochPlan | None]],
         block: SlotBlock,
         options: QueueOptions,
     ) -> None:
@@ -67,6 +69,9 @@ class BatchFeed:
         self._next: Draw | None = None  # of the run begun last
         self._must_send = False  # even where there are no slots
         self._read_ahead = options.max_length // 2
+        self._options = options
+        self.counts: IterationCounts | None = None  # of the iteration that was begun last
+        self._batches = 0  # of that iteration
         self._has_warned = False
         self._worker = Worker(reader, block)
         self._pool: WorkerPool | None = None
@@ -76,8 +81,8 @@ class BatchFeed:
                 reader, block, self._next_task, options.num_workers, method, options.timeout
             )
 
-    def begin(self, plan: EpochPlan, consumed: int = 0) -> int:
-        """Begin the batches of a plan after the first ``consumed`` patches; the serial of the run.
+    def begin(self, plan: EpochPlan, consumed: int, batches: int) -> int:
+        """Begin an iteration of ``batches`` of a plan after the first ``consumed`` patches; its run's serial.
 
         A run that workers have begun ahead is continued. The batches of older runs are dropped.
         """
@@ -88,6 +93,9 @@ class BatchFeed:
         self._runs = {s: run for s, run in self._runs.items() if s >= serial}
         self._failures = {s: failure for s, failure in self._failures.items() if s >= serial}
         self.slots.drop_before(serial)
+        workers, length = self._options.num_workers, self._options.max_length
+        self._batches = batches
+        self.counts = IterationCounts(self.block.watched, workers, length, plan.epoch)
         return serial
 
     def _start(self, plan: EpochPlan, consumed: int) -> int:
@@ -99,6 +107,22 @@ class BatchFeed:
 
     def batch(self, serial: int, number: int) -> FilledBatch:
         """A batch of a run, once it is complete; a QueueError where a draw of the run failed."""
+        assert self.counts is not None
+        with self.counts.waiting(self.slots.waiting):
+            batch = self._complete(serial, number)
+        sent = [patch for patch in batch.patches if patch is not None]
+        self.counts.hand_out([patch.nbytes for patch in sent], time.monotonic_ns() - batch.done_ns)
+        lease = None if batch.slot is None else self.slots.lease(batch.slot)
+        are_short = self.slots.leased > HANDED_OUT
+        filled = FilledBatch(self.block, batch.slot, sent, lease, slots_are_short=are_short)
+        if number + 1 == self._batches:
+            stats = self.counts.finish()
+            if self._options.on_stats is not None:
+                self._options.on_stats(stats)
+        return filled
+
+    def _complete(self, serial: int, number: int) -> Batch:
+        """A batch of a run, for which results are taken in until it is complete."""
         most = self.slots.waiting + 2 * self.block.layout.rows
         while self._pool is not None and self._pool.in_flight and self.slots.waiting < self._read_ahead:
             self._receive(serial)
@@ -106,9 +130,7 @@ class BatchFeed:
                 break
         while (batch := self.slots.take(serial, number)) is None:
             self._receive(serial)
-        lease = None if batch.slot is None else self.slots.lease(batch.slot)
-        are_short = self.slots.leased > HANDED_OUT
-        return FilledBatch(self.block, batch.slot, batch.patches, lease, slots_are_short=are_short)
+        return batch
 
     def _receive(self, serial: int) -> None:
         """Take in the result of the next task."""
@@ -137,7 +159,8 @@ class BatchFeed:
         """The next task, if there are slots for its batches and its plan is known already."""
         while self._next is None:
             last = self._runs.get(self._begun)
-            plan = None if last is None else self._plan_after(last.plan)
+            plan_after = self._plan_after()
+            plan = None if last is None or plan_after is None else plan_after(last.plan)
             if plan is None:
                 return None
             self._start(plan, 0)
@@ -150,12 +173,11 @@ class BatchFeed:
 
     def _take_in(self, result: Result) -> None:
         task = result.task
+        self.slots.arrive(result)
         if result.failure is not None:
-            self.slots.arrive(task.serial, task.targets, [None] * len(task.targets))
             if task.serial in self._runs:
                 self._failures.setdefault(task.serial, result.failure.error())
             return
-        self.slots.arrive(task.serial, task.targets, result.patches)
         if self._pool is not None and any(
             sent.arrays is not None and target.slot is not None
             for sent, target in zip(result.patches, task.targets, strict=True)
@@ -180,6 +202,8 @@ class BatchFeed:
     def close(self) -> None:
         """End the workers."""
         self.is_closed = True
+        if self.counts is not None:
+            self.counts.finish()
         pool, self._pool = self._pool, None  # each refers to the other, and to the memory
         if pool is not None:
             pool.close()

@@ -1,4 +1,4 @@
-"""Batches on their way: which slot each is written to, what arrived of it, and when its slot is free.
+"""Batches on their way, and as they arrive: the slot of each, what arrived of it, and when its slot is free.
 
 A batch gets a slot with the first of its patches that is sent to be read, and keeps it until nobody refers to
 its tensors any more.
@@ -7,13 +7,18 @@ its tensors any more.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+
 from zpatch.loading.queue_options import QueueOptions
-from zpatch.loading.shared_slots import ReturnedSlots, SlotLease
-from zpatch.loading.worker import Delivered, Target
+from zpatch.loading.shared_slots import ImagePlace, ReturnedSlots, SlotBlock, SlotLease, new_memory
+from zpatch.loading.worker import Delivered, Result, Target, unpacked
 from zpatch.loading.worker_pool import TASKS_PER_WORKER
+from zpatch.sampling.patch import Patch, PatchImage
+from zpatch.sampling.patch_batch import PatchBatch, stack
 
 Key = tuple[int, int]  # the serial of a run, and the number of a batch in it
 
@@ -48,12 +53,14 @@ class Row:
 class Batch:
     """A batch that is being filled: its patches as they arrive, and how many of them are ``in_flight``.
 
-    Without a ``slot`` its patches arrive in memory of their own.
+    ``done_ns`` is when the last of those that arrived was written. Without a ``slot`` its patches arrive in
+    memory of their own.
     """
 
     slot: int | None
     patches: list[Delivered | None]
     in_flight: int = 0
+    done_ns: int = 0
     is_dropped: bool = False
 
     @property
@@ -95,13 +102,16 @@ class BatchSlots:
             targets.append(Target(row.batch, row.row, batch.slot))
         return tuple(targets)
 
-    def arrive(self, serial: int, targets: Sequence[Target], patches: Sequence[Delivered | None]) -> None:
-        """Note what arrived for the targets of a task: patches, or None for each where it failed."""
+    def arrive(self, result: Result) -> None:
+        """Note what arrived for the targets of a task: patches, or none where it failed."""
+        serial, targets = result.task.serial, result.task.targets
+        patches = result.patches if result.failure is None else [None] * len(targets)
         for target, patch in zip(targets, patches, strict=True):
             key = serial, target.batch
             batch = self._batches[key]
             batch.in_flight -= 1
             batch.patches[target.row] = patch
+            batch.done_ns = max(batch.done_ns, result.done_ns)
             if not batch.is_dropped:
                 self.waiting += patch is not None
             elif not batch.in_flight:
@@ -146,3 +156,81 @@ class BatchSlots:
         for slot in self.returned.take():
             self._free.append(slot)
             self._leased -= 1
+
+
+class FilledBatch:
+    """The patches of a batch, in a slot of a block as far as they go into it.
+
+    Its slot is not used again while its ``lease`` is referred to, until ``release``. ``slots_are_short``
+    where a view might be referred to for so long that the queue lacks slots.
+    """
+
+    def __init__(
+        self,
+        block: SlotBlock,
+        slot: int | None,
+        patches: Sequence[Delivered],
+        lease: SlotLease | None,
+        *,
+        slots_are_short: bool = False,
+    ) -> None:
+        self.block, self.slot = block, slot
+        self._sent = patches
+        self._lease = lease
+        self.slots_are_short = slots_are_short
+
+    def __len__(self) -> int:
+        return len(self._sent)
+
+    @property
+    def places(self) -> Sequence[ImagePlace]:
+        """The images of the batch, and where they begin in its slot."""
+        return self._sent[0].layout.images
+
+    def memory(self) -> torch.Tensor | None:
+        """The bytes of the batch in its slot, valid until ``release``; None if a patch of it is elsewhere."""
+        if self.slot is None or any(sent.arrays is not None for sent in self._sent):
+            return None
+        return self.block.slot_bytes(self.slot)
+
+    def patches(self) -> Iterator[Patch]:
+        """The patches, each valid until ``release``."""
+        for row, sent in enumerate(self._sent):
+            places = sent.layout.images
+            if sent.arrays is None:
+                assert self.slot is not None
+                tensors = [self.block.tensor(self.slot, row, place) for place in places]
+            else:
+                tensors = [
+                    unpacked(data, place.dtype) for data, place in zip(sent.arrays, places, strict=True)
+                ]
+            yield sent.layout.patch(tensors, sent.affines, sent.location, sent.subject)
+
+    def view(self) -> PatchBatch:
+        """The batch without a copy: its tensors refer to the lease too; a copy if a patch is elsewhere."""
+        if self._lease is None or self.slot is None or self.memory() is None:
+            return self.copy()
+        return self.with_tensors(
+            [self.block.leased_tensor(self.slot, len(self), place, self._lease) for place in self.places]
+        )
+
+    def copy(self) -> PatchBatch:
+        """The batch in newly allocated memory; an OptionError if its patches differ in shape or type."""
+        batch = stack(self.patches(), len(self), new_memory)
+        self.release()
+        return batch
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> PatchBatch:
+        """The batch with the voxels of its images in some tensors, (B, C, I, J, K)."""
+        images = {}
+        for number, (place, data) in enumerate(zip(self.places, tensors, strict=True)):
+            affines = np.stack([sent.affines[number] for sent in self._sent])
+            scales = np.array([(of.slope, of.inter) for of in (s.layout.images[number] for s in self._sent)])
+            images[place.name] = PatchImage(data, affines, place.kind, *scales.T)
+        sent = self._sent
+        return PatchBatch(images, [of.location for of in sent], [of.subject for of in sent])
+
+    def release(self) -> None:
+        """Let the slot be used again."""
+        if self._lease is not None:
+            self._lease.end()

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from zpatch.loading.filled_batch import FilledBatch
+from zpatch.loading.batch_slots import FilledBatch
 from zpatch.loading.shared_slots import Event, ImagePlace, SlotBlock
 from zpatch.runtime.byte_sizes import format_bytes
 from zpatch.sampling.patch import PatchImage

@@ -30,6 +30,7 @@ from zpatch.sampling.patch_sampler import PatchSampler
 from zpatch.sampling.patch_views import PatchView, views_of
 from zpatch.sampling.randomness import Purpose, rng
 from zpatch.sources.group_read import read_together
+from zpatch.work_counts import Work, during
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ class TransformRunner:
         address = draw.visit << 32 | number
         stream = rng(self._seed, draw.epoch, draw.subject, address, purpose=Purpose.TRANSFORM)
         try:
-            with seeded_globals(int(stream.integers(2**63))), one_thread():
+            with during(Work.TRANSFORM), seeded_globals(int(stream.integers(2**63))), one_thread():
                 changed: Any = (
                     self.source.on_patch(patch, location)
                     if isinstance(self.source, SubjectTransform)
@@ -160,6 +161,7 @@ class DrawReader:
         self._sampler = sampler
         self._patches_per_volume = patches_per_volume
         self._types = VoxelTypes(sampler, dtype)
+        self._largest: SlotLayout | None = None
         self._seed = seed
 
     def sending_stored(self, sends_stored: bool) -> DrawReader:
@@ -168,11 +170,16 @@ class DrawReader:
         if types == self._types:
             return self
         reader = copy.copy(self)
-        reader._types = types
+        reader._types, reader._largest = types, None
         return reader
 
     def largest_layout(self, plan: Callable[[], EpochPlan]) -> SlotLayout:
         """The layout of the largest patch; with a transform, that of the first patch of a plan after it."""
+        if self._largest is None:
+            self._largest = self._find_largest(plan)
+        return self._largest
+
+    def _find_largest(self, plan: Callable[[], EpochPlan]) -> SlotLayout:
         if self.transform is None:
             different = (self.subjects[number] for number in np.unique(first_alike(self.subjects)).tolist())
             return max(map(self.layout_of, different), key=attrgetter("nbytes"))

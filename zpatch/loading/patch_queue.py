@@ -10,7 +10,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from operator import attrgetter
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -24,18 +23,17 @@ from zpatch.epochs.stream_position import (
     StreamPosition,
     Turn,
     epoch_and_consumed,
-    order_identity,
     queue_state,
     subjects_digest,
 )
 from zpatch.errors import OptionError, QueueError
 from zpatch.images.subject import Subject
 from zpatch.loading.batch_feed import BatchFeed
-from zpatch.loading.batch_slots import slots_needed
+from zpatch.loading.batch_slots import FilledBatch, slots_needed
 from zpatch.loading.device_copies import Streams
 from zpatch.loading.draw_reader import DrawReader
-from zpatch.loading.filled_batch import FilledBatch
-from zpatch.loading.queue_options import QueueOptions, as_integer
+from zpatch.loading.queue_options import QueueOptions, ShownOptions, as_integer
+from zpatch.loading.queue_stats import IterationCounts, QueueStats
 from zpatch.loading.queue_subjects import AnyTransform, OnBad, fitted_sampler, subjects_of_queue
 from zpatch.loading.shared_slots import WATCH_BYTES, SlotBlock, SlotLayout, copied
 from zpatch.runtime.byte_sizes import format_bytes
@@ -48,7 +46,7 @@ ENDED = "the queue was closed, or another iteration of it was begun; iterate it 
 T = TypeVar("T")
 
 
-class Queue(IterableDataset[Patch]):
+class Queue(ShownOptions, IterableDataset[Patch]):
     """An endless training set in bounded memory: iterate it once for each epoch.
 
     One epoch is each subject once, with ``patches_per_volume`` patches of each (all of them with a
@@ -70,10 +68,10 @@ class Queue(IterableDataset[Patch]):
     Subjects that cannot give a patch (an image that is missing, smaller than the patch or on another grid, no
     voxel of a wanted class) are an error at once that names them all; ``on_bad="skip"`` leaves them out.
 
-    ``start_method`` is fork on Linux and spawn elsewhere. A worker that gives nothing for ``timeout``
-    seconds in which this process ran has hung, which is a QueueError, as is a worker that dies and a subject
-    that cannot be read. Feed the queue to ``SubjectsLoader``, or to torch's DataLoader with
-    ``num_workers=0``. It is a context manager; ``close`` ends its workers. ``options`` has all options.
+    A worker that dies or hangs is a QueueError, as is a subject that cannot be read. Feed the queue to
+    ``SubjectsLoader``, or to torch's DataLoader with ``num_workers=0``. It is a context manager; ``close``
+    ends its workers. ``options`` has all options. ``print(queue.stats())`` says where the time goes;
+    ``on_stats`` gets the same as each epoch ends.
 
     >>> import numpy as np
     >>> from zpatch.images.image import ScalarImage
@@ -83,15 +81,6 @@ class Queue(IterableDataset[Patch]):
     ...     [tuple(patch.t1.data.shape) for patch in queue]
     [(1, 4, 4, 4), (1, 4, 4, 4)]
     """
-
-    max_length = property(attrgetter("options.max_length"))
-    patches_per_volume = property(attrgetter("options.patches_per_volume"))
-    num_workers = property(attrgetter("options.num_workers"))
-    shuffle_subjects = property(attrgetter("options.shuffle_subjects"))
-    shuffle_patches = property(attrgetter("options.shuffle_patches"))
-    subject_sampler = property(attrgetter("options.subject_sampler"))
-    seed = property(attrgetter("options.seed"))
-    dtype = property(attrgetter("options.dtype"))
 
     def __init__(
         self,
@@ -113,6 +102,7 @@ class Queue(IterableDataset[Patch]):
         start_method: str | None = None,
         timeout: float = 120,
         dtype: torch.dtype | None = torch.float32,
+        on_stats: Callable[[QueueStats], object] | None = None,
     ) -> None:
         options = QueueOptions(
             max_length=max_length,
@@ -130,6 +120,7 @@ class Queue(IterableDataset[Patch]):
             start_method=start_method,
             timeout=timeout,
             dtype=dtype,
+            on_stats=on_stats,
         )
         patch_sampler = fitted_sampler(subjects, patch_sampler)
         self.subjects = subjects_of_queue(subjects, patch_sampler, transform, on_bad)
@@ -142,8 +133,8 @@ class Queue(IterableDataset[Patch]):
         per_volume, seed = options.patches_per_volume, options.seed  # as Python's integers
         self._reader = DrawReader(self.subjects, patch_sampler, per_volume, dtype, transform, seed)
         self._patches = self.count_patches()
-        self._layouts: dict[DrawReader, SlotLayout] = {}
         self._feed: BatchFeed | None = None
+        self._counted: IterationCounts | None = None  # of the iteration that was begun last
 
     def count_patches(self) -> NDArray[np.int64]:
         """How many patches an epoch takes of each subject, (N,)."""
@@ -186,9 +177,7 @@ class Queue(IterableDataset[Patch]):
     @property
     def _layout(self) -> SlotLayout:
         """The layout of a slot."""
-        if self._reader not in self._layouts:
-            self._layouts[self._reader] = self._reader.largest_layout(lambda: self.plan(0))
-        return self._layouts[self._reader].with_rows(self.batch_size)
+        return self._reader.largest_layout(lambda: self.plan(0)).with_rows(self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration; the epoch of a loaded state is resumed at its patch.
@@ -257,13 +246,15 @@ class Queue(IterableDataset[Patch]):
             mine = self.position.iteration
         left = plan.total - consumed
         dropped = left % self.batch_size if drop_last else 0
+        batches = -(-(left - dropped) // self.batch_size)
         try:
             with self._turn:
                 feed = self._running()
                 if self._streams is not None:
                     feed.page_lock(self._streams)
-                serial = feed.begin(plan, consumed)
-            for number in range(-(-(left - dropped) // self.batch_size)):
+                serial = feed.begin(plan, consumed, batches)
+                self._counted = feed.counts
+            for number in range(batches):
                 with self._turn:
                     filled = feed.batch(serial, number)
                 for patches, part in parts(filled):
@@ -278,6 +269,8 @@ class Queue(IterableDataset[Patch]):
         finally:
             if mine == self.position.iteration:
                 self.position.finish()
+                if self._counted is not None:
+                    self._counted.finish()
             if self._feed is not None and self._feed.is_closed:
                 self._feed = None  # and its memory
 
@@ -290,14 +283,22 @@ class Queue(IterableDataset[Patch]):
             self._feed.close()
             self._feed = None
         if self._feed is None:
-            queue = weakref.ref(self)  # workers end with the queue, which they must not keep alive
             self._feed = BatchFeed(
                 self._reader,
-                lambda plan: None if (alive := queue()) is None else alive.upcoming(plan),
+                weakref.WeakMethod(self.upcoming),  # workers end with the queue: they must not keep it alive
                 SlotBlock(self._slots, self._layout, shared=self.options.num_workers > 0),
                 self.options,
             )
         return self._feed
+
+    def stats(self) -> QueueStats:
+        """Where the time goes in the iteration that runs, or went in the last one; print it for a table.
+
+        A QueueError before the first iteration.
+        """
+        if self._counted is None:
+            raise QueueError("the queue was not iterated yet, so that there are no stats")
+        return self._counted.stats()
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is, as small JSON: the stream, and how many of its patches were handed out."""
@@ -320,14 +321,10 @@ class Queue(IterableDataset[Patch]):
 
     def _fingerprint(self) -> Json:
         """What the stream depends on, except the seed."""
-        sampler = self.options.subject_sampler
         return {
             "cohort": self._subjects_digest,
             "sampler": repr(self.patch_sampler),
-            **self.options.fingerprint(),
-            "subject_sampler": sampler is not None and order_identity(sampler, self.subject_order(0)),
-            "world_size": self.share.world_size,
-            "uneven": self.share.uneven,
+            **self.options.fingerprint(self.share, lambda: self.subject_order(0)),
         }
 
     def close(self) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,11 @@ from torch.utils.data import get_worker_info
 
 from zpatch.digests import Json
 from zpatch.epochs.epoch_plan import Share, Uneven
-from zpatch.epochs.stream_position import SHUFFLE
+from zpatch.epochs.stream_position import SHUFFLE, order_identity
 from zpatch.errors import OptionError, QueueError
+from zpatch.loading.queue_stats import QueueStats
 from zpatch.loading.queue_subjects import ON_BAD, AnyTransform, OnBad
+from zpatch.loading.shared_slots import MOST_WORKERS
 from zpatch.loading.worker_pool import check_processes
 from zpatch.sampling.randomness import Purpose, rng
 
@@ -39,6 +42,8 @@ class QueueOptions:
     ``on_bad`` says what becomes of subjects that no patch can be taken of: error or skip.
     ``start_method`` is one of multiprocessing's; None is fork on Linux, spawn elsewhere. A worker that gives
     nothing for ``timeout`` seconds has hung. ``dtype`` is the type of images; None is their stored type.
+    ``on_stats`` is called with the ``QueueStats`` of each epoch as its last batch is handed out, in this
+    process; not for an epoch that is broken off.
     """
 
     max_length: int = 300
@@ -56,6 +61,7 @@ class QueueOptions:
     start_method: str | None = None
     timeout: float = 120
     dtype: torch.dtype | None = torch.float32
+    on_stats: Callable[[QueueStats], object] | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("max_length", 1), ("patches_per_volume", 1), ("num_workers", 0), ("seed", None)):
@@ -63,6 +69,10 @@ class QueueOptions:
             if least is not None and value < least:
                 raise OptionError(f"{name} must be at least {least}, not {value}")
             object.__setattr__(self, name, value)
+        if self.num_workers > MOST_WORKERS:
+            raise OptionError(f"num_workers must be at most {MOST_WORKERS}, not {self.num_workers}")
+        if self.on_stats is not None and not callable(self.on_stats):
+            raise OptionError(f"on_stats must be a function of QueueStats, not {self.on_stats!r}")
         if self.subject_sampler is not None and self.shuffle_subjects:
             raise OptionError("a subject_sampler decides the order; say shuffle_subjects=False with it")
         if self.subject_sampler is not None and (self.rank, self.world_size) != (None, None):
@@ -149,18 +159,37 @@ class QueueOptions:
             return np.arange(num_subjects)
         return rng(self.seed, epoch, purpose=Purpose.SUBJECT_ORDER).permutation(num_subjects)
 
-    def fingerprint(self) -> Json:
-        """What the stream depends on, except the seed and the order of subjects."""
+    def fingerprint(self, share: Share, first_order: Callable[[], NDArray[np.int64]]) -> Json:
+        """What the stream depends on, except the seed; ``first_order`` gives the order of epoch 0."""
+        sampler = self.subject_sampler
         return {
             "patches_per_volume": self.patches_per_volume,
             "max_length": self.max_length,
             "shuffle_subjects": self.shuffle_subjects,
             "shuffle_patches": self.shuffle_patches and SHUFFLE,
+            "subject_sampler": sampler is not None and order_identity(sampler, first_order()),
+            "world_size": share.world_size,
+            "uneven": share.uneven,
         }
 
     def as_keywords(self) -> dict[str, Any]:
         """The options by their names, as ``Queue`` takes them."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+class ShownOptions:
+    """The options of a queue that it shows under their names."""
+
+    options: QueueOptions
+
+    max_length = property(attrgetter("options.max_length"))
+    patches_per_volume = property(attrgetter("options.patches_per_volume"))
+    num_workers = property(attrgetter("options.num_workers"))
+    shuffle_subjects = property(attrgetter("options.shuffle_subjects"))
+    shuffle_patches = property(attrgetter("options.shuffle_patches"))
+    subject_sampler = property(attrgetter("options.subject_sampler"))
+    seed = property(attrgetter("options.seed"))
+    dtype = property(attrgetter("options.dtype"))
 
 
 def as_integer(name: str, value: Any) -> int:

@@ -34,7 +34,9 @@ from zpatch.runtime.byte_sizes import format_bytes
 from zpatch.sampling.patch import Patch, PatchImage
 
 ALIGNMENT = 64
-WATCH_BYTES = 4096  # before the slots: process and subject of each worker
+WATCH_BYTES = 2**15  # before the slots: what workers and training count
+ROW = 16  # numbers of each
+MOST_WORKERS = WATCH_BYTES // (8 * ROW) - 1
 
 Shape = tuple[int, ...]
 
@@ -166,7 +168,8 @@ class SharedPickle:
 class SlotBlock:
     """``count`` slots in shared memory, each of the size of a ``layout``.
 
-    ``watched`` has two numbers for each worker: its process, and 1 + the subject that it is reading, or 0.
+    ``watched`` has a row for each worker: its process, 1 + the subject that it is reading, or 0, and what
+    it counts; the last row is that of training. See ``queue_stats``.
     A block can be sent to a process as that starts, forked or not; one that is not ``shared`` cannot.
     """
 
@@ -191,7 +194,7 @@ class SlotBlock:
         else:
             self._map = mmap.mmap(file.handle, self.nbytes)
         self.bytes: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
-        self.watched: NDArray[np.int64] = self.bytes[:WATCH_BYTES].view(np.int64)
+        self.watched: NDArray[np.int64] = self.bytes[:WATCH_BYTES].view(np.int64).reshape(-1, ROW)
 
     @property
     def nbytes(self) -> int:

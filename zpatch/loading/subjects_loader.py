@@ -11,9 +11,8 @@ import torch
 
 from zpatch.errors import OptionError
 from zpatch.images.subject import Subject
-from zpatch.loading.batch_slots import HANDED_OUT
+from zpatch.loading.batch_slots import HANDED_OUT, FilledBatch
 from zpatch.loading.device_copies import CudaStreams, streamed, with_values
-from zpatch.loading.filled_batch import FilledBatch
 from zpatch.loading.patch_queue import Queue
 from zpatch.loading.shared_slots import new_memory
 from zpatch.sampling.patch import Patch

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from zpatch.errors import QueueError
 from zpatch.geometry.affines import Affine
 from zpatch.geometry.boxes import PatchLocation
 from zpatch.loading.draw_reader import DrawReader, FailedDraw
+from zpatch.loading.queue_stats import WorkerRow
 from zpatch.loading.shared_slots import SharedPickle, SlotBlock, SlotLayout, new_memory
 from zpatch.runtime.tasks import end_with_parent
 from zpatch.sampling.patch import Patch
@@ -55,14 +56,20 @@ class Delivered:
     affines: Sequence[Affine]
     arrays: Sequence[NDArray[Any]] | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its images."""
+        return sum(place.nbytes for place in self.layout.images)
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a worker returns for a task: a patch for each of its targets, or why it failed."""
+    """What a worker returns for a task: a patch for each of its targets, or why it failed, and when."""
 
     task: Task
     patches: Sequence[Delivered] = ()
     failure: FailedDraw | None = None
+    done_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,15 +101,12 @@ class Worker(Dataset[Any]):
     def __getitem__(self, task: Task) -> Result:
         """Do a task."""
         worker = get_worker_info()
-        number = worker.id if worker else 0
-        self._block.watched[2 * number : 2 * number + 2] = os.getpid(), task.draw.subject + 1
-        try:
-            return Result(task, self._delivered(task))
-        except (Exception, SystemExit) as error:  # whatever it is, it must reach the caller with its subject
-            name = self._reader.name_of(task.draw.subject)
-            return Result(task, failure=FailedDraw.of(task.draw, name, error))
-        finally:
-            self._block.watched[2 * number + 1] = 0
+        with WorkerRow(self._block.watched, worker.id if worker else 0).task(task.draw.subject):
+            try:
+                return Result(task, self._delivered(task), done_ns=time.monotonic_ns())
+            except (Exception, SystemExit) as error:  # it must reach the caller with its subject
+                name = self._reader.name_of(task.draw.subject)
+                return Result(task, failure=FailedDraw.of(task.draw, name, error))
 
     def _delivered(self, task: Task) -> list[Delivered]:
         reader = self._reader

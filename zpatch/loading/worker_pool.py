@@ -26,6 +26,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from zpatch.errors import OptionError, QueueError
 from zpatch.loading.draw_reader import DrawReader
+from zpatch.loading.queue_stats import PROCESS, SUBJECT
 from zpatch.loading.shared_slots import SlotBlock
 from zpatch.loading.worker import Result, Task, Worker, start_worker
 
@@ -150,7 +151,7 @@ class WorkerPool:
 
     def _at(self, pid: int | None) -> str:
         """Which subject a worker was reading, as part of an error."""
-        for worker, subject in self._block.watched.reshape(-1, 2).tolist():
+        for worker, subject in self._block.watched[:, [PROCESS, SUBJECT]].tolist():
             if worker == pid and subject:
                 return f" over subject {self._reader.name_of(subject - 1)!r}"
         return ""

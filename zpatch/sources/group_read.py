@@ -21,6 +21,7 @@ from zpatch.geometry.padding import check_padding_mode
 from zpatch.runtime.dask_graphs import Scheduler, is_cluster, run_graph, thread_count
 from zpatch.sources.image_read import ImageRead, ReadableImage
 from zpatch.sources.voxel_source import Graph, ReadTasks, Request, Shape, VoxelSource, new_voxels
+from zpatch.work_counts import Work, during
 
 T = TypeVar("T")
 
@@ -115,8 +116,10 @@ def read_together(
         padding += [target.pad for target in targets if target.pad is not None]
         found.append(outs)
     read_requests(requests, scheduler)
-    for pad in padding:
-        pad()
+    if padding:
+        with during(Work.PADDING):
+            for pad in padding:
+                pad()
     return found
 
 
@@ -139,14 +142,16 @@ def read_requests(requests: Sequence[Request], scheduler: Scheduler = "sync") ->
         _read_on_cluster(requests, scheduler)
         return
     graph: Graph = {}
-    writing = _Writing()
+    writing, stage = _Writing(), Work.DECODING
     for tasks in _tasks_of(requests, thread_count(scheduler)):
         graph |= tasks.needs
+        stage = min(stage, tasks.stage)  # of expressions, if there are any
         for function, *arguments in tasks.writes:
             graph["zpatch", len(graph)] = (partial(writing, function), *arguments)
     ends = [key for key in graph if isinstance(key, tuple) and key[0] == "zpatch"]
     try:
-        run_graph(graph, ends, scheduler)
+        with during(stage):
+            run_graph(graph, ends, scheduler)
     except BaseException:
         writing.stop()
         raise

@@ -24,6 +24,7 @@ from zpatch.runtime import buffer_pool
 from zpatch.slides.tiles import DamagedTileError, Decoder, TiledLevel
 from zpatch.sources.voxel_source import ReadTasks, Shape, VoxelSource
 from zpatch.sources.voxel_sources import dask_view, runs_of
+from zpatch.work_counts import Work, during
 
 HELD_TILES = 16  # decoded before they are copied
 HALF_VECTOR = 16  # bytes: half of what libjpeg-turbo writes at once
@@ -116,7 +117,8 @@ class TiledSource(VoxelSource):
         rest, at_z = divmod(rest, z)
         at_c, at_y = divmod(rest, y)
         try:
-            pixels = decode((at_c, at_x, at_y, at_z), memory)
+            with during(Work.FETCHING):
+                pixels = decode((at_c, at_x, at_y, at_z), memory)
         except DamagedTileError as error:
             if not self.fills:
                 raise

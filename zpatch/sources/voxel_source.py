@@ -13,6 +13,7 @@ from zpatch.chunks.file_mark import FileMark
 from zpatch.chunks.scaling import UNSCALED, Scaling
 from zpatch.geometry.boxes import PatchLocation, Triple, Voxels, reversed_axes
 from zpatch.runtime import buffer_pool
+from zpatch.work_counts import Work
 
 FALLBACK_CHUNK_VOXELS = 64
 Shape = tuple[int, int, int, int]
@@ -21,10 +22,14 @@ Graph = dict[Any, Any]
 
 @dataclass(frozen=True, slots=True)
 class ReadTasks:
-    """Dask tasks of a read: ``writes`` fill the caller's memory; ``needs`` are the tasks they depend on."""
+    """Dask tasks of a read: ``writes`` fill the caller's memory; ``needs`` are the tasks they depend on.
+
+    Their time counts for a ``stage``, but for what they count themselves.
+    """
 
     writes: Sequence[tuple[Any, ...]]
     needs: Graph = field(default_factory=dict)
+    stage: Work = Work.DECODING
 
 
 class VoxelSource(Protocol):

@@ -33,6 +33,7 @@ from zpatch.sources.voxel_source import (
     WrappedSource,
 )
 from zpatch.sources.zarr_images import evenly_spaced, metadata_mark, sampled_files
+from zpatch.work_counts import Work, during
 
 DERIVED_BLOCK_VOXELS = 64
 
@@ -167,9 +168,10 @@ class ArraySource(_ArrayLike):
         for box, out in zip(boxes, outs, strict=True):
             for channels, at in runs_of(self.channels or range(self.shape[0])):
                 inside = (slice(channels.start, channels.stop), *box.to_slices())
-                voxels = self.array[inside]
-                if self.mark is not None and isinstance(self.array, np.ndarray):
-                    voxels = read_mapped(voxels, self.mark.path)
+                with during(Work.FETCHING):
+                    voxels = self.array[inside]
+                    if self.mark is not None and isinstance(self.array, np.ndarray):
+                        voxels = read_mapped(voxels, self.mark.path)
                 scaling.write(voxels, out[at])
 
     def dask(self, block_voxels: int | None = None) -> Any:
@@ -305,7 +307,8 @@ def _derived_tasks(requests: Sequence[Request]) -> ReadTasks:
     writes = []
     for (part, *target), blocks in zip(parts, keys, strict=True):
         writes.append((partial(_put, *part.__dask_postcompute__(), *target), blocks))
-    return ReadTasks(writes, dict(parts[0][0].__dask_optimize__(merged, keys)))
+    needs = dict(parts[0][0].__dask_optimize__(merged, keys))
+    return ReadTasks(writes, needs, Work.FETCHING)
 
 
 def _put(

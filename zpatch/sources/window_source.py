@@ -17,6 +17,7 @@ from zpatch.geometry.boxes import PatchLocation, Triple, Voxels
 from zpatch.geometry.padding import PaddedBox
 from zpatch.sources.voxel_source import ReadTasks, Shape, VoxelSource, WrappedSource, new_voxels
 from zpatch.sources.voxel_sources import dask_view
+from zpatch.work_counts import Work, during
 
 _numbers = itertools.count()  # of the reads of this process
 
@@ -94,4 +95,5 @@ class WindowSource(WrappedSource):
 
 
 def _pad(padded: PaddedBox, inner: Voxels, fill: float, out: Voxels, _reads: Any) -> None:
-    padded.fill_in(inner, fill, out)
+    with during(Work.PADDING):
+        padded.fill_in(inner, fill, out)
