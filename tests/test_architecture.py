@@ -49,7 +49,7 @@ DOORS = {
     "planning": "planning prediction_options model_inputs prediction_plan probe",
     "prediction": "inference prediction_run damaged_tiles",
     "report": "report slide_report",
-    "bench": "benchmark_plan benchmark benchmark_report slide_reading advice",
+    "bench": "benchmark_plan benchmark benchmark_report slide_reading queue_trial advice",
     "compat": "",
     "cli": "",
 }

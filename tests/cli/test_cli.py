@@ -54,6 +54,7 @@ def failing():
         return batch
     return network
 """
+QUEUE = ("--queue", "--patch-size", "16", "--patches", "8", "--workers", "0", "--batch-size", "3")
 BENCH = ("--seconds", "0.01", "--patch-size", "24", "-j", "1")
 PREDICT = ("--image", "t1", "--patch-size", "24", "--overlap", "8")
 
@@ -186,6 +187,7 @@ def test_reductions_that_do_not_fit_the_outputs_are_wrong_usage(
         ("export", "cohort.zarr", "nifti"),
         ("report", "cohort.zarr"),
         ("bench", "cohort.zarr", *BENCH),
+        ("bench", "cohort.zarr", *QUEUE),
         ("predict", "cohort.zarr", "out.zarr", "--model", "nets_of_cli:doubling", *PREDICT),
         ("predict", "cohort.zarr", "out.zarr", "--model", "nets_of_cli:doubling", *PREDICT, "--dry-run"),
     ],
@@ -467,6 +469,32 @@ def test_a_benchmark_in_json_has_figures_and_advice(run: Run, store: Path) -> No
     assert [speed["processes"] for speed in report["speeds"]] == [1]
     assert report["packings"][0]["decoded_per_delivered"] == report["decoded_by_group"]["4"]
     assert report["advice"]
+
+
+def test_a_benchmark_of_a_queue_prints_where_its_time_goes(run: Run, store: Path) -> None:
+    code, out, err = run("bench", store, *QUEUE, "--patches-per-volume", "4")
+    assert code == 0
+    assert "a queue of patches of 16x16x16: --patches 8, --workers 0, --batch-size 3, --max-length 300" in err
+    rows = out.splitlines()
+    starts = [
+        "epoch 1     8 patches in 3 batches",
+        "training    waited",
+        "no workers  fetching",
+        "buffer",
+        "chunks",
+    ]
+    assert all(row.startswith(start) for row, start in zip(rows[:-1], starts, strict=True))
+    assert rows[-1].startswith("training waits ")
+    assert rows[-1].endswith(": --workers above 0 will help")
+
+
+def test_wrong_options_of_a_benchmark_of_a_queue_are_refused(
+    refused: Callable[..., str], store: Path
+) -> None:
+    line = refused("bench", store, "--batch-size", "4", code=2)
+    assert "--batch-size is for a queue; say --queue" in line
+    line = refused("bench", store, *QUEUE, "--transform", "no_such_module:augmentation", code=2)
+    assert "--transform 'no_such_module:augmentation' cannot be loaded: ModuleNotFoundError" in line
 
 
 def test_a_benchmark_of_an_unreadable_store_is_refused(refused: Callable[..., str], store: Path) -> None:

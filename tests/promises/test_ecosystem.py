@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import pickle
 import re
@@ -83,6 +84,64 @@ def test_a_stateful_dataloader_resumes_an_epoch(cohort: zp.Cohort) -> None:
         assert patches_in(resumed) == patches_in(rest)
     with queue_of(cohort) as queue:
         assert patches_in([*begun, *rest]) == patches_in(zp.SubjectsLoader(queue, 4))
+
+
+# Statistics
+
+
+class Writer:
+    """As torch.utils.tensorboard's SummaryWriter, which needs tensorboard."""
+
+    def __init__(self) -> None:
+        self.scalars: list[tuple[str, float, int]] = []
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        self.scalars.append((tag, float(value), step))
+
+
+def test_statistics_of_each_epoch_are_logged(cohort: zp.Cohort) -> None:
+    writer = Writer()
+
+    def log(stats: zp.QueueStats) -> None:
+        writer.add_scalar("queue/waiting", stats.waiting, stats.epoch)
+        writer.add_scalar("queue/transform", stats.transform, stats.epoch)
+
+    with queue_of(cohort, num_workers=2, on_stats=log) as queue:
+        for _ in range(3):
+            for _ in zp.SubjectsLoader(queue, 4):
+                pass
+    steps = [(tag, step) for tag, _, step in writer.scalars]
+    assert steps == [(f"queue/{name}", epoch) for epoch in range(3) for name in ("waiting", "transform")]
+    assert all(0 <= value <= 1 for _, value, _ in writer.scalars)
+
+
+def test_lightning_logs_statistics_of_each_epoch(lightning: Any, cohort: zp.Cohort, tmp_path: Path) -> None:
+    class Mean(lightning.LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+
+        def training_step(self, batch: zp.PatchBatch, number: int) -> torch.Tensor:
+            return (self.weight * batch.t1.data.mean()).square()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=1e-9)
+
+    def log(stats: zp.QueueStats) -> None:
+        trainer.logger.log_metrics({"waiting": stats.waiting, "patches": stats.patches}, stats.epoch)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's advice
+        trainer = lightning.Trainer(
+            max_epochs=2, accelerator="cpu", enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, logger=lightning.pytorch.loggers.CSVLogger(tmp_path),
+        )  # fmt: skip
+        with queue_of(cohort, num_workers=2, on_stats=log) as queue:
+            trainer.fit(Mean(), zp.SubjectsLoader(queue, batch_size=4))
+    trainer.logger.save()
+    [file] = tmp_path.rglob("metrics.csv")
+    logged = list(csv.DictReader(file.read_text().splitlines()))
+    assert [(int(row["step"]), float(row["patches"])) for row in logged] == [(0, 16), (1, 16)]
 
 
 # Lightning

@@ -10,5 +10,6 @@ In reading order::
     benchmark_report  the figures
     benchmark         the run of a plan
     slide_reading     the same of a slide: patches per second
+    queue_trial       a queue over the store, with its transform, before training begins
     advice            what to change, by the figures
 """

@@ -5,23 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from zpatch.cli.options import (
     STORE,
     Voxels,
+    in_flags,
     include_option,
     json_option,
     talk_options,
 )
 from zpatch.cli.progress import Progress, print_json, say, show_table
+from zpatch.errors import OptionError
 from zpatch.runtime.byte_sizes import format_bytes
 
 if TYPE_CHECKING:
+    from zpatch.bench.benchmark_plan import BenchmarkPlan
     from zpatch.bench.benchmark_report import BenchmarkReport, PackingFigures
 
+QUEUE = {"patches": 1000, "num_workers": 2, "batch_size": 8, "max_length": 300}
 KEPT_SHARE = 0.01
 BUSY = 0.3  # processes on each core
 
@@ -51,6 +55,24 @@ BUSY = 0.3  # processes on each core
     "--seconds", type=click.FloatRange(0, min_open=True), default=2.0, show_default=True,
     help="Approximate duration of each measurement.",
 )  # fmt: skip
+@click.option(
+    "--queue", is_flag=True,
+    help="Run a queue instead, for one epoch after one that warms it up, and print where its time goes.",
+)  # fmt: skip
+@click.option(
+    "--workers", "num_workers", type=click.IntRange(0), help="Worker processes of the queue.  [default: 2]"
+)
+@click.option("--batch-size", type=click.IntRange(1), help="Patches in a batch of the queue.  [default: 8]")
+@click.option(
+    "--max-length", type=click.IntRange(1), help="Patches in the buffer of the queue.  [default: 300]"
+)
+@click.option(
+    "--transform", metavar="FACTORY",
+    help="package.module:factory; called without arguments, it returns the transform of the queue.",
+)  # fmt: skip
+@click.option(
+    "--patches", type=click.IntRange(1), help="Patches in each epoch of the queue, about.  [default: 1000]"
+)
 @json_option
 @talk_options
 def bench_command(
@@ -61,6 +83,12 @@ def bench_command(
     include: tuple[str, ...],
     jobs: int | None,
     seconds: float,
+    queue: bool,
+    num_workers: int | None,
+    batch_size: int | None,
+    max_length: int | None,
+    transform: str | None,
+    patches: int | None,
     json: bool,
 ) -> None:
     """Measure how many patches per second are read from STORE on this machine, and advise faster settings.
@@ -71,13 +99,30 @@ def bench_command(
     tried on a sample of the voxels. Nothing is written to STORE. Of a slide, the speed of reading alone is
     measured.
 
+    With --queue a zpatch.Queue gives batches to a loop that does nothing with them, and the table of
+    queue.stats() is printed: which share of the time of its workers is fetching, decoding, padding or the
+    transform, and in one sentence what would make it faster. -j and --seconds do not apply.
+
     \b
     Examples:
       zpatch bench cohort.zarr
       zpatch bench cohort.zarr --patch-size 128,128,64 --patches-per-volume 4 -j 8
       zpatch bench cohort.zarr --image t1 --json
       zpatch bench case.svs --patch-size 512
+      zpatch bench cohort.zarr --queue --workers 4 --batch-size 8 --transform mymodule:augmentation
     """
+    given = {
+        "num_workers": num_workers,
+        "batch_size": batch_size,
+        "max_length": max_length,
+        "transform": transform,
+        "patches": patches,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    if options and not queue:
+        raise OptionError(f"{next(iter(options))} is for a queue; say queue=True", option=next(iter(options)))
+    if queue and store.is_file():
+        raise OptionError("queue=True takes a store; of a slide, reading is measured", option="queue")
     if store.is_file():
         _bench_slide(store, patch_size, patches_per_volume, jobs, seconds, json=json)
         return
@@ -94,6 +139,9 @@ def bench_command(
         jobs=jobs,
         seconds=seconds,
     )
+    if queue:
+        _bench_queue(plan, QUEUE | options | {"patches_per_volume": patches_per_volume}, json=json)
+        return
     say(str(plan))
     with Progress("measuring", round(plan.about_s * 1000), unit="ms") as progress:
         report = run_benchmark(plan, progress)
@@ -110,6 +158,20 @@ def bench_command(
     click.echo()
     for line in lines:
         click.echo(line)
+
+
+def _bench_queue(plan: BenchmarkPlan, options: dict[str, Any], *, json: bool) -> None:
+    """Run a queue over the subjects of a plan, and show where its time goes."""
+    from zpatch.bench.benchmark_plan import shape_text
+    from zpatch.bench.queue_trial import queue_trial
+
+    named = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    say(f"a queue of patches of {shape_text(plan.patch_size)}: {in_flags(named)}")
+    stats = queue_trial(plan, **options)
+    if json:
+        print_json({"patch_size": plan.patch_size, **options, **stats.to_json()})
+    else:
+        click.echo(in_flags(str(stats)))
 
 
 def _bench_slide(

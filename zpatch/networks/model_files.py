@@ -56,7 +56,6 @@ def load_model(spec: str) -> Model:
     written by torch.export, any other file by TorchScript. Raises ModelError, also for a ``.pt2`` file with a
     pickle that could run any code. A network is a program all the same: load none that you do not trust.
     """
-    module_name, colon, factory = spec.partition(":")
     try:
         if Path(spec).is_file():
             if _is_saved_by_torch(Path(spec)):
@@ -68,10 +67,9 @@ def load_model(spec: str) -> Model:
                 return script_network(spec)  # type: ignore[no-any-return]
             _refuse_programs(Path(spec))
             return exported_network(spec)
-        if not colon:
+        if ":" not in spec:
             raise ModelError(f"model {spec!r} is no file; name one, or a factory as package.module:factory")
-        sys.path.insert(0, os.getcwd())
-        model = getattr(importlib.import_module(module_name), factory)()
+        model = made_by_factory(spec)
     except ZpatchError:
         raise
     except Exception as error:  # a user's module may fail in any way
@@ -79,6 +77,13 @@ def load_model(spec: str) -> Model:
     if not callable(model):
         raise ModelError(f"model {spec!r} gave {type(model).__name__}, which cannot be called")
     return model  # type: ignore[no-any-return]
+
+
+def made_by_factory(spec: str) -> Any:
+    """What the factory of ``package.module:factory`` returns; modules of the current folder are found too."""
+    module_name, _, factory = spec.partition(":")
+    sys.path.insert(0, os.getcwd())
+    return getattr(importlib.import_module(module_name), factory)()
 
 
 def _is_saved_by_torch(path: Path) -> bool:
