@@ -103,7 +103,7 @@ def run(options: Options) -> str:
     """All figures, as Markdown."""
     cohort = data.cohort(options.data, SHAPE, 12 if options.quick else 64)
     feed = _Feed(cohort, options)
-    parts = [_rates(feed), _first_batch(feed), _gaps(feed), _memory(feed)]
+    parts = [_rates(feed), _first_batch(feed), _gaps(feed), _memory(feed), stats_cost(feed.zpatch)]
     shutil.rmtree(feed.stores)
     return "\n\n".join(parts)
 
@@ -338,3 +338,21 @@ def _slope_mib(held: Sequence[int]) -> float:
     """MiB that an epoch adds, after the first epochs."""
     later = np.array(held[SETTLED:]) / MIB
     return float(np.polyfit(np.arange(len(later)), later, 1)[0])
+
+
+# What counting costs.
+
+
+def stats_cost(store: Path) -> str:
+    """The cost of what is counted for ``queue.stats()``: calls in a warm epoch, times that of one."""
+    found = in_fresh_process("feed.runs:stats_cost", store, env=ENV).value
+    taken = {name: found["calls"][name] * cost for name, cost in found["costs"].items()}
+    rows = [
+        (name, found["calls"][name], f"{1e6 * cost:.2f}", f"{100 * taken[name] / found['seconds']:.3f}")
+        for name, cost in found["costs"].items()
+    ]
+    share = 100 * sum(taken.values()) / found["seconds"]
+    heading = f"### The cost of `queue.stats()` in a warm epoch of one process, {found['seconds']:.2f} s"
+    head = ("counted for", "calls", "microseconds each", "% of the epoch")
+    goal = Goal("counting, of the time of the feed", share, 1, "%")
+    return "\n\n".join([heading, table(head, rows), goals(goal)])

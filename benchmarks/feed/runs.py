@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch as replaced
 
 import numpy as np
 import torch
@@ -152,6 +154,94 @@ def group_seconds(store: str) -> list[float]:
         read_patches(subject, sampler.locations(subject, PER_SUBJECT, number))
         taken.append(time.perf_counter() - begin)
     return taken
+
+
+def stats_cost(store: str) -> dict[str, Any]:
+    """Seconds of a warm epoch of this process, and of all that counts for ``queue.stats()``: how often it is
+    called in the epoch, and how long one call takes.
+    """
+    import zpatch as zp
+    from zpatch import work_counts
+    from zpatch.chunks import gather
+    from zpatch.loading.batch_feed import BatchFeed
+    from zpatch.loading.worker import Worker
+
+    torch.set_num_threads(1)
+    queue = zpatch_queue(Path(store), num_workers=0)
+    loader = zp.SubjectsLoader(queue, batch_size=BATCH)
+    seconds = []
+    for _ in range(4):
+        begin = time.perf_counter()
+        for _ in loader:
+            pass
+        seconds.append(time.perf_counter() - begin)
+    targets = {
+        "a change of stage": (work_counts, "_switch"),
+        "a read": (gather, "count_fetched"),
+        "a task": (Worker, "__getitem__"),
+        "a batch": (BatchFeed, "batch"),
+    }
+    calls: Counter[str] = Counter()
+    with contextlib.ExitStack() as stack:
+        for name, (owner, attribute) in targets.items():
+            real = getattr(owner, attribute)
+
+            def counting(*given: Any, name: str = name, real: Any = real) -> Any:
+                calls[name] += 1
+                return real(*given)
+
+            stack.enter_context(replaced.object(owner, attribute, counting))
+        for _ in loader:
+            pass
+    queue.close()
+    return {"seconds": min(seconds[1:]), "calls": calls, "costs": _counting_costs()}
+
+
+def _counting_costs() -> dict[str, float]:
+    """Seconds that each call takes which counts for ``queue.stats()``."""
+    from zpatch.geometry.boxes import PatchLocation
+    from zpatch.loading.queue_stats import IterationCounts, WorkerRow
+    from zpatch.loading.shared_slots import ROW, ImagePlace, SlotLayout
+    from zpatch.loading.worker import Delivered
+    from zpatch.work_counts import Work, count, count_fetched, during
+
+    rows = np.zeros((WORKERS + 1, ROW), np.int64)
+    counts = IterationCounts(rows, WORKERS, MAX_LENGTH, 0)
+    places = [ImagePlace(n, "scalar", (1, PATCH, PATCH, PATCH), torch.float32) for n in ("ct", "seg")]
+    sent = [Delivered("s", PatchLocation((0, 0, 0), (1, 1, 1)), SlotLayout.of(places), [])] * BATCH
+
+    def change() -> None:
+        with during(Work.FETCHING):
+            pass
+
+    def read() -> None:
+        count(Work.KNOWN_CHUNKS, 1)
+        count_fetched(0, 0, 0)
+
+    def task() -> None:
+        with WorkerRow(rows, 0).task(0):
+            pass
+
+    def batch() -> None:
+        with counts.waiting(1):
+            pass
+        counts.hand_out([patch.nbytes for patch in sent], 1)
+
+    with during(Work.DECODING):
+        each = {
+            "a change of stage": _seconds_of(change) / 2,
+            "a read": _seconds_of(read),
+            "a batch": _seconds_of(batch),
+        }
+    return {**each, "a task": _seconds_of(task) - 2 * each["a change of stage"]}
+
+
+def _seconds_of(run: Callable[[], None], often: int = 20_000) -> float:
+    """Seconds of one of many runs."""
+    begin = time.perf_counter()
+    for _ in range(often):
+        run()
+    return (time.perf_counter() - begin) / often
 
 
 def queue_in_memory(store: str, patch: str, batched: str) -> tuple[int, int]:

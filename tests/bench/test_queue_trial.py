@@ -74,5 +74,5 @@ def test_a_factory_that_makes_no_transform_is_refused_in_one_line(spec: str, tex
 @pytest.mark.usefixtures("transforms")
 def test_a_transform_that_fails_names_its_subject(cohort: zp.Cohort) -> None:
     options = OPTIONS | {"transform": "transforms_of_bench:making_failing"}
-    with pytest.raises(QueueError, match="subject 'sub-.*ValueError: no such patch"):
+    with pytest.raises(QueueError, match=r"subject 'sub-.*ValueError: no such patch"):
         queue_trial(plan_benchmark(cohort, patch_size=16), patches=4, **options)
