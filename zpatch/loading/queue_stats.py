@@ -62,6 +62,14 @@ class QueueStats:
     ``mean_fill`` and ``most_fill`` are patches that waited in the buffer of ``max_length`` as batches were
     asked for. ``new_chunks`` were read for the first time by a process, ``fetched_bytes`` of them from files
     or the system's page cache; ``known_chunks`` had been read before. ``rejected`` locations were drawn anew.
+
+    >>> import zpatch as zp
+    >>> subject = zp.Subject(t1=zp.ScalarImage(np.zeros((8, 8, 8))))
+    >>> queue = zp.Queue([subject], zp.UniformSampler(4), patches_per_volume=6)
+    >>> batches = list(zp.SubjectsLoader(queue, batch_size=3))
+    >>> stats = queue.stats()
+    >>> stats.patches, stats.batches, stats.nbytes
+    (6, 2, 1536)
     """
 
     epoch: int
@@ -263,9 +271,9 @@ class IterationCounts:
 
     def stats(self) -> QueueStats:
         """The statistics so far."""
-        if self._finished is not None or self._rows is None:
-            assert self._finished is not None
+        if self._finished is not None:
             return self._finished
+        assert self._rows is not None
         now_ns = time.monotonic_ns()
         counted = _totals(self._rows, self._workers) - self._before
         waited_ns = _training_waited(self._rows, now_ns) - self._waited_before

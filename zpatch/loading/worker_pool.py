@@ -151,7 +151,7 @@ class WorkerPool:
 
     def _at(self, pid: int | None) -> str:
         """Which subject a worker was reading, as part of an error."""
-        for worker, subject in self._block.watched[:, [PROCESS, SUBJECT]].tolist():
+        for worker, subject in self._block.watched[:-1, [PROCESS, SUBJECT]].tolist():
             if worker == pid and subject:
                 return f" over subject {self._reader.name_of(subject - 1)!r}"
         return ""
