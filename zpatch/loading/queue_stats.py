@@ -155,12 +155,12 @@ class QueueStats:
             f"epoch {self.epoch}": f"{delivered}, in {rate}",
             "training": f"waited {self.waiting:.0%} of the time, {self.waited_s:.1f} s; "
             f"a batch waited {each:.2g} s for it",
-            f"{self.workers} workers" if self.workers else "no workers": ", ".join(shares),
+            f"{self.workers or 'no'} worker{'s' * (self.workers != 1)}": ", ".join(shares),
             "buffer": f"{self.mean_fill:.3g} of {self.max_length} patches, at most {self.most_fill}",
             "chunks": f"{self.new_chunks} read for the first time, {format_bytes(self.fetched_bytes)}; "
             f"{self.known_chunks} again{rejected}",
         }
-        lines = [f"{name:<12}{text}" for name, text in rows.items()]
+        lines = [f"{name:<11} {text}" for name, text in rows.items()]
         return "\n".join([*lines, self.advice])
 
 
