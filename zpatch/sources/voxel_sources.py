@@ -57,8 +57,7 @@ class _ArrayLike(VoxelSource):
     @property
     def dtype(self) -> np.dtype[Any]:
         """Type of the unscaled voxels, in native byte order."""
-        dtype: np.dtype[Any] = self.array.dtype.newbyteorder("=")
-        return dtype
+        return np.dtype(self.array.dtype.newbyteorder("="))
 
     def selected(self, channels: Sequence[int]) -> VoxelSource:
         """The source of some channels, in this order. Chunks that hold no others are not read."""
@@ -167,9 +166,8 @@ class ArraySource(_ArrayLike):
     def _copy(self, boxes: Sequence[PatchLocation], outs: Sequence[Voxels], scaling: Scaling) -> None:
         for box, out in zip(boxes, outs, strict=True):
             for channels, at in runs_of(self.channels or range(self.shape[0])):
-                inside = (slice(channels.start, channels.stop), *box.to_slices())
                 with during(Work.FETCHING):
-                    voxels = self.array[inside]
+                    voxels = self.array[(slice(channels.start, channels.stop), *box.to_slices())]
                     if self.mark is not None and isinstance(self.array, np.ndarray):
                         voxels = read_mapped(voxels, self.mark.path)
                 scaling.write(voxels, out[at])
@@ -307,8 +305,7 @@ def _derived_tasks(requests: Sequence[Request]) -> ReadTasks:
     writes = []
     for (part, *target), blocks in zip(parts, keys, strict=True):
         writes.append((partial(_put, *part.__dask_postcompute__(), *target), blocks))
-    needs = dict(parts[0][0].__dask_optimize__(merged, keys))
-    return ReadTasks(writes, needs, Work.FETCHING)
+    return ReadTasks(writes, dict(parts[0][0].__dask_optimize__(merged, keys)), Work.FETCHING)
 
 
 def _put(
