@@ -631,7 +631,7 @@ def test_max_memory_counts_wider_label_maps_and_the_largest_subject() -> None:
 
     queue = zp.Queue([subject(1), subject(3)], zp.UniformSampler(4), 5, 2, dtype=torch.float16)
     assert queue.max_memory == WATCH_BYTES + (5 + 2 + 2 + 4) * 4**3 * (3 * 2 + 4)
-    assert queue.max_memory_pretty == "12.1 KiB"
+    assert queue.max_memory_pretty == "40.1 KiB"
 
 
 def test_max_memory_follows_from_the_first_patch_after_a_transform() -> None:
