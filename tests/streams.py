@@ -319,6 +319,15 @@ class Deadly:
 # Samplers
 
 
+def is_even(patch: zp.Patch) -> bool:
+    """Accepts patches whose first voxel is even."""
+    return bool(patch.t1.data[0, 0, 0, 0] % 2 == 0)
+
+
+def accepts_nothing(patch: zp.Patch) -> bool:
+    return False
+
+
 class Picky(RandomSampler):
     """Fails on a subject."""
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import chisquare
+from streams import accepts_nothing, is_even, items, small_subjects, stream
 
 import zpatch as zp
-from zpatch.errors import OptionError, PatchLocationError, PatchSizeError
+from zpatch.errors import OptionError, PatchLocationError, PatchSizeError, QueueError
+from zpatch.sampling import patch_sampler
+from zpatch.sampling.randomness import rng as address_rng
 
 SHAPE = (5, 12, 9)
 MODES = {"constant": {"constant_values": -7}, "edge": {}, "reflect": {}, "symmetric": {}, "wrap": {}}
@@ -185,3 +190,161 @@ def test_with_padding_a_sampler_of_ones_own_may_reach_over_the_border() -> None:
     ]
     assert patch.t1.data[0, :2].unique().tolist() == [5]
     assert patch.seg.data[0, :2].unique().tolist() == [0]
+
+
+# Acceptance by content
+
+
+PLACES = zp.Subject(name="a", t1=zp.ScalarImage(np.arange(10 * 9 * 8).reshape(10, 9, 8).astype(np.int16)))
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> patch_sampler.Rejections:
+    """The counts of what is rejected from now on."""
+    counts = patch_sampler.Rejections()
+    monkeypatch.setattr(patch_sampler, "rejections", counts)
+    return counts
+
+
+def with_accept(accept: Any, **options: Any) -> list[zp.RandomSampler]:
+    options = {"accept": accept, **options}
+    return [
+        zp.UniformSampler(3, **options),
+        zp.WeightedSampler(3, "where", **options),
+        zp.LabelSampler(3, "seg", {1: 1, 2: 3}, **options),
+        zp.MixedSampler([(1, zp.UniformSampler(3)), (1, zp.LabelSampler(3))], **options),
+    ]
+
+
+def test_accepted_locations_have_the_distribution_of_those_that_are_accepted() -> None:
+    found = zp.UniformSampler(3, accept=is_even, max_rejections=60).locations(PLACES, 6000, rng=1)
+    starts = np.array([place.index for place in found])
+    number = np.ravel_multi_index(tuple(starts.T), (8, 7, 6))
+    accepted = np.arange(8 * 7 * 6) % 6 % 2 == 0  # voxels are even where k is
+    counts = np.bincount(number, minlength=8 * 7 * 6)
+    assert counts.sum() == counts[accepted].sum() == 6000
+    assert chisquare(counts[accepted]).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_each_sampler_gives_what_is_accepted(number: int) -> None:
+    sampler = with_accept(lambda patch: patch.t1.data[0, 1, 1, 1] > 30, max_rejections=100)[number]
+    patches = list(sampler(subject_of((9, 9, 9)), 16, rng=3))
+    assert len(patches) == 16
+    assert all(patch.t1.data[0, 1, 1, 1] > 30 for patch in patches)
+    plain = list(with_accept(None)[number](subject_of((9, 9, 9)), 16, rng=3))
+    kept = [a.location == b.location for a, b in zip(patches, plain, strict=True)]
+    assert kept == [bool(patch.t1.data[0, 1, 1, 1] > 30) for patch in plain]  # no other is drawn again
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_patch_is_drawn_again_without_the_others(number: int) -> None:
+    sampler, subject = (
+        with_accept(lambda patch: patch.t1.data[0, 1, 1, 1] > 60)[number],
+        subject_of((9, 9, 9)),
+    )
+    whole = sampler.numbered(subject, range(20), 20, address_rng(3, 1))
+    for some in ([0], [7], [19, 2], list(range(5, 15))):
+        assert sampler.numbered(subject, some, 20, address_rng(3, 1)) == [whole[n] for n in some]
+
+
+def test_rejections_are_bounded_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts, seen = counted(monkeypatch), []
+
+    def accept(patch: zp.Patch) -> bool:
+        seen.append(patch.location.index)
+        return False
+
+    [place] = zp.UniformSampler(3, accept=accept, max_rejections=5).locations(PLACES, 1, rng=0)
+    assert (counts.rejected, counts.exhausted, len(seen)) == (5, 1, 6)
+    assert place.index == seen[-1]
+    zp.UniformSampler(3, accept=lambda patch: True).locations(PLACES, 9)
+    assert (counts.rejected, counts.exhausted) == (5, 1)
+
+
+def test_candidates_are_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler, read = zp.UniformSampler(3, accept=is_even, max_rejections=30), []
+    plain = sampler.read
+
+    def counting(subject: zp.Subject, places: Any) -> list[zp.Patch]:
+        read.append(len(places))
+        return plain(subject, places)
+
+    monkeypatch.setattr(sampler, "read", counting)
+    sampler.locations(PLACES, 16, rng=0)
+    assert read[0] == 16
+    assert read == sorted(read, reverse=True)
+    assert len(read) < 12
+
+
+@pytest.mark.parametrize("answer", [np.True_, torch.tensor(True), torch.tensor([[True]]), True])
+def test_answers_of_any_type_of_booleans_are_taken(answer: Any) -> None:
+    assert len(zp.UniformSampler(3, accept=lambda patch: answer).locations(PLACES, 2)) == 2
+
+
+@pytest.mark.parametrize("answer", [None, 1, 0.0, "yes", torch.tensor(3), np.int64(1)])
+def test_other_answers_are_an_error(answer: Any) -> None:
+    with pytest.raises(OptionError, match="accept must give True or False, not ") as failed:
+        zp.UniformSampler(3, accept=lambda patch: answer).locations(PLACES, 2)
+    assert "of subject 'a'" in failed.value.__notes__[0]
+
+
+def test_an_error_of_accept_names_the_patch() -> None:
+    def fails(patch: zp.Patch) -> bool:
+        raise ArithmeticError("no luck")
+
+    sampler = zp.UniformSampler(3, accept=fails)
+    with pytest.raises(ArithmeticError) as failed:
+        sampler.locations(PLACES, 1, rng=0)
+    [place] = zp.UniformSampler(3).locations(PLACES, 1, rng=0)
+    assert failed.value.__notes__ == [f"in accept= of the patch at {place.index} of subject 'a'"]
+    with pytest.raises(QueueError, match=r"subject 'a' failed in epoch 0: .* in accept= of the patch at"):
+        list(zp.Queue([PLACES], sampler))
+
+
+def test_it_is_shown_by_name_so_that_states_are_compared() -> None:
+    assert repr(zp.UniformSampler(3, accept=is_even)) == (
+        f"UniformSampler(patch_size=(3, 3, 3), accept={'<function is_even>'!r}, max_rejections=20)"
+    )
+    mixed = zp.MixedSampler([(1, zp.UniformSampler(3))], accept=is_even, max_rejections=3)
+    assert repr(mixed).endswith("], accept='<function is_even>', max_rejections=3)")
+    assert "accept" not in repr(zp.UniformSampler(3))
+    state = zp.Queue([PLACES], zp.UniformSampler(3, accept=is_even)).state_dict()
+    with pytest.raises(OptionError, match="the state is of another stream: sampler was"):
+        zp.Queue([PLACES], zp.UniformSampler(3)).load_state_dict(state)
+
+
+def test_the_stream_is_the_same_for_any_workers_and_is_resumed_at_any_patch() -> None:
+    subjects, sampler = small_subjects(3), zp.UniformSampler(3, accept=is_even, max_rejections=4)
+    options: dict[str, Any] = {"patches_per_volume": 7, "max_length": 5, "seed": 4}
+    alone = stream(subjects, sampler, **options)
+    assert alone != stream(subjects, zp.UniformSampler(3), **options)
+    assert stream(subjects, pickle.loads(pickle.dumps(sampler)), **options) == alone
+    for workers in (1, 2):
+        assert stream(subjects, sampler, num_workers=workers, **options) == alone
+    for consumed in range(0, 21, 7):
+        queue = zp.Queue(subjects, sampler, **options)
+        patches = iter(queue)
+        for _ in range(consumed):
+            next(patches)
+        again = zp.Queue(subjects, sampler, **options)
+        again.load_state_dict(queue.state_dict())
+        assert items(again) == alone[consumed:]
+
+
+def test_where_workers_are_spawned_it_must_be_picklable() -> None:
+    sampler = zp.UniformSampler(3, accept=lambda patch: True)
+    with (
+        zp.Queue(small_subjects(2), sampler, num_workers=1, start_method="spawn") as queue,
+        pytest.raises(QueueError, match="cannot be sent to a worker"),
+    ):
+        next(iter(queue))
+
+
+def test_what_cannot_be_is_an_error() -> None:
+    with pytest.raises(OptionError, match="accept must be a function of a patch, not 3"):
+        zp.UniformSampler(3, accept=3)  # type: ignore[arg-type]
+    for number in (0, -1, 2.5, None):
+        with pytest.raises(OptionError, match="max_rejections must be an integer of at least 1, not"):
+            zp.UniformSampler(3, max_rejections=number)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="accept= is for the whole mixture; say MixedSampler"):
+        zp.MixedSampler([(1, zp.UniformSampler(3, accept=accepts_nothing))])

@@ -234,7 +234,8 @@ class DrawReader:
     def locations(self, subject: Subject, draw: Draw) -> list[PatchLocation]:
         """Where the patches of a draw are in its subject."""
         generator = rng(self._seed, draw.epoch, draw.subject, draw.visit, purpose=Purpose.LOCATIONS)
-        return self._sampler.numbered(subject, draw.numbers, self._patches_per_volume, generator)
+        with one_thread():  # accept= may compute
+            return self._sampler.numbered(subject, draw.numbers, self._patches_per_volume, generator)
 
     def read(
         self,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from zpatch.errors import NothingToDrawError, OptionError
 from zpatch.images.subject import Subject
-from zpatch.sampling.patch_sampler import RandomSampler
+from zpatch.sampling.patch_sampler import MAX_REJECTIONS, Accept, RandomSampler
 
 
 class MixedSampler(RandomSampler):
@@ -19,8 +19,11 @@ class MixedSampler(RandomSampler):
     ``parts`` are pairs of a weight and a sampler; all samplers have the same patch size, context and padding.
     The probabilities are ``weight / sum`` over the samplers that can draw from the subject: where no voxel
     is of a wanted class, the others take the draws. A subject from which none of them can draw is a
-    SamplingError. ``MixedSampler([(2, UniformSampler(96)), (1, LabelSampler(96))])`` takes a third of the
-    patches around foreground, as nnU-Net does, and all of them anywhere in a subject without foreground.
+    SamplingError. ``accept`` and ``max_rejections`` are for the whole mixture: a location that is rejected
+    is drawn again by any of them.
+
+    ``MixedSampler([(2, UniformSampler(96)), (1, LabelSampler(96))])`` takes a third of the patches around
+    foreground, as nnU-Net does, and all of them anywhere in a subject without foreground.
 
     >>> from zpatch.images.image import LabelMap
     >>> from zpatch.sampling.samplers import LabelSampler, UniformSampler
@@ -32,18 +35,38 @@ class MixedSampler(RandomSampler):
     True
     """
 
-    def __init__(self, parts: Sequence[tuple[float, RandomSampler]]) -> None:
+    def __init__(
+        self,
+        parts: Sequence[tuple[float, RandomSampler]],
+        *,
+        accept: Accept | None = None,
+        max_rejections: int = MAX_REJECTIONS,
+    ) -> None:
         self.parts = _checked_parts(parts)
         first = self.parts[0][1]
         super().__init__(
-            first.patch_size, context=first.context, padding_mode=first.padding_mode, fill=first.fill
+            first.patch_size,
+            context=first.context,
+            padding_mode=first.padding_mode,
+            fill=first.fill,
+            accept=accept,
+            max_rejections=max_rejections,
         )
 
     def fitted(self, subject: Subject) -> Self:
         """The mixture of the samplers as they fit the subject."""
-        parts = [(weight, sampler.fitted(subject)) for weight, sampler in self.parts]
-        is_same = all(one is before for (_, one), (_, before) in zip(parts, self.parts, strict=True))
-        return self if is_same else type(self)(parts)
+        return self._with_parts([sampler.fitted(subject) for _, sampler in self.parts])
+
+    def with_classes(self, label_name: str, probabilities: Mapping[int, float]) -> MixedSampler:
+        """The mixture whose LabelSamplers of a map have these probabilities, if none were given."""
+        return self._with_parts([one.with_classes(label_name, probabilities) for _, one in self.parts])
+
+    def _with_parts(self, samplers: Sequence[Any]) -> Self:
+        """The mixture of other samplers in the same proportions; itself if they are the same."""
+        if all(one is before for one, (_, before) in zip(samplers, self.parts, strict=True)):
+            return self
+        parts = [(weight, one) for one, (weight, _) in zip(samplers, self.parts, strict=True)]
+        return type(self)(parts, accept=self.accept, max_rejections=self.max_rejections)
 
     def check(self, subject: Subject) -> None:
         """Refuse a subject that none of the samplers can take a patch of, as far as that is known."""
@@ -82,7 +105,8 @@ class MixedSampler(RandomSampler):
         return starts
 
     def __repr__(self) -> str:
-        return f"MixedSampler({list(self.parts)!r})"
+        acceptance = "".join(f", {name}={value!r}" for name, value in self._acceptance().items())
+        return f"MixedSampler({list(self.parts)!r}{acceptance})"
 
 
 def _checked_parts(parts: Sequence[tuple[float, RandomSampler]]) -> tuple[tuple[float, RandomSampler], ...]:
@@ -97,6 +121,8 @@ def _checked_parts(parts: Sequence[tuple[float, RandomSampler]]) -> tuple[tuple[
             )
         if not (isinstance(weight, int | float) and 0 <= weight < float("inf")):
             raise OptionError(f"the weight of {sampler!r} must be finite and at least 0, not {weight!r}")
+        if sampler.accept is not None:
+            raise OptionError("accept= is for the whole mixture; say MixedSampler([...], accept=...)")
         if weight > 0:
             checked.append((float(weight), sampler))
     if not checked:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Self
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from zpatch.errors import OptionError, PatchLocationError
@@ -24,13 +26,29 @@ from zpatch.images.subject import Subject
 from zpatch.sampling import patch_batch  # noqa: F401 - it lets torch's default_collate know patches
 from zpatch.sampling.patch import Patch, PatchImage, to_tensor
 from zpatch.sampling.patch_views import checked_context, views_of
-from zpatch.sampling.randomness import as_generator
+from zpatch.sampling.randomness import Purpose, as_generator, rng
 from zpatch.sources.group_read import read_together
 
 READ_TOGETHER = 16
+MAX_REJECTIONS = 20
 
 PatchSize = int | Sequence[int]
 RandomSource = np.random.Generator | int | None
+Accept = Callable[[Patch], Any]
+
+
+class Rejections:
+    """How often samplers with ``accept`` have rejected a location in this process.
+
+    ``rejected`` locations were drawn again. ``exhausted`` patches were taken although they were rejected,
+    after ``max_rejections`` others.
+    """
+
+    def __init__(self) -> None:
+        self.rejected = self.exhausted = 0
+
+
+rejections = Rejections()
 
 
 def read_patches(
@@ -121,6 +139,15 @@ class PatchSampler(ABC):
         """Whether the subject has each class that is drawn, by its description, where that is known."""
         return {}
 
+    def with_classes(self, label_name: str, probabilities: Mapping[int, float]) -> PatchSampler:
+        """The sampler whose LabelSamplers of a map have these probabilities, if they have none."""
+        return self
+
+    @property
+    def subject_names(self) -> Collection[str]:
+        """Names of the subjects that a queue must have."""
+        return ()
+
     def check_fits(self, subject: Subject) -> None:
         """Refuse a subject that is smaller than the patch, unless it is padded."""
         if self.padding_mode is None:
@@ -141,6 +168,10 @@ class RandomSampler(PatchSampler):
     stores. The centre is kept to half a coarse voxel, and beyond the border the edge voxel is repeated. An
     image without these levels is an OptionError.
 
+    With ``accept``, a function of a patch that gives True or False, a location whose patch is not accepted is
+    drawn again, at most ``max_rejections`` times; then the last one drawn is taken. Each patch is drawn again
+    from random numbers of its own. Patches are read once more for it, as ``sampler(subject)`` gives them.
+
     A strategy of one's own is a subclass with one method, ``starts``, and works in a queue like any other. It
     must draw from ``rng`` alone, and if it has options, show them in its ``repr``, by which a queue knows
     whether a state is its own.
@@ -155,6 +186,23 @@ class RandomSampler(PatchSampler):
     >>> all(7 <= place.index[0] <= 9 for place in NearTheMiddle(4).locations(subject, 5, rng=0))
     True
     """
+
+    def __init__(
+        self,
+        patch_size: PatchSize,
+        *,
+        context: Sequence[int] = (),
+        padding_mode: str | None = None,
+        fill: float = 0,
+        accept: Accept | None = None,
+        max_rejections: int = MAX_REJECTIONS,
+    ) -> None:
+        super().__init__(patch_size, context=context, padding_mode=padding_mode, fill=fill)
+        if not (accept is None or callable(accept)):
+            raise OptionError(f"accept must be a function of a patch, not {accept!r}")
+        if not isinstance(max_rejections, int) or max_rejections < 1:
+            raise OptionError(f"max_rejections must be an integer of at least 1, not {max_rejections!r}")
+        self.accept, self.max_rejections = accept, max_rejections
 
     @abstractmethod
     def starts(self, subject: Subject, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -183,12 +231,15 @@ class RandomSampler(PatchSampler):
             left = None if left is None else left - group
 
     def locations(self, subject: Subject, num_patches: int, rng: RandomSource = None) -> list[PatchLocation]:
-        """The locations of ``num_patches`` patches; of the images, only a map is read, and only in part."""
+        """The locations of ``num_patches`` patches.
+
+        Of the images, only a map is read, and only in part; with ``accept``, the patches are.
+        """
         if num_patches < 0:
             raise OptionError(f"num_patches must be at least 0, not {num_patches}")
         if not isinstance(subject, Subject):
             raise OptionError(f"a sampler draws from one subject, as cohort[0], not from {subject!r}")
-        return self.fitted(subject)._drawn(subject, num_patches, as_generator(rng))
+        return self.numbered(subject, range(num_patches), num_patches, as_generator(rng))
 
     def _drawn(self, subject: Subject, count: int, rng: np.random.Generator) -> list[PatchLocation]:
         self.check_fits(subject)
@@ -204,8 +255,52 @@ class RandomSampler(PatchSampler):
         self, subject: Subject, numbers: Sequence[int], patches_per_volume: int, rng: np.random.Generator
     ) -> list[PatchLocation]:
         """The locations of some of the ``patches_per_volume`` patches that are drawn in a visit."""
-        drawn = self.locations(subject, patches_per_volume, rng)
-        return [drawn[number] for number in numbers]
+        fitted = self.fitted(subject)
+        drawn = fitted._drawn(subject, patches_per_volume, rng)
+        chosen = [drawn[number] for number in numbers]
+        if self.accept is None:
+            return chosen
+        seeds = rng.integers(2**63, size=patches_per_volume).tolist()
+        return fitted._until_accepted(subject, chosen, [seeds[number] for number in numbers])
+
+    def _until_accepted(
+        self, subject: Subject, locations: list[PatchLocation], seeds: Sequence[int]
+    ) -> list[PatchLocation]:
+        """The locations, of which those that are rejected are drawn again, each by the stream of its seed."""
+        streams: dict[int, np.random.Generator] = {}
+        pending = self._rejected(subject, locations, range(len(locations)))
+        for _ in range(self.max_rejections):
+            rejections.rejected += len(pending)
+            for n in pending:
+                if n not in streams:
+                    streams[n] = rng(seeds[n], purpose=Purpose.REDRAW)
+                [locations[n]] = self._drawn(subject, 1, streams[n])
+            pending = self._rejected(subject, locations, pending)
+        rejections.exhausted += len(pending)
+        return locations
+
+    def _rejected(
+        self, subject: Subject, locations: Sequence[PatchLocation], pending: Sequence[int]
+    ) -> list[int]:
+        """Which of the ``pending`` locations are not accepted; they are read in groups."""
+        groups = [pending[n : n + READ_TOGETHER] for n in range(0, len(pending), READ_TOGETHER)]
+        return [
+            number
+            for group in groups
+            for number, patch in zip(group, self.read(subject, [locations[n] for n in group]), strict=True)
+            if not self._is_accepted(patch)
+        ]
+
+    def _is_accepted(self, patch: Patch) -> bool:
+        assert self.accept is not None
+        try:
+            answer = self.accept(patch)
+            if getattr(answer, "dtype", type(answer)) not in (bool, np.dtype(bool), torch.bool):
+                raise OptionError(f"accept must give True or False, not {answer!r:.200}")
+            return bool(answer)
+        except Exception as error:
+            error.add_note(f"in accept= of the patch at {patch.location.index} of subject {patch.subject!r}")
+            raise
 
     def _check_starts(self, starts: NDArray[np.int64], count: int, subject: Subject) -> None:
         if starts.shape != (count, 3) or starts.dtype.kind not in "iu":
@@ -233,4 +328,11 @@ class RandomSampler(PatchSampler):
             given["context"] = self.context
         if self.padding_mode is not None:
             given |= {"padding_mode": self.padding_mode, "fill": self.fill}
-        return given
+        return given | self._acceptance()
+
+    def _acceptance(self) -> dict[str, object]:
+        """The options that are about ``accept``, if it is given, without its address in memory."""
+        if self.accept is None:
+            return {}
+        name = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(self.accept))
+        return {"accept": name, "max_rejections": self.max_rejections}

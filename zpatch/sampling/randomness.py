@@ -20,6 +20,7 @@ class Purpose(IntEnum):
     TRANSFORM = 2
     SUBJECT_ORDER = 3
     SHUFFLE = 4
+    REDRAW = 5
 
 
 def rng(

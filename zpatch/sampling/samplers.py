@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -12,7 +13,7 @@ from zpatch.images.image import Image, LabelMap
 from zpatch.images.subject import Subject
 from zpatch.sampling.centre_draws import draw_centres
 from zpatch.sampling.centre_maps import label_classes, recorded_labels, weight_map
-from zpatch.sampling.patch_sampler import PatchSize, RandomSampler
+from zpatch.sampling.patch_sampler import MAX_REJECTIONS, Accept, PatchSize, RandomSampler
 
 
 class UniformSampler(RandomSampler):
@@ -52,8 +53,17 @@ class WeightedSampler(RandomSampler):
         context: Sequence[int] = (),
         padding_mode: str | None = None,
         fill: float = 0,
+        accept: Accept | None = None,
+        max_rejections: int = MAX_REJECTIONS,
     ) -> None:
-        super().__init__(patch_size, context=context, padding_mode=padding_mode, fill=fill)
+        super().__init__(
+            patch_size,
+            context=context,
+            padding_mode=padding_mode,
+            fill=fill,
+            accept=accept,
+            max_rejections=max_rejections,
+        )
         self.probability_map = probability_map
 
     def check(self, subject: Subject) -> None:
@@ -105,15 +115,36 @@ class LabelSampler(RandomSampler):
         context: Sequence[int] = (),
         padding_mode: str | None = None,
         fill: float = 0,
+        accept: Accept | None = None,
+        max_rejections: int = MAX_REJECTIONS,
     ) -> None:
-        super().__init__(patch_size, context=context, padding_mode=padding_mode, fill=fill)
+        super().__init__(
+            patch_size,
+            context=context,
+            padding_mode=padding_mode,
+            fill=fill,
+            accept=accept,
+            max_rejections=max_rejections,
+        )
         self.label_name = label_name
         if label_probabilities is not None:
             _check_probabilities(label_probabilities)
         self.label_probabilities = label_probabilities
-        self._wanted: dict[int | None, float] = {None: 1.0}  # None: all but 0 together
-        if label_probabilities is not None:
-            self._wanted = {label: float(p) for label, p in label_probabilities.items()}
+
+    @property
+    def _wanted(self) -> dict[int | None, float]:
+        """The probability of each class, not normalised; None is all but 0 together."""
+        if self.label_probabilities is None:
+            return {None: 1.0}
+        return {label: float(p) for label, p in self.label_probabilities.items()}
+
+    def with_classes(self, label_name: str, probabilities: Mapping[int, float]) -> LabelSampler:
+        """The sampler with these probabilities, if it is of this map, or of the first one, and has none."""
+        if self.label_probabilities is not None or self.label_name not in (None, label_name):
+            return self
+        changed = copy.copy(self)
+        changed.label_name, changed.label_probabilities = label_name, dict(probabilities)
+        return changed
 
     def check(self, subject: Subject) -> None:
         """Refuse a subject that no patch can be taken of, as far as that is known without reading voxels."""
