@@ -39,8 +39,8 @@ DOORS = {
     "tiled_source resampled_source window_source voxelwise_source chunk_cache",
     "images": "image placed_image subject cohort open_subjects mixtures normalization opened_image "
     "slide_image tissue_map",
-    "sampling": "patch_sampler samplers grid_sampler patch patch_batch patch_views randomness",
-    "epochs": "epoch_plan stream_position",
+    "sampling": "centre_maps patch_sampler samplers grid_sampler patch patch_batch patch_views randomness",
+    "epochs": "subject_weights class_balance epoch_plan stream_position",
     "loading": "patch_queue queue_options queue_stats queue_subjects subjects_loader",
     "pipelines": "pipeline torchio_pipeline torchio1_places torchio2_places monai_pipeline",
     "tiling": "windows output_cells axis_tiles volume_tiles",

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zpatch.epochs.epoch_plan import UNEVEN, Draw, EpochPlan, Share, Uneven
+from zpatch.epochs.epoch_plan import UNEVEN, Draw, EpochPlan, Share, Uneven, Visits
 from zpatch.errors import OptionError
 
 Wanted = tuple[int, int, int]  # subject, visit, number
@@ -33,7 +33,7 @@ def plan_of(
     return EpochPlan(
         seed=seed,
         epoch=epoch,
-        subjects=np.array(range(len(patches)) if subjects is None else subjects, dtype=np.int64),
+        visits=Visits.of(np.array(range(len(patches)) if subjects is None else subjects, dtype=np.int64)),
         patches=np.array(patches, dtype=np.int64),
         total=sum(patches) if total is None else total,
         group=group,
@@ -67,7 +67,7 @@ def arriving(plan: EpochPlan) -> list[Wanted]:
     visits: Counter[int] = Counter()
     found: list[Wanted] = []
     while len(found) < plan.total:
-        for subject, count in zip(plan.subjects.tolist(), plan.patches.tolist(), strict=True):
+        for subject, count in zip(plan.visits.subjects.tolist(), plan.patches.tolist(), strict=True):
             found += [(subject, visits[subject], number) for number in range(count)]
             visits[subject] += 1
     return found[: plan.total]
@@ -109,7 +109,7 @@ def test_without_shuffling_patches_are_handed_out_as_they_are_read(plan: EpochPl
 
 @given(plans())
 def test_a_plan_is_a_function_of_its_fields(plan: EpochPlan) -> None:
-    again = dataclasses.replace(plan, subjects=plan.subjects.copy())
+    again = dataclasses.replace(plan, visits=Visits.of(plan.visits.subjects.copy()))
     assert plan.same_as(again)
     assert list(plan.draws()) == list(again.draws())
 
@@ -119,7 +119,9 @@ def test_a_plan_is_a_function_of_its_fields(plan: EpochPlan) -> None:
     [
         {"seed": 1},
         {"epoch": 1},
-        {"subjects": np.array([1, 0, 2])},
+        {"visits": Visits.of(np.array([1, 0, 2]))},
+        {"visits": Visits(*np.array([[0, 1, 2], [0, 0, 1], [1, 1, 1]]))},
+        {"visits": Visits(*np.array([[0, 1, 2], [0, 0, 0], [1, 1, 2]]))},
         {"patches": np.array([6, 4, 5])},
         {"total": 14},
         {"group": 5},
@@ -186,7 +188,7 @@ def test_an_epoch_that_is_resumed_near_its_end_takes_little_memory(shuffle: bool
 def test_a_subject_that_is_visited_again_gives_other_patches(plan: EpochPlan) -> None:
     read = read_by(list(plan.draws())).values()
     assert len(set(read)) == plan.total  # the place of each in the random streams is its own
-    for subject in set(plan.subjects.tolist()):
+    for subject in set(plan.visits.subjects.tolist()):
         visits = sorted({visit for s, visit, _ in read if s == subject})
         assert visits == list(range(len(visits)))
 
@@ -211,7 +213,7 @@ def shares(
 ) -> tuple[list[list[int]], set[int]]:
     """The subjects of each rank, and the number of patches of a rank."""
     dealt = [Share(rank, world_size, uneven).deal(order, patches) for rank in range(world_size)]
-    return [subjects.tolist() for subjects, _ in dealt], {total for _, total in dealt}
+    return [visits.subjects.tolist() for visits, _ in dealt], {total for _, total in dealt}
 
 
 @given(cohorts())
@@ -265,8 +267,8 @@ def test_ranks_take_the_order_in_turns(cohort: Any, uneven: Uneven) -> None:
 @given(cohorts(), st.sampled_from(UNEVEN))
 def test_a_single_process_gets_the_order_unchanged(cohort: Any, uneven: Uneven) -> None:
     order, patches, _ = cohort
-    subjects, total = Share(uneven=uneven).deal(order, patches)
-    assert subjects.tolist() == order.tolist()
+    visits, total = Share(uneven=uneven).deal(order, patches)
+    assert visits.subjects.tolist() == order.tolist()
     assert total == patches.sum()
 
 
@@ -276,7 +278,8 @@ def test_ranks_of_unequal_grids_give_as_many_patches_and_padding_leaves_none_out
     for uneven in ("pad", "drop"):
         counts = set()
         for rank in range(world_size):
-            subjects, total = Share(rank, world_size, uneven).deal(order, patches)  # type: ignore[arg-type]
+            visits, total = Share(rank, world_size, uneven).deal(order, patches)  # type: ignore[arg-type]
+            subjects = visits.subjects
             plan = plan_of(patches[subjects].tolist(), subjects=subjects.tolist(), total=total)
             read = read_by(list(plan.draws()))
             counts.add(len(read))

@@ -18,7 +18,7 @@ from streams import SAMPLERS, Item, item, items, small_subjects, stop_forkserver
 from torch.utils.data.distributed import DistributedSampler
 
 import zpatch as zp
-from zpatch.epochs.epoch_plan import EpochPlan
+from zpatch.epochs.epoch_plan import EpochPlan, Visits
 from zpatch.epochs.stream_position import (
     StreamPosition,
     epoch_and_consumed,
@@ -57,7 +57,7 @@ def states_of(queue: zp.Queue) -> list[dict[str, Any]]:
 
 def plan_of(epoch: int, total: int = 3) -> EpochPlan:
     """A plan of an epoch of one subject."""
-    one = np.array([0]), np.array([total])
+    one = Visits.of(np.array([0])), np.array([total])
     return EpochPlan(0, epoch, *one, total=total, group=1, buffer=1, shuffle=False)
 
 

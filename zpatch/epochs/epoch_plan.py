@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,10 +38,40 @@ class Draw:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Visits:
+    """Subjects to read, in order, by their numbers.
+
+    ``first`` has for each how often the subject was read before, and ``times`` how often it is read in one
+    pass over all subjects: in pass n it is visit ``first + n * times`` of the subject.
+
+    >>> Visits.of(np.array([7, 8, 7])).first.tolist(), Visits.of(np.array([7, 8, 7])).times.tolist()
+    ([0, 0, 1], [2, 1, 2])
+    """
+
+    subjects: NDArray[np.int64]
+    first: NDArray[np.int64]
+    times: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, subjects: NDArray[np.int64]) -> Self:
+        """The visits of some subjects, which may come more than once."""
+        order = np.argsort(subjects, kind="stable")
+        sorted_subjects = subjects[order]
+        low, high = (np.searchsorted(sorted_subjects, sorted_subjects, side) for side in ("left", "right"))
+        first, times = np.empty_like(order), np.empty_like(order)
+        first[order], times[order] = np.arange(len(order)) - low, high - low
+        return cls(subjects, first, times)
+
+    def of_rank(self, rank: int, world_size: int) -> Visits:
+        """Every ``world_size``-th visit, from number ``rank`` on."""
+        return Visits(*(of[rank::world_size] for of in (self.subjects, self.first, self.times)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class EpochPlan:
     """One epoch as a pure function of its fields.
 
-    ``seed`` and ``epoch`` are the address of its random numbers. ``subjects`` are the numbers of the subjects
+    ``seed`` and ``epoch`` are the address of its random numbers. ``visits`` are those of the subjects
     to read, in order, and ``patches`` the number of patches of each. ``total`` is the number of patches of
     the epoch; if the subjects have fewer, they are visited again. At most ``group`` patches are read
     together. At most ``buffer`` wait to be handed out: with ``shuffle`` in another order than they are read
@@ -50,7 +80,7 @@ class EpochPlan:
 
     seed: int
     epoch: int
-    subjects: NDArray[np.int64]
+    visits: Visits
     patches: NDArray[np.int64]
     total: int
     group: int
@@ -66,30 +96,32 @@ class EpochPlan:
         """A digest of all numbers that the stream depends on."""
         numbers = self.seed, self.epoch, self.total, self.group, self.buffer, self.shuffle
         state = new_digest(repr(numbers).encode())
-        state.update(self.subjects.tobytes() + self.patches.tobytes())
+        visits = self.visits
+        for array in (visits.subjects, visits.first, visits.times, self.patches):
+            state.update(array.tobytes())
         return state.hexdigest()
 
     def draws(self, consumed: int = 0) -> Iterator[Draw]:
         """The draws to read, in order, for all patches but the first ``consumed`` that are handed out.
 
-        >>> plan = EpochPlan(0, 0, np.array([0]), np.array([5]), total=5, group=5, buffer=2, shuffle=False)
+        >>> one = Visits.of(np.array([0])), np.array([5])
+        >>> plan = EpochPlan(0, 0, *one, total=5, group=5, buffer=2, shuffle=False)
         >>> next(plan.draws(3))
         Draw(epoch=0, subject=0, visit=0, numbers=(3, 4), places=(3, 4))
         """
         shuffle = Shuffle(self.seed, self.epoch, self.total, self.buffer if self.shuffle else 1)
-        visits: dict[int, int] = {}
-        first = 0
+        columns = self.visits.subjects, self.visits.first, self.visits.times, self.patches
+        first, passes = 0, 0
         while first < self.total:
-            for subject, patches in zip(self.subjects.tolist(), self.patches.tolist(), strict=True):
-                visit = visits.get(subject, 0)
-                visits[subject] = visit + 1
+            for subject, visit, times, patches in zip(*(column.tolist() for column in columns), strict=True):
                 stop = min(first + patches, self.total)
                 if stop + shuffle.window > consumed:  # the places of others are known to be consumed
                     places = shuffle.places(first, stop)
-                    yield from self._groups(subject, visit, places, consumed)
+                    yield from self._groups(subject, visit + passes * times, places, consumed)
                 first = stop
                 if first == self.total:
                     return
+            passes += 1
 
     def _groups(self, subject: int, visit: int, places: NDArray[np.int64], consumed: int) -> Iterator[Draw]:
         """The draws of a visit, whose patches have some places in the order."""
@@ -121,6 +153,8 @@ class Share:
 
     def check(self, subjects: int) -> None:
         """Refuse a number of subjects that cannot be dealt out to the ranks."""
+        if not subjects:
+            raise OptionError("no subject of the queue gives a patch")
         if subjects < self.world_size:
             raise OptionError(
                 f"{subjects} subjects cannot be dealt out to {self.world_size} ranks; use fewer processes"
@@ -131,16 +165,22 @@ class Share:
                 f"say uneven='pad' to repeat some or uneven='drop' to leave some out"
             )
 
-    def deal(self, order: NDArray[np.int64], patches: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
-        """The subjects of this rank from the ``order`` of an epoch, and the number of patches of every rank.
+    def deal(
+        self, order: NDArray[np.int64], patches: NDArray[np.int64], *, counts_all: bool = False
+    ) -> tuple[Visits, int]:
+        """The visits of this rank from the ``order`` of an epoch, and the number of patches of every rank.
 
-        ``patches`` has the number of patches of each subject. All ranks get the same number of subjects and
-        of patches: subjects and patches are repeated (``pad``) or left out (``drop``) to make them equal.
+        ``patches`` has the number of patches of each subject; those without any are left out. All ranks get
+        the same number of subjects and of patches: subjects and patches are repeated (``pad``) or left out
+        (``drop``) to make them equal. With ``counts_all`` a subject's visits are counted over all ranks, so
+        that none of its patches comes twice; else on each rank.
 
-        >>> subjects, total = Share(1, 2).deal(np.array([2, 0, 1]), np.array([5, 5, 5]))
-        >>> subjects.tolist(), total
+        >>> visits, total = Share(1, 2).deal(np.array([2, 0, 1]), np.array([5, 5, 5]))
+        >>> visits.subjects.tolist(), total
         ([0, 2], 10)
         """
+        order = order[patches[order] > 0]
+        self.check(len(order))
         ranks, rest = divmod(len(order), self.world_size)
         if rest:
             order = (
@@ -155,4 +195,6 @@ class Share:
                 f"say uneven='pad' or uneven='drop' to give each rank the same number"
             )
         total = max(totals) if self.uneven == "pad" else min(totals)
-        return order[self.rank :: self.world_size], total
+        if counts_all:
+            return Visits.of(order).of_rank(self.rank, self.world_size), total
+        return Visits.of(order[self.rank :: self.world_size]), total

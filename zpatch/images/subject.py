@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -192,6 +192,12 @@ def image_outline(name: str, image: Image) -> str:
     """An image in such a line: by the digest of its files, or without one by all that is known of it."""
     contents = image.record.contents if image.record and image.record.files else image.identity()
     return f"{name} {image.kind} {image.shape} {contents}"
+
+
+def names_of(subjects: Sequence[Subject]) -> list[str]:
+    """The names of some subjects; a cohort has them without making its subjects."""
+    names = getattr(subjects, "names", None)
+    return [subject.name for subject in subjects] if names is None else list(names)
 
 
 def _slide_of(images: Mapping[str, Image]) -> Image | None:

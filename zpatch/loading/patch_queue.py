@@ -26,6 +26,7 @@ from zpatch.epochs.stream_position import (
     queue_state,
     subjects_digest,
 )
+from zpatch.epochs.subject_weights import GivenWeights
 from zpatch.errors import OptionError, QueueError
 from zpatch.images.subject import Subject
 from zpatch.loading.batch_feed import BatchFeed
@@ -34,7 +35,7 @@ from zpatch.loading.device_copies import Streams
 from zpatch.loading.draw_reader import DrawReader
 from zpatch.loading.queue_options import QueueOptions, ShownOptions, as_integer
 from zpatch.loading.queue_stats import IterationCounts, QueueStats
-from zpatch.loading.queue_subjects import AnyTransform, OnBad, fitted_sampler, subjects_of_queue
+from zpatch.loading.queue_subjects import AnyTransform, OnBad
 from zpatch.loading.shared_slots import WATCH_BYTES, SlotBlock, SlotLayout, copied
 from zpatch.runtime.byte_sizes import format_bytes
 from zpatch.sampling.patch import Patch
@@ -64,6 +65,13 @@ class Queue(ShownOptions, IterableDataset[Patch]):
     Under torch.distributed, or with ``rank`` and ``world_size``, each process gets its share: as many
     subjects and patches as every other process. Where they cannot be divided evenly, ``uneven="pad"`` repeats
     some subjects, ``drop`` leaves the rest out, and ``error`` refuses.
+
+    ``subject_weights``, by the names of subjects or one for each, says how often they come: an epoch still
+    has as many visits as subjects, N, and each comes ``N * weight / sum`` times, rounded down or up at random
+    so that this is the mean; visits of one subject give different patches. Those of weight 0 never come.
+    ``class_balance={"seg": {1: 1, 2: 1, 3: 2}}`` chooses these weights, and the probabilities of the
+    LabelSampler of that map, so that over the cohort the centres that it draws are of these classes in this
+    proportion, however rare they are. Subjects with none of the classes never come.
 
     Subjects that cannot give a patch (an image that is missing, smaller than the patch or on another grid, no
     voxel of a wanted class) are an error at once that names them all; ``on_bad="skip"`` leaves them out.
@@ -95,6 +103,8 @@ class Queue(ShownOptions, IterableDataset[Patch]):
         subject_sampler: Iterable[int] | None = None,
         *,
         seed: int = 0,
+        subject_weights: GivenWeights | None = None,
+        class_balance: Mapping[str, Mapping[int, float]] | None = None,
         rank: int | None = None,
         world_size: int | None = None,
         uneven: Uneven = "pad",
@@ -105,34 +115,22 @@ class Queue(ShownOptions, IterableDataset[Patch]):
         on_stats: Callable[[QueueStats], object] | None = None,
     ) -> None:
         options = QueueOptions(
-            max_length=max_length,
-            patches_per_volume=patches_per_volume,
-            num_workers=num_workers,
-            shuffle_subjects=shuffle_subjects,
-            shuffle_patches=shuffle_patches,
-            transform=transform,
-            subject_sampler=subject_sampler,
-            seed=seed,
-            rank=rank,
-            world_size=world_size,
-            uneven=uneven,
-            on_bad=on_bad,
-            start_method=start_method,
-            timeout=timeout,
-            dtype=dtype,
-            on_stats=on_stats,
-        )
-        patch_sampler = fitted_sampler(subjects, patch_sampler)
-        self.subjects = subjects_of_queue(subjects, patch_sampler, transform, on_bad)
-        self.patch_sampler, self.options = patch_sampler, options
-        self.share = options.share_of(len(self.subjects))
+            max_length=max_length, patches_per_volume=patches_per_volume, num_workers=num_workers,
+            shuffle_subjects=shuffle_subjects, shuffle_patches=shuffle_patches, transform=transform,
+            subject_sampler=subject_sampler, seed=seed, subject_weights=subject_weights,
+            class_balance=class_balance, rank=rank, world_size=world_size, uneven=uneven, on_bad=on_bad,
+            start_method=start_method, timeout=timeout, dtype=dtype, on_stats=on_stats,
+        )  # fmt: skip
+        self.subjects, self.patch_sampler, self.weights = options.choose(subjects, patch_sampler)
+        self.options = options
         self.position = StreamPosition()
         self.batch_size = 1
         self._streams: Streams | None = None
         self._turn = Turn("the queue is iterated by another thread; give each thread a queue of its own")
         per_volume, seed = options.patches_per_volume, options.seed  # as Python's integers
-        self._reader = DrawReader(self.subjects, patch_sampler, per_volume, dtype, transform, seed)
+        self._reader = DrawReader(self.subjects, self.patch_sampler, per_volume, dtype, transform, seed)
         self._patches = self.count_patches()
+        self.share = options.share_of(self._patches)
         self._feed: BatchFeed | None = None
         self._counted: IterationCounts | None = None  # of the iteration that was begun last
 
@@ -191,13 +189,13 @@ class Queue(ShownOptions, IterableDataset[Patch]):
 
     def plan(self, epoch: int) -> EpochPlan:
         """The plan of an epoch on this rank."""
-        order = self.subject_order(epoch)
-        subjects, total = self.share.deal(order, self._patches)
+        order, counts_all = self.subject_order(epoch), self.weights is not None
+        visits, total = self.share.deal(order, self._patches, counts_all=counts_all)
         return EpochPlan(
             seed=self.options.seed,
             epoch=epoch,
-            subjects=subjects,
-            patches=self._patches[subjects],
+            visits=visits,
+            patches=self._patches[visits.subjects],
             total=total,
             group=self._group,
             buffer=self.options.max_length,
@@ -206,7 +204,7 @@ class Queue(ShownOptions, IterableDataset[Patch]):
 
     def subject_order(self, epoch: int) -> NDArray[np.int64]:
         """The subjects of an epoch by their numbers, in order, before they are dealt out to ranks."""
-        return self.options.subject_order(epoch, self.num_subjects)
+        return self.options.subject_order(epoch, self.num_subjects, self.weights)
 
     def upcoming(self, plan: EpochPlan) -> EpochPlan | None:
         """The epoch after a plan, which workers begin while the buffer drains; None if not known yet."""
@@ -324,6 +322,7 @@ class Queue(ShownOptions, IterableDataset[Patch]):
         return {
             "cohort": self._subjects_digest,
             "sampler": repr(self.patch_sampler),
+            "subject_weights": None if self.weights is None else self.weights.digest,
             **self.options.fingerprint(self.share, lambda: self.subject_order(0)),
         }
 

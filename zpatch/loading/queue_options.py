@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -15,13 +15,17 @@ from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 
 from zpatch.digests import Json
+from zpatch.epochs.class_balance import ClassBalance
 from zpatch.epochs.epoch_plan import Share, Uneven
 from zpatch.epochs.stream_position import SHUFFLE, order_identity
+from zpatch.epochs.subject_weights import GivenWeights, SubjectWeights, checked_weights, given_weights
 from zpatch.errors import OptionError, QueueError
+from zpatch.images.subject import Subject
 from zpatch.loading.queue_stats import QueueStats
-from zpatch.loading.queue_subjects import ON_BAD, AnyTransform, OnBad
+from zpatch.loading.queue_subjects import ON_BAD, AnyTransform, OnBad, fitted_sampler, subjects_of_queue
 from zpatch.loading.shared_slots import MOST_WORKERS
 from zpatch.loading.worker_pool import check_processes
+from zpatch.sampling.patch_sampler import PatchSampler
 from zpatch.sampling.randomness import Purpose, rng
 
 IMAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, None)
@@ -35,7 +39,8 @@ class QueueOptions:
     each subject in each epoch (all of them with a GridSampler). ``num_workers`` processes read them; 0 reads
     in this process. ``shuffle_subjects`` and ``shuffle_patches`` shuffle the order of subjects and the
     patches in the buffer. ``transform`` is called with each patch. ``subject_sampler`` gives the order of
-    subjects by their numbers, anew for each epoch. ``seed`` chooses the stream.
+    subjects by their numbers, anew for each epoch. ``seed`` chooses the stream. ``subject_weights`` and
+    ``class_balance`` choose how often subjects come.
 
     ``rank`` and ``world_size`` are those of this process; None takes them from torch.distributed.
     ``uneven`` says how an epoch that cannot be divided evenly is shared out: pad, drop or error.
@@ -54,6 +59,8 @@ class QueueOptions:
     transform: AnyTransform | None = None
     subject_sampler: Iterable[int] | None = None
     seed: int = 0
+    subject_weights: GivenWeights | None = None
+    class_balance: Mapping[str, Mapping[int, float]] | None = None
     rank: int | None = None
     world_size: int | None = None
     uneven: Uneven = "pad"
@@ -85,8 +92,37 @@ class QueueOptions:
             raise OptionError(f"on_bad must be one of {', '.join(ON_BAD)}, not {self.on_bad!r}")
         if self.on_bad == "skip" and self.subject_sampler is not None:
             raise OptionError("a subject_sampler gives numbers of subjects, which on_bad='skip' would change")
+        self._check_weights()
         _check_transform(self.transform)
         check_processes(self.start_method, self.timeout)
+
+    def _check_weights(self) -> None:
+        """Refuse weights that are no numbers, and two ways at once to say how often subjects come."""
+        ways = ("subject_weights", "class_balance", "subject_sampler")
+        given = [name for name in ways if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise OptionError(f"{' and '.join(given)} both say how often subjects come; say one of them")
+        if self.class_balance is not None:
+            ClassBalance.of(self.class_balance)
+        if self.subject_weights is not None and not isinstance(self.subject_weights, Mapping):
+            weights = checked_weights(self.subject_weights, "subject_weights")
+            object.__setattr__(self, "subject_weights", tuple(weights.tolist()))
+
+    def choose(
+        self, subjects: Any, sampler: PatchSampler
+    ) -> tuple[Sequence[Subject], PatchSampler, SubjectWeights | None]:
+        """The subjects that patches are taken of, the sampler that draws them, and how often each comes."""
+        sampler = fitted_sampler(subjects, sampler)
+        balance = None if self.class_balance is None else ClassBalance.of(self.class_balance)
+        checked = sampler if balance is None else balance.sampler(sampler, balance.shares)
+        found, kept = subjects_of_queue(
+            subjects, checked, self.transform, self.on_bad, lack_classes=balance is not None
+        )
+        if balance is not None:
+            return found, *balance.over(found, sampler)
+        if self.subject_weights is None:
+            return found, sampler, None
+        return found, sampler, given_weights(self.subject_weights, found, kept, len(subjects))
 
     @property
     def asks_torch_distributed(self) -> bool:
@@ -126,11 +162,11 @@ class QueueOptions:
                 f"{now.rank} of {now.world_size}; make the queue after init_process_group"
             )
 
-    def share_of(self, num_subjects: int) -> Share:
-        """The share of this process; an OptionError if so many subjects cannot be shared out."""
+    def share_of(self, patches: NDArray[np.int64]) -> Share:
+        """The share of this process; an OptionError if subjects of so many patches cannot be shared out."""
         share = self.share()
-        share.check(num_subjects)
-        self._check_subject_sampler(num_subjects)
+        share.check(int(np.count_nonzero(patches)))
+        self._check_subject_sampler(len(patches))
         return share
 
     def _check_subject_sampler(self, num_subjects: int) -> None:
@@ -148,16 +184,18 @@ class QueueOptions:
                     f"subject_sampler gives {subject} of {num_subjects} subjects; they count from 0"
                 )
 
-    def subject_order(self, epoch: int, num_subjects: int) -> NDArray[np.int64]:
+    def subject_order(
+        self, epoch: int, num_subjects: int, weights: SubjectWeights | None = None
+    ) -> NDArray[np.int64]:
         """The subjects of an epoch by their numbers, in order, before they are dealt out to ranks."""
         sampler: Any = self.subject_sampler
         if sampler is not None:
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
             return np.array(list(sampler), dtype=np.int64)
-        if not self.shuffle_subjects:
-            return np.arange(num_subjects)
-        return rng(self.seed, epoch, purpose=Purpose.SUBJECT_ORDER).permutation(num_subjects)
+        stream = rng(self.seed, epoch, purpose=Purpose.SUBJECT_ORDER)
+        order = stream.permutation(num_subjects) if self.shuffle_subjects else np.arange(num_subjects)
+        return order if weights is None else weights.order(order, stream, is_shuffled=self.shuffle_subjects)
 
     def fingerprint(self, share: Share, first_order: Callable[[], NDArray[np.int64]]) -> Json:
         """What the stream depends on, except the seed; ``first_order`` gives the order of epoch 0."""

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, get_args, overload, runtime_checkable
 
-from zpatch.errors import OptionError, ZpatchError
+from zpatch.errors import NothingToDrawError, OptionError, UnknownNameError, ZpatchError
 from zpatch.geometry.boxes import PatchLocation, Triple
 from zpatch.images.cohort import Cohort, first_alike
 from zpatch.images.subject import Subject
@@ -80,10 +80,15 @@ def fitted_sampler(subjects: Any, sampler: PatchSampler) -> PatchSampler:
 
 
 def subjects_of_queue(
-    subjects: Any, sampler: PatchSampler, transform: AnyTransform | None, on_bad: str
-) -> Sequence[Subject]:
-    """The subjects that a queue takes patches of, as its transform makes them; OptionError for others."""
-    return usable_subjects(prepared(subjects, transform), sampler, on_bad, are_alike=transform is None)
+    subjects: Any, sampler: PatchSampler, transform: AnyTransform | None, on_bad: str, *, lack_classes: bool
+) -> tuple[Sequence[Subject], list[int]]:
+    """The subjects that a queue takes patches of, as its transform makes them, and their numbers before.
+
+    OptionError for others; with ``lack_classes``, not for those without a voxel of the wanted classes.
+    """
+    found = prepared(subjects, transform)
+    bad = _bad_subjects(found, sampler, are_alike=transform is None, lack_classes=lack_classes)
+    return usable_subjects(found, bad, on_bad), [n for n in range(len(found)) if n not in bad]
 
 
 def check_sequence(subjects: Any, patch_sampler: Any) -> None:
@@ -114,21 +119,15 @@ def check_sequence(subjects: Any, patch_sampler: Any) -> None:
 
 
 def usable_subjects(
-    subjects: Sequence[Subject], sampler: PatchSampler, on_bad: str, *, are_alike: bool
+    subjects: Sequence[Subject], bad: Mapping[int, ZpatchError], on_bad: str
 ) -> Sequence[Subject]:
     """The subjects that patches can be taken of, in their order.
 
-    Others are errors, all of them in one; with ``on_bad="skip"`` they are left out with one warning. Known
-    are the images, their grids, and by the manifest the classes of label maps. With ``are_alike`` a subject
-    must have all images that most subjects have.
+    Others are errors, all of them in one; with ``on_bad="skip"`` they are left out with one warning.
     """
-    bad, classes = _complaints(subjects, sampler, are_alike=are_alike)
-    missing = [name for name, is_there in classes.items() if not is_there]
-    if missing:
-        bad[-1] = OptionError(f"no subject has {' or '.join(missing)}; correct label_probabilities")
     if not bad:
         return subjects
-    if on_bad == "error" or len(bad) - bool(missing) == len(subjects):
+    if on_bad == "error" or sum(number >= 0 for number in bad) == len(subjects):
         raise _as_one(bad, len(subjects), "")
     warnings.warn(str(_as_one(bad, len(subjects), "left out")), stacklevel=3)
     kept = [number for number in range(len(subjects)) if number not in bad]
@@ -138,10 +137,14 @@ def usable_subjects(
     return [subjects[number] for number in kept]
 
 
-def _complaints(
-    subjects: Sequence[Subject], sampler: PatchSampler, *, are_alike: bool
-) -> tuple[dict[int, ZpatchError], dict[str, bool]]:
-    """What is wrong with each subject, by its number; and for each class that is drawn whether any has it."""
+def _bad_subjects(
+    subjects: Sequence[Subject], sampler: PatchSampler, *, are_alike: bool, lack_classes: bool
+) -> dict[int, ZpatchError]:
+    """What is wrong with each subject, by its number, and with a class that no subject has, as number -1.
+
+    Known are the images, their grids, and by the manifest the classes of label maps. With ``are_alike`` a
+    subject must have all images that most subjects have.
+    """
     bad: dict[int, ZpatchError] = {}
     images: dict[int, tuple[str, frozenset[str]]] = {}
     classes: dict[str, bool] = {}
@@ -156,10 +159,19 @@ def _complaints(
             for name, is_there in sampler.classes(subject).items():
                 classes[name] = classes.get(name, False) or is_there
         except ZpatchError as error:
-            bad[number] = error
+            if not (lack_classes and isinstance(error, NothingToDrawError)):
+                bad[number] = error
+    names = {name for name, _ in images.values()}
+    if unknown := [name for name in sampler.subject_names if name not in names]:
+        where = "the queue, leave out its rows"
+        raise UnknownNameError.among("subject", unknown[0], sorted(names), where)
     if are_alike:
         bad = {**dict(_without_images(images)), **bad}
-    return dict(sorted(bad.items())), classes
+    bad = dict(sorted(bad.items()))
+    missing = [name for name, is_there in classes.items() if not is_there]
+    if missing and not lack_classes:
+        bad[-1] = OptionError(f"no subject has {' or '.join(missing)}; correct label_probabilities")
+    return bad
 
 
 def _without_images(images: Mapping[int, tuple[str, frozenset[str]]]) -> Iterator[tuple[int, ZpatchError]]:
