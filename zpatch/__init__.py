@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from zpatch.prediction.inference import predict
     from zpatch.report.report import write_report
     from zpatch.sampling.grid_sampler import GridSampler
+    from zpatch.sampling.location_sampler import LocationSampler
     from zpatch.sampling.mixed_sampler import MixedSampler
     from zpatch.sampling.patch import Patch
     from zpatch.sampling.patch_batch import PatchBatch, collate
@@ -57,6 +58,7 @@ __all__ = [
     "Image",
     "LabelMap",
     "LabelSampler",
+    "LocationSampler",
     "MixedSampler",
     "Normalize",
     "Patch",
@@ -95,6 +97,7 @@ _MODULES = {
     "images.subject": ["Subject"],
     "images.tissue_map": ["tissue_map"],
     "sampling.grid_sampler": ["GridSampler"],
+    "sampling.location_sampler": ["LocationSampler"],
     "sampling.patch": ["Patch"],
     "sampling.patch_batch": ["PatchBatch", "collate"],
     "sampling.patch_sampler": ["RandomSampler"],

@@ -13,4 +13,5 @@ In reading order::
     samplers         UniformSampler, WeightedSampler, LabelSampler
     mixed_sampler    MixedSampler: each draw picks one of several samplers
     grid_sampler     GridSampler: all patches of a grid, as a dataset
+    location_sampler LocationSampler: the patches of a table of locations
 """
