@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,6 +66,20 @@ def test_each_block_of_the_how_to_of_slides_runs_as_written(
         colours = np.asarray(overlay).reshape(-1, 3).astype(int)
     is_brown, is_blue = colours[:, 0] > colours[:, 2] + 40, colours[:, 2] > colours[:, 0] + 40
     assert min(is_brown.mean(), is_blue.mean()) > 0.05
+
+
+def test_each_block_of_the_how_to_of_sampling_runs_as_written(
+    cohort_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(cohort_store, tmp_path / "cohort.zarr")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for _, text in BLOCK.findall((ROOT / "docs/sampling.md").read_text()):
+        exec(compile(text, "sampling.md", "exec"), names)
+    for name, count in (("balanced", 16), ("weighted", 16), ("listed", 3), ("bright", 16)):
+        assert len(list(names[name])) == count, name
+    for name in ("pos_neg", "nnunet"):
+        assert len(list(names[name](names["cohort"][0], 5))) == 5, name
 
 
 def test_every_file_the_readme_names_exists() -> None:

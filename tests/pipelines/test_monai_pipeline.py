@@ -226,7 +226,7 @@ def test_a_tutorial_pipeline_runs_but_for_its_crop(monai: Any, subject: zp.Subje
     crop = monai.RandCropByPosNegLabeld(keys, "seg", (PATCH,) * 3, num_samples=4)
     after = [monai.RandAffined(keys, prob=1, rotate_range=0.1, mode=MODES), monai.NormalizeIntensityd("t1")]
     says = (
-        r"RandCropByPosNegLabeld takes patches, .*: give the queue zp.LabelSampler\(...\), and from_monai\("
+        r"RandCropByPosNegLabeld takes patches, .*: give the queue zp.MixedSampler\(...\), and from_monai\("
     )
     with pytest.raises(OptionError, match=says):
         from_monai(monai.Compose([*before, crop, *after]))

@@ -64,7 +64,7 @@ SAMPLERS = {
     "RandSpatialCropSamplesd": "zp.UniformSampler",
     "RandScaleCropd": "zp.UniformSampler",
     "RandCropd": "zp.UniformSampler",
-    "RandCropByPosNegLabeld": "zp.LabelSampler",
+    "RandCropByPosNegLabeld": "zp.MixedSampler",
     "RandCropByLabelClassesd": "zp.LabelSampler",
     "RandWeightedCropd": "zp.WeightedSampler",
     "GridPatchd": "zp.GridSampler",
