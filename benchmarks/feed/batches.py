@@ -25,7 +25,7 @@ from benchmarks.read.peers import PRESET, convert
 PATCH, BATCH, PER_SUBJECT, WORKERS, MAX_LENGTH = 96, 8, 10, 2, 100
 ZPATCH, ZPATCH_ALONE = f"zpatch, {PRESET}", f"zpatch, {PRESET}, no workers"
 ZPATCH_HC, ZPATCH_NONE = "zpatch, lz4hc", "zpatch, none"
-ZPATCH_STORED = f"{ZPATCH}, dtype=None"
+ZPATCH_STORED, ZPATCH_MIXED = f"{ZPATCH}, dtype=None", f"{ZPATCH}, MixedSampler"
 GROUPS = "zpatch's groups without a queue, two threads"
 GROUPS_FLOAT, LIMIT = f"{GROUPS}, as float32", "limit: memory maps, two threads"
 
@@ -101,16 +101,26 @@ def zpatch_queue(store: Path, **options: Any) -> Any:
     """The queue that is measured; ``options`` replace those of zpatch.Queue that are chosen here."""
     import zpatch as zp
 
-    patch = options.pop("patch", PATCH)
+    sampler = options.pop("sampler", None) or zp.UniformSampler(options.pop("patch", PATCH))
     chosen = {"max_length": MAX_LENGTH, "patches_per_volume": PER_SUBJECT, "num_workers": WORKERS} | options
-    return zp.Queue(zp.Cohort(store), zp.UniformSampler(patch), **chosen)
+    return zp.Queue(zp.Cohort(store), sampler, **chosen)
 
 
-def _zpatch_of(name: str, codec: str, workers: int = WORKERS, stored: bool = False) -> Contender:
+def _mixed_sampler() -> Any:
+    """As nnU-Net draws: a third of the patches around a voxel of a class."""
+    import zpatch as zp
+
+    return zp.MixedSampler([(2, zp.UniformSampler(PATCH)), (1, zp.LabelSampler(PATCH, "seg"))])
+
+
+def _zpatch_of(
+    name: str, codec: str, workers: int = WORKERS, stored: bool = False, mixed: bool = False
+) -> Contender:
     def open_it(cohort: Path, store: Path) -> Epoch:
         import zpatch as zp
 
         options: dict[str, Any] = {"dtype": None} if stored else {}
+        options |= {"sampler": _mixed_sampler()} if mixed else {}
         queue = zpatch_queue(store, num_workers=workers, **options)
         loader = zp.SubjectsLoader(queue, batch_size=BATCH)
 
@@ -225,6 +235,7 @@ ZPATCHES = (
     _zpatch_of(ZPATCH_HC, "lz4hc"),
     _zpatch_of(ZPATCH_NONE, "none"),
     _zpatch_of(ZPATCH_STORED, PRESET, stored=True),
+    _zpatch_of(ZPATCH_MIXED, PRESET, mixed=True),
     _groups_of(GROUPS, "int16"),
     _groups_of(GROUPS_FLOAT, "float32"),
     Contender(LIMIT, "", no_store, _open_limit, kind="limit"),

@@ -23,6 +23,7 @@ from benchmarks.feed.batches import (
     ZPATCH,
     ZPATCH_ALONE,
     ZPATCH_HC,
+    ZPATCH_MIXED,
     ZPATCH_NONE,
     ZPATCH_STORED,
     Contender,
@@ -63,6 +64,7 @@ CROPS = (
     ZPATCH_ALONE,
     ZPATCH_HC,
     ZPATCH_STORED,
+    ZPATCH_MIXED,
     GROUPS,
     GROUPS_FLOAT,
     LIMIT,
@@ -224,6 +226,9 @@ def _rate_goals(ratios: Mapping[str, float]) -> Iterable[Goal]:
     for name, bound in {TORCHIO_GZ: 6, LIMIT: 0.75, GROUPS: 0.8, GROUPS_FLOAT: 0.8}.items():
         if name in ratios:
             yield Goal(f"as fast as {name}", ratios[name], bound, "times", at_least=True)
+    if ZPATCH_MIXED in ratios:
+        beside = 1 / ratios[ZPATCH_MIXED]
+        yield Goal(f"{ZPATCH_MIXED}: as fast as uniform draws", beside, 0.9, "times", at_least=True)
     for name, bound in {ZPATCH_NONE: 0.9, ZPATCH_STORED: 1.0}.items():
         if name in ratios:
             beside = ratios[LIMIT] / ratios[name]
