@@ -289,7 +289,7 @@ def _write_cohort(place: Path, subjects: int, with_folders: int) -> None:
     from zpatch.store.store import open_store
 
     source, one = place / "source", place / "one"
-    _write_tiny_subject(source / "sub")
+    write_tiny_subject(source / "sub")
     convert(source, one)
     store = open_store(one)
     shutil.copy(one / ROOT_DOCUMENT, place)
@@ -326,7 +326,7 @@ def _write_seal(stream: IO[str], document: str, seal: Any) -> None:
     stream.write(line + "\n")
 
 
-def _write_tiny_subject(folder: Path) -> None:
+def write_tiny_subject(folder: Path) -> None:
     """An image of 16 x 16 x 16 voxels and a label map with three classes."""
     import nibabel as nib
 

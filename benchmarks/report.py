@@ -30,6 +30,7 @@ PEERS = (
     "tiffslide",
     "tifffile",
     "imagecodecs",
+    "pyarrow",
 )
 
 TITLE = "# Results"
