@@ -31,6 +31,7 @@ from zpatch.runtime.byte_sizes import format_bytes
 
 if TYPE_CHECKING:
     from zpatch.planning.prediction_plan import PredictionPlan
+    from zpatch.prediction.stage_times import StageTimes
 
 
 @click.command("predict", short_help="Run a network over every subject, patch by patch.")
@@ -217,6 +218,10 @@ def predict_command(
     again. A subject that is damaged, or on which the network fails, is left out, with one line that says why;
     the others are predicted and the exit code is 3.
 
+    At its end a line says where the time went: the seconds of all tasks, and the shares of reading, network,
+    blending, reducing, writing and waiting. Reading and writing go on beside the network, so the shares may
+    be more than the whole; --json has the seconds of each.
+
     A tile of a slide that is damaged is read as 0 and counted, and the exit code is 3; --strict stops there.
 
     \b
@@ -301,10 +306,11 @@ def predict_command(
         else:
             click.echo("\n".join([*notes, *map(str, plans), *_forecast(plans, left)]))
         return EXIT_SOME_FAILED if failures.found else 0
+    times: list[StageTimes] = []
     with Progress("predicting", patches, unit="patches") as progress:
-        predictions = run_prediction(
-            network, plans, output, options, subjects=names, failures=failures, progress=progress
-        )
+        listeners: Any = {"failures": failures, "progress": progress, "on_times": times.append}
+        predictions = run_prediction(network, plans, output, options, subjects=names, **listeners)
+    say(f"time of all tasks: {times[0]}")
     records = predictions.store.records.values()
     if text := not_finite_text(records):
         click.echo(f"warning: {text}; --strict stops at the first", err=True)
@@ -314,7 +320,8 @@ def predict_command(
         failed = [{"subject": f.subject, "reason": one_line(f.error)} for f in failures.found]
         not_finite = sum(record.stats.get("not_finite", 0) for record in records)
         done = {"store": str(output), "subjects": predictions.names, "patches": patches}
-        print_json({**done, "voxels_not_finite": not_finite, "failed": failed})
+        seconds = times[0].to_json()
+        print_json({**done, "voxels_not_finite": not_finite, "seconds": seconds, "failed": failed})
     else:
         click.echo(output)
     return EXIT_SOME_FAILED if failures.found or damaged else 0

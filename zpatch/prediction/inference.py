@@ -25,6 +25,7 @@ from zpatch.planning.planning import plan_prediction
 from zpatch.planning.prediction_options import MaskFunction, PredictOptions
 from zpatch.prediction.damaged_tiles import damaged_text
 from zpatch.prediction.prediction_run import begun_shards, check_output, run_prediction
+from zpatch.prediction.stage_times import OnTimes
 from zpatch.runtime.failures import Failures
 from zpatch.runtime.task_contract import CLUSTER_TIMEOUT_S, Progress
 from zpatch.store.image_writer import not_finite_text
@@ -66,6 +67,7 @@ def predict(
     keep_going: bool = True,
     pyramid: bool | None = None,
     progress: Progress = lambda patches: None,
+    on_times: OnTimes = lambda times: None,
 ) -> Cohort:
     """Run a network over every subject and write its blended output into a store.
 
@@ -125,7 +127,9 @@ def predict(
     inputs changed. ``resume=False`` refuses any existing output, ``overwrite`` starts over. Files of the
     output that are missing or have another length are made again, and so are those with other bytes if
     ``verify`` is set: the network is run for the damaged shards only. ``progress`` is called with numbers of
-    patches done. Returns the predictions as a cohort.
+    patches done, and ``on_times`` at the end with the StageTimes: the seconds of reading, the network,
+    blending, reducing, writing and waiting, of all processes; ``on_times=print`` prints their shares.
+    Returns the predictions as a cohort.
 
     ``pyramid`` also writes coarser levels of each output, for viewers: each halves every axis longer than one
     voxel, until none is over 64; a coarse voxel is the mean of the fine ones, or in a label map their most
@@ -159,7 +163,14 @@ def predict(
     plans = plan_prediction(network, subjects, options, begun=begun, failures=failures)
     names = [subject.name for subject in subjects]
     predictions = run_prediction(
-        network, plans, output, options, subjects=names, failures=failures, progress=progress
+        network,
+        plans,
+        output,
+        options,
+        subjects=names,
+        failures=failures,
+        progress=progress,
+        on_times=on_times,
     )
     if text := not_finite_text(predictions.store.records.values()):
         warnings.warn(f"{text}; strict=True stops at the first", stacklevel=2)

@@ -24,6 +24,7 @@ from zpatch.planning.prediction_plan import PredictionPlan
 from zpatch.prediction.damaged_tiles import check_undamaged
 from zpatch.prediction.shard_ledger import HEADER, header_of
 from zpatch.prediction.shared_work import SentNetwork, SharedWork, finished_jobs
+from zpatch.prediction.stage_times import OnTimes, StageClock
 from zpatch.prediction.subject_job import (
     SubjectJob,
     begin_job,
@@ -50,13 +51,15 @@ def run_prediction(
     subjects: Sequence[str] = (),
     failures: Failures | None = None,
     progress: Progress = lambda patches: None,
+    on_times: OnTimes = lambda times: None,
 ) -> Cohort:
     """Run or resume the plans of some subjects; each subject is committed when all its shards are written.
 
     ``subjects`` are all that the output is meant for, if some have no plan. ``failures`` notes the subjects
-    that fail; their error is raised here if no subject at all is predicted.
+    that fail; their error is raised here if no subject at all is predicted. ``on_times`` is called once at
+    the end.
     """
-    store, failures = Path(output), failures or Failures()
+    store, failures, clock = Path(output), failures or Failures(), StageClock()
     check_output(store, [plan.subject for plan in plans], options)
     if options.jobs > 1 and network.device.type != "cpu":
         raise OptionError(
@@ -74,8 +77,8 @@ def run_prediction(
             progress(done_before)
         committed = len(done)
         work = SharedWork(network, options, tuple(jobs))
-        for job in finished_jobs(work, sent, writer.path / UNFINISHED, failures, progress):
-            with failures.caught(job.plan.subject.name):
+        for job in finished_jobs(work, sent, writer.path / UNFINISHED, failures, progress, clock):
+            with failures.caught(job.plan.subject.name), clock.task(), clock.stage("writing"):
                 check_inputs(job)
                 commit_job(job, writer, network.name or ModelName.of(network.model), options)
                 committed += 1
@@ -83,6 +86,7 @@ def run_prediction(
             raise failures.error()
         if not failures.found:
             shutil.rmtree(writer.path / UNFINISHED, ignore_errors=True)
+    on_times(clock.times)
     return Cohort(output)
 
 

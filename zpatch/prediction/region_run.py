@@ -31,6 +31,7 @@ from zpatch.planning.prediction_options import PredictOptions
 from zpatch.planning.prediction_plan import OUTPUT_BUFFERS, PlannedHead, PredictionPlan, Region
 from zpatch.planning.probe import read_batch
 from zpatch.prediction.shard_ledger import ShardLedger
+from zpatch.prediction.stage_times import StageClock
 from zpatch.prediction.work_folder import WorkFolder
 from zpatch.records.image_record import ImageRecord
 from zpatch.runtime.process_memory import private_bytes, return_freed
@@ -55,13 +56,15 @@ def run_region(
     options: PredictOptions,
     progress: Progress,
     check_inputs: Callable[[], None] = lambda: None,
+    clock: StageClock | None = None,
 ) -> None:
     """Fill the shards of a region that are not written yet, in the subject's ``folder``.
 
     ``progress`` is called with numbers of patches, of an earlier run too. A region that is run twice gives
     the same bytes. ``check_inputs`` is called before a shard counts as written, after all that it is made of
-    was read. Raises ModelError if the network fails.
+    was read. ``clock`` counts the time of each stage. Raises ModelError if the network fails.
     """
+    clock = clock or StageClock()
     shards = region.wanted(plan.heads)
     wanted = [unwritten(h, folder.ledger(h).has, of) for h, of in zip(plan.heads, shards, strict=True)]
     needed = plan.needed(wanted)
@@ -73,17 +76,21 @@ def run_region(
         check_inputs()
         folder.note_damaged(plan.images)
 
-    with _Blender(plan, wanted, folder, options, check) as blender:
+    with _Blender(plan, wanted, folder, options, check, clock) as blender:
         with network.running(keeps_memory=options.max_memory is None):
-            for locations, inputs in read_ahead(_batches(plan, region, needed, network.axes)):
-                outputs = network(inputs, plan.subject.name, locations)
-                if options.strict:
-                    _check_finite(outputs, inputs, plan.subject.name, locations)
-                blender.add(outputs, locations)
+            batches = read_ahead(_batches(plan, region, needed, network.axes, clock))
+            for locations, inputs in clock.waiting_for(batches):
+                with clock.stage("network"):
+                    outputs = network(inputs, plan.subject.name, locations)
+                    if options.strict:
+                        _check_finite(outputs, inputs, plan.subject.name, locations)
+                with clock.stage("blending"):
+                    blender.add(outputs, locations)
                 del outputs
                 kept.check(inputs.nbytes)
                 progress(len(locations))
-        blender.finish()
+        with clock.stage("blending"):
+            blender.finish()
 
 
 class _KeptMemory:
@@ -114,7 +121,9 @@ def _stored(tiling: Tiling, position: Sequence[int]) -> Shard:
     return 0, k, j, i
 
 
-def _batches(plan: PredictionPlan, region: Region, needed: Bools, axes: ModelAxes) -> Iterator[Batch]:
+def _batches(
+    plan: PredictionPlan, region: Region, needed: Bools, axes: ModelAxes, clock: StageClock
+) -> Iterator[Batch]:
     """The batches with needed patches, as float32 (B, C, I, J, K)."""
     caches = [
         cached(view.image.source, plan.grid_of(view), plan.swept_axis, region.patches) for view in plan.views
@@ -125,7 +134,8 @@ def _batches(plan: PredictionPlan, region: Region, needed: Bools, axes: ModelAxe
     ]
     for positions in plan.batches(needed):
         locations = [plan.grid.at(position) for position in positions]
-        batch = read_batch(views, locations, axes)
+        with clock.stage("reading"):
+            batch = read_batch(views, locations, axes)
         for _, done in caches:
             done(positions[-1])
         yield locations, batch
@@ -155,6 +165,7 @@ class _Blender:
         folder: WorkFolder,
         options: PredictOptions,
         check_inputs: Callable[[], None],
+        clock: StageClock,
     ) -> None:
         self._subject = plan.subject.name
         self._sinks: list[ShardSink] = []
@@ -163,12 +174,17 @@ class _Blender:
             fill = fitting_fill(options.fill, _kept_dtype(head))
             expected = _expected(head, shards, plan.skipped)
             sink = ShardSink(
-                folder.ledger(head), head.record, folder.output, check_inputs, expected=expected, fill=fill
+                folder.ledger(head),
+                head.record,
+                folder.output,
+                check_inputs,
+                clock,
+                expected=expected,
+                fill=fill,
             )
             reduction, channels = options.reduction_of(head.head.name), head.head.kept_channels
-            final: BlendedSink = FinalisingSink(
-                Finaliser(reduction, _kept_dtype(head), channels=channels), sink, fill
-            )
+            finaliser = Finaliser(reduction, _kept_dtype(head), channels=channels)
+            final: BlendedSink = _TimedSink(FinalisingSink(finaliser, sink, fill), clock)
             if head.tiling.output is not None:
                 final = Regridder(head.tiling, final, wanted=shards, skipped=plan.skipped)
             self._sinks.append(sink)
@@ -204,6 +220,19 @@ class _Blender:
             sink.close()
 
 
+class _TimedSink:
+    """Hands on blended voxels; the time counts as reducing."""
+
+    def __init__(self, sink: BlendedSink, clock: StageClock) -> None:
+        self._sink = sink
+        self._clock = clock
+
+    def put(self, first: Triple, voxels: torch.Tensor, *, empty: torch.Tensor | None = None) -> None:
+        """Take in blended voxels."""
+        with self._clock.stage("reducing"):
+            self._sink.put(first, voxels, empty=empty)
+
+
 def _kept_dtype(head: PlannedHead) -> torch.dtype:
     return torch_dtype(np.dtype(head.record.dtype), widen=False)
 
@@ -222,8 +251,8 @@ class ShardSink:
     """Writes final voxels into shards of an image, and an entry for each shard into its ledger.
 
     ``check_inputs`` is called before a shard is written, and may raise. A thread encodes and writes one
-    shard while the next one is filled. ``expected`` says for each shard how many voxels of a channel arrive,
-    if not all do; the others get the value ``fill``.
+    shard while the next one is filled; ``clock`` counts its time, and that of waiting for it. ``expected``
+    says for each shard how many voxels of a channel arrive, if not all do; the others get the value ``fill``.
     """
 
     def __init__(
@@ -231,12 +260,14 @@ class ShardSink:
         ledger: ShardLedger,
         record: ImageRecord,
         store: Path,
-        check_inputs: Callable[[], None] = lambda: None,
+        check_inputs: Callable[[], None],
+        clock: StageClock,
         *,
         expected: Mapping[Shard, int] | None = None,
         fill: float = 0,
     ) -> None:
         self._check_inputs = check_inputs
+        self._clock = clock
         self._record = record
         self._store = store
         self._ledger = ledger
@@ -255,11 +286,11 @@ class ShardSink:
         self._last = self._pool.submit(self._write, shard)
 
     def _write(self, shard: CompleteShard) -> None:
-        self._check_inputs()
-        with writing_to(self._store):
-            self._ledger.write(
-                self._record, shard.number, shard.voxels, skipped=shard.skipped, not_finite=shard.not_finite
-            )
+        counts = {"skipped": shard.skipped, "not_finite": shard.not_finite}
+        with self._clock.stage("writing"):
+            self._check_inputs()
+            with writing_to(self._store):
+                self._ledger.write(self._record, shard.number, shard.voxels, **counts)
 
     def finish(self) -> None:
         """Write the shards of which no voxel arrives, and wait until all are written."""
@@ -271,7 +302,8 @@ class ShardSink:
     def wait(self) -> None:
         """Wait until all complete shards are written."""
         if self._last is not None:
-            self._last.result()
+            with self._clock.stage("waiting"):
+                self._last.result()
 
     def close(self) -> None:
         """End the thread."""

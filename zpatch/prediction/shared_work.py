@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
-import os
-import pickle
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -19,17 +17,26 @@ import cloudpickle
 import torch
 
 from zpatch.digests import file_digest
-from zpatch.errors import ModelError, SourceError, StoreError, WorkerError
+from zpatch.errors import ModelError, WorkerError
 from zpatch.networks.network import Network
 from zpatch.planning.prediction_options import PredictOptions
 from zpatch.prediction.region_run import run_region
+from zpatch.prediction.stage_times import StageClock, StageTimes
+from zpatch.prediction.stored_jobs import StoredJobs, changed_file, new_file, opened_code
 from zpatch.prediction.subject_job import SubjectJob
 from zpatch.runtime.failures import Failures, is_of_subject, without_locals
-from zpatch.runtime.guarded_files import open_regular
 from zpatch.runtime.task_contract import Cluster, Progress
 from zpatch.runtime.tasks import run_tasks
 from zpatch.sources.input_files import check_all
 from zpatch.store.lock import writing_to
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RegionOutcome:
+    """How a task ended: the time it took, and the error of its subject, if there is one."""
+
+    times: StageTimes
+    error: Exception | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,7 +45,7 @@ class SharedWork:
 
     network: Network
     options: PredictOptions
-    jobs: tuple[SubjectJob, ...]
+    jobs: Sequence[SubjectJob]
 
     @property
     def tasks(self) -> list[tuple[int, int]]:
@@ -49,23 +56,24 @@ class SharedWork:
             for region in range(len(job.plan.regions))
         ]
 
-    def do(self, task: tuple[int, int], progress: Progress) -> Exception | None:
-        """Do a task in this process; its result is the error of the subject, if there is one."""
+    def do(self, task: tuple[int, int], progress: Progress) -> RegionOutcome:
+        """Do a task in this process."""
         job = self.jobs[task[0]]
         check = functools.partial(check_all, job.plan.seals)
-        region = job.plan.regions[task[1]]
+        region, clock = job.plan.regions[task[1]], StageClock()
         try:
-            run_region(job.plan, region, self.network, job.folder, self.options, progress, check)
+            with clock.task():
+                run_region(job.plan, region, self.network, job.folder, self.options, progress, check, clock)
         except Exception as error:
             if self.options.keep_going and is_of_subject(error):
-                return without_locals(error)
+                return RegionOutcome(clock.times, without_locals(error))
             raise
-        return None
+        return RegionOutcome(clock.times)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SentNetwork:
-    """The network and the options, pickled once for all other processes; the jobs follow them in the file."""
+    """The network and the options, pickled once for all other processes; the jobs are in a file beside."""
 
     stream: io.BytesIO
 
@@ -84,24 +92,17 @@ class SentNetwork:
                 ) from error
         return cls(stream)
 
-    def write(self, folder: Path, jobs: tuple[SubjectJob, ...]) -> WorkFile:
+    def write(self, folder: Path, jobs: Sequence[SubjectJob]) -> WorkFile:
         """Write the file of a ``SharedWork``, and free the memory of the pickled network.
 
-        The folder is made, and neither it nor the file can be opened by other users: they hold code.
+        The folder is made, and neither it nor its files can be opened by other users: they hold code.
         """
         folder.mkdir(mode=0o700, parents=True)
         path = folder / "work.pickle"
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with open(handle, "w+b") as file:
+        with new_file(path) as file:
             file.write(self.stream.getbuffer())
             self.stream.close()
-            try:
-                cloudpickle.dump(jobs, file)
-            except (TypeError, pickle.PicklingError, AttributeError) as error:
-                raise SourceError(
-                    f"an input cannot be sent to other processes ({type(error).__name__}: {error}); leave "
-                    f"out jobs and scheduler, or save it as Zarr or NIfTI and give its path"
-                ) from error
+            cloudpickle.dump(StoredJobs.write(folder / "jobs.pickle", jobs), file)
             return WorkFile(path, file_digest(file))
 
 
@@ -117,29 +118,24 @@ class WorkFile:
 
     def load(self) -> SharedWork:
         """The work, in another process. Raises ModelError, or StoreError if the file is not the one."""
-        try:
-            with open(open_regular(self.path), "rb") as file:
-                if file_digest(file) != self.digest:
-                    raise StoreError(
-                        f"{self.path}: it was changed after it was written; run the command again"
-                    )
-                return SharedWork(*(cloudpickle.load(file) for _ in dataclasses.fields(SharedWork)))
-        except (ImportError, AttributeError) as error:
-            raise ModelError(
-                f"the model cannot be loaded in another process ({error}); its code must be importable there"
-            ) from error
-        except PermissionError as error:
-            raise StoreError(
-                f"{self.path}: {error.strerror}; workers must run as the user who runs the prediction"
-            ) from error
+        with opened_code(self.path) as file:
+            if file_digest(file) != self.digest:
+                raise changed_file(self.path)
+            return SharedWork(*(cloudpickle.load(file) for _ in dataclasses.fields(SharedWork)))
 
 
 def finished_jobs(
-    work: SharedWork, sent: SentNetwork | None, unfinished: Path, failures: Failures, progress: Progress
+    work: SharedWork,
+    sent: SentNetwork | None,
+    unfinished: Path,
+    failures: Failures,
+    progress: Progress,
+    clock: StageClock,
 ) -> Iterator[SubjectJob]:
     """Run all regions of all jobs; yields each job when all its regions are done.
 
-    If a region fails, the others of its subject are run nevertheless: the next run needs not to.
+    ``clock`` counts the time of all processes. If a region fails, the others of its subject are run
+    nevertheless: the next run needs not to.
     """
     tasks, options = work.tasks, work.options
     left = Counter(number for number, _ in tasks)
@@ -158,10 +154,11 @@ def finished_jobs(
             function, tasks, jobs=options.jobs, cluster=cluster, progress=progress
         ):
             job, _ = tasks[number]
-            if result is not None:
-                if isinstance(result, WorkerError):
-                    result = WorkerError(f"{names[number]}: {result}")
-                failures.add(work.jobs[job].plan.subject.name, result)
+            if isinstance(result, WorkerError):
+                result = RegionOutcome(StageTimes(), WorkerError(f"{names[number]}: {result}"))
+            clock.add(result.times)
+            if result.error is not None:
+                failures.add(work.jobs[job].plan.subject.name, result.error)
                 continue  # the job never has all its regions
             left[job] -= 1
             if not left[job]:
@@ -170,7 +167,7 @@ def finished_jobs(
         shutil.rmtree(shared, ignore_errors=True)
 
 
-def _do_shared(file: WorkFile, alone: bool, task: tuple[int, int], progress: Progress) -> Exception | None:
+def _do_shared(file: WorkFile, alone: bool, task: tuple[int, int], progress: Progress) -> RegionOutcome:
     """Do a task in another process; in one thread if the process is ``alone``, one per processor."""
     if alone:
         torch.set_num_threads(1)
