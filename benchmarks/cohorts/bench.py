@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.cohorts import stores
+from benchmarks.cohorts.pricing import simulated_runs
 from benchmarks.cohorts.runs import READ, READERS
 from benchmarks.cohorts.stores import Made, Subject
 from benchmarks.measure import FreshRun, in_fresh_process
@@ -124,7 +125,7 @@ def run(options: Options) -> str:
         made = _made(folder, subjects)
         large.measure(made, is_largest=subjects == sizes[-1])
         shutil.rmtree(folder)
-    return "\n\n".join([large.text(sizes[-1]), large.growth(sizes)])
+    return "\n\n".join([large.text(sizes[-1]), large.growth(sizes), simulated_runs(options)])
 
 
 def _made(folder: Path, subjects: int) -> Made:
