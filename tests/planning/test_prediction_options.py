@@ -19,7 +19,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(PredictOptions)}
 
 def test_predict_has_the_options_as_parameters_in_the_same_order_and_with_the_same_defaults() -> None:
     parameters = dict(list(inspect.signature(zp.predict).parameters.items())[3:])  # model, subjects, output
-    assert [*parameters] == [*FIELDS, "progress"]
+    assert [*parameters] == [*FIELDS, "progress", "on_times"]
     assert parameters["patch_overlap"].default == 0
     assert PredictOptions.of(image="t1", patch_size=16).patch_overlap == (0, 0, 0)
     assert parameters["model_axes"].default is None  # which depends on what is predicted

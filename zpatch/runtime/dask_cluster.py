@@ -43,14 +43,18 @@ def run_on_cluster(
         _check_same_folder(client, cluster.folder)
         attempts = Attempts(len(tasks))
         while attempts:
-            queue, most = attempts.round(IN_FLIGHT_PER_THREAD * max(1, sum(client.nthreads().values())))
+            queue, most = attempts.round(run.most_in_flight())
             in_flight: dict[int, Any] = {}
+            ended = 0
             while queue or in_flight:
                 while queue and len(in_flight) < most:
                     number = queue.popleft()
                     deaths = attempts.deaths_of(number)
                     in_flight[number] = run.submit(function, tasks[number], number, deaths)
                 number = run.next_done(in_flight)
+                ended += 1
+                if most > 1 and ended % most == 0:
+                    most = run.most_in_flight()  # workers come and go
                 try:
                     result, amount = run.result_of(in_flight.pop(number))
                 except TaskLostError:  # the cluster has run it several times; among others that counts once
@@ -130,7 +134,7 @@ class _Run:
         """Return when the cluster has a worker."""
         until = time.monotonic() + self._cluster.timeout_s
         is_said = False
-        while not self._workers():
+        while not self._threads():
             if time.monotonic() > until:
                 raise WorkerError(
                     f"the Dask cluster at {self._cluster.address} had no worker for "
@@ -146,11 +150,17 @@ class _Run:
                 is_said = True
             time.sleep(min(POLL_S, self._cluster.timeout_s))
 
-    def _workers(self) -> int:
+    def most_in_flight(self) -> int:
+        """How many tasks the workers that are there now are given at a time."""
+        return IN_FLIGHT_PER_THREAD * max(1, sum(self._threads().values()))
+
+    def _threads(self) -> Mapping[str, int]:
+        """The threads of each worker that is there."""
         if self._client.status != "running":
             raise self.scheduler_lost()
         try:
-            return len(self._client.nthreads())
+            threads: Mapping[str, int] = self._client.nthreads()
+            return threads
         except (OSError, *LOST) as error:
             raise self.scheduler_lost() from error
 

@@ -71,6 +71,7 @@ class Failures:
         self, *, keep_going: bool = False, on_failure: Callable[[Failure], None] = lambda failure: None
     ) -> None:
         self.found: list[Failure] = []
+        self._subjects: set[str] = set()
         self._keep_going = keep_going
         self._on_failure = on_failure
 
@@ -90,7 +91,8 @@ class Failures:
         """Note the error of a subject, once; raise it if it is not the subject's own."""
         if not (self._keep_going and is_of_subject(error)):
             raise error
-        if subject not in {failure.subject for failure in self.found}:
+        if subject not in self._subjects:
+            self._subjects.add(subject)
             self.found.append(Failure(subject, without_locals(error)))
             self._on_failure(self.found[-1])
 

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for
@@ -82,7 +82,7 @@ def _in_processes(
                         future = pool.submit(_in_worker, function, queue[0], tasks[queue[0]])
                         in_flight[future] = queue.popleft()
                     done, _ = wait(in_flight, timeout=POLL_S, return_when=FIRST_COMPLETED)
-                    reported.update()
+                    reported.update(in_flight.values())
                     for future in done:
                         result = future.result()
                         yield in_flight.pop(future), result
@@ -98,13 +98,17 @@ class _Reported:
     def __init__(self, amounts: Any, progress: Progress) -> None:
         self.amounts = amounts
         self._progress = progress
-        self._reported = 0
+        self._reported = [0] * len(amounts)  # the most that any attempt of a task has reported
 
-    def update(self) -> None:
-        now = sum(self.amounts)
-        if now > self._reported:
-            self._progress(now - self._reported)
-            self._reported = now
+    def update(self, in_flight: Iterable[int]) -> None:
+        """Report what is new of the tasks in flight: a look at all tasks for each would take n * n."""
+        new = 0
+        for number in in_flight:
+            if (more := self.amounts[number] - self._reported[number]) > 0:
+                self._reported[number] += more
+                new += more
+        if new:
+            self._progress(new)
 
 
 @contextlib.contextmanager

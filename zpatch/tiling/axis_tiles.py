@@ -16,6 +16,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -137,7 +138,7 @@ class AxisPatch:
         return self.shares[tile - self.shares[0].tile.number]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class AxisTiles:
     """One axis of a grid cut into tiles, and the ``cells`` of the output; both ascend as the patches do.
 
@@ -162,7 +163,25 @@ class AxisTiles:
 
         ``overlap`` is that of the patches in the volume. The output has the voxels that are blended, in
         shards of ``shard_length``, or it is one shard; or it is resampled from them, as ``output`` says.
+        Plans of a cohort share the tiles of axes that are alike: a hundred thousand of them fit in memory.
         """
+        if output is not None:
+            return cls._cut(mode, starts, overlap, scale, shard_length, output)
+        key = mode, tuple(starts.tolist()), overlap, scale, shard_length
+        if (tiles := _IN_USE.get(key)) is None:
+            tiles = _IN_USE[key] = cls._cut(mode, starts, overlap, scale, shard_length, None)
+        return tiles
+
+    @classmethod
+    def _cut(
+        cls,
+        mode: str,
+        starts: Integers,
+        overlap: int,
+        scale: AxisScale,
+        shard_length: int | None,
+        output: OutputAxis | None,
+    ) -> AxisTiles:
         length = scale.output_length
         begins, ends = scale.place(np.stack([starts, starts + scale.patch_length]))
         weights = windows.partition_of_unity(mode, begins, ends, scale.overlap(overlap))
@@ -216,6 +235,9 @@ class AxisTiles:
         ]
         first, stop = np.array(ends, dtype=np.int64).T
         return first, stop
+
+
+_IN_USE: WeakValueDictionary[Any, AxisTiles] = WeakValueDictionary()  # by all that they are cut from
 
 
 @dataclass(frozen=True, slots=True, eq=False)
