@@ -52,7 +52,14 @@ def visible(text: str) -> str:
 
 
 class ZpatchError(Exception):
-    """Base of all errors of zpatch; ``option`` is the name of the option that the error is about, or None."""
+    """Base of all errors of zpatch; ``option`` is the name of the option that the error is about, or None.
+
+    >>> try:
+    ...     raise PatchSizeError("a patch of 96 voxels does not fit axis K (80 voxels)")
+    ... except ZpatchError as error:
+    ...     print(error.option, isinstance(error, ValueError))
+    patch_size True
+    """
 
     option: str | None = None
 

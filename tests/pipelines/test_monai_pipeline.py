@@ -81,8 +81,8 @@ def test_each_dictionary_transform_of_monai_has_its_place(monai: Any) -> None:
 
 
 def test_the_table_in_the_documentation_says_the_same() -> None:
-    text = (Path(zp.__file__).parent.parent / "docs" / "transforms.md").read_text()
-    table = text.partition("## MONAI")[2].partition("\n## ")[0]
+    text = (Path(zp.__file__).parent.parent / "docs" / "how-to" / "from-monai.md").read_text()
+    table = text.partition("## Transforms")[2].partition("\n## ")[0]
     rows = dict(re.findall(r"^\| (\w+) \| (.*) \|$", table, re.MULTILINE))
     del rows["transform"]
     expected = dict.fromkeys((*GRID_STEPS, *BY_STATISTICS, *POINTWISE), "volume")

@@ -165,8 +165,8 @@ def test_each_transform_of_torchio_has_its_place(tio2: Any) -> None:
 
 
 def test_the_table_in_the_documentation_says_the_same() -> None:
-    text = (Path(zp.__file__).parent.parent / "docs" / "transforms.md").read_text()
-    table = text.partition("## TorchIO 2\n")[2].partition("\n## ")[0]
+    text = (Path(zp.__file__).parent.parent / "docs" / "how-to" / "from-torchio.md").read_text()
+    table = text.partition("### TorchIO 2\n")[2].partition("\n### ")[0]
     rows = dict(re.findall(r"^\| (\w+) \| (.*) \|$", table, re.MULTILINE))
     del rows["transform"]
     expected = dict.fromkeys(STEPS, "volume") | dict.fromkeys(MARGINS, "margin")

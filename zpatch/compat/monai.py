@@ -34,7 +34,13 @@ FilePath = str | os.PathLike[str]
 
 
 def datalist(subjects: Sequence[Subject]) -> list[dict[str, str]]:
-    """A data list of MONAI: a dictionary for each subject, from the names of its images to their paths."""
+    """A data list of MONAI: a dictionary for each subject, from the names of its images to their paths.
+
+    An image that is in no store is an OptionError.
+
+    >>> datalist([])
+    []
+    """
     paths = []
     for subject in subjects:
         pathless = [name for name, image in subject.images.items() if image.folder is None]
@@ -54,6 +60,15 @@ class ZpatchReader:
     image, and ``get_data`` reads it: all of it, or the box of ``size`` voxels (I, J, K) whose first voxel is
     ``location``. As MONAI's NIfTI reader, it gives (I, J, K) if there is one channel, else (C, I, J, K).
     Images that are read together become the channels of one image.
+
+    >>> import tempfile
+    >>> import zarr
+    >>> reader = ZpatchReader()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     array = zarr.create_array(f"{folder}/t1.zarr", data=np.zeros((4, 5, 6)), dimension_names="zyx")
+    ...     voxels, metadata = reader.get_data(reader.read(f"{folder}/t1.zarr"))
+    >>> voxels.shape
+    (6, 5, 4)
     """
 
     def __init__(self) -> None:
@@ -99,6 +114,11 @@ class ZpatchPatchIterd:
     The ``keys`` of an item are paths in a store, or zpatch images; its other entries are passed on unchanged.
     It yields dictionaries of MetaTensors (C, I, J, K), and coordinates ``[[0, C], [i, i + p], ...]``, which
     are in the dictionary too, as ``patch_coords``. The grid is that of GridSampler.
+
+    >>> from zpatch.images.image import ScalarImage
+    >>> patches = ZpatchPatchIterd(["t1"], patch_size=4)({"t1": ScalarImage(np.zeros((8, 4, 4)))})
+    >>> [patch["t1"].shape for patch, coordinates in patches]
+    [torch.Size([1, 4, 4, 4]), torch.Size([1, 4, 4, 4])]
     """
 
     def __init__(

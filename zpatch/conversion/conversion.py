@@ -99,6 +99,17 @@ def convert(
     missing or changed are converted; ``overwrite`` starts over, or with ``include`` or ``exclude`` replaces
     those subjects only. Cases are converted in local processes, or on the Dask cluster at ``scheduler``. A
     case whose files are bad is left out and listed in the report; a SourceError says that none is good.
+
+    >>> import tempfile
+    >>> import nibabel as nib
+    >>> import numpy as np
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     image = nib.Nifti1Image(np.zeros((8, 9, 10), np.int16), np.eye(4))
+    ...     image.to_filename(f"{folder}/ann.nii.gz")
+    ...     report = convert(folder, f"{folder}/cohort.zarr", codec="zstd")
+    ...     again = convert(folder, f"{folder}/cohort.zarr", codec="zstd")
+    >>> len(report.records), report.failures, again.done
+    (1, [], ('ann',))
     """
     chosen = ConvertOptions.of(**options)
     target = Path(store)

@@ -40,7 +40,10 @@ class ConvertOptions:
     the largest number of cases; ``strict`` fails a case for a warning. ``jobs`` cases are converted at a
     time. To stay below ``max_memory`` (bytes, or a text such as ``"2 GiB"``) shards are made smaller; where
     that is not enough the plan is refused. A Dask cluster may be without workers for ``cluster_timeout``
-    seconds.
+    seconds. An invalid value is an OptionError.
+
+    >>> ConvertOptions(codec="zstd", orient="RAS").chunk
+    32
     """
 
     format: str = "auto"

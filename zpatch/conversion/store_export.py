@@ -57,6 +57,17 @@ def export(
     ``include`` and ``exclude`` are patterns for subjects, ``images`` for images. ``progress`` is called with
     the bytes of voxels of each slab that was written. An existing file raises ``StoreExistsError`` unless
     ``overwrite`` is set.
+
+    >>> import tempfile
+    >>> import nibabel as nib
+    >>> from zpatch.conversion.conversion import convert
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     image = nib.Nifti1Image(np.zeros((8, 9, 10), np.int16), np.eye(4))
+    ...     image.to_filename(f"{folder}/ann.nii")
+    ...     report = convert(folder, f"{folder}/cohort.zarr")
+    ...     files = export(f"{folder}/cohort.zarr", f"{folder}/again", suffix=".nii")
+    ...     files[0].read_bytes() == Path(f"{folder}/ann.nii").read_bytes()
+    True
     """
     opened = open_store(store)
     planned = plan_export(

@@ -298,17 +298,32 @@ class Image(PlacedImage):
 
 
 class ScalarImage(Image):
-    """An image of intensities."""
+    """An image of intensities: from a file, a Zarr array, or an array in memory; see ``Image``.
+
+    >>> ct = ScalarImage(np.full((8, 8, 4), -1000, np.int16), affine=np.diag([1.0, 1.0, 2.5, 1.0]))
+    >>> ct.shape, ct.spacing
+    ((1, 8, 8, 4), (1.0, 1.0, 2.5))
+    """
 
 
 class LabelMap(Image):
-    """An image whose values are classes."""
+    """An image whose values are classes; resampled, it takes the nearest voxel.
+
+    >>> LabelMap(np.eye(4, dtype=np.uint8).reshape(4, 4, 1)).resampled(2.0).dtype
+    dtype('uint8')
+    """
 
     kind = "label"
 
 
 class SamplingMap(Image):
-    """An image whose values are the relative probability of each voxel to be the centre of a patch."""
+    """An image whose values are the relative probability of each voxel to be the centre of a patch.
+
+    Values are finite and at least 0, and need not sum to one; see ``WeightedSampler``.
+
+    >>> SamplingMap(np.ones((4, 4, 4), np.float32)).kind
+    'sampling'
+    """
 
     kind = "sampling"
 

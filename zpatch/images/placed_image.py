@@ -17,7 +17,14 @@ from zpatch.sources.resampled_source import ResampledSource
 
 
 class PlacedImage:
-    """The part of an ``Image`` that says where its voxels are: shape, affine, and other grids for it."""
+    """The part of an ``Image`` that says where its voxels are: shape, affine, and other grids for it.
+
+    >>> import numpy as np
+    >>> from zpatch.images.image import ScalarImage
+    >>> image = ScalarImage(np.zeros((4, 5, 6)), affine=np.diag([2.0, 2.0, 3.0, 1.0]))
+    >>> image.spatial_shape, image.spacing, image.resampled(1.0).spatial_shape
+    ((4, 5, 6), (2.0, 2.0, 3.0), (8, 10, 18))
+    """
 
     kind: ClassVar[Kind] = "scalar"
 

@@ -27,6 +27,16 @@ def tissue_map(slide: Image) -> LabelMap:
 
     A subject puts it on the grid of its slide, as any mask: ``zp.Subject(slide=slide,
     tissue=zp.tissue_map(slide))``.
+
+    >>> import tempfile
+    >>> import tifffile
+    >>> pixels = np.full((64, 96, 3), 240, np.uint8)
+    >>> pixels[16:48, 32:64] = 180, 80, 160
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     tifffile.imwrite(f"{folder}/case.tif", pixels, photometric="rgb", tile=(32, 32))
+    ...     tissue = tissue_map(ScalarImage(f"{folder}/case.tif"))
+    >>> tissue.shape, int(tissue.data.sum()) == 32 * 32
+    ((1, 96, 64, 1), True)
     """
     thumbnail = thumbnail_of(slide)
     source = ArraySource.of(tissue_of(first_plane(thumbnail)).astype(np.uint8)[None, :, :, None])

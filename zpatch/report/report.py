@@ -86,6 +86,17 @@ def write_report(
 
     Raises OptionError if the folder of ``output`` does not exist, and StoreExistsError if ``output`` is a
     file other than a report. Damaged files raise nothing: the page and the result list them.
+
+    >>> import nibabel as nib
+    >>> import numpy as np
+    >>> import zpatch as zp
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     image = nib.Nifti1Image(np.ones((8, 9, 10), np.int16), np.eye(4))
+    ...     image.to_filename(f"{folder}/ann.nii.gz")
+    ...     report = zp.convert(folder, f"{folder}/cohort.zarr")
+    ...     written = write_report(f"{folder}/cohort.zarr", f"{folder}/report.html")
+    ...     "ann" in written.output.read_text()
+    True
     """
     path = Path(OUTPUT if output is None else output)
     if limit < 0:

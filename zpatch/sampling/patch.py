@@ -98,7 +98,12 @@ class ImagesByName(Mapping[str, PatchImage]):
 class Patch(ImagesByName):
     """A patch of one subject: ``patch.t1.data``, ``patch.t1.affine``, ``patch.location``.
 
-    ``subject`` is the subject's name.
+    ``subject`` is the subject's name. As a mapping it has its images by name.
+
+    >>> t1 = PatchImage(torch.ones(1, 2, 2, 2), np.eye(4))
+    >>> patch = Patch({"t1": t1}, PatchLocation((4, 0, 0), (2, 2, 2)), "sub-01")
+    >>> patch.with_data(t1=-patch.t1.data).t1.data.sum()
+    tensor(-8.)
     """
 
     images: Mapping[str, PatchImage]

@@ -29,6 +29,12 @@ class PatchBatch(ImagesByName):
     ``patch_location`` and ``subjects`` have a location and the name of a subject for each patch. As a mapping
     it has the images, and each of them is a mapping of its tensors: Lightning, accelerate and others find the
     size of a batch there, and ``batch["t1"]["data"]`` is ``batch.t1.data``.
+
+    >>> import numpy as np
+    >>> patch = Patch({"t1": PatchImage(torch.ones(1, 2, 2, 2), np.eye(4))}, None, "sub-01")
+    >>> batch = collate([patch, patch]).to("cpu")
+    >>> batch.batch_size, batch.subjects, batch["t1"]["data"].shape
+    (2, ['sub-01', 'sub-01'], torch.Size([2, 1, 2, 2, 2]))
     """
 
     images: Mapping[str, PatchImage]

@@ -100,6 +100,20 @@ def verify(
     ``quick`` checks the presence and length of all files, and the contents of ``zarr.json`` documents only.
     ``progress`` is called with the length in bytes of each file that was checked. Damage is reported, not
     raised; a folder that is not a store raises ``NotAStoreError``.
+
+    >>> import tempfile
+    >>> import nibabel as nib
+    >>> import numpy as np
+    >>> import zpatch as zp
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     image = nib.Nifti1Image(np.zeros((8, 9, 10), np.int16), np.eye(4))
+    ...     image.to_filename(f"{folder}/ann.nii.gz")
+    ...     converted = zp.convert(folder, f"{folder}/cohort.zarr")
+    ...     report = verify(f"{folder}/cohort.zarr")
+    ...     os.truncate(f"{folder}/cohort.zarr/ann/image/0/c/0/0/0", 100)
+    ...     damaged = verify(f"{folder}/cohort.zarr", quick=True)
+    >>> report.ok, [damage.file for damage in damaged.damages]
+    (True, ['ann/image/0/c/0/0/0'])
     """
     root = Path(store)
     writer = writer_of(root)
