@@ -22,8 +22,8 @@ README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 PAGES = [README, *sorted(page for page in DOCS.rglob("*.md") if not page.is_symlink())]
 FAKE_SLURM = {
-    "sbatch": 'bash "${@: -1}" >/dev/null 2>&1 & echo "Submitted batch job $!"',
-    "scancel": 'for job; do pkill -P "$job"; kill "$job"; done 2>/dev/null; true',
+    "sbatch": 'cp "${@: -1}" job.$$ && { setsid bash job.$$ >job.log 2>&1 & echo "Submitted batch job $!"; }',
+    "scancel": 'for job; do kill -- "-$job"; done 2>/dev/null; true',
 }
 
 
@@ -60,6 +60,7 @@ def folder_of(
                 shutil.copytree(cohort_store, tmp_path / "cohort.zarr")
         if page.name == "cluster.md":
             make_slurm(tmp_path)
+            monkeypatch.setenv("DASK_JOBQUEUE__SLURM__INTERFACE", "lo")
             monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
         monkeypatch.setenv("COLUMNS", "80")  # help texts are as wide
         monkeypatch.setenv("ZPATCH_CACHE", str(tmp_path / "cache"))
@@ -69,6 +70,7 @@ def folder_of(
     return make
 
 
+@pytest.mark.timeout(170)  # a cluster starts many processes
 @pytest.mark.filterwarnings("ignore")  # of torch and TorchIO, about themselves
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_each_block_of_a_page_runs_as_written(page: Path, folder_of: Callable[[Path], Path]) -> None:

@@ -12,7 +12,7 @@ import store_reader
 from store_reader import read_manifest, read_values, verify
 
 import zpatch as zp
-from zpatch.store.names import MANIFEST
+from zpatch.records.names import MANIFEST
 
 
 @pytest.mark.parametrize("codec", ["lz4", "none", "zstd"])
