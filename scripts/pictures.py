@@ -199,10 +199,11 @@ def wanted(name: str) -> bool:
 
 
 def draw_report(page: Path, path: Path) -> None:
-    """The top of a report, as a browser shows it."""
+    """The section of the first subject of a report, as a browser shows it."""
     with opened_browser() as browser:
         tab = browser.new_page(viewport={"width": 1000, "height": 760})
         tab.goto(page.as_uri())
+        tab.get_by_role("heading", name="sub-01").evaluate("heading => heading.scrollIntoView()")
         tab.screenshot(path=path)
     make_small(path)
 
@@ -255,7 +256,7 @@ def save(figure: Figure, path: Path, dpi: int = DPI) -> None:
 def make_small(path: Path) -> None:
     """Write a picture again with a palette."""
     with Image.open(path) as drawn:
-        small = drawn.convert("RGB").quantize(64, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        small = drawn.convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     small.save(path, optimize=True)
 
 

@@ -7,6 +7,8 @@ import os
 import pkgutil
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -170,3 +172,29 @@ def test_each_object_of_the_reference_has_a_docstring_with_an_example(name: str)
 def test_each_name_of_the_facade_is_on_a_page_of_the_reference() -> None:
     page = (DOCS / "reference" / "python.md").read_text()
     assert set(re.findall(r"^::: zpatch\.(\w+)$", page, re.MULTILINE)) >= set(zp.__all__)
+
+
+def test_the_site_is_built_without_a_broken_link_or_reference(tmp_path: Path) -> None:
+    """As ``scripts/docs`` builds it; links and pictures of pages are compared with what there is."""
+    pytest.importorskip("zensical", reason="the extra docs is not installed")
+    for name in ("docs", "scripts", "mkdocs.yml"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    build = [sys.executable, "-m", "zensical", "build", "--strict"]
+    done = subprocess.run(build, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for page in PAGES[1:]:
+        for name in re.findall(r"!\[.*\]\(([^)]+)\)", page.read_text()):
+            assert (page.parent / name).is_file(), f"{page.name}: {name}"
+            assert (page.parent / name).stat().st_size < 100_000
+    reference = (tmp_path / "site" / "reference" / "python" / "index.html").read_text()
+    assert 'id="zpatch.Queue"' in reference
+    assert reference.count("&gt;&gt;&gt;") > 100
+
+
+def test_the_checks_before_a_commit_are_those_of_the_project() -> None:
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert re.findall(r"^ +entry: (.+)$", hooks, re.MULTILINE) == ["scripts/check"]
+    version = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert version is not None
+    assert version[1] == zp.__version__
