@@ -22,7 +22,7 @@ from zpatch.errors import OptionError, WorkerError
 from zpatch.runtime import dask_cluster
 from zpatch.runtime.dask_graphs import run_graph, thread_count
 from zpatch.runtime.task_contract import Cluster, Progress
-from zpatch.runtime.tasks import read_ahead, run_tasks
+from zpatch.runtime.tasks import _Reported, read_ahead, run_tasks
 
 LONG_S = 100.0
 
@@ -127,6 +127,23 @@ def test_progress_adds_up_and_amounts_are_never_zero(jobs: int) -> None:
     run(double, range(1, 9), jobs=jobs, progress=amounts.append)
     assert sum(amounts) == 3 * sum(range(1, 9))
     assert min(amounts) > 0
+
+
+def test_progress_looks_at_tasks_in_flight_only_and_counts_no_attempt_twice() -> None:
+    class Amounts(list[int]):
+        def __getitem__(self, number: Any) -> Any:
+            looked_at.append(number)
+            return super().__getitem__(number)
+
+    looked_at: list[int] = []
+    amounts, reported = Amounts([0] * 1000), []
+    progress = _Reported(amounts, reported.append)
+    for now, in_flight in ([(3, 4), (4, 1)], [3, 4]), ([(3, 0), (4, 2)], [3, 4]), ([(3, 5)], [3]), ([], [3]):
+        for number, amount in now:
+            amounts[number] = amount
+        progress.update(in_flight)
+    assert reported == [5, 1, 1]
+    assert looked_at == [3, 4, 3, 4, 3, 3]
 
 
 def test_progress_of_a_task_is_reported_before_its_result() -> None:

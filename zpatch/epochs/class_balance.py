@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from zpatch.epochs.subject_weights import SubjectWeights, checked_weights
 from zpatch.errors import OptionError
+from zpatch.images.cohort import first_alike
 from zpatch.images.subject import Subject
 from zpatch.sampling.centre_maps import label_classes, recorded_labels
 from zpatch.sampling.patch_sampler import PatchSampler
@@ -79,8 +80,11 @@ def classes_present(subjects: Sequence[Subject], label_name: str, labels: list[i
     By the records of stored maps; other maps are read.
     """
     present = np.zeros((len(subjects), len(labels)), dtype=bool)
-    for number, subject in enumerate(subjects):
-        image = subject[label_name]
+    for number, first in enumerate(first_alike(subjects).tolist()):
+        if first < number:
+            present[number] = present[first]
+            continue
+        image = subjects[number][label_name]
         known = recorded_labels(image)
         present[number] = [
             label_classes(image).has(label) if known is None else label in known for label in labels

@@ -10,7 +10,7 @@ import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Self, overload
+from typing import BinaryIO, Self, overload
 
 import cloudpickle
 
@@ -65,7 +65,7 @@ class StoredJobs(Sequence[SubjectJob]):
         return _jobs_of(self._parts[part])[number]
 
 
-def new_file(path: Path) -> IO[bytes]:
+def new_file(path: Path) -> BinaryIO:
     """A new file that no other user can open: it holds code."""
     return open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w+b")
 
@@ -76,7 +76,7 @@ def changed_file(path: Path) -> StoreError:
 
 
 @contextlib.contextmanager
-def opened_code(path: Path) -> Iterator[IO[bytes]]:
+def opened_code(path: Path) -> Iterator[BinaryIO]:
     """A file to unpickle from, in another process. Raises ModelError or StoreError if that cannot be done."""
     try:
         with open(open_regular(path), "rb") as file:

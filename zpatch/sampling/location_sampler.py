@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from zpatch.digests import new_digest
+from zpatch.digests import digest
 from zpatch.errors import OptionError, PatchLocationError
 from zpatch.geometry.boxes import PatchLocation, centre_of
 from zpatch.images.subject import Subject, names_of
@@ -52,25 +52,29 @@ class LocationSampler(PatchSampler):
         if at not in get_args(At):
             raise OptionError(f"at must be 'centre' or 'first', not {at!r}")
         self.at = at
-        self._voxels = _voxels_by_subject(table)
+        names, self._voxels = _columns(table)
+        self._digest = digest("\n".join(names).encode() + self._voxels.tobytes())
+        self._rows: dict[str, list[int]] = {}  # of each subject
+        for row, name in enumerate(names):
+            self._rows.setdefault(name, []).append(row)
 
     def __len__(self) -> int:
-        return sum(map(len, self._voxels.values()))
+        return len(self._voxels)
 
     def check(self, subject: Subject) -> None:
         """Refuse a subject with a row that no patch can be taken at."""
-        if subject.name in self._voxels:
+        if subject.name in self._rows:
             super().check(subject)
             self._starts(subject)
 
     @property
     def subject_names(self) -> Collection[str]:
         """Names of the subjects that have rows, which a queue must have."""
-        return self._voxels.keys()
+        return self._rows.keys()
 
     def counts(self, subjects: Sequence[Subject], patches_per_volume: int = 0) -> NDArray[np.int64]:
         """How many rows each subject has, (N,)."""
-        return np.array([len(self._voxels.get(name, ())) for name in names_of(subjects)], dtype=np.int64)
+        return np.array([len(self._rows.get(name, ())) for name in names_of(subjects)], dtype=np.int64)
 
     def numbered(
         self,
@@ -86,7 +90,7 @@ class LocationSampler(PatchSampler):
     def locations(self, subject: Subject) -> list[PatchLocation]:
         """The locations of the patches of a subject, in the order of its rows; none without rows."""
         fitted = self.fitted(subject)
-        return fitted.numbered(subject, range(len(self._voxels.get(subject.name, ()))))
+        return fitted.numbered(subject, range(len(self._rows.get(subject.name, ()))))
 
     def __call__(self, subject: Subject) -> Iterator[Patch]:
         """All patches of a subject, in the order of its rows."""
@@ -96,7 +100,7 @@ class LocationSampler(PatchSampler):
 
     def _starts(self, subject: Subject) -> NDArray[np.int64]:
         """The first voxels (n, 3) of the patches of a subject."""
-        voxels = self._voxels.get(subject.name, np.empty((0, 3), dtype=np.int64))
+        voxels = self._voxels[np.array(self._rows.get(subject.name, ()), dtype=np.int64)]
         to_centre = np.array([centre_of(0, p) for p in self.patch_size])
         starts = voxels - to_centre if self.at == "centre" else voxels
         low, high = starts, starts + self.patch_size
@@ -113,28 +117,14 @@ class LocationSampler(PatchSampler):
         return starts
 
     def __repr__(self) -> str:
-        state = new_digest()
-        for name, voxels in sorted(self._voxels.items()):
-            state.update(f"{name} {len(voxels)} ".encode() + voxels.tobytes())
         return (
-            f"LocationSampler(patch_size={self.patch_size}, {len(self)} rows {state.hexdigest()}, "
+            f"LocationSampler(patch_size={self.patch_size}, {len(self)} rows {self._digest}, "
             f"at={self.at!r}, padding_mode={self.padding_mode!r}, fill={self.fill}"
             + (f", context={self.context})" if self.context else ")")
         )
 
 
-def _voxels_by_subject(table: Any) -> dict[str, NDArray[np.int64]]:
-    """The voxels (n, 3) of each subject, in the order of the table; OptionError for another table."""
-    names, voxels = _columns(table)
-    if not len(names):
-        raise OptionError("the table of a LocationSampler has no rows")
-    found, numbers = np.unique(names, return_inverse=True)
-    order = np.argsort(numbers, kind="stable")
-    ends = np.searchsorted(numbers[order], np.arange(1, len(found)))
-    return dict(zip(found.tolist(), np.split(voxels[order], ends), strict=True))
-
-
-def _columns(table: Any) -> tuple[NDArray[np.str_], NDArray[np.int64]]:
+def _columns(table: Any) -> tuple[list[str], NDArray[np.int64]]:
     """The names (n,) and voxels (n, 3) of a table."""
     is_structured = getattr(getattr(table, "dtype", None), "names", None) is not None
     try:
@@ -144,15 +134,17 @@ def _columns(table: Any) -> tuple[NDArray[np.str_], NDArray[np.int64]]:
             rows = [[row[c] for c in COLUMNS] if isinstance(row, Mapping) else list(row) for row in table]
             names, *axes = map(list, zip(*rows, strict=True)) if rows else ([], [], [], [])
         voxels = np.array(axes).T
-    except (TypeError, KeyError, ValueError, IndexError, LookupError) as error:
+    except (TypeError, ValueError, LookupError) as error:
         raise _refusal(f"{type(error).__name__}: {error}") from error
+    if not names:
+        raise OptionError("the table of a LocationSampler has no rows")
     if len(axes) != 3 or len(names) != len(voxels):
         raise _refusal(f"it has {len(axes) + 1} columns")
     if not all(isinstance(name, str) for name in names):
         raise _refusal(f"a subject is {next(name for name in names if not isinstance(name, str))!r}")
-    if names and voxels.dtype.kind not in "iu":
+    if voxels.dtype.kind not in "iu":
         raise _refusal("i, j, k must be integers")
-    return np.array(names, dtype=str), voxels.astype(np.int64).reshape(-1, 3)
+    return names, voxels.astype(np.int64)
 
 
 def _refusal(why: str) -> OptionError:

@@ -57,7 +57,8 @@ class _ArrayLike(VoxelSource):
     @property
     def dtype(self) -> np.dtype[Any]:
         """Type of the unscaled voxels, in native byte order."""
-        return np.dtype(self.array.dtype.newbyteorder("="))
+        found: np.dtype[Any] = self.array.dtype.newbyteorder("=")
+        return found
 
     def selected(self, channels: Sequence[int]) -> VoxelSource:
         """The source of some channels, in this order. Chunks that hold no others are not read."""
