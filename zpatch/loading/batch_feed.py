@@ -11,7 +11,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from weakref import WeakMethod
 
 from zpatch.epochs.epoch_plan import Draw, EpochPlan
 from zpatch.errors import QueueError
@@ -54,7 +53,7 @@ class BatchFeed:
     def __init__(
         self,
         reader: DrawReader,
-        plan_after: WeakMethod[Callable[[EpochPlan], EpochPlan | None]],
+        plan_after: Callable[[EpochPlan], EpochPlan | None],
         block: SlotBlock,
         options: QueueOptions,
     ) -> None:
@@ -159,8 +158,7 @@ class BatchFeed:
         """The next task, if there are slots for its batches and its plan is known already."""
         while self._next is None:
             last = self._runs.get(self._begun)
-            plan_after = self._plan_after()
-            plan = None if last is None or plan_after is None else plan_after(last.plan)
+            plan = None if last is None else self._plan_after(last.plan)
             if plan is None:
                 return None
             self._start(plan, 0)

@@ -281,9 +281,10 @@ class Queue(ShownOptions, IterableDataset[Patch]):
             self._feed.close()
             self._feed = None
         if self._feed is None:
+            queue = weakref.ref(self)  # workers end with the queue, which they must not keep alive
             self._feed = BatchFeed(
                 self._reader,
-                weakref.WeakMethod(self.upcoming),  # workers end with the queue: they must not keep it alive
+                lambda plan: None if (alive := queue()) is None else alive.upcoming(plan),
                 SlotBlock(self._slots, self._layout, shared=self.options.num_workers > 0),
                 self.options,
             )
