@@ -294,7 +294,7 @@ def test_locations_are_drawn_by_the_sampler_at_the_address_of_the_subject(cohort
     queue.set_epoch(2)
     found = [(patch.subject, patch.location) for patch in queue]
     wanted = []
-    for number in queue.plan(2).subjects.tolist():
+    for number in queue.plan(2).visits.subjects.tolist():
         rng = address_rng(9, 2, number)
         locations = queue.patch_sampler.locations(cohort[number], 3, rng)  # type: ignore[operator, call-arg]
         wanted += [(cohort[number].name, location) for location in locations]
@@ -317,7 +317,7 @@ def test_without_shuffling_patches_those_of_a_subject_are_consecutive(cohort: zp
 
 def test_the_order_of_subjects_changes_from_epoch_to_epoch(cohort: zp.Cohort) -> None:
     queue = zp.Queue(cohort, zp.UniformSampler(8))
-    orders = {tuple(queue.plan(epoch).subjects) for epoch in range(20)}
+    orders = {tuple(queue.plan(epoch).visits.subjects) for epoch in range(20)}
     assert len(orders) > 5
     assert {tuple(sorted(order)) for order in orders} == {(0, 1, 2, 3)}
 

@@ -255,7 +255,7 @@ def test_the_shares_of_an_epoch_are_the_epoch_of_a_single_process() -> None:
 
 def test_subjects_change_ranks_from_epoch_to_epoch() -> None:
     queue = queue_of(6, rank=0, world_size=2)
-    shares = {tuple(sorted(queue.plan(epoch).subjects)) for epoch in range(20)}
+    shares = {tuple(sorted(queue.plan(epoch).visits.subjects)) for epoch in range(20)}
     assert len(shares) > 5
 
 
