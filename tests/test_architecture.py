@@ -47,7 +47,7 @@ DOORS = {
     "blending": "aggregator blend grid_blend reduction sinks regridding",
     "networks": "model_files model_identity model_axes network",
     "planning": "planning prediction_options model_inputs prediction_plan probe",
-    "prediction": "inference prediction_run damaged_tiles",
+    "prediction": "inference prediction_run damaged_tiles stage_times",
     "report": "report slide_report",
     "bench": "benchmark_plan benchmark benchmark_report slide_reading queue_trial advice",
     "compat": "",
