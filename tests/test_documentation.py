@@ -72,7 +72,7 @@ def folder_of(
     return make
 
 
-@pytest.mark.timeout(170)  # a cluster starts many processes
+@pytest.mark.timeout(300)  # a cluster starts many processes
 @pytest.mark.filterwarnings("ignore")  # of torch and TorchIO, about themselves
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_each_block_of_a_page_runs_as_written(page: Path, folder_of: Callable[[Path], Path]) -> None:
