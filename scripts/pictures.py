@@ -203,7 +203,7 @@ def draw_report(page: Path, path: Path) -> None:
     with opened_browser() as browser:
         tab = browser.new_page(viewport={"width": 1000, "height": 760})
         tab.goto(page.as_uri())
-        tab.get_by_role("heading", name="sub-01").evaluate("heading => heading.scrollIntoView()")
+        tab.get_by_role("heading", name="sub-01", exact=True).evaluate("heading => heading.scrollIntoView()")
         tab.screenshot(path=path)
     make_small(path)
 
