@@ -1,4 +1,4 @@
-"""A reader of stores written by docs/reference/store-format.md alone. It must not import zpatch."""
+"""A reader of stores written by docs/reference/store-format.md alone, without the package itself."""
 
 from __future__ import annotations
 

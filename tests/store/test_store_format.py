@@ -42,7 +42,7 @@ def test_a_reader_by_the_specification_reads_coarser_levels_channels_and_several
     (tmp_path / "scans").mkdir()
     nib.Nifti1Image(voxels, np.eye(4)).to_filename(tmp_path / "scans" / "ann.nii.gz")
     store = tmp_path / "cohort.zarr"
-    zp.convert(tmp_path / "scans", store, chunk=8, pyramid=True, max_memory="600 KiB")
+    zp.convert(tmp_path / "scans", store, chunk=8, pyramid=True, max_memory="64.3 MiB")
     [record] = read_manifest(store)[0].values()
     image = zp.Cohort(store)["ann"].image
     assert len([key for key in record["files"] if key.startswith("0/c/")]) > 1
