@@ -54,12 +54,6 @@ def from_torchio(transform: Callable[[Any], Any], *, on: str = "subject") -> Any
     volume in memory is refused by name. With ``on="patch"`` it is applied to each patch by itself, whatever
     it is. Images are ScalarImage, LabelMap, or a plain Image for sampling maps, which TorchIO's transforms
     treat differently. An OptionError if TorchIO is not installed.
-
-    >>> torchio = torchio_library()
-    >>> flip = from_torchio(torchio.Flip(0) if is_torchio_2(torchio) else torchio.RandomFlip(0), on="patch")
-    >>> patch = Patch({"t1": PatchImage(torch.ones(1, 2, 2, 2), np.eye(4))}, None, "sub-01")
-    >>> flip(patch).t1.data.shape
-    torch.Size([1, 2, 2, 2])
     """
     torchio = torchio_library()
     _check_on(on)
@@ -91,12 +85,6 @@ def from_monai(transform: Callable[[Any], Any], *, on: str = "subject") -> Any:
     MetaTensors (C, I, J, K); entries that it adds are kept if they are images too. Lazy transforms are
     carried out at the end. One that samples several patches must give one (``num_samples=1``). An
     OptionError if MONAI is not installed.
-
-    >>> scale = monai_library().transforms.RandScaleIntensityd("t1", factors=(1.0, 1.0), prob=1)
-    >>> scale = from_monai(scale, on="patch")
-    >>> patch = Patch({"t1": PatchImage(torch.ones(1, 2, 2, 2), np.eye(4))}, None, "sub-01")
-    >>> scale(patch).t1.data.unique().tolist()
-    [2.0]
     """
     monai_library()
     _check_on(on)
