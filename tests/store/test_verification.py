@@ -15,13 +15,14 @@ import pytest
 
 import zpatch as zp
 from zpatch.errors import NotAStoreError
-from zpatch.records.names import MANIFEST
+from zpatch.records.names import MANIFEST, MANIFEST_TABLE
 from zpatch.store.lock import take_lock
 from zpatch.store.store import open_store
 from zpatch.store.store_writer import StoreWriter
 from zpatch.store.verification import VerificationReport, sealed_files
 
 # One file of each sort; the image has one shard.
+OWN = {MANIFEST, MANIFEST_TABLE, ".lock"}
 FILES = [
     "zarr.json",
     "sub-01/zarr.json",
@@ -58,7 +59,7 @@ def flip(file: Path, position: int, mask: int = 1) -> None:
 
 
 def test_an_intact_store_is_ok(cohort_store: Path) -> None:
-    files = [f for f in cohort_store.rglob("*") if f.is_file() and f.name not in (MANIFEST, ".lock")]
+    files = [f for f in cohort_store.rglob("*") if f.is_file() and f.name not in OWN]
     for quick in (False, True):
         report = zp.verify(cohort_store, quick=quick)
         assert report.ok
@@ -68,9 +69,9 @@ def test_an_intact_store_is_ok(cohort_store: Path) -> None:
         assert report.bytes == sum(f.stat().st_size for f in files)
 
 
-def test_every_file_but_manifest_and_lock_is_sealed(cohort_store: Path) -> None:
+def test_every_file_but_manifest_table_and_lock_is_sealed(cohort_store: Path) -> None:
     files = {f.relative_to(cohort_store).as_posix() for f in cohort_store.rglob("*") if f.is_file()}
-    assert dict(sealed_files(open_store(cohort_store))).keys() == files - {MANIFEST, ".lock"}
+    assert dict(sealed_files(open_store(cohort_store))).keys() == files - OWN
     assert set(FILES) < files
 
 

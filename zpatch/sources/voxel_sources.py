@@ -57,8 +57,7 @@ class _ArrayLike(VoxelSource):
     @property
     def dtype(self) -> np.dtype[Any]:
         """Type of the unscaled voxels, in native byte order."""
-        found: np.dtype[Any] = self.array.dtype.newbyteorder("=")
-        return found
+        return self.array.dtype.newbyteorder("=")  # type: ignore[no-any-return]
 
     def selected(self, channels: Sequence[int]) -> VoxelSource:
         """The source of some channels, in this order. Chunks that hold no others are not read."""
