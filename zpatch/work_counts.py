@@ -21,7 +21,8 @@ class Work(IntEnum):
     NEW_CHUNKS = 4  # read from a file, or compared with their checksum for the first time
     KNOWN_CHUNKS = 5
     FETCHED_BYTES = 6  # encoded, of new chunks
-    REJECTED = 7  # draws that were drawn anew
+    REJECTED = 7  # locations that a sampler's accept= refused, and that were drawn again
+    EXHAUSTED = 8  # patches that were taken although refused, after max_rejections others
 
 
 STAGES = (Work.FETCHING, Work.DECODING, Work.PADDING, Work.TRANSFORM)

@@ -305,7 +305,7 @@ def test_any_figures_make_a_table_that_ends_in_one_sentence(
             epoch=0, patches=patches, batches=min(patches, 2), nbytes=64 * patches, elapsed_s=2.0,
             waited_s=2 * waiting, batches_waited_s=0.1, workers=workers, fetching=0, decoding=0, padding=0,
             transform=0, waiting_for_slots=0, waiting_for_tasks=0, mean_fill=1.5, most_fill=3, max_length=8,
-            new_chunks=1, known_chunks=2, fetched_bytes=3, rejected=0,
+            new_chunks=1, known_chunks=2, fetched_bytes=3, rejected=0, exhausted=0,
         ),
         **{name: taken / total for name, taken in zip(SHARES, times, strict=True)},
     )  # fmt: skip
@@ -316,3 +316,18 @@ def test_any_figures_make_a_table_that_ends_in_one_sentence(
     assert json.loads(json.dumps(stats.to_json()))["advice"] == stats.advice
     if patches:
         assert stats.advice.startswith(f"training waits {waiting:.0%} of the time")
+
+
+def never(patch: zp.Patch) -> bool:
+    return False
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_locations_that_a_sampler_rejects_are_counted(workers: int) -> None:
+    sampler = zp.UniformSampler(4, accept=never, max_rejections=3)
+    with zp.Queue(small_subjects(2), sampler, patches_per_volume=2, num_workers=workers) as queue:
+        assert len(list(queue)) == 4
+        stats = queue.stats()
+    assert stats.rejected == 3 * stats.exhausted
+    assert stats.exhausted == 4 if not workers else stats.exhausted >= 4  # of the next epoch, too
+    assert f"{stats.rejected} locations rejected ({stats.exhausted} patches taken all the same)" in str(stats)

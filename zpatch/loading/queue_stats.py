@@ -61,7 +61,9 @@ class QueueStats:
 
     ``mean_fill`` and ``most_fill`` are patches that waited in the buffer of ``max_length`` as batches were
     asked for. ``new_chunks`` were read for the first time by a process, ``fetched_bytes`` of them from files
-    or the system's page cache; ``known_chunks`` had been read before. ``rejected`` locations were drawn anew.
+    or the system's page cache; ``known_chunks`` had been read before. ``rejected`` locations were refused by
+    ``accept`` and drawn again; ``exhausted`` patches were taken although refused, after ``max_rejections``
+    others.
 
     >>> import zpatch as zp
     >>> subject = zp.Subject(t1=zp.ScalarImage(np.zeros((8, 8, 8))))
@@ -93,6 +95,7 @@ class QueueStats:
     known_chunks: int
     fetched_bytes: int
     rejected: int
+    exhausted: int
 
     @property
     def waiting(self) -> float:
@@ -150,7 +153,8 @@ class QueueStats:
         each = self.batches_waited_s / self.batches if self.batches else 0.0
         delivered = f"{self.patches} patches in {self.batches} batches, {format_bytes(self.nbytes)}"
         rate = f"{self.elapsed_s:.1f} s: {self.patches_per_s:.3g} a second"
-        rejected = f"; {self.rejected} draws rejected" if self.rejected else ""
+        taken = f" ({self.exhausted} patches taken all the same)" if self.exhausted else ""
+        rejected = f"; {self.rejected} locations rejected{taken}" if self.rejected else ""
         rows = {
             f"epoch {self.epoch}": f"{delivered}, in {rate}",
             "training": f"waited {self.waiting:.0%} of the time, {self.waited_s:.1f} s; "

@@ -28,6 +28,7 @@ from zpatch.sampling.patch import Patch, PatchImage, to_tensor
 from zpatch.sampling.patch_views import checked_context, views_of
 from zpatch.sampling.randomness import Purpose, as_generator, rng
 from zpatch.sources.group_read import read_together
+from zpatch.work_counts import Work, count
 
 READ_TOGETHER = 16
 MAX_REJECTIONS = 20
@@ -35,20 +36,6 @@ MAX_REJECTIONS = 20
 PatchSize = int | Sequence[int]
 RandomSource = np.random.Generator | int | None
 Accept = Callable[[Patch], Any]
-
-
-class Rejections:
-    """How often samplers with ``accept`` have rejected a location in this process.
-
-    ``rejected`` locations were drawn again. ``exhausted`` patches were taken although they were rejected,
-    after ``max_rejections`` others.
-    """
-
-    def __init__(self) -> None:
-        self.rejected = self.exhausted = 0
-
-
-rejections = Rejections()
 
 
 def read_patches(
@@ -270,13 +257,13 @@ class RandomSampler(PatchSampler):
         streams: dict[int, np.random.Generator] = {}
         pending = self._rejected(subject, locations, range(len(locations)))
         for _ in range(self.max_rejections):
-            rejections.rejected += len(pending)
+            count(Work.REJECTED, len(pending))
             for n in pending:
                 if n not in streams:
                     streams[n] = rng(seeds[n], purpose=Purpose.REDRAW)
                 [locations[n]] = self._drawn(subject, 1, streams[n])
             pending = self._rejected(subject, locations, pending)
-        rejections.exhausted += len(pending)
+        count(Work.EXHAUSTED, len(pending))
         return locations
 
     def _rejected(
