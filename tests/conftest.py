@@ -21,6 +21,7 @@ from record import TRIES, Case, Record, Some, passed, some_of
 import zpatch as zp
 import zpatch.cli
 from zpatch.chunks.mapped_shards import close_shards
+from zpatch.records.names import MANIFEST, MANIFEST_TABLE
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
@@ -193,11 +194,12 @@ def _left_behind(before: set[str], folder: Path) -> list[str]:
 
 
 def _open_files(folder: Path) -> list[str]:
-    """The files below a folder that this process holds open."""
+    """The files below a folder that this process holds open, without those of cohorts that fixtures hold."""
     start, found = f"{folder}{os.sep}", []
     for number in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):  # closed since, such as that of the listing itself
             path = os.readlink(f"/proc/self/fd/{number}")
-            if path.startswith(start) and os.path.isfile(path):
+            is_of_cohort = os.path.basename(path) in (MANIFEST, MANIFEST_TABLE)
+            if path.startswith(start) and os.path.isfile(path) and not is_of_cohort:
                 found.append(path)
     return found

@@ -23,7 +23,7 @@ import zpatch as zp
 import zpatch.cli
 from zpatch.chunks.layout import plan_layout
 from zpatch.errors import NiftiError
-from zpatch.records.names import MANIFEST
+from zpatch.records.names import MANIFEST, MANIFEST_TABLE
 from zpatch.store.store import open_store
 from zpatch.volume_files.nifti_header import read_header
 
@@ -75,7 +75,8 @@ def only_the_good_ones(store: Path) -> None:
     assert zp.Cohort(store).names == list(GOOD)
     for subject in GOOD:
         np.testing.assert_array_equal(stored(store, subject, "t1"), corpus.VOXELS)
-    assert {entry.name for entry in store.iterdir()} <= {"zarr.json", MANIFEST, ".lock", *GOOD}
+    own = {"zarr.json", MANIFEST, MANIFEST_TABLE, ".lock"}
+    assert {entry.name for entry in store.iterdir()} <= {*own, *GOOD}
     assert BAD not in (store / MANIFEST).read_text()
     verified = zp.verify(store)
     assert verified.ok

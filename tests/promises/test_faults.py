@@ -33,7 +33,7 @@ import zpatch.cli
 from zpatch.chunks.mapped_shards import close_shards
 from zpatch.digests import unsealed
 from zpatch.errors import SourceError
-from zpatch.records.names import LOCK, MANIFEST, ROOT_DOCUMENT, STAGING
+from zpatch.records.names import LOCK, MANIFEST, MANIFEST_TABLE, ROOT_DOCUMENT, STAGING
 from zpatch.store.store_writer import StoreWriter
 
 SUBJECTS = ("sub-01", "sub-02", "sub-03")
@@ -82,7 +82,7 @@ def contents(store: Path) -> dict[str, Any]:
 
     A network has one name in Python and another on the command line, so its name is left out.
     """
-    special = {LOCK, MANIFEST, ROOT_DOCUMENT}
+    special = {LOCK, MANIFEST, MANIFEST_TABLE, ROOT_DOCUMENT}
     found: dict[str, Any] = {
         str(file.relative_to(store)): file.read_bytes()
         for file in store.rglob("*")

@@ -71,7 +71,9 @@ TIMES_OF_FILES = {
     "conversion/source_files.py",
     "sources/input_files.py",
     "images/opened_image.py",
-    "store/image_record.py",
+    "records/image_record.py",
+    "records/manifest_table.py",  # of sources, to be compared
+    "records/table_builder.py",
 }
 
 

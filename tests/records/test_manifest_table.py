@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from test_image_record import a_record, records
 
@@ -71,7 +71,11 @@ def contents(manifest: Manifest) -> object:
     return dict(manifest.records), dict(manifest.documents), manifest.whole_bytes, facts
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    max_examples=40,
+    phases=[Phase.explicit, Phase.generate],
+)
 @given(values=st.lists(records(), min_size=1, max_size=5), cut=st.integers(0, 5), again=st.booleans())
 def test_a_table_that_grows_says_what_the_lines_say(
     path: Path, values: list[ImageRecord], cut: int, again: bool
@@ -94,7 +98,7 @@ def test_a_table_that_grows_says_what_the_lines_say(
         assert (found.table.split_of(row), meta) == (record.split, record.meta)
         assert found.table.facts_of(row) == ImageFacts.of_line(record.to_json())
         assert found.table.contents_of(row) == (record.contents if record.files else "")
-        if source and source.path and abs(source.mtime_ns) < 2**63:
+        if source and source.path and max(abs(source.bytes), abs(source.mtime_ns)) < 2**63:
             assert found.table.source_of(row) == (source.path, source.bytes, source.mtime_ns)
         else:
             assert found.table.source_of(row) is None
@@ -279,6 +283,20 @@ def test_a_pickled_cohort_of_a_store_that_was_replaced_is_refused(cohort_store: 
         DamageError, match="it was replaced since its cohort was opened; open the cohort again"
     ):
         pickle.loads(pickled)
+
+
+def test_a_cohort_that_is_dropped_holds_nothing_open(cohort_store: Path) -> None:
+    def opened() -> int:
+        paths = [Path(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+        return sum(path.is_symlink() and cohort_store in path.readlink().parents for path in paths)
+
+    before = opened()
+    cohort = zp.Cohort(cohort_store)
+    subject = cohort[0]
+    assert opened() == before + 2
+    del cohort
+    assert opened() == before
+    assert subject.name == "sub-01"
 
 
 def test_documents_are_found_by_their_path(path: Path) -> None:

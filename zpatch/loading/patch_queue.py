@@ -323,7 +323,7 @@ class Queue(ShownOptions, IterableDataset[Patch]):
         return {
             "cohort": self._subjects_digest,
             "sampler": repr(self.patch_sampler),
-            "subject_weights": None if self.weights is None else self.weights.digest,
+            **({} if self.weights is None else {"subject_weights": self.weights.digest}),
             **self.options.fingerprint(self.share, lambda: self.subject_order(0)),
         }
 

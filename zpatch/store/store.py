@@ -32,7 +32,7 @@ MOST_TABLE_BYTES = 2**32
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """A store as its manifest describes it; immutable. Only the manifest is held open.
+    """A store as its manifest describes it; immutable. Its manifest is held open, and no other file.
 
     ``path`` is absolute, so that a change of the working directory cannot make it another store.
     ``attributes`` are those of the root document.

@@ -74,6 +74,7 @@ class StoreWriter:
         self.staging = self.path / STAGING
         self._lock = lock
         self._manifest = self.path / MANIFEST
+        self._bytes_before = 0  # of the manifest
         self._replaced = self.staging / "replaced"
 
     @classmethod
@@ -115,6 +116,7 @@ class StoreWriter:
                 if manifest.whole_bytes < (path / MANIFEST).stat().st_size:
                     os.truncate(path / MANIFEST, manifest.whole_bytes)
                 writer = cls(path, lock, own_attributes, manifest.records, manifest.documents)
+                writer._bytes_before = manifest.whole_bytes
                 if ROOT_DOCUMENT not in manifest.documents:  # its line, the first, was torn
                     writer._write_group("", own_attributes)
                 writer._put_back(manifest.records)
@@ -128,8 +130,8 @@ class StoreWriter:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        with contextlib.suppress(OSError, DamageError):  # without it the manifest is read line by line
-            if self._manifest.exists():
+        with contextlib.suppress(OSError, DamageError):  # without a table, the manifest is read line by line
+            if self._manifest.stat().st_size != self._bytes_before:
                 save_table(self._manifest, self.staging / MANIFEST_TABLE)
         shutil.rmtree(self.staging, ignore_errors=True)
         self._lock.close()
