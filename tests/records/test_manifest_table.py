@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_image_record import a_record, records
 
@@ -71,11 +71,7 @@ def contents(manifest: Manifest) -> object:
     return dict(manifest.records), dict(manifest.documents), manifest.whole_bytes, facts
 
 
-@settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-    max_examples=40,
-    phases=[Phase.explicit, Phase.generate],
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 @given(values=st.lists(records(), min_size=1, max_size=5), cut=st.integers(0, 5), again=st.booleans())
 def test_a_table_that_grows_says_what_the_lines_say(
     path: Path, values: list[ImageRecord], cut: int, again: bool
