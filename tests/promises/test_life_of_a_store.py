@@ -52,7 +52,7 @@ from zpatch.chunks.layout import plan_output_layout
 from zpatch.chunks.mapped_shards import close_shards
 from zpatch.errors import DamageError, StoreError
 from zpatch.planning import regions
-from zpatch.records.names import LOCK, MANIFEST, ROOT_DOCUMENT, STAGING, UNFINISHED
+from zpatch.records.names import LOCK, MANIFEST, MANIFEST_TABLE, ROOT_DOCUMENT, STAGING, UNFINISHED
 from zpatch.store.lock import take_lock
 from zpatch.store.store_writer import StoreWriter
 
@@ -975,14 +975,14 @@ class Life(RuleBasedStateMachine):
 
     def check_files(self, model: Model) -> None:
         """No file is anywhere that no line of the manifest names, except where a kill may have left some."""
-        known = {LOCK, MANIFEST, ROOT_DOCUMENT, *(f"{name}/{ROOT_DOCUMENT}" for name in model.subjects)}
+        known = {LOCK, MANIFEST, MANIFEST_TABLE, ROOT_DOCUMENT}
+        known |= {f"{name}/{ROOT_DOCUMENT}" for name in model.subjects}
         known |= {f"{s}/{i}/{name}" for (s, i), line in model.lines().items() for name in line["files"]}
         for file in model.path.rglob("*"):
             name = file.relative_to(model.path).as_posix()
             may_be_left = any(name == left or name.startswith(f"{left}/") for left in model.left)
-            assert file.is_dir() or name in known or may_be_left or file.name == f"{ROOT_DOCUMENT}.partial", (
-                name
-            )
+            may_be_left |= name.endswith(".partial")  # of the root document, and of the table
+            assert file.is_dir() or name in known or may_be_left, name
 
 
 @pytest.fixture
