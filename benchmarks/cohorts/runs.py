@@ -99,7 +99,7 @@ def epoch_plan(path: str) -> Answer:
 
     queue = Queue(_cohort(path), UniformSampler(8))
     seconds, plan = _timed(lambda: queue.plan(0))
-    return {"seconds": seconds, "subjects": len(plan.subjects)}
+    return {"seconds": seconds, "subjects": len(plan.visits.subjects)}
 
 
 def resume(path: str, table: str) -> Answer:
