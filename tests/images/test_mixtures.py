@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import zpatch as zp
-from zpatch.images.mixtures import Placed, mixtures, orientation_of, placed_images
+from zpatch.images.mixtures import ComparedImage, compared_images, mixtures, orientation_of
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -66,7 +66,7 @@ MIXED = [
 
 
 def test_spacings_orientations_shapes_and_ranges_are_named_with_their_subjects(store: Path) -> None:
-    *found, ranges = mixtures(placed_images(zp.Cohort(store).store.manifest))
+    *found, ranges = mixtures(compared_images(zp.Cohort(store).store.manifest))
     assert found == MIXED
     assert ranges[0] == "t1"
     assert ranges[1].startswith("other intensities in below, unit, as -49")
@@ -76,7 +76,7 @@ def test_spacings_orientations_shapes_and_ranges_are_named_with_their_subjects(s
 def test_subjects_that_are_alike_mix_nothing(store: Path) -> None:
     cohort = zp.Cohort(store).matching(["sub-*"])
     records = [image.record for subject in cohort for image in subject.images.values()]
-    assert mixtures(Placed.of(record) for record in records if record) == []
+    assert mixtures(ComparedImage.of(record) for record in records if record) == []
     assert mixtures([]) == []
 
 

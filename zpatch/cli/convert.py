@@ -145,7 +145,7 @@ def convert_command(
     from zpatch.conversion.conversion import committed, run_conversion
     from zpatch.conversion.conversion_options import ConvertOptions
     from zpatch.conversion.conversion_plan import plan_conversion
-    from zpatch.images.mixtures import mixtures, placed_images
+    from zpatch.images.mixtures import compared_images, mixtures
     from zpatch.store.store import open_store
     from zpatch.store.store_writer import check_can_create
 
@@ -167,7 +167,7 @@ def convert_command(
             progress=progress,
             on_case=lines.add,
         )
-    for image, text in mixtures(placed_images(open_store(store).manifest)):
+    for image, text in mixtures(compared_images(open_store(store).manifest)):
         say(f"note: {image}: {text}")
     if json:
         print_json(done.to_json())

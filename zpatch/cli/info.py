@@ -40,7 +40,7 @@ def info_command(store: Path, include: tuple[str, ...], limit: int, json: bool) 
     if store.is_file():
         show_image(store, json=json)
         return
-    from zpatch.images.mixtures import Placed, mixtures
+    from zpatch.images.mixtures import ComparedImage, mixtures
     from zpatch.records.names import chosen
     from zpatch.store.store import open_store
 
@@ -51,7 +51,7 @@ def info_command(store: Path, include: tuple[str, ...], limit: int, json: bool) 
         print_json({"store": str(store), **opened.attributes, "images": [_as_json(r) for r in records]})
         return
     show(_headline(opened, records))
-    mixed = [f"{image}: {text}" for image, text in mixtures(map(Placed.of, records))]
+    mixed = [f"{image}: {text}" for image, text in mixtures(map(ComparedImage.of, records))]
     for line in (*_resampled(records), *_origins(records), *mixed):
         show(line)
     if records:

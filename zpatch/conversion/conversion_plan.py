@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from zpatch.conversion.cases import Case, CaseImage
 from zpatch.conversion.conversion_options import ConvertOptions
 from zpatch.conversion.discovery import discover
 from zpatch.conversion.slab_resampler import SlabResampler, is_resampled_as
-from zpatch.conversion.source_files import has_fingerprint, is_at
+from zpatch.conversion.source_files import has_fingerprint
 from zpatch.digests import Json
 from zpatch.errors import OptionError, SourceError, one_line
 from zpatch.geometry.affines import Affine, max_corner_distance, spacing_mm
@@ -231,14 +232,16 @@ def _is_unchanged(case: Case, done: Manifest, folder: Path, options: ConvertOpti
         may_differ = facts.is_resampled or options.spacing is not None
         if may_differ and not is_resampled_as(done.records.at(row), options):
             return False
-        if (source := done.table.source_of(row)) is None:
-            return False
-        if not (
-            is_at(image.path, source, folder)
-            or has_fingerprint(image.path, done.records.at(row).source, folder)
-        ):
+        source, checksum = done.table.source_of(row), partial(_source_checksum, done, row)
+        if source is None or not has_fingerprint(image.path, source, checksum, folder):
             return False
     return True
+
+
+def _source_checksum(done: Manifest, row: int) -> str:
+    """The checksum of the file that an image was converted from."""
+    source = done.records.at(row).source
+    return "" if source is None else source.checksum
 
 
 def unexpected(case: Case, error: Exception) -> Failure:

@@ -108,25 +108,20 @@ def fingerprint(path: Path, folder: Path) -> SourceFingerprint:
     return SourceFingerprint(_relative_path(path, folder), size, mtime_ns, checksum.hexdigest())
 
 
-def is_at(path: Path, source: tuple[str, int, int], folder: Path) -> bool:
-    """Whether a file is that of a path relative to ``folder``, of a size and a time."""
+def has_fingerprint(
+    path: Path, source: tuple[str, int, int], checksum: Callable[[], str], folder: Path
+) -> bool:
+    """Whether a file is still that of a path relative to ``folder``, a size, a time and a checksum.
+
+    Its bytes are read, and its checksum is asked for, only if its time differs.
+    """
     try:
-        return (_relative_path(path, folder), *_size_and_time(files_of(path))) == source
+        size, mtime_ns = _size_and_time(files_of(path))
+        if (_relative_path(path, folder), size) != source[:2]:
+            return False
+        return mtime_ns == source[2] or fingerprint(path, folder).checksum == checksum()
     except (OSError, SourceError):
         return False
-
-
-def has_fingerprint(path: Path, source: SourceFingerprint | None, folder: Path) -> bool:
-    """Whether a file still has a fingerprint; its bytes are read only if it has the same size."""
-    if source is None or not is_at(path, (source.path, source.bytes, source.mtime_ns), folder):
-        try:
-            size, _ = _size_and_time(files_of(path))
-            if source is None or _relative_path(path, folder) != source.path or size != source.bytes:
-                return False
-            return fingerprint(path, folder).checksum == source.checksum
-        except (OSError, SourceError):
-            return False
-    return True
 
 
 def _size_and_time(files: Sequence[Path]) -> tuple[int, int]:

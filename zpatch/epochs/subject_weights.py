@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from zpatch.digests import digest
 from zpatch.errors import OptionError
-from zpatch.images.subject import Subject, names_of
+from zpatch.images.cohort import names_of
+from zpatch.images.subject import Subject
 
 MOST_UNITS = 2**62  # of all weights, times the number of subjects: sums of them are exact
 

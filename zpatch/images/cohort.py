@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, Self, overload
 
 import numpy as np
@@ -149,11 +149,9 @@ class Cohort(Sequence[Subject]):
 
     def _outline(self, row: int) -> str:
         """As ``outline`` of an image."""
-        (subject, name), contents = self._table.key(row), self._table.contents_of(row)
-        if not contents:
-            return image_outline(name, self[subject][name])
-        facts = self._facts(row)
-        return f"{name} {facts.kind} {facts.shape} {contents}"
+        (subject, name), facts = self._table.key(row), self._facts(row)
+        contents = self._table.contents_of(row) or self[subject][name].identity()
+        return image_outline(name, facts.kind, facts.shape, contents)
 
     @property
     def statistics(self) -> dict[str, Json]:
@@ -183,24 +181,22 @@ class Cohort(Sequence[Subject]):
 
     def split(self, name: str) -> Self:
         """The subjects of a split."""
-        found, numbers = self._splits, {split: number for number, split in enumerate(self._table.splits)}
-        if name not in numbers or not (found == numbers[name]).any():
-            there = [split for split, number in numbers.items() if (found == number).any()]
+        there = [self._table.splits[number] for number in np.unique(self._splits).tolist() if number >= 0]
+        if name not in there:
             raise UnknownNameError.among("split", name, there, f"store {self.store.path}")
-        return self._only(self._numbers[found == numbers[name]])
+        return self._in_splits([name])
 
     def select(self, names: Sequence[str]) -> Self:
         """The subjects with these names, in this order."""
-        return self._only(np.array([self._number_of(name) for name in names], dtype=np.int64))
+        mine = set(self._numbers.tolist())
+        return self._only(np.array([self._number_of(name, mine) for name in names], dtype=np.int64))
 
-    def _number_of(self, name: str) -> int:
+    def _number_of(self, name: str, mine: Container[int]) -> int:
+        """The number of a subject that is one of mine."""
         number = self._table.subjects.number_of(name)
-        if number is None or not self._has(number):
+        if number is None or number not in mine:
             raise UnknownNameError.among("subject", name, self.names, f"store {self.store.path}")
         return number
-
-    def _has(self, number: int) -> bool:
-        return len(self) == len(self._table.subjects) or bool((self._numbers == number).any())
 
     def matching(self, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Self:
         """The subjects whose names match a pattern of ``include`` and no pattern of ``exclude``."""
@@ -288,7 +284,9 @@ class Cohort(Sequence[Subject]):
     def __getitem__(self, key: int | str | slice) -> Subject | Self:
         if isinstance(key, slice):
             return self._only(self._numbers[key])
-        return self._subject(self._number_of(key) if isinstance(key, str) else int(self._numbers[key]))
+        return self._subject(
+            self._number_of(key, self._numbers) if isinstance(key, str) else int(self._numbers[key])
+        )
 
     def _subject(self, number: int) -> Subject:
         records = [self.store.records.at(row) for row in self._table.rows_of(number)]
@@ -308,7 +306,7 @@ class Cohort(Sequence[Subject]):
 
     def __contains__(self, item: object) -> bool:
         number = self._table.subjects.number_of(item) if isinstance(item, str) else None
-        return number is not None and self._has(number)
+        return number is not None and number in self._numbers
 
     def __repr__(self) -> str:
         return f"Cohort({str(self.store.path)!r}: {len(self)} subjects)"
@@ -317,6 +315,11 @@ class Cohort(Sequence[Subject]):
 def first_alike(subjects: Sequence[Subject]) -> NDArray[np.int64]:
     """For each subject the first one that is alike, (N,), where that is known; see ``Cohort.first_alike``."""
     return subjects.first_alike() if isinstance(subjects, Cohort) else np.arange(len(subjects))
+
+
+def names_of(subjects: Sequence[Subject]) -> list[str]:
+    """The names of some subjects; a cohort has them without making its subjects."""
+    return subjects.names if isinstance(subjects, Cohort) else [subject.name for subject in subjects]
 
 
 def _criterion(wanted: Any) -> Callable[[Any], Any]:

@@ -22,7 +22,7 @@ OTHER_SCALE = 10.0  # ranges of intensity that differ by this factor are of othe
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class ComparedImage:
     """An image of a subject, by what images of one name may differ in; ``range`` is of its intensities."""
 
     subject: str
@@ -47,7 +47,7 @@ class Placed:
         )
 
 
-def placed_images(manifest: Manifest) -> Iterator[Placed]:
+def compared_images(manifest: Manifest) -> Iterator[ComparedImage]:
     """The images of a manifest, by its table; those whose lines are no records are left out."""
     table = manifest.table
     spacings, ranges = (table.arrays[name].tolist() for name in ("spacing", "range"))
@@ -55,10 +55,10 @@ def placed_images(manifest: Manifest) -> Iterator[Placed]:
         if (facts := table.facts_of(row)) is not None:
             found = None if math.isnan(low) or math.isnan(high) else (low, high)
             shape, orientation = facts.spatial_shape, facts.orientation
-            yield Placed(*table.key(row), facts.kind, shape, tuple(spacing), orientation, found)
+            yield ComparedImage(*table.key(row), facts.kind, shape, tuple(spacing), orientation, found)
 
 
-def mixtures(images: Iterable[Placed], *, shapes: bool = True) -> list[tuple[str, str]]:
+def mixtures(images: Iterable[ComparedImage], *, shapes: bool = True) -> list[tuple[str, str]]:
     """What images of one name differ in, as (name of the image, text): a line for each, by name.
 
     ``shapes`` are mostly different, and no fault; False leaves them out.
@@ -66,7 +66,7 @@ def mixtures(images: Iterable[Placed], *, shapes: bool = True) -> list[tuple[str
     Intensities are of another range where their 0.5th and 99.5th percentiles are ten times as large as in
     most subjects, or a tenth, or where only they, or all but they, go far below 0, as Hounsfield units do.
     """
-    of_name: dict[str, list[Placed]] = {}
+    of_name: dict[str, list[ComparedImage]] = {}
     for image in images:
         of_name.setdefault(image.image, []).append(image)
     return [
@@ -84,7 +84,7 @@ def orientation_of(record: ImageRecord) -> str:
         return "?"
 
 
-def _of_image(images: Sequence[Placed], *, with_shapes: bool) -> Iterator[str]:
+def _of_image(images: Sequence[ComparedImage], *, with_shapes: bool) -> Iterator[str]:
     yield from _mixed("spacings", images, [_spacing(image.spacing) for image in images], "mm")
     yield from _mixed("orientations", images, [image.orientation for image in images])
     shapes = {image.spatial_shape for image in images}
@@ -98,7 +98,9 @@ def _spacing(spacing: Sequence[float]) -> str:
     return format_spacing([float(f"{size:.3g}") for size in spacing])
 
 
-def _mixed(what: str, images: Sequence[Placed], values: Sequence[str], unit: str = "") -> Iterator[str]:
+def _mixed(
+    what: str, images: Sequence[ComparedImage], values: Sequence[str], unit: str = ""
+) -> Iterator[str]:
     """A line where images have different values, the most frequent one first."""
     subjects: dict[str, list[str]] = {}
     for image, value in zip(images, values, strict=True):
@@ -111,7 +113,7 @@ def _mixed(what: str, images: Sequence[Placed], values: Sequence[str], unit: str
         yield f"{len(subjects)} {what}{f' in {unit}' if unit else ''}: {shown}"
 
 
-def _other_ranges(images: Sequence[Placed]) -> Iterator[str]:
+def _other_ranges(images: Sequence[ComparedImage]) -> Iterator[str]:
     """A line where the intensities of some images are on another scale, or go below 0 and others do not."""
     ranges = {image.subject: image.range for image in images if image.range is not None}
     if len(ranges) < 2:

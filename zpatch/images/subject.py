@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -184,20 +184,21 @@ class Subject:
 
 def outline(subject: Subject) -> str:
     """A line with all that identifies the images of a subject."""
-    images = (image_outline(name, image) for name, image in subject.images.items())
+    images = (
+        image_outline(name, image.kind, image.shape, _contents(image))
+        for name, image in subject.images.items()
+    )
     return f"{subject.name}: {', '.join(images)}"
 
 
-def image_outline(name: str, image: Image) -> str:
-    """An image in such a line: by the digest of its files, or without one by all that is known of it."""
-    contents = image.record.contents if image.record and image.record.files else image.identity()
-    return f"{name} {image.kind} {image.shape} {contents}"
+def image_outline(name: str, kind: str, shape: tuple[int, ...], contents: str) -> str:
+    """An image in such a line."""
+    return f"{name} {kind} {shape} {contents}"
 
 
-def names_of(subjects: Sequence[Subject]) -> list[str]:
-    """The names of some subjects; a cohort has them without making its subjects."""
-    names = getattr(subjects, "names", None)
-    return [subject.name for subject in subjects] if names is None else list(names)
+def _contents(image: Image) -> str:
+    """The digest of the files of an image; without one, all that is known of it."""
+    return image.record.contents if image.record and image.record.files else image.identity()
 
 
 def _slide_of(images: Mapping[str, Image]) -> Image | None:

@@ -13,7 +13,7 @@ import mmap
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ class ManifestTable:
         self.arrays = arrays
         for name in TEXTS:
             setattr(self, name, Texts(arrays[f"{name}_joined"], arrays[f"{name}_ends"]))
-        self._facts_of = lru_cache(maxsize=4096)(_Facts(self.facts))
+        self._facts_of = lru_cache(maxsize=4096)(partial(_parsed_facts, self.facts))
 
     subjects: Texts  # sorted
     images: Texts
@@ -131,7 +131,7 @@ class ManifestTable:
 
     def all_facts(self) -> Iterator[ImageFacts]:
         """All different facts, in the order of their numbers."""
-        return map(_Facts(self.facts), range(len(self.facts)))
+        return map(partial(_parsed_facts, self.facts), range(len(self.facts)))
 
     def split_of(self, row: int) -> str | None:
         """The split of a row."""
@@ -182,14 +182,8 @@ class ManifestTable:
         )
 
 
-class _Facts:
-    """Parses facts by their number, without referring to the table."""
-
-    def __init__(self, texts: Texts) -> None:
-        self._texts = texts
-
-    def __call__(self, number: int) -> ImageFacts:
-        return ImageFacts.of_json(parsed_json(self._texts[number].encode())["facts"])
+def _parsed_facts(texts: Texts, number: int) -> ImageFacts:
+    return ImageFacts.of_json(parsed_json(texts[number].encode())["facts"])
 
 
 def _within(values: NDArray[Any], low: int, high: int) -> bool:

@@ -72,13 +72,13 @@ class TableBuilder:
         if _is_text(subject) and _is_text(image):
             key = self._subjects.number_of(subject), self._images.number_of(image)
             row = self._row_of.setdefault(key, len(self._rows))
-            self._rows[row : row + 1] = [(*key, self.lines, start, len(line), *self._contents(value))]
+            self._rows[row : row + 1] = [(*key, self.lines, start, len(line), *self._columns_of(value))]
         elif "document" in value:
             self._documents.update(_document(value, where))
         else:
             raise DamageError(f"{where} is no image record; restore the file from a copy")
 
-    def _contents(self, value: Json) -> tuple[Any, ...]:
+    def _columns_of(self, value: Json) -> tuple[Any, ...]:
         """The rest of the columns of an image; those of nothing where its line is no record."""
         try:
             facts, spacing = ImageFacts.of_line(value), _spacing(ImageFacts.directions(value))

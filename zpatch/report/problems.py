@@ -9,7 +9,7 @@ from typing import Self
 from zpatch.digests import Json
 from zpatch.errors import DamageError, one_line
 from zpatch.geometry.affines import max_corner_distance
-from zpatch.images.mixtures import Placed, mixtures
+from zpatch.images.mixtures import ComparedImage, mixtures
 from zpatch.records.image_record import ImageRecord
 from zpatch.store.verification import VerificationReport
 
@@ -97,7 +97,7 @@ def problems_of_mixtures(records: Sequence[ImageRecord]) -> list[Problem]:
     """What images of one name differ in, over all subjects, but for their shapes."""
     return [
         Problem(f"it has {text}", image=image)
-        for image, text in mixtures(map(Placed.of, records), shapes=False)
+        for image, text in mixtures(map(ComparedImage.of, records), shapes=False)
     ]
 
 

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from zpatch.digests import digest
 from zpatch.errors import OptionError, PatchLocationError
 from zpatch.geometry.boxes import PatchLocation, centre_of
-from zpatch.images.subject import Subject, names_of
+from zpatch.images.cohort import names_of
+from zpatch.images.subject import Subject
 from zpatch.sampling.patch import Patch
 from zpatch.sampling.patch_sampler import READ_TOGETHER, PatchSampler, PatchSize
 
@@ -66,6 +67,10 @@ class LocationSampler(PatchSampler):
         if subject.name in self._rows:
             super().check(subject)
             self._starts(subject)
+
+    def alike(self, subjects: Sequence[Subject]) -> NDArray[np.int64]:
+        """Each subject is like no other, (N,): it has rows of its own."""
+        return np.arange(len(subjects))
 
     @property
     def subject_names(self) -> Collection[str]:

@@ -145,10 +145,8 @@ def verify(
 
 def _opened(root: Path) -> Store:
     """The store, also where its root document is missing or damaged: its seal reports that."""
-    attributes: Json = {}
     try:
-        attributes = root_attributes(root)
-        return Store(root.absolute(), attributes, read_manifest(root / MANIFEST))
+        return Store(root.absolute(), root_attributes(root), read_manifest(root / MANIFEST))
     except DamageError:
         raise
     except StoreError:  # no store, or one of a newer format
