@@ -167,3 +167,11 @@ def test_another_table_is_an_error(table: Any, words: str) -> None:
 def test_another_place_in_the_patch_is_an_error() -> None:
     with pytest.raises(OptionError, match="at must be 'centre' or 'first', not 'middle'"):
         zp.LocationSampler(4, TABLE, at="middle")  # type: ignore[arg-type]
+
+
+def test_a_row_of_any_of_many_alike_subjects_is_checked_before_the_first_patch(cohort: zp.Cohort) -> None:
+    assert len(set(cohort.first_alike().tolist())) < len(cohort)
+    for name in cohort.names:
+        rows = [(other, 12, 12, 12) for other in cohort.names if other != name]
+        with pytest.raises(PatchLocationError, match=name):
+            zp.Queue(cohort, zp.LocationSampler(4, [*rows, (name, 10**6, 0, 0)]))

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, get_args, overload, runtime_checkable
 
 from zpatch.errors import NothingToDrawError, OptionError, UnknownNameError, ZpatchError
 from zpatch.geometry.boxes import PatchLocation, Triple
-from zpatch.images.cohort import Cohort, first_alike
+from zpatch.images.cohort import Cohort
 from zpatch.images.subject import Subject
 from zpatch.sampling.patch import Patch
 from zpatch.sampling.patch_sampler import PatchSampler
@@ -148,7 +148,7 @@ def _bad_subjects(
     bad: dict[int, ZpatchError] = {}
     images: dict[int, tuple[str, frozenset[str]]] = {}
     classes: dict[str, bool] = {}
-    for number, first in enumerate(first_alike(subjects).tolist()):
+    for number, first in enumerate(sampler.alike(subjects).tolist()):
         if first < number and first not in bad:
             images[number] = images[first]
             continue

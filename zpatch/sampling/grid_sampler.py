@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from zpatch.errors import OptionError
 from zpatch.geometry.boxes import PatchLocation, patch_overlap_triple
 from zpatch.geometry.patch_grid import PatchGrid
-from zpatch.images.cohort import first_alike
 from zpatch.images.subject import Subject
 from zpatch.sampling.patch import Patch
 from zpatch.sampling.patch_sampler import READ_TOGETHER, PatchSampler, PatchSize
@@ -76,7 +75,7 @@ class GridSampler(PatchSampler, torch.utils.data.Dataset[Patch]):
 
     def counts(self, subjects: Sequence[Subject], patches_per_volume: int = 0) -> NDArray[np.int64]:
         """How many patches the grid has over each subject, (N,)."""
-        different, which = np.unique(first_alike(subjects), return_inverse=True)
+        different, which = np.unique(self.alike(subjects), return_inverse=True)
         return np.array([len(self.grid_of(subjects[number])) for number in different.tolist()])[which]
 
     def numbered(

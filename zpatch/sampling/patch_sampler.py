@@ -22,6 +22,7 @@ from zpatch.geometry.boxes import (
     starts_around,
 )
 from zpatch.geometry.padding import check_padding_mode
+from zpatch.images.cohort import first_alike
 from zpatch.images.subject import Subject
 from zpatch.sampling import patch_batch  # noqa: F401 - it lets torch's default_collate know patches
 from zpatch.sampling.patch import Patch, PatchImage, to_tensor
@@ -121,6 +122,10 @@ class PatchSampler(ABC):
         """Refuse a subject that no patch can be taken of, as far as that is known without reading voxels."""
         self.check_fits(subject)
         views_of(subject, self.context, self.padding_mode)
+
+    def alike(self, subjects: Sequence[Subject]) -> NDArray[np.int64]:
+        """For each subject the first one of which ``check`` and ``classes`` say the same, (N,)."""
+        return first_alike(subjects)
 
     def classes(self, subject: Subject) -> dict[str, bool]:
         """Whether the subject has each class that is drawn, by its description, where that is known."""
